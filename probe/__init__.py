@@ -1,0 +1,36 @@
+"""probe: see inside Stable Diffusion.
+
+import probe
+
+run = probe.record("experiments/astronaut.yaml")     # needs torch
+run = probe.open_run("latest")                       # does not
+
+The names below are imported when they are first used, so that importing probe costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probe.experiment import CaptureOptions, Experiment, load_experiment
+    from probe.recorder import record
+    from probe.recording import Run, list_runs, open_run
+
+_HOMES = {
+    "CaptureOptions": "probe.experiment",
+    "Experiment": "probe.experiment",
+    "load_experiment": "probe.experiment",
+    "Run": "probe.recording",
+    "list_runs": "probe.recording",
+    "open_run": "probe.recording",
+    "record": "probe.recorder",
+}
+__all__ = ["CaptureOptions", "Experiment", "Run", "list_runs", "load_experiment", "open_run", "record"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'probe' has no attribute {name!r}")

@@ -1,0 +1,138 @@
+"""probe: see inside Stable Diffusion.
+
+    probe run EXPERIMENT.yaml     record a run (the same as python -m probe.run)
+    probe ls                      list recordings
+    probe show [RUN]              what a recording holds, and where its pictures are
+    probe verify [RUN]            check a recording against itself
+    probe rm RUN ...              remove recordings
+
+RUN is a path, the beginning of a name, or latest. `probe VERB --help` tells more.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from probe.errors import RecordingBusy
+from probe.terminal import Parser, fail, guarded, rows
+
+
+def run(arguments: list[str]) -> int:
+    from probe.run import main
+
+    return main(arguments)
+
+
+def verify(arguments: list[str]) -> int:
+    from probe.verify import main
+
+    return main(arguments)
+
+
+def ls(arguments: list[str]) -> int:
+    """List recordings, the newest first."""
+    from probe.recording import list_runs
+
+    parser = Parser(prog="probe ls", description=ls.__doc__)
+    parser.add_argument("runs", nargs="?", default="runs", help="folder of recordings [runs]")
+    folder = parser.parse_args(arguments).runs
+    found = list_runs(folder)
+    if not found:
+        print(f"No recording in {folder} yet. Make one: python -m probe.run experiments/astronaut.yaml")
+        return 0
+    table = []
+    for path, attributes in found:
+        if attributes is None:
+            table.append((path.name.removesuffix(".zarr"), "damaged", "", "", "", ""))
+            continue
+        asked = attributes["experiment"]
+        sampling = f"{asked['steps']} steps, guidance {asked['guidance_scale']:g}, seed {asked['seed']}"
+        when = attributes.get("created", "")[:16].replace("T", " ")
+        table.append((path.name.removesuffix(".zarr"), attributes["status"], asked["model"], sampling, _shorten(asked["prompt"], 40), when))
+    print(rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
+    return 0
+
+
+def show(arguments: list[str]) -> int:
+    """What a recording holds: the run in short, its variables, what each part cost, and its pictures."""
+    from probe.recording import open_run
+
+    parser = Parser(prog="probe show", description=show.__doc__)
+    parser.add_argument("run", nargs="?", default="latest", help="a path, the beginning of a name, or latest")
+    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    options = parser.parse_args(arguments)
+    found = open_run(options.run, options.runs)
+    print(repr(found), "\n")
+    table = []
+    for group in found.tree.subtree:
+        for name, variable in group.to_dataset(inherit=False).data_vars.items():
+            shape = " x ".join(f"{dim} {size}" for dim, size in variable.sizes.items())
+            table.append((f"{group.path.rstrip('/')}/{name}", str(variable.dtype), shape, str(variable.attrs.get("long_name", ""))))
+    print(rows(table, ("variable", "type", "shape", "what it is")), "\n")
+    if found.status == "complete":
+        cost = found.tree["cost"].dataset
+        parts = [
+            (str(c), f"{float(cost['seconds'].sel(component=c)):.2f} s", f"{int(cost['flops'].sel(component=c)) / 1e9:.2f} GFLOP a call")
+            for c in cost["component"].values
+        ]
+        print(rows([*parts, ("peak memory", f"{int(cost['peak_memory']) / 1e6:.0f} MB", "")], ("component", "in all", "")), "\n")
+    for picture in sorted(found.path.glob("*.png")):
+        print(picture)
+    return 0
+
+
+def rm(arguments: list[str]) -> int:
+    """Remove recordings. Asks first, unless --yes is given; never removes one that is being written."""
+    from probe.recording import Run, find_run
+
+    parser = Parser(prog="probe rm", description=rm.__doc__)
+    parser.add_argument("run", nargs="+", help="paths, or the beginnings of names")
+    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    options = parser.parse_args(arguments)
+    paths: list[Path] = [find_run(name, options.runs) for name in options.run]
+    for path in paths:
+        if Run(path).status == "running":
+            raise RecordingBusy(f"{path.name} is being written.", "Stop its writer first.")
+    print("\n".join(str(path) for path in paths))
+    if not options.yes:
+        if not sys.stdin.isatty():
+            fail("Nothing was removed: there is nobody to ask.", "Give --yes to remove without asking.")
+            return 2
+        if input(f"Remove {'these' if len(paths) > 1 else 'this'}? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("Nothing was removed.")
+            return 0
+    for path in paths:
+        shutil.rmtree(path)
+    print(f"Removed {len(paths)}.")
+    return 0
+
+
+VERBS = {"run": run, "ls": ls, "show": show, "verify": verify, "rm": rm}
+
+
+def dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        from probe.schema import near
+
+        fail(f"There is no verb {verb!r}.", near(verb, list(VERBS)))
+        return 2
+    return VERBS[verb](rest)
+
+
+def main() -> None:
+    guarded(dispatch)
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+if __name__ == "__main__":
+    main()

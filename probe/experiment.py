@@ -1,0 +1,354 @@
+"""What was asked: one run of Stable Diffusion as a frozen, strict value that a YAML file can hold.
+
+    experiment = load_experiment("experiments/astronaut.yaml", steps=20, **{"capture.dtype": "float32"})
+    experiment.steps, experiment.capture.branches, experiment.identity()
+
+An `Experiment` is stored whole in its recording, so a field means one thing and says it in its description: `--help`
+and the README's table are made of these. A field misspelled, a value out of bounds or a YAML surprise (`yes`, `010`,
+a key written twice) is an `ExperimentError` that names the file, the field and the remedy, and nothing runs.
+
+Inside: `SCHEDULERS` (our names for diffusers' classes), `CaptureOptions`, `Experiment`; `load_experiment` and
+`parse_experiment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+
+from probe.errors import ExperimentError
+from probe.strict_yaml import LARGEST, MAX_BYTES, SHOWN, UNCLEAN, printable, read_yaml, shorten, shown, too_long
+
+SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
+    "DDIM": ("DDIMScheduler", {}),
+    "DDPM": ("DDPMScheduler", {}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),  # as Stable Diffusion ships it: no Runge-Kutta warm-up
+    "LMS": ("LMSDiscreteScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "EulerAncestral": ("EulerAncestralDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "DPM++2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "DPM++2S": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "DEIS": ("DEISMultistepScheduler", {}),
+    "KDPM2": ("KDPM2DiscreteScheduler", {}),
+    "KDPM2Ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "LCM": ("LCMScheduler", {}),
+}
+
+
+
+def _clean(text: str) -> str:
+    if found := UNCLEAN.search(text):
+        raise ExperimentError(f"the character U+{ord(found[0]):04X} is not allowed", "Delete it: such characters hide what a text says.")
+    return text
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _scalar(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+    value = _tuple(value)
+    try:
+        if all(type(item) is not int or abs(item) <= LARGEST for item in (value if isinstance(value, tuple) else (value,))):
+            return validate(value)
+    except ValidationError:  # one sentence for all members of the union
+        pass
+    raise ExperimentError(f"{shown(value)} is not an option's value", "Write a number, true, false, text or a list of numbers.")
+
+
+def _steps_text(value: object) -> object:
+    if isinstance(value, list | tuple) and value and all(type(item) is int and abs(item) < 10**6 for item in value):
+        return ",".join(map(str, value))
+    return str(value) if type(value) is int and abs(value) < 10**6 else value
+
+
+def _steps_syntax(text: str) -> str:
+    text = re.sub(r"\s*([,:])\s*", r"\1", text.strip())
+    index = r"-?[0-9]{1,6}"
+    if not re.fullmatch(rf"all|{index}(,{index})*|({index})?:({index})?(:(-?(?!0+$)[0-9]{{1,6}})?)?", text):
+        raise ExperimentError(f"{shown(text)} is not a choice of steps", 'Write all, a slice such as "0:50:5", or indices such as "0,5,-1".')
+    return text
+
+
+def _layer(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.*?\[\]!-]{1,200}", text):
+        raise ExperimentError(f"{shown(text)} is not a glob of layers", 'Write dotted paths such as "up_blocks.*", or a grid such as "16x16".')
+    return text
+
+
+def _scheduler(name: str) -> str:
+    if name == "default" or name in SCHEDULERS:
+        return name
+    spellings = {"default": "default"} | {word.casefold(): key for key, (kind, _) in SCHEDULERS.items() for word in (key, kind)}
+    raise ExperimentError(f"{shown(name)} is not a scheduler", _did_you_mean(name, spellings) or f"Write default, {', '.join(SCHEDULERS)}.")
+
+
+def _revision(name: str | None) -> str | None:
+    if name == "fp16":
+        raise ExperimentError("'fp16' is not a revision any more", "Write variant: fp16 instead.")
+    return name
+
+
+Text: TypeAlias = Annotated[str, AfterValidator(_clean)]
+Line: TypeAlias = Annotated[Text, StringConstraints(pattern=r"^[^\n\t]+$", max_length=1000)]
+Prompt: TypeAlias = Annotated[Text, Field(max_length=10_000)]
+Globs: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(_layer)], ...], BeforeValidator(_tuple)]
+Option: TypeAlias = Annotated[bool | int | float | Text | tuple[int | float, ...], WrapValidator(_scalar)]
+
+
+class Strict(BaseModel):
+    """No field that nobody reads, no guess at a type; and a ValidationError never prints its input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class CaptureOptions(Strict):
+    """What is written down while the model draws. Less of it makes a smaller recording, never another picture."""
+
+    attention: Literal["maps", "off"] = Field(
+        default="maps", description="Cross-attention: maps (for every layer, head and token, where the picture looked at it) or off."
+    )
+    branches: Literal["cond", "uncond", "both"] = Field(
+        default="cond", description="Attention of which branch: cond (reads the prompt), uncond (reads the negative prompt) or both."
+    )
+    tokens: Literal["prompt", "all"] = Field(
+        default="prompt", description="Attention to which tokens: prompt (start, prompt, first end, one sum of the rest) or all of the model's."
+    )
+    layers: Globs = Field(
+        default=("*",),
+        min_length=1,
+        max_length=200,
+        description='Attention of which layers: globs such as "up_blocks.*", or grids (height x width) such as "16x16".',
+    )
+    steps: Annotated[str, BeforeValidator(_steps_text), AfterValidator(_steps_syntax)] = Field(
+        default="all", description='Attention, statistics and activations at which steps: all, a slice "start:stop:step", or indices "0,5,-1" (-1 is the last).'
+    )
+    dtype: Literal["float16", "float32", "sqrt_u8"] = Field(
+        default="float16", description="How attention is stored: float16, float32, or sqrt_u8 (one byte: the square root in 255 levels)."
+    )
+    text: bool = Field(default=True, description="Record the text encoder: what each of its layers makes of the prompt, and its attention.")
+    statistics: bool = Field(default=True, description="Record statistics (mean, spread, extremes) of what each UNet and VAE block puts out.")
+    activations: Globs = Field(
+        default=(), max_length=200, description='Record whole block outputs, which are large: globs such as "unet.mid_block.*" or "vae.decoder.*".'
+    )
+
+    def steps_of(self, calls: int) -> tuple[int, ...]:
+        """The indices that `steps` chooses in a run of that many model calls, ascending, each once."""
+        if self.steps == "all":
+            chosen = list(range(calls))
+        elif ":" in self.steps:
+            chosen = list(range(calls))[slice(*(int(part) if part else None for part in self.steps.split(":")))]
+        else:
+            chosen = [int(part) for part in self.steps.split(",")]
+        allowed = f"This run calls its model {calls} times: write indices from 0 to {calls - 1}, or from -{calls} to -1."
+        if outside := [index for index in chosen if not -calls <= index < calls]:
+            raise ExperimentError(f"capture.steps: {outside[0]} is not a step of this run", allowed)
+        if not chosen:
+            raise ExperimentError(f"capture.steps: {shown(self.steps)} chooses no step of this run", allowed)
+        return tuple(sorted({index % calls for index in chosen}))
+
+
+class Experiment(Strict):
+    """One run: the model, what it is asked to draw, how it gets there, and what is recorded on the way."""
+
+    name: str = Field(
+        default="", pattern=r"^[a-z0-9-]{0,60}$", description="Name of the run: up to 60 of a-z, 0-9 and -; empty: made from the prompt."
+    )
+    model: Line = Field(default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, or a local diffusers directory.")
+    revision: Annotated[Line | None, AfterValidator(_revision)] = Field(
+        default=None, description="Commit, tag or branch of a Hugging Face model; none: its main branch."
+    )
+    variant: Line | None = Field(default=None, description="Which of a model's weight files, such as fp16; none: the plain ones.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="Number format of the run: float32, float16 or bfloat16; auto: float16 on CUDA, float32 elsewhere."
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", description="Where the model runs: auto, cpu, cuda, cuda:N or mps."
+    )
+    prompt: Prompt = Field(default="An astronaut scuba diving", description="What to draw.")
+    negative_prompt: Prompt = Field(default="", description="What guidance steers away from; empty: a picture of nothing in particular.")
+    over_long: Literal["error", "cut"] = Field(
+        default="error", description="A prompt with more tokens than the model reads: error, or cut what does not fit."
+    )
+    seed: int = Field(default=0, ge=0, le=LARGEST, description="Seed of the first noise: the same seed and fields, the same picture.")
+    images: int = Field(default=1, ge=1, le=64, description="How many pictures to draw from this prompt, each from its own noise.")
+    height: int | None = Field(default=None, ge=8, le=4096, description="Height of the picture in pixels; none: the model's own.")
+    width: int | None = Field(default=None, ge=8, le=4096, description="Width of the picture in pixels; none: the model's own.")
+    scheduler: Annotated[str, AfterValidator(_scheduler)] = Field(
+        default="default", description=f"Who turns predictions into the next latents: {', '.join(SCHEDULERS)}; default: the model's own."
+    )
+    scheduler_options: dict[Line, Option] = Field(
+        default_factory=dict, max_length=100, description="Settings of the scheduler by diffusers' names, such as use_karras_sigmas."
+    )
+    steps: int = Field(default=50, ge=1, le=1000, description="How many denoising steps; some schedulers call the model more often (Heun, PNDM).")
+    guidance_scale: float = Field(default=7.5, ge=0, le=1000, description="How strongly the prompt pulls (diffusers' s); 1 and below: no guidance.")
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1, description="How far guidance's excess contrast is taken back: 0 not at all, 1 fully.")
+    eta: float = Field(default=0.0, ge=0, le=1, description="Fresh noise at each DDIM step: 0 none (deterministic), 1 as much as DDPM.")
+    capture: CaptureOptions = Field(default_factory=CaptureOptions, description="What is recorded on the way.")
+    decode_every: int = Field(default=0, ge=0, le=10_000, description="Decode the latents to a picture every so many steps; 0: never.")
+    on_nan: Literal["stop", "record"] = Field(default="stop", description="When a latent is not finite: stop the run, or record it and go on.")
+    durability: Literal["step", "run", "none"] = Field(
+        default="run", description="When the recording is forced to disk: after each step, once after the run, or none (the system decides)."
+    )
+    output: Line = Field(default="runs", description="Folder that recordings are written to.")
+
+    @property
+    def run_name(self) -> str:
+        """`name`, or else the prompt as a slug of at most 40 characters: "an-astronaut-scuba-diving"."""
+        ascii_only = unicodedata.normalize("NFKD", self.prompt).encode("ascii", "ignore").decode().lower()
+        slug = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")
+        return self.name or (slug if len(slug) <= 40 else slug[:41].rpartition("-")[0] or slug[:40]) or "run"
+
+    def resolved(self) -> dict[str, JsonValue]:
+        """Every field as plain JSON; `load_experiment` of it gives an equal experiment."""
+        return self.model_dump(mode="json")
+
+    def identity(self) -> str:
+        """8 hex characters of what was asked, whatever the run is called and wherever it is written."""
+        asked = {key: value for key, value in self.resolved().items() if key not in ("name", "output", "durability")}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
+
+
+def load_experiment(source: str | Path | Mapping[str, Any] | Experiment, **overrides: Any) -> Experiment:
+    """The experiment in a YAML file or mapping, with `overrides` on top: `steps=20`, `capture={"text": False}` or `"capture.text"`.
+
+    A mapping for `capture` changes the fields it names and no other. Every failure is an `ExperimentError`.
+    """
+    if isinstance(source, Experiment):
+        experiment = source
+    elif isinstance(source, Mapping):
+        experiment = _validate(_merge({}, source), "experiment")
+    else:
+        experiment = parse_experiment(_read(Path(source)), str(source))
+    return _validate(_merge(experiment.resolved(), overrides), "override") if overrides else experiment
+
+
+def parse_experiment(text: str, where: str = "experiment") -> Experiment:
+    """The experiment in a YAML text; `where` is what its errors call it."""
+    return _validate(read_yaml(text, where), printable(where))
+
+
+def _read(path: Path) -> str:
+    where = printable(str(path))
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise too_long(where)
+        return data.decode("utf-8-sig")
+    except ExperimentError:
+        raise
+    except FileNotFoundError:
+        folders = (path.parent, path.parent / "experiments", Path("experiments"))
+        there = {file.stem.casefold(): printable(str(file)) for folder in folders for file in sorted(folder.glob("*.yaml"))}
+        some = f"There is {', '.join(sorted(there.values())[:5])}." if there else "Check the path."
+        raise ExperimentError(f"{where}: this file does not exist", _did_you_mean(path.stem, there) or some) from None
+    except UnicodeDecodeError as problem:
+        raise ExperimentError(f"{where}: byte {problem.start} is not UTF-8 text", "Save the file as UTF-8.") from None
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem)
+        raise ExperimentError(f"{where}: cannot be read ({printable(reason)})", "Name a YAML file that you may read.") from None
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in changes.items():
+        if not isinstance(name, str) or UNCLEAN.search(name):
+            raise ExperimentError(f"{shown(name)}: this is not a field's name", "Fields are named by plain text.")
+        first, _, rest = name.partition(".")
+        nested = {rest: value} if rest else value
+        if rest or (name == "capture" and isinstance(value, Mapping)):
+            below = base.get(first)
+            below = below.model_dump() if isinstance(below, BaseModel) else dict(below) if isinstance(below, Mapping) else {}
+            # Only the fields of `capture` are dotted further: a scheduler's option may have any name.
+            nested = _merge(below, nested) if first == "capture" else below | nested
+        base[first] = nested
+    return base
+
+
+def _validate(data: Mapping[str, Any], where: str) -> Experiment:
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError as problem:
+        every = problem.errors(include_input=False, include_url=False)
+        # A list with a bad item is also "too short": keep the errors with none below them.
+        errors = [one for one in every if not any(one["loc"] == other["loc"][:-1] for other in every)]
+        # An unknown field comes first: it is a likelier slip than a wrong value, and the reason for others.
+        first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+        cause, remedy = _explain(first, data)
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise ExperimentError(f"{where}: {cause}{more}", remedy) from None
+
+
+KINDS = {
+    "int_type": ("a whole number", "Write a whole number, without quotes or a point."),
+    "float_type": ("a number", "Write a number, without quotes."),
+    "finite_number": ("finite", "Write a finite number."),
+    "bool_type": ("true or false", "Write true or false."),
+    "string_type": ("text", 'Write text, in quotes: "..."'),
+    "string_unicode": ("text", 'Write text, in quotes: "..."'),
+    "tuple_type": ("a list", 'Write a list: ["..."]'),
+    "dict_type": ("a mapping", "Write names and values below it, or delete it."),
+    "model_type": ("a mapping", "Write its fields below it, or delete it."),
+}
+
+
+def _explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
+    """A pydantic error as one line of cause and one of remedy."""
+    kind, place, context = error["type"], tuple(key for key in error["loc"] if key != "[key]"), error.get("ctx", {})
+    field = "".join(f"[{key}]" if isinstance(key, int) else f".{shorten(printable(key))}" for key in place).removeprefix(".")
+    if isinstance(context.get("error"), ExperimentError):
+        return f"{field}: {context['error'].cause}", context["error"].remedy
+    names = [*Experiment.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
+    if kind == "extra_forbidden":
+        inside = place[0] == "capture" and len(place) > 1
+        spellings = {name.rpartition(".")[2]: name for name in sorted(names, key=lambda name: ("." in name) == inside)}
+        here = (CaptureOptions if inside else Experiment).model_fields
+        elsewhere = {"num_inference_steps": "steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "sampler": "scheduler"}
+        return f"{field}: unknown field", _did_you_mean(str(place[-1]), elsewhere | spellings) or f"The fields here are {', '.join(here)}."
+    value: Any = data
+    with contextlib.suppress(LookupError, TypeError, AttributeError):
+        for key in place:
+            value = getattr(value, key) if isinstance(value, BaseModel) else value[key]
+    given = shown(value)
+    model, name = (CaptureOptions, place[1]) if place[0] == "capture" and len(place) > 1 else (Experiment, place[0])
+    declared = model.model_fields[str(name)]
+    if kind in KINDS:
+        return f"{field}: {given} is not {KINDS[kind][0]}", KINDS[kind][1]
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bounds = {key: getattr(item, key) for item in declared.metadata for key in ("ge", "le") if hasattr(item, key)}
+        problem = "less than {ge}" if kind == "greater_than_equal" else "more than {le}"
+        return f"{field}: {given} is {problem.format(**context)}", "Write a number from {ge} to {le}.".format(**bounds)
+    if kind == "literal_error":
+        options = re.findall(r"'(\w+)'", context["expected"])
+        meant = _did_you_mean(given.strip("'"), {item: item for item in options})
+        return f"{field}: {given} is not one of {', '.join(options)}", meant or "Write one of them."
+    if kind.endswith("too_long"):
+        return f"{field}: {given} is too long", f"At most {context['max_length']} fit here."
+    return f"{field}: {given} does not fit", declared.description or ""
+
+
+def _did_you_mean(word: str, spellings: Mapping[str, str]) -> str:
+    near = difflib.get_close_matches(word[:SHOWN].casefold(), spellings, n=1)
+    return f"Did you mean {spellings[near[0]]}?" if near else ""

@@ -1,0 +1,122 @@
+"""Pictures for people, drawn from a recording: the final PNG, and a contact sheet that tells the run at a glance.
+
+The sheet has two rows: the predicted clean picture over the steps (decoded where the run decoded it, else the linear
+preview), and for each word of the prompt a heat map of where the picture looked at it. Every PNG carries the run's
+resolved experiment in its metadata, under the key `experiment`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from probe.recording import Run
+
+CELL, GAP, MARGIN = 152, 12, 28
+INK, FAINT, PAPER = (24, 26, 32), (110, 114, 124), (255, 255, 255)
+HEAT = np.array([(0, 0, 4), (60, 9, 101), (140, 41, 99), (212, 72, 66), (250, 142, 9), (252, 255, 164)], np.float32)
+
+
+def save(run: Run) -> list[Path]:
+    """Write the final pictures and the contact sheet into the recording's folder, and return their paths."""
+    information = PngImagePlugin.PngInfo()
+    information.add_itxt("experiment", json.dumps(run.attributes["experiment"], ensure_ascii=False))
+    information.add_text("Software", "probe")
+    finals = run.images.values
+    names = ["picture.png"] if len(finals) == 1 else [f"picture-{index}.png" for index in range(len(finals))]
+    written = []
+    for name, image in [*zip(names, map(Image.fromarray, finals), strict=True), ("contact-sheet.png", contact_sheet(run))]:
+        image.save(run.path / name, pnginfo=information)
+        written.append(run.path / name)
+    return written
+
+
+def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
+    """The run's story on one sheet, for the first of its images."""
+    final = Image.fromarray(run.images.values[0])
+    rows = [(f"From noise to picture: the predicted clean picture at {columns} of {run.tree.sizes['step']} model calls", _steps(run, columns, final))]
+    words = _words(run, final)
+    if words:
+        rows.append(("Where the picture looked at each word: cross-attention, mean over layers, heads and steps; bright is each map's own greatest", words))
+    lines = [-(-len(cells) // columns) for _, cells in rows]
+    shape = _fit(final, CELL).height
+    line = shape + 34
+    height = MARGIN + 74 + sum(34 + n * line for n in lines) + (30 if words else 0) + MARGIN // 2
+    sheet = Image.new("RGB", (2 * MARGIN + columns * CELL + (columns - 1) * GAP, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    asked = run.attributes["experiment"]
+    draw.text((MARGIN, MARGIN - 6), _shorten(asked["prompt"], 80), INK, font=_font(28))
+    guidance = f"guidance {asked['guidance_scale']:g}" if asked["guidance_scale"] > 1 else "no guidance"
+    kind = run.attributes["scheduler"]["class"].removesuffix("Scheduler")
+    told = f"{run.attributes['model']['name']}   {kind}, {asked['steps']} steps   {guidance}   seed {asked['seed']}   {final.width} x {final.height} pixels"
+    draw.text((MARGIN, MARGIN + 32), told, FAINT, font=_font(15))
+    top = MARGIN + 74
+    for (title, cells), count in zip(rows, lines, strict=True):
+        draw.text((MARGIN, top), title, INK, font=_font(15))
+        for index, (picture, label, note) in enumerate(cells):
+            x = MARGIN + index % columns * (CELL + GAP)
+            y = top + 28 + index // columns * line
+            sheet.paste(picture, (x, y))
+            draw.text((x, y + shape + 4), _shorten(label, 14), INK, font=_font(14))
+            draw.text((x + CELL, y + shape + 5), note, FAINT, font=_font(12), anchor="ra")
+        top += 34 + count * line
+    if words:
+        bar = heat(np.linspace(0, 1, 240)[None].repeat(12, 0))
+        sheet.paste(Image.fromarray(bar), (MARGIN + 20, top + 2))
+        draw.text((MARGIN, top), "0", FAINT, font=_font(12))
+        draw.text((MARGIN + 268, top), "the greatest share of a pixel's attention (given beside each word)", FAINT, font=_font(12))
+    return sheet
+
+
+def overlay(picture: Image.Image, heat_map: np.ndarray) -> Image.Image:
+    """A heat map (y, x), scaled by its own greatest value, over a greyed picture."""
+    top = float(heat_map.max()) or 1.0
+    value = np.asarray(Image.fromarray((heat_map / top).astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    grey = np.asarray(picture.convert("L").convert("RGB"), np.float32)
+    weight = 0.25 + 0.65 * value[..., None]
+    return Image.fromarray((grey * (1 - weight) + heat(value) * weight).round().astype(np.uint8))
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Numbers in 0..1 as colours from black over red to light yellow. *Shape:* (...) -> (..., rgb) uint8."""
+    at = values.clip(0, 1) * (len(HEAT) - 1)
+    low = np.minimum(at.astype(int), len(HEAT) - 2)
+    part = (at - low)[..., None]
+    return (HEAT[low] * (1 - part) + HEAT[low + 1] * part).round().astype(np.uint8)
+
+
+def _steps(run: Run, columns: int, final: Image.Image) -> list[tuple[Image.Image, str, str]]:
+    sigmas = run.tree["sigma"].values
+    if "decoded" in run.tree.children and run.tree["decoded"].sizes["decoded_step"] >= columns // 2:
+        of, pictures = run.tree["decoded/decoded_step"].values, run.tree["decoded/picture"].values[:, 0]
+    else:
+        of, pictures = run.steps, run.preview().values[:, 0]
+    chosen = np.unique(np.linspace(0, len(of) - 1, columns).round().astype(int))
+    cells = []
+    for index in chosen:
+        picture = Image.fromarray(pictures[index])
+        resample = Image.Resampling.NEAREST if picture.width < final.width else Image.Resampling.LANCZOS
+        cells.append((_fit(picture.resize(final.size, resample), CELL), f"step {of[index]}", f"\u03c3 {sigmas[of[index]]:.2f}"))
+    return cells
+
+
+def _words(run: Run, final: Image.Image) -> list[tuple[Image.Image, str, str]]:
+    if not run.grids:
+        return []
+    small = _fit(final, CELL)
+    return [(overlay(small, m.values), str(m["word"].values), f"{float(m.max()):.0%}") for m in run.words()]
+
+
+def _fit(picture: Image.Image, width: int) -> Image.Image:
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "\u2026"

@@ -1,0 +1,93 @@
+"""python -m probe.run EXPERIMENT.yaml: record a run.
+
+What is asked is a YAML file (see experiments/astronaut.yaml), and every field can be overridden on the command line:
+
+    python -m probe.run experiments/astronaut.yaml
+    python -m probe.run experiments/astronaut.yaml --guidance-scale 2 --seed 7
+    python -m probe.run experiments/astronaut.yaml --prompt "A cat on the moon" --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from probe.experiment import Experiment, load_experiment
+from probe.terminal import Parser, add_fields, guarded, overrides, rows
+
+EXAMPLE = "experiments/astronaut.yaml"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = Parser(prog="python -m probe.run", description=__doc__)
+    made.add_argument("experiment", nargs="?", type=Path, help="a YAML file; without one, the default experiment")
+    made.add_argument("--dry-run", action="store_true", help="show what would be recorded, and how large it would be, without weights or work")
+    made.add_argument("--max-bytes", type=_size, metavar="SIZE", help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)")
+    made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_fields(made)
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    asked = load_experiment(options.experiment or Experiment())
+    if changes := overrides(options):
+        asked = load_experiment(asked, **changes)
+    _quieten()
+    if options.dry_run:
+        return _forecast(asked, options.max_bytes)
+    from probe.recorder import record
+
+    run = record(asked, max_bytes=options.max_bytes, progress=not options.quiet)
+    if options.quiet:
+        print(run.path)
+        return 0
+    pictures = ", ".join(sorted(file.name for file in run.path.glob("*.png")))
+    print(f"\n{run!r}\n\nRecording  {run.path}\nPictures   {pictures} (inside it)\n")
+    print(f"Look       probe show {run.name}\nCheck      probe verify {run.name}")
+    print(f"Read       python -c 'import probe; print(probe.open_run(\"{run.path}\").tree)'")
+    return 0
+
+
+def _forecast(asked: Experiment, limit: int | None) -> int:
+    from probe.models import load
+    from probe.planning import plan, size_text
+
+    model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device, weights=False)
+    settled = plan(model.with_scheduler(asked.scheduler, asked.scheduler_options), asked)
+    print(json.dumps(asked.resolved(), indent=2, ensure_ascii=False))
+    sizes = settled.forecast()
+    shapes = {a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True)) for a in settled.arrays}
+    kinds = {a.path: a.dtype for a in settled.arrays}
+    large = sorted((path for path in sizes if sizes[path] >= 1000), key=lambda path: -sizes[path])
+    print(f"\n{settled.calls} model calls, latents {' x '.join(map(str, settled.latent_shape))}, branches: {', '.join(settled.called)}\n")
+    print(rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))
+    rest = sum(sizes[path] for path in sizes if path not in large)
+    print(f"\nand {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(sum(sizes.values()))} ({sum(sizes.values())} bytes).")
+    settled.check_size(limit, sys.maxsize)
+    return 0
+
+
+def _size(text: str) -> int:
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    number = text.lower().rstrip("bkmgt").strip()
+    try:
+        return int(float(number) * units[text.lower()[len(number) :].strip()])
+    except (ValueError, KeyError, OverflowError) as problem:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 300MB or 2GB") from problem
+
+
+def _quieten() -> None:
+    """The libraries' own chatter: what matters of it, probe says itself."""
+    import os
+
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,176 @@
+"""What a recording holds: the only place where groups, names, dimensions, types and units are written.
+
+`SCHEMA` lists every variable; a group in braces stands for several ("attention/{grid}": attention/16x16, ...). A
+recording's own variables, with their sizes, are `Array`s. The table in README.md is made by `python -m probe.schema`.
+
+Sizes that differ have names that differ, or live in groups of their own, because a DataTree refuses a child whose
+dimension disagrees with its parent's. That is why maps are grouped by grid and no `y` or `x` is at the root.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+STATUSES = ("running", "complete", "interrupted", "failed")
+BRANCHES = ("uncond", "cond")
+STATISTICS = ("mean", "std", "min", "max")
+MOMENTS = ("mass", "centroid_y", "centroid_x")
+REST = -1  # the token coordinate of the sum of all tokens that are not kept one by one
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One kind of variable. `dtype` "run" is the run's own, "map" that of capture.dtype, "any" that of the output."""
+
+    group: str
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    long_name: str
+    units: str = "1"
+    coordinate: bool = False
+
+
+def _coordinate(group: str, name: str, dims: tuple[str, ...], dtype: str, long_name: str, units: str = "1") -> Variable:
+    return Variable(group, name, dims, dtype, long_name, units, coordinate=True)
+
+
+_LATENT = ("step", "image", "channel", "y", "x")
+_MAP = ("branch", "image", "layer", "head", "y", "x")
+SCHEMA: tuple[Variable, ...] = (
+    _coordinate("", "step", ("step",), "int64", "index of the model call"),
+    _coordinate("", "timestep", ("step",), "float64", "the model's t"),
+    _coordinate("", "sigma", ("step",), "float64", "noise level sqrt((1 - alpha_bar) / alpha_bar)"),
+    _coordinate("", "alpha_bar", ("step",), "float64", "signal fraction, cumulative product of 1 - beta"),
+    Variable("", "committed", ("step",), "uint8", "1 when everything of this step is written"),
+    Variable("latents", "latents", _LATENT, "run", "latents that went into the call, in the scheduler's convention"),
+    Variable("latents", "prediction_uncond", _LATENT, "run", "the model's output, unconditional branch"),
+    Variable("latents", "prediction_cond", _LATENT, "run", "the model's output, conditional branch"),
+    Variable("latents", "prediction", _LATENT, "run", "what the scheduler got: guided and rescaled"),
+    Variable("latents", "final_latents", _LATENT[1:], "run", "latents after the last step, which the VAE decodes"),
+    Variable("latents", "scheduler_sigmas", ("sigma_index",), "float64", "the scheduler's whole sigma table"),
+    Variable("images", "final", ("image", "y", "x", "rgb"), "uint8", "the finished pictures"),
+    _coordinate("decoded", "decoded_step", ("decoded_step",), "int64", "index of the model call that was decoded"),
+    Variable("decoded", "picture", ("decoded_step", "image", "y", "x", "rgb"), "uint8", "the denoised latents of some steps, decoded"),
+    Variable("preview", "latent_to_rgb", ("channel", "rgb"), "float32", "linear map from denoised latents to colour in 0..1"),
+    Variable("preview", "bias", ("rgb",), "float32", "constant of that map"),
+    _coordinate("text/{encoder}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
+    _coordinate("text/{encoder}", "token", ("token",), "int64", "position in the 77 tokens"),
+    _coordinate("text/{encoder}", "token_text", ("branch", "token"), "str", "the token as text"),
+    _coordinate("text/{encoder}", "word", ("branch", "token"), "str", "the word that the token belongs to"),
+    _coordinate("text/{encoder}", "word_index", ("branch", "token"), "int64", "number of that word in the prompt, -1 for none"),
+    Variable("text/{encoder}", "token_id", ("branch", "token"), "int64", "token ids"),
+    Variable("text/{encoder}", "embedding", ("branch", "token", "feature"), "run", "token plus position embedding"),
+    Variable("text/{encoder}", "hidden", ("text_layer", "branch", "token", "feature"), "run", "output of each layer"),
+    Variable("text/{encoder}", "output", ("branch", "token", "feature"), "run", "after the last norm: what the UNet is given"),
+    Variable("text/{encoder}", "attention", ("text_layer", "branch", "text_head", "token", "key"), "float16", "self-attention: how far token looks at key"),
+    _coordinate("attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
+    _coordinate("attention/{grid}", "token", ("token",), "int64", "token position; -1 is `rest`, the sum of all others"),
+    _coordinate("attention/{grid}", "token_text", ("branch", "token"), "str", "the token as text"),
+    _coordinate("attention/{grid}", "word", ("branch", "token"), "str", "the word that the token belongs to"),
+    _coordinate("attention/{grid}", "word_index", ("branch", "token"), "int64", "number of that word in the prompt, -1 for none"),
+    _coordinate("attention/{grid}", "layer", ("layer",), "str", "dotted path of the cross-attention module"),
+    _coordinate("attention/{grid}", "moment", ("moment",), "str", "mass, centroid_y, centroid_x"),
+    Variable("attention/{grid}", "recorded", ("step",), "uint8", "1 where maps were asked for at this step"),
+    Variable("attention/{grid}", "cross", ("step", "token", *_MAP), "map", "cross-attention: of a pixel's attention, the share of a token"),
+    Variable(
+        "attention/{grid}", "moments", ("step", "token", *_MAP[:4], "moment"), "float32", "mean over pixels and centre (in 0..1) of each map, before storage"
+    ),
+    Variable("attention/{grid}", "overview", ("token", "step", "y", "x"), "float32", "mean over images, layers of all grids and heads of the last branch"),
+    Variable("attention/{grid}", "time_sum", ("token", *_MAP), "float32", "sum of the maps over the recorded steps"),
+    _coordinate("unet", "branch", ("branch",), "str", "which prompt: uncond or cond"),
+    _coordinate("unet", "module", ("module",), "str", "dotted path of the module"),
+    _coordinate("unet", "statistic", ("statistic",), "str", "mean, std, min, max"),
+    Variable("unet", "statistics", ("step", "statistic", "branch", "image", "module"), "float32", "of the module's whole output"),
+    _coordinate("vae", "module", ("module",), "str", "dotted path of the module"),
+    _coordinate("vae", "statistic", ("statistic",), "str", "mean, std, min, max"),
+    Variable("vae", "statistics", ("statistic", "image", "module"), "float32", "of the module's whole output, final decoding"),
+    Variable("unet/{module}", "activation", ("step", "branch", "image", "..."), "any", "the module's whole output"),
+    Variable("vae/{module}", "activation", ("image", "..."), "any", "the module's whole output, final decoding"),
+    Variable("text_encoder/{module}", "activation", ("branch", "..."), "any", "the module's whole output"),
+    _coordinate("cost", "component", ("component",), "str", "text_encoder, unet, vae"),
+    Variable("cost", "unet_seconds", ("step",), "float64", "time of the UNet's forward pass", "s"),
+    Variable("cost", "step_seconds", ("step",), "float64", "wall time of the whole step, scheduler and capture included", "s"),
+    Variable("cost", "seconds", ("component",), "float64", "time of the component over the whole run", "s"),
+    Variable("cost", "flops", ("component",), "int64", "floating point operations of one call, counted on the meta device", "FLOP"),
+    Variable("cost", "peak_memory", (), "int64", "greatest memory of the device (CUDA) or the process (CPU)", "byte"),
+)
+_BY_NAME = {(variable.group, variable.name): variable for variable in SCHEMA}
+_TAIL = {3: ("channel", "y", "x"), 2: ("position", "feature"), 1: ("feature",)}
+
+
+@dataclass(frozen=True)
+class Array:
+    """A variable of one recording: its place, sizes and type, and its content where that is known from the start."""
+
+    group: str
+    variable: Variable
+    shape: tuple[int, ...]
+    dtype: str
+    value: Any = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return f"{self.group}/{self.variable.name}".lstrip("/")
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        dims = self.variable.dims
+        return dims if dims[-1:] != ("...",) else (*dims[:-1], *_TAIL[len(self.shape) - len(dims) + 1])
+
+    @property
+    def nbytes(self) -> int:
+        if self.dtype == "str":
+            return sum(len(str(text).encode()) + 4 for text in np.asarray(self.value).ravel())
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def per_step(self) -> bool:
+        """Whether one chunk is written at each step."""
+        return self.dims[:1] == ("step",) and len(self.dims) > 1
+
+
+def array(group: str, name: str, shape: Sequence[int] | None = None, dtype: str | None = None, value: Any = None, **attributes: Any) -> Array:
+    """The schema's variable `name` in the recording's `group` ("attention/16x16"), sized by `shape` or by its `value`.
+
+    Raises KeyError for a variable that the schema does not have.
+    """
+    variable = _find(group, name)
+    if value is not None:
+        value = np.asarray(value, dtype=object if variable.dtype == "str" else None)
+    kind = dtype or variable.dtype
+    return Array(group, variable, tuple(value.shape if shape is None else shape), kind, value, attributes)
+
+
+def _find(group: str, name: str) -> Variable:
+    first = group.split("/")[0]
+    for pattern in (group, *(p for p in dict.fromkeys(v.group for v in SCHEMA) if "{" in p and p.split("/")[0] == first)):
+        if (pattern, name) in _BY_NAME:
+            return _BY_NAME[pattern, name]
+    raise KeyError(f"the schema has no variable {name!r} in group {group!r}")
+
+
+def near(wrong: str, options: Sequence[str]) -> str:
+    """A remedy that names the options nearest to a wrong name."""
+    found = difflib.get_close_matches(wrong, options, n=3, cutoff=0.4)
+    return f"Did you mean {' or '.join(found)}?" if found else f"There are: {', '.join(options[:12])}{', ...' if len(options) > 12 else ''}."
+
+
+def table() -> str:
+    """The schema as a Markdown table."""
+    rows = ["| variable | dimensions | type | unit | what it is |", "|---|---|---|---|---|"]
+    for v in SCHEMA:
+        rows.append(f"| `/{v.group + '/' if v.group else ''}{v.name}` | {', '.join(v.dims)} | {v.dtype} | {v.units} | {v.long_name} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

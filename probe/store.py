@@ -1,0 +1,326 @@
+"""A recording on disk: written so that it survives anything, read lazily and without torch.
+
+A run is one zarr v3 hierarchy, `<runs>/<name>-<id>.zarr`, that stock `xarray.open_datatree(path, engine="zarr")`
+opens while it is being written, after a crash, and when it is complete.
+
+How it is written (`RunWriter`): a lock beside it; everything created and preallocated in a hidden folder, metadata
+consolidated once, then renamed into place; at each step first the bulk, then the small arrays, then `committed[step] =
+1`, the only truth about what is there; at the end a manifest of every file's digest, then `status = complete`. Steps
+go through a background thread whose queue is bounded in bytes; an error in it stops the run with its cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import threading
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.storage import LocalStore
+
+from probe.errors import ProbeError, RecordingBusy, StoreError
+from probe.schema import Array
+
+MANIFEST = "manifest.json"
+QUEUE_BYTES = 48 * 2**20
+NOT_HASHED = (".png", ".partial")  # pictures for people, and what a killed writer left
+
+
+class RunWriter:
+    """A recording being written. Use it as a context manager: leaving it without `complete()` marks it interrupted or failed.
+
+    `arrays` are all variables that it will ever have; those with a value are written at once. Raises RecordingBusy
+    when another writer holds the path, StoreError when the disk does not take it.
+    """
+
+    def __init__(self, path: Path, arrays: Sequence[Array], attributes: Mapping[str, Any], durability: str = "run"):
+        self.path, self._durability = Path(path), durability
+        self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        self._queue = _Queue(self._write_step, QUEUE_BYTES)
+        self._committed = np.zeros(next((a.shape[0] for a in arrays if a.path == "committed"), 0), np.uint8)
+        with _storing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except filelock.Timeout as busy:
+                raise RecordingBusy(f"{self.path.name} is being written {_owner(self.path)}.", "Wait for it, or give the run another name.") from busy
+            if self.path.exists():
+                self._lock.release()
+                raise RecordingBusy(f"{self.path.name} exists already, and a recording is never overwritten.", "Give the run another name, or remove it: probe rm.")
+            writer = {"pid": os.getpid(), "host": socket.gethostname()}
+            hidden = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
+            try:
+                _create(hidden, arrays, {**attributes, "status": "running", "writer": writer})
+                hidden.rename(self.path)
+            except BaseException:
+                shutil.rmtree(hidden, ignore_errors=True)
+                self._lock.release()
+                raise
+            if durability != "none":
+                _sync_directory(self.path.parent)
+        self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
+        self._status = "interrupted"
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            self._status = "failed"
+        try:
+            with contextlib.suppress(ProbeError) if kind else contextlib.nullcontext():
+                self._queue.close()
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+                self.annotate(status=self._status)
+        finally:
+            self._lock.release()
+            self._lock_file.unlink(missing_ok=True)
+
+    @property
+    def _lock_file(self) -> Path:
+        return Path(self._lock.lock_file)
+
+    def write(self, path: str, value: Any, at: Any = ...) -> None:
+        """Write a variable, or a part of it, now."""
+        with _storing(self.path):
+            self._arrays[path][at] = np.asarray(value)
+
+    def read(self, path: str, at: Any = ...) -> np.ndarray:
+        """Read back what was written."""
+        with _storing(self.path):
+            return np.asarray(self._arrays[path][at])
+
+    def write_step(self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int) -> None:
+        """Queue one step: `values()` gives its variables by path and is called in the writing thread.
+
+        Waits while the queue holds too many bytes. Raises StoreError if an earlier step could not be written.
+        """
+        self._queue.put((step, values), nbytes)
+
+    def flush(self) -> None:
+        """Wait until every queued step is written. Raises StoreError if one could not be."""
+        self._queue.join()
+
+    def annotate(self, **attributes: Any) -> None:
+        """Set attributes of the recording, all at once, leaving its consolidated metadata in place."""
+        with _storing(self.path):
+            file = self.path / "zarr.json"
+            root = json.loads(file.read_text())
+            root["attributes"].update(attributes)
+            write_atomically(file, json.dumps(root).encode(), self._durability != "none")
+
+    def complete(self) -> None:
+        """Flush, write the manifest of every file's digest, and declare the recording complete."""
+        self.flush()
+        with _storing(self.path):
+            for left in self.path.rglob("*.partial"):
+                left.unlink()
+            write_atomically(self.path / MANIFEST, json.dumps(manifest(self.path), indent=0).encode(), self._durability != "none")
+            if self._durability != "none":
+                for file in self.path.rglob("*"):
+                    _sync_file(file)
+        self.annotate(status="complete")
+        self._status = "complete"
+
+    def _write_step(self, item: tuple[int, Callable[[], Mapping[str, np.ndarray]]]) -> None:
+        step, values = item
+        with _storing(self.path):
+            written = values()
+            for path in sorted(written, key=lambda p: -written[p].nbytes):  # the bulk first
+                self._arrays[path][step] = written[path]
+                if self._durability == "step":
+                    target = self._arrays[path]
+                    _sync_file(self.path / path / ".".join(["c", str(step), *["0"] * (target.ndim - 1)]))
+            self._committed[step] = 1
+            self._arrays["committed"][:] = self._committed
+            if self._durability == "step":
+                _sync_file(self.path / "committed" / "c.0")
+
+
+class _Queue:
+    """Items for one background thread, bounded by the bytes they hold. Its first error is raised by the next call."""
+
+    def __init__(self, work: Callable[[Any], None], limit: int):
+        self._work, self._limit = work, limit
+        self._items: deque[tuple[Any, int]] = deque()
+        self._held = self._busy = 0
+        self._error: BaseException | None = None
+        self._closed = False
+        self._change = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="probe-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Any, nbytes: int) -> None:
+        with self._change:
+            self._change.wait_for(lambda: self._error or self._held == 0 or self._held + nbytes <= self._limit)
+            self._raise()
+            self._items.append((item, nbytes))
+            self._held += nbytes
+            self._change.notify_all()
+
+    def join(self) -> None:
+        with self._change:
+            self._change.wait_for(lambda: self._error or self._held == 0)
+            self._raise()
+
+    def close(self) -> None:
+        """Let the thread finish what is queued, and end it."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        self._thread.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._items or self._closed)
+                if not self._items or self._error:
+                    return
+                item, nbytes = self._items[0]
+            try:
+                self._work(item)
+            except BaseException as error:
+                with self._change:
+                    self._error = error
+                    if not isinstance(error, ProbeError):
+                        self._error = StoreError(f"Writing a step failed: {error!r}.", "Run again with --debug for the traceback.")
+                        self._error.__cause__ = error
+                    self._change.notify_all()
+                return
+            del item
+            with self._change:
+                self._items.popleft()
+                self._held -= nbytes
+                self._change.notify_all()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def manifest(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a recording, by relative path. The root's attributes that change at the end are left out."""
+    digests = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_file() and file.suffix not in NOT_HASHED and name != MANIFEST:
+            content = file.read_bytes()
+            if name == "zarr.json":
+                root = json.loads(content)
+                root["attributes"].pop("status", None)
+                content = json.dumps(root, sort_keys=True).encode()
+            digests[name] = hashlib.sha256(content).hexdigest()
+    return digests
+
+
+def write_atomically(file: Path, content: bytes, sync: bool = True) -> None:
+    """Replace a file in one move, so that a reader sees the old content or the new, never a part."""
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("wb") as handle:
+            handle.write(content)
+            if sync:
+                handle.flush()
+                os.fsync(handle.fileno())
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")  # a draft of the v3 specification; xarray reads it
+        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")  # variable-length text
+        root = zarr.create_group(LocalStore(folder), zarr_format=3, attributes=attributes)
+        coordinates: dict[str, list[Array]] = {}
+        for a in arrays:
+            if a.variable.coordinate and a.dims != (a.variable.name,):
+                coordinates.setdefault(a.group, []).append(a)
+        for a in arrays:
+            beside = [c.variable.name for c in coordinates.get(a.group, []) if set(c.dims) <= set(a.dims)]
+            attached = {"coordinates": " ".join(beside)} if beside and not a.variable.coordinate else {}
+            described = {"long_name": a.variable.long_name, "units": a.variable.units, **a.attributes, **attached}
+            made = root.create_array(a.path, **_layout(a), dimension_names=a.dims, attributes=described)
+            if a.value is not None:
+                made[...] = a.value
+        zarr.consolidate_metadata(LocalStore(folder))
+
+
+def _layout(a: Array) -> dict[str, Any]:
+    """Type, chunks and checksums of a variable: one file a step, with maps one token a chunk inside it.
+
+    Lossless compression gains little on noise and probabilities and costs more than it saves; a checksum catches
+    what a disk gets wrong.
+    """
+    keys = {"name": "default", "separator": "."}  # flat names: nested directories double the cost of a write
+    if a.dtype == "str":
+        return {"shape": a.shape, "dtype": str, "chunks": tuple(max(1, n) for n in a.shape), "chunk_key_encoding": keys}
+    dtype = np.dtype(a.dtype)
+    chunks = tuple(max(1, n) for n in ((1, *a.shape[1:]) if a.per_step else a.shape))
+    layout: dict[str, Any] = {"shape": a.shape, "dtype": dtype, "chunks": chunks, "chunk_key_encoding": keys, "compressors": [Crc32cCodec()]}
+    if a.variable.name == "cross":
+        layout |= {"shards": chunks, "chunks": (1, 1, *chunks[2:])}
+    if a.variable.name in ("overview", "time_sum"):
+        layout["chunks"] = (1, *chunks[1:])
+    if a.value is None and not a.variable.coordinate:
+        layout["fill_value"] = float("nan") if dtype.kind == "f" else 0
+    return layout
+
+
+def _open(path: Path, a: Array) -> Any:
+    """The array for writing: bulk through the Rust codecs, `committed` and scalars through zarr-python's atomic store."""
+    pipeline = "zarrs.ZarrsCodecPipeline" if a.per_step else "zarr.core.codec_pipeline.BatchedCodecPipeline"
+    with zarr.config.set({"codec_pipeline.path": pipeline}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
+        return zarr.open_array(LocalStore(path), path=a.path, mode="r+")
+
+
+def _owner(path: Path) -> str:
+    try:
+        writer = json.loads((path / "zarr.json").read_text())["attributes"]["writer"]
+        return f"by process {int(writer['pid'])} on {writer['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "by another process"
+
+
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """Turn the disk's errors into ours."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        remedy = "Free some room, or record less (probe run --dry-run shows what takes how much)." if error.errno == 28 else "Check the disk and its permissions."
+        raise StoreError(f"{path} could not be written: {reason}.", remedy) from error
+
+
+def _sync_file(file: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a chunk that holds only fill values has no file
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+_sync_directory = _sync_file

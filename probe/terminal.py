@@ -1,0 +1,119 @@
+"""How the commands speak: one line of cause and one of remedy, exit codes, and command lines made from the schema of an experiment.
+
+Exit codes: 0 done, 1 a run that failed, 2 a request that cannot be met, 130 stopped with Ctrl-C. A traceback is shown
+only with --debug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, get_args
+
+from probe.errors import ProbeError
+from probe.experiment import CaptureOptions, Experiment
+from probe.strict_yaml import read_yaml
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a guess at what a misspelled option meant."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        options = [option for action in self._actions for option in action.option_strings]
+        wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        guess = difflib.get_close_matches(wrong[0], options, n=1, cutoff=0.5) if wrong else []
+        fail(message, f"Did you mean {guess[0]}?" if guess else f"See {self.prog} --help.")
+        raise SystemExit(2)
+
+
+def fail(cause: str, remedy: str = "") -> None:
+    """Print a cause and a remedy, each as one line."""
+    print(f"error: {' '.join(cause.split())}", file=sys.stderr)
+    if remedy:
+        print(f"       {' '.join(remedy.split())}", file=sys.stderr)
+
+
+def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command's `main`, turn its errors into lines and exit codes, and exit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        code = main([word for word in given if word != "--debug"])
+    except ProbeError as error:
+        if debug:
+            traceback.print_exc()
+        fail(error.cause, error.remedy)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("\nStopped.", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        fail(f"{type(error).__name__}: {error}", "This is a fault of probe itself: run again with --debug, and report what it prints.")
+        code = 1
+    raise SystemExit(code)
+
+
+# --- an experiment's fields as options -------------------------------------------------------------------------------
+
+
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    """An option for every field of an experiment: --guidance-scale, --capture.dtype, ..."""
+    for prefix, model, title in (("", Experiment, "experiment (each overrides the file)"), ("capture.", CaptureOptions, "capture (what is recorded)")):
+        group = parser.add_argument_group(title)
+        for name, field in model.model_fields.items():
+            if name in ("capture", "scheduler_options"):
+                continue
+            choices = [str(c) for c in get_args(field.annotation)] if str(field.annotation).startswith("typing.Literal") else None
+            default = field.get_default(call_default_factory=True)
+            shown = "none" if default is None else ",".join(default) if isinstance(default, tuple) else str(default).lower() if isinstance(default, bool) else default
+            help_text = f"{field.description} [{shown}]".replace("%", "%%")
+            metavar = "{" + ",".join(choices) + "}" if choices else _metavar(field.annotation)
+            group.add_argument(f"--{(prefix + name).replace('_', '-')}", dest=f"field {prefix}{name}", metavar=metavar, help=help_text)
+
+
+def overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given on the command line, by dotted field name, each text read as its field's type."""
+    found = {}
+    for name, text in vars(options).items():
+        if name.startswith("field ") and text is not None:
+            path = name.removeprefix("field ")
+            model, last = (CaptureOptions, path.split(".")[1]) if "." in path else (Experiment, path)
+            found[path] = _value(model.model_fields[last].annotation, text)
+    return found
+
+
+def _value(annotation: Any, text: str) -> Any:
+    kind = _metavar(annotation)
+    if kind == "GLOBS":
+        return [part for part in text.split(",") if part]
+    if text.lower() == "none" and type(None) in get_args(annotation):
+        return None
+    return read_yaml(f"value: {text}", "command line").get("value") if kind in ("INT", "FLOAT", "BOOL") else text
+
+
+def _metavar(annotation: Any) -> str:
+    text = str(annotation)
+    for kind, word in (("tuple", "GLOBS"), ("bool", "BOOL"), ("float", "FLOAT"), ("int", "INT")):
+        if annotation.__class__ is type and annotation.__name__ == kind or f"{kind}[" in text or f"{kind} " in text or text == kind:
+            return word
+    return "TEXT"
+
+
+def rows(table: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """A plain table with aligned columns."""
+    lines = [list(header), *map(list, table)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

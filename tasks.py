@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Everything this repository does, from a bare Python 3.11 or newer. Nothing else has to be installed first.
+
+    python3 tasks.py record experiments/astronaut.yaml    make a recording; all arguments go to `python -m probe.run`
+    python3 tasks.py test [pytest arguments]              run the quick tests, or those you name
+    python3 tasks.py check                                format, lint, types and the quick tests: what CI asks of a change
+    python3 tasks.py check --all                          the same with the slow and the browser tests; only gpu tests stay out
+
+The first call makes an environment in .venv and installs this checkout there, in the versions of constraints.txt. That
+takes minutes and gigabytes, most of them torch's. Later calls start at once; when pyproject.toml or constraints.txt has
+changed they install first. A call that was interrupted is finished by the next one. What pip said is in
+probe-install.log inside the environment.
+
+    PROBE_VENV=/some/where     put the environment there. An environment that is already there is used, and its
+                               packages are kept as long as constraints.txt agrees with them.
+
+On Linux, torch comes with CUDA by default (about 3 GB to download). Without an NVIDIA GPU the CPU build (0.2 GB) will do:
+
+    python3 -m venv .venv      then install the torch of constraints.txt with .venv/bin/pip and the CPU wheel index that
+                               "Get started" on PyTorch's site names, and call tasks.py; or set PIP_INDEX_URL or
+                               PIP_EXTRA_INDEX_URL to that index, as that site says, for the first call.
+
+Exit codes: 0 all went well; 1 an installation or a check failed; 2 a mistake in the call; else that of what was run.
+"""
+
+# Only the standard library, and nothing that Python 3.8 cannot parse: an old Python must get as far as our message.
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent
+STAMP = "probe-installed.json"
+LOG = "probe-install.log"
+
+REMEDIES = (  # (what pip said, what to do), the first that matches
+    (
+        ("No space left on device",),
+        "Free some disk space (an installation needs up to 10 GB), or place it elsewhere with PROBE_VENV; then call again.",
+    ),
+    (
+        ("Temporary failure in name resolution", "Max retries exceeded", "Connection", "timed out", "SSLError", "(from versions: none)"),
+        "Check the network and pip's index settings (PIP_INDEX_URL), then call again: what was downloaded is kept.",
+    ),
+    (("Permission denied",), "Make the environment's folder writable, or place it elsewhere with PROBE_VENV."),
+    (
+        ("No matching distribution", "ResolutionImpossible"),
+        "Your package index lacks a version that constraints.txt asks for. Check PIP_INDEX_URL, or take Python 3.11 to 3.13.",
+    ),
+)
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0 if argv else 2
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        near, known = difflib.get_close_matches(command, COMMANDS, 1), ", ".join(COMMANDS)
+        stop(f"tasks.py has no {command!r}.", f"Did you mean {near[0]!r}?" if near else f"Choose from: {known}.", code=2)
+    if sys.version_info < (3, 11):
+        stop(
+            f"This is Python {sys.version_info[0]}.{sys.version_info[1]}; Python 3.11 or newer is needed.",
+            "Call it with a newer one: python3.11 tasks.py ...",
+        )
+    return COMMANDS[command](rest)
+
+
+def record(arguments: list[str]) -> int:
+    hand_over([install("record"), "-m", "probe.run", *arguments])
+
+
+def test(arguments: list[str]) -> int:
+    python = install("record", "test")
+    os.chdir(ROOT)
+    hand_over([python, "-m", "pytest", *arguments])
+
+
+def check(arguments: list[str]) -> int:
+    if arguments not in ([], ["--all"]):
+        stop(f"check takes --all or nothing, not {arguments}.", "To run some tests only: python3 tasks.py test <pytest arguments>.", code=2)
+    python = install("record", "test")
+    steps = {
+        "format": ["ruff", "format", "--check"],
+        "lint": ["ruff", "check"],
+        "types": ["mypy"],
+        "tests": ["pytest", *(["-m", "not gpu"] if arguments else [])],
+    }
+    failed = []
+    for name, step in steps.items():
+        say(name + ": " + " ".join(step))
+        if subprocess.call([python, "-m", *step], cwd=ROOT):
+            failed.append(name)
+    say("failed: " + ", ".join(failed) if failed else "all of it passed: " + ", ".join(steps))
+    return 1 if failed else 0
+
+
+COMMANDS = {"record": record, "test": test, "check": check}
+
+
+def install(*extras: str) -> str:
+    """Bring the environment to a state that has `extras`; returns the path of its Python.
+
+    The stamp says what is installed. It is marked unfinished before pip starts, and finished only after pip has ended
+    well, so an interrupted installation is seen and repaired by the next call.
+    """
+    venv = Path(os.path.abspath(os.environ.get("PROBE_VENV") or ROOT / ".venv"))  # not resolved: bin/python is a link  # noqa: PTH100
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    version = version_of(python)
+    if version is None:
+        version = create(venv, python)
+    stamp = read_stamp(venv)
+    sources = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    now = {"sources": hashlib.sha256(sources).hexdigest(), "checkout": str(ROOT), "python": version}
+    if stamp.get("finished") and set(extras) <= set(stamp["extras"]) and all(stamp.get(key) == value for key, value in now.items()):
+        return str(python)
+
+    wanted = sorted({*extras, *stamp.get("extras", [])})
+    listed = ",".join(wanted)
+    if not stamp:
+        say(f"Installing probe[{listed}] into {venv}. The first time this takes 2 to 10 minutes and 2 to 8 GB of disk.")
+    elif not stamp.get("finished"):
+        say(f"An installation into {venv} did not finish. Trying again: probe[{listed}], up to some minutes.")
+        forget_half_installed(venv)
+    elif set(extras) <= set(stamp["extras"]):
+        say(f"pyproject.toml, constraints.txt, the checkout or Python has changed. Updating {venv}: seconds, unless torch changed.")
+    else:
+        say(f"Adding what probe[{listed}] needs to {venv}: up to a minute.")
+    write_stamp(venv, dict(now, extras=wanted, finished=False))
+    began = time.monotonic()
+    pip_install(python, venv / LOG, ["-e", f"{ROOT}[{listed}]", "-c", str(ROOT / "constraints.txt")])
+    write_stamp(venv, dict(now, extras=wanted, finished=True))
+    say(f"Installed in {time.monotonic() - began:.0f} s.")
+    return str(python)
+
+
+def version_of(python: Path) -> str | None:
+    """Like "3.11"; None if this Python does not start or has no pip."""
+    code = "import sys, importlib.util as u; print('%d.%d' % sys.version_info[:2]); sys.exit(u.find_spec('pip') is None)"
+    try:
+        asked = subprocess.run([str(python), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    except OSError:
+        return None
+    version = asked.stdout.strip()
+    if version and tuple(map(int, version.split("."))) < (3, 11):
+        stop(f"The environment of {python} is Python {version}; 3.11 or newer is needed.", "Name another folder with PROBE_VENV.")
+    return version if asked.returncode == 0 else None
+
+
+def create(venv: Path, python: Path) -> str:
+    """Make the environment, or mend one that was left half made: `venv` keeps what is already there."""
+    if venv.exists() and not (venv.is_dir() and ((venv / "pyvenv.cfg").exists() or not any(venv.iterdir()))):
+        stop(f"{venv} exists and is not a Python environment.", "Name an empty or a new folder with PROBE_VENV.")
+    remedy = f"On Debian or Ubuntu: apt install python3-venv. Or, with uv: uv venv --seed {venv}. Then call again."
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+        stop("This Python cannot make environments: its venv or ensurepip module is missing.", remedy)
+    say(f"Making a Python environment in {venv}: some seconds.")
+    made = subprocess.run([sys.executable, "-m", "venv", str(venv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    version = version_of(python)
+    if made.returncode or version is None:
+        print(made.stdout.strip()[-2000:], file=sys.stderr)
+        stop("The environment could not be made.", remedy if "ensurepip" in made.stdout else "Name another folder with PROBE_VENV.")
+    return version
+
+
+def forget_half_installed(venv: Path) -> None:
+    """pip takes a package for installed as soon as its metadata is there, but writes INSTALLER and RECORD only at its end."""
+    for metadata in [*venv.glob("lib/python*/site-packages/*.dist-info"), *venv.glob("Lib/site-packages/*.dist-info")]:
+        if not ((metadata / "INSTALLER").exists() and (metadata / "RECORD").exists()):
+            shutil.rmtree(metadata)
+
+
+def pip_install(python: Path, log: Path, arguments: list[str]) -> None:
+    """Run pip: all it says goes to `log`, its last line to the terminal; when it fails, its last lines and a remedy."""
+    terminal = sys.stdout.isatty()
+    tail: deque[str] = deque(maxlen=15)
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    with log.open("w", encoding="utf-8") as file, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    ) as pip:
+        assert pip.stdout
+        try:
+            for line in pip.stdout:
+                file.write(line)
+                tail.append(line.rstrip())
+                shown = line.strip()[: shutil.get_terminal_size().columns - 3]
+                if terminal:
+                    print("\r\033[K  " + shown, end="", flush=True)
+                elif shown.startswith(("Downloading", "Installing collected")):
+                    print("  " + shown, flush=True)
+        except KeyboardInterrupt:
+            pip.kill()
+            print()
+            stop("Interrupted.", "The next call finishes the installation.", code=130)
+    if terminal:
+        print("\r\033[K", end="")
+    if pip.returncode:
+        print("\n".join(tail), file=sys.stderr)
+        said = log.read_text(encoding="utf-8")
+        remedy = next((remedy for signs, remedy in REMEDIES if any(sign in said for sign in signs)), f"Its whole output is in {log}.")
+        stop(f"pip could not install into the environment (exit {pip.returncode}).", remedy)
+
+
+def read_stamp(venv: Path) -> dict[str, Any]:
+    try:
+        stamp = json.loads((venv / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) and isinstance(stamp.get("extras"), list) else {}
+
+
+def write_stamp(venv: Path, stamp: dict[str, Any]) -> None:
+    (venv / (STAMP + ".new")).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+    (venv / (STAMP + ".new")).replace(venv / STAMP)
+
+
+def hand_over(command: list[str]) -> NoReturn:
+    """Become `command`, so that signals and the exit code are its own."""
+    sys.stdout.flush()
+    if os.name == "posix":
+        os.execv(command[0], command)
+    sys.exit(subprocess.call(command))
+
+
+def say(what: str) -> None:
+    print("== " + what, flush=True)
+
+
+def stop(cause: str, remedy: str, code: int = 1) -> NoReturn:
+    print(cause + "\n" + remedy, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,485 @@
+"""The rules of this house that a program can check: which way imports point, what stays out, how long a module is.
+
+Each rule is a function from a source tree to its findings, `path:line: what`. Each is used twice: on this checkout,
+where it must find nothing, and on a small tree made to break it, where it must find that. A check that cannot fail
+checks nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 350
+
+# The order of the layers, from the bottom up. A module may import from the lines above its own line in this table, and
+# from nothing else in probe. Modules on one line do not know each other.
+LAYERS = [
+    # below the torch line: what reads recordings, and what a viewer needs
+    ("probe.errors", "probe.conversions"),
+    ("probe.strict_yaml",),
+    ("probe.schema",),
+    ("probe.experiment",),
+    ("probe.store",),
+    ("probe.analysis",),
+    ("probe.recording",),
+    ("probe.pictures", "probe.terminal"),
+    ("probe",),  # probe/__init__.py: the public reading API
+    # ================= the torch line =================
+    ("probe.hooks",),
+    ("probe.models",),
+    ("probe.rehearsal",),
+    ("probe.sampling",),
+    ("probe.capture", "probe.edits"),
+    ("probe.planning",),
+    ("probe.noising", "probe.cost"),
+    ("probe.recorder",),
+    ("probe.sweep",),
+    # ================= the doors: torch only inside functions =================
+    ("probe.run", "probe.verify"),
+    ("probe.cli",),
+    ("probe.__main__",),
+]
+TORCH_LINE = "probe"  # the topmost line without torch
+DOORS = "probe.run"  # the lowest line of the doors
+
+# Some that could import downwards still must not know each other: (who, whom), packages from outside included.
+STRANGERS = [
+    ("probe.models", "probe.hooks"),
+    ("probe.sampling", "probe.hooks"),
+    ("probe.sampling", "probe.store"),
+    ("probe.capture", "probe.store"),
+    ("probe.capture", "zarr"),
+    ("probe.capture", "xarray"),
+    ("probe.edits", "probe.store"),
+    ("dashboard.figures", "streamlit"),
+]
+TORCH = ("torch", "diffusers", "transformers")
+OUTSIDERS = ("dashboard", "experiments", "tests", "benchmarks", "tasks")  # probe imports none of them; a door may start the dashboard
+
+REGISTERS = re.compile(r"register_\w*hook\w*")
+
+RANK = {module: rank for rank, line in enumerate(LAYERS) for module in line}
+
+
+When = Literal["at once", "in a function", "for types only"]
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement's target: a dotted name, its line, and when it runs."""
+
+    name: str
+    line: int
+    when: When
+
+    def is_from(self, package: str) -> bool:
+        return self.name == package or self.name.startswith(package + ".")
+
+
+# ---------------------------------------------------------------------------------------------- reading source
+
+
+def sources(root: Path, *packages: str) -> Iterator[Path]:
+    for package in packages:
+        yield from sorted(path for path in (root / package).rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def module_of(root: Path, path: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(root: Path, path: Path) -> list[Import]:
+    """Every import at any depth, as full dotted names; `from probe import x` is probe.x where that is a module."""
+    package = module_of(root, path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+
+    def is_module(name: str) -> bool:
+        place = root.joinpath(*name.split("."))
+        return name in RANK or place.with_suffix(".py").exists() or place.is_dir()
+
+    found: dict[Import, None] = {}  # in order, each once
+
+    def visit(node: ast.AST, when: When) -> None:
+        match node:
+            case ast.Import(names=names):
+                found.update({Import(alias.name, node.lineno, when): None for alias in names})
+            case ast.ImportFrom(module=module, names=names, level=level):
+                base = ".".join([*(package[: len(package) - level + 1] if level else []), *([module] if module else [])])
+                for alias in names:
+                    full = f"{base}.{alias.name}"
+                    found[Import(full if is_module(full) else base, node.lineno, when)] = None
+            case ast.Call(
+                func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(name)), *_]
+            ):
+                found[Import(name, node.lineno, when)] = None
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            when = "in a function"
+        typed = node.body if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING") else []
+        children: list[ast.AST] = list(ast.iter_child_nodes(node))
+        for child in children:
+            visit(child, "for types only" if child in typed else when)
+
+    visit(parse(path), "at once")
+    return list(found)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def at(root: Path, path: Path, line: int = 1) -> str:
+    return f"{path.relative_to(root).as_posix()}:{line}"
+
+
+# ---------------------------------------------------------------------------------------------- the rules
+
+
+def imports_that_point_up(root: Path) -> list[str]:
+    findings = []
+    for path in sources(root, "probe"):
+        module = module_of(root, path)
+        if module not in RANK:
+            findings.append(f"{at(root, path)}: {module} has no place among the layers: add it to LAYERS in tests/test_house.py")
+            continue
+        for target in imports_of(root, path):
+            where = f"{at(root, path, target.line)}: {module} imports {target.name}"
+            starts_it = target.is_from("dashboard") and RANK[module] >= RANK[DOORS]
+            if any(target.is_from(outsider) for outsider in OUTSIDERS) and not starts_it:
+                findings.append(f"{where}, which is outside of probe")
+            if not target.is_from("probe") or (module == "probe" and target.when == "for types only"):
+                continue  # the package names in __init__, for types, what it imports when it is first used
+            if target.name not in RANK:
+                findings.append(f"{where}, which has no place among the layers: add it to LAYERS in tests/test_house.py")
+            elif target.name != module and RANK[target.name] >= RANK[module]:
+                findings.append(f"{where}: imports point down only (LAYERS in tests/test_house.py)")
+    return findings + [
+        f"{at(root, path, target.line)}: the dashboard imports {target.name}, which is above the torch line"
+        for path in sources(root, "dashboard")
+        for target in imports_of(root, path)
+        if target.is_from("probe") and RANK.get(target.name, len(LAYERS)) > RANK[TORCH_LINE]
+    ]
+
+
+def strangers_that_met(root: Path) -> list[str]:
+    return [
+        f"{at(root, path, target.line)}: {who} must not know {whom}"
+        for path in sources(root, "probe", "dashboard")
+        for target in imports_of(root, path)
+        for who, whom in STRANGERS
+        if module_of(root, path) == who and target.is_from(whom)
+    ]
+
+
+def torch_below_the_line(root: Path) -> list[str]:
+    """Below the line no torch at all; at the doors none (and nothing that needs it) outside of functions."""
+    findings = []
+    for path in sources(root, "probe", "dashboard"):
+        module = module_of(root, path)
+        below = module.startswith("dashboard") or RANK.get(module, len(LAYERS)) <= RANK[TORCH_LINE]
+        door = RANK.get(module, -1) >= RANK[DOORS]
+        for target in imports_of(root, path):
+            torch_side = any(target.is_from(name) for name in TORCH)
+            needs_torch = torch_side or RANK[TORCH_LINE] < RANK.get(target.name, -1) < RANK[DOORS]
+            if below and torch_side:
+                findings.append(f"{at(root, path, target.line)}: {module} is below the torch line and imports {target.name}")
+            if door and needs_torch and target.when == "at once":
+                findings.append(f"{at(root, path, target.line)}: {module} imports {target.name} at once: do it inside the function that needs it")
+    return findings
+
+
+def modules_loaded_by(statement: str, root: Path) -> list[str]:
+    """Which of torch and its friends a fresh process has loaded after `statement`."""
+    code = f"{statement}\nimport sys\nprint(*sorted(set({TORCH!r}) & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def hooks_elsewhere(root: Path) -> list[str]:
+    """One module registers hooks, and nobody replaces a forward or a processor (a string counts: getattr, setattr)."""
+    findings = []
+    for path in sources(root, "probe", "dashboard", "experiments"):
+        elsewhere = module_of(root, path) != "probe.hooks"
+        for node in ast.walk(parse(path)):
+            match node:
+                case ast.Attribute(attr=name) | ast.Name(id=name) | ast.Constant(value=str(name)) if elsewhere and REGISTERS.fullmatch(name):
+                    findings.append(f"{at(root, path, node.lineno)}: {name} belongs into probe/hooks.py")
+                case ast.Attribute(attr="forward" | "processor" as name, ctx=ast.Store() | ast.Del()):
+                    findings.append(f"{at(root, path, node.lineno)}: .{name} is assigned: observe with hooks only")
+                case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value="forward" | "processor" as name), _]):
+                    findings.append(f"{at(root, path, node.lineno)}: .{name} is assigned: observe with hooks only")
+                case ast.Attribute(attr="set_attn_processor" | "set_processor" as name) | ast.Constant(value="set_attn_processor" as name):
+                    findings.append(f"{at(root, path, node.lineno)}: {name} replaces a processor: observe with hooks only")
+    return findings
+
+
+def constants_of_models(root: Path) -> list[str]:
+    """The noise schedule is read in one place, and the VAE's scaling factor comes from its config."""
+    findings = []
+    for path in sources(root, "probe", "dashboard"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if "alphas_cumprod" in line and module_of(root, path) != "probe.sampling":
+                findings.append(f"{at(root, path, number)}: alphas_cumprod belongs into probe/sampling.py")
+            if "0.18215" in line:
+                findings.append(f"{at(root, path, number)}: 0.18215 is vae.config.scaling_factor")
+    return findings
+
+
+def shapeless_modules(root: Path) -> list[str]:
+    findings = []
+    for path in sources(root, "probe", "dashboard", "experiments", "benchmarks", "tests"):
+        inside = path.relative_to(root)
+        if path.stem in ("utils", "util", "helpers", "misc") or {"common", "utils", "helpers"} & set(inside.parts[:-1]):
+            findings.append(f"{at(root, path)}: this name says nothing of what is inside")
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if inside.parts[0] == "probe" and lines > MAX_LINES:
+            findings.append(f"{at(root, path)}: {lines} lines, over {MAX_LINES}: which two ideas does it hold?")
+    return findings
+
+
+def undocumented_modules(root: Path) -> list[str]:
+    return [f"{at(root, path)}: no docstring" for path in sources(root, "probe", "dashboard") if not (ast.get_docstring(parse(path)) or "").strip()]
+
+
+def untyped_packages(root: Path) -> list[str]:
+    """py.typed lies in each package, and each package is shipped whole."""
+    wheel = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]["wheel"]
+    findings = [f"pyproject.toml: the wheel lacks {name}" for name in ("probe", "dashboard") if name not in wheel.get("packages", [])]
+    findings += [
+        f"pyproject.toml: the wheel must ship its packages whole, without {key!r}" for key in ("include", "only-include", "exclude") if key in wheel
+    ]
+    return findings + [f"{name}/py.typed is missing" for name in ("probe", "dashboard") if not (root / name / "py.typed").is_file()]
+
+
+# Written in pieces, so that this file does not hold what it forbids.
+MACHINE = re.compile(r"(?<![\w.~<>)}\]*-])/" + r"(?:wo" + r"rk|ro" + r"ot|op" + r"t)(?=/|[\s\"'`:;,)\]]|$)")
+REGISTRY = re.compile(r"py" + r"pi\.org|python" + r"hosted\.org|download\." + r"pytorch\.org")
+NOT_OURS = frozenset(".git .venv __pycache__ .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs training".split())
+
+
+def text_files(root: Path) -> Iterator[Path]:
+    """What git holds or would take; outside of a checkout, all but caches and outputs."""
+    listed = None
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:  # no git here
+            listed = None
+    if listed is not None and listed.returncode == 0:
+        paths = [root / name for name in listed.stdout.split("\0") if name]
+    else:
+        paths = [path for path in root.rglob("*") if not NOT_OURS.intersection(path.relative_to(root).parts)]
+    for path in sorted(paths):
+        if path.is_file() and b"\0" not in path.read_bytes()[:8192]:
+            yield path
+
+
+def words_of_this_machine(root: Path) -> list[str]:
+    return [
+        f"{at(root, path, number)}: {found.group()} is a place of one machine"
+        for path in text_files(root)
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        for pattern in (MACHINE, REGISTRY)
+        if (found := pattern.search(line))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- this checkout keeps them
+
+RULES = [
+    imports_that_point_up,
+    strangers_that_met,
+    torch_below_the_line,
+    hooks_elsewhere,
+    constants_of_models,
+    shapeless_modules,
+    undocumented_modules,
+    untyped_packages,
+    words_of_this_machine,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_this_checkout_keeps_the_rule(rule: Callable[[Path], list[str]]) -> None:
+    assert list(sources(ROOT, "probe")), "the checks look at an empty folder"
+    findings = rule(ROOT)
+    assert not findings, "\n" + "\n".join(findings)
+
+
+@pytest.mark.parametrize("module", ["probe", "probe.cli", "dashboard"])
+def test_a_fresh_process_imports_it_without_torch(module: str) -> None:
+    assert modules_loaded_by(f"import {module}", ROOT) == []
+
+
+# ---------------------------------------------------------------------------------------------- each of them can fail
+
+GOOD = {
+    "pyproject.toml": '[tool.hatch.build.targets.wheel]\npackages = ["probe", "dashboard"]\n',
+    "probe/py.typed": "",
+    "dashboard/py.typed": "",
+    "probe/__init__.py": '"""Reads recordings."""\nif TYPE_CHECKING:\n    from probe.recorder import record\n',
+    "probe/errors.py": '"""Errors."""\n',
+    "probe/store.py": '"""Stores."""\nimport zarr\nfrom probe.errors import ProbeError\n',
+    "probe/hooks.py": '"""Hooks."""\nfrom torch import nn\ndef on(module, hook):\n    return module.register_forward_hook(hook)\n',
+    "probe/sampling.py": '"""The loop."""\nimport torch\nfrom . import errors\nx = scheduler.alphas_cumprod\n',
+    "probe/cli.py": '"""The door."""\nfrom probe import analysis\ndef main():\n    import torch\n    from probe.recorder import record\n',
+    "dashboard/__init__.py": '"""Looks."""\nimport probe\nfrom probe.analysis import Run\n',
+    "dashboard/views/maps.py": '"""A view."""\nfrom probe import schema\nimport streamlit\n',
+    "experiments/own.py": "place = '.../work/here', 'root/x', 'a/opt', '/workflows/x', '/options'\n",
+}
+
+BREAKS = [
+    # (rule, file, its text, what the finding must say)
+    (torch_below_the_line, "probe/cli.py", '""""""\nclass A:\n    import torch', "probe/cli.py:3: probe.cli imports torch at once"),
+    (
+        imports_that_point_up,
+        "probe/store.py",
+        '""""""\nfrom probe.recorder import record',
+        "probe/store.py:2: probe.store imports probe.recorder: imports point down",
+    ),
+    (
+        imports_that_point_up,
+        "probe/errors.py",
+        '""""""\ndef f():\n    from probe import schema',
+        "probe/errors.py:3: probe.errors imports probe.schema: imports",
+    ),
+    (
+        imports_that_point_up,
+        "probe/errors.py",
+        '""""""\ndef f():\n    from .schema import near',
+        "probe/errors.py:3: probe.errors imports probe.schema: imports",
+    ),
+    (imports_that_point_up, "probe/errors.py", '""""""\nfrom . import schema as s', "probe/errors.py:2: probe.errors imports probe.schema: imports"),
+    (imports_that_point_up, "probe/store.py", '""""""\nfrom probe import Run', "probe.store imports probe: imports point down only"),
+    (
+        imports_that_point_up,
+        "probe/__init__.py",
+        '""""""\ndef f():\n    from probe.recorder import record',
+        "probe imports probe.recorder: imports point",
+    ),
+    (
+        imports_that_point_up,
+        "probe/store.py",
+        '""""""\nif TYPE_CHECKING:\n    import probe.recorder',
+        "probe.store imports probe.recorder: imports point",
+    ),
+    (imports_that_point_up, "probe/edits.py", '""""""\nimport probe.capture', "probe.edits imports probe.capture: imports point down only"),
+    (imports_that_point_up, "probe/edits.py", '""""""\nimport_module("probe.sweep")', "probe.edits imports probe.sweep: imports point down only"),
+    (imports_that_point_up, "probe/magic.py", '""""""\n', "probe.magic has no place among the layers: add it to LAYERS in tests/test_house.py"),
+    (imports_that_point_up, "probe/sweep.py", '""""""\nfrom probe.magic.deep import x', "probe.magic.deep, which has no place among the layers"),
+    (imports_that_point_up, "probe/sweep.py", '""""""\nimport experiments.own', "imports experiments.own, which is outside of probe"),
+    (imports_that_point_up, "probe/sweep.py", '""""""\nimport dashboard', "imports dashboard, which is outside of probe"),
+    (
+        imports_that_point_up,
+        "dashboard/views/maps.py",
+        '""""""\nfrom probe.hooks import on',
+        "dashboard/views/maps.py:2: the dashboard imports probe.hooks",
+    ),
+    (imports_that_point_up, "dashboard/app.py", '""""""\nfrom probe import cli', "the dashboard imports probe.cli, which is above the torch line"),
+    (strangers_that_met, "probe/sampling.py", '""""""\nfrom probe.hooks import on', "probe.sampling must not know probe.hooks"),
+    (strangers_that_met, "probe/capture.py", '""""""\ndef f():\n    import zarr.storage', "probe/capture.py:3: probe.capture must not know zarr"),
+    (strangers_that_met, "dashboard/figures.py", '""""""\nimport streamlit as st', "dashboard.figures must not know streamlit"),
+    (
+        torch_below_the_line,
+        "probe/store.py",
+        '""""""\ndef f():\n    import torch',
+        "probe/store.py:3: probe.store is below the torch line and imports torch",
+    ),
+    (torch_below_the_line, "probe/__init__.py", '""""""\nimport diffusers', "probe is below the torch line and imports diffusers"),
+    (torch_below_the_line, "dashboard/views/maps.py", '""""""\nfrom transformers import x', "dashboard.views.maps is below the torch line"),
+    (torch_below_the_line, "probe/cli.py", '""""""\ntry:\n    import torch.nn\nfinally: ...', "probe/cli.py:3: probe.cli imports torch.nn at once"),
+    (
+        torch_below_the_line,
+        "probe/run.py",
+        '""""""\nfrom probe.recorder import record',
+        "probe.run imports probe.recorder at once: do it inside the function",
+    ),
+    (
+        hooks_elsewhere,
+        "probe/capture.py",
+        '""""""\nm.register_forward_hook(f)',
+        "probe/capture.py:2: register_forward_hook belongs into probe/hooks.py",
+    ),
+    (hooks_elsewhere, "probe/edits.py", '""""""\ngetattr(m, "register_forward_pre_hook")', "register_forward_pre_hook belongs into"),
+    (hooks_elsewhere, "probe/edits.py", '""""""\nregister_module_forward_hook(f)', "register_module_forward_hook belongs into"),
+    (hooks_elsewhere, "experiments/own.py", "m.register_full_backward_hook(f)", "experiments/own.py:1: register_full_backward_hook belongs into"),
+    (hooks_elsewhere, "probe/hooks.py", '""""""\nm.forward = f', "probe/hooks.py:2: .forward is assigned"),
+    (hooks_elsewhere, "probe/edits.py", '""""""\na, m.processor = f', ".processor is assigned"),
+    (hooks_elsewhere, "probe/edits.py", '""""""\nsetattr(m, "forward", f)', ".forward is assigned"),
+    (hooks_elsewhere, "probe/edits.py", '""""""\nunet.set_attn_processor(p)', "set_attn_processor replaces a processor"),
+    (constants_of_models, "probe/analysis.py", '"""alphas_cumprod"""', "probe/analysis.py:1: alphas_cumprod belongs into probe/sampling.py"),
+    (constants_of_models, "dashboard/data.py", '""""""\nx = 1 / 0.18215', "dashboard/data.py:2: 0.18215 is vae.config.scaling_factor"),
+    (shapeless_modules, "probe/utils.py", "", "probe/utils.py:1: this name says nothing"),
+    (shapeless_modules, "dashboard/helpers.py", "", "dashboard/helpers.py:1: this name says nothing"),
+    (shapeless_modules, "experiments/common/x.py", "", "experiments/common/x.py:1: this name says nothing"),
+    (shapeless_modules, "probe/store.py", "\n" * (MAX_LINES + 1), f"probe/store.py:1: {MAX_LINES + 1} lines"),
+    (undocumented_modules, "probe/edits.py", "x = 1", "probe/edits.py:1: no docstring"),
+    (undocumented_modules, "dashboard/views/maps.py", '"""  """', "dashboard/views/maps.py:1: no docstring"),
+    (untyped_packages, "probe/py.typed", None, "probe/py.typed is missing"),
+    (untyped_packages, "pyproject.toml", '[tool.hatch.build.targets.wheel]\npackages = ["probe"]', "the wheel lacks dashboard"),
+    (untyped_packages, "pyproject.toml", GOOD["pyproject.toml"] + 'exclude = ["*.typed"]', "without 'exclude'"),
+    (words_of_this_machine, "notes.md", "see " + "/wo" + "rk/x", "notes.md:1: " + "/wo" + "rk is a place of one machine"),
+    (words_of_this_machine, ".ci/run", "\ncd '" + "/ro" + "ot'", ".ci/run:2: " + "/ro" + "ot is a place"),
+    (words_of_this_machine, "a.yaml", "path: " + "/op" + "t/models", "a.yaml:1: " + "/op" + "t is a place"),
+    (words_of_this_machine, "b.txt", "https://py" + "pi.org/simple", "b.txt:1: "),
+]
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_rule_finds_nothing_in_a_good_tree(rule: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    assert rule(plant(tmp_path, GOOD)) == []
+
+
+@pytest.mark.parametrize(("rule", "name", "text", "finding"), BREAKS, ids=[f"{rule.__name__}-{index}" for index, (rule, *_) in enumerate(BREAKS)])
+def test_a_rule_can_fail(rule: Callable[[Path], list[str]], name: str, text: str | None, finding: str, tmp_path: Path) -> None:
+    plant(tmp_path, GOOD)
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        plant(tmp_path, {name: text})
+    found = rule(tmp_path)
+    assert len(found) == 1, found
+    assert finding in found[0]
+
+
+def test_every_rule_is_shown_to_fail() -> None:
+    assert {rule for rule, *_ in BREAKS} == set(RULES)
+
+
+def test_git_is_asked_where_there_is_a_checkout(tmp_path: Path) -> None:
+    """What git ignores is not ours to judge, and without git the same tree is walked."""
+    plant(tmp_path, {"notes.md": "/wo" + "rk/x", "secret.txt": "/wo" + "rk/y", ".gitignore": "secret.txt\n"})
+    assert [path.name for path in text_files(tmp_path)] == [".gitignore", "notes.md", "secret.txt"]
+    try:
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True, capture_output=True)
+    except OSError:
+        pytest.skip("no git here")
+    assert [path.name for path in text_files(tmp_path)] == [".gitignore", "notes.md"]
+
+
+def test_the_fresh_process_can_fail(tmp_path: Path) -> None:
+    plant(tmp_path, {"torch.py": "", "probe/__init__.py": "import torch\n"})
+    assert modules_loaded_by("import probe", tmp_path) == ["torch"]
