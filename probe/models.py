@@ -117,11 +117,11 @@ class StableDiffusion:
         own = (size, size) if isinstance(size, int) else tuple(size)
         sides = []
         for name, pixels, default in (("height", height, own[0]), ("width", width, own[1])):
-            if pixels is not None and pixels % self.f:
-                below = pixels // self.f * self.f
+            if pixels is not None and (pixels % self.f or pixels < 1):
+                below = max(pixels // self.f, 1) * self.f
                 raise ExperimentError(
                     f"{name}: {pixels} is not a multiple of f = {self.f}, the pixels that one latent of {self.name} stands for.",
-                    f"Use {name}: {below or self.f} or {below + self.f}.",
+                    f"Use {name}: {below} or {below + self.f}.",
                 )
             sides.append(default if pixels is None else pixels // self.f)
         return (images, int(self.unet.config.in_channels), sides[0], sides[1])
@@ -290,6 +290,8 @@ def load(
     index = _json(folder, "model_index.json", name)
     _refuse_other_pipelines(str(index.get("_class_name")))
     unet_config, vae_config, *_ = [_json(folder, file, name) for file in CONFIGS]
+    if not (folder / "tokenizer").is_dir():
+        raise ModelError(f"{name}: tokenizer/ is missing.", "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?")
     target = torch.device("meta") if not weights else pick_device(device)
     kind = {"auto": torch.float16 if pick_device(device).type == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
     scheduler_name = str((index.get("scheduler") or [None])[-1])
@@ -338,7 +340,8 @@ def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path,
         return Path(name), None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise ModelError(
-            f"model: {name!r} is no directory, no hub id (owner/name) and no bundled model.", f"Bundled: {', '.join(BUNDLED)}. Try --model emojiworld."
+            f"model: {name!r} is no directory, no hub id (owner/name) and no bundled model.",
+            f"Bundled: {', '.join(BUNDLED)}. Try --model emojiworld.",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -367,7 +370,9 @@ def _check_weights(folder: Path, name: str, variant: str | None) -> None:
         wanted = "weights without a variant" if variant is None else f"weights of variant {variant!r}"
         choices = [f"set variant: {there}" for there in variants] + ["leave variant out"] * bool(plain)
         remedy = ", or ".join(choices)
-        raise ModelError(f"{name}: {folder.name} has no {wanted} (variants there: {', '.join(variants) or 'none'}).", f"{remedy[0].upper()}{remedy[1:]}.")
+        raise ModelError(
+            f"{name}: {folder.name} has no {wanted} (variants there: {', '.join(variants) or 'none'}).", f"{remedy[0].upper()}{remedy[1:]}."
+        )
     if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
         raise ModelError(
             f"{name}: {folder.name} has only pickled weights, which can run code when they are read.",

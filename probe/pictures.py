@@ -37,10 +37,11 @@ def save(run: Run) -> list[Path]:
 def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
     """The run's story on one sheet, for the first of its images."""
     final = Image.fromarray(run.images.values[0])
-    rows = [(f"From noise to picture: the predicted clean picture at {columns} of {run.tree.sizes['step']} model calls", _steps(run, columns, final))]
-    words = _words(run, final)
+    steps, words = _steps(run, columns - 1), _words(run, final)
+    title = f"From noise to picture: the predicted clean picture at {len(steps)} of {run.tree.sizes['step']} model calls, and the result"
+    rows = [(title, [*steps, (_fit(final, CELL), "result", "")])]
     if words:
-        rows.append(("Where the picture looked at each word: cross-attention, mean over layers, heads and steps; bright is each map's own greatest", words))
+        rows.append(("Where the picture looked at each word: cross-attention, mean over layers, heads and steps", words))
     lines = [-(-len(cells) // columns) for _, cells in rows]
     shape = _fit(final, CELL).height
     line = shape + 34
@@ -65,16 +66,16 @@ def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
         top += 34 + count * line
     if words:
         bar = heat(np.linspace(0, 1, 240)[None].repeat(12, 0))
-        sheet.paste(Image.fromarray(bar), (MARGIN + 20, top + 2))
-        draw.text((MARGIN, top), "0", FAINT, font=_font(12))
-        draw.text((MARGIN + 268, top), "the greatest share of a pixel's attention (given beside each word)", FAINT, font=_font(12))
+        sheet.paste(Image.fromarray(bar), (MARGIN, top + 2))
+        draw.text((MARGIN + 252, top), "share of a pixel's attention, from each map's least to its greatest (given beside its word)", FAINT, font=_font(12))
     return sheet
 
 
 def overlay(picture: Image.Image, heat_map: np.ndarray) -> Image.Image:
-    """A heat map (y, x), scaled by its own greatest value, over a greyed picture."""
-    top = float(heat_map.max()) or 1.0
-    value = np.asarray(Image.fromarray((heat_map / top).astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    """A heat map (y, x), from its least to its greatest value, over a greyed picture."""
+    least = heat_map.min()
+    scaled = (heat_map - least) / max(float(heat_map.max() - least), 1e-12)
+    value = np.asarray(Image.fromarray(scaled.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
     grey = np.asarray(picture.convert("L").convert("RGB"), np.float32)
     weight = 0.25 + 0.65 * value[..., None]
     return Image.fromarray((grey * (1 - weight) + heat(value) * weight).round().astype(np.uint8))
@@ -88,7 +89,7 @@ def heat(values: np.ndarray) -> np.ndarray:
     return (HEAT[low] * (1 - part) + HEAT[low + 1] * part).round().astype(np.uint8)
 
 
-def _steps(run: Run, columns: int, final: Image.Image) -> list[tuple[Image.Image, str, str]]:
+def _steps(run: Run, columns: int) -> list[tuple[Image.Image, str, str]]:
     sigmas = run.tree["sigma"].values
     if "decoded" in run.tree.children and run.tree["decoded"].sizes["decoded_step"] >= columns // 2:
         of, pictures = run.tree["decoded/decoded_step"].values, run.tree["decoded/picture"].values[:, 0]
@@ -97,9 +98,7 @@ def _steps(run: Run, columns: int, final: Image.Image) -> list[tuple[Image.Image
     chosen = np.unique(np.linspace(0, len(of) - 1, columns).round().astype(int))
     cells = []
     for index in chosen:
-        picture = Image.fromarray(pictures[index])
-        resample = Image.Resampling.NEAREST if picture.width < final.width else Image.Resampling.LANCZOS
-        cells.append((_fit(picture.resize(final.size, resample), CELL), f"step {of[index]}", f"\u03c3 {sigmas[of[index]]:.2f}"))
+        cells.append((_fit(Image.fromarray(pictures[index]), CELL), f"step {of[index]}", f"sigma {sigmas[of[index]]:.2f}"))
     return cells
 
 
@@ -107,11 +106,13 @@ def _words(run: Run, final: Image.Image) -> list[tuple[Image.Image, str, str]]:
     if not run.grids:
         return []
     small = _fit(final, CELL)
-    return [(overlay(small, m.values), str(m["word"].values), f"{float(m.max()):.0%}") for m in run.words()]
+    return [(overlay(small, m.values), str(m["word"].values), f"{float(m.min()):.0%} to {float(m.max()):.0%}") for m in run.words()]
 
 
 def _fit(picture: Image.Image, width: int) -> Image.Image:
-    return picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
+    """The picture at a width; a preview, one pixel a latent, keeps its squares."""
+    resample = Image.Resampling.NEAREST if picture.width < width / 2 else Image.Resampling.LANCZOS
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))), resample)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("training/emojiworld"), help="checkpoints, and the model at the end")
     parser.add_argument("--scenes", type=int, default=20_000, help="scenes in the training set")
     parser.add_argument("--vae-steps", type=int, default=5000)
-    parser.add_argument("--unet-steps", type=int, default=6000)
+    parser.add_argument("--unet-steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
