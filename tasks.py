@@ -16,9 +16,9 @@ probe-install.log inside the environment.
 
 On Linux, torch comes with CUDA by default (about 3 GB to download). Without an NVIDIA GPU the CPU build (0.2 GB) will do:
 
-    python3 -m venv .venv      then install the torch of constraints.txt with .venv/bin/pip and the CPU wheel index that
-                               "Get started" on PyTorch's site names, and call tasks.py; or set PIP_INDEX_URL or
-                               PIP_EXTRA_INDEX_URL to that index, as that site says, for the first call.
+    python3 -m venv .venv      then, with .venv/bin/pip, install the torch of constraints.txt from the CPU wheel index that
+                               "Get started" on PyTorch's site names, and call tasks.py; or set PIP_EXTRA_INDEX_URL to
+                               that index for the first call.
 
 Exit codes: 0 all went well; 1 an installation or a check failed; 2 a mistake in the call; else that of what was run.
 """

@@ -49,4 +49,6 @@ def word_maps(maps: xr.DataArray, words: np.ndarray, numbers: np.ndarray) -> xr.
     names = [str(words[np.flatnonzero(numbers == number)[0]]) for number in present]
     values = np.concatenate(merged, axis=axis) if merged else plain.values.take([], axis=axis)
     coords = {name: value for name, value in plain.coords.items() if "token" not in value.dims}
-    return xr.DataArray(values, dims=["word" if d == "token" else str(d) for d in plain.dims], coords=coords, name=maps.name).assign_coords(word=names)
+    return xr.DataArray(values, dims=["word" if d == "token" else str(d) for d in plain.dims], coords=coords, name=maps.name).assign_coords(
+        word=names
+    )

@@ -13,6 +13,7 @@ untouched. For a layer with H heads on a grid of N = y * x positions, with q (N,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -44,7 +45,7 @@ class Tray:
 
     def put(self, name: str, value: Any) -> None:
         if name in self._values and not self._replace:
-            raise CaptureError(f"{name} fired twice in one step.", "A shared or re-entered module cannot be recorded: leave it out of capture.layers.")
+            raise CaptureError(f"{name} fired twice in one step.", "A module that is shared or re-entered cannot be recorded: leave it out.")
         self._values[name] = value
 
     def take(self) -> dict[str, Any]:
@@ -92,7 +93,9 @@ def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]
         once = [path for path in found if rehearsal.calls[path] == 1]
         if not once:
             if found:
-                raise ExperimentError(f"capture.activations: {found[0]} runs {rehearsal.calls[found[0]]} times a call.", "Name the modules around it.")
+                raise ExperimentError(
+                    f"capture.activations: {found[0]} runs {rehearsal.calls[found[0]]} times a call.", "Name the modules around it."
+                )
             raise ExperimentError(f"capture.activations: {pattern!r} matches no module.", near(pattern, list(rehearsal.outputs)))
         chosen.update(dict.fromkeys(once))
     return list(chosen)
@@ -127,7 +130,9 @@ class AttentionCapture:
         self._modules = {path: modules[path] for path in layers}
         for path, module in self._modules.items():
             if getattr(module, "fused_projections", False):
-                raise CaptureError(f"{path} has fused QKV projections, whose queries cannot be read.", "Call pipeline.unfuse_qkv_projections() first.")
+                raise CaptureError(
+                    f"{path} has fused QKV projections, whose queries cannot be read.", "Call pipeline.unfuse_qkv_projections() first."
+                )
             if module.norm_q is not None or module.norm_k is not None or module.norm_cross:
                 raise CaptureError(f"{path} normalises its queries or keys, which is not supported yet.", "Leave it out of capture.layers.")
 
@@ -262,7 +267,7 @@ class TextCapture:
         ]
         for index, layer in enumerate(self._layers):
             found.append((layer, "output", self._hidden(index)))
-            found.append((layer.self_attn.q_proj, "output", lambda value, index=index: self._queries.__setitem__(index, value)))
+            found.append((layer.self_attn.q_proj, "output", functools.partial(self._queries.__setitem__, index)))
             found.append((layer.self_attn.k_proj, "output", self._attention(index, layer.self_attn)))
         return found + self.outputs.watches()
 

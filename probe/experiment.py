@@ -14,7 +14,6 @@ Inside: `SCHEDULERS` (our names for diffusers' classes), `CaptureOptions`, `Expe
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import re
@@ -37,7 +36,7 @@ from pydantic import (
 )
 
 from probe.errors import ExperimentError
-from probe.strict_yaml import LARGEST, MAX_BYTES, SHOWN, UNCLEAN, printable, read_yaml, shorten, shown, too_long
+from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, printable, read_text, read_yaml, shorten, shown
 
 SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
     "DDIM": ("DDIMScheduler", {}),
@@ -55,7 +54,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
     "KDPM2Ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
     "LCM": ("LCMScheduler", {}),
 }
-
 
 
 def _clean(text: str) -> str:
@@ -102,7 +100,7 @@ def _scheduler(name: str) -> str:
     if name == "default" or name in SCHEDULERS:
         return name
     spellings = {"default": "default"} | {word.casefold(): key for key, (kind, _) in SCHEDULERS.items() for word in (key, kind)}
-    raise ExperimentError(f"{shown(name)} is not a scheduler", _did_you_mean(name, spellings) or f"Write default, {', '.join(SCHEDULERS)}.")
+    raise ExperimentError(f"{shown(name)} is not a scheduler", did_you_mean(name, spellings) or f"Write default, {', '.join(SCHEDULERS)}.")
 
 
 def _revision(name: str | None) -> str | None:
@@ -143,7 +141,8 @@ class CaptureOptions(Strict):
         description='Attention of which layers: globs such as "up_blocks.*", or grids (height x width) such as "16x16".',
     )
     steps: Annotated[str, BeforeValidator(_steps_text), AfterValidator(_steps_syntax)] = Field(
-        default="all", description='Attention, statistics and activations at which steps: all, a slice "start:stop:step", or indices "0,5,-1" (-1 is the last).'
+        default="all",
+        description='Attention, statistics and activations at which steps: all, "start:stop:step", or "0,5,-1".',
     )
     dtype: Literal["float16", "float32", "sqrt_u8"] = Field(
         default="float16", description="How attention is stored: float16, float32, or sqrt_u8 (one byte: the square root in 255 levels)."
@@ -241,35 +240,13 @@ def load_experiment(source: str | Path | Mapping[str, Any] | Experiment, **overr
     elif isinstance(source, Mapping):
         experiment = _validate(_merge({}, source), "experiment")
     else:
-        experiment = parse_experiment(_read(Path(source)), str(source))
+        experiment = parse_experiment(read_text(Path(source)), str(source))
     return _validate(_merge(experiment.resolved(), overrides), "override") if overrides else experiment
 
 
 def parse_experiment(text: str, where: str = "experiment") -> Experiment:
     """The experiment in a YAML text; `where` is what its errors call it."""
     return _validate(read_yaml(text, where), printable(where))
-
-
-def _read(path: Path) -> str:
-    where = printable(str(path))
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise too_long(where)
-        return data.decode("utf-8-sig")
-    except ExperimentError:
-        raise
-    except FileNotFoundError:
-        folders = (path.parent, path.parent / "experiments", Path("experiments"))
-        there = {file.stem.casefold(): printable(str(file)) for folder in folders for file in sorted(folder.glob("*.yaml"))}
-        some = f"There is {', '.join(sorted(there.values())[:5])}." if there else "Check the path."
-        raise ExperimentError(f"{where}: this file does not exist", _did_you_mean(path.stem, there) or some) from None
-    except UnicodeDecodeError as problem:
-        raise ExperimentError(f"{where}: byte {problem.start} is not UTF-8 text", "Save the file as UTF-8.") from None
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or str(problem)
-        raise ExperimentError(f"{where}: cannot be read ({printable(reason)})", "Name a YAML file that you may read.") from None
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,7 +303,7 @@ def _explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
         spellings = {name.rpartition(".")[2]: name for name in sorted(names, key=lambda name: ("." in name) == inside)}
         here = (CaptureOptions if inside else Experiment).model_fields
         elsewhere = {"num_inference_steps": "steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "sampler": "scheduler"}
-        return f"{field}: unknown field", _did_you_mean(str(place[-1]), elsewhere | spellings) or f"The fields here are {', '.join(here)}."
+        return f"{field}: unknown field", did_you_mean(str(place[-1]), elsewhere | spellings) or f"The fields here are {', '.join(here)}."
     value: Any = data
     with contextlib.suppress(LookupError, TypeError, AttributeError):
         for key in place:
@@ -342,13 +319,8 @@ def _explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
         return f"{field}: {given} is {problem.format(**context)}", "Write a number from {ge} to {le}.".format(**bounds)
     if kind == "literal_error":
         options = re.findall(r"'(\w+)'", context["expected"])
-        meant = _did_you_mean(given.strip("'"), {item: item for item in options})
+        meant = did_you_mean(given.strip("'"), {item: item for item in options})
         return f"{field}: {given} is not one of {', '.join(options)}", meant or "Write one of them."
     if kind.endswith("too_long"):
         return f"{field}: {given} is too long", f"At most {context['max_length']} fit here."
     return f"{field}: {given} does not fit", declared.description or ""
-
-
-def _did_you_mean(word: str, spellings: Mapping[str, str]) -> str:
-    near = difflib.get_close_matches(word[:SHOWN].casefold(), spellings, n=1)
-    return f"Did you mean {spellings[near[0]]}?" if near else ""

@@ -48,7 +48,7 @@ def _on_input(module: nn.Module, callback: Callable[[Any], None]) -> Any:
 
 
 def _on_output(module: nn.Module, callback: Callable[[Any], None]) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         callback(output)
 
     return module.register_forward_hook(hook)

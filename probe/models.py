@@ -1,31 +1,25 @@
-"""Stable Diffusion as its parts: text encoder, UNet, scheduler and VAE, loaded safely and described by their configs.
+"""Stable Diffusion as its parts: text encoder, UNet, scheduler and VAE, described by their configs.
 
-    model = load("emojiworld")                        # the bundled model, a hub id, or a local diffusers directory
-    model = StableDiffusion.of(pipeline)              # or an in-memory diffusers StableDiffusionPipeline
+    model = StableDiffusion.of(pipeline)              # an in-memory diffusers pipeline; probe.loading.load gets others
     conditioning = model.condition("An astronaut scuba diving")
 
-Weights are read from safetensors only, and no code that comes with a model is ever run. Constants (downsampling
-factor f, scaling factor, prediction type, grid size) come from the model's own configs. `skeleton()` is the same
-model without weights, on the meta device: it tells every shape and cost before anything is computed.
+Constants (downsampling factor f, scaling factor, prediction type, grid size) come from the model's own configs.
+`skeleton()` is the same model without weights, on the meta device: it tells every shape and cost before anything is computed.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
-from probe.errors import DeviceError, ExperimentError, ModelError, PromptError
+from probe.errors import ExperimentError, ModelError, PromptError
 from probe.experiment import SCHEDULERS
 
-BUNDLED = {"emojiworld": Path(__file__).parent / "emojiworld"}
-CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
 # What StableDiffusionPipeline forces on every scheduler it is given: x0 in latent space has no reason to lie in [-1, 1].
-_LATENT = {"clip_sample": False, "steps_offset": 1}
+FORCED = {"clip_sample": False, "steps_offset": 1}
 LATER = {"XL": "SDXL", "3Pipeline": "SD 3", "Flux": "Flux", "PixArt": "PixArt", "Img2Img": "image to image", "Inpaint": "inpainting"}
 
 
@@ -85,17 +79,17 @@ class StableDiffusion:
     @classmethod
     def of(cls, pipeline: Any, name: str | None = None) -> StableDiffusion:
         """The parts of a diffusers `StableDiffusionPipeline`. Raises ModelError for other pipelines."""
-        _refuse_other_pipelines(type(pipeline).__name__)
+        refuse_other_pipelines(type(pipeline).__name__)
         parts = {part: getattr(pipeline, part) for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
-        return cls(name=name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__), **parts)._checked()
+        return cls(name=name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__), **parts).checked()
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return cast(torch.device, next(self.unet.parameters()).device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
+        return cast(torch.dtype, next(self.unet.parameters()).dtype)
 
     @property
     def f(self) -> int:
@@ -142,20 +136,20 @@ class StableDiffusion:
             # As diffusers' `from_config`: another class gets what was set here, but not this class's own defaults.
             drop = set() if name == "default" else set(own.get("_use_default_values", ()))
             config = {key: value for key, value in own.items() if key in known - drop}
-            latent = {key: value for key, value in _LATENT.items() if key in known and name != "default" and self.vae is not None}
-            return replace(self, scheduler=scheduler_class.from_config({**config, **latent, **extra, **options}))._checked()
+            latent = {key: value for key, value in FORCED.items() if key in known and name != "default" and self.vae is not None}
+            return replace(self, scheduler=scheduler_class.from_config({**config, **latent, **extra, **options})).checked()
         except (ValueError, NotImplementedError, TypeError) as problem:
             raise ExperimentError(f"scheduler: {kind} refuses these options: {problem}", "See its documentation in diffusers.") from problem
 
     def read(self, text: str, over_long: Literal["error", "cut"] = "error") -> Prompt:
         """Tokenize a prompt. Raises PromptError when it is too long, or has words that the model never saw."""
         limit = int(self.tokenizer.model_max_length)
-        if self.vocabulary is not None:
-            if unknown := [w for w in dict.fromkeys(re.findall(r"\w+", text.lower())) if w not in self.vocabulary]:
-                raise PromptError(
-                    f"{self.name} never saw {', '.join(map(repr, unknown))} in its training.",
-                    f"Its words: {' '.join(sorted(self.vocabulary))}. Another model (model: ...) knows more.",
-                )
+        known = self.vocabulary
+        if known is not None and (unknown := [w for w in dict.fromkeys(re.findall(r"\w+", text.lower())) if w not in known]):
+            raise PromptError(
+                f"{self.name} never saw {', '.join(map(repr, unknown))} in its training.",
+                f"Its words: {' '.join(sorted(known))}. Another model (model: ...) knows more.",
+            )
         whole = self.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
         cut = ""
         if len(whole.input_ids) > limit:
@@ -213,7 +207,8 @@ class StableDiffusion:
         parts = {"unet": unet.eval(), "vae": vae and vae.eval(), "text_encoder": text_encoder.eval()}
         return replace(self, **{name: part and torch.nn.Module.to(part, self.dtype) for name, part in parts.items()})
 
-    def _checked(self) -> StableDiffusion:
+    def checked(self) -> StableDiffusion:
+        """The model itself. Raises ModelError if it is of a kind that is not supported."""
         problem = None
         if self.prediction_type not in ("epsilon", "v_prediction"):
             problem = f"prediction type {self.prediction_type!r}"
@@ -254,147 +249,8 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     return (scaled * 255).round().nan_to_num(0).to(torch.uint8)
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises DeviceError for a device this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise DeviceError(f"device: {name} is not on this machine ({torch.cuda.device_count()} CUDA devices).", "Use --device cpu, or --device auto.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("device: mps is not on this machine.", "Use --device cpu, or --device auto.")
-    return device
-
-
-def load(
-    name: str,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    weights: bool = True,
-) -> StableDiffusion:
-    """Load a bundled model, a local diffusers directory or a hub id. With `weights=False` the parts are on the meta device.
-
-    Raises ModelError when it is missing, unsafe (pickled weights only) or not a Stable Diffusion 1.x or 2.x model.
-    """
-    import diffusers
-    from safetensors import SafetensorError
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    folder, commit = _folder(name, revision, variant)
-    index = _json(folder, "model_index.json", name)
-    _refuse_other_pipelines(str(index.get("_class_name")))
-    unet_config, vae_config, *_ = [_json(folder, file, name) for file in CONFIGS]
-    if not (folder / "tokenizer").is_dir():
-        raise ModelError(f"{name}: tokenizer/ is missing.", "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?")
-    target = torch.device("meta") if not weights else pick_device(device)
-    kind = {"auto": torch.float16 if pick_device(device).type == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
-    scheduler_name = str((index.get("scheduler") or [None])[-1])
-    scheduler_class = getattr(diffusers, scheduler_name, None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
-        raise ModelError(f"{name}: its scheduler {scheduler_name!r} is not one of diffusers'.", "Name another: --scheduler DDIM.")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-        scheduler.register_to_config(**{key: value for key, value in _LATENT.items() if key in scheduler.config})
-        if weights:
-            for part in ("unet", "vae", "text_encoder"):
-                _check_weights(folder / part, name, variant)
-            safe: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
-            unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=kind, **safe)
-            vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=kind, **safe)
-            text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=kind, **safe)
-        else:
-            with torch.device("meta"):
-                unet = diffusers.UNet2DConditionModel.from_config(unet_config)
-                vae = diffusers.AutoencoderKL.from_config(vae_config)
-                text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True))
-        words = folder / "words.json"
-        vocabulary = frozenset(json.loads(words.read_text())) if words.exists() else None
-    except ModelError:
-        raise
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, SafetensorError) as problem:
-        raise ModelError(f"{name}: {str(problem).splitlines()[0][:300]}", "Is it a whole diffusers directory?") from problem
-    return StableDiffusion(
-        name=name,
-        unet=torch.nn.Module.to(unet, target, kind).eval(),
-        vae=torch.nn.Module.to(vae, target, kind).eval(),
-        text_encoder=torch.nn.Module.to(text_encoder, target, kind).eval(),
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        revision=commit,
-        vocabulary=vocabulary,
-    )._checked()
-
-
-def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path, str | None]:
-    """The local directory of a model, and the commit it was resolved to when it came from the hub."""
-    if name in BUNDLED:
-        return BUNDLED[name], None
-    if Path(name).is_dir():
-        return Path(name), None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
-        raise ModelError(
-            f"model: {name!r} is no directory, no hub id (owner/name) and no bundled model.",
-            f"Bundled: {', '.join(BUNDLED)}. Try --model emojiworld.",
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    suffix = f".{variant}" if variant else ""
-    weights = [f"{part}/{stem}{suffix}*.safetensors" for part in ("unet", "vae") for stem in ("diffusion_pytorch_model",)]
-    wanted = ["model_index.json", "*/*.json", "tokenizer/*", *weights, f"text_encoder/model{suffix}*.safetensors"]
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as problem:
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(
-            f"model: {name}{at} is not on this machine and could not be fetched ({type(problem).__name__}).",
-            "Check the name and the connection, give a local diffusers directory, or use the bundled model: --model emojiworld.",
-        ) from problem
-    return folder, folder.name
-
-
-def _check_weights(folder: Path, name: str, variant: str | None) -> None:
-    safe = [file.name for file in folder.glob("*.safetensors")]
-    variants = sorted({file.split(".")[1].split("-")[0] for file in safe if file.count(".") > 1})
-    plain = [file for file in safe if not (file.count(".") > 1)]
-    if plain if variant is None else variant in variants:
-        return
-    if safe:
-        wanted = "weights without a variant" if variant is None else f"weights of variant {variant!r}"
-        choices = [f"set variant: {there}" for there in variants] + ["leave variant out"] * bool(plain)
-        remedy = ", or ".join(choices)
-        raise ModelError(
-            f"{name}: {folder.name} has no {wanted} (variants there: {', '.join(variants) or 'none'}).", f"{remedy[0].upper()}{remedy[1:]}."
-        )
-    if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
-        raise ModelError(
-            f"{name}: {folder.name} has only pickled weights, which can run code when they are read.",
-            "Convert them once where you trust them: DiffusionPipeline.from_pretrained(...).save_pretrained(folder, safe_serialization=True).",
-        )
-    raise ModelError(f"{name}: {folder.name} has no weights.", "Fetch the model whole, or use the bundled one: --model emojiworld.")
-
-
-def _refuse_other_pipelines(kind: str) -> None:
+def refuse_other_pipelines(kind: str) -> None:
     if kind == "StableDiffusionPipeline":
         return
     named = next((label for part, label in LATER.items() if part in kind), kind)
     raise ModelError(f"{named} ({kind}) is not supported yet.", "Stable Diffusion 1.x and 2.x text-to-image models are.")
-
-
-def _json(folder: Path, file: str, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / file).read_text())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-        return found
-    except FileNotFoundError as problem:
-        raise ModelError(f"{name}: {file} is missing.", "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?") from problem
-    except ValueError as problem:
-        raise ModelError(f"{name}: {file} is not a valid JSON object.", "Fetch the model again.") from problem

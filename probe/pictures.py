@@ -52,8 +52,14 @@ def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
     draw.text((MARGIN, MARGIN - 6), _shorten(asked["prompt"], 80), INK, font=_font(28))
     guidance = f"guidance {asked['guidance_scale']:g}" if asked["guidance_scale"] > 1 else "no guidance"
     kind = run.attributes["scheduler"]["class"].removesuffix("Scheduler")
-    told = f"{run.attributes['model']['name']}   {kind}, {asked['steps']} steps   {guidance}   seed {asked['seed']}   {final.width} x {final.height} pixels"
-    draw.text((MARGIN, MARGIN + 32), told, FAINT, font=_font(15))
+    told = [
+        run.attributes["model"]["name"],
+        f"{kind}, {asked['steps']} steps",
+        guidance,
+        f"seed {asked['seed']}",
+        f"{final.width} x {final.height} pixels",
+    ]
+    draw.text((MARGIN, MARGIN + 32), "   ".join(told), FAINT, font=_font(15))
     top = MARGIN + 74
     for (title, cells), count in zip(rows, lines, strict=True):
         draw.text((MARGIN, top), title, INK, font=_font(15))
@@ -67,7 +73,7 @@ def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
     if words:
         bar = heat(np.linspace(0, 1, 240)[None].repeat(12, 0))
         sheet.paste(Image.fromarray(bar), (MARGIN, top + 2))
-        draw.text((MARGIN + 252, top), "share of a pixel's attention, from each map's least to its greatest (given beside its word)", FAINT, font=_font(12))
+        draw.text((MARGIN + 252, top), "share of a pixel's attention, from each map's least to its greatest value", FAINT, font=_font(12))
     return sheet
 
 
@@ -86,20 +92,17 @@ def heat(values: np.ndarray) -> np.ndarray:
     at = values.clip(0, 1) * (len(HEAT) - 1)
     low = np.minimum(at.astype(int), len(HEAT) - 2)
     part = (at - low)[..., None]
-    return (HEAT[low] * (1 - part) + HEAT[low + 1] * part).round().astype(np.uint8)
+    return np.asarray(HEAT[low] * (1 - part) + HEAT[low + 1] * part).round().astype(np.uint8)
 
 
 def _steps(run: Run, columns: int) -> list[tuple[Image.Image, str, str]]:
-    sigmas = run.tree["sigma"].values
+    sigmas = run.variable("sigma").values
     if "decoded" in run.tree.children and run.tree["decoded"].sizes["decoded_step"] >= columns // 2:
-        of, pictures = run.tree["decoded/decoded_step"].values, run.tree["decoded/picture"].values[:, 0]
+        of, pictures = run.variable("decoded/decoded_step").values, run.variable("decoded/picture").values[:, 0]
     else:
         of, pictures = run.steps, run.preview().values[:, 0]
     chosen = np.unique(np.linspace(0, len(of) - 1, columns).round().astype(int))
-    cells = []
-    for index in chosen:
-        cells.append((_fit(Image.fromarray(pictures[index]), CELL), f"step {of[index]}", f"sigma {sigmas[of[index]]:.2f}"))
-    return cells
+    return [(_fit(Image.fromarray(pictures[i]), CELL), f"step {of[i]}", f"sigma {sigmas[of[i]]:.2f}") for i in chosen]
 
 
 def _words(run: Run, final: Image.Image) -> list[tuple[Image.Image, str, str]]:

@@ -65,7 +65,7 @@ class Plan:
             if most is not None and total > most:
                 raise TooLarge(
                     f"The recording would take {size_text(total)}, more than {what}: {size_text(most)}.",
-                    f"Most of it is {largest[0]} ({size_text(largest[1])}): fewer capture.layers, capture.steps or capture.tokens, or capture.dtype: sqrt_u8.",
+                    f"Most of it is {largest[0]} ({size_text(largest[1])}): capture fewer layers, steps or tokens, or set capture.dtype: sqrt_u8.",
                 )
 
 
@@ -232,7 +232,8 @@ def _outputs(model: StableDiffusion, run: Plan) -> list[Array]:
     inside = [path for path in run.activations if path.startswith("unet.")]
     if run.statistics["unet"] or inside:
         arrays.append(array("unet", "branch", value=list(run.called)))
-    for part, lead in (("unet", (run.calls, len(STATISTICS), branches, images)), ("vae", (len(STATISTICS), images))):
+    leads: dict[str, tuple[int, ...]] = {"unet": (run.calls, len(STATISTICS), branches, images), "vae": (len(STATISTICS), images)}
+    for part, lead in leads.items():
         if paths := run.statistics[part]:
             names = [path.removeprefix(f"{part}.") for path in paths]
             arrays += [array(part, "module", value=names), array(part, "statistic", value=list(STATISTICS))]
@@ -240,11 +241,12 @@ def _outputs(model: StableDiffusion, run: Plan) -> list[Array]:
     for path in run.activations:
         part, module = path.split(".", 1)
         shape = run.rehearsal.outputs[path]
-        batch, lead = {"unet": (branches * images, (run.calls, branches, images)), "vae": (images, (images,)), ENCODER: (1, (branches,))}[part]
+        batch = {"unet": branches * images, "vae": images, ENCODER: 1}[part]
+        rows: tuple[int, ...] = {"unet": (run.calls, branches, images), "vae": (images,), ENCODER: (branches,)}[part]
         if shape[0] != batch or not 2 <= len(shape) <= 4:
             raise ExperimentError(f"capture.activations: the output of {path} has shape {shape}, without one row per image.", "Name another module.")
         note = {"recorded_dtype": str(model.dtype).removeprefix("torch.")}
-        arrays.append(array(f"{part}/{module}", "activation", (*lead, *shape[1:]), numpy_dtype(model.dtype), **note))
+        arrays.append(array(f"{part}/{module}", "activation", (*rows, *shape[1:]), numpy_dtype(model.dtype), **note))
     return arrays
 
 

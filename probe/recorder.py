@@ -13,10 +13,8 @@ import contextlib
 import hashlib
 import json
 import platform
-import resource
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,10 +27,11 @@ from tqdm.auto import tqdm
 from probe import pictures
 from probe.analysis import probabilities, resize
 from probe.capture import AttentionCapture, OutputCapture, TextCapture, hooked
+from probe.clock import Clock
 from probe.errors import NotFinite, OutOfMemory, ProbeError
 from probe.experiment import Experiment, load_experiment
-from probe.hooks import Hooks
-from probe.models import Conditioning, StableDiffusion, load
+from probe.loading import load
+from probe.models import Conditioning, StableDiffusion
 from probe.planning import ENCODER, Plan, grid_group, plan, size_text
 from probe.recording import Run
 from probe.sampling import Step, denoise
@@ -57,7 +56,7 @@ def record(
     holds every committed step).
     """
     asked = load_experiment(experiment)
-    say: Say = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda line: None)
+    say: Say = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda _: None)
     with _out_of_memory(asked):
         if pipeline is None:
             say(f"Loading {asked.model} ...")
@@ -123,7 +122,7 @@ def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
 
 
 def _perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
-    asked, clock = run.experiment, _Clock(model.device)
+    asked, clock = run.experiment, Clock(model.device)
     clock.reset_memory()
     with clock.measure("text_encoder"):
         conditioning = _read_prompts(model, run, writer)
@@ -162,14 +161,13 @@ def _perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, pro
                 decoded_in_float32 |= again
             bar.set_postfix(sigma=f"{step.sigma:.2f}", refresh=False)
             bar.update()
-    steps.close()
     assert final is not None
     writer.flush()
     check_finite("final_latents", run.calls - 1, _numpy(final), asked.on_nan)
     writer.write("latents/final_latents", _numpy(final))
 
     say("Decoding the picture ...")
-    inside = OutputCapture("vae", model.vae, run.statistics["vae"], run.activations, replace=True)
+    inside = OutputCapture("vae", model.vae or torch.nn.Module(), run.statistics["vae"], run.activations, replace=True)
     with hooked(inside), clock.measure("vae"):
         pixels, again = model.decode(final)
     writer.write("images/final", pixels.numpy())
@@ -183,7 +181,11 @@ def _perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, pro
         say("The VAE overflowed in float16: decoded again in float32.")
     say("Summing up the attention maps ...")
     _summarise(run, writer)
-    clock.write(run, writer)
+    unet, whole, seconds, memory = clock.read()
+    writer.write("cost/unet_seconds", unet)
+    writer.write("cost/step_seconds", whole)
+    writer.write("cost/seconds", [seconds.get(part, 0.0) for part in run.rehearsal.flops])
+    writer.write("cost/peak_memory", memory)
 
 
 def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Conditioning:
@@ -292,62 +294,6 @@ def fit_preview(model: StableDiffusion) -> tuple[np.ndarray, np.ndarray]:
 # --- small parts -----------------------------------------------------------------------------------------------------
 
 
-class _Clock:
-    """Times of the components and steps. On CUDA the UNet is timed by events, so that the loop never waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device if device.type == "cuda" else None
-        self._seconds: dict[str, float] = {}
-        self._steps: list[float] = []
-        self._marks: list[Any] = []
-
-    def reset_memory(self) -> None:
-        if self._cuda is not None:
-            torch.cuda.reset_peak_memory_stats(self._cuda)
-
-    @contextlib.contextmanager
-    def measure(self, component: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self._cuda is not None:
-            torch.cuda.synchronize(self._cuda)
-        self._seconds[component] = self._seconds.get(component, 0.0) + time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._steps.append(time.perf_counter() - start)
-
-    def watching(self, unet: Any) -> Hooks:
-        return Hooks([(unet, "input", self._mark), (unet, "output", self._mark)])
-
-    def _mark(self, _: Any) -> None:
-        if self._cuda is None:
-            self._marks.append(time.perf_counter())
-        else:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-
-    def write(self, run: Plan, writer: RunWriter) -> None:
-        if self._cuda is not None:
-            torch.cuda.synchronize(self._cuda)
-        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
-        unet = [b - a if self._cuda is None else a.elapsed_time(b) / 1000 for a, b in pairs]
-        self._seconds["unet"] = sum(unet)
-        memory = torch.cuda.max_memory_allocated(self._cuda) if self._cuda else _process_memory()
-        writer.write("cost/unet_seconds", unet)
-        writer.write("cost/step_seconds", self._steps)
-        writer.write("cost/seconds", [self._seconds.get(part, 0.0) for part in run.rehearsal.flops])
-        writer.write("cost/peak_memory", memory)
-
-
-def _process_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -397,5 +343,3 @@ def _out_of_memory(asked: Experiment) -> Iterator[None]:
                 "Fewer images, a smaller height and width, --dtype float16, or fewer capture.layers.",
             ) from error
         raise
-
-

@@ -69,7 +69,16 @@ class Run:
     @functools.cached_property
     def steps(self) -> np.ndarray:
         """Indices of the committed steps."""
-        return np.flatnonzero(self.tree["committed"].values)
+        return np.flatnonzero(self.variable("committed").values)
+
+    def variable(self, path: str) -> xr.DataArray:
+        """One variable or coordinate, lazily: "latents/latents", "attention/16x16/cross". Raises RecordingNotFound."""
+        group, _, name = path.rpartition("/")
+        try:
+            return self.tree[group or "/"].dataset[name]
+        except KeyError as error:
+            found = [f"{node.path}/{n}".strip("/") for node in self.tree.subtree for n in node.dataset.data_vars]
+            raise RecordingNotFound(f"{self.name} has no variable {path}.", near(path, found)) from error
 
     # --- latents and what follows from them ---
 
@@ -97,15 +106,16 @@ class Run:
     def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
         """Clean latents as small pictures, by the linear map fitted for this VAE. *Shape:* (..., y, x, rgb) uint8."""
         latents = self.denoised() if latents is None else latents
-        slope, bias = self.tree["preview/latent_to_rgb"].load(), self.tree["preview/bias"].load()
-        colour = xr.dot(latents.astype("float32"), slope, dim="channel") + bias
+        slope, bias = self.variable("preview/latent_to_rgb").load(), self.variable("preview/bias").load()
+        colour: xr.DataArray = xr.dot(latents.astype("float32"), slope, dim="channel") + bias
         order = [d for d in latents.dims if d not in ("channel", "y", "x")]
-        return (colour.clip(0, 1) * 255).round().astype("uint8").transpose(*order, "y", "x", "rgb")
+        bright: xr.DataArray = (colour.clip(0, 1) * 255).round().astype("uint8")
+        return bright.transpose(*order, "y", "x", "rgb")
 
     @property
     def images(self) -> xr.DataArray:
         """The finished pictures. *Shape:* (image, y, x, rgb) uint8."""
-        return self.tree["images/final"]
+        return self.variable("images/final")
 
     # --- attention ---
 
@@ -114,7 +124,7 @@ class Run:
         """Grids with attention maps, the largest first: ["64x64", "32x32", ...]."""
         if "attention" not in self.tree.children:
             return []
-        return sorted(self.tree["attention"].children, key=lambda g: -int(np.prod([int(n) for n in g.split("x")])))
+        return sorted(self.variable("attention").children, key=lambda g: -int(np.prod([int(n) for n in g.split("x")])))
 
     def attention(self, grid: str | None = None) -> xr.DataArray:
         """Cross-attention maps at one grid (default: the largest), still lazy, in their stored type.
@@ -127,8 +137,8 @@ class Run:
         grid = grid or self.grids[0]
         if grid not in self.grids:
             raise RecordingNotFound(f"{self.name} has no attention maps at {grid}.", near(grid, self.grids))
-        maps = self.tree[f"attention/{grid}/cross"]
-        kept = self.tree[f"attention/{grid}/recorded"].values.astype(bool) & self.tree["committed"].values.astype(bool)
+        maps = self.variable(f"attention/{grid}/cross")
+        kept = self.variable(f"attention/{grid}/recorded").values.astype(bool) & self.variable("committed").values.astype(bool)
         return maps.isel(step=np.flatnonzero(kept))
 
     def overview(self) -> xr.DataArray:
@@ -137,7 +147,7 @@ class Run:
         *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run did not finish.
         """
         maps = self.attention()
-        kept = self.tree[f"attention/{self.grids[0]}/overview"]
+        kept = self.variable(f"attention/{self.grids[0]}/overview")
         if self.status == "complete":
             return kept.transpose("step", ...).sel(step=maps.step)
         size = (maps.sizes["y"], maps.sizes["x"])
@@ -161,7 +171,7 @@ class Run:
         """The 77 tokens of the prompt, as text."""
         for group in ("text/text_encoder", *(f"attention/{grid}" for grid in self.grids)):
             if group in self.tree.groups or f"/{group}" in self.tree.groups:
-                labels = self.tree[f"{group}/token_text"]
+                labels = self.variable(f"{group}/token_text")
                 if branch in labels["branch"].values:
                     return [str(text) for text in labels.sel(branch=branch).values]
         raise RecordingNotFound(f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true.")
@@ -172,7 +182,7 @@ class Run:
         if name not in self.tree["latents"].data_vars:
             found = ", ".join(str(n) for n in self.tree["latents"].data_vars)
             raise RecordingNotFound(f"{self.name} has no {name}: it ran without guidance.", f"It has: {found}.")
-        return self.tree[f"latents/{name}"].isel(step=self.steps)
+        return self.variable(f"latents/{name}").isel(step=self.steps)
 
     def _derive(self, formula: Any, branch: str | None, name: str) -> xr.DataArray:
         if branch not in (None, *BRANCHES):

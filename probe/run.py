@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _forecast(asked: Experiment, limit: int | None) -> int:
-    from probe.models import load
+    from probe.loading import load
     from probe.planning import plan, size_text
 
     model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device, weights=False)
@@ -66,7 +66,9 @@ def _forecast(asked: Experiment, limit: int | None) -> int:
     print(f"\n{settled.calls} model calls, latents {' x '.join(map(str, settled.latent_shape))}, branches: {', '.join(settled.called)}\n")
     print(rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))
     rest = sum(sizes[path] for path in sizes if path not in large)
-    print(f"\nand {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(sum(sizes.values()))} ({sum(sizes.values())} bytes).")
+    print(
+        f"\nand {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(sum(sizes.values()))} ({sum(sizes.values())} bytes)."
+    )
     settled.check_size(limit, sys.maxsize)
     return 0
 

@@ -70,7 +70,7 @@ SCHEMA: tuple[Variable, ...] = (
     Variable("text/{encoder}", "embedding", ("branch", "token", "feature"), "run", "token plus position embedding"),
     Variable("text/{encoder}", "hidden", ("text_layer", "branch", "token", "feature"), "run", "output of each layer"),
     Variable("text/{encoder}", "output", ("branch", "token", "feature"), "run", "after the last norm: what the UNet is given"),
-    Variable("text/{encoder}", "attention", ("text_layer", "branch", "text_head", "token", "key"), "float16", "self-attention: how far token looks at key"),
+    Variable("text/{encoder}", "attention", ("text_layer", "branch", "text_head", "token", "key"), "float16", "self-attention: token at key"),
     _coordinate("attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
     _coordinate("attention/{grid}", "token", ("token",), "int64", "token position; -1 is `rest`, the sum of all others"),
     _coordinate("attention/{grid}", "token_text", ("branch", "token"), "str", "the token as text"),
@@ -81,9 +81,13 @@ SCHEMA: tuple[Variable, ...] = (
     Variable("attention/{grid}", "recorded", ("step",), "uint8", "1 where maps were asked for at this step"),
     Variable("attention/{grid}", "cross", ("step", "token", *_MAP), "map", "cross-attention: of a pixel's attention, the share of a token"),
     Variable(
-        "attention/{grid}", "moments", ("step", "token", *_MAP[:4], "moment"), "float32", "mean over pixels and centre (in 0..1) of each map, before storage"
+        "attention/{grid}",
+        "moments",
+        ("step", "token", *_MAP[:4], "moment"),
+        "float32",
+        "mean and centre (in 0..1) of each map, before storage",
     ),
-    Variable("attention/{grid}", "overview", ("token", "step", "y", "x"), "float32", "mean over images, layers of all grids and heads of the last branch"),
+    Variable("attention/{grid}", "overview", ("token", "step", "y", "x"), "float32", "mean over images, all layers and heads; last branch"),
     Variable("attention/{grid}", "time_sum", ("token", *_MAP), "float32", "sum of the maps over the recorded steps"),
     _coordinate("unet", "branch", ("branch",), "str", "which prompt: uncond or cond"),
     _coordinate("unet", "module", ("module",), "str", "dotted path of the module"),
@@ -167,8 +171,7 @@ def near(wrong: str, options: Sequence[str]) -> str:
 def table() -> str:
     """The schema as a Markdown table."""
     rows = ["| variable | dimensions | type | unit | what it is |", "|---|---|---|---|---|"]
-    for v in SCHEMA:
-        rows.append(f"| `/{v.group + '/' if v.group else ''}{v.name}` | {', '.join(v.dims)} | {v.dtype} | {v.units} | {v.long_name} |")
+    rows += [f"| `/{v.group + '/' if v.group else ''}{v.name}` | {', '.join(v.dims)} | {v.dtype} | {v.units} | {v.long_name} |" for v in SCHEMA]
     return "\n".join(rows)
 
 

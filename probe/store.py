@@ -12,9 +12,11 @@ go through a background thread whose queue is bounded in bytes; an error in it s
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -49,7 +51,6 @@ class RunWriter:
     def __init__(self, path: Path, arrays: Sequence[Array], attributes: Mapping[str, Any], durability: str = "run"):
         self.path, self._durability = Path(path), durability
         self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        self._queue = _Queue(self._write_step, QUEUE_BYTES)
         self._committed = np.zeros(next((a.shape[0] for a in arrays if a.path == "committed"), 0), np.uint8)
         with _storing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,19 +60,22 @@ class RunWriter:
                 raise RecordingBusy(f"{self.path.name} is being written {_owner(self.path)}.", "Wait for it, or give the run another name.") from busy
             if self.path.exists():
                 self._lock.release()
-                raise RecordingBusy(f"{self.path.name} exists already, and a recording is never overwritten.", "Give the run another name, or remove it: probe rm.")
+                raise RecordingBusy(
+                    f"{self.path.name} exists already, and a recording is never overwritten.", "Give the run another name, or remove it: probe rm."
+                )
             writer = {"pid": os.getpid(), "host": socket.gethostname()}
             hidden = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
             try:
                 _create(hidden, arrays, {**attributes, "status": "running", "writer": writer})
                 hidden.rename(self.path)
+                self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
                 self._lock.release()
                 raise
             if durability != "none":
                 _sync_directory(self.path.parent)
-        self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
+        self._queue = _Queue(self._write_step, QUEUE_BYTES)
         self._status = "interrupted"
 
     def __enter__(self) -> RunWriter:
@@ -80,14 +84,20 @@ class RunWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, Exception):
             self._status = "failed"
+        late: ProbeError | None = None
         try:
-            with contextlib.suppress(ProbeError) if kind else contextlib.nullcontext():
+            try:
                 self._queue.close()
-            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            except ProbeError as error:
+                self._status, late = "failed", error
+            with contextlib.suppress(OSError) if kind or late else contextlib.nullcontext():
                 self.annotate(status=self._status)
         finally:
+            with contextlib.suppress(OSError):
+                self._lock_file.unlink(missing_ok=True)  # before the release: whoever waits for the old file then sees that it is gone
             self._lock.release()
-            self._lock_file.unlink(missing_ok=True)
+        if late and not kind:
+            raise late
 
     @property
     def _lock_file(self) -> Path:
@@ -257,7 +267,7 @@ def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -
         for a in arrays:
             beside = [c.variable.name for c in coordinates.get(a.group, []) if set(c.dims) <= set(a.dims)]
             attached = {"coordinates": " ".join(beside)} if beside and not a.variable.coordinate else {}
-            described = {"long_name": a.variable.long_name, "units": a.variable.units, **a.attributes, **attached}
+            described: dict[str, Any] = {"long_name": a.variable.long_name, "units": a.variable.units, **a.attributes, **attached}
             made = root.create_array(a.path, **_layout(a), dimension_names=a.dims, attributes=described)
             if a.value is not None:
                 made[...] = a.value
@@ -308,10 +318,20 @@ def _storing(path: Path) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        remedy = "Free some room, or record less (probe run --dry-run shows what takes how much)." if error.errno == 28 else "Check the disk and its permissions."
+    except (OSError, RuntimeError) as error:
+        number = error.errno if isinstance(error, OSError) else _rust_error_number(error)
+        if number is None and isinstance(error, RuntimeError):
+            raise
+        reason = os.strerror(number) if number else str(error) or type(error).__name__
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "Free some room, or record less (probe run --dry-run shows what takes how much)." if full else "Check the disk and its permissions."
         raise StoreError(f"{path} could not be written: {reason}.", remedy) from error
+
+
+def _rust_error_number(error: RuntimeError) -> int | None:
+    """zarrs raises the disk's errors as RuntimeError("No space left on device (os error 28)")."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _sync_file(file: Path) -> None:

@@ -6,8 +6,10 @@ second documents, control and direction-changing characters are errors that name
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -135,3 +137,31 @@ def _document(events: Iterator[yaml.Event], where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise refuse(top, f"{shown(data)} is not a mapping", "Write one `field: value` a line.")
     return data
+
+
+def read_text(path: Path) -> str:
+    """A small UTF-8 file. Raises ExperimentError, which names near files when it does not exist."""
+    where = printable(str(path))
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise too_long(where)
+        return data.decode("utf-8-sig")
+    except ExperimentError:
+        raise
+    except FileNotFoundError:
+        folders = (path.parent, path.parent / "experiments", Path("experiments"))
+        there = {file.stem.casefold(): printable(str(file)) for folder in folders for file in sorted(folder.glob("*.yaml"))}
+        some = f"There is {', '.join(sorted(there.values())[:5])}." if there else "Check the path."
+        raise ExperimentError(f"{where}: this file does not exist", did_you_mean(path.stem, there) or some) from None
+    except UnicodeDecodeError as problem:
+        raise ExperimentError(f"{where}: byte {problem.start} is not UTF-8 text", "Save the file as UTF-8.") from None
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem)
+        raise ExperimentError(f"{where}: cannot be read ({printable(reason)})", "Name a YAML file that you may read.") from None
+
+
+def did_you_mean(word: str, spellings: Mapping[str, str]) -> str:
+    near = difflib.get_close_matches(word[:SHOWN].casefold(), spellings, n=1)
+    return f"Did you mean {spellings[near[0]]}?" if near else ""

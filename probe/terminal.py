@@ -71,14 +71,25 @@ def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = 
 
 def add_fields(parser: argparse.ArgumentParser) -> None:
     """An option for every field of an experiment: --guidance-scale, --capture.dtype, ..."""
-    for prefix, model, title in (("", Experiment, "experiment (each overrides the file)"), ("capture.", CaptureOptions, "capture (what is recorded)")):
+    for prefix, model, title in (
+        ("", Experiment, "experiment (each overrides the file)"),
+        ("capture.", CaptureOptions, "capture (what is recorded)"),
+    ):
         group = parser.add_argument_group(title)
         for name, field in model.model_fields.items():
             if name in ("capture", "scheduler_options"):
                 continue
             choices = [str(c) for c in get_args(field.annotation)] if str(field.annotation).startswith("typing.Literal") else None
             default = field.get_default(call_default_factory=True)
-            shown = "none" if default is None else ",".join(default) if isinstance(default, tuple) else str(default).lower() if isinstance(default, bool) else default
+            shown = (
+                "none"
+                if default is None
+                else ",".join(default)
+                if isinstance(default, tuple)
+                else str(default).lower()
+                if isinstance(default, bool)
+                else default
+            )
             help_text = f"{field.description} [{shown}]".replace("%", "%%")
             metavar = "{" + ",".join(choices) + "}" if choices else _metavar(field.annotation)
             group.add_argument(f"--{(prefix + name).replace('_', '-')}", dest=f"field {prefix}{name}", metavar=metavar, help=help_text)
@@ -107,7 +118,7 @@ def _value(annotation: Any, text: str) -> Any:
 def _metavar(annotation: Any) -> str:
     text = str(annotation)
     for kind, word in (("tuple", "GLOBS"), ("bool", "BOOL"), ("float", "FLOAT"), ("int", "INT")):
-        if annotation.__class__ is type and annotation.__name__ == kind or f"{kind}[" in text or f"{kind} " in text or text == kind:
+        if (annotation.__class__ is type and annotation.__name__ == kind) or f"{kind}[" in text or f"{kind} " in text or text == kind:
             return word
     return "TEXT"
 

@@ -104,7 +104,11 @@ def check_guidance(run: Run) -> Check:
     cond = run.prediction("cond")
     if asked.guidance_scale <= 1:
         same = bool((run.prediction().values == cond.values).all())
-        return Check("guidance", "exact" if same else "failed", "no guidance: the scheduler got the conditional prediction" + ("" if same else ", but not here"))
+        return Check(
+            "guidance",
+            "exact" if same else "failed",
+            "no guidance: the scheduler got the conditional prediction" + ("" if same else ", but not here"),
+        )
     import torch
 
     from probe.sampling import guide
@@ -140,7 +144,7 @@ def check_scheduler(run: Run) -> Check:
             scheduler.scale_model_input(recorded, t)
             current = scheduler.step(_torch(run, predictions.isel(step=index).values), t, recorded, **options, return_dict=False)[0]
         if run.status == "complete":
-            yield len(run.steps), current, _torch(run, run.tree["latents/final_latents"].values)
+            yield len(run.steps), current, _torch(run, run.variable("latents/final_latents").values)
 
     with torch.no_grad():
         return _compare("scheduler", run, list(replay()), f"{run.attributes['scheduler']['class']} replayed from the seed's noise")
@@ -154,7 +158,7 @@ def rebuild_scheduler(run: Run) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise RecordingDamaged(f"{run.name} names a scheduler that diffusers does not have.", "Use the version of diffusers that recorded it.")
     config = run.attributes["scheduler"]["config"]
-    return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})  # type: ignore[attr-defined]
+    return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
 
 
 def _compare(name: str, run: Run, pairs: list[tuple[int, Any, Any]], what: str) -> Check:
@@ -174,7 +178,11 @@ def _compare(name: str, run: Run, pairs: list[tuple[int, Any, Any]], what: str) 
     differing = [f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
     allowed = REPLAY_TOLERANCE[run.attributes["model"]["dtype"]]
     if differing and worst <= allowed:
-        return Check(name, "within tolerance", f"{what}: within {worst:.2g} of its greatest value at step {at} ({'; '.join(differing)}); {allowed:g} is allowed")
+        return Check(
+            name,
+            "within tolerance",
+            f"{what}: within {worst:.2g} of its greatest value at step {at} ({'; '.join(differing)}); {allowed:g} is allowed",
+        )
     return Check(name, "failed", f"{what}: off by {worst:.2g} of its greatest value at step {at}")
 
 

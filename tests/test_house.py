@@ -39,6 +39,7 @@ LAYERS = [
     # ================= the torch line =================
     ("probe.hooks",),
     ("probe.models",),
+    ("probe.loading", "probe.clock"),
     ("probe.rehearsal",),
     ("probe.sampling",),
     ("probe.capture", "probe.edits"),

@@ -18,7 +18,8 @@ import torch
 
 from probe import hooks
 from probe.errors import DeviceError, ExperimentError, ModelError, PromptError
-from probe.models import StableDiffusion, load, pick_device, to_uint8
+from probe.loading import load, pick_device
+from probe.models import StableDiffusion, to_uint8
 from probe.sampling import denoise
 
 HAT = "An astronaut's hat, scuba diving zebra!"

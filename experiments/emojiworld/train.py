@@ -112,7 +112,13 @@ def build_unet() -> UNet2DConditionModel:
 def build_scheduler() -> PNDMScheduler:
     """Stable Diffusion v1's schedule and its default scheduler."""
     return PNDMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
