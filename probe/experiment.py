@@ -324,3 +324,19 @@ def _explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
     if kind.endswith("too_long"):
         return f"{field}: {given} is too long", f"At most {context['max_length']} fit here."
     return f"{field}: {given} does not fit", declared.description or ""
+
+
+def table() -> str:
+    """Every field as a Markdown table."""
+    lines = ["| field | default | what it is |", "|---|---|---|"]
+    models: tuple[tuple[str, type[BaseModel]], ...] = (("", Experiment), ("capture.", CaptureOptions))
+    for prefix, model in models:
+        for name, field in model.model_fields.items():
+            if name != "capture":
+                default = json.dumps(field.get_default(call_default_factory=True))
+                lines.append(f"| `{prefix}{name}` | `{default}` | {field.description} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

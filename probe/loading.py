@@ -69,8 +69,8 @@ def load(
             for part in ("unet", "vae", "text_encoder"):
                 _check_weights(folder / part, name, variant)
             safe: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
-            unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=kind, **safe)
-            vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=kind, **safe)
+            unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=kind, low_cpu_mem_usage=False, **safe)
+            vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=kind, low_cpu_mem_usage=False, **safe)
             text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=kind, **safe)
         else:
             with torch.device("meta"):

@@ -107,7 +107,7 @@ class Run:
         """Clean latents as small pictures, by the linear map fitted for this VAE. *Shape:* (..., y, x, rgb) uint8."""
         latents = self.denoised() if latents is None else latents
         slope, bias = self.variable("preview/latent_to_rgb").load(), self.variable("preview/bias").load()
-        colour: xr.DataArray = xr.dot(latents.astype("float32"), slope, dim="channel") + bias
+        colour: xr.DataArray = (xr.dot(latents.astype("float32"), slope, dim="channel") + bias).fillna(0)  # on_nan: record
         order = [d for d in latents.dims if d not in ("channel", "y", "x")]
         bright: xr.DataArray = (colour.clip(0, 1) * 255).round().astype("uint8")
         return bright.transpose(*order, "y", "x", "rgb")
@@ -124,7 +124,7 @@ class Run:
         """Grids with attention maps, the largest first: ["64x64", "32x32", ...]."""
         if "attention" not in self.tree.children:
             return []
-        return sorted(self.variable("attention").children, key=lambda g: -int(np.prod([int(n) for n in g.split("x")])))
+        return sorted(self.tree["attention"].children, key=lambda g: -int(np.prod([int(n) for n in g.split("x")])))
 
     def attention(self, grid: str | None = None) -> xr.DataArray:
         """Cross-attention maps at one grid (default: the largest), still lazy, in their stored type.
@@ -233,12 +233,14 @@ def root_attributes(path: Path) -> dict[str, Any]:
     try:
         root = json.loads(file.read_text())
         attributes: dict[str, Any] = root["attributes"]
-        version = attributes["format_version"]
-        if root["zarr_format"] != 3 or not isinstance(attributes["experiment"], dict):
+        version, asked = attributes["format_version"], attributes["experiment"]
+        texts = (attributes["status"], attributes["created"], asked["prompt"], asked["negative_prompt"], asked["model"])
+        numbers = (asked["steps"], asked["seed"], asked["guidance_scale"])
+        if root["zarr_format"] != 3 or not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
             raise TypeError
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RecordingNotFound(f"{path} is not a recording.", "probe ls lists the recordings there are.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordingDamaged(f"{path} is damaged: its zarr.json is not that of a recording.", "Record it again, or remove it.") from error
     if version != FORMAT_VERSION:
         raise RecordingDamaged(f"{path} has format {version}, this version reads {FORMAT_VERSION}.", "Use the version of probe that wrote it.")
@@ -246,14 +248,13 @@ def root_attributes(path: Path) -> dict[str, Any]:
 
 
 def _status(attributes: dict[str, Any]) -> str:
-    status = str(attributes.get("status"))
-    writer = attributes.get("writer", {})
-    if status == "running" and writer.get("host") == socket.gethostname():
+    status, writer = str(attributes["status"]), attributes.get("writer")
+    if status == "running" and isinstance(writer, dict) and writer.get("host") == socket.gethostname():
         try:
             os.kill(int(writer["pid"]), 0)
         except ProcessLookupError:
             return "interrupted"
-        except (PermissionError, ValueError, KeyError):
+        except (PermissionError, ValueError, KeyError, TypeError, OverflowError):
             pass
     return status
 
@@ -262,13 +263,14 @@ def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | 
     """Every recording in a folder, the newest first, with its attributes (None for one that is damaged)."""
     found: list[tuple[Path, dict[str, Any] | None]] = []
     if Path(folder).is_dir():
-        for entry in os.scandir(folder):
-            if entry.is_dir() and entry.name.endswith(".zarr") and not entry.name.startswith("."):
-                try:
-                    attributes = root_attributes(Path(entry.path))
-                    found.append((Path(entry.path), {**attributes, "status": _status(attributes)}))
-                except (RecordingNotFound, RecordingDamaged):
-                    found.append((Path(entry.path), None))
+        with os.scandir(folder) as entries:
+            paths = [Path(entry.path) for entry in entries if entry.is_dir() and entry.name.endswith(".zarr") and not entry.name.startswith(".")]
+        for path in paths:
+            try:
+                attributes = root_attributes(path)
+                found.append((path, {**attributes, "status": _status(attributes)}))
+            except (RecordingNotFound, RecordingDamaged):
+                found.append((path, None))
     return sorted(found, key=lambda row: (row[1] or {}).get("created", ""), reverse=True)
 
 
@@ -281,8 +283,9 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     if not rows:
         raise RecordingNotFound(f"There is no recording in {runs}.", "Make one: python -m probe.run experiments/astronaut.yaml")
     if str(name) == "latest":
-        return rows[0][0]
-    found = [row[0] for row in rows if row[0].name.startswith(str(name).removeprefix(f"{runs}/"))]
+        return next((path for path, attributes in rows if attributes), rows[0][0])
+    start = str(path.relative_to(runs) if path.is_relative_to(runs) else path)
+    found = [row[0] for row in rows if row[0].name.startswith(start)]
     if len(found) == 1:
         return found[0]
     names = [row[0].name.removesuffix(".zarr") for row in rows]

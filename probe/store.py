@@ -20,6 +20,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 import uuid
 import warnings
 from collections import deque
@@ -70,7 +71,9 @@ class RunWriter:
                 hidden.rename(self.path)
                 self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
             except BaseException:
-                shutil.rmtree(hidden, ignore_errors=True)
+                for pause in (0, 0.05):  # zarr's threads may still be writing into it
+                    time.sleep(pause)
+                    shutil.rmtree(hidden, ignore_errors=True)
                 self._lock.release()
                 raise
             if durability != "none":

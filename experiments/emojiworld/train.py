@@ -164,7 +164,7 @@ class Trainer:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate(self.step)
                 loss = loss_of(self.step)
-                if not math.isfinite(value := float(loss)):
+                if not math.isfinite(value := float(loss.detach())):
                     raise SystemExit(f"{self.name}: the loss is {value} at step {self.step}")
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()

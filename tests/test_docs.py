@@ -1,0 +1,57 @@
+"""The README is true: its code runs, its tables are those of the code, and every option and verb is in it or in --help."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from probe import cli, experiment, schema
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def between(marker: str, text: str = README) -> str:
+    found = re.search(rf"<!-- {marker} -->\n(.*?)\n<!-- /{marker} -->", text, re.S)
+    assert found, f"README.md has no part between <!-- {marker} --> and <!-- /{marker} -->"
+    return found[1].strip()
+
+
+@pytest.mark.parametrize(("marker", "table"), [("schema", schema.table), ("fields", experiment.table)])
+def test_tables_are_those_of_the_code(marker: str, table: object) -> None:
+    module = {"schema": "probe.schema", "fields": "probe.experiment"}[marker]
+    assert between(marker) == table(), f"paste the output of python -m {module} between the markers"  # type: ignore[operator]
+
+
+def test_the_comparison_can_fail() -> None:
+    assert between("fields").replace("steps", "stepss") != experiment.table()
+
+
+def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert list((tmp_path / "runs").glob("*.zarr"))
+
+
+def test_verbs_are_documented() -> None:
+    for verb in cli.VERBS:
+        assert f"probe {verb}" in (cli.__doc__ or ""), verb
+        assert f"probe {verb}" in README or f"probe.{verb}" in README or verb == "rm", verb
+
+
+def test_files_named_exist() -> None:
+    for path in re.findall(r"(?:experiments|tests|probe)/[\w./-]+\.(?:yaml|py|md|png)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_map_of_modules_is_whole() -> None:
+    architecture = (ROOT / "ARCHITECTURE.md").read_text()
+    for module in (ROOT / "probe").glob("*.py"):
+        if not module.name.startswith("__"):
+            assert f"`{module.stem}`" in architecture, module.stem
