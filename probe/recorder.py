@@ -51,9 +51,9 @@ def record(
 ) -> Run:
     """Run an experiment, record it, and return the finished recording.
 
-    `pipeline` is a diffusers StableDiffusionPipeline to use instead of loading `experiment.model`. Progress goes to
-    stderr. Raises ProbeError: a UserError before anything is written, a RunFailed after (the recording then opens and
-    holds every committed step).
+    `pipeline` is a diffusers StableDiffusionPipeline to use instead of loading `experiment.model`; it stays on its own
+    device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError before anything is written, a
+    RunFailed after (the recording then opens and holds every committed step).
     """
     asked = load_experiment(experiment)
     say: Say = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda _: None)
@@ -63,6 +63,7 @@ def record(
             model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device)
         else:
             model = StableDiffusion.of(pipeline)
+            asked = load_experiment(asked, model=model.name)
         model = model.with_scheduler(asked.scheduler, asked.scheduler_options)
         run = plan(model, asked)
         folder = Path(asked.output)
@@ -73,9 +74,13 @@ def record(
         attributes = {**describe(model, run), "created": created, "parent_run": parent}
         say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
         with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
-            _perform(model, run, writer, say, progress)
-            pictures.save(Run(path))
-            writer.complete()
+            try:
+                _perform(model, run, writer, say, progress)
+                pictures.save(Run(path))
+                writer.complete()
+            except BaseException:
+                say(f"The run ended early. What it had recorded is in {path}")
+                raise
     return Run(path)
 
 
