@@ -15,7 +15,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from probe.errors import RecordingBusy
+from probe.errors import RecordingBusy, RecordingDamaged, RecordingNotFound
+from probe.strict_yaml import printable
 from probe.terminal import Parser, fail, guarded, rows
 
 
@@ -50,7 +51,9 @@ def ls(arguments: list[str]) -> int:
         asked = attributes["experiment"]
         sampling = f"{asked['steps']} steps, guidance {asked['guidance_scale']:g}, seed {asked['seed']}"
         when = attributes.get("created", "")[:16].replace("T", " ")
-        table.append((path.name.removesuffix(".zarr"), attributes["status"], asked["model"], sampling, _shorten(asked["prompt"], 40), when))
+        table.append(
+            (path.name.removesuffix(".zarr"), attributes["status"], _shorten(asked["model"], 40), sampling, _shorten(asked["prompt"], 40), when)
+        )
     print(rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
     return 0
 
@@ -85,17 +88,21 @@ def show(arguments: list[str]) -> int:
 
 def rm(arguments: list[str]) -> int:
     """Remove recordings. Asks first, unless --yes is given; never removes one that is being written."""
-    from probe.recording import Run, find_run
+    from probe.recording import Run, find_run, list_runs
 
     parser = Parser(prog="probe rm", description=rm.__doc__)
     parser.add_argument("run", nargs="+", help="paths, or the beginnings of names")
     parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
-    paths: list[Path] = [find_run(name, options.runs) for name in options.run]
+    paths: list[Path] = list(dict.fromkeys(find_run(name, options.runs) for name in options.run))
     for path in paths:
-        if Run(path).status == "running":
-            raise RecordingBusy(f"{path.name} is being written.", "Stop its writer first.")
+        try:
+            if Run(path).status == "running":
+                raise RecordingBusy(f"{path.name} is being written.", "Stop its writer first.")
+        except (RecordingDamaged, RecordingNotFound):
+            if path not in dict(list_runs(options.runs)):  # a damaged recording may go, somebody else's data may not
+                raise
     print("\n".join(str(path) for path in paths))
     if not options.yes:
         if not sys.stdin.isatty():
@@ -131,6 +138,7 @@ def main() -> None:
 
 
 def _shorten(text: str, most: int) -> str:
+    text = printable(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

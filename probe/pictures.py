@@ -79,6 +79,7 @@ def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
 
 def overlay(picture: Image.Image, heat_map: np.ndarray) -> Image.Image:
     """A heat map (y, x), from its least to its greatest value, over a greyed picture."""
+    heat_map = np.nan_to_num(heat_map, posinf=0, neginf=0)  # a run may have recorded NaN
     least = heat_map.min()
     scaled = (heat_map - least) / max(float(heat_map.max() - least), 1e-12)
     value = np.asarray(Image.fromarray(scaled.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
@@ -123,4 +124,5 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _shorten(text: str, most: int) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "\u2026"

@@ -5,8 +5,10 @@ A plan needs the model's configs only; `probe run --dry-run` makes one without w
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,16 @@ class Plan:
                     f"The recording would take {size_text(total)}, more than {what}: {size_text(most)}.",
                     f"Most of it is {largest[0]} ({size_text(largest[1])}): capture fewer layers, steps or tokens, or set capture.dtype: sqrt_u8.",
                 )
+
+
+def free_room(folder: Path) -> int:
+    """Bytes free where `folder` is or will be. Raises ExperimentError if a file is in the way."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ExperimentError(f"output: {folder} is a file, not a folder.", "Name a folder: --output runs.")
+    return shutil.disk_usage(folder).free
 
 
 def grid_group(grid: tuple[int, int]) -> str:

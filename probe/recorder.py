@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -32,7 +31,7 @@ from probe.errors import NotFinite, OutOfMemory, ProbeError
 from probe.experiment import Experiment, load_experiment
 from probe.loading import load
 from probe.models import Conditioning, StableDiffusion
-from probe.planning import ENCODER, Plan, grid_group, plan, size_text
+from probe.planning import ENCODER, Plan, free_room, grid_group, plan, size_text
 from probe.recording import Run
 from probe.sampling import Step, denoise
 from probe.schema import FORMAT_VERSION
@@ -56,6 +55,7 @@ def record(
     RunFailed after (the recording then opens and holds every committed step).
     """
     asked = load_experiment(experiment)
+    room = free_room(Path(asked.output))
     say: Say = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda _: None)
     with _out_of_memory(asked):
         if pipeline is None:
@@ -67,7 +67,7 @@ def record(
         model = model.with_scheduler(asked.scheduler, asked.scheduler_options)
         run = plan(model, asked)
         folder = Path(asked.output)
-        run.check_size(max_bytes, shutil.disk_usage(_existing(folder)).free)
+        run.check_size(max_bytes, room)
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
         path = folder / f"{asked.run_name}-{key}.zarr"
@@ -286,7 +286,7 @@ def fit_preview(model: StableDiffusion) -> tuple[np.ndarray, np.ndarray]:
     if model.vae is None:
         return np.full((channels, 3), 0.5, np.float32) * np.eye(channels, 3, dtype=np.float32), np.full(3, 0.5, np.float32)
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn((8, channels, 4, 4), generator=generator)
+    coarse = torch.randn((3, channels, 4, 4), generator=generator)
     latents = 1.2 * torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
     pixels, _ = model.decode(latents.to(model.device, model.dtype))
     colour = torch.nn.functional.avg_pool2d(pixels.permute(0, 3, 1, 2).float() / 255, model.f)
@@ -325,13 +325,6 @@ def _to_host(tensors: dict[str, torch.Tensor]) -> Callable[[], dict[str, np.ndar
 
 def _shape(run: Plan, path: str) -> tuple[int, ...]:
     return next(a.shape for a in run.arrays if a.path == path)
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ class Run:
         slope, bias = self.variable("preview/latent_to_rgb").load(), self.variable("preview/bias").load()
         colour: xr.DataArray = (xr.dot(latents.astype("float32"), slope, dim="channel") + bias).fillna(0)  # on_nan: record
         order = [d for d in latents.dims if d not in ("channel", "y", "x")]
-        bright: xr.DataArray = (colour.clip(0, 1) * 255).round().astype("uint8")
+        bright: xr.DataArray = (colour.fillna(0).clip(0, 1) * 255).round().astype("uint8")
         return bright.transpose(*order, "y", "x", "rgb")
 
     @property

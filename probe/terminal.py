@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = 
     debug = "--debug" in given
     try:
         code = main([word for word in given if word != "--debug"])
+        sys.stdout.flush()
     except ProbeError as error:
         if debug:
             traceback.print_exc()
@@ -55,8 +57,8 @@ def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = 
             traceback.print_exc()
         print("\nStopped.", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python would complain of what is left at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
         if debug:
