@@ -67,20 +67,20 @@ def show(arguments: list[str]) -> int:
     parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
     options = parser.parse_args(arguments)
     found = open_run(options.run, options.runs)
-    print(repr(found), "\n")
+    print(f"{found!r}\n")
     table = []
     for group in found.tree.subtree:
         for name, variable in group.to_dataset(inherit=False).data_vars.items():
             shape = " x ".join(f"{dim} {size}" for dim, size in variable.sizes.items())
             table.append((f"{group.path.rstrip('/')}/{name}", str(variable.dtype), shape, str(variable.attrs.get("long_name", ""))))
-    print(rows(table, ("variable", "type", "shape", "what it is")), "\n")
+    print(rows(table, ("variable", "type", "shape", "what it is")) + "\n")
     if found.status == "complete":
         cost = found.tree["cost"].dataset
         parts = [
             (str(c), f"{float(cost['seconds'].sel(component=c)):.2f} s", f"{int(cost['flops'].sel(component=c)) / 1e9:.2f} GFLOP a call")
             for c in cost["component"].values
         ]
-        print(rows([*parts, ("peak memory", f"{int(cost['peak_memory']) / 1e6:.0f} MB", "")], ("component", "in all", "")), "\n")
+        print(rows([*parts, ("peak memory", f"{int(cost['peak_memory']) / 1e6:.0f} MB", "")], ("component", "in all", "")) + "\n")
     for picture in sorted(found.path.glob("*.png")):
         print(picture)
     return 0

@@ -27,6 +27,7 @@ from probe.conversions import denoised_from, eps_from, v_from, variance_preservi
 from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
 from probe.schema import BRANCHES, FORMAT_VERSION, near
+from probe.strict_yaml import printable
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Run:
         return {name: text for name, text in lines.items() if text}
 
     def __repr__(self) -> str:
-        return f"<Run {self.name}>\n" + "\n".join(f"  {name:16}{text}" for name, text in self.summary().items())
+        return f"<Run {self.name}>\n" + "\n".join(f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items())
 
     def _repr_html_(self) -> str:
         import base64

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     asked = load_experiment(options.experiment or Experiment())
     if changes := overrides(options):
         asked = load_experiment(asked, **changes)
-    _quieten()
+    _quieten(options.quiet)
     if options.dry_run:
         return _forecast(asked, options.max_bytes)
     from probe.recorder import record
@@ -82,13 +82,13 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 300MB or 2GB") from problem
 
 
-def _quieten() -> None:
+def _quieten(quiet: bool) -> None:
     """The libraries' own chatter: what matters of it, probe says itself."""
     import os
 
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
 
 
 if __name__ == "__main__":

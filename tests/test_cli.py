@@ -1,0 +1,723 @@
+"""The commands, as people call them: options, forecasts, mistakes in two lines, Ctrl-C, and looking at recordings.
+
+Most calls happen in this process; what only a process shows (speed of --help, signals, pipes) happens in one of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import zarr
+
+from probe import cli, recorder, run
+from probe.experiment import CaptureOptions, Experiment, load_experiment
+from probe.loading import BUNDLED
+from probe.recorder import record
+from probe.recording import Run, list_runs
+from probe.store import RunWriter
+from probe.terminal import guarded, overrides, rows
+
+ROOT = Path(__file__).parent.parent
+BLOCK = "error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n"
+Command = Callable[..., tuple[int, str, str]]
+
+needs_the_bundled_model = pytest.mark.skipif(not (BUNDLED["emojiworld"] / "model_index.json").is_file(), reason="probe/emojiworld is not there")
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of its own for each test, no terminal to ask, and the environment as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    kept = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(kept):
+        del os.environ[name]
+    os.environ.update(kept)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process: its exit code, stdout and stderr."""
+
+    def called(main: Callable[[list[str]], int], *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            guarded(main, [str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, out, err
+
+    return called
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a diffusers directory. Not to be changed: take `model`."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one small recording. Not to be changed: take `runs`."""
+    folder = tmp_path_factory.mktemp("made")
+    record(
+        {"name": "small", "prompt": "a cat on\nthe \x07hat".replace("\x07", ""), "steps": 2, "output": str(folder)},
+        pipeline=tiny.pipeline(),
+        progress=False,
+    )
+    return folder
+
+
+@pytest.fixture
+def runs(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "runs"))
+
+
+def process(*command: object, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    full = [sys.executable, "-m", *map(str, command)]
+    return subprocess.Popen(full, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def told(err: str) -> tuple[str, str]:
+    """Cause and remedy, each one line, which are the last two lines of stderr."""
+    assert "Traceback" not in err
+    found = re.search(BLOCK + r"\Z", err)
+    assert found and err.count("error: ") == 1, err
+    assert len(found["cause"]) < 400
+    return found["cause"], found["remedy"]
+
+
+def refused(call: Command, *arguments: object, main: Callable[[list[str]], int] = run.main, code: int = 2) -> tuple[str, str]:
+    got, out, err = call(main, *arguments)
+    assert got == code, (got, err)
+    assert out == ""
+    return told(err)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+FIELDS = {name: field for name, field in Experiment.model_fields.items() if name not in ("capture", "scheduler_options")}
+FIELDS |= {f"capture.{name}": field for name, field in CaptureOptions.model_fields.items()}
+
+GIVEN: dict[str, tuple[str, Any]] = {
+    "name": ("my-run", "my-run"),
+    "model": ("some/model", "some/model"),
+    "revision": ("main", "main"),
+    "variant": ("fp16", "fp16"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "device": ("cuda:1", "cuda:1"),
+    "prompt": ("a cat: 3 # 4", "a cat: 3 # 4"),
+    "negative_prompt": ("7", "7"),
+    "over_long": ("cut", "cut"),
+    "seed": ("7", 7),
+    "images": ("3", 3),
+    "height": ("64", 64),
+    "width": ("40", 40),
+    "scheduler": ("DPM++2M", "DPM++2M"),
+    "steps": ("20", 20),
+    "guidance_scale": ("5", 5.0),
+    "guidance_rescale": ("0.7", 0.7),
+    "eta": ("1e-1", 0.1),
+    "decode_every": ("5", 5),
+    "on_nan": ("record", "record"),
+    "durability": ("none", "none"),
+    "output": ("/tmp/else where", "/tmp/else where"),
+    "capture.attention": ("off", "off"),
+    "capture.branches": ("both", "both"),
+    "capture.tokens": ("all", "all"),
+    "capture.layers": ("16x16,up_blocks.*", ("16x16", "up_blocks.*")),
+    "capture.steps": ("0:20:5", "0:20:5"),
+    "capture.dtype": ("float32", "float32"),
+    "capture.text": ("false", False),
+    "capture.statistics": ("false", False),
+    "capture.activations": ("unet.mid_block", ("unet.mid_block",)),
+}
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def value_of(experiment: Experiment, name: str) -> Any:
+    group, _, last = name.rpartition(".")
+    return getattr(experiment.capture if group else experiment, last)
+
+
+def asked(*arguments: str, base: Experiment | None = None) -> Experiment:
+    return load_experiment(base or Experiment(), **overrides(run.parser().parse_args(arguments)))
+
+
+def test_help_lists_every_field_with_its_description_and_default(call: Command) -> None:
+    code, out, err = call(run.main, "--help")
+    assert code == 0 and err == ""
+    dense = re.sub(r"\s+", "", out)
+    for name, field in FIELDS.items():
+        default = field.get_default(call_default_factory=True)
+        shown = ",".join(default) if isinstance(default, tuple) else {"None": "none", "True": "true", "False": "false"}.get(str(default), default)
+        assert field.description
+        assert re.sub(r"\s+", "", f"{field.description} [{shown}]") in dense, name
+        assert re.search(rf"^  {re.escape(option(name))} [A-Z{{]", out, re.MULTILINE), name
+    for word in ("--dry-run", "--max-bytes SIZE", "--quiet", "--debug", "python -m probe.run experiments/astronaut.yaml"):
+        assert word in out
+    assert re.search(r"--seed INT\b", out) and re.search(r"--eta FLOAT\b", out) and re.search(r"--capture.text BOOL\b", out)
+    assert re.search(r"--capture.layers GLOBS\b", out) and "--capture.dtype {float16,float32,sqrt_u8}" in out
+
+
+def test_every_field_has_a_line_in_this_test() -> None:
+    assert GIVEN.keys() == FIELDS.keys()
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_an_option_overrides_its_field_and_no_other(name: str) -> None:
+    text, value = GIVEN[name]
+    for arguments in ((option(name), text), (f"{option(name)}={text}",)):
+        found = asked(*arguments)
+        assert value_of(found, name) == value and type(value_of(found, name)) is type(value)
+        assert {other: value_of(found, other) for other in FIELDS if other != name} == {
+            other: value_of(Experiment(), other) for other in FIELDS if other != name
+        }
+
+
+def test_none_means_none_where_a_field_may_be_nothing() -> None:
+    base = Experiment(height=64, width=64, revision="main", variant="fp16")
+    found = asked("--height", "none", "--width", "None", "--revision", "none", "--variant", "none", base=base)
+    assert (found.height, found.width, found.revision, found.variant) == (None, None, None, None)
+    assert asked("--prompt", "none").prompt == "none", "a prompt is text"
+    assert asked("--capture.activations", "").capture.activations == ()
+    assert asked("--negative-prompt", "", base=Experiment(negative_prompt="a cat")).negative_prompt == ""
+
+
+def test_options_go_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("prompt: a cat\nseed: 3\ncapture:\n  dtype: float32\n  text: false\n")
+    found = asked("--seed", "4", "--capture.text", "true", base=load_experiment(file))
+    assert (found.prompt, found.seed, found.capture.dtype, found.capture.text) == ("a cat", 4, "float32", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--guidence-scale", "5"], "Did you mean --guidance-scale?"),
+        (["--capture.laers=16x16"], "Did you mean --capture.layers?"),
+        (["--dryrun"], "Did you mean --dry-run?"),
+        (["--quite-something-else"], "See python -m probe.run --help."),
+        (["--guidance", "5"], "Did you mean --guidance-scale?"),  # and no abbreviation is taken for it
+    ],
+)
+def test_an_unknown_option_suggests(call: Command, arguments: list[str], remedy: str) -> None:
+    cause, found = refused(call, *arguments)
+    assert arguments[0].split("=")[0] in cause and found == remedy
+
+
+@pytest.mark.parametrize(("text", "size"), [("300", 300), ("300MB", 300_000_000), ("2GB", 2 * 10**9), ("1.5 kb", 1500), ("4b", 4), ("1TB", 10**12)])
+def test_sizes(text: str, size: int) -> None:
+    assert run.parser().parse_args(["--max-bytes", text]).max_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "3XB", "GB", "nan", "inf", "1e999", "2 GB more"])
+def test_sizes_that_are_none(call: Command, text: str) -> None:
+    cause, _ = refused(call, "--max-bytes", text)
+    assert "is not a size; write 300MB or 2GB" in cause
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    check = "import runpy, sys; sys.argv = ['probe.run', '--help']\ntry: runpy.run_module('probe.run', run_name='__main__')\n"
+    check += "except SystemExit as end: assert not end.code\n"
+    check += "assert not {'torch', 'diffusers', 'transformers', 'zarr', 'xarray'} & set(sys.modules)"
+    found = subprocess.run([sys.executable, "-c", check], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    walls, users = [], []
+    for _ in range(3):
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, time.perf_counter()
+        out, _ = process("probe.run", "--help").communicate(timeout=60)
+        walls.append(time.perf_counter() - start)
+        users.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
+        assert "--guidance-scale" in out
+    print(f"--help: {min(walls):.2f} s, of them {min(users):.2f} s of this program's own work")
+    assert min(walls) < 1.5
+
+
+# --- the forecast ----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(call: Command, model: Path, tmp_path: Path) -> None:
+    for file in model.rglob("*.safetensors"):
+        file.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    options = [
+        "--model",
+        model,
+        "--prompt",
+        "a cat on the hat",
+        "--steps",
+        20,
+        "--guidance-scale",
+        5,
+        "--capture.dtype",
+        "float32",
+        "--output",
+        "nowhere",
+    ]
+    code, out, err = call(run.main, "--dry-run", *options)
+    assert (code, err) == (0, "")
+    assert sorted(tmp_path.rglob("*")) == before
+    config, end = json.JSONDecoder().raw_decode(out)
+    assert config == load_experiment(Experiment(), **overrides(run.parser().parse_args([str(o) for o in options]))).resolved()
+    assert "21 model calls, latents 1 x 4 x 8 x 8, branches: uncond, cond" in out[end:], "PNDM takes one step twice"
+    assert re.search(
+        r"^/attention/8x8/cross +float32 +step 21 x token 8 x branch 1 x image 1 x layer 3 x head 2 x y 8 x x 8 +258.0 kB$", out, re.MULTILINE
+    )
+    assert re.search(r"Together [0-9.]+ [kM]B \([0-9]+ bytes\)", out)
+
+
+def test_the_forecast_is_what_is_written(call: Command, model: Path) -> None:
+    options = ["--model", model, "--prompt", "a cat", "--steps", 4, "--capture.steps", "0:5:2", "--decode-every", 2, "--quiet"]
+    code, out, _ = call(run.main, "--dry-run", *options)
+    found = re.search(r"\((\d+) bytes\)", out)
+    assert code == 0 and found
+    code, out, _ = call(run.main, *options)
+    assert code == 0
+    written = sum(file.stat().st_size for file in Path(out.strip()).rglob("c*") if file.name == "c" or file.name.startswith("c."))
+    assert int(found[1]) * 0.98 < written < int(found[1]) * 1.05 + 30_000, "checksums and indices come on top"
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_recording_that_is_too_large_is_refused_before_it_begins(call: Command, model: Path, tmp_path: Path, dry: bool) -> None:
+    arguments = ["--model", model, "--prompt", "a cat", "--max-bytes", "100kB", "--output", "new", *["--dry-run"] * dry]
+    code, _, err = call(run.main, *arguments)
+    cause, remedy = told(err)
+    assert code == 2 and re.fullmatch(r"The recording would take [\d.]+ kB, more than --max-bytes: 100.0 kB.", cause)
+    assert "Most of it is " in remedy and not (tmp_path / "new").exists()
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_where_things_are(call: Command, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cat.yaml"
+    file.write_text(f"model: {model}\nprompt: a cat\nsteps: 2\noutput: {tmp_path / 'out'}\n")
+    code, out, err = call(run.main, file, "--seed", 7)
+    assert code == 0 and "Traceback" not in err
+    (path,) = (tmp_path / "out").iterdir()
+    made = Run(path)
+    assert made.experiment.seed == 7 and made.experiment.prompt == "a cat" and made.status == "complete"
+    for part in (f"Recording  {path}", "Pictures   contact-sheet.png, picture.png", f"probe show {made.name}", f"probe verify {made.name}"):
+        assert part in out
+    assert "Recording 3 model calls to" in err and "Denoising" in err
+    code, out, err = call(run.main, file, "--quiet")
+    assert code == 0 and "Denoising" not in err and Path(out.strip()).is_dir() and out.count("\n") == 1
+    assert len(list((tmp_path / "out").iterdir())) == 2, "nothing is overwritten"
+
+
+def test_the_same_from_a_shell(model: Path, tmp_path: Path) -> None:
+    running = process("probe.cli", "run", "--model", model, "--prompt", "a cat", "--steps", 1, "--output", tmp_path / "out", "--quiet")
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    assert Run(Path(out.strip())).status == "complete"
+    assert err == "", "with --quiet not even the libraries talk"
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+TINY = "<the saved tiny model>"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "remedy"),
+    [
+        ("stepss: 20\n", "stepss: unknown field", "Did you mean steps?"),
+        ("capture:\n  layer: [a]\n", "capture.layer: unknown field", "Did you mean capture.layers?"),
+        ("steps: many\n", "steps: 'many' is not a whole number", "Write a whole number"),
+        ("steps: 1.5\n", "steps: 1.5 is not a whole number", "Write a whole number"),
+        ("seed: yes\n", "seed: 'yes' is not a whole number", "Write a whole number"),
+        ("guidance_scale: [7]\n", "guidance_scale: [7] is not a number", "Write a number"),
+        ("seed: 1\nseed: 2\n", "line 2: seed is written twice", "Keep one of the two."),
+        ("prompt: a cat\n  bad: [\n", "line 2: not YAML", "Write one `field: value` a line"),
+        ("scheduler: Eular\n", "'Eular' is not a scheduler", "Did you mean Euler?"),
+        ("", "this file is empty", "Write `field: value` lines"),
+    ],
+)
+def test_mistakes_in_a_file(call: Command, tmp_path: Path, text: str, cause: str, remedy: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    found = refused(call, file, "--dry-run")
+    assert "mine.yaml" in found[0] and cause in found[0] and remedy in found[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause", "remedy"),
+    [
+        (["nothing.yaml"], "nothing.yaml: this file does not exist", "Check the path."),
+        (["--steps", "many"], "steps: 'many' is not a whole number", "Write a whole number"),
+        (["--steps", "0"], "steps: 0 is less than 1", "Write a number from 1 to 1000."),
+        (["--capture.text", "perhaps"], "capture.text: 'perhaps' is not true or false", "Write true or false."),
+        (["--capture.dtype", "float61"], "'float61' is not one of float16, float32, sqrt_u8", "Did you mean float16?"),
+        (["--seed", "a: b"], "command line: line 1: not YAML", "Write"),
+        (["--seed"], "--seed: expected one argument", "--help"),
+        (["one.yaml", "two.yaml"], "unrecognized arguments: two.yaml", "--help"),
+        (["--model", "nowhere/nothing"], "model: nowhere/nothing is not on this machine", "use the bundled model: --model emojiworld"),
+        (["--model", "./nowhere"], "model: './nowhere' is no directory", "Bundled: emojiworld."),
+        ([TINY, "--height", "30"], "height: 30 is not a multiple of f = 4", "Use height: 28 or 32."),
+        ([TINY, "--width", "1001"], "width: 1001 is not a multiple of f = 4", "Use width: 1000 or 1004."),
+        ([TINY, "--prompt", "a cat " * 60], "The prompt has 122 tokens, 77 is the most", "Shorten it, or set over_long: cut."),
+        ([TINY, "--capture.layers", "16x16"], "capture.layers: '16x16' matches no cross-attention layer.", "8x8"),
+        ([TINY, "--capture.layers", "up_block.*"], "capture.layers: 'up_block.*' matches no cross-attention layer.", "up_blocks"),
+        ([TINY, "--capture.activations", "unet.midblock"], "capture.activations: 'unet.midblock' matches no module.", "unet.mid_block"),
+        ([TINY, "--capture.steps", "99"], "capture.steps: 99 is not a step of this run", "write indices from 0 to 50"),
+        ([TINY, "--capture.branches", "uncond", "--guidance-scale", "1"], "there is no unconditional branch", "Use a guidance_scale above 1"),
+        ([TINY, "--variant", "fp16"], "no weights of variant 'fp16'", "Leave variant out."),
+        ([TINY, "--output", "file"], "file is a file, not a folder", "Name a folder: --output runs."),
+        ([TINY, "--output", "file/below/it"], "file is a file, not a folder", "Name a folder: --output runs."),
+    ],
+)
+def test_mistakes_on_the_command_line(call: Command, model: Path, tmp_path: Path, arguments: list[str], cause: str, remedy: str) -> None:
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.iterdir())
+    given = [word for argument in arguments for word in (["--model", str(model), "--prompt", "a cat"] if argument == TINY else [argument])]
+    found = refused(call, *given)
+    assert cause in found[0] and remedy in found[1]
+    assert sorted(tmp_path.iterdir()) == before, "nothing was written"
+
+
+def test_an_option_that_the_scheduler_lacks(call: Command, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"model: {model}\nprompt: a cat\nscheduler: DDIM\nscheduler_options: {{karras: true}}\n")
+    cause, remedy = refused(call, file)
+    assert cause == "scheduler_options: DDIMScheduler has no option 'karras'." and "It has: beta_end" in remedy
+
+
+def test_only_pickled_weights(call: Command, model: Path) -> None:
+    for file in model.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    cause, remedy = refused(call, "--model", model, "--prompt", "a cat")
+    assert "has only pickled weights, which can run code when they are read" in cause and "safe_serialization=True" in remedy
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_machine_without_cuda(call: Command, model: Path) -> None:
+    cause, remedy = refused(call, "--model", model, "--device", "cuda")
+    assert cause == "device: cuda is not on this machine (0 CUDA devices)." and "--device cpu" in remedy
+
+
+@needs_the_bundled_model
+def test_words_that_the_bundled_model_never_saw(call: Command) -> None:
+    cause, remedy = refused(call, "--prompt", "A zebra and an astronaut, reading")
+    assert cause == "emojiworld never saw 'zebra', 'reading' in its training."
+    words = json.loads((BUNDLED["emojiworld"] / "words.json").read_text())
+    assert "astronaut" in words and f"Its words: {' '.join(sorted(words))}." in remedy
+    assert refused(call, "--negative-prompt", "ugly")[0].startswith("emojiworld never saw 'ugly'")
+
+
+# --- runs that fail --------------------------------------------------------------------------------------------------
+
+
+def test_nan_ends_a_run_and_what_came_before_is_kept(call: Command, tmp_path: Path) -> None:
+    pipeline = tiny.pipeline()
+    pipeline.unet.conv_out.weight.data[0, 0, 0, 0] = float("nan")
+    pipeline.save_pretrained(tmp_path / "model")
+    cause, remedy = refused(call, "--model", tmp_path / "model", "--prompt", "a cat", "--output", "out", code=1)
+    assert re.fullmatch(r"\w+ holds NaN at step 0\.", cause) and "--dtype float32" in remedy
+    (path,) = Path("out").iterdir()
+    assert Run(path).status == "failed" and Run(path).steps.size == 0
+
+
+def test_a_full_disk_ends_a_run_and_what_came_before_is_kept(call: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, count = zarr.Array.__setitem__, 0
+
+    def item(own: Any, at: Any, value: Any) -> None:
+        nonlocal count
+        count += own.path == "latents/latents"
+        if count > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(own, at, value)
+
+    monkeypatch.setattr(zarr.Array, "__setitem__", item)
+    cause, remedy = refused(call, "--model", model, "--prompt", "a cat", "--output", "out", code=1)
+    assert cause.endswith("could not be written: No space left on device.") and remedy.startswith("Free some room")
+    monkeypatch.undo()
+    (path,) = (model.parent / "out").iterdir()
+    assert Run(path).status == "failed" and Run(path).steps.tolist() == [0, 1, 2, 3] and np.isfinite(Run(path).latents).all()
+
+
+@pytest.mark.parametrize("message", ["not enough memory: you tried to allocate 9 bytes", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory(call: Command, model: Path, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    def decode(*_: object) -> Any:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("probe.models.StableDiffusion.decode", decode)
+    cause, remedy = refused(call, "--model", model, "--prompt", "a cat", code=1)
+    assert cause.startswith("Out of memory on auto:") and "Fewer images" in remedy
+
+
+def test_a_fault_of_our_own_is_one_line_and_a_hint(call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Any:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(recorder, "record", broken)
+    cause, remedy = refused(call, code=1)
+    assert cause == "ZeroDivisionError: division by zero" and "fault of probe itself: run again with --debug" in remedy
+    code, _, err = call(run.main, "--debug")
+    assert code == 1 and err.startswith("Traceback") and "in broken" in err and re.search(BLOCK + r"\Z", err)
+
+
+def test_debug_shows_the_traceback_of_a_mistake(call: Command) -> None:
+    code, _, err = call(run.main, "--steps", "0", "--debug")
+    assert code == 2 and err.startswith("Traceback") and "in load_experiment" in err and re.search(BLOCK + r"\Z", err)
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+def interruptible() -> None:
+    """What a shell does for its foreground job: tests may run as a background job, where SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@needs_the_bundled_model
+@pytest.mark.parametrize("durability", ["run", "step"])
+def test_ctrl_c_in_the_middle_keeps_what_was_recorded(tmp_path: Path, durability: str) -> None:
+    arguments = ["--steps", 900, "--output", tmp_path / "out", "--durability", durability, "--capture.steps", "0:5"]
+    running = process("probe.run", *arguments, preexec_fn=interruptible)
+    deadline = time.monotonic() + 90
+    found: list[Path] = []
+    while not (found and Run(found[0]).steps.size >= 3):
+        assert time.monotonic() < deadline and running.poll() is None, running.communicate()
+        time.sleep(0.05)
+        found = list((tmp_path / "out").glob("[!.]*.zarr"))
+    assert Run(found[0]).status == "running"
+    start = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=30)
+    assert running.returncode == 130 and time.monotonic() - start < 3
+    assert "Traceback" not in err and err.endswith("\nStopped.\n") and str(found[0]) in err and out == ""
+    made = Run(found[0])
+    assert made.status == made.attributes["status"] == "interrupted"
+    assert made.steps.tolist() == list(range(len(made.steps))) and 3 <= made.steps.size < 900
+    assert (
+        np.isfinite(made.latents.values).all()
+        and np.isfinite(made.denoised().values).all()
+        and made.attention().sizes["step"] == min(5, made.steps.size)
+    )
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [found[0].name], "no lock is left"
+
+
+def test_ctrl_c_before_anything_was_written(model: Path, tmp_path: Path) -> None:
+    running = process("probe.run", "--model", model, "--prompt", "a cat", "--output", tmp_path / "out", preexec_fn=interruptible)
+    assert running.stderr and running.stderr.readline().startswith("Loading")
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 130 and "Traceback" not in err and "Stopped." in err
+    assert all(Run(path).status == "interrupted" for path, _ in list_runs(tmp_path / "out"))
+
+
+def test_a_second_ctrl_c_with_debug_shows_where_it_was(call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recorder, "record", stopped)
+    code, out, err = call(run.main)
+    assert (code, out, err) == (130, "", "\nStopped.\n")
+    code, _, err = call(run.main, "--debug")
+    assert code == 130 and "in stopped" in err
+
+
+# --- looking at recordings -------------------------------------------------------------------------------------------
+
+
+def damaged(folder: Path, name: str = "broken-00000000") -> Path:
+    path = folder / f"{name}.zarr"
+    path.mkdir(parents=True)
+    (path / "zarr.json").write_text('{"zarr_format": 3, "attrib')
+    return path
+
+
+def copied(runs: Path, name: str, **attributes: Any) -> Path:
+    """Another recording, with other attributes."""
+    source = next(runs.glob("small-*.zarr"))
+    path = Path(shutil.copytree(source, runs / f"{name}.zarr"))
+    root = json.loads((path / "zarr.json").read_text())
+    root["attributes"] |= attributes
+    (path / "zarr.json").write_text(json.dumps(root))
+    return path
+
+
+def test_ls_of_nothing_says_how_to_begin(call: Command, tmp_path: Path) -> None:
+    for folder in ("nowhere", str(tmp_path)):
+        code, out, err = call(cli.dispatch, "ls", folder)
+        assert (code, err) == (0, "") and out == f"No recording in {folder} yet. Make one: python -m probe.run experiments/astronaut.yaml\n"
+
+
+def test_ls_has_a_row_for_each_also_for_a_damaged_one(call: Command, runs: Path) -> None:
+    name = next(runs.glob("small-*.zarr")).name.removesuffix(".zarr")
+    damaged(runs)
+    experiment = Experiment(prompt="an old cat " + "and a hat " * 20).resolved()
+    copied(runs, "old-11111111", created="2020-01-01T00:00:00.000+00:00", status="failed", experiment=experiment)
+    code, out, err = call(cli.dispatch, "ls")
+    header, *lines = out.splitlines()
+    assert (code, err) == (0, "") and header.split() == "recording status model sampling prompt created (UTC)".split()
+    assert [line.split()[:2] for line in lines] == [[name, "complete"], ["old-11111111", "failed"], ["broken-00000000", "damaged"]]
+    assert "2 steps, guidance 7.5, seed 0" in lines[0] and "a cat on the hat" in lines[0], "a prompt of two lines is one row"
+    assert "an old cat and a hat and a hat and a ..." in lines[1] and lines[1].endswith("2020-01-01 00:00")
+
+
+def test_what_others_made_does_not_steer_the_terminal(call: Command, runs: Path) -> None:
+    hostile = {**Experiment().resolved(), "prompt": "a \x1b[31mred\x1b[0m cat\x07", "model": "m\x1b]0;title\x07"}
+    copied(runs, "hostile-11111111", experiment=hostile)
+    code, out, _ = call(cli.dispatch, "ls")
+    assert code == 0 and "hostile-11111111" in out and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
+    code, out, _ = call(cli.dispatch, "show", "hostile")
+    assert code == 0 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
+
+
+def test_show_tells_what_is_inside(call: Command, runs: Path) -> None:
+    path = next(runs.glob("small-*.zarr"))
+    for arguments in ([], ["latest"], ["small"], [path.name], [str(path)], [path.name.removesuffix(".zarr"), "--runs", str(runs)]):
+        code, out, err = call(cli.dispatch, "show", *arguments)
+        assert (code, err) == (0, "")
+    assert "complete, 3 of 3 model calls" in out and "PNDMScheduler, 2 steps, guidance 7.5, seed 0" in out
+    assert re.search(r"^/attention/8x8/cross +float16 +step 3 x token \d+ x branch 1 ", out, re.MULTILINE)
+    assert re.search(r"^unet +\d+\.\d\d s +\d+\.\d\d GFLOP a call$", out, re.MULTILINE) and re.search(r"^peak memory +\d+ MB$", out, re.MULTILINE)
+    assert str(path / "contact-sheet.png") in out and str(path / "picture.png") in out
+
+
+def test_show_of_a_run_that_did_not_finish(call: Command, runs: Path) -> None:
+    path = copied(runs, "half-11111111", status="interrupted")
+    code, out, err = call(cli.dispatch, "show", path)
+    assert (code, err) == (0, "") and "interrupted, 3 of 3 model calls" in out and "peak memory" not in out
+
+
+@pytest.mark.parametrize("verb", ["show", "verify", "rm"])
+def test_names_that_are_none_or_several(call: Command, runs: Path, verb: str) -> None:
+    copied(runs, "twin-11111111")
+    copied(runs, "twin-22222222")
+    cause, remedy = refused(call, verb, "twin", main=cli.dispatch)
+    assert cause == "2 recordings begin with 'twin'." and "twin-11111111" in remedy and "twin-22222222" in remedy
+    cause, remedy = refused(call, verb, "twni-11111111", main=cli.dispatch)
+    assert "begins with 'twni-11111111'" in cause and "Did you mean twin-11111111" in remedy
+    cause, remedy = refused(call, verb, "latest", "--runs", "nowhere", main=cli.dispatch)
+    assert cause == "There is no recording in nowhere." and "python -m probe.run" in remedy
+    assert len(list(runs.iterdir())) == 3
+
+
+@pytest.mark.parametrize("verb", ["show", "verify"])
+def test_a_damaged_recording_is_said_to_be(call: Command, runs: Path, verb: str) -> None:
+    damaged(runs)
+    cause, remedy = refused(call, verb, "broken", main=cli.dispatch)
+    assert "broken-00000000.zarr is damaged" in cause and remedy == "Record it again, or remove it."
+
+
+def test_verify_is_0_for_a_good_one_and_1_for_a_changed_one(call: Command, runs: Path) -> None:
+    code, out, err = call(cli.dispatch, "verify")
+    assert (code, err) == (0, "") and "failed" not in out
+    assert [line.split()[0] for line in out.splitlines()[1:6]] == ["manifest", "committed", "softmax", "guidance", "scheduler"]
+    chunk = next(runs.glob("*.zarr/latents/latents/c.1.*"))
+    chunk.unlink()
+    code, out, err = call(cli.dispatch, "verify")
+    assert (code, err) == (1, "") and re.search(r"^  manifest +failed +1 files missing: latents/latents/c.1", out, re.MULTILINE)
+
+
+def test_rm_does_nothing_unasked(call: Command, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next(runs.iterdir())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    code, out, err = call(cli.dispatch, "rm", "small")
+    assert code == 2 and told(err) == ("Nothing was removed: there is nobody to ask.", "Give --yes to remove without asking.")
+    assert path.is_dir()
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    for answer in ("", "n", "no", "perhaps"):
+        monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
+        code, out, _ = call(cli.dispatch, "rm", "small")
+        assert code == 0 and out.endswith("Nothing was removed.\n") and path.is_dir()
+    monkeypatch.setattr("builtins.input", lambda question: {"Remove this? [y/N] ": "Y"}[question])
+    code, out, _ = call(cli.dispatch, "rm", "small")
+    assert code == 0 and out.endswith("Removed 1.\n") and not path.exists()
+
+
+def test_rm_removes_several_once_each_and_damaged_ones_too(call: Command, runs: Path) -> None:
+    kept = copied(runs, "kept-11111111")
+    damaged(runs)
+    (runs / "empty-22222222.zarr").mkdir()
+    code, out, err = call(cli.dispatch, "rm", "small", "small", "broken", "empty", "--yes")
+    assert (code, err) == (0, "") and out.endswith("Removed 3.\n") and list(runs.iterdir()) == [kept]
+
+
+def test_rm_takes_only_recordings(call: Command, runs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.zarr"
+    zarr.create_group(other)
+    assert "damaged" in refused(call, "rm", other, "--yes", main=cli.dispatch)[0]
+    assert refused(call, "rm", tmp_path, "--yes", main=cli.dispatch)[0].startswith("No recording in runs begins with")
+    assert refused(call, "rm", "", "--yes", main=cli.dispatch)[0].startswith("No recording in runs begins with")
+    assert other.is_dir() and len(list(runs.iterdir())) == 1
+
+
+def test_rm_refuses_one_that_is_being_written_and_all_that_go_with_it(call: Command, runs: Path) -> None:
+    from probe.schema import array
+
+    attributes = {"format_version": 1, "created": "2026-01-01", "experiment": Experiment().resolved()}
+    with RunWriter(runs / "live-11111111.zarr", [array("", "committed", (2,))], attributes):
+        cause, remedy = refused(call, "rm", "small", "live", "--yes", main=cli.dispatch)
+        assert cause == "live-11111111.zarr is being written." and remedy == "Stop its writer first."
+        assert len(list(runs.glob("*.zarr"))) == 2
+    assert call(cli.dispatch, "rm", "live", "--yes")[0] == 0
+
+
+@pytest.mark.parametrize(("verb", "remedy"), [("lss", "Did you mean ls?"), ("verfy", "Did you mean verify?"), ("dance", "There are: run, ls")])
+def test_an_unknown_verb_suggests(call: Command, verb: str, remedy: str) -> None:
+    cause, found = refused(call, verb, main=cli.dispatch)
+    assert cause == f"There is no verb {verb!r}." and remedy in found
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], ["help"]])
+def test_the_overview_names_every_verb(call: Command, arguments: list[str]) -> None:
+    code, out, _ = call(cli.dispatch, *arguments)
+    assert code == 0
+    for verb in cli.VERBS:
+        assert re.search(rf"^    probe {verb}\b", out, re.MULTILINE), verb
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+def test_every_verb_has_help_and_notices_a_misspelled_option(call: Command, verb: str) -> None:
+    code, out, _ = call(cli.dispatch, verb, "--help")
+    assert code == 0 and out.startswith("usage: ")
+    cause, remedy = refused(call, verb, "x", "--halp", main=cli.dispatch)
+    assert "--halp" in cause and remedy == "Did you mean --help?"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(runs: Path) -> None:
+    """`probe ls | head -1`: no complaint, whether the pipe closes while we write or before."""
+    for verb in ("ls", "show"):
+        running = process("probe.cli", verb)
+        assert running.stdout and running.stderr
+        running.stdout.close()
+        with running.stderr:
+            err = running.stderr.read()
+        assert (running.wait(60), err) == (0, ""), verb
+
+
+def test_tables_are_aligned() -> None:
+    assert rows([("a", "long one", "x"), ("bbb", "", "")], ("1", "2", "3")) == "1    2         3\na    long one  x\nbbb"
