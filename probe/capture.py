@@ -149,7 +149,7 @@ class AttentionCapture:
     def _query(self, path: str) -> Callable[[Any], None]:
         def hook(output: torch.Tensor) -> None:
             if path in self._queries:
-                raise CaptureError(f"{path}.to_q fired twice in one step.", "A shared or re-entered module cannot be recorded: leave it out of capture.layers.")
+                raise CaptureError(f"{path}.to_q fired twice in one step.", "A module that is shared or re-entered cannot be recorded: leave it out.")
             if not self.resting:
                 self._queries[path] = output
 

@@ -56,7 +56,10 @@ def load(
     if not (folder / "tokenizer").is_dir():
         raise ModelError(f"{name}: tokenizer/ is missing.", "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?")
     target = torch.device("meta") if not weights else pick_device(device)
-    kind = {"auto": torch.float16 if pick_device(device).type == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
+    if dtype == "auto":
+        on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        dtype = "float16" if on_cuda else "float32"
+    kind = getattr(torch, dtype)
     scheduler_name = str((index.get("scheduler") or [None])[-1])
     scheduler_class = getattr(diffusers, scheduler_name, None)
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):

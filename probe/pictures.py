@@ -41,7 +41,8 @@ def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
     title = f"From noise to picture: the predicted clean picture at {len(steps)} of {run.tree.sizes['step']} model calls, and the result"
     rows = [(title, [*steps, (_fit(final, CELL), "result", "")])]
     if words:
-        rows.append(("Where the picture looked at each word: cross-attention, mean over layers, heads and steps", words))
+        over = "layers, heads and steps" if len(run.images) == 1 else f"layers, heads, steps and {len(run.images)} images"
+        rows.append((f"Where the picture looked at each word: cross-attention, mean over {over}", words))
     lines = [-(-len(cells) // columns) for _, cells in rows]
     shape = _fit(final, CELL).height
     line = shape + 34

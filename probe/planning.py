@@ -113,7 +113,11 @@ def plan(model: StableDiffusion, experiment: Experiment) -> Plan:
         schedule = Schedule.of(model.scheduler, experiment.steps)
         calls = len(schedule.timesteps)
     except (ValueError, IndexError) as problem:
-        raise ExperimentError(f"steps: {type(model.scheduler).__name__} refuses {experiment.steps}: {problem}", "Try other steps.") from problem
+        most = int(model.scheduler.config.num_train_timesteps)
+        raise ExperimentError(
+            f"steps: {type(model.scheduler).__name__} refuses {experiment.steps} ({problem}).",
+            f"Use fewer: this model was trained on {most} timesteps, and some schedulers need a few to spare.",
+        ) from problem
     try:
         rehearsal = rehearse(model, latent_shape, len(called), tokens)
     except RuntimeError as problem:
@@ -241,9 +245,8 @@ def _attention(run: Plan) -> list[Array]:
 def _outputs(model: StableDiffusion, run: Plan) -> list[Array]:
     arrays: list[Array] = []
     images, branches = run.latent_shape[0], len(run.called)
-    inside = [path for path in run.activations if path.startswith("unet.")]
-    if run.statistics["unet"] or inside:
-        arrays.append(array("unet", "branch", value=list(run.called)))
+    parts = [part for part in ("unet", ENCODER) if run.statistics.get(part) or any(path.startswith(f"{part}.") for path in run.activations)]
+    arrays += [array(part, "branch", value=list(run.called)) for part in parts]
     leads: dict[str, tuple[int, ...]] = {"unet": (run.calls, len(STATISTICS), branches, images), "vae": (len(STATISTICS), images)}
     for part, lead in leads.items():
         if paths := run.statistics[part]:

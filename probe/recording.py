@@ -108,9 +108,9 @@ class Run:
         """Clean latents as small pictures, by the linear map fitted for this VAE. *Shape:* (..., y, x, rgb) uint8."""
         latents = self.denoised() if latents is None else latents
         slope, bias = self.variable("preview/latent_to_rgb").load(), self.variable("preview/bias").load()
-        colour: xr.DataArray = (xr.dot(latents.astype("float32"), slope, dim="channel") + bias).fillna(0)  # on_nan: record
+        colour: xr.DataArray = xr.dot(latents.astype("float32"), slope, dim="channel") + bias
         order = [d for d in latents.dims if d not in ("channel", "y", "x")]
-        bright: xr.DataArray = (colour.fillna(0).clip(0, 1) * 255).round().astype("uint8")
+        bright: xr.DataArray = (colour.fillna(0).clip(0, 1) * 255).round().astype("uint8")  # on_nan: record leaves NaN
         return bright.transpose(*order, "y", "x", "rgb")
 
     @property
@@ -145,12 +145,12 @@ class Run:
     def overview(self) -> xr.DataArray:
         """Where each token was looked at: mean over images, layers of all grids and heads of the last branch.
 
-        *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run did not finish.
+        *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run did not come to it.
         """
         maps = self.attention()
-        kept = self.variable(f"attention/{self.grids[0]}/overview")
-        if self.status == "complete":
-            return kept.transpose("step", ...).sel(step=maps.step)
+        stored = self.variable(f"attention/{self.grids[0]}/overview").transpose("step", ...).sel(step=maps.step).load()
+        if np.isfinite(stored.values).all():
+            return stored
         size = (maps.sizes["y"], maps.sizes["x"])
         total = np.zeros((maps.sizes["step"], maps.sizes["token"], *size), np.float32)
         layers = 0

@@ -98,6 +98,7 @@ SCHEMA: tuple[Variable, ...] = (
     Variable("vae", "statistics", ("statistic", "image", "module"), "float32", "of the module's whole output, final decoding"),
     Variable("unet/{module}", "activation", ("step", "branch", "image", "..."), "any", "the module's whole output"),
     Variable("vae/{module}", "activation", ("image", "..."), "any", "the module's whole output, final decoding"),
+    _coordinate("text_encoder", "branch", ("branch",), "str", "which prompt: uncond or cond"),
     Variable("text_encoder/{module}", "activation", ("branch", "..."), "any", "the module's whole output"),
     _coordinate("cost", "component", ("component",), "str", "text_encoder, unet, vae"),
     Variable("cost", "unet_seconds", ("step",), "float64", "time of the UNet's forward pass", "s"),

@@ -265,7 +265,9 @@ def test_statistics_of_a_constant_and_of_large_half_precision_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patterns", "count"), [(("*",), 4), (("up_blocks.*",), 2), (("8x8",), 3), (("4x4", "down_*"), 2), (("4x4", "mid_block*"), 1), ((DOWN,), 1)], ids=str
+    ("patterns", "count"),
+    [(("*",), 4), (("up_blocks.*",), 2), (("8x8",), 3), (("4x4", "down_*"), 2), (("4x4", "mid_block*"), 1), ((DOWN,), 1)],
+    ids=str,
 )
 def test_layers_are_chosen_by_glob_or_grid(patterns: tuple[str, ...], count: int, tmp_path: Path) -> None:
     asked = ask(tmp_path, capture={"layers": patterns})
@@ -283,7 +285,8 @@ def test_only_the_chosen_layers_are_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "remedy"), [("mid_blck.*", "Did you mean mid_block"), ("16x16", "4x4 or 8x8|8x8 or 4x4|Did you mean"), ("nothing at all", "There are: 8x8, 4x4")]
+    ("pattern", "remedy"),
+    [("mid_blck.*", "Did you mean mid_block"), ("16x16", "4x4 or 8x8|8x8 or 4x4|Did you mean"), ("nothing at all", "There are: 8x8, 4x4")],
 )
 def test_a_layer_that_is_not_there_is_refused_with_near_names(pattern: str, remedy: str) -> None:
     rehearsal = rehearse(StableDiffusion.of(pipeline()), (1, 4, 8, 8), 2, 77)
@@ -327,7 +330,9 @@ class Twice(AttnProcessor2_0):
         super().__init__()
         self.again = again
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, *args: Any, **named: Any) -> torch.Tensor:
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, *args: Any, **named: Any
+    ) -> torch.Tensor:
         for name, given in (("q", hidden_states), ("k", encoder_hidden_states)):
             if name in self.again:
                 getattr(attn, f"to_{name}")(given)
