@@ -202,7 +202,12 @@ class Experiment(Strict):
         default_factory=dict, max_length=100, description="Settings of the scheduler by diffusers' names, such as use_karras_sigmas."
     )
     steps: int = Field(default=50, ge=1, le=1000, description="How many denoising steps; some schedulers call the model more often (Heun, PNDM).")
-    guidance_scale: float = Field(default=7.5, ge=0, le=1000, description="How strongly the prompt pulls (diffusers' s); 1 and below: no guidance.")
+    guidance_scale: float = Field(
+        default=3.0,
+        ge=0,
+        le=1000,
+        description="How strongly the prompt pulls (diffusers' s): 3 suits emojiworld, 7.5 Stable Diffusion; up to 1: no guidance.",
+    )
     guidance_rescale: float = Field(default=0.0, ge=0, le=1, description="How far guidance's excess contrast is taken back: 0 not at all, 1 fully.")
     eta: float = Field(default=0.0, ge=0, le=1, description="Fresh noise at each DDIM step: 0 none (deterministic), 1 as much as DDPM.")
     capture: CaptureOptions = Field(default_factory=CaptureOptions, description="What is recorded on the way.")

@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
         return 0
     pictures = ", ".join(sorted(file.name for file in run.path.glob("*.png")))
     print(f"\n{run!r}\n\nRecording  {run.path}\nPictures   {pictures} (inside it)\n")
-    print(f"Look       probe show {run.name}\nCheck      probe verify {run.name}")
+    where = "" if asked.output == "runs" else f" --runs {asked.output}"
+    print(f"Look       probe show {run.name}{where}\nCheck      probe verify {run.name}{where}")
     print(f"Read       python -c 'import probe; print(probe.open_run(\"{run.path}\").tree)'")
     return 0
 
@@ -66,9 +67,8 @@ def _forecast(asked: Experiment, limit: int | None) -> int:
     print(f"\n{settled.calls} model calls, latents {' x '.join(map(str, settled.latent_shape))}, branches: {', '.join(settled.called)}\n")
     print(rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))
     rest = sum(sizes[path] for path in sizes if path not in large)
-    print(
-        f"\nand {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(sum(sizes.values()))} ({sum(sizes.values())} bytes)."
-    )
+    total = sum(sizes.values())
+    print(f"\nand {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(total)} ({total} bytes).")
     settled.check_size(limit, sys.maxsize)
     return 0
 

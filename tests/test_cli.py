@@ -582,7 +582,7 @@ def test_ls_has_a_row_for_each_also_for_a_damaged_one(call: Command, runs: Path)
     header, *lines = out.splitlines()
     assert (code, err) == (0, "") and header.split() == "recording status model sampling prompt created (UTC)".split()
     assert [line.split()[:2] for line in lines] == [[name, "complete"], ["old-11111111", "failed"], ["broken-00000000", "damaged"]]
-    assert "2 steps, guidance 7.5, seed 0" in lines[0] and "a cat on the hat" in lines[0], "a prompt of two lines is one row"
+    assert "2 steps, guidance 3, seed 0" in lines[0] and "a cat on the hat" in lines[0], "a prompt of two lines is one row"
     assert "an old cat and a hat and a hat and a ..." in lines[1] and lines[1].endswith("2020-01-01 00:00")
 
 
@@ -600,7 +600,7 @@ def test_show_tells_what_is_inside(call: Command, runs: Path) -> None:
     for arguments in ([], ["latest"], ["small"], [path.name], [str(path)], [path.name.removesuffix(".zarr"), "--runs", str(runs)]):
         code, out, err = call(cli.dispatch, "show", *arguments)
         assert (code, err) == (0, "")
-    assert "complete, 3 of 3 model calls" in out and "PNDMScheduler, 2 steps, guidance 7.5, seed 0" in out
+    assert "complete, 3 of 3 model calls" in out and "PNDMScheduler, 2 steps, guidance 3, seed 0" in out
     assert re.search(r"^/attention/8x8/cross +float16 +step 3 x token \d+ x branch 1 ", out, re.MULTILINE)
     assert re.search(r"^unet +\d+\.\d\d s +\d+\.\d\d GFLOP a call$", out, re.MULTILINE) and re.search(r"^peak memory +\d+ MB$", out, re.MULTILINE)
     assert str(path / "contact-sheet.png") in out and str(path / "picture.png") in out

@@ -42,7 +42,7 @@ def refusal(text: str) -> tuple[str, str]:
 def test_defaults() -> None:
     experiment = Experiment()
     assert experiment == load_experiment({})
-    assert (experiment.model, experiment.steps, experiment.guidance_scale, experiment.scheduler) == ("emojiworld", 50, 7.5, "default")
+    assert (experiment.model, experiment.steps, experiment.guidance_scale, experiment.scheduler) == ("emojiworld", 50, 3.0, "default")
     assert experiment.prompt == "An astronaut scuba diving"
     assert experiment.run_name == "an-astronaut-scuba-diving"
     assert (experiment.height, experiment.width, experiment.images, experiment.seed) == (None, None, 1, 0)

@@ -86,7 +86,7 @@ def prompts() -> list[str]:
     return listed
 
 
-def sheet(model: StableDiffusion, listed: list[str], seed: int = 0, steps: int = 30, guidance_scale: float = 5.0) -> Image.Image:
+def sheet(model: StableDiffusion, listed: list[str], seed: int = 0, steps: int = 30, guidance_scale: float = 3.0) -> Image.Image:
     """One picture for each prompt, eight a row."""
     pictures = []
     for prompt in listed:

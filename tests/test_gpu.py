@@ -1,0 +1,86 @@
+"""The same promises on CUDA, in float16, with the full configuration of Stable Diffusion v1 and random weights.
+
+Run them with `pytest -m gpu`; without CUDA they fail, they do not pass by being skipped. What they assert is the code
+that test_recorder.py and test_capture.py run on the CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from test_capture import assert_maps, scores
+from test_recorder import ask, assert_neutral, assert_no_hooks, bare
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from probe.recorder import record
+from probe.sampling import noise
+from probe.verify import verify
+
+pytestmark = pytest.mark.gpu
+
+
+def stable_diffusion_v1() -> Any:
+    """859,520,964 UNet parameters, 16 cross-attention layers, 512 x 512 pixels; random weights."""
+    torch.manual_seed(0)
+    words = tiny.tokenizer()
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    )
+    ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, **ends))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = PNDMScheduler(**betas, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    pipe = StableDiffusionPipeline(vae, text, words, unet, scheduler, None, None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    assert torch.cuda.is_available(), "tests marked gpu need a CUDA device"
+    return stable_diffusion_v1().to("cuda", torch.float16)
+
+
+def test_the_loop_has_the_bits_of_the_pipeline(pipe: Any, tmp_path: Path) -> None:
+    asked = ask(tmp_path, guidance_scale=7.5)
+    seeds = [torch.Generator().manual_seed(asked.seed)]
+    one_line = pipe(asked.prompt, num_inference_steps=asked.steps, guidance_scale=7.5, generator=seeds, output_type="latent").images
+    assert torch.equal(bare(pipe, asked)[-1].next_latents, one_line)
+
+
+def test_recording_changes_no_bit(pipe: Any, tmp_path: Path) -> None:
+    asked = ask(tmp_path, capture={"branches": "both", "tokens": "all", "activations": ("unet.mid_block",)})
+    before = bare(pipe, asked)
+    run = record(asked, pipe, progress=False)
+    assert_neutral(run, before)
+    assert_neutral(run, bare(pipe, asked))
+    assert_no_hooks(pipe)
+
+
+def test_a_seed_means_the_same_noise_on_every_device(pipe: Any, tmp_path: Path) -> None:
+    asked = ask(tmp_path)
+    drawn, _ = noise(asked.seed, (1, 4, 64, 64), torch.float16)
+    first = bare(pipe, asked)[0].latents
+    assert first.is_cuda
+    assert torch.equal(first.cpu(), drawn * pipe.scheduler.init_noise_sigma)
+
+
+def test_maps_are_diffusers_own(pipe: Any, tmp_path: Path) -> None:
+    run = record(ask(tmp_path, steps=2, capture={"branches": "both", "tokens": "all", "dtype": "float32"}), pipe, progress=False)
+    assert_maps(run, scores(pipe, run.experiment), 1e-5)
+
+
+def test_a_recording_made_on_cuda_verifies_on_the_cpu(pipe: Any, tmp_path: Path) -> None:
+    found = {check.name: check for check in verify(record(ask(tmp_path), pipe, progress=False))}
+    assert {check.verdict for check in found.values()} <= {"exact", "within tolerance"}, found
