@@ -79,7 +79,7 @@ def attention_layers(rehearsal: Rehearsal, patterns: Sequence[str]) -> dict[str,
     for pattern in patterns:
         found = [path for path, grid in grids.items() if grid == pattern or fnmatchcase(path, pattern)]
         if not found:
-            options = [*dict.fromkeys(grids.values()), *grids]
+            options = [*dict.fromkeys([*grids.values(), *(f"{path.split('.')[0]}.*" for path in grids)]), *grids]
             raise ExperimentError(f"capture.layers: {pattern!r} matches no cross-attention layer.", near(pattern, options))
         chosen.update({path: rehearsal.grids[path] for path in found})
     return {path: grid for path, grid in rehearsal.grids.items() if path in chosen}
@@ -129,7 +129,7 @@ class AttentionCapture:
         self._pixels: dict[tuple[int, int], torch.Tensor] = {}
         self._modules = {path: modules[path] for path in layers}
         for path, module in self._modules.items():
-            if getattr(module, "fused_projections", False):
+            if "Fused" in type(module.processor).__name__:  # not module.fused_projections, which unfusing leaves true
                 raise CaptureError(
                     f"{path} has fused QKV projections, whose queries cannot be read.", "Call pipeline.unfuse_qkv_projections() first."
                 )

@@ -54,8 +54,8 @@ def verify(run: Run) -> list[Check]:
             found.append(check(run))
         except ImportError as missing:
             found.append(Check(name, "not checked", f"needs {missing.name}: pip install 'diffusion-probe[record]'"))
-        except (OSError, ValueError, KeyError, RuntimeError, RecordingDamaged) as error:
-            found.append(Check(name, "failed", f"cannot be read: {str(error).splitlines()[0][:160]}"))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:  # whatever a damaged file makes of itself
+            found.append(Check(name, "failed", f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0][:160]}"))
     return found
 
 

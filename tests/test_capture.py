@@ -286,12 +286,13 @@ def test_only_the_chosen_layers_are_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "remedy"),
-    [("mid_blck.*", "Did you mean mid_block"), ("16x16", "4x4 or 8x8|8x8 or 4x4|Did you mean"), ("nothing at all", "There are: 8x8, 4x4")],
+    [("mid_blck.*", "Did you mean mid_block"), ("up_block.*", "Did you mean up_blocks"), ("16x16", "There are: 8x8, 4x4, down_blocks")],
 )
 def test_a_layer_that_is_not_there_is_refused_with_near_names(pattern: str, remedy: str) -> None:
     rehearsal = rehearse(StableDiffusion.of(pipeline()), (1, 4, 8, 8), 2, 77)
-    with pytest.raises(ExperimentError, match=f"(?s)capture.layers: '{pattern}' matches no.*({remedy})".replace("*'", r"\*'")):
+    with pytest.raises(ExperimentError) as caught:
         attention_layers(rehearsal, [pattern])
+    assert f"capture.layers: '{pattern}' matches no" in caught.value.cause and caught.value.remedy.startswith(remedy)
 
 
 def test_a_module_that_is_not_there_or_runs_twice_is_refused() -> None:
@@ -355,11 +356,16 @@ def test_a_layer_that_fires_0_or_2_times_stops_the_run(processor: Any, message: 
     cross_attention(pipe.unet)[MIDDLE].set_processor(processor)
     with pytest.raises(CaptureError, match=message) as caught:
         take(tmp_path, pipe)
-    assert (caught.value.exit_code == 1 and "capture.layers" in caught.value.remedy + caught.value.cause) or "fused" in caught.value.remedy
+    assert caught.value.exit_code == 1
+    assert any(word in str(caught.value) for word in ("leave it out", "is it fused?"))
     assert only(tmp_path).status == "failed" and len(only(tmp_path).steps) == 0
     assert hooks.count(pipe.unet) == 0
-    # and where that layer is left out, the run goes through
-    assert take(tmp_path / "without", pipe, steps=1, capture={"layers": ("down_blocks.*", "up_blocks.*")}).status == "complete"
+
+
+def test_a_run_that_leaves_such_a_layer_out_goes_through(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    cross_attention(pipe.unet)[MIDDLE].set_processor(Twice("qk"))
+    assert take(tmp_path, pipe, steps=1, capture={"layers": ("down_blocks.*", "up_blocks.*")}).status == "complete"
 
 
 def test_a_silent_processor_is_neutral_enough_to_be_a_fair_test() -> None:

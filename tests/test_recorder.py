@@ -169,7 +169,7 @@ def test_recording_changes_no_bit(capture: dict[str, Any], dtype: torch.dtype, g
     assert_same(run.images.values, pixels.numpy(), "pictures")
 
 
-@pytest.mark.parametrize("scheduler", ["EulerAncestral", "Heun", "DDPM", "DPM++2M", "KDPM2"])
+@pytest.mark.parametrize("scheduler", ["EulerAncestral", "Heun", "DPM++2M"])
 def test_recording_changes_no_bit_of_other_schedulers(scheduler: str, tmp_path: Path) -> None:
     changes = {"scheduler": scheduler, "images": 2, "guidance_rescale": 0.3}
     assert_neutral(take(tmp_path, **changes), bare(pipeline(), ask(tmp_path, **changes)))

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     for label, held_out in (("seen", False), ("left out", True)):
         scenes = fresh_scenes(options.scenes, held_out)
         losses = noise_losses(model, scenes, timesteps)
-        print(f"{label:12} {len(scenes):4} {vae_psnr(model, pixels_of(scenes)):5.1f} dB   {' ' * 19}" + "  ".join(f"{loss:.3f}" for loss in losses))
+        print(f"{label:12} {len(scenes):4} {vae_psnr(model, pixels_of(scenes)):5.1f} dB   {' ' * 18}" + "  ".join(f"{loss:.3f}" for loss in losses))
     if options.sheet:
         sheet(model, prompts(), options.seed).save(options.sheet)
         print(f"wrote {options.sheet}")
