@@ -9,7 +9,12 @@ Stages, each resumed from its last checkpoint when the command is started again:
     encode    every training scene to a latent, once
     unet      CLIPTextModel and UNet2DConditionModel together on noise prediction, captions dropped one time in ten
               (Ho & Salimans 2022), the loss weighted by min-SNR (Hang et al. 2023)
+    refine    the same once more from there, with a fresh one-cycle rate; for every other picture the start, end and padding
+              tokens are hidden, so that the UNet learns to find each noun at its own word
+    decoder   the VAE's decoder alone, its latents unchanged, on crops of whole scenes
     export    an ordinary diffusers directory: fp16 safetensors, tokenizer, scheduler, the words it knows
+
+`--start MODEL` takes VAE, text encoder and UNet from a finished model instead of the stages vae and unet.
 
 Everything is drawn from `--seed`; step k of a stage always sees the same batch, whether or not it was interrupted.
 """
@@ -29,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -37,6 +43,7 @@ from experiments.emojiworld import world
 
 MIN_SNR_GAMMA = 5.0
 CAPTION_DROPOUT = 0.1
+HIDDEN_ENDS = 0.5  # of the pictures in the refining stage
 TOKENS = 77
 
 
@@ -251,9 +258,11 @@ def encode(options: argparse.Namespace, vae: AutoencoderKL, images: torch.Tensor
             means.append(posterior.mean.float().cpu())
             stds.append(posterior.std.float().cpu())
         mean, std = torch.cat(means), torch.cat(stds)
-        centre = mean.mean(dim=(0, 2, 3))
+        centre = mean.mean(dim=(0, 2, 3)) if options.start is None else torch.zeros(mean.shape[1])
         mean = mean - centre[None, :, None, None]
         torch.save({"mean": mean, "std": std, "centre": centre}, path)
+    if options.start is not None:  # it was centred when it was made
+        return mean, std
     centre = centre.to(options.device)
     vae.quant_conv.bias[: len(centre)] -= centre
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ centre
@@ -262,34 +271,75 @@ def encode(options: argparse.Namespace, vae: AutoencoderKL, images: torch.Tensor
 
 
 def train_unet(
-    options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPTokenizer, latents: tuple[torch.Tensor, torch.Tensor], captions: list[str]
+    options: argparse.Namespace,
+    name: str,
+    modules: torch.nn.ModuleDict,
+    scale: float,
+    tokenizer: CLIPTokenizer,
+    latents: tuple[torch.Tensor, torch.Tensor],
+    captions: list[str],
 ) -> torch.nn.ModuleDict:
-    device, batch = options.device, 32
-    modules = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}).to(device)
+    """One cycle over text encoder and UNet: the stage `unet`, or `refine`, which hides the ends of half of the captions."""
+    device, batch, refining = options.device, 32, name == "refine"
+    steps, rate, decay = (options.refine_steps, 6e-4, 0.9995) if refining else (options.unet_steps, 1e-3, 0.999)
+    modules.to(device)
     unet, text_encoder = modules["unet"], modules["text_encoder"]
-    trainer = Trainer("unet", modules, options.unet_steps, 1e-3, options.folder, 0.999)
-    mean, std = (part * vae.config.scaling_factor for part in latents)
+    # Of attention's three ways, the plain one is by far the fastest to train on these small grids.
+    unet.set_attn_processor(AttnProcessor())
+    text_encoder.set_attn_implementation("eager")
+    trainer = Trainer(name, modules, steps, rate, options.folder, decay)
+    mean, std = (part * scale for part in latents)
     ids = tokenizer([*captions, ""], padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    inside = (ids != tokenizer.bos_token_id) & (ids != tokenizer.eos_token_id)  # CLIP pads with its end token
     scheduler = build_scheduler()
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight = (snr.clamp(max=MIN_SNR_GAMMA) / snr).to(device)
 
     def loss_of(step: int) -> torch.Tensor:
-        draw = generator(options.seed + 1, step)
+        draw = generator(options.seed + (2 if refining else 1), step)
         which = torch.randint(len(mean), (batch,), generator=draw)
         latent = (mean[which] + std[which] * torch.randn((batch, *mean.shape[1:]), generator=draw)).to(device)
         noise = torch.randn(latent.shape, generator=draw).to(device)
         t = torch.randint(1000, (batch,), generator=draw).to(device)
         dropped = torch.rand(batch, generator=draw) < CAPTION_DROPOUT
-        words = ids[torch.where(dropped, len(captions), which)].to(device)
+        which = torch.where(dropped, len(captions), which)
+        seen = None
+        if refining:
+            hidden = (torch.rand(batch, generator=draw) < HIDDEN_ENDS) & ~dropped
+            seen = (inside[which] | ~hidden[:, None]).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             noisy = scheduler.add_noise(latent, noise, t)
-            prediction = unet(noisy, t, text_encoder(words).last_hidden_state).sample
+            prediction = unet(noisy, t, text_encoder(ids[which].to(device)).last_hidden_state, encoder_attention_mask=seen).sample
         error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
         return (weight[t] * error).mean()
 
     trainer.run(loss_of)
-    return trainer.averaged()  # type: ignore[return-value]
+    return trainer.averaged()
+
+
+def train_decoder(options: argparse.Namespace, vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
+    """Fit the decoder to the latents that the encoder gives, sharper than the two could while they moved together."""
+    device, crop, batch = options.device, 64, 16
+    vae = vae.to(device)
+    decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+    trainer = Trainer("decoder", decoder, options.decoder_steps, 8e-4, options.folder, 0.998)
+
+    def loss_of(step: int) -> torch.Tensor:
+        draw = generator(options.seed + 3, step)
+        which = torch.randint(len(images), (batch,), generator=draw)
+        corners = torch.randint((world.SIZE - crop) // 8 + 1, (batch, 2), generator=draw) * 8
+        whole = images[which].to(device).float() / 127.5 - 1
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            with torch.no_grad():
+                latent = vae.encode(whole).latent_dist.mean
+            parts = [latent[i, :, y // 8 : (y + crop) // 8, x // 8 : (x + crop) // 8] for i, (y, x) in enumerate(corners.tolist())]
+            decoded = vae.decode(torch.stack(parts)).sample.float()
+        target = torch.stack([whole[i, :, y : y + crop, x : x + crop] for i, (y, x) in enumerate(corners.tolist())])
+        return F.l1_loss(decoded, target) + 2 * F.mse_loss(decoded, target) + 0.5 * _gradient_l1(decoded, target)
+
+    trainer.run(loss_of)
+    trainer.averaged()
+    return vae
 
 
 def export(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPTokenizer, modules: torch.nn.ModuleDict) -> Path:
@@ -322,25 +372,45 @@ def timed(stage: str) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("training/emojiworld"), help="checkpoints, and the model at the end")
-    parser.add_argument("--scenes", type=int, default=20_000, help="scenes in the training set")
+    parser.add_argument("--start", type=Path, help="a finished model to refine")
+    parser.add_argument("--scenes", type=int, default=40_000, help="scenes in the training set")
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--unet-steps", type=int, default=4500)
+    parser.add_argument("--refine-steps", type=int, default=8000)
+    parser.add_argument("--decoder-steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     np.random.seed(options.seed)
-    parts: dict[str, Any] = {"tokenizer": build_tokenizer(options.folder / "tokenizer")}
+    tokenizer = build_tokenizer(options.folder / "tokenizer")
     with timed("scenes"):
         images, captions = draw_training_set(options.scenes)
-    with timed("vae"):
-        vae = train_vae(options, images)
+    if options.start is not None:
+        vae = AutoencoderKL.from_pretrained(options.start, subfolder="vae", torch_dtype=torch.float32).to(options.device).eval()
+    else:
+        with timed("vae"):
+            vae = train_vae(options, images)
     with timed("encode"), torch.no_grad():
         latents = encode(options, vae, images)
-    with timed("unet"):
-        modules = train_unet(options, vae, parts["tokenizer"], latents, captions)
-    export(options, vae, parts["tokenizer"], modules)
+    scale = float(vae.config.scaling_factor)
+    if options.start is not None:
+        modules = torch.nn.ModuleDict(
+            {
+                "unet": UNet2DConditionModel.from_pretrained(options.start, subfolder="unet", torch_dtype=torch.float32),
+                "text_encoder": CLIPTextModel.from_pretrained(options.start / "text_encoder", dtype=torch.float32),
+            }
+        )
+    else:
+        modules = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+        with timed("unet"):
+            modules = train_unet(options, "unet", modules, scale, tokenizer, latents, captions)
+    with timed("refine"):
+        modules = train_unet(options, "refine", modules.requires_grad_(True), scale, tokenizer, latents, captions)
+    with timed("decoder"):
+        vae = train_decoder(options, vae, images)
+    export(options, vae, tokenizer, modules)
 
 
 if __name__ == "__main__":
