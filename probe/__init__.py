@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probe.experiment import CaptureOptions, Experiment, load_experiment
-    from probe.recorder import record
+    from probe.recorder import record, resume
     from probe.recording import Run, list_runs, open_run
 
 _HOMES = {
@@ -26,8 +26,9 @@ _HOMES = {
     "list_runs": "probe.recording",
     "open_run": "probe.recording",
     "record": "probe.recorder",
+    "resume": "probe.recorder",
 }
-__all__ = ["CaptureOptions", "Experiment", "Run", "list_runs", "load_experiment", "open_run", "record"]
+__all__ = ["CaptureOptions", "Experiment", "Run", "list_runs", "load_experiment", "open_run", "record", "resume"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,10 @@
     probe ls                      list recordings
     probe show [RUN]              what a recording holds, and where its pictures are
     probe verify [RUN]            check a recording against itself
+    probe rerun [RUN]             record the same again, and say what differs
+    probe diff A B                what differs between two recordings
     probe rm RUN ...              remove recordings
+    probe gc                      remove what killed writers left behind
 
 RUN is a path, the beginning of a name, or latest. `probe VERB --help` tells more.
 """
@@ -14,10 +17,14 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from probe.errors import RecordingBusy, RecordingDamaged, RecordingNotFound
 from probe.strict_yaml import printable
 from probe.terminal import Parser, fail, guarded, rows
+
+if TYPE_CHECKING:
+    from probe.compare import Comparison
 
 
 def run(arguments: list[str]) -> int:
@@ -30,6 +37,87 @@ def verify(arguments: list[str]) -> int:
     from probe.verify import main
 
     return main(arguments)
+
+
+def rerun(arguments: list[str]) -> int:
+    """Record a run again from its own record, and compare. Exit code 0: the same bits; 1: something differs."""
+    from probe.compare import compare
+    from probe.experiment import load_experiment
+    from probe.recording import open_run
+
+    parser = Parser(prog="probe rerun", description=rerun.__doc__)
+    _add_run(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    options = parser.parse_args(arguments)
+    before = open_run(options.run, options.runs)
+    asked = load_experiment(before.experiment, output=str(before.path.parent))
+    from probe.recorder import record
+
+    after = record(asked, progress=not options.quiet, parent=before.name)
+    print(f"Recorded {after.path}")
+    return _tell(compare(before, after), before.name, after.name)
+
+
+def diff(arguments: list[str]) -> int:
+    """What differs between two recordings: what was asked, the conditions, the values. Exit code 0: the same bits; 1: something differs."""
+    from probe.compare import compare
+    from probe.recording import open_run
+
+    parser = Parser(prog="probe diff", description=diff.__doc__)
+    parser.add_argument("a", help="a path, the beginning of a name, or latest")
+    parser.add_argument("b", help="another")
+    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    options = parser.parse_args(arguments)
+    one, other = (open_run(name, options.runs) for name in (options.a, options.b))
+    return _tell(compare(one, other), one.name, other.name)
+
+
+def _tell(found: Comparison, one: str, other: str) -> int:
+    print(f"{one}  and  {other}")
+    for title, lines in (("asked", found.asked), ("conditions", found.conditions)):
+        print(f"  {title:11} {'the same' if not lines else lines[0]}", *(f"              {line}" for line in lines[1:]), sep="\n")
+    if found.same:
+        print(f"  values      the same bits in all {found.variables} variables")
+        return 0
+    table = [
+        (
+            f"/{d.variable}",
+            d.problem,
+            f"{d.count} of {d.total}" if d.count else "",
+            f"{d.greatest:.3g}" if d.greatest else "",
+            "" if d.at is None else str(d.at),
+        )
+        for d in found.differences
+    ]
+    print(f"  values      {len(found.differences)} of {found.variables} variables differ\n")
+    print(rows(table, ("variable", "", "values", "by at most", "first at step")))
+    return 1
+
+
+def gc(arguments: list[str]) -> int:
+    """Remove what killed writers left behind: half-made folders, lock files, parts of files. Recordings stay."""
+    parser = Parser(prog="probe gc", description=gc.__doc__)
+    parser.add_argument("runs", nargs="?", default="runs", help="folder of recordings [runs]")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    options = parser.parse_args(arguments)
+    from probe.store import orphans
+
+    found = orphans(Path(options.runs))
+    for path in found:
+        print(path)
+        if not options.dry_run:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    print(
+        f"{'Would remove' if options.dry_run else 'Removed'} {len(found)} left by writers that died."
+        if found
+        else f"Nothing to remove in {options.runs}."
+    )
+    return 0
+
+
+def _add_run(parser: Parser) -> None:
+    parser.add_argument("run", nargs="?", default="latest", help="a path, the beginning of a name, or latest")
+    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
 
 
 def ls(arguments: list[str]) -> int:
@@ -63,8 +151,7 @@ def show(arguments: list[str]) -> int:
     from probe.recording import open_run
 
     parser = Parser(prog="probe show", description=show.__doc__)
-    parser.add_argument("run", nargs="?", default="latest", help="a path, the beginning of a name, or latest")
-    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    _add_run(parser)
     options = parser.parse_args(arguments)
     found = open_run(options.run, options.runs)
     print(f"{found!r}\n")
@@ -117,7 +204,7 @@ def rm(arguments: list[str]) -> int:
     return 0
 
 
-VERBS = {"run": run, "ls": ls, "show": show, "verify": verify, "rm": rm}
+VERBS = {"run": run, "ls": ls, "show": show, "verify": verify, "rerun": rerun, "diff": diff, "rm": rm, "gc": gc}
 
 
 def dispatch(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ Constants (downsampling factor f, scaling factor, prediction type, grid size) co
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -197,6 +198,15 @@ class StableDiffusion:
                 finally:
                     self.vae.to(self.dtype)
         return to_uint8(pixels), again
+
+    def digest(self) -> str:
+        """SHA-256 of every weight and buffer, 16 hex characters: two models with one digest have the same bits."""
+        found = hashlib.sha256()
+        for part in ("unet", "vae", "text_encoder"):
+            for name, tensor in (getattr(self, part).state_dict() if getattr(self, part) is not None else {}).items():
+                found.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()[:16]
 
     def skeleton(self) -> StableDiffusion:
         """The same model on the meta device: shapes without weights or work."""

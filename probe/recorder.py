@@ -1,9 +1,9 @@
-"""Record a run: the one place where the loop, the captures and the recording meet.
+"""Record a run, or go on with one that was interrupted.
 
     run = record("experiments/astronaut.yaml")                  # or an Experiment, or a dict of its fields
     run = record(Experiment(prompt="a cat"), pipeline=pipe)     # an in-memory diffusers StableDiffusionPipeline
+    run = resume(open_run("latest"))                            # the same bits as if it had never been interrupted
 
-The loop owns the clock: hooks fill a tray, the recorder empties it after each `Step` and hands it to the writing thread.
 Recording changes nothing: the pictures have the same bits with and without it.
 """
 
@@ -14,30 +14,25 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from probe import pictures
-from probe.analysis import probabilities, resize
-from probe.capture import AttentionCapture, OutputCapture, TextCapture, hooked
-from probe.clock import Clock
-from probe.errors import NotFinite, OutOfMemory, ProbeError
+from probe.compare import differing_conditions
+from probe.errors import ModelError, OutOfMemory, ProbeError
 from probe.experiment import Experiment, load_experiment
 from probe.loading import load
-from probe.models import Conditioning, StableDiffusion
-from probe.planning import ENCODER, Plan, free_room, grid_group, plan, size_text
+from probe.models import StableDiffusion
+from probe.perform import Say, perform
+from probe.planning import Plan, free_room, plan, size_text
 from probe.recording import Run
-from probe.sampling import Step, denoise
 from probe.schema import FORMAT_VERSION
 from probe.store import RunWriter
-
-Say = Callable[[str], None]
 
 
 def record(
@@ -56,32 +51,74 @@ def record(
     """
     asked = load_experiment(experiment)
     room = free_room(Path(asked.output))
-    say: Say = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda _: None)
+    say = _sayer(progress)
     with _out_of_memory(asked):
-        if pipeline is None:
-            say(f"Loading {asked.model} ...")
-            model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device)
-        else:
-            model = StableDiffusion.of(pipeline)
+        model = _model(asked, pipeline, say)
+        if pipeline is not None:
             asked = load_experiment(asked, model=model.name)
-        model = model.with_scheduler(asked.scheduler, asked.scheduler_options)
         run = plan(model, asked)
-        folder = Path(asked.output)
         run.check_size(max_bytes, room)
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
-        path = folder / f"{asked.run_name}-{key}.zarr"
+        path = Path(asked.output) / f"{asked.run_name}-{key}.zarr"
         attributes = {**describe(model, run), "created": created, "parent_run": parent}
         say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
         with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
-            try:
-                _perform(model, run, writer, say, progress)
-                pictures.save(Run(path))
-                writer.complete()
-            except BaseException:
-                say(f"The run ended early. What it had recorded is in {path}")
-                raise
+            _see_through(path, model, run, writer, say, progress)
     return Run(path)
+
+
+def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
+    """Go on with a recording that was left unfinished, and return it finished, as if it had never been interrupted.
+
+    The committed steps are replayed through a fresh scheduler from their recorded predictions, without calling the UNet:
+    that gives it back its history and its random numbers. What decides bits (device, threads, versions) and is not as it
+    was is said, and written into the attribute `resumed`. A complete recording is returned as it is. Raises RecordingBusy
+    if its writer lives, ModelError for other weights, StoreError where replaying does not give the recorded latents.
+    """
+    say = _sayer(progress)
+    if run.status == "complete":
+        say(f"{run.name} is complete already.")
+        return run
+    asked = run.experiment
+    with _out_of_memory(asked):
+        model = _model(asked, pipeline, say)
+        settled = plan(model, asked)
+        here, there = describe(model, settled), run.attributes
+        if here["model"]["weights"] != there["model"]["weights"]:
+            raise ModelError(f"{run.name} was begun with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
+        changed = differing_conditions(there, here)
+        if changed:
+            say(f"Not as it was when the run began, so the last bits may differ: {'; '.join(changed)}")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        attributes = {"resumed": [*there.get("resumed", []), {"at": now, "environment": here["environment"], "changed": changed}]}
+        with RunWriter(run.path, settled.arrays, attributes, asked.durability, resume=True) as writer:
+            say(f"Resuming {run.path}: {writer.committed} of {settled.calls} model calls are there")
+            _see_through(run.path, model, settled, writer, say, progress)
+    return Run(run.path)
+
+
+def _sayer(progress: bool) -> Say:
+    return (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda _: None)
+
+
+def _model(asked: Experiment, pipeline: Any | None, say: Say) -> StableDiffusion:
+    if pipeline is None:
+        say(f"Loading {asked.model} ...")
+        model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device)
+    else:
+        model = StableDiffusion.of(pipeline)
+    return model.with_scheduler(asked.scheduler, asked.scheduler_options)
+
+
+def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
+    try:
+        perform(model, run, writer, say, progress)
+        pictures.save(Run(path))
+        writer.complete()
+    except BaseException:
+        say(f"The run ended early. What it had recorded is in {path}; go on with it: probe run --resume {path}")
+        raise
 
 
 def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
@@ -114,6 +151,7 @@ def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
             "f": model.f,
             "scaling_factor": model.scaling_factor,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "weights": model.digest(),
         },
         "scheduler": {"class": type(model.scheduler).__name__, "config": json.loads(model.scheduler.to_json_string())},
         "prediction_type": model.prediction_type,
@@ -121,210 +159,6 @@ def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
         "cut_from_prompt": {branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut},
         "decoded_in_float32": False,
     }
-
-
-# --- the run ---------------------------------------------------------------------------------------------------------
-
-
-def _perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
-    asked, clock = run.experiment, Clock(model.device)
-    clock.reset_memory()
-    with clock.measure("text_encoder"):
-        conditioning = _read_prompts(model, run, writer)
-    slope, bias = fit_preview(model)
-    writer.write("preview/latent_to_rgb", slope)
-    writer.write("preview/bias", bias)
-
-    attention = AttentionCapture(model.unet, run.layers, run.kept, asked.images, run.called, run.branches, asked.capture.dtype)
-    outputs = OutputCapture("unet", model.unet, run.statistics["unet"], run.activations)
-    decoded_in_float32 = False
-    steps = denoise(
-        model,
-        conditioning,
-        steps=asked.steps,
-        guidance_scale=asked.guidance_scale,
-        guidance_rescale=asked.guidance_rescale,
-        eta=asked.eta,
-        seed=asked.seed,
-        images=asked.images,
-        height=asked.height,
-        width=asked.width,
-    )
-    final: torch.Tensor | None = None
-    with hooked(attention, outputs), clock.watching(model.unet), tqdm(total=run.calls, desc="Denoising", unit="step", disable=not progress) as bar:
-        for index in range(run.calls):
-            attention.resting = outputs.resting = index not in run.recorded
-            with clock.step():
-                step = next(steps)
-                values, nbytes = _gather(step, run, attention, outputs)
-                writer.write_step(index, values, nbytes)
-                final = step.next_latents
-            if index in run.decoded:
-                with clock.measure("vae"):
-                    pixels, again = model.decode(step.denoised.to(model.dtype))
-                writer.write("decoded/picture", pixels.numpy(), at=run.decoded.index(index))
-                decoded_in_float32 |= again
-            bar.set_postfix(sigma=f"{step.sigma:.2f}", refresh=False)
-            bar.update()
-    assert final is not None
-    writer.flush()
-    check_finite("final_latents", run.calls - 1, _numpy(final), asked.on_nan)
-    writer.write("latents/final_latents", _numpy(final))
-
-    say("Decoding the picture ...")
-    inside = OutputCapture("vae", model.vae or torch.nn.Module(), run.statistics["vae"], run.activations, replace=True)
-    with hooked(inside), clock.measure("vae"):
-        pixels, again = model.decode(final)
-    writer.write("images/final", pixels.numpy())
-    statistics, activations = inside.take()
-    if statistics is not None:
-        writer.write("vae/statistics", _numpy(statistics))
-    for path, value in activations.items():
-        writer.write(f"{path.replace('.', '/', 1)}/activation", _numpy(value))
-    if decoded_in_float32 or again:
-        writer.annotate(decoded_in_float32=True)
-        say("The VAE overflowed in float16: decoded again in float32.")
-    say("Summing up the attention maps ...")
-    _summarise(run, writer)
-    unet, whole, seconds, memory = clock.read()
-    writer.write("cost/unet_seconds", unet)
-    writer.write("cost/step_seconds", whole)
-    writer.write("cost/seconds", [seconds.get(part, 0.0) for part in run.rehearsal.flops])
-    writer.write("cost/peak_memory", memory)
-
-
-def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Conditioning:
-    embeddings: dict[str, torch.Tensor] = {}
-    inside: dict[str, dict[str, torch.Tensor]] = {}
-    wholes: dict[str, dict[str, torch.Tensor]] = {}
-    capture = TextCapture(model.text_encoder, run.activations)
-    with hooked(capture):
-        for branch in sorted(run.called):  # the prompt first, then the negative prompt, each alone, as diffusers does
-            embeddings[branch] = model.encode(run.prompts[branch])
-            inside[branch] = capture.take()
-            wholes[branch] = capture.outputs.take()[1]
-    if run.experiment.capture.text:
-        axis = {"hidden": 1, "attention": 1}
-        for name in ("embedding", "hidden", "output", "attention"):
-            stacked = torch.stack([inside[branch][name] for branch in run.called], dim=axis.get(name, 0))
-            writer.write(f"text/{ENCODER}/{name}", _numpy(stacked))
-    for path in wholes["cond"]:
-        stacked = torch.cat([wholes[branch][path] for branch in run.called])
-        writer.write(f"{path.replace('.', '/', 1)}/activation", _numpy(stacked))
-    uncond = run.prompts.get("uncond")
-    return Conditioning(run.prompts["cond"], uncond or run.prompts["cond"], embeddings["cond"], embeddings.get("uncond"))
-
-
-def _gather(step: Step, run: Plan, attention: AttentionCapture, outputs: OutputCapture) -> tuple[Callable[[], dict[str, np.ndarray]], int]:
-    """What one step recorded, on its way to the host, as a function that the writing thread calls."""
-    tensors: dict[str, torch.Tensor] = {"latents/latents": step.latents, "latents/prediction": step.prediction}
-    tensors["latents/prediction_cond"] = step.prediction_cond
-    if step.prediction_uncond is not None:
-        tensors["latents/prediction_uncond"] = step.prediction_uncond
-    for name, tensor in list(tensors.items()):
-        tensors[name] = tensor.clone()  # the caller may change what the loop yielded
-    maps = attention.take()
-    for path, (found, moments) in maps.items():
-        tensors[f"map {path}"], tensors[f"moments {path}"] = found, moments
-    statistics, activations = outputs.take()
-    rows = (len(run.called), run.latent_shape[0])
-    if statistics is not None:
-        tensors["unet/statistics"] = statistics.unflatten(1, rows)
-    for path, whole in activations.items():
-        tensors[f"{path.replace('.', '/', 1)}/activation"] = whole.unflatten(0, rows)
-    host = _to_host(tensors)
-
-    def values() -> dict[str, np.ndarray]:
-        ready = host()
-        written = {name: value for name, value in ready.items() if not name.startswith(("map ", "moments "))}
-        if maps:
-            for grid, layers in run.grids.items():
-                group = grid_group(grid)
-                cross = np.stack([ready[f"map {path}"] for path in layers], axis=3)
-                written[f"{group}/cross"] = cross.reshape(*cross.shape[:-1], *grid)
-                written[f"{group}/moments"] = np.stack([ready[f"moments {path}"] for path in layers], axis=3)
-        for name in ("latents", *(f"prediction_{branch}" for branch in run.called), "prediction"):
-            check_finite(name, step.index, written[f"latents/{name}"], run.experiment.on_nan)
-        return written
-
-    return values, sum(tensor.nbytes for tensor in tensors.values())
-
-
-def check_finite(name: str, step: int, value: np.ndarray, on_nan: str) -> None:
-    """Raises NotFinite for a NaN or an infinity, unless they are to be recorded."""
-    if on_nan == "stop" and not np.isfinite(value).all():
-        what = "NaN" if np.isnan(value).any() else "infinity"
-        raise NotFinite(
-            f"{name} holds {what} at step {step}.",
-            "Try --dtype float32 or a smaller guidance_scale; on_nan: record writes such values down instead of stopping.",
-        )
-
-
-def _summarise(run: Plan, writer: RunWriter) -> None:
-    """Fill the sums that a first look at a recording reads: `time_sum` of each grid, and the `overview`."""
-    if not run.grids:
-        return
-    largest = next(iter(run.grids))
-    sums = {grid: np.zeros(_shape(run, f"{grid_group(grid)}/time_sum"), np.float32) for grid in run.grids}
-    for index in run.recorded:
-        overview = np.zeros((len(run.kept.positions), *largest), np.float32)
-        for grid in run.grids:
-            maps = probabilities(writer.read(f"{grid_group(grid)}/cross", at=index))
-            sums[grid] += maps
-            overview += resize(maps[:, -1].mean(axis=(1, 3)).sum(axis=1), largest)  # the last branch: cond where it was kept
-        writer.write(f"{grid_group(largest)}/overview", overview / len(run.layers), at=(slice(None), index))
-    for grid, total in sums.items():
-        writer.write(f"{grid_group(grid)}/time_sum", total)
-
-
-def fit_preview(model: StableDiffusion) -> tuple[np.ndarray, np.ndarray]:
-    """The linear map from denoised latents to colour that fits this VAE best: (channel, rgb) and (rgb), colour in 0..1.
-
-    Fitted by least squares on decoded smooth noise, as latent previews do with constants measured for one model.
-    """
-    channels = int(model.unet.config.in_channels)
-    if model.vae is None:
-        return np.full((channels, 3), 0.5, np.float32) * np.eye(channels, 3, dtype=np.float32), np.full(3, 0.5, np.float32)
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn((3, channels, 4, 4), generator=generator)
-    latents = 1.2 * torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
-    pixels, _ = model.decode(latents.to(model.device, model.dtype))
-    colour = torch.nn.functional.avg_pool2d(pixels.permute(0, 3, 1, 2).float() / 255, model.f)
-    x = latents.permute(0, 2, 3, 1).reshape(-1, channels)
-    design = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
-    solution = torch.linalg.lstsq(design, colour.permute(0, 2, 3, 1).reshape(-1, 3).double()).solution.float().numpy()
-    return solution[:-1], solution[-1]
-
-
-# --- small parts -----------------------------------------------------------------------------------------------------
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _to_host(tensors: dict[str, torch.Tensor]) -> Callable[[], dict[str, np.ndarray]]:
-    """Start copying to the host without waiting; the returned function waits and gives numpy arrays."""
-    event = None
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        pinned = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():
-            pinned[name].copy_(tensor, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        tensors = pinned
-
-    def arrays() -> dict[str, np.ndarray]:
-        if event is not None:
-            event.synchronize()
-        return {name: _numpy(tensor) for name, tensor in tensors.items()}
-
-    return arrays
-
-
-def _shape(run: Plan, path: str) -> tuple[int, ...]:
-    return next(a.shape for a in run.arrays if a.path == path)
 
 
 @contextlib.contextmanager

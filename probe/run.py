@@ -5,6 +5,7 @@ What is asked is a YAML file (see experiments/astronaut.yaml), and every field c
     python -m probe.run experiments/astronaut.yaml
     python -m probe.run experiments/astronaut.yaml --guidance-scale 2 --seed 7
     python -m probe.run experiments/astronaut.yaml --prompt "A cat on the moon" --dry-run
+    python -m probe.run --resume latest        # go on with a run that was interrupted, to the same bits
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import json
 import sys
 from pathlib import Path
 
+from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
+from probe.recording import Run, open_run
 from probe.terminal import Parser, add_fields, guarded, overrides, rows
 
 EXAMPLE = "experiments/astronaut.yaml"
@@ -25,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("experiment", nargs="?", type=Path, help="a YAML file; without one, the default experiment")
     made.add_argument("--dry-run", action="store_true", help="show what would be recorded, and how large it would be, without weights or work")
     made.add_argument("--max-bytes", type=_size, metavar="SIZE", help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)")
+    made.add_argument("--resume", metavar="RUN", help="go on with an unfinished recording: a path, the beginning of a name, or latest")
     made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_fields(made)
@@ -33,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
+    if options.resume is not None:
+        return _resume(options)
     asked = load_experiment(options.experiment or Experiment())
     if changes := overrides(options):
         asked = load_experiment(asked, **changes)
@@ -41,13 +47,31 @@ def main(arguments: list[str]) -> int:
         return _forecast(asked, options.max_bytes)
     from probe.recorder import record
 
-    run = record(asked, max_bytes=options.max_bytes, progress=not options.quiet)
-    if options.quiet:
+    return _say_where(record(asked, max_bytes=options.max_bytes, progress=not options.quiet), options.quiet)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    changes = overrides(options)
+    folder = changes.pop("output", "runs")
+    if options.experiment or changes or options.dry_run or options.max_bytes is not None:
+        raise ExperimentError(
+            "A resumed run goes on as it was asked: no experiment, no other option.",
+            "Give --resume RUN alone (and --output FOLDER, if it is not in runs).",
+        )
+    _quieten(options.quiet)
+    run = open_run(options.resume, folder)
+    from probe.recorder import resume
+
+    return _say_where(resume(run, progress=not options.quiet), options.quiet)
+
+
+def _say_where(run: Run, quiet: bool) -> int:
+    if quiet:
         print(run.path)
         return 0
     pictures = ", ".join(sorted(file.name for file in run.path.glob("*.png")))
     print(f"\n{run!r}\n\nRecording  {run.path}\nPictures   {pictures} (inside it)\n")
-    where = "" if asked.output == "runs" else f" --runs {asked.output}"
+    where = "" if run.path.parent == Path("runs") else f" --runs {run.path.parent}"
     print(f"Look       probe show {run.name}{where}\nCheck      probe verify {run.name}{where}")
     print(f"Read       python -c 'import probe; print(probe.open_run(\"{run.path}\").tree)'")
     return 0

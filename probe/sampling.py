@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,9 @@ from probe.conversions import alpha_bar_from_sigma, denoised_from, eps_from, sig
 
 if TYPE_CHECKING:
     from probe.models import Conditioning, StableDiffusion
+
+
+Predictions = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]  # of one call: unconditional, conditional, what the scheduler got
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,15 @@ def denoise(
     images: int = 1,
     height: int | None = None,
     width: int | None = None,
+    known: Iterable[Predictions] = (),
 ) -> Iterator[Step]:
     """Draw `images` pictures, yielding a `Step` after every call of the UNet and the scheduler.
 
     `height` and `width` are in pixels (default: the model's own). Guidance is on when `guidance_scale > 1`, and then
     the UNet sees both branches in one batch, unconditional first. The last step's `next_latents` are the result.
+
+    `known` holds the predictions of the first calls, recorded earlier: for these the UNet is not called, and what they
+    make of a fresh scheduler (its history, its random numbers) is the state in which the interrupted run was.
     """
     scheduler = fresh(model.scheduler)
     schedule = Schedule.of(scheduler, steps)
@@ -161,12 +168,16 @@ def denoise(
     options = step_options(scheduler, eta, generators)
     guided = guidance_scale > 1.0
     embeddings = conditioning.embeddings(images, guided)
+    recorded = iter(known)
     for index, t in enumerate(scheduler.timesteps):
         with torch.no_grad():  # never across the yield: the caller's gradient mode is the caller's
-            batch = torch.cat([latents] * 2) if guided else latents
-            output = model.unet(scheduler.scale_model_input(batch, t), t, encoder_hidden_states=embeddings, return_dict=False)[0]
-            uncond, cond = output.chunk(2) if guided else (None, output)
-            prediction = cond if uncond is None else guide(uncond, cond, guidance_scale, guidance_rescale)
+            model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+            if (replayed := next(recorded, None)) is not None:
+                uncond, cond, prediction = replayed
+            else:
+                output = model.unet(model_input, t, encoder_hidden_states=embeddings, return_dict=False)[0]
+                uncond, cond = output.chunk(2) if guided else (None, output)
+                prediction = cond if uncond is None else guide(uncond, cond, guidance_scale, guidance_rescale)
             next_latents = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
         yield Step(
             index=index,

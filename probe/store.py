@@ -19,11 +19,9 @@ import os
 import re
 import shutil
 import socket
-import threading
 import time
 import uuid
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,8 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
-from probe.errors import ProbeError, RecordingBusy, StoreError
+from probe.background import Queue
+from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.schema import Array
 
 MANIFEST = "manifest.json"
@@ -45,41 +44,68 @@ NOT_HASHED = (".png", ".partial")  # pictures for people, and what a killed writ
 class RunWriter:
     """A recording being written. Use it as a context manager: leaving it without `complete()` marks it interrupted or failed.
 
-    `arrays` are all variables that it will ever have; those with a value are written at once. Raises RecordingBusy
-    when another writer holds the path, StoreError when the disk does not take it.
+    `arrays` are all variables that it will ever have; those with a value are written at once. With `resume`, a recording
+    that was left unfinished is taken over where its last committed step ended. Raises RecordingBusy when another writer
+    holds the path, StoreError when the disk does not take it.
     """
 
-    def __init__(self, path: Path, arrays: Sequence[Array], attributes: Mapping[str, Any], durability: str = "run"):
+    def __init__(self, path: Path, arrays: Sequence[Array], attributes: Mapping[str, Any], durability: str = "run", *, resume: bool = False):
         self.path, self._durability = Path(path), durability
         self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        self._committed = np.zeros(next((a.shape[0] for a in arrays if a.path == "committed"), 0), np.uint8)
         with _storing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0)
             except filelock.Timeout as busy:
                 raise RecordingBusy(f"{self.path.name} is being written {_owner(self.path)}.", "Wait for it, or give the run another name.") from busy
-            if self.path.exists():
-                self._lock.release()
-                raise RecordingBusy(
-                    f"{self.path.name} exists already, and a recording is never overwritten.", "Give the run another name, or remove it: probe rm."
-                )
-            writer = {"pid": os.getpid(), "host": socket.gethostname()}
-            hidden = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
             try:
-                _create(hidden, arrays, {**attributes, "status": "running", "writer": writer})
-                hidden.rename(self.path)
+                writer = {"pid": os.getpid(), "host": socket.gethostname()}
+                if not resume:
+                    self._begin(arrays, {**attributes, "status": "running", "writer": writer})
+                elif not (self.path / "zarr.json").is_file():
+                    raise RecordingNotFound(f"{self.path} is not a recording.", "probe ls lists the recordings there are.")
                 self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
+                self._committed = np.asarray(self._arrays["committed"][:]) if "committed" in self._arrays else np.zeros(0, np.uint8)
+                if resume:
+                    self._take_over(arrays, {**attributes, "status": "running", "writer": writer})
             except BaseException:
-                for pause in (0, 0.05):  # zarr's threads may still be writing into it
-                    time.sleep(pause)
-                    shutil.rmtree(hidden, ignore_errors=True)
-                self._lock.release()
+                self._unlock()
                 raise
-            if durability != "none":
-                _sync_directory(self.path.parent)
-        self._queue = _Queue(self._write_step, QUEUE_BYTES)
+        self._queue = Queue(self._write_step, QUEUE_BYTES)
         self._status = "interrupted"
+
+    def _begin(self, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
+        if self.path.exists():
+            raise RecordingBusy(
+                f"{self.path.name} exists already, and a recording is never overwritten.", "Give the run another name, or remove it: probe rm."
+            )
+        hidden = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            _create(hidden, arrays, attributes)
+            hidden.rename(self.path)
+        except BaseException:
+            for pause in (0, 0.05):  # zarr's threads may still be writing into it
+                time.sleep(pause)
+                shutil.rmtree(hidden, ignore_errors=True)
+            raise
+        if self._durability != "none":
+            _sync_directory(self.path.parent)
+
+    def _take_over(self, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
+        """Go on with a recording that its writer left: what is committed stays, everything after it is written anew."""
+        for a in arrays:
+            there = self._arrays[a.path]
+            if there.shape != a.shape or (a.dtype != "str" and there.dtype != np.dtype(a.dtype)):
+                raise RecordingDamaged(f"{self.path.name}: {a.path} is not what its experiment asks for.", "Record it again.")
+        self._committed[self.committed :] = 0
+        for left in [*self.path.rglob("*.partial"), self.path / MANIFEST]:
+            left.unlink(missing_ok=True)
+        self.annotate(**attributes)
+
+    @property
+    def committed(self) -> int:
+        """How many steps, from the first, are committed."""
+        return int(np.cumprod(self._committed).sum())
 
     def __enter__(self) -> RunWriter:
         return self
@@ -96,15 +122,14 @@ class RunWriter:
             with contextlib.suppress(OSError) if kind or late else contextlib.nullcontext():
                 self.annotate(status=self._status)
         finally:
-            with contextlib.suppress(OSError):
-                self._lock_file.unlink(missing_ok=True)  # before the release: whoever waits for the old file then sees that it is gone
-            self._lock.release()
+            self._unlock()
         if late and not kind:
             raise late
 
-    @property
-    def _lock_file(self) -> Path:
-        return Path(self._lock.lock_file)
+    def _unlock(self) -> None:
+        with contextlib.suppress(OSError):
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # before the release: whoever waits for the old file then sees that it is gone
+        self._lock.release()
 
     def write(self, path: str, value: Any, at: Any = ...) -> None:
         """Write a variable, or a part of it, now."""
@@ -161,68 +186,6 @@ class RunWriter:
             self._arrays["committed"][:] = self._committed
             if self._durability == "step":
                 _sync_file(self.path / "committed" / "c.0")
-
-
-class _Queue:
-    """Items for one background thread, bounded by the bytes they hold. Its first error is raised by the next call."""
-
-    def __init__(self, work: Callable[[Any], None], limit: int):
-        self._work, self._limit = work, limit
-        self._items: deque[tuple[Any, int]] = deque()
-        self._held = self._busy = 0
-        self._error: BaseException | None = None
-        self._closed = False
-        self._change = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="probe-writer", daemon=True)
-        self._thread.start()
-
-    def put(self, item: Any, nbytes: int) -> None:
-        with self._change:
-            self._change.wait_for(lambda: self._error or self._held == 0 or self._held + nbytes <= self._limit)
-            self._raise()
-            self._items.append((item, nbytes))
-            self._held += nbytes
-            self._change.notify_all()
-
-    def join(self) -> None:
-        with self._change:
-            self._change.wait_for(lambda: self._error or self._held == 0)
-            self._raise()
-
-    def close(self) -> None:
-        """Let the thread finish what is queued, and end it."""
-        with self._change:
-            self._closed = True
-            self._change.notify_all()
-        self._thread.join()
-        self._raise()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: self._items or self._closed)
-                if not self._items or self._error:
-                    return
-                item, nbytes = self._items[0]
-            try:
-                self._work(item)
-            except BaseException as error:
-                with self._change:
-                    self._error = error
-                    if not isinstance(error, ProbeError):
-                        self._error = StoreError(f"Writing a step failed: {error!r}.", "Run again with --debug for the traceback.")
-                        self._error.__cause__ = error
-                    self._change.notify_all()
-                return
-            del item
-            with self._change:
-                self._items.popleft()
-                self._held -= nbytes
-                self._change.notify_all()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -319,7 +282,7 @@ def _storing(path: Path) -> Iterator[None]:
     """Turn the disk's errors into ours."""
     try:
         yield
-    except StoreError:
+    except ProbeError:
         raise
     except (OSError, RuntimeError) as error:
         number = error.errno if isinstance(error, OSError) else _rust_error_number(error)
@@ -347,3 +310,26 @@ def _sync_file(file: Path) -> None:
 
 
 _sync_directory = _sync_file
+
+
+def orphans(folder: Path) -> list[Path]:
+    """What dead writers left in a folder of recordings: half-made hidden folders, lock files, parts of files.
+
+    Whatever belongs to a living writer holds its lock, and is left out.
+    """
+    found: list[Path] = []
+    names = {path.name[1:].split(".zarr")[0] + ".zarr" for path in folder.glob(".*.zarr.*")} | {path.name for path in folder.glob("*.zarr")}
+    for name in sorted(names):
+        lock = filelock.FileLock(folder / f".{name}.lock")
+        existed = Path(lock.lock_file).exists()
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            continue
+        try:
+            found += [*folder.glob(f".{name}.*.partial"), *(folder / name).rglob("*.partial"), *([Path(lock.lock_file)] if existed else [])]
+        finally:
+            if not existed:
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+    return found

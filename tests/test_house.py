@@ -31,10 +31,11 @@ LAYERS = [
     ("probe.strict_yaml",),
     ("probe.schema",),
     ("probe.experiment",),
+    ("probe.background",),
     ("probe.store",),
     ("probe.analysis",),
     ("probe.recording",),
-    ("probe.pictures", "probe.terminal"),
+    ("probe.pictures", "probe.terminal", "probe.compare"),
     ("probe",),  # probe/__init__.py: the public reading API
     # ================= the torch line =================
     ("probe.hooks",),
@@ -45,6 +46,7 @@ LAYERS = [
     ("probe.capture", "probe.edits"),
     ("probe.planning",),
     ("probe.noising", "probe.cost"),
+    ("probe.perform",),
     ("probe.recorder",),
     ("probe.sweep",),
     # ================= the doors: torch only inside functions =================

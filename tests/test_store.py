@@ -25,11 +25,12 @@ import zarr
 from zarr.storage import LocalStore
 
 from probe import store
+from probe.background import Queue
 from probe.errors import NotFinite, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.experiment import Experiment
 from probe.recording import Run, find_run, list_runs, open_run
 from probe.schema import Array, array
-from probe.store import MANIFEST, RunWriter, _Queue, manifest
+from probe.store import MANIFEST, RunWriter, manifest
 
 ROOT = Path(__file__).parent.parent
 CALLS = 5
@@ -325,7 +326,7 @@ def test_the_queue_is_bounded_in_bytes(limit: int, sizes: list[int]) -> None:
         time.sleep(0.001)
         done.append(item)
 
-    queue = _Queue(work, limit)
+    queue = Queue(work, limit)
     for index, size in enumerate(sizes):
         queue.put(index, size)
         held.append(queue._held)
@@ -337,7 +338,7 @@ def test_the_queue_is_bounded_in_bytes(limit: int, sizes: list[int]) -> None:
 
 def test_a_slow_disk_makes_the_producer_wait() -> None:
     release = threading.Event()
-    queue = _Queue(lambda item: release.wait(10), 100)
+    queue = Queue(lambda item: release.wait(10), 100)
     queue.put(1, 60)
     waiting = threading.Thread(target=queue.put, args=(2, 60))
     waiting.start()
@@ -357,7 +358,7 @@ def test_a_producer_that_waits_hears_of_an_error(error: Exception, kind: type[Ex
         release.wait(10)
         raise error
 
-    queue = _Queue(work, 100)
+    queue = Queue(work, 100)
     queue.put(1, 60)
     heard: list[Exception] = []
 
