@@ -34,7 +34,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -285,7 +284,7 @@ def train_unet(
     modules.to(device)
     unet, text_encoder = modules["unet"], modules["text_encoder"]
     # Of attention's three ways, the plain one is by far the fastest to train on these small grids.
-    unet.set_attn_processor(AttnProcessor())
+    unet.set_default_attn_processor()
     text_encoder.set_attn_implementation("eager")
     trainer = Trainer(name, modules, steps, rate, options.folder, decay)
     mean, std = (part * scale for part in latents)
