@@ -28,7 +28,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -316,9 +315,12 @@ def train_unet(
     return trainer.averaged()
 
 
-def train_decoder(options: argparse.Namespace, vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
+def train_decoder(options: argparse.Namespace, vae: AutoencoderKL, latents: tuple[torch.Tensor, torch.Tensor], images: torch.Tensor) -> AutoencoderKL:
     """Fit the decoder to the latents that the encoder gives, sharper than the two could while they moved together."""
     device, crop, batch = options.device, 64, 16
+    mean, std = latents
+    vae_f = world.SIZE // mean.shape[-1]
+    side = crop // vae_f
     vae = vae.to(device)
     decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
     trainer = Trainer("decoder", decoder, options.decoder_steps, 8e-4, options.folder, 0.998)
@@ -326,14 +328,14 @@ def train_decoder(options: argparse.Namespace, vae: AutoencoderKL, images: torch
     def loss_of(step: int) -> torch.Tensor:
         draw = generator(options.seed + 3, step)
         which = torch.randint(len(images), (batch,), generator=draw)
-        corners = torch.randint((world.SIZE - crop) // 8 + 1, (batch, 2), generator=draw) * 8
-        whole = images[which].to(device).float() / 127.5 - 1
+        corners = torch.randint((world.SIZE - crop) // vae_f + 1, (batch, 2), generator=draw).tolist()
+        noise = torch.randn((batch, mean.shape[1], side, side), generator=draw)
+        parts = [(slice(y, y + side), slice(x, x + side)) for y, x in corners]
+        latent = torch.stack([mean[i][:, y, x] + std[i][:, y, x] * n for i, n, (y, x) in zip(which, noise, parts, strict=True)])
+        crops = [images[i, :, y * vae_f : y * vae_f + crop, x * vae_f : x * vae_f + crop] for i, (y, x) in zip(which, corners, strict=True)]
+        target = torch.stack(crops).to(device).float() / 127.5 - 1
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            with torch.no_grad():
-                latent = vae.encode(whole).latent_dist.mean
-            parts = [latent[i, :, y // 8 : (y + crop) // 8, x // 8 : (x + crop) // 8] for i, (y, x) in enumerate(corners.tolist())]
-            decoded = vae.decode(torch.stack(parts)).sample.float()
-        target = torch.stack([whole[i, :, y : y + crop, x : x + crop] for i, (y, x) in enumerate(corners.tolist())])
+            decoded = vae.decode(latent.to(device)).sample.float()
         return F.l1_loss(decoded, target) + 2 * F.mse_loss(decoded, target) + 0.5 * _gradient_l1(decoded, target)
 
     trainer.run(loss_of)
@@ -408,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
     with timed("refine"):
         modules = train_unet(options, "refine", modules.requires_grad_(True), scale, tokenizer, latents, captions)
     with timed("decoder"):
-        vae = train_decoder(options, vae, images)
+        vae = train_decoder(options, vae, latents, images)
     export(options, vae, tokenizer, modules)
 
 
