@@ -129,12 +129,7 @@ class AttentionCapture:
         self._pixels: dict[tuple[int, int], torch.Tensor] = {}
         self._modules = {path: modules[path] for path in layers}
         for path, module in self._modules.items():
-            if "Fused" in type(module.processor).__name__:  # not module.fused_projections, which unfusing leaves true
-                raise CaptureError(
-                    f"{path} has fused QKV projections, whose queries cannot be read.", "Call pipeline.unfuse_qkv_projections() first."
-                )
-            if module.norm_q is not None or module.norm_k is not None or module.norm_cross:
-                raise CaptureError(f"{path} normalises its queries or keys, which is not supported yet.", "Leave it out of capture.layers.")
+            refuse_unreadable(path, module)
 
     def watches(self) -> list[Watch]:
         found: list[Watch] = []
@@ -142,7 +137,7 @@ class AttentionCapture:
             found += [(module.to_q, "output", self._query(path)), (module.to_k, "output", self._key(path, module))]
         return found
 
-    def take(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def take(self) -> dict[str, tuple[torch.Tensor, ...]]:
         self._queries.clear()
         return {} if self.resting else self._tray.take()
 
@@ -166,7 +161,12 @@ class AttentionCapture:
 
         return hook
 
-    def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        maps = self._maps(query, key, module)
+        return to_storage(maps, self._dtype), self._moments(maps, grid)
+
+    def _maps(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> torch.Tensor:
+        """The asked branches' maps, (token, branch, image, head, pixel) float32, with the tokens that are not kept summed to one."""
         parts = []
         for branch in self._branches:
             start = self._called.index(branch) * self._images
@@ -176,7 +176,7 @@ class AttentionCapture:
         end = self._kept.end
         if end + 1 < self._kept.tokens:
             maps = torch.cat([maps[: end + 1], maps[end + 1 :].sum(0, keepdim=True)])
-        return to_storage(maps, self._dtype), self._moments(maps, grid)
+        return maps
 
     def _moments(self, maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         if grid not in self._pixels:
@@ -185,6 +185,14 @@ class AttentionCapture:
             self._pixels[grid] = torch.stack([c.reshape(-1) for c in columns], dim=1) / (grid[0] * grid[1])
         sums = maps @ self._pixels[grid]
         return torch.cat([sums[..., :1], sums[..., 1:] / sums[..., :1]], dim=-1)
+
+
+def refuse_unreadable(path: str, module: Any) -> None:
+    """Raises CaptureError for an attention layer whose queries or keys are not what its to_q and to_k put out."""
+    if "Fused" in type(module.processor).__name__:  # not module.fused_projections, which unfusing leaves true
+        raise CaptureError(f"{path} has fused QKV projections, whose queries cannot be read.", "Call pipeline.unfuse_qkv_projections() first.")
+    if module.norm_q is not None or module.norm_k is not None or module.norm_cross:
+        raise CaptureError(f"{path} normalises its queries or keys, which is not supported yet.", "Leave it out of capture.layers.")
 
 
 def attention_maps(query: torch.Tensor, key: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
