@@ -16,6 +16,20 @@ def probabilities(stored: np.ndarray) -> np.ndarray:
     return stored.astype(np.float32)
 
 
+def maps_of(query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The maps that a layer's two sides make: softmax over tokens of key . query, in float32.
+
+    *Shape:* query (branch, image, layer, head, key_feature, y, x), key (branch, token, layer, head, key_feature) ->
+    (token, branch, image, layer, head, y, x).
+    """
+    rows = np.ascontiguousarray(key.transpose(0, 2, 3, 1, 4), dtype=np.float32)[:, None]  # (branch, 1, layer, head, token, feature)
+    logits = rows @ query.astype(np.float32).reshape(*query.shape[:5], -1)
+    logits -= logits.max(axis=-2, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=-2, keepdims=True)
+    return np.moveaxis(logits.reshape(*logits.shape[:-1], *query.shape[-2:]), 4, 0)
+
+
 def resize(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Bilinear interpolation of the last two axes to `grid`, pixel centres aligned (torch's align_corners=False).
 

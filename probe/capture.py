@@ -14,19 +14,21 @@ untouched. For a layer with H heads on a grid of N = y * x positions, with q (N,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from probe.conditions import Witness
 from probe.errors import CaptureError, ExperimentError
 from probe.hooks import Hooks, Watch
+from probe.measures import attention_maps, statistics_of
 from probe.models import StableDiffusion
 from probe.rehearsal import Rehearsal, cross_attention, first_tensor
-from probe.schema import MOMENTS, STATISTICS, near
+from probe.schema import MOMENTS, near
 
 STATISTIC_CLASSES = frozenset(
     {
@@ -34,6 +36,12 @@ STATISTIC_CLASSES = frozenset(
         *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D"),
     }
 )
+
+
+class Watching(Protocol):
+    """Anything that says what it watches."""
+
+    def watches(self) -> list[Watch]: ...
 
 
 class Tray:
@@ -72,17 +80,18 @@ class Kept:
         return (*range(self.end + 1), *([-1] if self.end + 1 < self.tokens else []))
 
 
-def attention_layers(rehearsal: Rehearsal, patterns: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """The cross-attention layers that `patterns` select, and their grids. Raises ExperimentError if one selects nothing."""
+def attention_layers(layers: dict[str, tuple[int, int]], patterns: Sequence[str], field: str = "layers") -> dict[str, tuple[int, int]]:
+    """Those of `layers` (paths and grids) that `patterns` select. Raises ExperimentError if one selects nothing."""
     chosen: dict[str, tuple[int, int]] = {}
-    grids = {path: f"{y}x{x}" for path, (y, x) in rehearsal.grids.items()}
+    grids = {path: f"{y}x{x}" for path, (y, x) in layers.items()}
+    kind = "self-attention" if field == "self_attention" else "cross-attention"
     for pattern in patterns:
         found = [path for path, grid in grids.items() if grid == pattern or fnmatchcase(path, pattern)]
         if not found:
             options = [*dict.fromkeys([*grids.values(), *(f"{path.split('.')[0]}.*" for path in grids)]), *grids]
-            raise ExperimentError(f"capture.layers: {pattern!r} matches no cross-attention layer.", near(pattern, options))
-        chosen.update({path: rehearsal.grids[path] for path in found})
-    return {path: grid for path, grid in rehearsal.grids.items() if path in chosen}
+            raise ExperimentError(f"capture.{field}: {pattern!r} matches no {kind} layer.", near(pattern, options))
+        chosen.update({path: layers[path] for path in found})
+    return {path: grid for path, grid in layers.items() if path in chosen}
 
 
 def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]:
@@ -128,18 +137,26 @@ class AttentionCapture:
         self._queries: dict[str, torch.Tensor] = {}
         self._pixels: dict[tuple[int, int], torch.Tensor] = {}
         self._modules = {path: modules[path] for path in layers}
+        self._watched: dict[str, tuple[nn.Module, nn.Module]] = {}
+        self._rows = {branch: [called.index(branch) * images + image for image in range(images)] for branch in branches}
+        self._witness = Witness(self._modules, [row for rows in self._rows.values() for row in rows], lambda: self.resting)
         for path, module in self._modules.items():
             refuse_unreadable(path, module)
 
     def watches(self) -> list[Watch]:
         found: list[Watch] = []
         for path, module in self._modules.items():
+            self._watched[path] = module.to_q, module.to_k
             found += [(module.to_q, "output", self._query(path)), (module.to_k, "output", self._key(path, module))]
-        return found
+        return found + self._witness.watches()
 
     def take(self) -> dict[str, tuple[torch.Tensor, ...]]:
         self._queries.clear()
-        return {} if self.resting else self._tray.take()
+        if self.resting:
+            return {}
+        values = self._tray.take()
+        self._witness.take()
+        return values
 
     def _query(self, path: str) -> Callable[[Any], None]:
         def hook(output: torch.Tensor) -> None:
@@ -156,27 +173,59 @@ class AttentionCapture:
                 return
             if path not in self._queries:
                 raise CaptureError(f"{path}.to_q fired 0 times in a step.", "Its keys were computed without queries: is it fused?")
+            query = self._queries.pop(path)
+            self._check(path, query, key, module)
             with torch.no_grad():
-                self._tray.put(path, self._read(self._queries.pop(path), key, module, self.layers[path]))
+                self._tray.put(path, self._read(query, key, module, self.layers[path]))
 
         return hook
 
+    def _check(self, path: str, query: torch.Tensor, key: torch.Tensor, module: Any) -> None:
+        """Is what was seen what the layer works with, and of the shape that was planned?"""
+        if self._watched[path] != (module.to_q, module.to_k):
+            raise CaptureError(f"{path}: to_q or to_k was replaced while recording (a LoRA?).", "Change the model before the run begins.")
+        batch, (y, x), tokens = len(self._called) * self._images, self.layers[path], self._kept.tokens
+        if query.shape[:2] != (batch, y * x) or key.shape[:2] != (batch, tokens):
+            raise CaptureError(
+                f"{path} multiplies {tuple(query.shape[:2])} queries with {tuple(key.shape[:2])} keys, not {(batch, y * x)} with {(batch, tokens)}.",
+                "Something merges or adds tokens (token merging, an image prompt): undo it, or leave the layer out of capture.layers.",
+            )
+
     def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        maps = self._maps(query, key, module)
-        return to_storage(maps, self._dtype), self._moments(maps, grid)
+        dtype = torch.uint8 if self._dtype == "sqrt_u8" else getattr(torch, self._dtype)
+        maps, moments = self._empty(query, module, dtype), None
+        for at, shares in self._shares(query, key, module):
+            found = self._moments(shares, grid)
+            moments = query.new_empty((*maps.shape[:-1], found.shape[-1]), dtype=torch.float32) if moments is None else moments
+            moments[at] = found
+            maps[at] = to_storage(shares, self._dtype) if dtype == torch.uint8 else shares
+        assert moments is not None
+        return maps, moments
 
     def _maps(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> torch.Tensor:
         """The asked branches' maps, (token, branch, image, head, pixel) float32, with the tokens that are not kept summed to one."""
-        parts = []
-        for branch in self._branches:
-            start = self._called.index(branch) * self._images
-            part = slice(start, start + self._images)
-            parts.append(attention_maps(query[part], key[part], module.heads, module.scale))
-        maps = torch.stack(parts).permute(3, 0, 1, 2, 4)  # (branch, image, head, token, pixel) -> token first
-        end = self._kept.end
-        if end + 1 < self._kept.tokens:
-            maps = torch.cat([maps[: end + 1], maps[end + 1 :].sum(0, keepdim=True)])
+        maps = self._empty(query, module, torch.float32)
+        for at, shares in self._shares(query, key, module):
+            maps[at] = shares
         return maps
+
+    def _empty(self, query: torch.Tensor, module: Any, dtype: torch.dtype) -> torch.Tensor:
+        return query.new_empty((len(self._kept.positions), len(self._branches), self._images, module.heads, query.shape[1]), dtype=dtype)
+
+    def _shares(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Parts of the maps, (token, head, pixel) float32, and the places where they belong.
+
+        On a CPU a part is one head, whose scores stay in the cache; a GPU wants few and large parts.
+        """
+        heads, rest = module.heads, self._kept.end + 1
+        together = heads if query.is_cuda else 1
+        for b, rows in enumerate(self._rows.values()):
+            for image, row in enumerate(rows):
+                q, k = query[row].unflatten(-1, (heads, -1)), key[row].unflatten(-1, (heads, -1))
+                for first in range(0, heads, together):
+                    part = slice(first, first + together)
+                    shares = attention_maps(q[:, part], k[:, part], module.scale, rest)
+                    yield (slice(None), b, image, part), shares
 
     def _moments(self, maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         if grid not in self._pixels:
@@ -193,13 +242,6 @@ def refuse_unreadable(path: str, module: Any) -> None:
         raise CaptureError(f"{path} has fused QKV projections, whose queries cannot be read.", "Call pipeline.unfuse_qkv_projections() first.")
     if module.norm_q is not None or module.norm_k is not None or module.norm_cross:
         raise CaptureError(f"{path} normalises its queries or keys, which is not supported yet.", "Leave it out of capture.layers.")
-
-
-def attention_maps(query: torch.Tensor, key: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
-    """softmax over tokens of the scaled products. *Shape:* query (n, pixel, inner), key (n, token, inner) -> (n, head, token, pixel) float32."""
-    q = query.float().unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
-    k = key.float().unflatten(-1, (heads, -1)).transpose(1, 2) * scale
-    return torch.matmul(k, q).softmax(dim=2)
 
 
 def to_storage(maps: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -247,15 +289,6 @@ class OutputCapture:
                 self._wholes.put(path, tensor.detach().clone())
 
         return hook
-
-
-def statistics_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean, standard deviation, least and greatest value of each batch element, (statistic, batch) float32."""
-    flat = tensor.detach().flatten(1)
-    low, high = flat.aminmax(dim=1)
-    variance, mean = torch.var_mean(flat.float(), dim=1, correction=0)
-    found = {"mean": mean, "std": variance.sqrt(), "min": low.float(), "max": high.float()}
-    return torch.stack([found[name] for name in STATISTICS])
 
 
 class TextCapture:
@@ -308,7 +341,7 @@ class TextCapture:
         }
 
 
-def hooked(*captures: AttentionCapture | OutputCapture | TextCapture) -> Hooks:
+def hooked(*captures: Watching) -> Hooks:
     """All hooks of some captures, on while the `with` block lasts."""
     return Hooks(watch for capture in captures for watch in capture.watches())
 

@@ -7,7 +7,7 @@ An `Experiment` is stored whole in its recording, so a field means one thing and
 and the README's table are made of these. A field misspelled, a value out of bounds or a YAML surprise (`yes`, `010`,
 a key written twice) is an `ExperimentError` that names the file, the field and the remedy, and nothing runs.
 
-Inside: `SCHEDULERS` (our names for diffusers' classes), `CaptureOptions`, `Experiment`; `load_experiment` and
+Inside: `CaptureOptions`, `Experiment`; `load_experiment` and
 `parse_experiment`.
 """
 
@@ -20,113 +20,24 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StringConstraints,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-)
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from probe.errors import ExperimentError
+from probe.fields import SCHEDULERS, Globs, Line, Option, Prompt, Revision, SchedulerName, StepsChoice, Strict
 from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, printable, read_text, read_yaml, shorten, shown
-
-SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
-    "DDIM": ("DDIMScheduler", {}),
-    "DDPM": ("DDPMScheduler", {}),
-    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),  # as Stable Diffusion ships it: no Runge-Kutta warm-up
-    "LMS": ("LMSDiscreteScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "EulerAncestral": ("EulerAncestralDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-    "DPM++2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "DPM++2S": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-    "DEIS": ("DEISMultistepScheduler", {}),
-    "KDPM2": ("KDPM2DiscreteScheduler", {}),
-    "KDPM2Ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
-    "LCM": ("LCMScheduler", {}),
-}
-
-
-def _clean(text: str) -> str:
-    if found := UNCLEAN.search(text):
-        raise ExperimentError(f"the character U+{ord(found[0]):04X} is not allowed", "Delete it: such characters hide what a text says.")
-    return text
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _scalar(value: object, validate: ValidatorFunctionWrapHandler) -> object:
-    value = _tuple(value)
-    try:
-        if all(type(item) is not int or abs(item) <= LARGEST for item in (value if isinstance(value, tuple) else (value,))):
-            return validate(value)
-    except ValidationError:  # one sentence for all members of the union
-        pass
-    raise ExperimentError(f"{shown(value)} is not an option's value", "Write a number, true, false, text or a list of numbers.")
-
-
-def _steps_text(value: object) -> object:
-    if isinstance(value, list | tuple) and value and all(type(item) is int and abs(item) < 10**6 for item in value):
-        return ",".join(map(str, value))
-    return str(value) if type(value) is int and abs(value) < 10**6 else value
-
-
-def _steps_syntax(text: str) -> str:
-    text = re.sub(r"\s*([,:])\s*", r"\1", text.strip())
-    index = r"-?[0-9]{1,6}"
-    if not re.fullmatch(rf"all|{index}(,{index})*|({index})?:({index})?(:(-?(?!0+$)[0-9]{{1,6}})?)?", text):
-        raise ExperimentError(f"{shown(text)} is not a choice of steps", 'Write all, a slice such as "0:50:5", or indices such as "0,5,-1".')
-    return text
-
-
-def _layer(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.*?\[\]!-]{1,200}", text):
-        raise ExperimentError(f"{shown(text)} is not a glob of layers", 'Write dotted paths such as "up_blocks.*", or a grid such as "16x16".')
-    return text
-
-
-def _scheduler(name: str) -> str:
-    if name == "default" or name in SCHEDULERS:
-        return name
-    spellings = {"default": "default"} | {word.casefold(): key for key, (kind, _) in SCHEDULERS.items() for word in (key, kind)}
-    raise ExperimentError(f"{shown(name)} is not a scheduler", did_you_mean(name, spellings) or f"Write default, {', '.join(SCHEDULERS)}.")
-
-
-def _revision(name: str | None) -> str | None:
-    if name == "fp16":
-        raise ExperimentError("'fp16' is not a revision any more", "Write variant: fp16 instead.")
-    return name
-
-
-Text: TypeAlias = Annotated[str, AfterValidator(_clean)]
-Line: TypeAlias = Annotated[Text, StringConstraints(pattern=r"^[^\n\t]+$", max_length=1000)]
-Prompt: TypeAlias = Annotated[Text, Field(max_length=10_000)]
-Globs: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(_layer)], ...], BeforeValidator(_tuple)]
-Option: TypeAlias = Annotated[bool | int | float | Text | tuple[int | float, ...], WrapValidator(_scalar)]
-
-
-class Strict(BaseModel):
-    """No field that nobody reads, no guess at a type; and a ValidationError never prints its input."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class CaptureOptions(Strict):
     """What is written down while the model draws. Less of it makes a smaller recording, never another picture."""
 
-    attention: Literal["maps", "off"] = Field(
-        default="maps", description="Cross-attention: maps (for every layer, head and token, where the picture looked at it) or off."
+    attention: Literal["maps", "queries", "summary", "off"] = Field(
+        default="maps",
+        description="Cross-attention: maps (of every layer, head and token), queries (any token's map, even later), summary (head means) or off.",
+    )
+    self_attention: Globs = Field(
+        default=(), max_length=200, description='Self-attention of which layers, which is large: globs such as "mid_block.*", or grids such as "8x8".'
     )
     branches: Literal["cond", "uncond", "both"] = Field(
         default="cond", description="Attention of which branch: cond (reads the prompt), uncond (reads the negative prompt) or both."
@@ -140,7 +51,7 @@ class CaptureOptions(Strict):
         max_length=200,
         description='Attention of which layers: globs such as "up_blocks.*", or grids (height x width) such as "16x16".',
     )
-    steps: Annotated[str, BeforeValidator(_steps_text), AfterValidator(_steps_syntax)] = Field(
+    steps: StepsChoice = Field(
         default="all",
         description='Attention, statistics and activations at which steps: all, "start:stop:step", or "0,5,-1".',
     )
@@ -176,9 +87,7 @@ class Experiment(Strict):
         default="", pattern=r"^[a-z0-9-]{0,60}$", description="Name of the run: up to 60 of a-z, 0-9 and -; empty: made from the prompt."
     )
     model: Line = Field(default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, or a local diffusers directory.")
-    revision: Annotated[Line | None, AfterValidator(_revision)] = Field(
-        default=None, description="Commit, tag or branch of a Hugging Face model; none: its main branch."
-    )
+    revision: Revision = Field(default=None, description="Commit, tag or branch of a Hugging Face model; none: its main branch.")
     variant: Line | None = Field(default=None, description="Which of a model's weight files, such as fp16; none: the plain ones.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="Number format of the run: float32, float16 or bfloat16; auto: float16 on CUDA, float32 elsewhere."
@@ -195,7 +104,7 @@ class Experiment(Strict):
     images: int = Field(default=1, ge=1, le=64, description="How many pictures to draw from this prompt, each from its own noise.")
     height: int | None = Field(default=None, ge=8, le=4096, description="Height of the picture in pixels; none: the model's own.")
     width: int | None = Field(default=None, ge=8, le=4096, description="Width of the picture in pixels; none: the model's own.")
-    scheduler: Annotated[str, AfterValidator(_scheduler)] = Field(
+    scheduler: SchedulerName = Field(
         default="default", description=f"Who turns predictions into the next latents: {', '.join(SCHEDULERS)}; default: the model's own."
     )
     scheduler_options: dict[Line, Option] = Field(

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 
 from probe.errors import ExperimentError, ModelError, PromptError
-from probe.experiment import SCHEDULERS
+from probe.fields import SCHEDULERS
 
 # What StableDiffusionPipeline forces on every scheduler it is given: x0 in latent space has no reason to lie in [-1, 1].
 FORCED = {"clip_sample": False, "steps_offset": 1}

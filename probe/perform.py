@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from probe.analysis import probabilities, resize
+from probe.analysis import maps_of, probabilities, resize
 from probe.capture import AttentionCapture, OutputCapture, TextCapture, hooked
 from probe.clock import Clock
 from probe.errors import NotFinite, StoreError
 from probe.models import Conditioning, StableDiffusion
+from probe.modes import QueryCapture, SelfCapture, SummaryCapture, TextSide
 from probe.planning import ENCODER, Plan, grid_group
 from probe.sampling import Predictions, Step, denoise
 from probe.store import RunWriter
@@ -34,7 +35,9 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
     writer.write("preview/latent_to_rgb", slope)
     writer.write("preview/bias", bias)
 
-    attention = AttentionCapture(model.unet, run.layers, run.kept, asked.images, run.called, run.branches, asked.capture.dtype)
+    attention = _attention_capture(model, run)
+    selves = SelfCapture(model.unet, list(run.selves), asked.images, run.called, run.branches, asked.capture.dtype)
+    text_side = TextSide(model.unet, list(run.layers), run.kept, asked.images, run.called, run.branches)
     outputs = OutputCapture("unet", model.unet, run.statistics["unet"], run.activations)
     decoded_in_float32 = False
     steps = denoise(
@@ -52,16 +55,23 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
     )
     begun = writer.committed
     final: torch.Tensor | None = None
-    with hooked(attention, outputs), clock.watching(model.unet), tqdm(total=run.calls, desc="Denoising", unit="step", disable=not progress) as bar:
+    with (
+        hooked(attention, text_side, selves, outputs),
+        clock.watching(model.unet),
+        tqdm(total=run.calls, desc="Denoising", unit="step", disable=not progress) as bar,
+    ):
         for index in range(run.calls):
-            attention.resting = outputs.resting = index not in run.recorded
+            attention.resting = selves.resting = outputs.resting = index not in run.recorded
+            text_side.resting = index != begun
             if index < begun:
                 step = next(steps)
                 _check_replay(step, writer)
             else:
                 with clock.step():
                     step = next(steps)
-                    values, nbytes = _gather(step, run, attention, outputs)
+                    if index == begun:
+                        _write_text_side(text_side, run, writer)
+                    values, nbytes = _gather(step, run, attention, selves, outputs)
                     writer.write_step(index, values, nbytes)
             final = step.next_latents
             if index in run.decoded:
@@ -141,7 +151,34 @@ def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Condi
     return Conditioning(run.prompts["cond"], uncond or run.prompts["cond"], embeddings["cond"], embeddings.get("uncond"))
 
 
-def _gather(step: Step, run: Plan, attention: AttentionCapture, outputs: OutputCapture) -> tuple[Callable[[], dict[str, np.ndarray]], int]:
+# What a capture's `take` gives for a layer, by capture.attention: variables, each with the axis of its layer.
+PARTS = {"maps": {"cross": 3, "moments": 3}, "summary": {"cross": 3, "moments": 3, "head_statistics": 3}, "queries": {"query": 2}, "off": {}}
+
+
+def _attention_capture(model: StableDiffusion, run: Plan) -> AttentionCapture | QueryCapture:
+    capture, images = run.experiment.capture, run.experiment.images
+    if capture.attention == "queries":
+        return QueryCapture(model.unet, run.layers, images, run.called, run.branches, capture.dtype)
+    kind = SummaryCapture if capture.attention == "summary" else AttentionCapture
+    return kind(model.unet, run.layers, run.kept, images, run.called, run.branches, capture.dtype)
+
+
+def _write_text_side(text_side: TextSide, run: Plan, writer: RunWriter) -> None:
+    """What the text offers is the same at every step: it is written at the first."""
+    sides = text_side.take()
+    for grid, layers in run.grids.items():
+        group = grid_group(grid)
+        sizes = np.stack([_numpy(sides[path][1]) for path in layers], axis=2)
+        if run.experiment.capture.attention == "summary":
+            sizes = sizes.mean(axis=-1, keepdims=True)
+        writer.write(f"{group}/value_size", sizes)
+        if run.experiment.capture.attention == "queries":
+            writer.write(f"{group}/key", np.stack([_numpy(sides[path][0]) for path in layers], axis=2))
+
+
+def _gather(
+    step: Step, run: Plan, attention: AttentionCapture | QueryCapture, selves: SelfCapture, outputs: OutputCapture
+) -> tuple[Callable[[], dict[str, np.ndarray]], int]:
     """What one step recorded, on its way to the host, as a function that the writing thread calls."""
     tensors: dict[str, torch.Tensor] = {"latents/latents": step.latents, "latents/prediction": step.prediction}
     tensors["latents/prediction_cond"] = step.prediction_cond
@@ -149,9 +186,12 @@ def _gather(step: Step, run: Plan, attention: AttentionCapture, outputs: OutputC
         tensors["latents/prediction_uncond"] = step.prediction_uncond
     for name, tensor in list(tensors.items()):
         tensors[name] = tensor.clone()  # the caller may change what the loop yielded
+    parts = PARTS[run.experiment.capture.attention]
     maps = attention.take()
-    for path, (found, moments) in maps.items():
-        tensors[f"map {path}"], tensors[f"moments {path}"] = found, moments
+    for path, found in maps.items():
+        tensors.update({f"{part} {path}": tensor for part, tensor in zip(parts, found, strict=True)})
+    own = selves.take()
+    tensors.update({f"self {path}": tensor for path, tensor in own.items()})
     statistics, activations = outputs.take()
     rows = (len(run.called), run.latent_shape[0])
     if statistics is not None:
@@ -162,13 +202,15 @@ def _gather(step: Step, run: Plan, attention: AttentionCapture, outputs: OutputC
 
     def values() -> dict[str, np.ndarray]:
         ready = host()
-        written = {name: value for name, value in ready.items() if not name.startswith(("map ", "moments "))}
-        if maps:
-            for grid, layers in run.grids.items():
-                group = grid_group(grid)
-                cross = np.stack([ready[f"map {path}"] for path in layers], axis=3)
-                written[f"{group}/cross"] = cross.reshape(*cross.shape[:-1], *grid)
-                written[f"{group}/moments"] = np.stack([ready[f"moments {path}"] for path in layers], axis=3)
+        written = {name: value for name, value in ready.items() if " " not in name}
+        for grid, layers in run.grids.items() if maps else ():
+            for part, axis in parts.items():
+                stacked = np.stack([ready[f"{part} {path}"] for path in layers], axis=axis)
+                on_grid = part in ("cross", "query")
+                written[f"{grid_group(grid)}/{part}"] = stacked.reshape(*stacked.shape[:-1], *grid) if on_grid else stacked
+        for grid, layers in run.self_grids.items() if own else ():
+            stacked = np.stack([ready[f"self {path}"] for path in layers], axis=2)
+            written[f"self_{grid_group(grid)}/self"] = stacked.reshape(*stacked.shape[:-2], *grid, *grid)
         for name in ("latents", *(f"prediction_{branch}" for branch in run.called), "prediction"):
             check_finite(name, step.index, written[f"latents/{name}"], run.experiment.on_nan)
         return written
@@ -195,12 +237,19 @@ def _summarise(run: Plan, writer: RunWriter) -> None:
     for index in run.recorded:
         overview = np.zeros((len(run.kept.positions), *largest), np.float32)
         for grid in run.grids:
-            maps = probabilities(writer.read(f"{grid_group(grid)}/cross", at=index))
+            maps = _maps_at(writer, run, grid, index)
             sums[grid] += maps
             overview += resize(maps[:, -1].mean(axis=(1, 3)).sum(axis=1), largest)  # the last branch: cond where it was kept
         writer.write(f"{grid_group(largest)}/overview", overview / len(run.layers), at=(slice(None), index))
     for grid, total in sums.items():
         writer.write(f"{grid_group(grid)}/time_sum", total)
+
+
+def _maps_at(writer: RunWriter, run: Plan, grid: tuple[int, int], index: int) -> np.ndarray:
+    group = grid_group(grid)
+    if run.experiment.capture.attention == "queries":
+        return maps_of(writer.read(f"{group}/query", at=index), writer.read(f"{group}/key"))
+    return probabilities(writer.read(f"{group}/cross", at=index))
 
 
 def fit_preview(model: StableDiffusion) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from probe.experiment import Experiment
 from probe.models import Prompt, StableDiffusion
 from probe.rehearsal import Rehearsal, rehearse
 from probe.sampling import Schedule, fresh
-from probe.schema import BRANCHES, MOMENTS, STATISTICS, Array, array
+from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, STATISTICS, Array, array
 
 ENCODER = "text_encoder"
 
@@ -38,6 +38,7 @@ class Plan:
     branches: tuple[str, ...]
     kept: Kept
     layers: dict[str, tuple[int, int]]
+    selves: dict[str, tuple[int, int]]
     statistics: dict[str, list[str]]
     activations: list[str]
     recorded: tuple[int, ...]
@@ -50,13 +51,18 @@ class Plan:
 
     @property
     def grids(self) -> dict[tuple[int, int], list[str]]:
-        """Layers of each grid, the largest grid first."""
-        return {grid: [path for path, at in self.layers.items() if at == grid] for grid in sorted(set(self.layers.values()), reverse=True)}
+        """Cross-attention layers of each grid, the largest grid first."""
+        return _by_grid(self.layers)
+
+    @property
+    def self_grids(self) -> dict[tuple[int, int], list[str]]:
+        """Self-attention layers of each grid, the largest grid first."""
+        return _by_grid(self.selves)
 
     def forecast(self) -> dict[str, int]:
         """Bytes of every variable, uncompressed, as it will be written; chunks of steps not asked for take none."""
         share = len(self.recorded) / self.calls
-        partial = ("cross", "moments", "statistics", "activation")
+        partial = ("cross", "moments", "head_statistics", "query", "self", "statistics", "activation")
         return {a.path: round(a.nbytes * (share if a.variable.name in partial and a.dims[0] == "step" else 1)) for a in self.arrays}
 
     def check_size(self, limit: int | None, free: int) -> None:
@@ -69,6 +75,10 @@ class Plan:
                     f"The recording would take {size_text(total)}, more than {what}: {size_text(most)}.",
                     f"Most of it is {largest[0]} ({size_text(largest[1])}): capture fewer layers, steps or tokens, or set capture.dtype: sqrt_u8.",
                 )
+
+
+def _by_grid(layers: dict[str, tuple[int, int]]) -> dict[tuple[int, int], list[str]]:
+    return {grid: [path for path, at in layers.items() if at == grid] for grid in sorted(set(layers.values()), reverse=True)}
 
 
 def free_room(folder: Path) -> int:
@@ -126,8 +136,9 @@ def plan(model: StableDiffusion, experiment: Experiment) -> Plan:
             f"height, width: {model.name} cannot run on {y} x {x} pixels ({str(problem).splitlines()[0][:120]}).",
             f"Use multiples of {model.f * 2 ** (len(model.unet.config.down_block_types) - 1)}.",
         ) from problem
-    layers = attention_layers(rehearsal, capture.layers) if capture.attention == "maps" else {}
-    kept = Kept(tokens - 1 if capture.tokens == "all" else max(prompts[b].end for b in branches), tokens)
+    layers = attention_layers(rehearsal.grids, capture.layers) if capture.attention != "off" else {}
+    selves = attention_layers(rehearsal.self_grids, capture.self_attention, "self_attention")
+    kept = Kept(tokens - 1 if capture.tokens == "all" or capture.attention == "queries" else max(prompts[b].end for b in branches), tokens)
     statistics = {part: statistic_paths(model, part, rehearsal) if capture.statistics and getattr(model, part) else [] for part in ("unet", "vae")}
     activations = activation_paths(rehearsal, capture.activations)
     every = experiment.decode_every
@@ -141,6 +152,7 @@ def plan(model: StableDiffusion, experiment: Experiment) -> Plan:
         branches=branches,
         kept=kept,
         layers=layers,
+        selves=selves,
         statistics=statistics,
         activations=activations,
         recorded=capture.steps_of(calls),
@@ -218,28 +230,65 @@ def _text(model: StableDiffusion, run: Plan) -> list[Array]:
 
 def _attention(run: Plan) -> list[Array]:
     arrays: list[Array] = []
-    code = {"encoding": "sqrt_u8: p = (code / 255)^2"} if run.experiment.capture.dtype == "sqrt_u8" else {}
-    dtype = "uint8" if code else run.experiment.capture.dtype
-    heads = {path: run.rehearsal.heads[path] for path in run.layers}
+    mode, storage = run.experiment.capture.attention, run.experiment.capture.dtype
+    code = {"encoding": "sqrt_u8: p = (code / 255)^2"} if storage == "sqrt_u8" else {}
+    dtype = "uint8" if code else storage
+    images, positions = run.latent_shape[0], run.kept.positions
+    recorded = np.zeros(run.calls, np.uint8)
+    recorded[list(run.recorded)] = 1
     for index, (grid, layers) in enumerate(run.grids.items()):
-        group, positions = grid_group(grid), run.kept.positions
-        if len({heads[path] for path in layers}) > 1:
-            raise ExperimentError(f"capture.layers: the layers at {group} differ in their number of heads.", "Choose layers of one kind.")
-        maps = (len(positions), len(run.branches), run.latent_shape[0], len(layers), heads[layers[0]])
-        recorded = np.zeros(run.calls, np.uint8)
-        recorded[list(run.recorded)] = 1
+        group, heads = grid_group(grid), _heads(run, layers, grid)
+        rows = (len(run.branches), images, len(layers))
+        maps = (len(positions), *rows, 1 if mode == "summary" else heads)
         arrays += [
             *_labels(group, run, run.branches, positions),
             array(group, "layer", value=layers),
-            array(group, "moment", value=list(MOMENTS)),
             array(group, "recorded", value=recorded),
-            array(group, "cross", (run.calls, *maps, *grid), dtype, **code),
-            array(group, "moments", (run.calls, *maps, len(MOMENTS))),
+            array(group, "value_size", (len(run.branches), len(positions), len(layers), maps[-1])),
             array(group, "time_sum", (*maps, *grid)),
         ]
+        if mode == "queries":
+            features = {run.rehearsal.outputs[f"unet.{path}.to_q"][-1] // heads for path in layers}
+            if len(features) > 1:
+                raise ExperimentError(
+                    f"capture.layers: the layers at {group} differ in their width.", "Choose layers of one kind, or attention: maps."
+                )
+            width = features.pop()
+            exact = "float16" if code else dtype  # a query is no probability: it has a sign and no bound
+            arrays += [
+                array(group, "query", (run.calls, *rows, heads, width, *grid), exact),
+                array(group, "key", (len(run.branches), len(positions), len(layers), heads, width)),
+            ]
+        else:
+            averaged = {"heads": f"mean of {heads}"} if mode == "summary" else {}
+            arrays += [
+                array(group, "moment", value=list(MOMENTS)),
+                array(group, "cross", (run.calls, *maps, *grid), dtype, **code, **averaged),
+                array(group, "moments", (run.calls, *maps, len(MOMENTS))),
+            ]
+        if mode == "summary":
+            arrays += [
+                array(group, "head_statistic", value=list(HEAD_STATISTICS)),
+                array(group, "head_statistics", (run.calls, len(positions), *rows, heads, len(HEAD_STATISTICS))),
+            ]
         if index == 0:
             arrays.append(array(group, "overview", (len(positions), run.calls, *grid)))
+    for grid, layers in run.self_grids.items():
+        group = f"self_{grid_group(grid)}"
+        shape = (run.calls, len(run.branches), images, len(layers), _heads(run, layers, grid), *grid, *grid)
+        arrays += [
+            array(group, "branch", value=list(run.branches)),
+            array(group, "layer", value=layers),
+            array(group, "self", shape, dtype, **code),
+        ]
     return arrays
+
+
+def _heads(run: Plan, layers: list[str], grid: tuple[int, int]) -> int:
+    found = {run.rehearsal.heads[path] for path in layers}
+    if len(found) > 1:
+        raise ExperimentError(f"capture.layers: the layers at {grid_group(grid)} differ in their number of heads.", "Choose layers of one kind.")
+    return found.pop()
 
 
 def _outputs(model: StableDiffusion, run: Plan) -> list[Array]:

@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from probe import sample
 from probe.analysis import probabilities, resize, word_maps
 from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
 from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
+from probe.recomputed import recomputed
 from probe.schema import BRANCHES, FORMAT_VERSION, near
 from probe.strict_yaml import printable
 
@@ -131,14 +133,19 @@ class Run:
         """Cross-attention maps at one grid (default: the largest), still lazy, in their stored type.
 
         *Shape:* (step, token, branch, image, layer, head, y, x). Of a pixel's attention, each token's share; use
-        `probe.analysis.probabilities` on the values of a `sqrt_u8` recording.
+        `probe.analysis.probabilities` on the values of a `sqrt_u8` recording. Maps of a `queries` recording are computed
+        when they are read, in float32; those of a `summary` recording are the mean over heads, with a head axis of 1.
         """
         if not self.grids:
             raise RecordingNotFound(f"{self.name} has no attention maps.", "Record with capture.attention: maps.")
         grid = grid or self.grids[0]
         if grid not in self.grids:
             raise RecordingNotFound(f"{self.name} has no attention maps at {grid}.", near(grid, self.grids))
-        maps = self.variable(f"attention/{grid}/cross")
+        group = f"attention/{grid}"
+        if "query" in self.tree[group].data_vars:
+            maps = recomputed(self.variable(f"{group}/query"), self.variable(f"{group}/key"))
+        else:
+            maps = self.variable(f"{group}/cross")
         kept = self.variable(f"attention/{grid}/recorded").values.astype(bool) & self.variable("committed").values.astype(bool)
         return maps.isel(step=np.flatnonzero(kept))
 
@@ -276,10 +283,12 @@ def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | 
 
 
 def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
-    """The path of a recording: a path itself, "latest", or the beginning of a name in `runs`. Raises RecordingNotFound."""
+    """The path of a recording: a path itself, "latest", "sample", or the beginning of a name in `runs`. Raises RecordingNotFound."""
     path = Path(name)
     if (path / "zarr.json").is_file():
         return path
+    if str(name) == sample.NAME:
+        return sample.unpacked()
     rows = list_runs(runs)
     if not rows:
         raise RecordingNotFound(f"There is no recording in {runs}.", "Make one: python -m probe.run experiments/astronaut.yaml")

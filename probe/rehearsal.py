@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from probe.conditions import refuse_unwatchable
 from probe.hooks import Hooks, Watch
 from probe.models import StableDiffusion
 
@@ -26,25 +27,29 @@ class Rehearsal:
     """What one call of each component does, `unet` for a batch of `branches` x `images`.
 
     `outputs` maps "unet.<module path>", "vae.<...>" and "text_encoder.<...>" to output shapes, in the order in which
-    modules run; `grids` and `heads` map the UNet's cross-attention layers to (y, x) and to their number of heads; `flops` counts one call
+    modules run; `grids` maps the UNet's cross-attention layers to (y, x), `self_grids` its self-attention layers, `heads` both
+    to their number of heads; `flops` counts one call
     of each component, and `calls` how often each module runs in it.
     """
 
     outputs: dict[str, Shape]
     heads: dict[str, int]
     grids: dict[str, tuple[int, int]]
+    self_grids: dict[str, tuple[int, int]]
     flops: dict[str, int]
     calls: dict[str, int]
 
 
 def rehearse(model: StableDiffusion, latent_shape: Shape, branches: int, tokens: int) -> Rehearsal:
-    """Run the skeleton of `model` once. `latent_shape` is (image, channel, y, x)."""
+    """Run the skeleton of `model` once. `latent_shape` is (image, channel, y, x). Raises CaptureError if hooks would not see what it does."""
+    refuse_unwatchable(model)
     skeleton = model.skeleton()
     outputs: dict[str, Shape] = {}
     calls: dict[str, int] = {}
     grids: dict[str, tuple[int, int]] = {}
     flops: dict[str, int] = {}
-    attention = cross_attention(skeleton.unet)
+    selves = self_attention(skeleton.unet)
+    attention = {**cross_attention(skeleton.unet), **selves}
     batch = (branches * latent_shape[0], *latent_shape[1:])
 
     def seen(name: str) -> Callable[[Any], None]:
@@ -87,12 +92,18 @@ def rehearse(model: StableDiffusion, latent_shape: Shape, branches: int, tokens:
         vae = skeleton.vae
         run("vae", vae, lambda: vae.decode(latents[: latent_shape[0]], return_dict=False), [])
     heads = {path: int(module.heads) for path, module in attention.items()}
-    return Rehearsal(outputs, heads, grids, flops, calls)
+    crossing, own = ({path: grid for path, grid in grids.items() if (path in selves) == inward} for inward in (False, True))
+    return Rehearsal(outputs, heads, crossing, own, flops, calls)
 
 
 def cross_attention(unet: nn.Module) -> dict[str, Any]:
     """The UNet's cross-attention modules by dotted path."""
     return {path: module for path, module in unet.named_modules() if getattr(module, "is_cross_attention", False)}
+
+
+def self_attention(unet: nn.Module) -> dict[str, Any]:
+    """The UNet's self-attention modules by dotted path."""
+    return {path: module for path, module in unet.named_modules() if getattr(module, "is_cross_attention", None) is False}
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:

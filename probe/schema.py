@@ -22,6 +22,7 @@ STATUSES = ("running", "complete", "interrupted", "failed")
 BRANCHES = ("uncond", "cond")
 STATISTICS = ("mean", "std", "min", "max")
 MOMENTS = ("mass", "centroid_y", "centroid_x")
+HEAD_STATISTICS = (*MOMENTS, "entropy", "greatest")
 REST = -1  # the token coordinate of the sum of all tokens that are not kept one by one
 
 
@@ -87,8 +88,40 @@ SCHEMA: tuple[Variable, ...] = (
         "float32",
         "mean and centre (in 0..1) of each map, before storage",
     ),
+    _coordinate(
+        "attention/{grid}", "head_statistic", ("head_statistic",), "str", "mass, centroid_y, centroid_x, entropy over space in nats, greatest"
+    ),
+    Variable(
+        "attention/{grid}",
+        "head_statistics",
+        ("step", "token", *_MAP[:3], "each_head", "head_statistic"),
+        "float32",
+        "of each head's map, where `cross` is their mean (capture.attention: summary)",
+    ),
+    Variable(
+        "attention/{grid}",
+        "query",
+        ("step", *_MAP[:4], "key_feature", "y", "x"),
+        "map",
+        "image side of attention: with `key`, every map (capture.attention: queries)",
+    ),
+    Variable(
+        "attention/{grid}", "key", ("branch", "token", "layer", "head", "key_feature"), "float32", "text side of attention, over sqrt(key_feature)"
+    ),
+    Variable(
+        "attention/{grid}",
+        "value_size",
+        ("branch", "token", "layer", "head"),
+        "float32",
+        "length of what a token writes, v W_O; of rest, the mean",
+    ),
     Variable("attention/{grid}", "overview", ("token", "step", "y", "x"), "float32", "mean over images, all layers and heads; last branch"),
     Variable("attention/{grid}", "time_sum", ("token", *_MAP), "float32", "sum of the maps over the recorded steps"),
+    _coordinate("self_attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
+    _coordinate("self_attention/{grid}", "layer", ("layer",), "str", "dotted path of the self-attention module"),
+    Variable(
+        "self_attention/{grid}", "self", ("step", *_MAP, "key_y", "key_x"), "map", "self-attention: of the place (y, x), the share of (key_y, key_x)"
+    ),
     _coordinate("unet", "branch", ("branch",), "str", "which prompt: uncond or cond"),
     _coordinate("unet", "module", ("module",), "str", "dotted path of the module"),
     _coordinate("unet", "statistic", ("statistic",), "str", "mean, std, min, max"),

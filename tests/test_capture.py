@@ -15,9 +15,10 @@ from test_recorder import ask, bare, condition, loop, model_for, only, pipeline,
 
 from probe import hooks
 from probe.analysis import probabilities
-from probe.capture import AttentionCapture, Kept, OutputCapture, Tray, activation_paths, attention_layers, hooked, statistics_of, to_storage
+from probe.capture import AttentionCapture, Kept, OutputCapture, Tray, activation_paths, attention_layers, hooked, to_storage
 from probe.errors import CaptureError, ExperimentError
 from probe.experiment import Experiment
+from probe.measures import statistics_of
 from probe.models import StableDiffusion
 from probe.planning import plan
 from probe.recording import Run
@@ -291,7 +292,7 @@ def test_only_the_chosen_layers_are_recorded(tmp_path: Path) -> None:
 def test_a_layer_that_is_not_there_is_refused_with_near_names(pattern: str, remedy: str) -> None:
     rehearsal = rehearse(StableDiffusion.of(pipeline()), (1, 4, 8, 8), 2, 77)
     with pytest.raises(ExperimentError) as caught:
-        attention_layers(rehearsal, [pattern])
+        attention_layers(rehearsal.grids, [pattern])
     assert f"capture.layers: '{pattern}' matches no" in caught.value.cause and caught.value.remedy.startswith(remedy)
 
 

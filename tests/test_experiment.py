@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from probe.errors import ExperimentError
-from probe.experiment import LARGEST, SCHEDULERS, CaptureOptions, Experiment, load_experiment, parse_experiment, read_yaml
+from probe.experiment import LARGEST, CaptureOptions, Experiment, load_experiment, parse_experiment, read_yaml
+from probe.fields import SCHEDULERS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))

@@ -20,7 +20,7 @@ import torch
 from probe import hooks, sampling
 from probe.conversions import sigma_from_alpha_bar
 from probe.errors import ExperimentError
-from probe.experiment import SCHEDULERS
+from probe.fields import SCHEDULERS
 from probe.models import StableDiffusion
 from probe.sampling import Schedule, Step, denoise
 

@@ -27,7 +27,7 @@ EVERYTHING: dict[str, Any] = {
     "height": 40,
     "width": 24,
     "decode_every": 2,
-    "capture": {"branches": "both", "activations": ACTIVATIONS},
+    "capture": {"branches": "both", "activations": ACTIVATIONS, "self_attention": ["*"]},
 }
 
 
@@ -41,7 +41,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def variable_of(group: str, name: str) -> Variable:
     """The entry of the schema for a variable of a recording: found by hand, not by the code under test."""
     first, _, rest = group.partition("/")
-    patterns = {"text": "text/{encoder}", "attention": "attention/{grid}"}
+    patterns = {"text": "text/{encoder}", "attention": "attention/{grid}", "self_attention": "self_attention/{grid}"}
     wanted = group if not rest else patterns.get(first, f"{first}/{{module}}")
     found = [v for v in SCHEMA if (v.group, v.name) == (wanted, name)]
     assert len(found) == 1, f"{group}/{name} is in the schema {len(found)} times"
@@ -74,8 +74,15 @@ def test_everything_that_is_recorded_is_in_the_schema(full: Run) -> None:
         assert is_coordinate == known.coordinate, f"{group}/{name}: a coordinate in one of schema and recording only"
 
 
-def test_everything_in_the_schema_is_recorded(full: Run) -> None:
-    made = {variable_of(group, name) for group, name in variables(full)}
+@pytest.fixture(scope="module")
+def modes(full: Run) -> list[Run]:
+    """The same in the other ways of recording attention."""
+    asked = {**EVERYTHING, "output": str(full.path.parent)}
+    return [record({**asked, "capture": {"attention": mode}}, pipeline=tiny.pipeline(), progress=False) for mode in ("queries", "summary")]
+
+
+def test_everything_in_the_schema_is_recorded(full: Run, modes: list[Run]) -> None:
+    made = {variable_of(group, name) for run in (full, *modes) for group, name in variables(run)}
     assert [f"{v.group}/{v.name}" for v in SCHEMA if v not in made] == []
 
 

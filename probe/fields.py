@@ -1,0 +1,113 @@
+"""The kinds of values that settings take, each strict: text without hidden characters, globs, choices of steps, schedulers.
+
+A value that is not of its kind is an `ExperimentError` that says what to write instead. Inside: `SCHEDULERS` (our names
+for diffusers' classes), `Strict` (the base of all settings), and the annotated types.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+
+from probe.errors import ExperimentError
+from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, shown
+
+SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
+    "DDIM": ("DDIMScheduler", {}),
+    "DDPM": ("DDPMScheduler", {}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),  # as Stable Diffusion ships it: no Runge-Kutta warm-up
+    "LMS": ("LMSDiscreteScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "EulerAncestral": ("EulerAncestralDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "DPM++2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "DPM++2S": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "DEIS": ("DEISMultistepScheduler", {}),
+    "KDPM2": ("KDPM2DiscreteScheduler", {}),
+    "KDPM2Ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "LCM": ("LCMScheduler", {}),
+}
+
+
+def _clean(text: str) -> str:
+    if found := UNCLEAN.search(text):
+        raise ExperimentError(f"the character U+{ord(found[0]):04X} is not allowed", "Delete it: such characters hide what a text says.")
+    return text
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _scalar(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+    value = _tuple(value)
+    try:
+        if all(type(item) is not int or abs(item) <= LARGEST for item in (value if isinstance(value, tuple) else (value,))):
+            return validate(value)
+    except ValidationError:  # one sentence for all members of the union
+        pass
+    raise ExperimentError(f"{shown(value)} is not an option's value", "Write a number, true, false, text or a list of numbers.")
+
+
+def _steps_text(value: object) -> object:
+    if isinstance(value, list | tuple) and value and all(type(item) is int and abs(item) < 10**6 for item in value):
+        return ",".join(map(str, value))
+    return str(value) if type(value) is int and abs(value) < 10**6 else value
+
+
+def _steps_syntax(text: str) -> str:
+    text = re.sub(r"\s*([,:])\s*", r"\1", text.strip())
+    index = r"-?[0-9]{1,6}"
+    if not re.fullmatch(rf"all|{index}(,{index})*|({index})?:({index})?(:(-?(?!0+$)[0-9]{{1,6}})?)?", text):
+        raise ExperimentError(f"{shown(text)} is not a choice of steps", 'Write all, a slice such as "0:50:5", or indices such as "0,5,-1".')
+    return text
+
+
+def _layer(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.*?\[\]!-]{1,200}", text):
+        raise ExperimentError(f"{shown(text)} is not a glob of layers", 'Write dotted paths such as "up_blocks.*", or a grid such as "16x16".')
+    return text
+
+
+def _scheduler(name: str) -> str:
+    if name == "default" or name in SCHEDULERS:
+        return name
+    spellings = {"default": "default"} | {word.casefold(): key for key, (kind, _) in SCHEDULERS.items() for word in (key, kind)}
+    raise ExperimentError(f"{shown(name)} is not a scheduler", did_you_mean(name, spellings) or f"Write default, {', '.join(SCHEDULERS)}.")
+
+
+def _revision(name: str | None) -> str | None:
+    if name == "fp16":
+        raise ExperimentError("'fp16' is not a revision any more", "Write variant: fp16 instead.")
+    return name
+
+
+Text: TypeAlias = Annotated[str, AfterValidator(_clean)]
+Line: TypeAlias = Annotated[Text, StringConstraints(pattern=r"^[^\n\t]+$", max_length=1000)]
+Prompt: TypeAlias = Annotated[Text, Field(max_length=10_000)]
+Globs: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(_layer)], ...], BeforeValidator(_tuple)]
+Option: TypeAlias = Annotated[bool | int | float | Text | tuple[int | float, ...], WrapValidator(_scalar)]
+
+
+StepsChoice: TypeAlias = Annotated[str, BeforeValidator(_steps_text), AfterValidator(_steps_syntax)]
+SchedulerName: TypeAlias = Annotated[str, AfterValidator(_scheduler)]
+Revision: TypeAlias = Annotated[Line | None, AfterValidator(_revision)]
+
+
+class Strict(BaseModel):
+    """No field that nobody reads, no guess at a type; and a ValidationError never prints its input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
