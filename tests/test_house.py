@@ -51,7 +51,7 @@ LAYERS = [
     ("probe.planning",),
     ("probe.noising", "probe.cost"),
     ("probe.perform",),
-    ("probe.recorder",),
+    ("probe.recorder", "probe.ask"),
     ("probe.sweep",),
     # ================= the doors: torch only inside functions =================
     ("probe.run", "probe.verify"),

@@ -1,0 +1,86 @@
+"""A word asked after the run gives the maps that it would have had in the prompt, where the queries are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_recorder import PROMPT, pipeline, take
+
+from probe.ask import READ_OUT, ask, read_out
+from probe.errors import ExperimentError, ModelError, RecordingNotFound
+from probe.hooks import Hooks
+from probe.recording import Run
+
+QUERIES = {"attention": "queries", "branches": "both", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return take(tmp_path_factory.mktemp("runs"), capture=QUERIES, images=2)
+
+
+def test_asked_about_its_own_prompt_a_recording_gives_its_own_maps(run: Run) -> None:
+    """The one case whose answer is known: the same text, the same keys."""
+    found = ask(run, PROMPT, pipeline())
+    assert list(found) == run.grids
+    for grid, maps in found.items():
+        expected = run.attention(grid).sel(branch="cond")
+        assert maps.dims == expected.dims
+        np.testing.assert_allclose(maps.values, expected.values, atol=1e-6)
+        assert maps.attrs["read_out"] == READ_OUT and maps.attrs["context"] == PROMPT
+
+
+def test_the_maps_of_another_sentence_are_those_of_its_keys(run: Run) -> None:
+    """By hand: diffusers' own scores of the recorded queries against the new sentence."""
+    from probe.models import StableDiffusion
+    from probe.rehearsal import cross_attention
+
+    model = StableDiffusion.of(pipeline())
+    text = model.encode(model.read("an astronaut"))
+    grid = run.grids[0]
+    query = run.variable(f"attention/{grid}/query").sel(branch="cond").isel(step=1, image=1)
+    found = ask(run, "an astronaut", pipeline())[grid].isel(step=1, image=1)
+    for path in found["layer"].values:
+        module = cross_attention(model.unet)[str(path)]
+        with torch.no_grad():
+            q = torch.from_numpy(query.sel(layer=path).values).flatten(2).transpose(1, 2)  # (head, pixel, feature)
+            k = module.head_to_batch_dim(module.to_k(text))
+            scores = module.get_attention_scores(q, k).transpose(1, 2).unflatten(2, (found.sizes["y"], found.sizes["x"]))
+        np.testing.assert_allclose(found.sel(layer=path).transpose("head", "token", "y", "x").values, scores.numpy(), atol=1e-6)
+    assert "astronaut" in found["word"].values and found["token_text"].values[0] == "<|startoftext|>"
+
+
+def test_one_map_a_step_and_its_context_with_it(run: Run) -> None:
+    found = read_out(run, "astronaut", pipeline=pipeline())
+    assert found.dims == ("step", "y", "x") and found.sizes["step"] == len(run.steps)
+    assert found.attrs == {"read_out": READ_OUT, "context": "a astronaut", "word": "astronaut"}
+    assert (found.values > 0).all() and (found.values < 1).all()
+    own = read_out(run, "cat", PROMPT, pipeline())
+    np.testing.assert_allclose(own.mean("step").values, run.words().sel(word="cat").values, atol=1e-6)
+    phrase = read_out(run, "the hat", PROMPT, pipeline())
+    parts = [read_out(run, word, PROMPT, pipeline()).values for word in ("the", "hat")]
+    np.testing.assert_allclose(phrase.values, sum(parts), atol=1e-6)
+
+
+def test_the_unet_is_never_called(run: Run) -> None:
+    pipe, calls = pipeline(), []
+    with Hooks([(pipe.unet, "input", calls.append)]):
+        read_out(run, "astronaut", pipeline=pipe)
+    assert calls == []
+
+
+def test_what_cannot_be_asked(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="'catt' is not in 'a cat on the hat'") as caught:
+        read_out(run, "catt", PROMPT, pipeline())
+    assert "cat" in caught.value.remedy
+    with pytest.raises(RecordingNotFound, match="holds no queries to ask") as missing:
+        read_out(take(tmp_path), "cat", pipeline=pipeline())
+    assert "capture.attention: queries" in missing.value.remedy
+    with pytest.raises(ModelError, match="other weights"):
+        read_out(run, "cat", pipeline=tiny.pipeline(seed=1))
+    with pytest.raises(RecordingNotFound, match="the cond branch"):
+        read_out(take(tmp_path, capture={**QUERIES, "branches": "uncond"}), "cat", pipeline=pipeline())
