@@ -25,7 +25,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from probe.errors import ExperimentError
-from probe.fields import SCHEDULERS, Globs, Line, Option, Prompt, Revision, SchedulerName, StepsChoice, Strict
+from probe.fields import SCHEDULERS, Globs, Line, Option, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words
 from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, printable, read_text, read_yaml, shorten, shown
 
 
@@ -44,6 +44,11 @@ class CaptureOptions(Strict):
     )
     tokens: Literal["prompt", "all"] = Field(
         default="prompt", description="Attention to which tokens: prompt (start, prompt, first end, one sum of the rest) or all of the model's."
+    )
+    counterfactual: Words = Field(
+        default=(),
+        max_length=77,
+        description="What each of these words did: the prediction with and without it, one more UNet call a step; * for every word.",
     )
     layers: Globs = Field(
         default=("*",),

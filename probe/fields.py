@@ -99,6 +99,7 @@ Text: TypeAlias = Annotated[str, AfterValidator(_clean)]
 Line: TypeAlias = Annotated[Text, StringConstraints(pattern=r"^[^\n\t]+$", max_length=1000)]
 Prompt: TypeAlias = Annotated[Text, Field(max_length=10_000)]
 Globs: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(_layer)], ...], BeforeValidator(_tuple)]
+Words: TypeAlias = Annotated[tuple[Line, ...], BeforeValidator(_tuple)]
 Option: TypeAlias = Annotated[bool | int | float | Text | tuple[int | float, ...], WrapValidator(_scalar)]
 
 

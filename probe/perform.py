@@ -5,8 +5,10 @@ The loop owns the clock: hooks fill a tray, which is emptied after each `Step` a
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from tqdm.auto import tqdm
 from probe.analysis import maps_of, probabilities, resize
 from probe.capture import AttentionCapture, OutputCapture, TextCapture, hooked
 from probe.clock import Clock
+from probe.counterfactual import embeddings_without, word_changes
 from probe.errors import NotFinite, StoreError
 from probe.models import Conditioning, StableDiffusion
 from probe.modes import QueryCapture, SelfCapture, SummaryCapture, TextSide
@@ -53,6 +56,8 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
         width=asked.width,
         known=_recorded(writer, run, model),
     )
+    masked = embeddings_without(model, run.prompts["cond"], run.words) if run.words else None
+    watching = (attention, text_side, selves, outputs, clock)
     begun = writer.committed
     final: torch.Tensor | None = None
     with (
@@ -71,7 +76,11 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
                     step = next(steps)
                     if index == begun:
                         _write_text_side(text_side, run, writer)
-                    values, nbytes = _gather(step, run, attention, selves, outputs)
+                    extra = {}
+                    if masked is not None and index in run.recorded:
+                        with _resting(*watching):
+                            extra["counterfactual/change"] = word_changes(model, step, masked)
+                    values, nbytes = _gather(step, run, attention, selves, outputs, extra)
                     writer.write_step(index, values, nbytes)
             final = step.next_latents
             if index in run.decoded:
@@ -151,6 +160,19 @@ def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Condi
     return Conditioning(run.prompts["cond"], uncond or run.prompts["cond"], embeddings["cond"], embeddings.get("uncond"))
 
 
+@contextlib.contextmanager
+def _resting(*watching: Any) -> Iterator[None]:
+    """While this lasts, calls of the UNet are nobody's business."""
+    before = [part.resting for part in watching]
+    for part in watching:
+        part.resting = True
+    try:
+        yield
+    finally:
+        for part, was in zip(watching, before, strict=True):
+            part.resting = was
+
+
 # What a capture's `take` gives for a layer, by capture.attention: variables, each with the axis of its layer.
 PARTS = {"maps": {"cross": 3, "moments": 3}, "summary": {"cross": 3, "moments": 3, "head_statistics": 3}, "queries": {"query": 2}, "off": {}}
 
@@ -177,7 +199,12 @@ def _write_text_side(text_side: TextSide, run: Plan, writer: RunWriter) -> None:
 
 
 def _gather(
-    step: Step, run: Plan, attention: AttentionCapture | QueryCapture, selves: SelfCapture, outputs: OutputCapture
+    step: Step,
+    run: Plan,
+    attention: AttentionCapture | QueryCapture,
+    selves: SelfCapture,
+    outputs: OutputCapture,
+    extra: dict[str, torch.Tensor],
 ) -> tuple[Callable[[], dict[str, np.ndarray]], int]:
     """What one step recorded, on its way to the host, as a function that the writing thread calls."""
     tensors: dict[str, torch.Tensor] = {"latents/latents": step.latents, "latents/prediction": step.prediction}
@@ -186,6 +213,7 @@ def _gather(
         tensors["latents/prediction_uncond"] = step.prediction_uncond
     for name, tensor in list(tensors.items()):
         tensors[name] = tensor.clone()  # the caller may change what the loop yielded
+    tensors.update(extra)
     parts = PARTS[run.experiment.capture.attention]
     maps = attention.take()
     for path, found in maps.items():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from probe.capture import Kept, activation_paths, attention_layers, statistic_paths
+from probe.counterfactual import chosen_words
 from probe.errors import ExperimentError, TooLarge
 from probe.experiment import Experiment
 from probe.models import Prompt, StableDiffusion
@@ -39,6 +40,7 @@ class Plan:
     kept: Kept
     layers: dict[str, tuple[int, int]]
     selves: dict[str, tuple[int, int]]
+    words: dict[str, list[int]]
     statistics: dict[str, list[str]]
     activations: list[str]
     recorded: tuple[int, ...]
@@ -62,7 +64,7 @@ class Plan:
     def forecast(self) -> dict[str, int]:
         """Bytes of every variable, uncompressed, as it will be written; chunks of steps not asked for take none."""
         share = len(self.recorded) / self.calls
-        partial = ("cross", "moments", "head_statistics", "query", "self", "statistics", "activation")
+        partial = ("cross", "moments", "head_statistics", "query", "self", "change", "statistics", "activation")
         return {a.path: round(a.nbytes * (share if a.variable.name in partial and a.dims[0] == "step" else 1)) for a in self.arrays}
 
     def check_size(self, limit: int | None, free: int) -> None:
@@ -153,6 +155,7 @@ def plan(model: StableDiffusion, experiment: Experiment) -> Plan:
         kept=kept,
         layers=layers,
         selves=selves,
+        words=chosen_words(prompts["cond"], capture.counterfactual),
         statistics=statistics,
         activations=activations,
         recorded=capture.steps_of(calls),
@@ -273,6 +276,9 @@ def _attention(run: Plan) -> list[Array]:
             ]
         if index == 0:
             arrays.append(array(group, "overview", (len(positions), run.calls, *grid)))
+    if run.words:
+        arrays.append(array("counterfactual", "masked_word", value=list(run.words)))
+        arrays.append(array("counterfactual", "change", (run.calls, len(run.words), images, *run.latent_shape[2:])))
     for grid, layers in run.self_grids.items():
         group = f"self_{grid_group(grid)}"
         shape = (run.calls, len(run.branches), images, len(layers), _heads(run, layers, grid), *grid, *grid)

@@ -117,6 +117,14 @@ SCHEMA: tuple[Variable, ...] = (
     ),
     Variable("attention/{grid}", "overview", ("token", "step", "y", "x"), "float32", "mean over images, all layers and heads; last branch"),
     Variable("attention/{grid}", "time_sum", ("token", *_MAP), "float32", "sum of the maps over the recorded steps"),
+    _coordinate("counterfactual", "masked_word", ("masked_word",), "str", "the word without which the UNet predicted again"),
+    Variable(
+        "counterfactual",
+        "change",
+        ("step", "masked_word", "image", "y", "x"),
+        "float32",
+        "absolute difference of prediction and prediction without the word, mean over channels",
+    ),
     _coordinate("self_attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
     _coordinate("self_attention/{grid}", "layer", ("layer",), "str", "dotted path of the self-attention module"),
     Variable(

@@ -46,7 +46,7 @@ LAYERS = [
     ("probe.conditions", "probe.measures"),
     ("probe.rehearsal",),
     ("probe.sampling",),
-    ("probe.capture", "probe.edits"),
+    ("probe.capture", "probe.edits", "probe.counterfactual"),
     ("probe.modes",),
     ("probe.planning",),
     ("probe.noising", "probe.cost"),

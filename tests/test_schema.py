@@ -27,7 +27,7 @@ EVERYTHING: dict[str, Any] = {
     "height": 40,
     "width": 24,
     "decode_every": 2,
-    "capture": {"branches": "both", "activations": ACTIVATIONS, "self_attention": ["*"]},
+    "capture": {"branches": "both", "activations": ACTIVATIONS, "self_attention": ["*"], "counterfactual": ["*"]},
 }
 
 
