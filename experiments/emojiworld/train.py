@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=40_000, help="scenes in the training set")
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--unet-steps", type=int, default=4500)
-    parser.add_argument("--refine-steps", type=int, default=8000)
+    parser.add_argument("--refine-steps", type=int, default=7000)
     parser.add_argument("--decoder-steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
