@@ -156,13 +156,26 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert not torch.equal(whole["line"].weight, modules()["line"].weight)
 
 
-@pytest.mark.slow
-def test_the_training_script_makes_a_model_that_records(tmp_path: Path) -> None:
-    sizes = ["--scenes", "40", "--vae-steps", "2", "--unet-steps", "2"]
-    command = [sys.executable, "-m", "experiments.emojiworld.train", "--folder", str(tmp_path), "--device", "cpu", *sizes]
+def run_training(folder: Path, *options: str) -> None:
+    sizes = ["--scenes", "40", "--vae-steps", "2", "--unet-steps", "2", "--refine-steps", "2", "--decoder-steps", "2"]
+    command = [sys.executable, "-m", "experiments.emojiworld.train", "--folder", str(folder), "--device", "cpu", *sizes, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    model = load(str(tmp_path / "model"))
+
+
+@pytest.mark.slow
+def test_the_training_script_makes_a_model_that_records_and_can_be_refined(tmp_path: Path) -> None:
+    run_training(tmp_path / "first")
+    first = tmp_path / "first/model"
+    model = load(str(first))
     assert model.latent_shape(1) == (1, 4, 16, 16)
     assert sum(1 for _ in denoise(model, model.condition("an astronaut scuba diving"), steps=3)) == 4
-    assert set(load_file(tmp_path / "model/unet/diffusion_pytorch_model.safetensors")) == set(model.unet.state_dict())
+    assert set(load_file(first / "unet/diffusion_pytorch_model.safetensors")) == set(model.unet.state_dict())
+
+    run_training(tmp_path / "second", "--start", str(first))
+    refined = load(str(tmp_path / "second/model"))
+    assert refined.scaling_factor == model.scaling_factor
+    before, after = model.vae.state_dict(), refined.vae.state_dict()
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed <= {"decoder", "post_quant_conv"} and "decoder" in changed  # the latents stay what they were
+    assert not torch.equal(model.unet.conv_in.weight, refined.unet.conv_in.weight)

@@ -1,29 +1,42 @@
-"""Measure `emojiworld` on scenes it never saw, and draw what it makes of 64 prompts.
+"""Measure `emojiworld` on scenes it never saw, score what it draws, and show it.
 
-    python -m experiments.emojiworld.report                              # the bundled model
-    python -m experiments.emojiworld.report --model training/emojiworld/model --sheet sheet.png
+    python -m experiments.emojiworld.report                              # the bundled model, by the judge kept for reports
+    python -m experiments.emojiworld.report --model training/emojiworld/model --judge tuning --guidance 3 --pairs 24 --seeds 4
+    python -m experiments.emojiworld.report --judge none --sheet experiments/emojiworld/sheet.webp --nearest experiments/emojiworld/nearest.png
 
-Prints the VAE's round trip (PSNR) and the UNet's error in predicting the noise at ten timesteps, each with its number
-of scenes, for seen and for left-out subject x setting pairs. The first prompts of the sheet are the left-out pairs of
-the development set, then come seen pairs and scenes of two subjects.
+Prints the VAE's round trip (PSNR) and the UNet's error in predicting the noise at ten timesteps, for seen and for left-out
+subject x setting pairs; then how often a judge (`experiments.emojiworld.judge`, which trains them) recognises in a generated
+picture what its prompt asked for. Recognised means: just the asked subjects lead among all 24, and each is sure. Intervals
+are 95%, from resampling whole prompts, since pictures of one prompt fail together.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from experiments.emojiworld import world
+from experiments.emojiworld.judge import FOLDER, Answer, load_judge, small, table
+from probe.experiment import Experiment
+from probe.fields import SCHEDULERS
 from probe.loading import load
 from probe.models import StableDiffusion
 from probe.sampling import denoise, fresh
 
 FIRST_FRESH_SEED = 10_000_000  # training uses seeds from 0 up
+TIMESTEPS = list(range(50, 1000, 100))
+
+
+# --- the VAE and the noise prediction --------------------------------------------------------------------------------
 
 
 def fresh_scenes(count: int, held_out: bool) -> list[world.Scene]:
@@ -68,6 +81,116 @@ def noise_losses(model: StableDiffusion, scenes: list[world.Scene], timesteps: l
     return losses
 
 
+# --- what it draws ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one prompt asks for. Groups: seen, left out (development or sealed), two subjects."""
+
+    group: str
+    subjects: tuple[str, ...]
+    setting: str
+    relation: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        return world.caption_of(self.subjects, self.setting, self.relation)
+
+
+DEFAULT = Asked("default prompt, seeds 0 to 9", ("astronaut",), "scuba diving")
+
+
+def asked_for(pairs: int, sealed: bool) -> list[Asked]:
+    """`pairs` seen pairs with every subject equally often, as many scenes of two subjects, and the left-out pairs.
+
+    No scene of two subjects holds a left-out pair. The sealed pairs are in the list only with `sealed`.
+    """
+    rng = np.random.default_rng(1)
+    settings = list(world.SETTINGS)
+    seen: list[Asked] = []
+    while len(seen) < pairs:
+        for subject in rng.permutation(list(world.SUBJECTS)).tolist():
+            free = [s for s in settings if (subject, s) not in world.HELD_OUT and Asked("seen pairs", (subject,), s) not in seen]
+            if free and len(seen) < pairs:
+                seen.append(Asked("seen pairs", (subject,), str(rng.choice(free))))
+    two: list[Asked] = []
+    while len(two) < pairs:
+        subjects = tuple(str(name) for name in rng.choice(list(world.SUBJECTS), 2, replace=False))
+        setting = str(rng.choice(settings))
+        if not any((subject, setting) in world.HELD_OUT for subject in subjects):
+            two.append(Asked("two subjects", subjects, setting, world.RELATIONS[len(two) % 2]))
+    left_out = [Asked("left out, development", (subject,), setting) for subject, setting in sorted(world.HELD_OUT_DEVELOPMENT)]
+    if sealed:
+        left_out += [Asked("left out, sealed", (subject,), setting) for subject, setting in sorted(world.HELD_OUT_SEALED)]
+    return [*seen, *left_out, *two]
+
+
+def draw(model: StableDiffusion, prompt: str, images: int, *, steps: int, guidance: float, rescale: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """Pictures of one prompt from seeds `seed` up, (picture, y, x, rgb) uint8."""
+    conditioning = model.condition(prompt)
+    *_, last = denoise(model, conditioning, steps=steps, guidance_scale=guidance, guidance_rescale=rescale, seed=seed, images=images)
+    return model.decode(last.next_latents)[0]
+
+
+def interval(right: torch.Tensor) -> tuple[float, float, float]:
+    """Mean of (prompt, picture) true or false (NaN: not asked), and its 95% interval from 10,000 resamplings of prompts.
+
+    Where all prompts agree, resampling says nothing, and the interval is the exact binomial one for that many prompts.
+    """
+    right = right[~right.isnan().all(dim=1)]
+    n = len(right)
+    if n == 0:
+        return math.nan, math.nan, math.nan
+    known, hits = (~right.isnan()).sum(dim=1).float(), right.nansum(dim=1)
+    mean = float(hits.sum() / known.sum())
+    if mean in (0.0, 1.0):
+        bound = 0.025 ** (1 / n)
+        return mean, mean * bound, 1 - (1 - mean) * bound
+    again = torch.randint(n, (10_000, n), generator=torch.Generator().manual_seed(0))
+    means = hits[again].sum(dim=1) / known[again].sum(dim=1)
+    return mean, float(means.quantile(0.025)), float(means.quantile(0.975))
+
+
+def score(asked: list[Asked], answer: Answer, images: int) -> dict[str, torch.Tensor]:
+    """What is right in the pictures of some prompts, each (prompt, picture) of 0, 1 or NaN; `answer` is prompt by prompt."""
+    each = [one for one in asked for _ in range(images)]
+    subject = answer.shows([one.subjects for one in each])
+    setting = answer.set_in([one.setting for one in each])
+    scores = {"subject": subject, "setting": setting, "all asked": subject & setting, "unsure of subject": answer.unsure[0]}
+    if asked[0].relation is not None:
+        related = answer.related([one.subjects for one in each], [one.relation for one in each]).float()
+        scores["relation"] = related.where(subject, torch.nan)
+    return {name: value.float().reshape(len(asked), images) for name, value in scores.items()}
+
+
+def recognition(model: StableDiffusion, judges: list[str], folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of a table: how often each judge recognises what the prompts of each group asked for."""
+    listed = [(one, options.seeds) for one in asked_for(options.pairs, options.sealed)] + [(DEFAULT, 10)]
+    loaded = [load_judge(name, folder) for name in judges]
+    drawn: dict[str, list[torch.Tensor]] = {}
+    with tqdm(total=sum(images for _, images in listed), desc="pictures", unit="picture", mininterval=5) as bar:
+        for one, images in listed:
+            pictures = draw(model, one.prompt, images, steps=options.steps, guidance=options.guidance, rescale=options.guidance_rescale)
+            drawn.setdefault(one.group, []).append(small(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1))
+            bar.update(images)
+    rows = []
+    for judge in loaded:
+        for group, of_prompts in drawn.items():
+            asked = [one for one, _ in listed if one.group == group]
+            images = len(of_prompts[0])
+            scores = score(asked, judge.judge(torch.cat(of_prompts)), images)
+            row = {"judge": judge.name, "asked": group, "prompts": len(asked), "pictures": len(asked) * images}
+            for name in ("subject", "setting", "all asked", "relation", "unsure of subject"):
+                mean, low, high = interval(scores[name]) if name in scores else (math.nan,) * 3
+                row[name] = "" if math.isnan(mean) else f"{100 * mean:.0f}% ({100 * low:.0f} to {100 * high:.0f})"
+            rows.append(row)
+    return rows
+
+
+# --- pictures to look at ---------------------------------------------------------------------------------------------
+
+
 def prompts() -> list[str]:
     """64 prompts: the development set's left-out pairs, 40 seen pairs, 16 scenes of two subjects."""
     left_out = [("astronaut", "scuba diving"), *sorted(world.HELD_OUT_DEVELOPMENT - {("astronaut", "scuba diving")})]
@@ -86,37 +209,89 @@ def prompts() -> list[str]:
     return listed
 
 
-def sheet(model: StableDiffusion, listed: list[str], seed: int = 0, steps: int = 30, guidance_scale: float = 3.0) -> Image.Image:
-    """One picture for each prompt, eight a row."""
-    pictures = []
-    for prompt in listed:
-        for step in denoise(model, model.condition(prompt), steps=steps, guidance_scale=guidance_scale, seed=seed):
-            final = step.next_latents
-        pictures.append(model.decode(final)[0][0].numpy())
-    size = world.SIZE
-    page = Image.new("RGB", (8 * size, math.ceil(len(pictures) / 8) * size), "white")
-    for index, picture in enumerate(pictures):
-        page.paste(Image.fromarray(picture), (index % 8 * size, index // 8 * size))
+def sheet(model: StableDiffusion, listed: list[str], *, steps: int, guidance: float, rescale: float = 0.0, seed: int = 0) -> Image.Image:
+    """One picture for each prompt, its prompt below, eight a row."""
+    size, line = world.SIZE, 11
+    page = Image.new("RGB", (8 * size, math.ceil(len(listed) / 8) * (size + 2 * line + 4)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=9)
+    for index, prompt in enumerate(tqdm(listed, desc="sheet", unit="picture", mininterval=5)):
+        x, y = index % 8 * size, index // 8 * (size + 2 * line + 4)
+        picture = draw(model, prompt, 1, steps=steps, guidance=guidance, rescale=rescale, seed=seed)[0]
+        page.paste(Image.fromarray(picture.numpy()), (x, y))
+        for row, words in enumerate(textwrap.wrap(prompt, 27)):
+            pen.text((x + 2, y + size + row * line), words, fill="black", font=font)
     return page
+
+
+def nearest(model: StableDiffusion, count: int) -> tuple[Image.Image, str]:
+    """The default picture beside the training scene nearest to it, and a sentence with their distance.
+
+    The distance is the root mean square over pixels of half size, on a scale of 0 to 255. For comparison: how far 50 true
+    scenes of the same pair, which was left out, are from the training scenes nearest to them.
+    """
+    asked = Experiment()
+    picture = draw(model, asked.prompt, 1, steps=asked.steps, guidance=asked.guidance_scale, seed=asked.seed)
+    true = [world.draw_scene(FIRST_FRESH_SEED + i, DEFAULT.subjects, DEFAULT.setting, allow_held_out=True) for i in range(50)]
+    wanted = torch.cat([picture.permute(0, 3, 1, 2).float() / 127.5 - 1, pixels_of(true)])
+    queries = small(wanted).flatten(1).float()
+    least, which = torch.full((len(queries),), math.inf), torch.zeros(len(queries), dtype=torch.long)
+    for start in tqdm(range(0, count, 250), desc="training scenes", unit="x 250", mininterval=5):
+        scenes = small(pixels_of([world.draw_scene(seed) for seed in range(start, min(start + 250, count))]))
+        found, at = (torch.cdist(queries, scenes.flatten(1).float()) / math.sqrt(queries.shape[1])).min(dim=1)
+        which = torch.where(found < least, start + at, which)
+        least = torch.minimum(found, least)
+    scene = world.draw_scene(int(which[0]))
+    pair = Image.new("RGB", (2 * world.SIZE + 4, world.SIZE), "white")
+    pair.paste(Image.fromarray(picture[0].numpy()), (0, 0))
+    pair.paste(Image.fromarray(scene.image), (world.SIZE + 4, 0))
+    told = f"nearest of {count} training scenes: number {int(which[0])}, {scene.caption!r}, at distance {least[0]:.1f}; "
+    return pair, told + f"true scenes of the pair: {least[1:].median():.1f} (median of 50), at least {least[1:].min():.1f}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="emojiworld", help="a diffusers directory, or the bundled model")
     parser.add_argument("--scenes", type=int, default=96, help="fresh scenes a measurement")
+    parser.add_argument(
+        "--judge", choices=["report", "tuning", "both", "none"], default="report", help="who scores the pictures; report: finished models only"
+    )
+    parser.add_argument("--judges", type=Path, default=FOLDER, help="where the trained judges are")
+    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale of all pictures, except the default one")
+    parser.add_argument("--guidance-rescale", type=float, default=0.0)
+    parser.add_argument("--scheduler", choices=["default", *SCHEDULERS], default="default")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=48, help="seen pairs to ask for, and scenes of two subjects")
+    parser.add_argument("--seeds", type=int, default=8, help="pictures a prompt, from seeds 0 up")
+    parser.add_argument("--sealed", action="store_true", help="score the sealed left-out pairs too: once, for the final report of a finished model")
     parser.add_argument("--sheet", type=Path, help="also draw 64 prompts into this picture")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sheet's pictures")
+    parser.add_argument("--nearest", type=Path, help="also save the default picture beside the training scene nearest to it")
+    parser.add_argument("--training-scenes", type=int, default=40_000, help="scenes that the model was trained on")
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     options = parser.parse_args(argv)
-    model = load(options.model, dtype="float32", device="cpu")
-    timesteps = list(range(50, 1000, 100))
-    print(f"{'scenes':12} {'n':>4} {'PSNR':>8}   noise loss at t = " + "  ".join(f"{t:5}" for t in timesteps))
+    model = load(options.model, dtype="float32", device="cpu").with_scheduler(options.scheduler, {})
+    rows: list[dict[str, Any]] = []
     for label, held_out in (("seen", False), ("left out", True)):
-        scenes = fresh_scenes(options.scenes, held_out)
-        losses = noise_losses(model, scenes, timesteps)
-        print(f"{label:12} {len(scenes):4} {vae_psnr(model, pixels_of(scenes)):5.1f} dB   {' ' * 18}" + "  ".join(f"{loss:.3f}" for loss in losses))
+        if options.scenes:
+            scenes = fresh_scenes(options.scenes, held_out)
+            losses = noise_losses(model, scenes, TIMESTEPS)
+            row = {"scenes": label, "n": len(scenes), "PSNR": f"{vae_psnr(model, pixels_of(scenes)):.1f} dB"}
+            rows.append(row | {f"t = {t}": f"{loss:.3f}" for t, loss in zip(TIMESTEPS, losses, strict=True)})
+    if rows:
+        print(table(rows, options.markdown) + "\n", flush=True)
+    if options.judge != "none":
+        names = ["tuning", "report"] if options.judge == "both" else [options.judge]
+        rows = recognition(model, names, options.judges, options)
+        print(f"{options.steps} steps of {type(model.scheduler).__name__}, guidance {options.guidance:g}, rescaled by {options.guidance_rescale:g}\n")
+        print(table(rows, options.markdown) + "\n", flush=True)
     if options.sheet:
-        sheet(model, prompts(), options.seed).save(options.sheet)
-        print(f"wrote {options.sheet}")
+        sampling = {"steps": options.steps, "guidance": options.guidance, "rescale": options.guidance_rescale}
+        sheet(model, prompts(), **sampling, seed=options.seed).save(options.sheet)
+        print(f"wrote {options.sheet}", flush=True)
+    if options.nearest:
+        pair, told = nearest(model, options.training_scenes)
+        pair.save(options.nearest)
+        print(f"wrote {options.nearest}: {told}")
 
 
 if __name__ == "__main__":
