@@ -38,6 +38,9 @@ STATISTIC_CLASSES = frozenset(
 )
 
 
+IN_CACHE = 2**18  # scores: 1 MiB
+
+
 class Watching(Protocol):
     """Anything that says what it watches."""
 
@@ -135,7 +138,7 @@ class AttentionCapture:
         self.resting = False  # while true, the hooks read nothing
         self._tray = Tray(list(layers))
         self._queries: dict[str, torch.Tensor] = {}
-        self._pixels: dict[tuple[int, int], torch.Tensor] = {}
+        self._planes: dict[tuple[int, int], torch.Tensor] = {}
         self._modules = {path: modules[path] for path in layers}
         self._watched: dict[str, tuple[nn.Module, nn.Module]] = {}
         self._rows = {branch: [called.index(branch) * images + image for image in range(images)] for branch in branches}
@@ -192,48 +195,49 @@ class AttentionCapture:
             )
 
     def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        dtype = torch.uint8 if self._dtype == "sqrt_u8" else getattr(torch, self._dtype)
-        maps, moments = self._empty(query, module, dtype), None
+        maps = self._empty(query, module, torch.uint8 if self._dtype == "sqrt_u8" else getattr(torch, self._dtype))
+        moments = maps.new_empty((*maps.shape[:-1], len(MOMENTS)), dtype=torch.float32)
+        plane = self._plane(grid, query.device)
         for at, shares in self._shares(query, key, module):
-            found = self._moments(shares, grid)
-            moments = query.new_empty((*maps.shape[:-1], found.shape[-1]), dtype=torch.float32) if moments is None else moments
-            moments[at] = found
-            maps[at] = to_storage(shares, self._dtype) if dtype == torch.uint8 else shares
-        assert moments is not None
+            moments[at] = (shares @ plane).transpose(0, 1)
+            maps[at] = (to_storage(shares, self._dtype) if maps.dtype == torch.uint8 else shares).transpose(0, 1)
+        moments[..., 1:] /= moments[..., :1]
         return maps, moments
 
     def _maps(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> torch.Tensor:
-        """The asked branches' maps, (token, branch, image, head, pixel) float32, with the tokens that are not kept summed to one."""
+        """The asked branches' maps, (token, branch, image, head, pixel) float32."""
         maps = self._empty(query, module, torch.float32)
         for at, shares in self._shares(query, key, module):
-            maps[at] = shares
+            maps[at] = shares.transpose(0, 1)
         return maps
 
     def _empty(self, query: torch.Tensor, module: Any, dtype: torch.dtype) -> torch.Tensor:
         return query.new_empty((len(self._kept.positions), len(self._branches), self._images, module.heads, query.shape[1]), dtype=dtype)
 
     def _shares(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> Iterator[tuple[Any, torch.Tensor]]:
-        """Parts of the maps, (token, head, pixel) float32, and the places where they belong.
+        """Maps in parts, (head, token, pixel) float32, and their places, (token, head, pixel).
 
-        On a CPU a part is one head, whose scores stay in the cache; a GPU wants few and large parts.
+        On a CPU a part is as many heads as keep their scores in the cache; a GPU wants few and large parts.
         """
-        heads, rest = module.heads, self._kept.end + 1
-        together = heads if query.is_cuda else 1
+        heads = module.heads
+        together = max(1, IN_CACHE // (query.shape[1] * self._kept.tokens)) if query.device.type == "cpu" else heads
         for b, rows in enumerate(self._rows.values()):
             for image, row in enumerate(rows):
-                q, k = query[row].unflatten(-1, (heads, -1)), key[row].unflatten(-1, (heads, -1))
+                q, k = (side[row].unflatten(-1, (heads, -1)).transpose(0, 1) for side in (query, key))
                 for first in range(0, heads, together):
                     part = slice(first, first + together)
-                    shares = attention_maps(q[:, part], k[:, part], module.scale, rest)
-                    yield (slice(None), b, image, part), shares
+                    yield (slice(None), b, image, part), attention_maps(q[part], k[part], module.scale, self._kept.end + 1)
 
     def _moments(self, maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        if grid not in self._pixels:
-            y, x = (torch.arange(n, device=maps.device, dtype=torch.float32).add(0.5).div(n) for n in grid)
-            columns = [torch.ones(grid, device=maps.device), y[:, None].expand(grid), x[None, :].expand(grid)]
-            self._pixels[grid] = torch.stack([c.reshape(-1) for c in columns], dim=1) / (grid[0] * grid[1])
-        sums = maps @ self._pixels[grid]
+        sums = maps @ self._plane(grid, maps.device)
         return torch.cat([sums[..., :1], sums[..., 1:] / sums[..., :1]], dim=-1)
+
+    def _plane(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """What a map is multiplied with to give its `MOMENTS`: 1, y and x of each pixel. *Shape:* (pixel, moment)."""
+        if grid not in self._planes:
+            y, x = torch.meshgrid(*((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n for n in grid), indexing="ij")
+            self._planes[grid] = torch.stack([torch.ones_like(y), y, x], dim=-1).flatten(0, 1) / y.numel()
+        return self._planes[grid]
 
 
 def refuse_unreadable(path: str, module: Any) -> None:
@@ -344,6 +348,3 @@ class TextCapture:
 def hooked(*captures: Watching) -> Hooks:
     """All hooks of some captures, on while the `with` block lasts."""
     return Hooks(watch for capture in captures for watch in capture.watches())
-
-
-assert len(MOMENTS) == 3  # mass, centroid_y, centroid_x: the columns of `AttentionCapture._moments`

@@ -16,16 +16,16 @@ from probe.schema import STATISTICS
 def attention_maps(query: torch.Tensor, key: torch.Tensor, scale: float, rest: int) -> torch.Tensor:
     """softmax over tokens of the scaled products; the shares of tokens `rest` and later are summed into one.
 
-    *Shape:* query (pixel, head, d), key (token, head, d) -> (min(token, rest + 1), head, pixel) float32. The scores are made
-    as (token, pixel), so that a map is contiguous from birth, and everything after the product happens in place.
+    *Shape:* query (head, pixel, d), key (head, token, d) -> (head, min(token, rest + 1), pixel) float32. The scores are made
+    as (token, pixel), so that a map is contiguous from birth, and everything after happens in place.
     """
-    shares = torch.matmul(key.transpose(0, 1).float() * scale, query.permute(1, 2, 0).float())
+    shares = torch.matmul(key.float() * scale, query.float().transpose(1, 2))
     shares.sub_(shares.amax(1, keepdim=True)).exp_()
     total = shares.sum(1, keepdim=True)
     if rest < shares.shape[1]:
         shares[:, rest] = shares[:, rest:].sum(1)
         shares = shares[:, : rest + 1]
-    return shares.div_(total).transpose(0, 1)
+    return shares.div_(total)
 
 
 def statistics_of(tensor: torch.Tensor) -> torch.Tensor:
