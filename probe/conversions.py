@@ -3,21 +3,28 @@
 With x the model's variance-preserving input, x0 the clean latent and eps the noise (Ho et al. 2020; Salimans & Ho 2022):
 
     x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps          sigma = sqrt((1 - alpha_bar) / alpha_bar)
-    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0          SNR = alpha_bar / (1 - alpha_bar) = 1 / sigma^2
 
-The functions take floats, numpy arrays, torch tensors or labelled xarray arrays alike; `alpha_bar` broadcasts.
+The functions take floats, numpy arrays, torch tensors or labelled xarray arrays alike; `alpha_bar` broadcasts. The ends are
+numbers too: alpha_bar 0 (a schedule of zero terminal SNR) is sigma inf, SNR 0, log-SNR -inf; alpha_bar 1 is the other way round.
+Where both ends matter, go through the log-SNR (Kingma et al. 2021), which keeps its digits at either.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+# --- noise levels ----------------------------------------------------------------------------------------------------
 
 
 def sigma_from_alpha_bar(alpha_bar: Any) -> Any:
     """The noise level sigma of Karras et al. 2022: noise's standard deviation beside a clean signal of scale one."""
-    return ((1 - alpha_bar) / alpha_bar) ** 0.5
+    return _over(1 - alpha_bar, alpha_bar) ** 0.5
 
 
 def alpha_bar_from_sigma(sigma: Any) -> Any:
@@ -25,9 +32,68 @@ def alpha_bar_from_sigma(sigma: Any) -> Any:
     return 1 / (sigma**2 + 1)
 
 
+def snr_from_alpha_bar(alpha_bar: Any) -> Any:
+    """The signal-to-noise ratio, of variances: what min-SNR weighting (Hang et al. 2023) weighs with."""
+    return _over(alpha_bar, 1 - alpha_bar)
+
+
+def alpha_bar_from_snr(snr: Any) -> Any:
+    """alpha_bar of a signal-to-noise ratio."""
+    return 1 / (1 + _over(1, snr))
+
+
+def log_snr_from_alpha_bar(alpha_bar: Any) -> Any:
+    """The natural logarithm of the signal-to-noise ratio."""
+    return _log(_over(alpha_bar, 1 - alpha_bar))
+
+
+def alpha_bar_from_log_snr(log_snr: Any) -> Any:
+    """alpha_bar of a log-SNR: its logistic function."""
+    return 1 / (1 + _exp(-log_snr))
+
+
+def log_snr_from_sigma(sigma: Any) -> Any:
+    """The log-SNR of a noise level: -2 log sigma."""
+    return -2 * _log(sigma)
+
+
+def sigma_from_log_snr(log_snr: Any) -> Any:
+    """The noise level sigma of a log-SNR."""
+    return _exp(-log_snr / 2)
+
+
+def log_snr_from_snr(snr: Any) -> Any:
+    """The log-SNR of a signal-to-noise ratio."""
+    return _log(snr)
+
+
+def snr_from_log_snr(log_snr: Any) -> Any:
+    """The signal-to-noise ratio of a log-SNR."""
+    return _exp(log_snr)
+
+
 def variance_preserving(latents: Any, sigma: Any) -> Any:
     """The model's input for variance-exploding latents (those of Euler, LMS, Heun and KDPM2 schedulers)."""
     return latents / (sigma**2 + 1) ** 0.5
+
+
+# --- noise, clean latents, velocity ----------------------------------------------------------------------------------
+
+
+def noised(clean: Any, eps: Any, alpha_bar: Any) -> Any:
+    """The forward process: clean latents with noise mixed in, variance-preserving (diffusers' `add_noise`)."""
+    return alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * eps
+
+
+def target(clean: Any, eps: Any, alpha_bar: Any, prediction_type: str) -> Any:
+    """What a model that knew everything would predict: the noise, or the velocity (diffusers' `get_velocity`)."""
+    _check(prediction_type)
+    return eps if prediction_type == "epsilon" else alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * clean
+
+
+def eps_from_denoised(denoised: Any, x: Any, alpha_bar: Any) -> Any:
+    """The noise in `x`, if what is clean in it is `denoised`. Not defined at alpha_bar 1, where there is none."""
+    return (x - alpha_bar**0.5 * denoised) / (1 - alpha_bar) ** 0.5
 
 
 def eps_from(prediction: Any, x: Any, alpha_bar: Any, prediction_type: str) -> Any:
@@ -37,7 +103,7 @@ def eps_from(prediction: Any, x: Any, alpha_bar: Any, prediction_type: str) -> A
 
 
 def denoised_from(prediction: Any, x: Any, alpha_bar: Any, prediction_type: str) -> Any:
-    """The predicted clean latent x0. `x` is variance-preserving."""
+    """The predicted clean latent x0. `x` is variance-preserving. Of predicted noise it is not defined at alpha_bar 0."""
     _check(prediction_type)
     if prediction_type == "epsilon":
         return (x - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
@@ -49,10 +115,35 @@ def v_from(prediction: Any, x: Any, alpha_bar: Any, prediction_type: str) -> Any
     _check(prediction_type)
     if prediction_type == "v_prediction":
         return prediction
-    clean = denoised_from(prediction, x, alpha_bar, prediction_type)
-    return alpha_bar**0.5 * prediction - (1 - alpha_bar) ** 0.5 * clean
+    return target(denoised_from(prediction, x, alpha_bar, prediction_type), prediction, alpha_bar, "v_prediction")
 
 
 def _check(prediction_type: str) -> None:
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction type {prediction_type!r} is not one of {PREDICTION_TYPES}")
+
+
+# --- the same for numbers and arrays, with their ends ----------------------------------------------------------------
+
+
+def _over(top: Any, bottom: Any) -> Any:
+    if isinstance(bottom, int | float) and bottom == 0:
+        return math.inf
+    with np.errstate(divide="ignore"):
+        return top / bottom
+
+
+def _log(value: Any) -> Any:
+    if hasattr(value, "log"):  # a torch tensor
+        return value.log()
+    with np.errstate(divide="ignore"):
+        found = np.log(value)
+    return float(found) if isinstance(value, int | float) else found
+
+
+def _exp(value: Any) -> Any:
+    if hasattr(value, "exp"):
+        return value.exp()
+    with np.errstate(over="ignore"):
+        found = np.exp(value)
+    return float(found) if isinstance(value, int | float) else found
