@@ -244,7 +244,7 @@ def refuse_unreadable(path: str, module: Any) -> None:
     """Raises CaptureError for an attention layer whose queries or keys are not what its to_q and to_k put out."""
     if "Fused" in type(module.processor).__name__:  # not module.fused_projections, which unfusing leaves true
         raise CaptureError(f"{path} has fused QKV projections, whose queries cannot be read.", "Call pipeline.unfuse_qkv_projections() first.")
-    if module.norm_q is not None or module.norm_k is not None or module.norm_cross:
+    if module.norm_q is not None or module.norm_k is not None:
         raise CaptureError(f"{path} normalises its queries or keys, which is not supported yet.", "Leave it out of capture.layers.")
 
 

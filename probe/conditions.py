@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from probe.errors import CaptureError
+from probe.errors import CaptureError, ModelError
 from probe.hooks import Watch
 
 # Of diffusers.models.attention_processor: each computes softmax(scale q k^T) v of what to_q, to_k and to_v put out.
@@ -24,13 +24,13 @@ PLACES = ("forward", "decode", "encode")
 
 
 def refuse_unwatchable(model: Any) -> None:
-    """Raises CaptureError for a `StableDiffusion` with a part whose hooks would stay silent or whose weights are elsewhere."""
+    """Raises ModelError for a `StableDiffusion` with a part whose hooks would stay silent or whose weights are elsewhere."""
     for part in ("unet", "vae", "text_encoder"):
         root = getattr(model, part)
         for path, module in root.named_modules() if root is not None else ():
             name = f"{part}.{path}" if path else part
             if _is_compiled(module):
-                raise CaptureError(
+                raise ModelError(
                     f"{name} is compiled (torch.compile), and hooks on compiled modules stay silent or change the result.",
                     f"Record the plain model: pipeline.{part}._orig_mod, or the pipeline as it was before compiling.",
                 )
@@ -39,12 +39,12 @@ def refuse_unwatchable(model: Any) -> None:
                 first = next(module.parameters(), None)
                 elsewhere = place is not None and first is not None and torch.device(place) != first.device
                 if getattr(hook, "offload", False) or elsewhere:
-                    raise CaptureError(
+                    raise ModelError(
                         f"{name} is off-loaded: accelerate moves its weights to {place} for each call.",
                         "Call pipeline.remove_all_hooks(), then pipeline.to(device), if the model fits there.",
                     )
             if wrappers := list(getattr(vars(module).get("_diffusers_hook"), "hooks", ())):
-                raise CaptureError(f"{name} is wrapped by diffusers' {wrappers[0]} hook, which is not supported.", "Load the pipeline without it.")
+                raise ModelError(f"{name} is wrapped by diffusers' {wrappers[0]} hook, which is not supported.", "Load the pipeline without it.")
 
 
 def _is_compiled(module: Any) -> bool:
@@ -73,7 +73,7 @@ class Witness:
     """Proves, at each call, that layers with a processor of unknown kind attend as their recorded maps say.
 
     softmax(scale q k^T) v of what to_q, to_k and to_v put out is held against what enters `to_out`, in the rows (batch
-    elements) that are recorded. They may differ by rounding: `max(1e-3, 8 eps)` of softmax(scale q k^T) |v|, in norm, with
+    elements) that are recorded. They may differ by rounding: `max(1e-3, eps / 2)` of softmax(scale q k^T) |v|, in norm, with
     eps that of the run's dtype. Layers of known kind cost nothing. Raises CaptureError where they differ.
     """
 
@@ -115,8 +115,8 @@ class Witness:
                 if found.shape[1:] != expected.shape[1:]:
                     self._refuse(path, f"it puts out {tuple(found.shape[1:])} where {tuple(expected.shape[1:])} was expected")
                 off = float((found.detach()[self._rows].float() - expected).norm() / size.norm())
-            if not off <= max(1e-3, 8 * torch.finfo(found.dtype).eps):
-                self._refuse(path, f"its output is off by {off:.0%}")
+            if not off <= max(1e-3, torch.finfo(found.dtype).eps / 2):
+                self._refuse(path, f"its output is off by {off:.1%}")
             self._proven.add(path)
 
         return hook

@@ -41,7 +41,7 @@ class Rehearsal:
 
 
 def rehearse(model: StableDiffusion, latent_shape: Shape, branches: int, tokens: int) -> Rehearsal:
-    """Run the skeleton of `model` once. `latent_shape` is (image, channel, y, x). Raises CaptureError if hooks would not see what it does."""
+    """Run the skeleton of `model` once. `latent_shape` is (image, channel, y, x). Raises ModelError if hooks would not see what it does."""
     refuse_unwatchable(model)
     skeleton = model.skeleton()
     outputs: dict[str, Shape] = {}
@@ -90,6 +90,7 @@ def rehearse(model: StableDiffusion, latent_shape: Shape, branches: int, tokens:
     run("unet", skeleton.unet, lambda: skeleton.unet(latents, t, encoder_hidden_states=text, return_dict=False), parents)
     if skeleton.vae is not None:
         vae = skeleton.vae
+        vars(vae).update({name: value for name, value in vars(model.vae).items() if name.startswith(("use_", "tile_"))})  # slicing and tiling
         run("vae", vae, lambda: vae.decode(latents[: latent_shape[0]], return_dict=False), [])
     heads = {path: int(module.heads) for path, module in attention.items()}
     crossing, own = ({path: grid for path, grid in grids.items() if (path in selves) == inward} for inward in (False, True))
