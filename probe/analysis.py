@@ -1,12 +1,39 @@
-"""What can be computed from maps once they are recorded: pure functions of arrays, without torch and without files.
+"""What can be computed from recorded maps: pure functions, without torch and without files. Here: numbers, grids and words.
 
-Inside: `probabilities` (stored maps to numbers), `resize` (maps to another grid), `word_maps` (tokens merged to words).
+    words = word_maps(run.attention("16x16").sel(branch="cond"))     # (step, word, image, layer, head, y, x)
+    phrase(words, "scuba diving")                                    # its words together, wherever it occurs
+    normalised(content_words(words), "words")                        # each pixel's shares over the content words
+    against_others(content_words(words))                             # a word's map less the mean of the others'
+
+First what works on plain arrays (`probabilities`, `maps_of`, `resize`), then what works on labelled ones, which addresses
+dimensions by name and keeps their labels. What has steps is read one step at a time: maps may be given as they lie on the
+disk. Means over layers, heads and steps are in `averages`, the shape of single heads in `heads`, truth in `masks`.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Literal
+
 import numpy as np
 import xarray as xr
+
+from probe.errors import PromptError, RecordingNotFound
+from probe.schema import near
+
+Method = Literal["bilinear", "bicubic", "area"]
+Normalisation = Literal["none", "min-max", "words", "space"]
+
+# English words that carry grammar and no content; a list like any other: `content_words` takes another one.
+FUNCTION_WORDS = frozenset(
+    "a an the this that these those and or but nor of in on at to from by with without into onto over under above below beside next near for as "
+    "is are was were be been being it its his her their my your our he she they we you i who which there some any no not very while during "
+    "between behind before after through across around against along up down off out".split()
+)
+
+# --- plain arrays ----------------------------------------------------------------------------------------------------
 
 
 def probabilities(stored: np.ndarray) -> np.ndarray:
@@ -30,39 +57,212 @@ def maps_of(query: np.ndarray, key: np.ndarray) -> np.ndarray:
     return np.moveaxis(logits.reshape(*logits.shape[:-1], *query.shape[-2:]), 4, 0)
 
 
-def resize(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Bilinear interpolation of the last two axes to `grid`, pixel centres aligned (torch's align_corners=False).
+def resize(maps: np.ndarray, grid: tuple[int, int], method: Method = "bilinear") -> np.ndarray:
+    """The last two axes brought to `grid`, in float32. Every method's weights sum to one, so that maps that sum to one still do.
 
-    Weights sum to one, so that maps that sum to one over tokens still do.
+    "bilinear" and "bicubic" interpolate between pixel centres as torch does (align_corners=False, no antialiasing; bicubic can
+    over- and undershoot); "area" is the mean over what each new pixel covers, with parts of pixels counted as parts.
     """
-    rows, columns = _weights(maps.shape[-2], grid[0]), _weights(maps.shape[-1], grid[1])
-    return np.asarray(rows @ maps @ columns.T, dtype=np.float32)
+    if maps.shape[-2:] == tuple(grid):
+        return maps.astype(np.float32)
+    rows, columns = (_WEIGHTS[method](source, target) for source, target in zip(maps.shape[-2:], grid, strict=True))
+    return np.asarray(rows @ maps.astype(np.float32, copy=False) @ columns.T, dtype=np.float32)
 
 
-def _weights(source: int, target: int) -> np.ndarray:
+def _bilinear(source: int, target: int) -> np.ndarray:
     """The (target, source) matrix of one axis."""
     at = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
     low = np.floor(at).astype(int)
-    high = np.minimum(low + 1, source - 1)
     matrix = np.zeros((target, source), np.float32)
     np.add.at(matrix, (np.arange(target), low), 1 - (at - low))
-    np.add.at(matrix, (np.arange(target), high), at - low)
+    np.add.at(matrix, (np.arange(target), np.minimum(low + 1, source - 1)), at - low)
     return matrix
 
 
-def word_maps(maps: xr.DataArray, words: np.ndarray, numbers: np.ndarray) -> xr.DataArray:
-    """Token maps merged to words, each word the sum of its tokens. Repeated words stay apart.
+def _bicubic(source: int, target: int) -> np.ndarray:
+    a = -0.75  # torch's; Keys (1981) has -0.5
+    at = (np.arange(target) + 0.5) * source / target - 0.5
+    low = np.floor(at).astype(int)
+    matrix = np.zeros((target, source), np.float32)
+    for place in range(-1, 3):
+        d = np.abs(at - (low + place))
+        weight = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d**2 + 1, a * (((d - 5) * d + 8) * d - 4))
+        np.add.at(matrix, (np.arange(target), np.clip(low + place, 0, source - 1)), weight)
+    return matrix
 
-    *Shape:* (token, ...) -> (word, ...). `words` and `numbers` tell of each token which word it belongs to, by text
-    and by place in the prompt; tokens without a word (BOS, EOS, punctuation, `rest`: number -1) are left out.
+
+def _area(source: int, target: int) -> np.ndarray:
+    edges = np.arange(target + 1) * source / target
+    pixels = np.arange(source)
+    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.asarray(np.clip(covered, 0, None) * target / source, dtype=np.float32)
+
+
+_WEIGHTS: dict[Method, Callable[[int, int], np.ndarray]] = {"bilinear": _bilinear, "bicubic": _bicubic, "area": _area}
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def numbers(maps: xr.DataArray) -> xr.DataArray:
+    """Stored maps, read from the disk and decoded: the same labels, float32 (float64 stays)."""
+    values = maps.values
+    return maps.copy(deep=False, data=values if values.dtype == np.float64 else probabilities(values))
+
+
+def steps_of(maps: xr.DataArray) -> Iterator[xr.DataArray]:
+    """Maps read and decoded, one step at a time; without a step axis, all at once. A step that was not recorded is NaN."""
+    for index in range(maps.sizes["step"]) if "step" in maps.dims else [None]:
+        stored = maps if index is None else maps.isel(step=index)
+        decoded = numbers(stored)
+        if stored.dtype == np.uint8 and stored.sizes.get("token", 1) > 1 and not decoded.values.any():
+            decoded = decoded.where(False)  # codes have no NaN; but shares of nothing at all were never written
+        yield decoded
+
+
+def stepwise(function: Callable[[xr.DataArray], xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
+    """A function of the maps of one step, applied to each step. *Shape:* (step, ...) -> (step, ...); without steps, the function's own."""
+    return stacked([function(one) for one in steps_of(maps)], maps)
+
+
+def stacked(parts: Sequence[xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
+    """What was computed from each step of `maps`, with the steps' labels back, in the order of `maps`' dimensions."""
+    if "step" not in maps.dims:
+        return parts[0]
+    if not parts:
+        raise unrecorded()
+    of_steps = {name: value for name, value in maps.coords.items() if "step" in value.dims}
+    coords = {name: value for name, value in parts[0].coords.items() if name not in of_steps}
+    whole = xr.DataArray(np.stack([part.values for part in parts]), dims=("step", *parts[0].dims), coords=coords, name=maps.name)
+    return whole.assign_coords(of_steps).assign_attrs(parts[0].attrs)
+
+
+def unrecorded() -> RecordingNotFound:
+    return RecordingNotFound("There are no maps to read: no step was recorded.", "Record it again, with capture.steps: all.")
+
+
+def missing(one: xr.DataArray) -> bool:
+    """Whether the maps of a step are NaN everywhere, as those of a step that was not recorded are."""
+    values = one.values
+    return bool(values.size and np.isnan(values.flat[0]) and np.isnan(values).all())
+
+
+def on_grid(maps: xr.DataArray, grid: tuple[int, int], method: Method = "bilinear") -> xr.DataArray:
+    """Maps (or masks: "area" gives each pixel's covered share) brought to another grid. *Shape:* (..., y, x), both sizes given as (y, x)."""
+    last = numbers(maps).transpose(..., "y", "x").drop_vars([name for name, value in maps.coords.items() if {"y", "x"} & set(value.dims)])
+    made = xr.DataArray(resize(last.values, grid, method), dims=last.dims, coords=last.coords, name=maps.name, attrs=maps.attrs)
+    return made.transpose(*maps.dims)
+
+
+# --- words -------------------------------------------------------------------------------------------------------------
+
+
+def word_maps(
+    maps: xr.DataArray, words: np.ndarray | None = None, numbers: np.ndarray | None = None, *, merge: Literal["sum", "mean"] = "sum", cut: str = ""
+) -> xr.DataArray:
+    """Token maps merged to words: each word the sum of its tokens (DAAM takes their mean). Repeated words stay apart.
+
+    *Shape:* (token, ...) -> (word, ...), labelled by `word`, its text, and `word_index`, its place in the prompt, which tells
+    "cat" from "cat". `words` and `numbers` say of each token which word it belongs to; default: the maps' own labels. Tokens
+    without a word (BOS, EOS, punctuation, `rest`) are left out; `heads.by_kind` says how much they hold. `cut`: the end of the
+    prompt that the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so.
+
+    Raises ValueError for maps of two branches, whose tokens differ: choose one with .sel(branch=...), or use `branch_words`.
     """
-    present = sorted({int(number) for number in numbers if number >= 0})
-    plain = maps.reset_coords(drop=True)
-    axis = plain.get_axis_num("token")
-    merged = [plain.values.take(np.flatnonzero(numbers == number), axis=axis).sum(axis=axis, keepdims=True) for number in present]
-    names = [str(words[np.flatnonzero(numbers == number)[0]]) for number in present]
-    values = np.concatenate(merged, axis=axis) if merged else plain.values.take([], axis=axis)
-    coords = {name: value for name, value in plain.coords.items() if "token" not in value.dims}
-    return xr.DataArray(values, dims=["word" if d == "token" else str(d) for d in plain.dims], coords=coords, name=maps.name).assign_coords(
-        word=names
-    )
+    if words is None or numbers is None:
+        labels = {name: maps.coords[name] for name in ("word", "word_index")}
+        if "branch" in labels["word"].dims:
+            if maps.sizes["branch"] > 1:
+                raise ValueError("the two branches have different tokens: choose one with .sel(branch=...), or use branch_words")
+            labels = {name: label.isel(branch=0) for name, label in labels.items()}
+        words, numbers = labels["word"].values, labels["word_index"].values
+    places = [np.flatnonzero(numbers == number) for number in sorted({int(number) for number in numbers if number >= 0})]
+
+    def merged(one: xr.DataArray) -> xr.DataArray:
+        axis = one.get_axis_num("token")
+        values = one.values
+        parts = [getattr(values.take(place, axis=axis), merge)(axis=axis, keepdims=True) for place in places]
+        whole = np.concatenate(parts, axis=axis) if parts else values.take([], axis=axis)
+        coords = {name: value for name, value in one.coords.items() if "token" not in value.dims}
+        return xr.DataArray(whole, dims=["word" if d == "token" else d for d in one.dims], coords=coords, name=maps.name)
+
+    found = stepwise(merged, maps).transpose(*("word" if d == "token" else d for d in maps.dims))
+    texts = np.array([str(words[place[0]]) for place in places], dtype=object)
+    found = found.assign_coords(word=texts, word_index=("word", np.array([int(numbers[place[0]]) for place in places], int)))
+    return found.assign_attrs({"cut_from_prompt": cut} if cut else {})
+
+
+def branch_words(maps: xr.DataArray, cut: Mapping[str, str] | None = None) -> dict[str, xr.DataArray]:
+    """The word maps of each branch: "cond" has the prompt's words, "uncond" those of the negative prompt (none, if it is empty).
+
+    *Shape:* (token, branch, ...) -> for each branch (word, ...). `cut`: what the model never read of each prompt.
+    """
+    return {str(b): word_maps(maps.sel(branch=b), cut=(cut or {}).get(str(b), "")) for b in maps["branch"].values}
+
+
+def content_words(words: xr.DataArray, leave_out: Collection[str] = FUNCTION_WORDS) -> xr.DataArray:
+    """The words that mean something to the eye: all but articles, prepositions and their like. *Shape:* (word, ...) -> (word, ...)."""
+    return words.isel(word=[i for i, word in enumerate(words["word"].values) if str(word).casefold() not in leave_out])
+
+
+def phrase(words: xr.DataArray, text: str) -> xr.DataArray:
+    """The words of a phrase together, the sum of their maps, each time they follow one another in the prompt; case does not count.
+
+    *Shape:* (word, ...) -> (word, ...), one for each time. Raises PromptError when it does not occur, or was cut away.
+    """
+    spelt = [str(word) for word in words["word"].values]
+    places = words["word_index"].values
+    wanted = _spelt(text)
+    starts = [i for i in _runs(wanted, [word.casefold() for word in spelt]) if places[i + len(wanted) - 1] - places[i] == len(wanted) - 1]
+    if not starts:
+        cut = str(words.attrs.get("cut_from_prompt", ""))
+        if cut and _runs(wanted, [word.casefold() for word in spelt] + _spelt(cut)):
+            raise PromptError(f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", "Shorten the prompt and record it again.")
+        remedy = near(text, spelt) if spelt else "The prompt has no words."
+        raise PromptError(f"{text!r} is not in the prompt.", f"{remedy} For a word that was not in the prompt: probe ask.")
+    found = [words.isel(word=slice(i, i + len(wanted))).sum("word", skipna=False) for i in starts]
+    whole = words.isel(word=starts)
+    values = np.stack([one.transpose(*(d for d in words.dims if d != "word")).values for one in found], axis=words.get_axis_num("word"))
+    return whole.copy(data=values).assign_coords(word=np.array([" ".join(spelt[i : i + len(wanted)]) for i in starts], dtype=object))
+
+
+def _spelt(text: str) -> list[str]:
+    """The words of a text as a recording has them: letters and digits, and what an apostrophe joins."""
+    return re.findall(r"[^\W_]+(?:['\u2019][^\W_]*)*", text.casefold())
+
+
+def _runs(wanted: list[str], words: list[str]) -> list[int]:
+    return [i for i in range(len(words) - len(wanted) + 1) if wanted and words[i : i + len(wanted)] == wanted]
+
+
+def normalised(maps: xr.DataArray, how: Normalisation) -> xr.DataArray:
+    """Maps on one of four scales. *Shape:* (..., y, x), as it was.
+
+    "none": as they are, of a pixel's attention the share of a word. "min-max": each map from 0 at its least to 1 at its greatest
+    value; a constant map is 0. "words": each pixel's shares over the words given sum to 1 (give `content_words`, or the common
+    words take part). "space": each map sums to 1. Where there is nothing to share, the shares are equal. NaN stays NaN.
+    """
+    found = numbers(maps)
+    if how == "none":
+        return found
+    if how == "min-max":
+        least = found.min(("y", "x"), skipna=False)
+        spread = found.max(("y", "x"), skipna=False) - least
+        return ((found - least) / spread.where(spread != 0, 1)).transpose(*maps.dims)
+    over = {"words": ["word"], "space": ["y", "x"]}[how]
+    total = found.sum(over, skipna=False)
+    shares = found / total.where(total != 0, 1)
+    return shares.where(total != 0, 1 / max(1, math.prod(maps.sizes[dim] for dim in over))).transpose(*maps.dims)
+
+
+def against_others(words: xr.DataArray) -> xr.DataArray:
+    """Each word's map less the mean of the other words' maps: where it was looked at more than the others. Give `content_words`.
+
+    *Shape:* (word, ...) -> (word, ...), sums to 0 over words. A word that is there twice has its other place among the others.
+    Raises PromptError when there are fewer than two words.
+    """
+    if words.sizes["word"] < 2:
+        there = ", ".join(repr(str(word)) for word in words["word"].values) or "none"
+        raise PromptError(f"A word is set against the others, and there are no two content words: {there}.", "Look at its own map.")
+    found = numbers(words)
+    others = (found.sum("word", skipna=False) - found) / (words.sizes["word"] - 1)
+    return (found - others).transpose(*words.dims)

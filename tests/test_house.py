@@ -35,7 +35,7 @@ LAYERS = [
     ("probe.background",),
     ("probe.store",),
     ("probe.analysis", "probe.sample"),
-    ("probe.recomputed",),
+    ("probe.recomputed", "probe.averages", "probe.heads", "probe.masks"),
     ("probe.recording",),
     ("probe.pictures", "probe.terminal", "probe.compare"),
     ("probe",),  # probe/__init__.py: the public reading API
