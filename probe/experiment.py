@@ -20,13 +20,15 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from probe.errors import ExperimentError
 from probe.fields import SCHEDULERS, Globs, Line, Option, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words
 from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, printable, read_text, read_yaml, shorten, shown
+
+Settings = TypeVar("Settings", bound=Strict)
 
 
 class CaptureOptions(Strict):
@@ -106,6 +108,12 @@ class Experiment(Strict):
         default="error", description="A prompt with more tokens than the model reads: error, or cut what does not fit."
     )
     seed: int = Field(default=0, ge=0, le=LARGEST, description="Seed of the first noise: the same seed and fields, the same picture.")
+    image: Line | None = Field(
+        default=None, description="A picture to begin from (PNG or JPEG), scaled to cover the size and cut to its centre; none: pure noise."
+    )
+    strength: float = Field(
+        default=0.8, ge=0, le=1, description="With an image: how much of it is given up to noise, and the share of the steps that are run; 1: all."
+    )
     images: int = Field(default=1, ge=1, le=64, description="How many pictures to draw from this prompt, each from its own noise.")
     height: int | None = Field(default=None, ge=8, le=4096, description="Height of the picture in pixels; none: the model's own.")
     width: int | None = Field(default=None, ge=8, le=4096, description="Width of the picture in pixels; none: the model's own.")
@@ -145,7 +153,8 @@ class Experiment(Strict):
 
     def identity(self) -> str:
         """8 hex characters of what was asked, whatever the run is called and wherever it is written."""
-        asked = {key: value for key, value in self.resolved().items() if key not in ("name", "output", "durability")}
+        without = ("name", "output", "durability") if self.image else ("name", "output", "durability", "image", "strength")
+        asked = {key: value for key, value in self.resolved().items() if key not in without}
         return hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 
 
@@ -154,18 +163,24 @@ def load_experiment(source: str | Path | Mapping[str, Any] | Experiment, **overr
 
     A mapping for `capture` changes the fields it names and no other. Every failure is an `ExperimentError`.
     """
-    if isinstance(source, Experiment):
-        experiment = source
+    return load_settings(Experiment, source, "experiment", **overrides)
+
+
+def load_settings(kind: type[Settings], source: str | Path | Mapping[str, Any] | Settings, where: str, **overrides: Any) -> Settings:
+    """Settings of any kind, as `load_experiment` reads an experiment; `where` is what errors call a mapping."""
+    if isinstance(source, kind):
+        found = source
     elif isinstance(source, Mapping):
-        experiment = _validate(_merge({}, source), "experiment")
+        found = _validate(kind, _merge({}, source), where)
     else:
-        experiment = parse_experiment(read_text(Path(source)), str(source))
-    return _validate(_merge(experiment.resolved(), overrides), "override") if overrides else experiment
+        path = Path(str(source))
+        found = _validate(kind, read_yaml(read_text(path), str(path)), printable(str(path)))
+    return _validate(kind, _merge(found.model_dump(mode="json"), overrides), "override") if overrides else found
 
 
 def parse_experiment(text: str, where: str = "experiment") -> Experiment:
     """The experiment in a YAML text; `where` is what its errors call it."""
-    return _validate(read_yaml(text, where), printable(where))
+    return _validate(Experiment, read_yaml(text, where), printable(where))
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,16 +198,16 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _validate(data: Mapping[str, Any], where: str) -> Experiment:
+def _validate(kind: type[Settings], data: Mapping[str, Any], where: str) -> Settings:
     try:
-        return Experiment.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as problem:
         every = problem.errors(include_input=False, include_url=False)
         # A list with a bad item is also "too short": keep the errors with none below them.
         errors = [one for one in every if not any(one["loc"] == other["loc"][:-1] for other in every)]
         # An unknown field comes first: it is a likelier slip than a wrong value, and the reason for others.
         first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
-        cause, remedy = _explain(first, data)
+        cause, remedy = _explain(kind, first, data)
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise ExperimentError(f"{where}: {cause}{more}", remedy) from None
 
@@ -210,25 +225,26 @@ KINDS = {
 }
 
 
-def _explain(error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
+def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
     """A pydantic error as one line of cause and one of remedy."""
     kind, place, context = error["type"], tuple(key for key in error["loc"] if key != "[key]"), error.get("ctx", {})
     field = "".join(f"[{key}]" if isinstance(key, int) else f".{shorten(printable(key))}" for key in place).removeprefix(".")
     if isinstance(context.get("error"), ExperimentError):
         return f"{field}: {context['error'].cause}", context["error"].remedy
-    names = [*Experiment.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
+    names = [*settings.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
     if kind == "extra_forbidden":
         inside = place[0] == "capture" and len(place) > 1
         spellings = {name.rpartition(".")[2]: name for name in sorted(names, key=lambda name: ("." in name) == inside)}
-        here = (CaptureOptions if inside else Experiment).model_fields
+        here = (CaptureOptions if inside else settings).model_fields
         elsewhere = {"num_inference_steps": "steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "sampler": "scheduler"}
+        elsewhere = {word: name for word, name in elsewhere.items() if name in names}
         return f"{field}: unknown field", did_you_mean(str(place[-1]), elsewhere | spellings) or f"The fields here are {', '.join(here)}."
     value: Any = data
     with contextlib.suppress(LookupError, TypeError, AttributeError):
         for key in place:
             value = getattr(value, key) if isinstance(value, BaseModel) else value[key]
     given = shown(value)
-    model, name = (CaptureOptions, place[1]) if place[0] == "capture" and len(place) > 1 else (Experiment, place[0])
+    model, name = (CaptureOptions, place[1]) if place[0] == "capture" and len(place) > 1 else (settings, place[0])
     declared = model.model_fields[str(name)]
     if kind in KINDS:
         return f"{field}: {given} is not {KINDS[kind][0]}", KINDS[kind][1]

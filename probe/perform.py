@@ -19,6 +19,7 @@ from probe.capture import AttentionCapture, OutputCapture, TextCapture, hooked
 from probe.clock import Clock
 from probe.counterfactual import embeddings_without, word_changes
 from probe.errors import NotFinite, StoreError
+from probe.forward import Noised, begin
 from probe.models import Conditioning, StableDiffusion
 from probe.modes import QueryCapture, SelfCapture, SummaryCapture, TextSide
 from probe.planning import ENCODER, Plan, grid_group
@@ -26,10 +27,14 @@ from probe.sampling import Predictions, Step, denoise
 from probe.store import RunWriter
 
 Say = Callable[[str], None]
+SAMPLING = "steps guidance_scale guidance_rescale eta seed images height width".split()  # of an experiment, what the loop wants to know
 
 
-def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
-    """Do what a plan says, and write it down; steps that `writer` has already are replayed, not predicted again."""
+def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool, forward: Noised | None = None) -> None:
+    """Do what a plan says, and write it down; steps that `writer` has already are replayed, not predicted again.
+
+    With `forward`, nothing is denoised: the model is asked about noised latents, and its answers are measured.
+    """
     asked, clock = run.experiment, Clock(model.device)
     clock.reset_memory()
     with clock.measure("text_encoder"):
@@ -43,19 +48,11 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
     text_side = TextSide(model.unet, list(run.layers), run.kept, asked.images, run.called, run.branches)
     outputs = OutputCapture("unet", model.unet, run.statistics["unet"], run.activations)
     decoded_in_float32 = False
-    steps = denoise(
-        model,
-        conditioning,
-        steps=asked.steps,
-        guidance_scale=asked.guidance_scale,
-        guidance_rescale=asked.guidance_rescale,
-        eta=asked.eta,
-        seed=asked.seed,
-        images=asked.images,
-        height=asked.height,
-        width=asked.width,
-        known=_recorded(writer, run, model),
-    )
+    if forward is not None:
+        steps = forward.steps(conditioning, run.schedule)
+    else:
+        how: dict[str, Any] = {name: getattr(asked, name) for name in SAMPLING}
+        steps = denoise(model, conditioning, **how, known=_recorded(writer, run, model), start=begin(model, asked, writer))
     masked = embeddings_without(model, run.prompts["cond"], run.words) if run.words else None
     watching = (attention, text_side, selves, outputs, clock)
     begun = writer.committed
@@ -63,7 +60,7 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
     with (
         hooked(attention, text_side, selves, outputs),
         clock.watching(model.unet),
-        tqdm(total=run.calls, desc="Denoising", unit="step", disable=not progress) as bar,
+        tqdm(total=run.calls, desc="Predicting" if forward else "Denoising", unit="step", disable=not progress) as bar,
     ):
         for index in range(run.calls):
             attention.resting = selves.resting = outputs.resting = index not in run.recorded
@@ -76,7 +73,7 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
                     step = next(steps)
                     if index == begun:
                         _write_text_side(text_side, run, writer)
-                    extra = {}
+                    extra = forward.measures(step) if forward else {}
                     if masked is not None and index in run.recorded:
                         with _resting(*watching):
                             extra["counterfactual/change"] = word_changes(model, step, masked)

@@ -20,8 +20,9 @@ from probe.errors import ExperimentError, TooLarge
 from probe.experiment import Experiment
 from probe.models import Prompt, StableDiffusion
 from probe.rehearsal import Rehearsal, rehearse
-from probe.sampling import Schedule, fresh
+from probe.sampling import Schedule, first_call, fresh
 from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, STATISTICS, Array, array
+from probe.source import read_picture
 
 ENCODER = "text_encoder"
 
@@ -106,8 +107,11 @@ def size_text(n: float) -> str:
     return f"{n:.1f} TB"
 
 
-def plan(model: StableDiffusion, experiment: Experiment) -> Plan:
-    """Settle what a run of `experiment` on `model` records. Raises ExperimentError or PromptError if it cannot be."""
+def plan(model: StableDiffusion, experiment: Experiment, picture: np.ndarray | None = None, schedule: Schedule | None = None) -> Plan:
+    """Settle what a run of `experiment` on `model` records. Raises ExperimentError or PromptError if it cannot be.
+
+    `picture` is what a recording holds of `experiment.image`, which is then not read; `schedule` is another than the scheduler's.
+    """
     capture = experiment.capture
     guided = experiment.guidance_scale > 1.0
     called = BRANCHES if guided else ("cond",)
@@ -121,8 +125,11 @@ def plan(model: StableDiffusion, experiment: Experiment) -> Plan:
         )
     latent_shape = model.latent_shape(experiment.images, experiment.height, experiment.width)
     tokens = int(prompts["cond"].ids.shape[1])
+    if experiment.image is not None and picture is None:
+        picture = read_picture(experiment.image, latent_shape[2] * model.f, latent_shape[3] * model.f)
+    begin = 0 if experiment.image is None else first_call(model.scheduler, experiment.steps, experiment.strength)
     try:
-        schedule = Schedule.of(model.scheduler, experiment.steps)
+        schedule = schedule or Schedule.of(model.scheduler, experiment.steps, begin)
         calls = len(schedule.timesteps)
     except (ValueError, IndexError) as problem:
         most = int(model.scheduler.config.num_train_timesteps)
@@ -162,7 +169,7 @@ def plan(model: StableDiffusion, experiment: Experiment) -> Plan:
         decoded=tuple(sorted({*range(0, calls, every), calls - 1})) if every else (),
         arrays=(),
     )
-    arrays = (*_latents(model, settled), *_text(model, settled), *_attention(settled), *_outputs(model, settled), *_cost(settled))
+    arrays = (*_latents(model, settled, picture), *_text(model, settled), *_attention(settled), *_outputs(model, settled), *_cost(settled))
     return Plan(**{**settled.__dict__, "arrays": arrays})
 
 
@@ -171,7 +178,7 @@ def numpy_dtype(dtype: torch.dtype) -> str:
     return "float32" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
 
 
-def _latents(model: StableDiffusion, run: Plan) -> list[Array]:
+def _latents(model: StableDiffusion, run: Plan, picture: np.ndarray | None) -> list[Array]:
     shape, dtype = run.latent_shape, numpy_dtype(model.dtype)
     note = {"recorded_dtype": str(model.dtype).removeprefix("torch.")}
     names = ["latents", *(f"prediction_{branch}" for branch in run.called), "prediction"]
@@ -192,6 +199,8 @@ def _latents(model: StableDiffusion, run: Plan) -> list[Array]:
         array("preview", "latent_to_rgb", (shape[1], 3)),
         array("preview", "bias", (3,)),
     ]
+    if picture is not None:
+        arrays += [array("source", "picture", value=picture), *(array("forward", name, shape, dtype, **note) for name in ("clean", "noise"))]
     if run.decoded:
         arrays += [array("decoded", "decoded_step", value=np.array(run.decoded)), array("decoded", "picture", (len(run.decoded), *pixels))]
     return arrays

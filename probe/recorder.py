@@ -24,7 +24,7 @@ import torch
 
 from probe import pictures
 from probe.compare import differing_conditions
-from probe.errors import ModelError, OutOfMemory, ProbeError
+from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError
 from probe.experiment import Experiment, load_experiment
 from probe.loading import load
 from probe.models import StableDiffusion
@@ -51,9 +51,9 @@ def record(
     """
     asked = load_experiment(experiment)
     room = free_room(Path(asked.output))
-    say = _sayer(progress)
-    with _out_of_memory(asked):
-        model = _model(asked, pipeline, say)
+    say = sayer(progress)
+    with out_of_memory(asked):
+        model = model_for(asked, pipeline, say)
         if pipeline is not None:
             asked = load_experiment(asked, model=model.name)
         run = plan(model, asked)
@@ -76,14 +76,16 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
     was is said, and written into the attribute `resumed`. A complete recording is returned as it is. Raises RecordingBusy
     if its writer lives, ModelError for other weights, StoreError where replaying does not give the recorded latents.
     """
-    say = _sayer(progress)
+    say = sayer(progress)
     if run.status == "complete":
         say(f"{run.name} is complete already.")
         return run
+    if "noising" in run.attributes:
+        raise ExperimentError(f"{run.name} is a noising, and those are not resumed: each is short.", "Record it again: python -m probe.noising.")
     asked = run.experiment
-    with _out_of_memory(asked):
-        model = _model(asked, pipeline, say)
-        settled = plan(model, asked)
+    with out_of_memory(asked):
+        model = model_for(asked, pipeline, say)
+        settled = plan(model, asked, None if run.source is None else run.source.values)
         here, there = describe(model, settled), run.attributes
         if here["model"]["weights"] != there["model"]["weights"]:
             raise ModelError(f"{run.name} was begun with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
@@ -98,11 +100,13 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
     return Run(run.path)
 
 
-def _sayer(progress: bool) -> Say:
+def sayer(progress: bool) -> Say:
+    """What tells people on stderr how far a run is, or nobody."""
     return (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda _: None)
 
 
-def _model(asked: Experiment, pipeline: Any | None, say: Say) -> StableDiffusion:
+def model_for(asked: Experiment, pipeline: Any | None, say: Say) -> StableDiffusion:
+    """The experiment's model, or that of a `pipeline` in memory, with the experiment's scheduler."""
     if pipeline is None:
         say(f"Loading {asked.model} ...")
         model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device)
@@ -162,7 +166,7 @@ def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _out_of_memory(asked: Experiment) -> Iterator[None]:
+def out_of_memory(asked: Experiment) -> Iterator[None]:
     """torch's and numpy's three kinds of running out of memory, as one."""
     try:
         yield

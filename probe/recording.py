@@ -120,6 +120,11 @@ class Run:
         """The finished pictures. *Shape:* (image, y, x, rgb) uint8."""
         return self.variable("images/final")
 
+    @property
+    def source(self) -> xr.DataArray | None:
+        """The picture that an image-to-image run or a noising began from, (y, x, rgb) uint8; None where there was none."""
+        return self.variable("source/picture") if "source" in self.tree.children else None
+
     # --- attention ---
 
     @property
@@ -206,11 +211,17 @@ class Run:
         """The run in a few labelled words."""
         asked, at = self.attributes["experiment"], self.attributes["environment"]
         guidance = f", guidance {asked['guidance_scale']:g}" if asked["guidance_scale"] > 1 else ""
+        sampling = f"{self.attributes['scheduler']['class']}, {asked['steps']} steps{guidance}, seed {asked['seed']}"
+        if asked.get("image"):
+            sampling += f", strength {asked['strength']:g}"
+        if "noising" in self.attributes:
+            sampling = f"no sampling: noised at {asked['steps']} timesteps, {asked['images']} draws of noise, seed {asked['seed']}"
         lines = {
             "prompt": asked["prompt"],
             "negative prompt": asked["negative_prompt"],
             "model": f"{self.attributes['model']['name']} ({self.attributes['model']['dtype']}, {at['device']})",
-            "sampling": f"{self.attributes['scheduler']['class']}, {asked['steps']} steps{guidance}, seed {asked['seed']}",
+            "picture": str((self.attributes.get("noising") or {}).get("picture") or asked.get("image") or ""),
+            "sampling": sampling,
             "status": f"{self.status}, {len(self.steps)} of {self.tree.sizes['step']} model calls",
             "attention": ", ".join(self.grids) or "none",
             "created": self.attributes["created"],

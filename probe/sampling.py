@@ -7,20 +7,20 @@ Nothing here knows of hooks, recordings or progress bars: the recorder, the test
 iterator. With the same seed it gives the bits of diffusers' `StableDiffusionPipeline` (tests/test_parity.py).
 
 Inside: `Step`, `denoise`; `guide` (classifier-free guidance), `Schedule` (the noise levels of every call, known
-before the first one) and `noise` (the starting latents).
+before the first one), `noise` (the starting latents) and `Start` (another beginning: a picture with noise in it).
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from probe.conversions import alpha_bar_from_sigma, denoised_from, eps_from, sigma_from_alpha_bar, v_from, variance_preserving
+from probe.errors import ExperimentError
 
 if TYPE_CHECKING:
     from probe.models import Conditioning, StableDiffusion
@@ -84,8 +84,8 @@ class Schedule:
     variance_exploding: bool
 
     @classmethod
-    def of(cls, scheduler: Any, steps: int) -> Schedule:
-        """The schedule of a diffusers scheduler for `steps` steps; the scheduler itself stays untouched."""
+    def of(cls, scheduler: Any, steps: int, begin: int = 0) -> Schedule:
+        """The schedule of a diffusers scheduler for `steps` steps, from call `begin` on; the scheduler itself stays untouched."""
         scheduler = fresh(scheduler)
         scheduler.set_timesteps(steps)
         timesteps = [float(t) for t in scheduler.timesteps]
@@ -98,10 +98,37 @@ class Schedule:
                 for index in range(1, len(sigmas), 2):
                     sigmas[index] = float(scheduler.sigmas_interpol[index - back])
             alpha_bars = [alpha_bar_from_sigma(s) for s in sigmas]
-        else:
-            alpha_bars = [float(scheduler.alphas_cumprod[int(t)]) for t in timesteps]
-            sigmas = [sigma_from_alpha_bar(a) if a > 0 else math.inf for a in alpha_bars]
-        return cls(tuple(timesteps), tuple(sigmas), tuple(alpha_bars), exploding)
+            return cls(tuple(timesteps[begin:]), tuple(sigmas[begin:]), tuple(alpha_bars[begin:]), exploding)
+        return cls.at(scheduler, timesteps[begin:])
+
+    @classmethod
+    def at(cls, scheduler: Any, timesteps: Sequence[float]) -> Schedule:
+        """The noise levels at which a model was trained at some timesteps, by a scheduler that keeps variance one."""
+        alpha_bars = [float(scheduler.alphas_cumprod[int(t)]) for t in timesteps]
+        return cls(tuple(float(t) for t in timesteps), tuple(map(sigma_from_alpha_bar, alpha_bars)), tuple(alpha_bars), False)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A beginning that is not pure noise: clean latents and the noise to mix into them, each (image, channel, y, x).
+
+    `strength` is the share of the steps that is run, and `generators` are those of the images as drawing the noise left them.
+    """
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+    strength: float
+    generators: list[torch.Generator]
+
+
+def first_call(scheduler: Any, steps: int, strength: float) -> int:
+    """Which of a run's calls is the first when only the share `strength` of its steps is run, as diffusers counts it.
+
+    Raises ExperimentError where that is not one whole step.
+    """
+    if int(steps * strength) < 1:
+        raise ExperimentError(f"strength: {strength:g} of {steps} steps is not one whole step.", "Use more steps, or a greater strength.")
+    return max(steps - min(int(steps * strength), steps), 0) * int(scheduler.order)
 
 
 def fresh(scheduler: Any) -> Any:
@@ -116,7 +143,12 @@ def noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.
     A seed thus means the same picture on every device, and an image does not depend on how many are drawn beside it.
     """
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
-    return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generators]), generators
+    return draw(generators, shape, dtype), generators
+
+
+def draw(generators: list[torch.Generator], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What each image's generator gives next, on the CPU. *Shape:* `shape`, (image, ...)."""
+    return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generators])
 
 
 def guide(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0) -> torch.Tensor:
@@ -151,6 +183,7 @@ def denoise(
     height: int | None = None,
     width: int | None = None,
     known: Iterable[Predictions] = (),
+    start: Start | None = None,
 ) -> Iterator[Step]:
     """Draw `images` pictures, yielding a `Step` after every call of the UNet and the scheduler.
 
@@ -159,17 +192,27 @@ def denoise(
 
     `known` holds the predictions of the first calls, recorded earlier: for these the UNet is not called, and what they
     make of a fresh scheduler (its history, its random numbers) is the state in which the interrupted run was.
+
+    With a `start`, the last steps are run, from its latents; it has the images and their size, and `seed` is not used.
     """
     scheduler = fresh(model.scheduler)
-    schedule = Schedule.of(scheduler, steps)
+    begin = 0 if start is None else first_call(scheduler, steps, start.strength)
+    schedule = Schedule.of(scheduler, steps, begin)
     scheduler.set_timesteps(steps, device=model.device)
-    latents, generators = noise(seed, model.latent_shape(images, height, width), model.dtype)
-    latents = latents.to(model.device) * scheduler.init_noise_sigma
+    timesteps = scheduler.timesteps[begin:]
+    if start is None:
+        latents, generators = noise(seed, model.latent_shape(images, height, width), model.dtype)
+        latents = latents.to(model.device) * scheduler.init_noise_sigma
+    else:
+        images, generators = len(start.clean), [generator.clone_state() for generator in start.generators]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        latents = scheduler.add_noise(start.clean, start.noise, timesteps[:1].repeat(images))
     options = step_options(scheduler, eta, generators)
     guided = guidance_scale > 1.0
     embeddings = conditioning.embeddings(images, guided)
     recorded = iter(known)
-    for index, t in enumerate(scheduler.timesteps):
+    for index, t in enumerate(timesteps):
         with torch.no_grad():  # never across the yield: the caller's gradient mode is the caller's
             model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             if (replayed := next(recorded, None)) is not None:

@@ -1,0 +1,128 @@
+"""The forward process: a picture's latents with noise mixed in, from which a run may begin, or which the model is asked about.
+
+    start = begin(model, experiment, writer)             # image to image: where `denoise` begins
+    loop = Noised.of(model, picture, noises=4, seed=0)   # noising: the same latents and noise, at any timesteps
+    for step in loop.steps(conditioning, schedule):
+        loop.measures(step)                              # difference from the true noise, loss, ...
+
+Every draw is made on the CPU, by one generator an image, in diffusers' order: the sample of the VAE's posterior, then the
+noise, then whatever the scheduler draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from probe.conversions import target
+from probe.errors import NotFinite
+from probe.experiment import Experiment
+from probe.models import Conditioning, StableDiffusion
+from probe.sampling import Schedule, Start, Step, draw, fresh, noise
+from probe.store import RunWriter
+
+
+def encode(model: StableDiffusion, picture: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the VAE's posterior for one picture, (y, x, rgb) uint8. *Shape:* each (1, channel, y, x).
+
+    Not yet scaled to latents. A model on pixels has no VAE: the picture itself, and no spread. Raises NotFinite.
+    """
+    # Not made contiguous: diffusers leaves the colours last in memory, and a convolution's last bits depend on that.
+    pixels = 2.0 * torch.from_numpy(picture[None].astype(np.float32) / 255.0).permute(0, 3, 1, 2) - 1.0
+    pixels = pixels.to(model.device, model.dtype)
+    if model.vae is None:
+        return pixels, torch.zeros_like(pixels)
+    with torch.no_grad():
+        posterior = model.vae.encode(pixels).latent_dist
+    if not bool(torch.isfinite(posterior.mean).all()):
+        raise NotFinite("What the VAE made of the picture is not finite.", "Try --dtype float32.")
+    return posterior.mean, posterior.std
+
+
+def begin(model: StableDiffusion, asked: Experiment, writer: RunWriter) -> Start | None:
+    """Where a run begins that has an `image`, and None for one that has not; latents and noise are written down.
+
+    When a run is resumed, its latents are those that were recorded.
+    """
+    if asked.image is None:
+        return None
+    mean, deviation = encode(model, writer.read("source/picture"))
+    generators = [torch.Generator().manual_seed(asked.seed + i) for i in range(asked.images)]
+    shape = (asked.images, *mean.shape[1:])
+    sampled = mean + deviation * draw(generators, shape, model.dtype).to(model.device) if model.vae is not None else mean.repeat(shape[0], 1, 1, 1)
+    clean, eps = model.scaling_factor * sampled, draw(generators, shape, model.dtype).to(model.device)
+    if writer.committed:
+        clean = torch.from_numpy(writer.read("forward/clean")).to(model.device, model.dtype)
+    else:
+        writer.write("forward/clean", _numpy(clean))
+        writer.write("forward/noise", _numpy(eps))
+    return Start(clean, eps, asked.strength, generators)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A loop like `denoise`, in which nothing is denoised: at each timestep the model predicts the same picture with known noise.
+
+    `clean` is the mean of the VAE's posterior, in latents, for each draw of `noise`. *Shape:* each (image, channel, y, x).
+    """
+
+    model: StableDiffusion
+    clean: torch.Tensor
+    noise: torch.Tensor
+
+    @classmethod
+    def of(cls, model: StableDiffusion, picture: np.ndarray, noises: int, seed: int) -> Noised:
+        """A picture, (y, x, rgb) uint8, with `noises` draws of noise, seeded `seed`, `seed + 1`, ..."""
+        mean, _ = encode(model, picture)
+        clean = (model.scaling_factor * mean).repeat(noises, 1, 1, 1)
+        return cls(model, clean, noise(seed, tuple(clean.shape), model.dtype)[0].to(model.device))
+
+    def steps(self, conditioning: Conditioning, schedule: Schedule) -> Iterator[Step]:
+        """One `Step` a timestep of `schedule`, each on its own; the `next_latents` of all are the clean ones."""
+        scheduler, images = fresh(self.model.scheduler), len(self.clean)
+        embeddings = conditioning.embeddings(images, guided=False)
+        for index, timestep in enumerate(schedule.timesteps):
+            t = torch.tensor(int(timestep), device=self.model.device)
+            with torch.no_grad():
+                x = scheduler.add_noise(self.clean, self.noise, t.repeat(images))
+                prediction = self.model.unet(x, t, encoder_hidden_states=embeddings, return_dict=False)[0]
+            yield Step(
+                index=index,
+                timestep=timestep,
+                sigma=schedule.sigmas[index],
+                alpha_bar=schedule.alpha_bars[index],
+                latents=x,
+                prediction_uncond=None,
+                prediction_cond=prediction,
+                prediction=prediction,
+                next_latents=self.clean,
+                prediction_type=self.model.prediction_type,
+                variance_exploding=False,
+            )
+
+    def measures(self, step: Step) -> dict[str, torch.Tensor]:
+        """What the prediction of a step is worth, in float32, by the schema's paths: denoised, difference, losses."""
+        exact = Step(**{**vars(step), **{name: getattr(step, name).float() for name in ("latents", "prediction_cond", "prediction")}})
+        clean, eps = self.clean.float(), self.noise.float()
+        wanted = target(clean, eps, step.alpha_bar, step.prediction_type)
+        difference = exact.eps - eps
+        return {
+            "forward/denoised": exact.denoised,
+            "forward/difference": difference,
+            "forward/loss": (exact.prediction - wanted).square().mean(dim=(1, 2, 3)),
+            "forward/noise_loss": difference.square().mean(dim=(1, 2, 3)),
+        }
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures in dB, over all their values; infinite when they are the same."""
+    error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,0 +1,110 @@
+"""Pictures and masks from outside, made fit for a model: read, checked, scaled and cut.
+
+    read_picture("cat.jpg", 512, 512)          # (y, x, rgb) uint8
+    read_masks(("masks.npz",), ...)            # {"cat": (y, x) uint8, ...}
+
+The rule, for a picture and its masks alike: turned as its camera says, transparency laid over white, scaled until it just
+covers the size asked for, and cut to its centre. A picture that has the size already is taken as it is, pixel for pixel.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from probe.errors import ExperimentError
+from probe.strict_yaml import printable
+
+FORMATS = ("PNG", "JPEG")
+LEAST, MOST = 8, 2**26  # pixels a side, pixels in all: 64 million
+
+
+def read_picture(path: str | Path, height: int, width: int, field: str = "image") -> np.ndarray:
+    """A PNG or JPEG file as (y, x, rgb) uint8 of that size. Raises ExperimentError, which names `field`."""
+    upright = _read(path, field)
+    if upright.has_transparency_data:
+        seen = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return np.asarray(_fitted(upright.convert("RGB"), height, width, Image.Resampling.LANCZOS))
+
+
+def read_masks(paths: Sequence[str | Path], height: int, width: int) -> dict[str, np.ndarray]:
+    """Masks by their words, (y, x) uint8, 1 inside: every array of an .npz file by its name, or a .png by the file's name.
+
+    Of an array, inside is what is not 0; of a .png, what is brighter than half. Raises ExperimentError.
+    """
+    found: dict[str, np.ndarray] = {}
+    for path in map(Path, paths):
+        if path.suffix == ".npz":
+            found |= {word: np.asarray(_fitted(Image.fromarray(mask), height, width, Image.Resampling.NEAREST)) for word, mask in _arrays(path)}
+        else:
+            grey = _fitted(_read(path, "masks").convert("L"), height, width, Image.Resampling.NEAREST)
+            found[path.stem] = (np.asarray(grey) > 127).astype(np.uint8)
+    return found
+
+
+def checked_picture(picture: np.ndarray, multiple: int) -> np.ndarray:
+    """An array that is to be taken as it is. Raises ExperimentError if it is not (y, x, rgb) uint8 with sides the model can work on."""
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ExperimentError(f"picture: {picture.dtype} of shape {picture.shape} is not (y, x, rgb) uint8.", "Give RGB pixels, 0 to 255.")
+    if min(picture.shape[:2]) < LEAST or any(side % multiple for side in picture.shape[:2]):
+        raise ExperimentError(
+            f"picture: {picture.shape[0]} x {picture.shape[1]} pixels; both sides must be multiples of {multiple} for this model.",
+            "Scale or cut it, or give a file: that is made to fit.",
+        )
+    return picture
+
+
+def checked_masks(masks: Mapping[str, np.ndarray], height: int, width: int) -> dict[str, np.ndarray]:
+    """Masks that are to be taken as they are, as uint8, 1 inside. Raises ExperimentError for another size than the picture's."""
+    for word, mask in masks.items():
+        if np.shape(mask) != (height, width):
+            raise ExperimentError(
+                f"masks: that of {word!r} has shape {np.shape(mask)}, the picture is {height} x {width} pixels.", "Scale or cut it as the picture."
+            )
+    return {str(word): (np.asarray(mask) != 0).astype(np.uint8) for word, mask in masks.items()}
+
+
+def _read(path: str | Path, field: str) -> Image.Image:
+    """The picture in a file, upright. Raises ExperimentError."""
+    where = printable(str(path))
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(path, formats=FORMATS) as opened:
+            if min(opened.size) < LEAST or opened.width * opened.height > MOST:
+                raise ExperimentError(
+                    f"{field}: {where} is {opened.height} x {opened.width} pixels.",
+                    f"At least {LEAST} a side and at most {MOST:,} in all can be used.",
+                )
+            return ImageOps.exif_transpose(opened)
+    except FileNotFoundError:
+        raise ExperimentError(f"{field}: {where} does not exist.", "Name a PNG or JPEG file; a path is relative to the folder you are in.") from None
+    except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as problem:
+        if isinstance(problem, ExperimentError):
+            raise
+        raise ExperimentError(f"{field}: {where} is not a PNG or JPEG picture that can be read.", "Save it as one.") from None
+
+
+def _arrays(path: Path) -> list[tuple[str, np.ndarray]]:
+    where = printable(str(path))
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            arrays = [(str(word), held[word]) for word in held.files]
+    except FileNotFoundError:
+        raise ExperimentError(f"masks: {where} does not exist.", "Name an .npz or .png file; a path is relative to the folder you are in.") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+        raise ExperimentError(f"masks: {where} cannot be read ({str(problem).splitlines()[0][:80]}).", "Save it with numpy.savez.") from None
+    for word, mask in arrays:
+        if mask.ndim != 2 or mask.dtype.kind not in "bui" or min(mask.shape) < 1:
+            raise ExperimentError(
+                f"masks: {word!r} in {where} is {mask.dtype} of shape {mask.shape}.", "A mask is (y, x), of truth values or whole numbers."
+            )
+    return [(word, (mask != 0).astype(np.uint8)) for word, mask in arrays]
+
+
+def _fitted(picture: Image.Image, height: int, width: int, resample: Image.Resampling) -> Image.Image:
+    return picture if picture.size == (width, height) else ImageOps.fit(picture, (width, height), method=resample)
