@@ -179,3 +179,13 @@ def test_the_training_script_makes_a_model_that_records_and_can_be_refined(tmp_p
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed <= {"decoder", "post_quant_conv"} and "decoder" in changed  # the latents stay what they were
     assert not torch.equal(model.unet.conv_in.weight, refined.unet.conv_in.weight)
+
+
+def test_the_tokenizer_is_the_same_each_time(tmp_path: Path) -> None:
+    """In another process too, where Python's hashes differ."""
+    code = "import sys; from pathlib import Path; from experiments.emojiworld.train import build_tokenizer; build_tokenizer(Path(sys.argv[1]))"
+    for name in "ab":
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "a/vocab.json").read_bytes() == (tmp_path / "b/vocab.json").read_bytes()
+    assert (tmp_path / "a/merges.txt").read_bytes() == (tmp_path / "b/merges.txt").read_bytes()

@@ -54,7 +54,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=0, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator(world.vocabulary(), trainer)
+    # Each word another number of times: ties would be broken by chance, and another run would number the tokens otherwise.
+    bpe.train_from_iterator([word for count, word in enumerate(world.vocabulary(), 1) for _ in range(count)], trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(piece + "</w>" for piece in alphabet), *("".join(pair) for pair in merges)]
@@ -385,7 +386,10 @@ def main(argv: list[str] | None = None) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     np.random.seed(options.seed)
-    tokenizer = build_tokenizer(options.folder / "tokenizer")
+    if options.start is not None:
+        tokenizer = CLIPTokenizer.from_pretrained(options.start / "tokenizer")
+    else:
+        tokenizer = build_tokenizer(options.folder / "tokenizer")
     with timed("scenes"):
         images, captions = draw_training_set(options.scenes)
     if options.start is not None:
