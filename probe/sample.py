@@ -18,7 +18,7 @@ from pathlib import Path
 
 from probe.errors import RecordingNotFound
 
-ARCHIVE = Path(__file__).parent / "emojiworld" / "sample.zip"
+ARCHIVE = Path(__file__).parent / "sample.zip"
 NAME = "sample"
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 
 from probe.recorder import record
 from probe.sample import ARCHIVE, pack
