@@ -10,7 +10,7 @@ residual network, a ConvNeXt), scenes, and seed. Both see every subject x settin
 They are to judge what is there and not how sharp it is: a third of what they learn from went through the VAE (some with
 noise on its latent), and all of it is blurred, shifted, recoloured and made noisy at random. One picture in eight shows
 emoji that are no subject of the world ("strangers"), so that a shape in the right colours is not yet a subject. An answer
-below a threshold, chosen on scenes apart, is "unsure". Everything goes to `training/judges/`, resumes, and ships nowhere.
+less sure than 99 of 100 true ones on scenes apart is "unsure". Everything goes to `training/judges/`, resumes, and ships nowhere.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ FIRST_SEED = {"tuning": 20_000_000, "report": 30_000_000}  # training of the mod
 APART = 1_000_000  # from a judge's training scenes to those its thresholds are chosen on
 TEST_SEED = 40_000_000
 SIDE = 64  # judges look at pictures of half the size
-STRANGERS = {  # emoji that are no subject of the world: to learn from, to choose thresholds on, and to test
+STRANGERS = {  # emoji that are no subject of the world: to learn from, and to test on
     "training": "\U0001f42e \U0001f437 \U0001f42f \U0001f430 \U0001f435 \U0001f414 \U0001f433 \U0001f41d \U0001f98b \U0001f383 "
     "\U0001f921 \U0001f47d \U0001f68c \U0001f6b2 \U0001f34e \U0001f354 \U0001f3ba \U0001f3c0 \U0001f3a9 \U0001f9f8",
-    "apart": "\U0001f42d \U0001f43b \U0001f986 \U0001f40c \U0001f988 \U0001f47e \U0001f69c \U0001f349 \U0001f941 \U0001f3c8",
-    "test": "\U0001f43a \U0001f428 \U0001f985 \U0001f41e \U0001f42c \U0001f479 \U0001f681 \U0001f353 \U0001f3bb \U0001f3be",
+    "test": "\U0001f42d \U0001f43b \U0001f986 \U0001f40c \U0001f988 \U0001f47e \U0001f69c \U0001f349 \U0001f941 \U0001f3c8 "
+    "\U0001f43a \U0001f428 \U0001f985 \U0001f41e \U0001f42c \U0001f479 \U0001f681 \U0001f353 \U0001f3bb \U0001f3be",
 }
 
 
@@ -78,10 +78,11 @@ def stranger(seed: int, kind: str) -> tuple[np.ndarray, str]:
 def round_trip(model: StableDiffusion, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
     """What the VAE makes of pictures, (picture, rgb, y, x) in [-1, 1]; `noise` is added to its latents of spread one."""
     assert model.vae is not None
-    latents = model.vae.encode(pixels).latent_dist.mean
-    if noise is not None:
-        latents = latents + noise / model.scaling_factor
-    return model.vae.decode(latents).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
+    with torch.autocast("cpu", torch.bfloat16):  # half the time, and eight bits are enough for eight bits
+        latents = model.vae.encode(pixels).latent_dist.mean
+        if noise is not None:
+            latents = latents + noise / model.scaling_factor
+        return model.vae.decode(latents).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
 
 
 def small(pixels: torch.Tensor) -> torch.Tensor:
@@ -114,8 +115,7 @@ def draw(first: int, count: int, *, strangers: str | None = None, every: int = 1
             random = generator(first, start)
             strength = (torch.rand(len(pixels), generator=random) - 0.5).clamp(min=0)[:, None, None, None]
             noise = strength * torch.randn((len(pixels), *model.latent_shape(1)[1:]), generator=random)
-            with torch.autocast("cpu", torch.bfloat16):
-                pixels = round_trip(model, pixels, noise)
+            pixels = round_trip(model, pixels, noise)
         pictures[start : start + len(pixels)] = small(pixels)
     return Labelled(pictures, subjects, settings)
 
@@ -260,7 +260,9 @@ class Judge(nn.Module):
 
 
 def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Path) -> Judge:
-    """Train one judge, or go on from its last checkpoint, and choose its thresholds."""
+    """Train one judge and choose its thresholds, or go on from its last checkpoint, or take the one that is finished."""
+    if (folder / f"{name}-judge.pt").exists():
+        return load_judge(name, folder)
     folder.mkdir(parents=True, exist_ok=True)
     first, batch, cache = FIRST_SEED[name], 64, folder / f"{name}-scenes.pt"
     trips = scenes // 5
@@ -288,19 +290,17 @@ def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Pa
     trainer.averaged()
     made.sure.copy_(torch.tensor(thresholds(made, model)))
     torch.save(made.state_dict(), folder / f"{name}-judge.pt")
+    cache.unlink()
     return made
 
 
 def thresholds(judge: Judge, model: StableDiffusion) -> tuple[float, float]:
-    """From where an answer counts as sure, chosen on 800 scenes apart, half of them round trips, and 400 of strangers.
-
-    For subjects, the lowest confidence (a half or more) that at most 2% of the strangers reach; for settings, the one that
-    99% of the scenes reach.
-    """
-    apart = FIRST_SEED[judge.name] + APART
-    scenes = judge.judge(draw(apart, 800, trips=400, model=model).pictures)
-    strangers = judge.judge(draw(apart + 800, 400, strangers="apart", trips=200, model=model).pictures)
-    return max(0.5, float(strangers.subjects.amax(dim=1).quantile(0.98))), float(scenes.settings.amax(dim=1).quantile(0.01))
+    """The confidence that 99% of the subjects and 99% of the settings reach in 800 scenes apart, half of them round trips."""
+    data = draw(FIRST_SEED[judge.name] + APART, 800, trips=400, model=model)
+    answer = judge.judge(data.pictures)
+    subject = answer.subjects[data.subjects.bool()].quantile(0.01)
+    setting = answer.settings.gather(1, data.settings[:, None]).quantile(0.01)
+    return float(subject), float(setting)
 
 
 def load_judge(name: str, folder: Path = FOLDER) -> Judge:
@@ -359,14 +359,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="emojiworld", help="whose VAE the round trips go through: a diffusers directory, or the bundled model")
     parser.add_argument("--scenes", type=int, default=12_000, help="scenes that each judge learns from")
     parser.add_argument("--steps", type=int, default=2000, help="training steps of 64 scenes")
-    parser.add_argument("--test-scenes", type=int, default=1000, help="fresh scenes that the judges are tested on")
+    parser.add_argument("--test-scenes", type=int, default=600, help="fresh scenes that the judges are tested on")
     parser.add_argument("--markdown", action="store_true", help="print the table of their accuracy as Markdown")
     options = parser.parse_args(argv)
     model = load(options.model, dtype="float32", device="cpu")
     rows = []
     for name in [options.only] if options.only else list(FIRST_SEED):
         judge = train(name, model, options.scenes, options.steps, options.folder)
-        print(f"{name}: sure from {judge.sure[0]:.2f} for a subject, {judge.sure[1]:.2f} for a setting", flush=True)
+        print(f"{name}: sure from {judge.sure[0]:.3f} for a subject, {judge.sure[1]:.3f} for a setting", flush=True)
         rows += own_accuracy(judge, model, options.test_scenes)
     print(table(rows, options.markdown))
 

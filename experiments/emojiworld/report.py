@@ -136,8 +136,11 @@ def draw(model: StableDiffusion, prompt: str, images: int, *, steps: int, guidan
 def interval(right: torch.Tensor) -> tuple[float, float, float]:
     """Mean of (prompt, picture) true or false (NaN: not asked), and its 95% interval from 10,000 resamplings of prompts.
 
-    Where all prompts agree, resampling says nothing, and the interval is the exact binomial one for that many prompts.
+    Where all prompts agree, resampling says nothing, and the interval is the exact binomial one for that many prompts. Of a
+    single prompt, the pictures are resampled.
     """
+    if len(right) == 1:
+        right = right.T
     right = right[~right.isnan().all(dim=1)]
     n = len(right)
     if n == 0:
