@@ -14,11 +14,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
 from probe.recording import Run, open_run
 from probe.terminal import Parser, add_fields, guarded, overrides, rows
+
+if TYPE_CHECKING:
+    from probe.planning import Plan
 
 EXAMPLE = "experiments/astronaut.yaml"
 
@@ -27,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(prog="python -m probe.run", description=__doc__)
     made.add_argument("experiment", nargs="?", type=Path, help="a YAML file; without one, the default experiment")
     made.add_argument("--dry-run", action="store_true", help="show what would be recorded, and how large it would be, without weights or work")
-    made.add_argument("--max-bytes", type=_size, metavar="SIZE", help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)")
+    made.add_argument("--max-bytes", type=size, metavar="SIZE", help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)")
     made.add_argument("--resume", metavar="RUN", help="go on with an unfinished recording: a path, the beginning of a name, or latest")
     made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -42,12 +46,12 @@ def main(arguments: list[str]) -> int:
     asked = load_experiment(options.experiment or Experiment())
     if changes := overrides(options):
         asked = load_experiment(asked, **changes)
-    _quieten(options.quiet)
+    quieten(options.quiet)
     if options.dry_run:
         return _forecast(asked, options.max_bytes)
     from probe.recorder import record
 
-    return _say_where(record(asked, max_bytes=options.max_bytes, progress=not options.quiet), options.quiet)
+    return say_where(record(asked, max_bytes=options.max_bytes, progress=not options.quiet), options.quiet)
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -58,14 +62,15 @@ def _resume(options: argparse.Namespace) -> int:
             "A resumed run goes on as it was asked: no experiment, no other option.",
             "Give --resume RUN alone (and --output FOLDER, if it is not in runs).",
         )
-    _quieten(options.quiet)
+    quieten(options.quiet)
     run = open_run(options.resume, folder)
     from probe.recorder import resume
 
-    return _say_where(resume(run, progress=not options.quiet), options.quiet)
+    return say_where(resume(run, progress=not options.quiet), options.quiet)
 
 
-def _say_where(run: Run, quiet: bool) -> int:
+def say_where(run: Run, quiet: bool) -> int:
+    """The last words of a run that was recorded: where it is, and how to look at it."""
     if quiet:
         print(run.path)
         return 0
@@ -79,11 +84,18 @@ def _say_where(run: Run, quiet: bool) -> int:
 
 def _forecast(asked: Experiment, limit: int | None) -> int:
     from probe.loading import load
-    from probe.planning import plan, size_text
+    from probe.planning import plan
 
     model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device, weights=False)
     settled = plan(model.with_scheduler(asked.scheduler, asked.scheduler_options), asked)
     print(json.dumps(asked.resolved(), indent=2, ensure_ascii=False))
+    return tell_forecast(settled, limit)
+
+
+def tell_forecast(settled: Plan, limit: int | None) -> int:
+    """What a plan will record, and how large that is. Raises TooLarge when it is over the limit."""
+    from probe.planning import size_text
+
     sizes = settled.forecast()
     shapes = {a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True)) for a in settled.arrays}
     kinds = {a.path: a.dtype for a in settled.arrays}
@@ -97,7 +109,8 @@ def _forecast(asked: Experiment, limit: int | None) -> int:
     return 0
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
+    """Bytes of a text such as 300MB, for argparse."""
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
     number = text.lower().rstrip("bkmgt").strip()
     try:
@@ -106,7 +119,7 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 300MB or 2GB") from problem
 
 
-def _quieten(quiet: bool) -> None:
+def quieten(quiet: bool) -> None:
     """The libraries' own chatter: what matters of it, probe says itself."""
     import os
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args
 
 from probe.errors import ProbeError
 from probe.experiment import CaptureOptions, Experiment
+from probe.fields import Strict
 from probe.strict_yaml import read_yaml
 
 
@@ -71,10 +72,10 @@ def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = 
 # --- an experiment's fields as options -------------------------------------------------------------------------------
 
 
-def add_fields(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of an experiment: --guidance-scale, --capture.dtype, ..."""
+def add_fields(parser: argparse.ArgumentParser, settings: type[Strict] = Experiment) -> None:
+    """An option for every field of an experiment, or of other settings: --guidance-scale, --capture.dtype, ..."""
     for prefix, model, title in (
-        ("", Experiment, "experiment (each overrides the file)"),
+        ("", settings, f"{settings.__name__.lower()} (each overrides the file)"),
         ("capture.", CaptureOptions, "capture (what is recorded)"),
     ):
         group = parser.add_argument_group(title)
@@ -86,7 +87,7 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
             shown = (
                 "none"
                 if default is None
-                else ",".join(default)
+                else ",".join(map(str, default))
                 if isinstance(default, tuple)
                 else str(default).lower()
                 if isinstance(default, bool)
@@ -97,13 +98,13 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{(prefix + name).replace('_', '-')}", dest=f"field {prefix}{name}", metavar=metavar, help=help_text)
 
 
-def overrides(options: argparse.Namespace) -> dict[str, Any]:
+def overrides(options: argparse.Namespace, settings: type[Strict] = Experiment) -> dict[str, Any]:
     """What was given on the command line, by dotted field name, each text read as its field's type."""
     found = {}
     for name, text in vars(options).items():
         if name.startswith("field ") and text is not None:
             path = name.removeprefix("field ")
-            model, last = (CaptureOptions, path.split(".")[1]) if "." in path else (Experiment, path)
+            model, last = (CaptureOptions, path.split(".")[1]) if "." in path else (settings, path)
             found[path] = _value(model.model_fields[last].annotation, text)
     return found
 
@@ -119,8 +120,8 @@ def _value(annotation: Any, text: str) -> Any:
 
 def _metavar(annotation: Any) -> str:
     text = str(annotation)
-    for kind, word in (("tuple", "GLOBS"), ("bool", "BOOL"), ("float", "FLOAT"), ("int", "INT")):
-        if (annotation.__class__ is type and annotation.__name__ == kind) or f"{kind}[" in text or f"{kind} " in text or text == kind:
+    for kind, word in (("tuple[int, ...]", "LIST"), ("tuple", "GLOBS"), ("bool", "BOOL"), ("float", "FLOAT"), ("int", "INT")):
+        if (annotation.__class__ is type and annotation.__name__ == kind) or f"{kind}[" in text or f"{kind} " in text or text.startswith(kind):
             return word
     return "TEXT"
 
