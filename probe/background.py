@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from probe.errors import ProbeError, StoreError
+from probe.errors import OutOfMemory, ProbeError, StoreError
 
 
 class Queue:
@@ -66,6 +66,8 @@ class Queue:
                     self._error = error
                     if not isinstance(error, ProbeError):
                         self._error = StoreError(f"Writing a step failed: {error!r}.", "Run again with --debug for the traceback.")
+                        if isinstance(error, MemoryError):
+                            self._error = OutOfMemory("Out of memory while a step was being written.", "Fewer images, or fewer capture.layers.")
                         self._error.__cause__ = error
                     self._change.notify_all()
                 return

@@ -100,18 +100,12 @@ def gc(arguments: list[str]) -> int:
     parser.add_argument("runs", nargs="?", default="runs", help="folder of recordings [runs]")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(arguments)
-    from probe.store import orphans
+    from probe.store import clear_orphans
 
-    found = orphans(Path(options.runs))
-    for path in found:
-        print(path)
-        if not options.dry_run:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    print(
-        f"{'Would remove' if options.dry_run else 'Removed'} {len(found)} left by writers that died."
-        if found
-        else f"Nothing to remove in {options.runs}."
-    )
+    found = clear_orphans(Path(options.runs), options.dry_run)
+    print(*found, sep="\n", end="\n" if found else "")
+    done = "Would remove" if options.dry_run else "Removed"
+    print(f"{done} {len(found)} left by writers that died." if found else f"Nothing to remove in {options.runs}.")
     return 0
 
 

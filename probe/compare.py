@@ -105,6 +105,7 @@ def _difference(name: str, one: xr.Variable, other: xr.Variable, steps: int) -> 
         total += left.size
         unlike = left != right
         if left.dtype.kind == "f":
+            unlike |= np.signbit(left) != np.signbit(right)  # 0 and -0 are equal numbers, and other bits
             unlike &= ~(np.isnan(left) & np.isnan(right))
         if wrong := int(unlike.sum()):
             count += wrong

@@ -18,7 +18,7 @@ from probe.analysis import maps_of, probabilities, resize
 from probe.capture import AttentionCapture, OutputCapture, TextCapture, hooked
 from probe.clock import Clock
 from probe.counterfactual import embeddings_without, word_changes
-from probe.errors import NotFinite, StoreError
+from probe.errors import NotFinite, RecordingDamaged, StoreError
 from probe.forward import Noised, begin
 from probe.models import Conditioning, StableDiffusion
 from probe.modes import QueryCapture, SelfCapture, SummaryCapture, TextSide
@@ -67,7 +67,7 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
             text_side.resting = index != begun
             if index < begun:
                 step = next(steps)
-                _check_replay(step, writer)
+                _check_replay(step, run, writer)
             else:
                 with clock.step():
                     step = next(steps)
@@ -118,15 +118,23 @@ def _recorded(writer: RunWriter, run: Plan, model: StableDiffusion) -> Iterator[
     """The predictions of the steps that were committed before."""
     for index in range(writer.committed):
         uncond, cond, prediction = (
-            None if name is None else torch.from_numpy(writer.read(f"latents/{name}", at=index)).to(model.device, model.dtype)
+            None if name is None else torch.from_numpy(_read_step(writer, run, f"latents/{name}", index)).to(model.device, model.dtype)
             for name in ("prediction_uncond" if "uncond" in run.called else None, "prediction_cond", "prediction")
         )
         assert cond is not None and prediction is not None
         yield uncond, cond, prediction
 
 
-def _check_replay(step: Step, writer: RunWriter) -> None:
-    recorded, replayed = writer.read("latents/latents", at=step.index), _numpy(step.latents)
+def _read_step(writer: RunWriter, run: Plan, path: str, index: int) -> np.ndarray:
+    """One committed step of a variable. Raises RecordingDamaged where its file is gone: zarr then reads NaN."""
+    value = writer.read(path, at=index)
+    if run.experiment.on_nan == "stop" and value.dtype.kind == "f" and np.isnan(value).all():
+        raise RecordingDamaged(f"{path} of step {index} is not there any more.", "Record it again: probe rerun.")
+    return value
+
+
+def _check_replay(step: Step, run: Plan, writer: RunWriter) -> None:
+    recorded, replayed = _read_step(writer, run, "latents/latents", step.index), _numpy(step.latents)
     if not np.array_equal(recorded, replayed, equal_nan=True):
         off = float(np.nan_to_num(np.abs(recorded.astype(np.float64) - replayed), nan=np.inf).max())
         raise StoreError(
@@ -273,8 +281,8 @@ def _summarise(run: Plan, writer: RunWriter) -> None:
 def _maps_at(writer: RunWriter, run: Plan, grid: tuple[int, int], index: int) -> np.ndarray:
     group = grid_group(grid)
     if run.experiment.capture.attention == "queries":
-        return maps_of(writer.read(f"{group}/query", at=index), writer.read(f"{group}/key"))
-    return probabilities(writer.read(f"{group}/cross", at=index))
+        return maps_of(_read_step(writer, run, f"{group}/query", index), writer.read(f"{group}/key"))
+    return probabilities(_read_step(writer, run, f"{group}/cross", index))
 
 
 def fit_preview(model: StableDiffusion) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ import torch
 
 from probe import pictures
 from probe.compare import differing_conditions
-from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError
+from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
 from probe.experiment import Experiment, load_experiment
 from probe.loading import load
 from probe.models import StableDiffusion
@@ -74,7 +74,8 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
     The committed steps are replayed through a fresh scheduler from their recorded predictions, without calling the UNet:
     that gives it back its history and its random numbers. What decides bits (device, threads, versions) and is not as it
     was is said, and written into the attribute `resumed`. A complete recording is returned as it is. Raises RecordingBusy
-    if its writer lives, ModelError for other weights, StoreError where replaying does not give the recorded latents.
+    if its writer lives, ModelError for other weights, RecordingDamaged where its experiment was edited or a value cannot be
+    read, StoreError where replaying does not give the recorded latents.
     """
     say = sayer(progress)
     if run.status == "complete":
@@ -89,6 +90,8 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
         here, there = describe(model, settled), run.attributes
         if here["model"]["weights"] != there["model"]["weights"]:
             raise ModelError(f"{run.name} was begun with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
+        if here["identity"] != there["identity"] and here["experiment"] == there["experiment"]:  # else an older version began it, with fewer fields
+            raise RecordingDamaged(f"The experiment in {run.name} is not the one it was begun with.", "Record it again: probe run.")
         changed = differing_conditions(there, here)
         if changed:
             say(f"Not as it was when the run began, so the last bits may differ: {'; '.join(changed)}")

@@ -65,7 +65,7 @@ class RunWriter:
                 elif not (self.path / "zarr.json").is_file():
                     raise RecordingNotFound(f"{self.path} is not a recording.", "probe ls lists the recordings there are.")
                 self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
-                self._committed = np.asarray(self._arrays["committed"][:]) if "committed" in self._arrays else np.zeros(0, np.uint8)
+                self._committed = self.read("committed") if "committed" in self._arrays else np.zeros(0, np.uint8)
                 if resume:
                     self._take_over(arrays, {**attributes, "status": "running", "writer": writer})
             except BaseException:
@@ -111,7 +111,7 @@ class RunWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, Exception):
+        if kind is not None and issubclass(kind, Exception) and self._status != "complete":
             self._status = "failed"
         late: ProbeError | None = None
         try:
@@ -119,8 +119,9 @@ class RunWriter:
                 self._queue.close()
             except ProbeError as error:
                 self._status, late = "failed", error
-            with contextlib.suppress(OSError) if kind or late else contextlib.nullcontext():
-                self.annotate(status=self._status)
+            if self._status != "complete":
+                with contextlib.suppress(OSError) if kind or late else contextlib.nullcontext():
+                    self.annotate(status=self._status)
         finally:
             self._unlock()
         if late and not kind:
@@ -137,9 +138,12 @@ class RunWriter:
             self._arrays[path][at] = np.asarray(value)
 
     def read(self, path: str, at: Any = ...) -> np.ndarray:
-        """Read back what was written."""
-        with _storing(self.path):
+        """Read back what was written. Raises RecordingDamaged where it is not what was written any more."""
+        try:
             return np.asarray(self._arrays[path][at])
+        except (OSError, ValueError, RuntimeError) as error:  # zarr-python and zarrs say it differently
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise RecordingDamaged(f"{self.path.name}: {path} cannot be read: {what}", "Record it again: probe rerun.") from error
 
     def write_step(self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int) -> None:
         """Queue one step: `values()` gives its variables by path and is called in the writing thread.
@@ -312,24 +316,30 @@ def _sync_file(file: Path) -> None:
 _sync_directory = _sync_file
 
 
-def orphans(folder: Path) -> list[Path]:
-    """What dead writers left in a folder of recordings: half-made hidden folders, lock files, parts of files.
+def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
+    """Remove what dead writers left in a folder of recordings: half-made hidden folders, lock files, parts of files.
 
-    Whatever belongs to a living writer holds its lock, and is left out.
+    Whatever belongs to a living writer holds its lock, and stays. Returns what was removed; with `dry_run` nothing is.
     """
-    found: list[Path] = []
-    names = {path.name[1:].split(".zarr")[0] + ".zarr" for path in folder.glob(".*.zarr.*")} | {path.name for path in folder.glob("*.zarr")}
-    for name in sorted(names):
+    found: dict[str, list[Path]] = {}
+    for path in (*folder.glob(".*.zarr.lock"), *folder.glob(".*.zarr.*.partial"), *folder.glob("[!.]*.zarr/**/*.partial")):
+        name = re.sub(r"^\.(.*\.zarr)\.(lock|[0-9a-f]+\.partial)$", r"\1", path.relative_to(folder).parts[0])
+        found.setdefault(name, []).append(path)
+    removed: list[Path] = []
+    for name, paths in sorted(found.items()):
         lock = filelock.FileLock(folder / f".{name}.lock")
-        existed = Path(lock.lock_file).exists()
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            continue
-        try:
-            found += [*folder.glob(f".{name}.*.partial"), *(folder / name).rglob("*.partial"), *([Path(lock.lock_file)] if existed else [])]
-        finally:
-            if not existed:
-                Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
-    return found
+        new = not Path(lock.lock_file).exists()
+        with _storing(folder):
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                continue
+            try:
+                removed += sorted(paths)
+                for path in () if dry_run else paths:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            finally:
+                if new:
+                    Path(lock.lock_file).unlink(missing_ok=True)
+                lock.release()
+    return removed
