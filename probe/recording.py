@@ -10,9 +10,9 @@ What is derived (eps, v, denoised) is computed from the latents and predictions 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
-import json
 import os
 import socket
 from dataclasses import dataclass
@@ -25,11 +25,15 @@ import xarray as xr
 from probe import sample
 from probe.analysis import probabilities, resize, word_maps
 from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
-from probe.errors import RecordingDamaged, RecordingNotFound
+from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
+from probe.lazy import open_tree
 from probe.recomputed import recomputed
 from probe.schema import BRANCHES, FORMAT_VERSION, near
 from probe.strict_yaml import printable
+from probe.untrusted import read_file, read_root, refuse
+
+MAX_PICTURE = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,16 @@ class Run:
 
     @functools.cached_property
     def tree(self) -> xr.DataTree:
-        """Everything, lazily, as stock `xarray.open_datatree(path, engine="zarr")` opens it."""
-        try:
-            return xr.open_datatree(self.path, engine="zarr", chunks=None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RecordingDamaged(f"{self.path.name} cannot be read: {error}", "Look at its status with probe ls, or record it again.") from error
+        """Everything, lazily, as stock `xarray.open_datatree(path, engine="zarr")` opens it. Raises RecordingDamaged."""
+        return open_tree(self.path)
 
     @functools.cached_property
     def experiment(self) -> Experiment:
         """What was asked."""
-        return load_experiment(self.attributes["experiment"])
+        try:
+            return load_experiment(self.attributes["experiment"])
+        except ExperimentError as error:
+            raise refuse(self.path, f"its experiment is none of this version ({error.cause})") from error
 
     @property
     def name(self) -> str:
@@ -177,8 +181,9 @@ class Run:
 
     def words(self) -> xr.DataArray:
         """The overview, averaged over steps and merged to words. *Shape:* (word, y, x) float32."""
-        labels = self.tree[f"attention/{self.grids[0]}"].dataset.isel(branch=-1)
-        return word_maps(self.overview().mean("step"), labels["word"].values, labels["word_index"].values)
+        overview = self.overview()
+        word, number = (self.variable(f"attention/{self.grids[0]}/{name}").isel(branch=-1) for name in ("word", "word_index"))
+        return word_maps(overview.mean("step"), word.values, number.values)
 
     def tokens(self, branch: str = "cond") -> list[str]:
         """The 77 tokens of the prompt, as text."""
@@ -192,37 +197,47 @@ class Run:
     # --- inside ---
 
     def _latent(self, name: str) -> xr.DataArray:
-        if name not in self.tree["latents"].data_vars:
-            found = ", ".join(str(n) for n in self.tree["latents"].data_vars)
+        there = self.tree["latents"].data_vars if "latents" in self.tree.children else {}
+        if name not in there:
+            found = ", ".join(map(str, there)) or "no latents at all"
             raise RecordingNotFound(f"{self.name} has no {name}: it ran without guidance.", f"It has: {found}.")
         return self.variable(f"latents/{name}").isel(step=self.steps)
 
     def _derive(self, formula: Any, branch: str | None, name: str) -> xr.DataArray:
         if branch not in (None, *BRANCHES):
             raise ValueError(f"branch is {branch!r}; it may be None (guided), 'cond' or 'uncond'")
-        root = self.tree.to_dataset().isel(step=self.steps)
+        sigma, alpha_bar = (self.variable(place).isel(step=self.steps) for place in ("sigma", "alpha_bar"))
         x = self.latents.astype("float32")
-        if self.attributes["latent_convention"] == "variance_exploding":
-            x = variance_preserving(x, root["sigma"])
-        found: xr.DataArray = formula(self.prediction(branch).astype("float32"), x, root["alpha_bar"], self.attributes["prediction_type"])
+        if self._said("latent_convention") == "variance_exploding":
+            x = variance_preserving(x, sigma)
+        found: xr.DataArray = formula(self.prediction(branch).astype("float32"), x, alpha_bar, self._said("prediction_type"))
         return found.astype("float32").rename(name)
+
+    def _said(self, *place: str) -> Any:
+        """An attribute that every recording has. Raises RecordingDamaged where this one has it not."""
+        found: Any = self.attributes
+        for name in place:
+            if name not in found:
+                raise refuse(self.path, f"its {'.'.join(place)} is missing")
+            found = found[name]
+        return found
 
     def summary(self) -> dict[str, str]:
         """The run in a few labelled words."""
-        asked, at = self.attributes["experiment"], self.attributes["environment"]
+        asked = self.attributes["experiment"]
         guidance = f", guidance {asked['guidance_scale']:g}" if asked["guidance_scale"] > 1 else ""
-        sampling = f"{self.attributes['scheduler']['class']}, {asked['steps']} steps{guidance}, seed {asked['seed']}"
+        sampling = f"{self._said('scheduler', 'class')}, {asked['steps']} steps{guidance}, seed {asked['seed']}"
         if asked.get("image"):
-            sampling += f", strength {asked['strength']:g}"
+            sampling += f", strength {asked.get('strength', 1):g}"
         if "noising" in self.attributes:
-            sampling = f"no sampling: noised at {asked['steps']} timesteps, {asked['images']} draws of noise, seed {asked['seed']}"
+            sampling = f"no sampling: noised at {asked['steps']} timesteps, {asked.get('images', 1)} draws of noise, seed {asked['seed']}"
         lines = {
             "prompt": asked["prompt"],
             "negative prompt": asked["negative_prompt"],
-            "model": f"{self.attributes['model']['name']} ({self.attributes['model']['dtype']}, {at['device']})",
+            "model": f"{self._said('model', 'name')} ({self._said('model', 'dtype')}, {self._said('environment', 'device')})",
             "picture": str((self.attributes.get("noising") or {}).get("picture") or asked.get("image") or ""),
             "sampling": sampling,
-            "status": f"{self.status}, {len(self.steps)} of {self.tree.sizes['step']} model calls",
+            "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} model calls",
             "attention": ", ".join(self.grids) or "none",
             "created": self.attributes["created"],
         }
@@ -231,15 +246,20 @@ class Run:
     def __repr__(self) -> str:
         return f"<Run {self.name}>\n" + "\n".join(f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items())
 
+    def _picture(self, found: os.stat_result) -> None:
+        if found.st_size > MAX_PICTURE:
+            raise refuse(self.path, "its contact sheet is too large")
+
     def _repr_html_(self) -> str:
         import base64
 
         rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self.summary().items())
-        sheet = self.path / "contact-sheet.png"
         picture = ""
-        if sheet.is_file():
-            code = base64.b64encode(sheet.read_bytes()).decode()
-            picture = f"<img alt='contact sheet' style='max-width:100%' src='data:image/png;base64,{code}'>"
+        with contextlib.suppress(OSError, RecordingDamaged):
+            sheet = read_file(self.path, "contact-sheet.png", self._picture)
+            if sheet.startswith(b"\x89PNG\r\n"):
+                code = base64.b64encode(sheet).decode()
+                picture = f"<img alt='contact sheet' style='max-width:100%' src='data:image/png;base64,{code}'>"
         return f"<b>{html.escape(self.name)}</b><table>{rows}</table>{picture}"
 
 
@@ -248,21 +268,11 @@ class Run:
 
 def root_attributes(path: Path) -> dict[str, Any]:
     """The attributes of a recording, from its root file alone. Raises RecordingNotFound or RecordingDamaged."""
-    file = Path(path) / "zarr.json"
-    try:
-        root = json.loads(file.read_text())
-        attributes: dict[str, Any] = root["attributes"]
-        version, asked = attributes["format_version"], attributes["experiment"]
-        texts = (attributes["status"], attributes["created"], asked["prompt"], asked["negative_prompt"], asked["model"])
-        numbers = (asked["steps"], asked["seed"], asked["guidance_scale"])
-        if root["zarr_format"] != 3 or not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
-            raise TypeError
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RecordingNotFound(f"{path} is not a recording.", "probe ls lists the recordings there are.") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RecordingDamaged(f"{path} is damaged: its zarr.json is not that of a recording.", "Record it again, or remove it.") from error
-    if version != FORMAT_VERSION:
-        raise RecordingDamaged(f"{path} has format {version}, this version reads {FORMAT_VERSION}.", "Use the version of probe that wrote it.")
+    attributes: dict[str, Any] = read_root(Path(path))["attributes"]
+    if (version := attributes["format_version"]) != FORMAT_VERSION:
+        raise RecordingDamaged(
+            f"{printable(str(path))} has format {version}, this version reads {FORMAT_VERSION}.", "Use the version of probe that wrote it."
+        )
     return attributes
 
 
@@ -296,7 +306,7 @@ def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | 
 def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     """The path of a recording: a path itself, "latest", "sample", or the beginning of a name in `runs`. Raises RecordingNotFound."""
     path = Path(name)
-    if (path / "zarr.json").is_file():
+    if os.path.lexists(path / "zarr.json"):
         return path
     if str(name) == sample.NAME:
         return sample.unpacked()

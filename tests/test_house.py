@@ -36,6 +36,8 @@ LAYERS = [
     ("probe.store",),
     ("probe.analysis", "probe.sample"),
     ("probe.recomputed", "probe.averages", "probe.heads", "probe.masks"),
+    ("probe.untrusted",),
+    ("probe.lazy",),
     ("probe.recording",),
     ("probe.pictures", "probe.terminal", "probe.compare"),
     ("probe",),  # probe/__init__.py: the public reading API
