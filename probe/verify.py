@@ -1,228 +1,170 @@
-"""python -m probe.verify RUN: is a recording what it says it is? Without the model: nothing is predicted again.
+"""python -m probe.verify RUN: is a recording what it says it is? With --model, the model is asked again.
 
-Checks, each with what it found:
+From the recording alone:
 
-    manifest     every file is there, none is new, each has the digest it was written with; every chunk's checksum holds
-    committed    every step is there
-    softmax      at each pixel, the attention to all tokens sums to one
-    guidance     the scheduler's input follows from the two branches, bit for bit
-    scheduler    the seed's noise, and the predictions replayed through a fresh scheduler, give the recorded latents
+    manifest, committed, picture      files and flags (probe.checks)
+    schema, labels                    what there is, and what it is called (probe.schema_checks)
+    softmax, moments, sums            attention maps (probe.map_checks)
+    schedule, guidance, scheduler     every number that follows from another (probe.replay)
+
+With --model, from its recorded latents (probe.repredict):
+
+    weights, plan, text, predictions, maps, attention, inside, decode
+
+The verdict of each is "exact"; "within tolerance", for a reason that is named, such as another device; or "failed", and
+where. What cannot be checked says why. Exit code 1 if anything failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
-from probe.analysis import probabilities
-from probe.errors import RecordingDamaged
+from probe.checks import Check, check_committed, check_manifest, check_picture
+from probe.errors import ExperimentError, ProbeError
+from probe.map_checks import check_moments, check_softmax, check_sums
 from probe.recording import Run, open_run
-from probe.store import MANIFEST, manifest
+from probe.schema_checks import check_labels, check_schema
 from probe.terminal import Parser, guarded
 
-ROW_TOLERANCE = {"float16": 5e-4, "float32": 1e-5}
-REPLAY_TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-1}
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # whatever a damaged file makes of itself
+WITH_MODEL = "weights plan text predictions maps attention inside decode".split()
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding. `verdict` is "exact", "within tolerance", "failed" or "not checked"."""
+def verify(run: Run, model: Any = None, steps: Sequence[int] | None = None) -> list[Check]:
+    """All checks of a recording. Reads all of it, one step at a time.
 
-    name: str
-    verdict: str
-    detail: str
-
-
-def verify(run: Run) -> list[Check]:
-    """All checks of a recording. Reads all of it, one step at a time."""
-    checks: list[tuple[str, Callable[[Run], Check]]] = [
-        ("manifest", check_manifest),
-        ("committed", check_committed),
-        ("softmax", check_softmax),
-        ("guidance", check_guidance),
-        ("scheduler", check_scheduler),
+    `model` is a diffusers StableDiffusionPipeline, or True to load the experiment's own: then the UNet predicts again from
+    the recorded latents of `steps` (indices of model calls; None: every committed one). Raises ExperimentError for a step that
+    was not committed, ModelError where the model cannot be had.
+    """
+    found = [
+        _guarded("manifest", lambda: check_manifest(run)),
+        _guarded("committed", lambda: check_committed(run)),
+        _guarded("schema", lambda: check_schema(run)),
+        _guarded("labels", lambda: check_labels(run)),
+        _guarded("softmax", lambda: check_softmax(run)),
+        _guarded("moments", lambda: check_moments(run)),
+        _guarded("sums", lambda: check_sums(run)),
+        _guarded("picture", lambda: check_picture(run)),
+        *(_guarded(name, lambda name=name: _replay(name, run)) for name in ("schedule", "guidance", "scheduler")),  # type: ignore[misc]
     ]
-    found = []
-    for name, check in checks:
-        try:
-            found.append(check(run))
-        except ImportError as missing:
-            found.append(Check(name, "not checked", f"needs {missing.name}: pip install 'diffusion-probe[record]'"))
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:  # whatever a damaged file makes of itself
-            found.append(Check(name, "failed", f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0][:160]}"))
+    if model is not None and model is not False:
+        found += _ask_again(run, None if model is True else model, steps)
     return found
 
 
-def check_manifest(run: Run) -> Check:
-    file = run.path / MANIFEST
-    if not file.exists():
-        told = f"the run is {run.status}: its manifest is written at the end; the checksums of {read_all(run)} variables hold"
-        return Check("manifest", "not checked" if run.status != "complete" else "failed", told)
-    written, present = json.loads(file.read_text()), manifest(run.path)
-    wrong = sorted(name for name in written.keys() & present.keys() if written[name] != present[name])
-    missing, new = sorted(written.keys() - present.keys()), sorted(present.keys() - written.keys())
-    for problem, names in (("changed", wrong), ("missing", missing), ("new", new)):
-        if names:
-            return Check("manifest", "failed", f"{len(names)} files {problem}: {names[0]}")
-    return Check("manifest", "exact", f"{len(written)} files have the digests they were written with, {read_all(run)} variables their checksums")
+def _replay(name: str, run: Run) -> Check:
+    from probe import replay
+
+    with replay.threads_of(run):
+        return {"schedule": replay.check_schedule, "guidance": replay.check_guidance, "scheduler": replay.check_scheduler}[name](run)
 
 
-def read_all(run: Run) -> int:
-    """Decode every chunk of every variable, one step at a time, which checks their checksums. Raises ValueError where one is wrong."""
-    count = 0
-    for node in run.tree.subtree:
-        for name, variable in node.to_dataset(inherit=False).variables.items():
-            count += 1
-            try:
-                for index in range(variable.sizes["step"]) if "step" in variable.dims and variable.ndim > 1 else [None]:
-                    _ = (variable if index is None else variable.isel(step=index)).values
-            except (OSError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{node.path.strip('/')}/{name}: {error}") from error
-    return count
+def _ask_again(run: Run, pipeline: Any, steps: Sequence[int] | None) -> list[Check]:
+    from probe import repredict
+
+    committed = [int(step) for step in run.steps]
+    chosen = committed if steps is None else sorted({step % run.tree.sizes["step"] if step < 0 else step for step in steps})
+    if unknown := [step for step in chosen if step not in committed]:
+        raise ExperimentError(f"steps: {unknown[0]} is not a committed step of {run.name}.", f"It has {len(committed)}, from 0.")
+    model = repredict.model_of(run, pipeline)
+    found: list[Check] = []
+    try:
+        found.extend(repredict.check_model(run, model, chosen))
+    except DAMAGE as error:
+        missing = next(name for name in WITH_MODEL if name not in {check.name for check in found})
+        found.append(Check(missing, "failed", _told(error, "the model cannot be asked")))
+    return found
 
 
-def check_committed(run: Run) -> Check:
-    calls = run.tree.sizes["step"]
-    if len(run.steps) == calls:
-        return Check("committed", "exact", f"all {calls} steps")
-    verdict = "failed" if run.status == "complete" else "within tolerance"
-    return Check("committed", verdict, f"{len(run.steps)} of {calls} steps; the run is {run.status}")
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except ImportError as missing:
+        return Check(name, "not checked", f"needs {missing.name}: pip install 'diffusion-probe[record]'")
+    except DAMAGE as error:
+        return Check(name, "failed", _told(error))
 
 
-def check_softmax(run: Run) -> Check:
-    if not run.grids:
-        return Check("softmax", "not checked", "no attention maps were recorded")
-    worst, where, allowed = 0.0, "", 0.0
-    for grid in run.grids:
-        maps = run.attention(grid)
-        tokens = maps.sizes["token"]
-        allowed = ROW_TOLERANCE.get(str(maps.dtype), 1.05 * math.sqrt(tokens) / 255)
-        for index in range(maps.sizes["step"]):
-            sums = probabilities(maps.isel(step=index).values).sum(axis=0)
-            off = float(np.abs(sums - 1).max())
-            if not off <= worst:
-                worst, where = off, f"step {int(maps.step[index])} at {grid}"
-            if not off <= allowed:
-                return Check("softmax", "failed", f"rows sum to 1 only within {off:.2g} at {where}; {allowed:.2g} is allowed for {maps.dtype}")
-    return Check("softmax", "within tolerance", f"rows sum to 1 within {worst:.2g} ({where}); {allowed:.2g} is allowed for their type")
+def _told(error: Exception, what: str = "cannot be read") -> str:
+    text = error.cause if isinstance(error, ProbeError) else str(error)
+    return f"{what}: {(text or type(error).__name__).splitlines()[0][:200]}"
 
 
-def check_guidance(run: Run) -> Check:
-    asked = run.experiment
-    cond = run.prediction("cond")
-    if asked.guidance_scale <= 1:
-        same = np.array_equal(run.prediction().values, cond.values, equal_nan=True)
-        return Check(
-            "guidance",
-            "exact" if same else "failed",
-            "no guidance: the scheduler got the conditional prediction" + ("" if same else ", but not here"),
-        )
-    import torch
-
-    from probe.sampling import guide
-
-    pairs = []
-    for index in range(len(run.steps)):
-        uncond, own, given = (_torch(run, a.isel(step=index).values) for a in (run.prediction("uncond"), cond, run.prediction()))
-        with torch.no_grad():
-            pairs.append((int(run.steps[index]), guide(uncond, own, asked.guidance_scale, asked.guidance_rescale), given))
-    return _compare("guidance", run, pairs, f"uncond + {asked.guidance_scale:g} (cond - uncond)")
-
-
-def check_scheduler(run: Run) -> Check:
-    import torch
-
-    asked = run.experiment
-    latents, predictions = run.latents, run.prediction()
-    if not len(run.steps):
-        return Check("scheduler", "not checked", "no step was committed")
-    from probe.sampling import noise, step_options
-
-    scheduler = rebuild_scheduler(run)
-    scheduler.set_timesteps(asked.steps)
-    kind = getattr(torch, run.attributes["model"]["dtype"])
-    start, generators = noise(asked.seed, tuple(latents.shape[1:]), kind)
-    options = step_options(scheduler, asked.eta, generators)
-
-    def replay() -> Iterator[tuple[int, Any, Any]]:
-        current = start * scheduler.init_noise_sigma
-        for index, t in enumerate(scheduler.timesteps[: len(run.steps)]):
-            recorded = _torch(run, latents.isel(step=index).values)
-            yield index, current, recorded
-            scheduler.scale_model_input(recorded, t)
-            current = scheduler.step(_torch(run, predictions.isel(step=index).values), t, recorded, **options, return_dict=False)[0]
-        if run.status == "complete":
-            yield len(run.steps), current, _torch(run, run.variable("latents/final_latents").values)
-
-    with torch.no_grad():
-        return _compare("scheduler", run, list(replay()), f"{run.attributes['scheduler']['class']} replayed from the seed's noise")
-
-
-def rebuild_scheduler(run: Run) -> Any:
-    """A fresh scheduler as the run had it, from the recording alone."""
-    import diffusers
-
-    kind = getattr(diffusers, str(run.attributes["scheduler"]["class"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise RecordingDamaged(f"{run.name} names a scheduler that diffusers does not have.", "Use the version of diffusers that recorded it.")
-    config = run.attributes["scheduler"]["config"]
-    return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
-
-
-def _compare(name: str, run: Run, pairs: list[tuple[int, Any, Any]], what: str) -> Check:
-    """Bit-equal; or close, where the recording was made under conditions that this machine does not share."""
-    import torch
-
-    worst, at = 0.0, 0
-    for step, found, recorded in pairs:
-        if not bool(((found == recorded) | (found.isnan() & recorded.isnan())).all()):  # on_nan: record writes NaN down
-            off = float((found.double() - recorded.double()).abs().max() / max(float(recorded.double().abs().max()), 1e-12))
-            off = math.inf if math.isnan(off) else off
-            if off > worst:
-                worst, at = off, step
-    if worst == 0.0:
-        return Check(name, "exact", f"{what}: the same bits at all {len(pairs)} places")
-    here = {"device": "cpu", "torch": torch.__version__}
-    there = run.attributes["environment"]
-    differing = [f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
-    allowed = REPLAY_TOLERANCE[run.attributes["model"]["dtype"]]
-    if differing and worst <= allowed:
-        return Check(
-            name,
-            "within tolerance",
-            f"{what}: within {worst:.2g} of its greatest value at step {at} ({'; '.join(differing)}); {allowed:g} is allowed",
-        )
-    return Check(name, "failed", f"{what}: off by {worst:.2g} of its greatest value at step {at}")
-
-
-def _torch(run: Run, value: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(np.array(value)).to(getattr(torch, run.attributes["model"]["dtype"]))
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
     made = Parser(prog="python -m probe.verify", description=__doc__)
     made.add_argument("run", nargs="?", default="latest", help="a recording: a path, the beginning of its name, or latest")
     made.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    made.add_argument("--model", action="store_true", help="load the recording's model, and let it predict again from the recorded latents")
+    made.add_argument("--steps", default="all", help='with --model, at which steps: all, "start:stop:step", or "0,5,-1" [all]')
+    made.add_argument("--json", action="store_true", help="the findings as JSON")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
+    if options.steps != "all" and not options.model:
+        raise ExperimentError("--steps says at which steps the model is asked, and no model is.", "Add --model.")
     run = open_run(options.run, options.runs)
-    print(f"{run.name} ({run.status})")
-    found = verify(run)
-    for check in found:
-        print(f"  {check.name:10} {check.verdict:17} {check.detail}")
+    found = verify(run, model=options.model, steps=_steps(run, options.steps))
+    if options.json:
+        print(json.dumps(as_json(run, found), indent=2, ensure_ascii=False))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000  # in a pipe, a finding is a line
+        print(told(run, found, width, options.model))
     return 1 if any(check.verdict == "failed" for check in found) else 0
+
+
+def _steps(run: Run, text: str) -> tuple[int, ...] | None:
+    if text == "all":
+        return None
+    from probe.experiment import load_experiment
+
+    return load_experiment({"capture": {"steps": text}}).capture.steps_of(run.tree.sizes["step"])
+
+
+def overall(found: Sequence[Check]) -> str:
+    """The verdict of all: the worst of them."""
+    present = {check.verdict for check in found}
+    return next(verdict for verdict in ("failed", "within tolerance", "exact", "not checked") if verdict in present)
+
+
+def as_json(run: Run, found: Sequence[Check]) -> dict[str, Any]:
+    """The findings for a machine."""
+    checks = [{"name": c.name, "verdict": c.verdict, "detail": c.detail, "because": list(c.because)} for c in found]
+    return {"recording": run.name, "path": str(run.path), "status": run.status, "verdict": overall(found), "checks": checks}
+
+
+def told(run: Run, found: Sequence[Check], width: int, with_model: bool) -> str:
+    """The findings for people: a table, then one line that says it all."""
+    lines = [f"{run.name} ({run.status})"]
+    names = max(len(check.name) for check in found)
+    for check in found:
+        head = f"  {check.name:{names}}  {check.verdict:16}  "
+        room = max(width - len(head), 40)
+        detail = check.detail + (f" (because: {'; '.join(check.because)})" if check.because else "")
+        first, *rest = textwrap.wrap(detail, room, break_on_hyphens=False) or [""]
+        lines += [head + first, *(" " * len(head) + line for line in rest)]
+    counts = {
+        verdict: [check.name for check in found if check.verdict == verdict] for verdict in ("failed", "exact", "within tolerance", "not checked")
+    }
+    if counts["failed"]:
+        lines.append(f"FAILED: {len(counts['failed'])} of {len(found)} checks: {', '.join(counts['failed'])}.")
+    else:
+        parts = [f"{len(names)} {verdict}" for verdict, names in counts.items() if names]
+        hint = "" if with_model else " Add --model to let the model predict again."
+        lines.append(f"Verified: {', '.join(parts)}.{hint}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

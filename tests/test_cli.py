@@ -635,7 +635,7 @@ def test_a_damaged_recording_is_said_to_be(call: Command, runs: Path, verb: str)
 def test_verify_is_0_for_a_good_one_and_1_for_a_changed_one(call: Command, runs: Path) -> None:
     code, out, err = call(cli.dispatch, "verify")
     assert (code, err) == (0, "") and "failed" not in out
-    assert [line.split()[0] for line in out.splitlines()[1:6]] == ["manifest", "committed", "softmax", "guidance", "scheduler"]
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["manifest", "committed", "schema", "labels"]
     chunk = next(runs.glob("*.zarr/latents/latents/c.1.*"))
     chunk.unlink()
     code, out, err = call(cli.dispatch, "verify")
