@@ -2,7 +2,8 @@
 
     probe run EXPERIMENT.yaml     record a run (the same as python -m probe.run)
     probe ls                      list recordings
-    probe show [RUN]              what a recording holds, and where its pictures are
+    probe show [RUN]              what a recording holds, and where its pictures are; --words: a sheet of every word's maps
+    probe ask RUN WORD            where the picture would have looked at any word, also one that was not in the prompt
     probe verify [RUN]            check a recording against itself
     probe rerun [RUN]             record the same again, and say what differs
     probe diff A B                what differs between two recordings
@@ -18,6 +19,8 @@ import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from probe.errors import RecordingBusy, RecordingDamaged, RecordingNotFound
 from probe.strict_yaml import printable
@@ -37,6 +40,38 @@ def verify(arguments: list[str]) -> int:
     from probe.verify import main
 
     return main(arguments)
+
+
+def ask(arguments: list[str]) -> int:
+    """Where the picture would have looked at a word: a read-out of a recording made with capture.attention: queries.
+
+    The word did not influence the picture; the text encoder and the layers' key projections run, the UNet does not.
+    """
+    from probe.pictures import ask_sheet, keep
+    from probe.recording import open_run
+
+    parser = Parser(prog="probe ask", description=ask.__doc__)
+    parser.add_argument("run", help="a path, the beginning of a name, or latest")
+    parser.add_argument("word", help="a word or a phrase")
+    parser.add_argument("--context", help='the sentence that is read, which has to contain the word ["a WORD"]')
+    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    options = parser.parse_args(arguments)
+    found = open_run(options.run, options.runs)
+    from probe.ask import read_out
+
+    maps = read_out(found, options.word, options.context)
+    slug = "".join(c if c.isalnum() else "-" for c in options.word.lower())
+    picture = keep(ask_sheet(found, maps), found, f"ask-{slug}.png", **maps.attrs)
+    print(f"{options.word!r}, read in {maps.attrs['context']!r} ({maps.attrs['read_out']})\n")
+    thirds = [part for part in np.array_split(np.arange(maps.sizes["step"]), 3) if len(part)]
+    table = []
+    for part in thirds:
+        one = maps.isel(step=part)
+        y, x = np.unravel_index(int(one.mean("step").values.argmax()), one.shape[1:])
+        sigma = one["sigma"].values
+        table.append((f"{sigma.max():.2f} to {sigma.min():.2f}", f"{float(one.mean()):.2%}", f"{float(one.mean('step').max()):.2%}", f"({y}, {x})"))
+    print(rows(table, ("sigma", "mean share", "greatest", "at (y, x)")) + f"\n\n{picture}")
+    return 0
 
 
 def rerun(arguments: list[str]) -> int:
@@ -146,8 +181,14 @@ def show(arguments: list[str]) -> int:
 
     parser = Parser(prog="probe show", description=show.__doc__)
     _add_run(parser)
+    parser.add_argument("--words", action="store_true", help="draw where the picture looked at each word, by noise level, into words.png")
     options = parser.parse_args(arguments)
     found = open_run(options.run, options.runs)
+    if options.words:
+        from probe.pictures import keep, word_sheet
+
+        print(keep(word_sheet(found), found, "words.png"))
+        return 0
     print(f"{found!r}\n")
     table = []
     for group in found.tree.subtree:
@@ -198,7 +239,7 @@ def rm(arguments: list[str]) -> int:
     return 0
 
 
-VERBS = {"run": run, "ls": ls, "show": show, "verify": verify, "rerun": rerun, "diff": diff, "rm": rm, "gc": gc}
+VERBS = {"run": run, "ls": ls, "show": show, "ask": ask, "verify": verify, "rerun": rerun, "diff": diff, "rm": rm, "gc": gc}
 
 
 def dispatch(arguments: list[str]) -> int:

@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from test_recorder import PROMPT, pipeline, take
+from test_recorder import ask as ask_experiment
 
 from probe.ask import READ_OUT, ask, read_out
+from probe.cli import dispatch
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.hooks import Hooks
+from probe.recorder import record
 from probe.recording import Run
+from probe.verify import verify
 
 QUERIES = {"attention": "queries", "branches": "both", "dtype": "float32"}
 
@@ -84,3 +89,17 @@ def test_what_cannot_be_asked(run: Run, tmp_path: Path) -> None:
         read_out(run, "cat", pipeline=tiny.pipeline(seed=1))
     with pytest.raises(RecordingNotFound, match="the cond branch"):
         read_out(take(tmp_path, capture={**QUERIES, "branches": "uncond"}), "cat", pipeline=pipeline())
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    made = record(ask_experiment(tmp_path / "runs", model=str(tmp_path / "model"), device="cpu", capture=QUERIES), progress=False)
+    assert dispatch(["ask", str(made.path), "astronaut", "--context", "an astronaut in the hat"]) == 0
+    told = capsys.readouterr().out
+    assert READ_OUT in told and "'an astronaut in the hat'" in told and "sigma" in told
+    with Image.open(made.path / "ask-astronaut.png") as picture:
+        assert picture.text["context"] == "an astronaut in the hat" and picture.text["read_out"] == READ_OUT
+    assert dispatch(["show", str(made.path), "--words"]) == 0
+    with Image.open(made.path / "words.png") as picture:
+        assert np.asarray(picture).std() > 5, "a blank sheet"
+    assert [check.name for check in verify(Run(made.path)) if check.verdict == "failed"] == [], "pictures are not in the manifest"
