@@ -49,17 +49,30 @@ def begin(model: StableDiffusion, asked: Experiment, writer: RunWriter) -> Start
     """
     if asked.image is None:
         return None
-    mean, deviation = encode(model, writer.read("source/picture"))
-    generators = [torch.Generator().manual_seed(asked.seed + i) for i in range(asked.images)]
-    shape = (asked.images, *mean.shape[1:])
-    sampled = mean + deviation * draw(generators, shape, model.dtype).to(model.device) if model.vae is not None else mean.repeat(shape[0], 1, 1, 1)
-    clean, eps = model.scaling_factor * sampled, draw(generators, shape, model.dtype).to(model.device)
     if writer.committed:
         clean = torch.from_numpy(writer.read("forward/clean")).to(model.device, model.dtype)
-    else:
-        writer.write("forward/clean", _numpy(clean))
-        writer.write("forward/noise", _numpy(eps))
-    return Start(clean, eps, asked.strength, generators)
+        return restart(asked, clean, encoded=model.vae is not None)
+    mean, deviation = encode(model, writer.read("source/picture"))
+    shape = (asked.images, *mean.shape[1:])
+    sample, eps, generators = _draws(asked, shape, model.dtype, encoded=model.vae is not None)
+    clean = model.scaling_factor * (mean + deviation * sample.to(model.device))
+    start = Start(clean, eps.to(model.device), asked.strength, generators)
+    writer.write("forward/clean", _numpy(start.clean))
+    writer.write("forward/noise", _numpy(start.noise))
+    return start
+
+
+def restart(asked: Experiment, clean: torch.Tensor, encoded: bool) -> Start:
+    """Where a recorded run began: its latents as they are, its noise drawn anew; `encoded` is whether a VAE made the latents."""
+    _, eps, generators = _draws(asked, tuple(clean.shape), clean.dtype, encoded)
+    return Start(clean, eps.to(clean.device), asked.strength, generators)
+
+
+def _draws(asked: Experiment, shape: tuple[int, ...], dtype: torch.dtype, encoded: bool) -> tuple[torch.Tensor, torch.Tensor, list[torch.Generator]]:
+    """The sample of the posterior (nothing, without a VAE), then the noise, and the generators after both."""
+    generators = [torch.Generator().manual_seed(asked.seed + i) for i in range(asked.images)]
+    sample = draw(generators, shape, dtype) if encoded else torch.zeros(shape, dtype=dtype)
+    return sample, draw(generators, shape, dtype), generators
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,10 @@ class Noised:
                 prediction_type=self.model.prediction_type,
                 variance_exploding=False,
             )
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """Latents and noise by the schema's paths, as they are stored."""
+        return {"forward/clean": _numpy(self.clean), "forward/noise": _numpy(self.noise)}
 
     def measures(self, step: Step) -> dict[str, torch.Tensor]:
         """What the prediction of a step is worth, in float32, by the schema's paths: denoised, difference, losses."""

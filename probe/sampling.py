@@ -131,6 +131,14 @@ def first_call(scheduler: Any, steps: int, strength: float) -> int:
     return max(steps - min(int(steps * strength), steps), 0) * int(scheduler.order)
 
 
+def started(scheduler: Any, start: Start, begin: int) -> torch.Tensor:
+    """The latents that go into call `begin`, the first; the scheduler, whose timesteps are set, is told that it begins there."""
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    at = scheduler.timesteps[begin : begin + 1].repeat(len(start.clean))
+    return scheduler.add_noise(start.clean, start.noise, at)  # type: ignore[no-any-return]
+
+
 def fresh(scheduler: Any) -> Any:
     """A scheduler of the same class and config without any state."""
     # Without this entry `from_config` would go back to the class's defaults where a pipeline has changed them (clip_sample).
@@ -205,9 +213,7 @@ def denoise(
         latents = latents.to(model.device) * scheduler.init_noise_sigma
     else:
         images, generators = len(start.clean), [generator.clone_state() for generator in start.generators]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)
-        latents = scheduler.add_noise(start.clean, start.noise, timesteps[:1].repeat(images))
+        latents = started(scheduler, start, begin)
     options = step_options(scheduler, eta, generators)
     guided = guidance_scale > 1.0
     embeddings = conditioning.embeddings(images, guided)
