@@ -106,7 +106,9 @@ _WEIGHTS: dict[Method, Callable[[int, int], np.ndarray]] = {"bilinear": _bilinea
 def numbers(maps: xr.DataArray) -> xr.DataArray:
     """Stored maps, read from the disk and decoded: the same labels, float32 (float64 stays)."""
     values = maps.values
-    return maps.copy(deep=False, data=values if values.dtype == np.float64 else probabilities(values))
+    found = maps.copy(deep=False, data=values if values.dtype == np.float64 else probabilities(values))
+    found.attrs = {name: value for name, value in maps.attrs.items() if name != "encoding"}  # which these numbers have no more
+    return found
 
 
 def steps_of(maps: xr.DataArray) -> Iterator[xr.DataArray]:
@@ -125,7 +127,7 @@ def stepwise(function: Callable[[xr.DataArray], xr.DataArray], maps: xr.DataArra
 
 
 def stacked(parts: Sequence[xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
-    """What was computed from each step of `maps`, with the steps' labels back, in the order of `maps`' dimensions."""
+    """What was computed from each step of `maps`, put together: the steps first, with their labels back. Raises RecordingNotFound for none."""
     if "step" not in maps.dims:
         return parts[0]
     if not parts:
@@ -137,6 +139,7 @@ def stacked(parts: Sequence[xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
 
 
 def unrecorded() -> RecordingNotFound:
+    """The error for maps without a single step."""
     return RecordingNotFound("There are no maps to read: no step was recorded.", "Record it again, with capture.steps: all.")
 
 
@@ -183,7 +186,7 @@ def word_maps(
         parts = [getattr(values.take(place, axis=axis), merge)(axis=axis, keepdims=True) for place in places]
         whole = np.concatenate(parts, axis=axis) if parts else values.take([], axis=axis)
         coords = {name: value for name, value in one.coords.items() if "token" not in value.dims}
-        return xr.DataArray(whole, dims=["word" if d == "token" else d for d in one.dims], coords=coords, name=maps.name)
+        return xr.DataArray(whole, dims=["word" if d == "token" else d for d in one.dims], coords=coords, name=maps.name, attrs=one.attrs)
 
     found = stepwise(merged, maps).transpose(*("word" if d == "token" else d for d in maps.dims))
     texts = np.array([str(words[place[0]]) for place in places], dtype=object)
@@ -197,6 +200,13 @@ def branch_words(maps: xr.DataArray, cut: Mapping[str, str] | None = None) -> di
     *Shape:* (token, branch, ...) -> for each branch (word, ...). `cut`: what the model never read of each prompt.
     """
     return {str(b): word_maps(maps.sel(branch=b), cut=(cut or {}).get(str(b), "")) for b in maps["branch"].values}
+
+
+def word_names(words: xr.DataArray) -> list[str]:
+    """A name of its own for each word, for captions and legends: "cat", "hat", "cat (2)". *Shape:* (word, ...) -> one for each word."""
+    texts = [str(word) for word in words["word"].values]
+    times = [texts[: i + 1].count(text) for i, text in enumerate(texts)]
+    return [text if time == 1 else f"{text} ({time})" for text, time in zip(texts, times, strict=True)]
 
 
 def content_words(words: xr.DataArray, leave_out: Collection[str] = FUNCTION_WORDS) -> xr.DataArray:

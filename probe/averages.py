@@ -85,28 +85,28 @@ def by_sigma(maps: xr.DataArray, bands: int | Sequence[float] = 3, sigma: xr.Dat
     *Shape:* (step, ...) -> (band, ...), labelled by `sigma_from` and `sigma_to` (from <= sigma < to; the noisiest band has its
     upper end too) and by `steps`, the number of steps in it. `bands`: how many, of equal width in log sigma, or their edges,
     rising; a step outside of the edges is in no band. `sigma`: over `step`, where `maps` has no such coordinate. A band without
-    steps is NaN. Raises ValueError for edges that do not rise, for maps without steps, and for maps without noise levels.
+    steps is NaN. Raises RecordingNotFound when no step was recorded, and ValueError for edges that do not rise, for maps without
+    a step axis, and for maps without noise levels.
     """
     if "step" not in maps.dims or (sigma is None and "sigma" not in maps.coords):
         raise ValueError("these maps have no noise levels: give maps with steps, and `sigma` over step")
+    if not maps.sizes["step"]:
+        raise unrecorded()
     levels = (maps["sigma"] if sigma is None else sigma.sel(step=maps["step"])).values.astype(float)
     edges = _edges(levels, bands)
     of_step = np.searchsorted(edges[1:-1], levels, side="right")
-    of_step[(levels < edges[0]) | (levels > edges[-1])] = -1
+    of_step[~((levels >= edges[0]) & (levels <= edges[-1]))] = -1
     sums: list[np.ndarray | None] = [None] * (len(edges) - 1)
     steps = np.zeros(len(sums), int)
-    one = None
     for band, one in zip(of_step, steps_of(maps), strict=True):
         if band >= 0 and not missing(one):
             steps[band] += 1
             before = sums[band]
             sums[band] = one.values if before is None else before + one.values
-    if one is None:
-        raise unrecorded()
-    means = [np.full(one.shape, np.nan, np.float32) if of is None else of / np.float32(n) for of, n in zip(sums, steps, strict=True)]
-    coords = {name: value for name, value in one.coords.items() if "step" not in maps[name].dims}
+    like = maps.isel(step=0, drop=True)
+    means = [np.full(like.shape, np.nan, np.float32) if of is None else of / np.float32(n) for of, n in zip(sums, steps, strict=True)]
     labels = {"sigma_from": edges[:-1], "sigma_to": edges[1:], "steps": steps}
-    whole = xr.DataArray(np.stack(means[::-1]), dims=("band", *one.dims), coords=coords, name=maps.name, attrs=maps.attrs)
+    whole = xr.DataArray(np.stack(means[::-1]), dims=("band", *like.dims), coords=like.coords, name=maps.name, attrs=maps.attrs)
     return whole.assign_coords({name: ("band", values[::-1]) for name, values in labels.items()})
 
 

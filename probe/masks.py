@@ -19,7 +19,7 @@ import xarray as xr
 from probe.analysis import numbers
 
 SPACE = ("y", "x")
-BLOCK = 1 << 22  # values that are sorted at once: 16 MB of maps, with their order in 32 MB
+BLOCK = 1 << 20  # values that are sorted at once, which takes 50 MB
 
 # --- masks -----------------------------------------------------------------------------------------------------------
 
