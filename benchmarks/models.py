@@ -59,6 +59,7 @@ def parser(about: str | None, rounds: int = 7, **options: Any) -> argparse.Argum
     made = argparse.ArgumentParser(description=(about or "").split("\n")[0], **options)
     made.add_argument("--model", choices=NAMES, default="small")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--rounds", type=int, default=rounds)
     return made
 

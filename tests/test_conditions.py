@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import accelerate
 import numpy as np
+import peft
 import pytest
 import tiny
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from test_capture import BOTH, DOWN, MIDDLE, Scores, assert_maps
 from test_recorder import OFF, ask, assert_neutral, assert_no_hooks, bare, model_for, take
@@ -82,13 +85,11 @@ def attended(pipe: Any, asked: Experiment) -> Scores:
 
 
 def lora(pipe: Any) -> None:
-    peft = pytest.importorskip("peft")
     torch.manual_seed(5)
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_out.0"], init_lora_weights=False))
 
 
 def two_loras(pipe: Any) -> None:
-    peft = pytest.importorskip("peft")
     for name, seed in (("one", 5), ("other", 6)):
         torch.manual_seed(seed)
         pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), name)
@@ -101,7 +102,6 @@ def merged_lora(pipe: Any) -> None:
 
 
 def model_offload(pipe: Any) -> None:
-    accelerate = pytest.importorskip("accelerate")
     for part in ("text_encoder", "unet", "vae"):
         accelerate.cpu_offload_with_hook(getattr(pipe, part), execution_device=torch.device("cpu"))
 
@@ -282,13 +282,11 @@ def new_forward(pipe: Any) -> None:
 
 
 def sequential_offload(pipe: Any) -> None:
-    accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
 
 
 def offload_elsewhere(pipe: Any) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    accelerate.hooks.add_hook_to_module(pipe.unet, accelerate.hooks.AlignDevicesHook(execution_device="meta", place_submodules=False))
+    add_hook_to_module(pipe.unet, AlignDevicesHook(execution_device="meta", place_submodules=False))
     pipe.unet.to("cpu")
 
 

@@ -1,0 +1,100 @@
+"""A stopwatch on the loop of `probe.record`: how much of it is the model's, how much is recording's.
+
+It stands in for two names that `probe.perform` uses, `denoise` and `hooked`, and passes everything on to the real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from probe import perform
+from probe.capture import hooked
+from probe.hooks import Hooks
+from probe.sampling import denoise
+from probe.store import RunWriter
+
+
+@dataclass
+class Took:
+    """Seconds of a loop without its first step: CPU of all threads, wall; and CPU of what recording adds, by where it is spent.
+
+    `once` is what recording adds to the first step, which also reads what the text offers.
+    """
+
+    cpu: float = 0.0
+    wall: float = 0.0
+    hooks: float = 0.0
+    handing_over: float = 0.0
+    writing: float = 0.0
+    once: float = 0.0
+
+    @property
+    def own(self) -> float:
+        return self.hooks + self.handing_over + self.writing
+
+
+def nothing() -> None:
+    pass
+
+
+@contextlib.contextmanager
+def stopwatch(took: Took, begin: Callable[[], None] = nothing, end: Callable[[], None] = nothing) -> Iterator[None]:
+    """Time the loop of a `record` inside this block, from its second step to the last step's being on disk.
+
+    `begin` is called before its first step, `end` after its last.
+    """
+    begun: list[tuple[float, float, float]] = []
+    inside = 0.0
+
+    def now() -> tuple[float, float, float]:
+        return time.process_time(), time.thread_time(), time.perf_counter()
+
+    def timed(callback: Callable[[Any], None]) -> Callable[[Any], None]:
+        def watch(value: Any) -> None:
+            start = time.thread_time()
+            callback(value)
+            took.hooks += time.thread_time() - start
+
+        return watch
+
+    def watching(*captures: Any) -> Hooks:
+        if took.cpu or len(captures) == 1:  # the decoder's and the text encoder's, outside the loop
+            return hooked(*captures)
+        return Hooks((module, when, timed(callback)) for capture in captures for module, when, callback in capture.watches())
+
+    def steps(*args: Any, **named: Any) -> Iterator[Any]:
+        nonlocal inside
+        loop = denoise(*args, **named)
+        begin()
+        first = now()
+        for number in range(10**6):
+            start = time.thread_time()
+            step = next(loop, None)
+            inside += time.thread_time() - start
+            if step is None:
+                return
+            yield step
+            if number == 0:
+                begun.append(now())
+                took.once, took.hooks, inside = took.hooks + begun[0][0] - first[0] - inside, 0.0, 0.0
+
+    flush = RunWriter.flush
+
+    def flushed(writer: RunWriter) -> None:
+        flush(writer)
+        if begun and not took.cpu:
+            took.cpu, thread, took.wall = (after - before for after, before in zip(now(), begun[0], strict=True))
+            took.handing_over, took.writing = thread - inside, took.cpu - thread
+            end()
+
+    with (
+        mock.patch.object(perform, "hooked", watching),
+        mock.patch.object(perform, "denoise", steps),
+        mock.patch.object(RunWriter, "flush", flushed),
+    ):
+        yield
