@@ -146,11 +146,12 @@ words = [read.words[number] if number >= 0 else "" for number in read.word_of]
 print(table(["position", "token", "id", "word"], [(i, read.tokens[i], int(read.ids[0, i]), words[i]) for i in first]))
 print(f"  ... and {len(read.tokens) - len(first)} more like the last, to position {len(read.tokens) - 1}")
 
-place = read.tokens.index("diving")
-other = model.read("a picture of diving")
-assert other.ids[0, place] == read.ids[0, place], "the second sentence must have the word at the same place"
+place = read.end - 1
+other = model.read(f"a picture of {words[place]}")
+assert other.end == read.end, "the second sentence must be as long as the prompt, to have the word at the same place: change it"
+assert other.ids[0, place] == read.ids[0, place]
 alike = float(cosine_similarity(conditioning.cond_embedding[0, place], model.encode(other)[0, place], dim=0))
-print(f"'diving' in {read.text!r} and in {other.text!r}: the same id, and vectors of cosine {alike:.2f}.")
+print(f"{words[place]!r} in {read.text!r} and in {other.text!r}: the same id, and vectors of cosine {alike:.2f}.")
 
 vectors = conditioning.cond_embedding[0, : read.end + 2]
 colours = signed(float(vectors.abs().quantile(0.99)))
@@ -328,8 +329,8 @@ print(f"the loop written out: the same bits again, after {len(scheduler.timestep
 
 # %% [markdown]
 # Look at it from left to right. "Believed" is the picture that remains if all predicted noise is taken away at once. Without words
-# the model believes in some picture of its world; the words pull; guidance pulls harder. Once enough is drawn, it needs the
-# words less and less to tell what it is: the latents themselves say so.
+# the model believes in some picture of its world; the words pull; guidance pulls harder. How far they move the believed latents $x_0$
+# (by $\sigma$ times the change in the noise) is written below: once enough is drawn, the latents themselves say what it is.
 
 # %%
 chosen = [steps[index] for index in np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))]
@@ -345,12 +346,13 @@ def believed(prediction):
 
 added = [(step.prediction_cond - step.prediction_uncond)[0].square().mean(0).sqrt().numpy() for step in chosen]
 pull = Scale(0, float(np.max(added)))
+moved = [f"moves x0 by {step.sigma * found.mean():.3f}" for step, found in zip(chosen, added, strict=True)]
 rows = [
     Row("what goes in,\ndecoded", paint(torch.cat([step.latents for step in chosen])), [f"t {s.timestep:.0f}, sigma {s.sigma:.2f}" for s in chosen]),
     Row("what is taken for\nnoise, guided\n(channel 0)", [three(step.eps[0, 0]) for step in chosen], scale=three),
     Row("believed without\nwords (uncond)", believed("prediction_uncond")),
     Row("believed with\nwords (cond)", believed("prediction_cond")),
-    Row("where the words\nchange the noise", [pull(found) for found in added], [f"mean {found.mean():.2f}" for found in added], pull),
+    Row("where the words\nchange the noise", [pull(found) for found in added], moved, pull),
     Row(f"believed, guided:\n{GUIDANCE:g} times the\ndifference", believed("prediction")),
 ]
 note = "the words' change: root mean square over channels of cond - uncond"
@@ -364,7 +366,7 @@ show("4-backward", sheet("Backward: from noise to a picture", note, [f"step {ste
 # everything down. Watching changes nothing; this is checked here, too.
 #
 # Start, end and padding get their share as well: they are where a place looks that has no question. Mind what such a map is:
-# where the model *looked*. It often is the thing that the word names, and it need not be.
+# where the model *looked*. That may be the thing that the word names, and it need not be.
 
 # %%
 asked = {"name": "deep-dive", "prompt": PROMPT, "seed": SEED, "steps": STEPS, "guidance_scale": GUIDANCE, "dtype": "float32", "device": "cpu"}
@@ -450,11 +452,12 @@ show("5-cost", areas("The cost of one call of the same UNet, as area", "on laten
 # %%
 @torch.no_grad()
 def seconds(call, repeats):
+    """Processor time of a call, which other programs on the machine do not lengthen as they do the time on the wall."""
     found = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        found.append(time.perf_counter() - start)
+        found.append(time.process_time() - start)
     return statistics.median(found)
 
 
@@ -464,10 +467,11 @@ fast = seconds(lambda: model.unet(x0, 500, encoder_hidden_states=text), 7)
 slow = seconds(lambda: on_pixels(torch.zeros(1, 3, side, side), 500, encoder_hidden_states=text), 1)
 painting, calls = seconds(lambda: model.decode(latents), 3), 2 * len(steps)
 whole = calls * fast + painting
-print(f"one call on pixels takes {slow / fast:.0f} times as long as one on latents, for {costs[0].large / costs[0].small:.0f} times the operations.")
-print(f"a whole picture takes {calls * slow / whole:.0f} times as long; with latents, painting is {painting / whole:.1%} of the time.")
+print(f"one call on pixels has {costs[0].large / costs[0].small:.0f} times the operations of one on latents")
+print(f"and takes {slow / fast:.0f} times the processor time.")
+print(f"A whole picture takes {calls * slow / whole:.0f} times as much on pixels; on latents, painting is {painting / whole:.1%} of it.")
 easy, hard = score.values()
-print(f"the price: a round trip of {easy:.1f} dB for what the decoder can paint, and {hard:.1f} dB for what it never saw.")
+print(f"The price: a round trip of {easy:.1f} dB for what the decoder can paint, and {hard:.1f} dB for what it never saw.")
 
 # %% [markdown]
 # That is all of it. A sentence became vectors. Noise became latents, a little at a time, while every place asked the words
@@ -476,3 +480,6 @@ print(f"the price: a round trip of {easy:.1f} dB for what the decoder can paint,
 # * `probe show latest --runs runs/deep_dive` tells what else is in the recording of section four;
 # * `experiments/astronaut.yaml` is an experiment to change and to run: `python -m probe.run experiments/astronaut.yaml`;
 # * with a GPU, `experiments/astronaut-sd14.yaml` does the same with Stable Diffusion itself.
+
+# %%
+print(f"{len(list(OUT.glob('?-*.png')))} pictures and the recording {run.name} are in {OUT}.")
