@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.errors import RecordingBusy, RecordingDamaged, RecordingNotFound
+from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, RecordingNotFound
 from probe.strict_yaml import printable
 from probe.terminal import Parser, fail, guarded, rows
 
@@ -85,6 +85,8 @@ def rerun(arguments: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     before = open_run(options.run, options.runs)
+    if "noising" in before.attributes:
+        raise ExperimentError(f"{before.name} is a noising, which probe rerun cannot record.", "Record it again: python -m probe.noising FILE.")
     asked = load_experiment(before.experiment, output=str(before.path.parent))
     from probe.recorder import record
 
@@ -167,6 +169,8 @@ def ls(arguments: list[str]) -> int:
             continue
         asked = attributes["experiment"]
         sampling = f"{asked['steps']} steps, guidance {asked['guidance_scale']:g}, seed {asked['seed']}"
+        if "noising" in attributes:
+            sampling = f"noised at {asked['steps']} timesteps, seed {asked['seed']}"
         when = attributes.get("created", "")[:16].replace("T", " ")
         table.append(
             (path.name.removesuffix(".zarr"), attributes["status"], _shorten(asked["model"], 40), sampling, _shorten(asked["prompt"], 40), when)

@@ -11,8 +11,8 @@ noise, then whatever the scheduler draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from probe.conversions import target
 from probe.errors import NotFinite
 from probe.experiment import Experiment
 from probe.models import Conditioning, StableDiffusion
+from probe.planning import Plan, plan
+from probe.recording import Run
 from probe.sampling import Schedule, Start, Step, draw, fresh, noise
+from probe.schema import array
 from probe.store import RunWriter
 
 
@@ -53,13 +56,20 @@ def begin(model: StableDiffusion, asked: Experiment, writer: RunWriter) -> Start
         clean = torch.from_numpy(writer.read("forward/clean")).to(model.device, model.dtype)
         return restart(asked, clean, encoded=model.vae is not None)
     mean, deviation = encode(model, writer.read("source/picture"))
-    shape = (asked.images, *mean.shape[1:])
-    sample, eps, generators = _draws(asked, shape, model.dtype, encoded=model.vae is not None)
-    clean = model.scaling_factor * (mean + deviation * sample.to(model.device))
-    start = Start(clean, eps.to(model.device), asked.strength, generators)
+    clean, eps, generators = sampled(model, asked, mean, deviation)
+    start = Start(clean, eps, asked.strength, generators)
     writer.write("forward/clean", _numpy(start.clean))
     writer.write("forward/noise", _numpy(start.noise))
     return start
+
+
+def sampled(
+    model: StableDiffusion, asked: Experiment, mean: torch.Tensor, deviation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Generator]]:
+    """Latents drawn from the VAE's posterior, one of each image, then their noise, and the generators after both."""
+    shape = (asked.images, *mean.shape[1:])
+    sample, eps, generators = _draws(asked, shape, model.dtype, encoded=model.vae is not None)
+    return model.scaling_factor * (mean + deviation * sample.to(model.device)), eps.to(model.device), generators
 
 
 def restart(asked: Experiment, clean: torch.Tensor, encoded: bool) -> Start:
@@ -73,6 +83,30 @@ def _draws(asked: Experiment, shape: tuple[int, ...], dtype: torch.dtype, encode
     generators = [torch.Generator().manual_seed(asked.seed + i) for i in range(asked.images)]
     sample = draw(generators, shape, dtype) if encoded else torch.zeros(shape, dtype=dtype)
     return sample, draw(generators, shape, dtype), generators
+
+
+def plan_forward(model: StableDiffusion, asked: Experiment, picture: np.ndarray, timesteps: tuple[int, ...], masks: Mapping[str, np.ndarray]) -> Plan:
+    """What a noising records: as a run of `asked` whose steps are the timesteps, and what is measured. Raises as `plan` does."""
+    settled = plan(model, asked, picture, Schedule.at(model.scheduler, timesteps))
+    calls, shape = settled.calls, settled.latent_shape
+    arrays = [
+        array("source", "psnr", ()),
+        *(array("forward", name, (calls, *shape)) for name in ("denoised", "difference")),
+        *(array("forward", name, (calls, shape[0])) for name in ("loss", "noise_loss")),
+        *(array("forward", name, (calls,)) for name in ("loss_mean", "loss_spread")),
+    ]
+    if masks:
+        arrays += [array("source", "masked", value=list(masks)), array("source", "mask", value=np.stack(list(masks.values())))]
+    return replace(settled, arrays=(*settled.arrays, *arrays))
+
+
+def replan(model: StableDiffusion, run: Run) -> Plan:
+    """The plan by which a recording was made, of whatever kind, with the picture and the masks that it holds."""
+    picture = None if run.source is None else run.source.values
+    if picture is None or "noising" not in run.attributes:
+        return plan(model, run.experiment, picture)
+    masks = {str(mask["masked"].item()): mask.values for mask in run.variable("source/mask")} if "mask" in run.tree["source"].dataset else {}
+    return plan_forward(model, run.experiment, picture, tuple(run.attributes["noising"]["timesteps"]), masks)
 
 
 @dataclass(frozen=True)

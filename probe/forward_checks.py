@@ -1,98 +1,79 @@
-"""Whether what was recorded of the forward process follows from the picture, the seed and the predictions. Without the model.
+"""Whether what was recorded of a picture with noise in it follows from the picture, the seed and the predictions.
 
-forward      noise is that of the seeds; of a noising, every noised latent, difference and loss follows, and the VAE's round trip
-noised       of a noising, in place of the check of a schedule: its timesteps are those asked for, its noise levels the model's
+forward      without the model: the noise is that of the seeds; of a noising, every difference and loss, and the VAE's round trip
+encode       with it: the latents are what the VAE makes of the picture
+
+That the noised latents follow is a matter of `probe.replay`, as in any run.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 
 from probe.checks import Check, Tally
 from probe.conversions import denoised_from, eps_from, target
-from probe.forward import psnr, restart
+from probe.forward import encode, psnr, restart, sampled
 from probe.map_checks import relative
+from probe.models import StableDiffusion
 from probe.recording import Run
-from probe.replay import TOLERANCE, conditions, numbers, rebuild_scheduler, run_dtype, tensor
-from probe.sampling import Schedule, noise
+from probe.replay import conditions, numbers, run_dtype, tensor
+from probe.sampling import noise
 
-ROUNDED = 1e-5  # of the greatest value, where the same float32 formula is computed by another library
-
-
-def check_noised(run: Run) -> Check:
-    """Timesteps and noise levels of a noising."""
-    scheduler, asked = rebuild_scheduler(run), run.attributes["noising"]
-    tally = Tally("schedule", "timesteps as asked for, their noise levels the model's", 1e-6, conditions(run))
-    schedule = Schedule.at(scheduler, asked["timesteps"])
-    for name, values in {"timestep": schedule.timesteps, "sigma": schedule.sigmas, "alpha_bar": schedule.alpha_bars}.items():
-        recorded = run.variable(name).values
-        if recorded.shape != (len(values),):
-            tally.fail(f"{name} has {recorded.size} values, {len(values)} were asked for")
-        else:
-            tally.add(relative(np.array(values), recorded), name)
-    if run.attributes["prediction_type"] != scheduler.config.prediction_type:
-        tally.fail(f"prediction_type is {run.attributes['prediction_type']}, the scheduler's is {scheduler.config.prediction_type}")
-    return tally.check()
+ROUNDED = 1e-4  # of the greatest value: one float32 formula, computed by torch and by numpy, and divided by sqrt(alpha_bar)
 
 
 def check_forward(run: Run) -> Check:
-    """The true noise, and all that follows from it."""
-    if "noising" in run.attributes:
-        return _check_noising(run)
-    if run.experiment.image is None:
-        return Check("forward", "not checked", "the run began from pure noise")
+    """The true noise, and all that is measured by it."""
     clean = tensor(run, run.variable("forward/clean").values)
-    start = restart(run.experiment, clean, encoded=int(run.attributes["model"]["f"]) > 1)
-    tally = Tally("forward", "noise is that of the seeds", TOLERANCE[str(clean.dtype).removeprefix("torch.")], conditions(run))
-    tally.add(relative(numbers(start.noise), run.variable("forward/noise").values), "noise")
+    if "noising" in run.attributes:
+        tally = Tally("forward", "noise is that of the seeds; differences, losses and the round trip follow", ROUNDED, ("rounding", *conditions(run)))
+        eps = noise(run.experiment.seed, tuple(clean.shape), run_dtype(run))[0]
+        _measured(run, tally, clean, eps)
+    else:
+        tally = Tally("forward", "noise is that of the seeds")
+        eps = restart(run.experiment, clean, encoded=int(run.attributes["model"]["f"]) > 1).noise
+    if not np.array_equal(numbers(eps), run.variable("forward/noise").values):
+        tally.fail("noise is not that of the seeds")
+    tally.add(0.0, "noise")
     return tally.check()
 
 
-def _check_noising(run: Run) -> Check:
-    asked, dtype = run.experiment, run_dtype(run)
-    bits = TOLERANCE[str(dtype).removeprefix("torch.")]
-    tally = Tally("forward", "noise, noised latents, differences and losses follow", max(ROUNDED, bits), ("rounding", *conditions(run)))
-    clean, eps = (tensor(run, run.variable(f"forward/{name}").values) for name in ("clean", "noise"))
-    if not np.array_equal(numbers(noise(asked.seed, tuple(clean.shape), dtype)[0]), numbers(eps)):
-        tally.fail("noise is not that of the seeds")
+def check_encoded(run: Run, model: StableDiffusion, allowed: float, because: tuple[str, ...]) -> Check:
+    """The picture's latents, made again by the VAE."""
+    mean, deviation = encode(model, run.variable("source/picture").values)
+    if "noising" in run.attributes:
+        made = (model.scaling_factor * mean).repeat(run.experiment.images, 1, 1, 1)
+    else:
+        made, *_ = sampled(model, run.experiment, mean, deviation)
+    tally = Tally("encode", "the VAE's latents of the picture", allowed, because)
+    tally.add(relative(numbers(made), run.variable("forward/clean").values), "forward/clean")
+    return tally.check()
+
+
+def _measured(run: Run, tally: Tally, clean: torch.Tensor, eps: torch.Tensor) -> None:
+    kind, count = str(run.attributes["prediction_type"]), len(clean)
     if not bool((clean == clean[:1]).all()):
         tally.fail("the draws of noise have not the same clean latents")
-    if run.status == "complete" and not np.array_equal(run.variable("latents/final_latents").values, numbers(clean)):
-        tally.fail("final_latents are not the clean latents")
-    scheduler = rebuild_scheduler(run)
+    true_clean, true_eps = (value.float().numpy() for value in (clean, eps))
+    axes = (1, 2, 3)
     for step in run.steps:
-        at = f"step {step}"
-        t, alpha_bar = int(run.variable("timestep").values[step]), float(run.variable("alpha_bar").values[step])
-        x = run.variable("latents/latents").isel(step=step).values
-        made = scheduler.add_noise(clean, eps, torch.tensor([t] * len(clean)))
-        tally.add(relative(numbers(made), x), f"latents, {at}")
-        for name, value in _measured(run, step, x.astype(np.float32), clean, eps, alpha_bar).items():
-            tally.add(relative(value, run.variable(f"forward/{name}").isel(step=step).values), f"{name}, {at}")
+        alpha_bar = float(run.variable("alpha_bar").values[step])
+        x, prediction = (run.variable(f"latents/{name}").isel(step=step).values.astype(np.float32) for name in ("latents", "prediction"))
+        difference = eps_from(prediction, x, alpha_bar, kind) - true_eps
+        with np.errstate(divide="ignore", invalid="ignore"):  # at alpha_bar 0, noise says nothing of what is clean
+            denoised = denoised_from(prediction, x, alpha_bar, kind)
+        made = {
+            "denoised": denoised,
+            "difference": difference,
+            "loss": ((prediction - target(true_clean, true_eps, alpha_bar, kind)) ** 2).mean(axis=axes),
+            "noise_loss": (difference**2).mean(axis=axes),
+        }
+        for name, value in made.items():
+            tally.add(relative(value, run.variable(f"forward/{name}").isel(step=step).values), f"forward/{name}, step {step}")
     if run.status == "complete":
         loss = run.variable("forward/loss").values.astype(np.float64)
-        tally.add(relative(loss.mean(axis=1), run.variable("forward/loss_mean").values), "loss_mean")
-        spread = loss.std(axis=1, ddof=1) if asked.images > 1 else np.full(len(loss), np.nan)
-        tally.add(relative(spread, run.variable("forward/loss_spread").values), "loss_spread")
-        trip = psnr(run.variable("source/picture").values, run.images.values[0])
-        tally.add(relative(np.array(trip), run.variable("source/psnr").values), "psnr")
-    return tally.check()
-
-
-def _measured(run: Run, step: int, x: np.ndarray, clean: torch.Tensor, eps: torch.Tensor, alpha_bar: float) -> dict[str, Any]:
-    kind = str(run.attributes["prediction_type"])
-    prediction = run.variable("latents/prediction").isel(step=step).values.astype(np.float32)
-    true_clean, true_eps = (value.float().numpy() for value in (clean, eps))
-    wanted = target(true_clean, true_eps, alpha_bar, kind)
-    difference = eps_from(prediction, x, alpha_bar, kind) - true_eps
-    with np.errstate(divide="ignore", invalid="ignore"):
-        denoised = denoised_from(prediction, x, alpha_bar, kind)
-    axes = (1, 2, 3)
-    return {
-        "denoised": denoised,
-        "difference": difference,
-        "loss": ((prediction - wanted) ** 2).mean(axis=axes),
-        "noise_loss": (difference**2).mean(axis=axes),
-    }
+        spread = loss.std(axis=1, ddof=1) if count > 1 else np.full(len(loss), np.nan)
+        trip = np.array(psnr(run.variable("source/picture").values, run.images.values[0]))
+        for path, value in (("forward/loss_mean", loss.mean(axis=1)), ("forward/loss_spread", spread), ("source/psnr", trip)):
+            tally.add(relative(value, run.variable(path).values), path)

@@ -198,11 +198,7 @@ def plan_noising(
     model: StableDiffusion, asked: Noising, picture: np.ndarray | None = None, masks: Mapping[str, np.ndarray] | None = None
 ) -> tuple[Plan, np.ndarray]:
     """What a noising will record, and the picture, (y, x, rgb) uint8. Raises ExperimentError or PromptError if it cannot be."""
-    from dataclasses import replace
-
-    from probe.planning import plan
-    from probe.sampling import Schedule
-    from probe.schema import array
+    from probe.forward import plan_forward
 
     most = int(model.scheduler.config.num_train_timesteps) - 1
     if asked.timesteps[0] > most:
@@ -219,17 +215,7 @@ def plan_noising(
         height, width = (model.f * side for side in latents)
         picture = read_picture(asked.picture, height, width, "picture")
     held = read_masks(asked.masks, height, width) if masks is None else checked_masks(masks, height, width)
-    run = plan(model, asked.experiment(height, width), picture, Schedule.at(model.scheduler, asked.timesteps))
-    calls, shape = run.calls, run.latent_shape
-    arrays = [
-        array("source", "psnr", ()),
-        *(array("forward", name, (calls, *shape)) for name in ("denoised", "difference")),
-        *(array("forward", name, (calls, shape[0])) for name in ("loss", "noise_loss")),
-        *(array("forward", name, (calls,)) for name in ("loss_mean", "loss_spread")),
-    ]
-    if held:
-        arrays += [array("source", "masked", value=list(held)), array("source", "mask", value=np.stack(list(held.values())))]
-    return replace(run, arrays=(*run.arrays, *arrays)), picture
+    return plan_forward(model, asked.experiment(height, width), picture, asked.timesteps, held), picture
 
 
 def _model(asked: Noising, pipeline: Any | None, weights: bool = True) -> StableDiffusion:

@@ -26,6 +26,7 @@ from probe import pictures
 from probe.compare import differing_conditions
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
 from probe.experiment import Experiment, load_experiment
+from probe.forward import replan
 from probe.loading import load
 from probe.models import StableDiffusion
 from probe.perform import Say, perform
@@ -86,7 +87,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
     asked = run.experiment
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say)
-        settled = plan(model, asked, None if run.source is None else run.source.values)
+        settled = replan(model, run)
         here, there = describe(model, settled), run.attributes
         if here["model"]["weights"] != there["model"]["weights"]:
             raise ModelError(f"{run.name} was begun with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")

@@ -24,9 +24,10 @@ from probe.checks import Check, Tally
 from probe.compare import differing_conditions
 from probe.errors import RecordingDamaged
 from probe.fields import SCHEDULERS
+from probe.forward import restart
 from probe.map_checks import relative
 from probe.recording import Run
-from probe.sampling import Schedule, guide, noise, step_options
+from probe.sampling import Schedule, first_call, guide, noise, started, step_options
 
 # Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding grows some fifteenfold.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}
@@ -49,14 +50,22 @@ class Call:
 
 def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
     """The committed calls of a run, each from its recorded latents, through a fresh scheduler and without the model."""
+    if "noising" in run.attributes:
+        yield from _noised(run, device)
+        return
     asked, branches = run.experiment, 2 if run.experiment.guidance_scale > 1 else 1
     scheduler = rebuild_scheduler(run)
     scheduler.set_timesteps(asked.steps, device=device)
-    stored = run.latents
-    start, generators = noise(asked.seed, tuple(stored.shape[1:]), run_dtype(run))
+    stored, begin = run.latents, _begin(run, scheduler)
+    if asked.image is None:
+        pure, generators = noise(asked.seed, tuple(stored.shape[1:]), run_dtype(run))
+        came = pure.to(device) * scheduler.init_noise_sigma
+    else:
+        clean = tensor(run, run.variable("forward/clean").values).to(device)
+        start = restart(asked, clean, encoded=int(run.attributes["model"]["f"]) > 1)
+        came, generators = started(scheduler, start, begin), start.generators
     options = step_options(scheduler, asked.eta, generators)
-    came = start.to(device) * scheduler.init_noise_sigma
-    for index, t in enumerate(scheduler.timesteps[: len(run.steps)]):
+    for index, t in enumerate(scheduler.timesteps[begin:][: len(run.steps)]):
         values = stored.isel(step=index).values
         latents = tensor(run, values).to(device)
         with torch.no_grad():
@@ -68,6 +77,26 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
     if run.status == "complete":
         values = run.variable("latents/final_latents").values
         yield Call(len(run.steps), None, came, tensor(run, values).to(device), values, None)
+
+
+def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
+    """The timesteps of a noising: the noise of its seeds, mixed into its clean latents."""
+    scheduler, stored = rebuild_scheduler(run), run.latents
+    clean = tensor(run, run.variable("forward/clean").values).to(device)
+    eps = noise(run.experiment.seed, tuple(clean.shape), run_dtype(run))[0].to(device)
+    for index, timestep in enumerate(run.attributes["noising"]["timesteps"][: len(run.steps)]):
+        values, t = stored.isel(step=index).values, torch.tensor(int(timestep), device=device)
+        latents = tensor(run, values).to(device)
+        yield Call(index, t, scheduler.add_noise(clean, eps, t.repeat(len(clean))), latents, values, latents)
+    if run.status == "complete":
+        values = run.variable("latents/final_latents").values
+        yield Call(len(run.steps), None, clean, tensor(run, values).to(device), values, None)
+
+
+def _begin(run: Run, scheduler: Any) -> int:
+    """Which of the scheduler's calls is the run's first."""
+    asked = run.experiment
+    return 0 if asked.image is None else first_call(scheduler, asked.steps, asked.strength)
 
 
 def rebuild_scheduler(run: Run) -> Any:
@@ -136,7 +165,8 @@ def check_schedule(run: Run) -> Check:
     """Noise levels, and whether the scheduler is the one that was asked for."""
     asked, config = run.experiment, run.attributes["scheduler"]["config"]
     scheduler = rebuild_scheduler(run)
-    schedule = Schedule.of(scheduler, asked.steps)
+    noising = run.attributes.get("noising")
+    schedule = Schedule.at(scheduler, noising["timesteps"]) if noising else Schedule.of(scheduler, asked.steps, _begin(run, scheduler))
     tally = Tally("schedule", f"timestep, sigma and alpha_bar of {type(scheduler).__name__}", 1e-4, conditions(run))
     kind, options = SCHEDULERS.get(asked.scheduler, (type(scheduler).__name__, {}))
     if type(scheduler).__name__ != kind:
@@ -189,8 +219,12 @@ def check_guidance(run: Run) -> Check:
 
 def check_scheduler(run: Run) -> Check:
     """Every latent from the seed's noise and the recorded predictions."""
-    name = run.attributes["scheduler"]["class"]
-    tally = Tally("scheduler", f"{name} replayed from the seed's noise", TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
+    how = f"{run.attributes['scheduler']['class']} replayed from the seed's noise"
+    if run.experiment.image is not None:
+        how += " in the picture's latents"
+    if "noising" in run.attributes:
+        how = "the seeds' noise in the picture's latents, at every timestep; nothing is denoised"
+    tally = Tally("scheduler", how, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
     for call in replayed(run):
         made = numbers(call.came)
         tally.add(relative(made, call.stored), f"{'final_latents' if call.model_input is None else f'step {call.index}'}{_image(made, call.stored)}")

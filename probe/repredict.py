@@ -8,6 +8,7 @@
     attention    softmax(q k) v through to_out, computed here, against what leaves the layer: maps are what the layer used
     inside       statistics, whole outputs and queries of modules, what tokens write, what each word did
     decode       the VAE's pictures of the recorded latents
+    encode       its latents of the picture that a run or a noising began from (probe.forward_checks)
 
 Maps are computed here in a way of their own, not by `probe.capture`, so that a fault of the recorder is not repeated.
 """
@@ -25,13 +26,15 @@ from probe.capture import OutputCapture, TextCapture, hooked
 from probe.checks import Check, Tally, variables
 from probe.compare import differing_conditions
 from probe.counterfactual import embeddings_without, word_changes
+from probe.forward import replan
+from probe.forward_checks import check_encoded
 from probe.hooks import Watch
 from probe.loading import load, pick_device
 from probe.map_checks import BOUND, ROUNDED, moments_of, relative, rounding, unlike
 from probe.models import StableDiffusion
 from probe.modes import TextSide
 from probe.perform import fit_preview
-from probe.planning import ENCODER, Plan, grid_group, plan
+from probe.planning import ENCODER, Plan, grid_group
 from probe.recorder import describe
 from probe.recording import Run
 from probe.rehearsal import cross_attention, self_attention
@@ -64,7 +67,7 @@ def model_of(run: Run, pipeline: Any | None = None) -> StableDiffusion:
 def check_model(run: Run, model: StableDiffusion, steps: Sequence[int]) -> Iterator[Check]:
     """All checks that need the model, one after the other; the UNet predicts again at `steps`."""
     with threads_of(run):
-        settled = plan(model, run.experiment)
+        settled = replan(model, run)
         here = describe(model, settled)
         because = tuple(differing_conditions(run.attributes, here))
         one, other = run.attributes["model"]["weights"], here["model"]["weights"]
@@ -75,6 +78,8 @@ def check_model(run: Run, model: StableDiffusion, steps: Sequence[int]) -> Itera
         for tally in again.predict(steps):
             yield tally.check()
         yield again.decode().check()
+        if run.source is not None:
+            yield check_encoded(run, model, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], because)
 
 
 def check_plan(run: Run, settled: Plan, because: tuple[str, ...]) -> Check:

@@ -6,10 +6,11 @@ From the recording alone:
     schema, labels                    what there is, and what it is called (probe.schema_checks)
     softmax, moments, sums            attention maps (probe.map_checks)
     schedule, guidance, scheduler     every number that follows from another (probe.replay)
+    forward                           what a picture it began from, and noise in it, lead to (probe.forward_checks)
 
 With --model, from its recorded latents (probe.repredict):
 
-    weights, plan, text, predictions, maps, attention, inside, decode
+    weights, plan, text, predictions, maps, attention, inside, decode, encode
 
 The verdict of each is "exact"; "within tolerance", for a reason that is named, such as another device; or "failed", and
 where. What cannot be checked says why. Exit code 1 if anything failed.
@@ -33,7 +34,7 @@ from probe.schema_checks import check_labels, check_schema
 from probe.terminal import Parser, guarded
 
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # whatever a damaged file makes of itself
-WITH_MODEL = "weights plan text predictions maps attention inside decode".split()
+WITH_MODEL = "weights plan text predictions maps attention inside decode encode".split()
 
 
 def verify(run: Run, model: Any = None, steps: Sequence[int] | None = None) -> list[Check]:
@@ -54,16 +55,19 @@ def verify(run: Run, model: Any = None, steps: Sequence[int] | None = None) -> l
         _guarded("picture", lambda: check_picture(run)),
         *(_guarded(name, lambda name=name: _replay(name, run)) for name in ("schedule", "guidance", "scheduler")),  # type: ignore[misc]
     ]
+    if (run.path / "source").is_dir():  # a picture that it began from
+        found.append(_guarded("forward", lambda: _replay("forward", run)))
     if model is not None and model is not False:
         found += _ask_again(run, None if model is True else model, steps)
     return found
 
 
 def _replay(name: str, run: Run) -> Check:
-    from probe import replay
+    from probe import forward_checks, replay
 
+    checks = {"schedule": replay.check_schedule, "guidance": replay.check_guidance, "scheduler": replay.check_scheduler}
     with replay.threads_of(run):
-        return {"schedule": replay.check_schedule, "guidance": replay.check_guidance, "scheduler": replay.check_scheduler}[name](run)
+        return {**checks, "forward": forward_checks.check_forward}[name](run)
 
 
 def _ask_again(run: Run, pipeline: Any, steps: Sequence[int] | None) -> list[Check]:
