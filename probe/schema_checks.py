@@ -39,6 +39,10 @@ def expected_variables(run: Run) -> set[str]:
     names = {f"{v.group}/{v.name}".strip("/") for v in SCHEMA if v.group in groups}
     if asked.guidance_scale <= 1:
         names.discard("latents/prediction_uncond")
+    if asked.image is not None or "noising" in run.attributes:
+        names |= {"source/picture", "forward/clean", "forward/noise"}
+    if "noising" in run.attributes:
+        names |= {"source/psnr", *(f"forward/{v.name}" for v in SCHEMA if v.group == "forward")}
     if asked.capture.counterfactual:
         names |= {"counterfactual/masked_word", "counterfactual/change"}
     if asked.capture.text:
@@ -115,6 +119,7 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 LABELS = ("token_text", "word", "word_index")
+Labels = dict[tuple[str, int], tuple[str, str, int]]
 
 
 def check_labels(run: Run) -> Check:
@@ -122,10 +127,11 @@ def check_labels(run: Run) -> Check:
     found = dict(variables(run))
     texts = [path.removesuffix("/token_text") for path in found if path.endswith("/token_text")]
     problems = list(_wrong_branches(run, found))
-    for group in sorted(texts, key=lambda group: not group.startswith("text/")):
-        for other in texts:
-            problems += _unlike_labels(run, other, group) if other != group else []
-        problems += _misspelt(run, group)
+    labels = {group: _labels(run, group) for group in sorted(texts, key=lambda group: not group.startswith("text/"))}
+    for (one, there), (other, here) in itertools.permutations(labels.items(), 2):
+        problems += _unlike_labels(here, there, other, one)
+    for group, here in labels.items():
+        problems += _misspelt(run, group, here)
     problems += _misplaced_layers(run, found)
     if problems:
         return Check("labels", "failed", problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
@@ -144,7 +150,7 @@ def _wrong_branches(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
                 yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(wanted)}"
 
 
-def _labels(run: Run, group: str) -> dict[tuple[str, int], tuple[str, str, int]]:
+def _labels(run: Run, group: str) -> Labels:
     """Text, word and word number by branch and token position."""
     data = run.tree[group].dataset
     columns = [data[name].transpose("branch", "token").values for name in LABELS]
@@ -155,15 +161,13 @@ def _labels(run: Run, group: str) -> dict[tuple[str, int], tuple[str, str, int]]
     }
 
 
-def _unlike_labels(run: Run, group: str, other: str) -> Iterator[str]:
-    here, there = _labels(run, group), _labels(run, other)
+def _unlike_labels(here: Labels, there: Labels, group: str, other: str) -> Iterator[str]:
     for at, label in here.items():
         if at in there and there[at] != label:
             yield f"{group}: token {at[1]} of {at[0]} is {label[0]!r} in the word {label[1]!r}, in {other} {there[at][0]!r} in {there[at][1]!r}"
 
 
-def _misspelt(run: Run, group: str) -> Iterator[str]:
-    labels = _labels(run, group)
+def _misspelt(run: Run, group: str, labels: Labels) -> Iterator[str]:
     prompts = {"cond": run.experiment.prompt, "uncond": run.experiment.negative_prompt}
     for branch in dict.fromkeys(branch for branch, _ in labels):
         positions = [position for at, position in labels if at == branch]

@@ -259,9 +259,10 @@ HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SOUND: list[dict[str, Any]] = [
     {"width": 48, "guidance_rescale": 0.4, "decode_every": 2, "capture": {"branches": "both", "dtype": "sqrt_u8", "self_attention": ("*",)}},
     {"scheduler": "EulerAncestral", "guidance_scale": 1.0, "negative_prompt": "", "capture": {"attention": "summary", "counterfactual": ("cat",)}},
-    {"scheduler": "DPM++2M", "kind": "bfloat16", "images": 1, "capture": {"attention": "queries", "steps": "0,2"}},
 ]
 ALSO: list[dict[str, Any]] = [
+    {"scheduler": "DPM++2M", "kind": "bfloat16", "images": 1, "capture": {"attention": "queries", "steps": "0,2"}},
+    {"scheduler": "DPM++2M", "scheduler_options": {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}},
     *({"scheduler": name, "seed": 9} for name in SCHEDULERS),
     {"scheduler": "DDIM", "eta": 0.7, "prediction": "v_prediction", "height": 48, "capture": {"branches": "uncond", "dtype": "float32"}},
     {"scheduler": "PNDM", "kind": "float16", "capture": {"tokens": "all", "branches": "both", "dtype": "float32"}},
