@@ -30,7 +30,7 @@ LAYERS = [
     ("probe.errors", "probe.conversions"),
     ("probe.strict_yaml",),
     ("probe.schema",),
-    ("probe.fields",),
+    ("probe.fields", "probe.source"),
     ("probe.experiment",),
     ("probe.background",),
     ("probe.store",),
@@ -39,7 +39,8 @@ LAYERS = [
     ("probe.untrusted",),
     ("probe.lazy",),
     ("probe.recording",),
-    ("probe.pictures", "probe.terminal", "probe.compare"),
+    ("probe.pictures", "probe.terminal", "probe.compare", "probe.checks"),
+    ("probe.noising_sheet", "probe.map_checks", "probe.schema_checks"),
     ("probe",),  # probe/__init__.py: the public reading API
     # ================= the torch line =================
     ("probe.hooks",),
@@ -51,12 +52,16 @@ LAYERS = [
     ("probe.capture", "probe.edits", "probe.counterfactual"),
     ("probe.modes",),
     ("probe.planning",),
-    ("probe.noising", "probe.cost"),
+    ("probe.forward",),
     ("probe.perform",),
-    ("probe.recorder", "probe.ask"),
+    ("probe.recorder", "probe.ask", "probe.cost"),
+    ("probe.replay",),
+    ("probe.forward_checks",),
+    ("probe.repredict",),
     ("probe.sweep",),
     # ================= the doors: torch only inside functions =================
     ("probe.run", "probe.verify"),
+    ("probe.noising",),
     ("probe.cli",),
     ("probe.__main__",),
 ]
