@@ -1,6 +1,6 @@
 """Record the sample that ships with the package: the default picture, small enough to travel.
 
-    python -m experiments.emojiworld.sample
+python -m experiments.emojiworld.sample
 """
 
 from __future__ import annotations
