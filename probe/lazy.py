@@ -37,6 +37,7 @@ from probe.untrusted import Stored, nodes_of, read_file, read_root, refuse
 MAX_TEXT = 4 * 2**20  # bytes of a variable of text
 UNBACKED = 256 * 2**20
 FAULTS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError, MemoryError)  # what zarr makes of a damaged chunk
+SMALL = 10_000  # values that are kept once they were read
 TEXT = np.dtypes.StringDType()
 LARGE, MOST_HOLES = 64 * 2**20, 64  # of a larger file, 1 byte in 64 must take room on the disk
 
@@ -186,7 +187,8 @@ class Values(BackendArray):
     def _read(self, key: tuple[Any, ...]) -> Any:
         try:
             self._check_size(key)
-            return self._array.oindex[key]
+            with np.errstate(over="ignore"):  # zarr adds up what a shard's index says, whatever it says
+                return self._array.oindex[key]
         except RecordingDamaged:
             raise
         except FAULTS as error:
@@ -229,7 +231,9 @@ def open_tree(path: Path) -> xr.DataTree:
     inside: dict[str, dict[str, xr.Variable]] = {group: {} for group in groups}
     for name, stored in arrays.items():
         group, _, last = name.rpartition("/")
-        values = labels[name] if name in labels else indexing.LazilyIndexedArray(Values(store, stored))
+        values: Any = labels[name] if name in labels else indexing.LazilyIndexedArray(Values(store, stored))
+        if name not in labels and prod(stored.shape) <= SMALL:
+            values = indexing.MemoryCachedArray(indexing.CopyOnWriteArray(values))  # as stock xarray keeps everything once it is read
         inside[group][last] = xr.Variable(stored.dims, values, dict(stored.attributes))
     try:
         return xr.DataTree.from_dict(

@@ -27,7 +27,7 @@ from probe.schema import STATUSES, array
 from probe.strict_yaml import UNCLEAN, printable, shorten
 
 REMEDY = "Record it again, or remove it."
-MAX_ROOT, MAX_NODE = 8 * 2**20, 2**20  # bytes of the root file, and of any other zarr.json
+MAX_ROOT, MAX_NODE, MAX_PARTS = 8 * 2**20, 2**20, 200_000  # bytes of the root file, of any other zarr.json, lists and objects in one
 MAX_NODES, MAX_DEPTH, MAX_CHUNKS, MAX_LABELS = 4000, 8, 10_000, 100_000
 
 DTYPES = {name: np.dtype(name) for name in "uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split()}
@@ -68,14 +68,17 @@ def read_file(root: Path, name: str, check: Callable[[os.stat_result], None], pa
         raise
     finally:
         os.close(at)
-    with os.fdopen(file, "rb") as handle:
+    try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise refuse(root, f"{printable(name)} is not a file")
         check(found)
         start, end, _ = part.indices(found.st_size)
-        handle.seek(start)
-        return handle.read(max(0, end - start))
+        with open(file, "rb", closefd=False) as handle:
+            handle.seek(start)
+            return handle.read(max(0, end - start))
+    finally:
+        os.close(file)
 
 
 def read_json(root: Path, name: str, most: int) -> Any:
@@ -92,7 +95,10 @@ def read_json(root: Path, name: str, most: int) -> Any:
         return not_finite[-1]
 
     try:
-        found = json.loads(read_file(root, name, check).decode(), parse_constant=constant)
+        raw = read_file(root, name, check)
+        if raw.count(b"{") + raw.count(b"[") > MAX_PARTS:
+            raise refuse(root, f"{name} has too many parts")
+        found = json.loads(raw.decode(), parse_constant=constant)
         if not_finite:
             settings = found["attributes"]["scheduler"]["config"].values()
             if len(not_finite) != sum(isinstance(value, float) and not isfinite(value) for value in settings):
@@ -205,7 +211,7 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
     for name, node in sorted(nodes.items()):
         said = shorten(printable(name))
         parent, _, last = name.rpartition("/")
-        if not SEGMENT.fullmatch(last) or GRIDDED.fullmatch(name) or name.count("/") >= MAX_DEPTH or parent not in groups:
+        if not SEGMENT.fullmatch(last) or GRIDDED.fullmatch(name) or name.count("/") >= MAX_DEPTH or parent not in groups or name[:1] == "/":
             raise refuse(path, f"it lists {said!r}, which is no name of a variable or group, or is in no group")
         try:
             own = read_json(path, f"{name}/zarr.json", MAX_NODE)
@@ -225,7 +231,8 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
 
 
 def _bare(node: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in node.items() if key != "consolidated_metadata"}
+    """What a node is. Not what is said of it: the root's word counts, and the manifest knows whether a file was edited."""
+    return {key: value for key, value in node.items() if key not in ("consolidated_metadata", "attributes")}
 
 
 def _no_links(path: Path, group: str) -> None:
