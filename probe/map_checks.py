@@ -111,6 +111,13 @@ def moments_of(maps: np.ndarray) -> np.ndarray:
     return np.stack([total / (p.shape[-2] * p.shape[-1]), *centres], -1)
 
 
+def head_statistics_of(maps: np.ndarray) -> np.ndarray:
+    """Moments, entropy over space in nats, and the greatest value. *Shape:* (..., y, x) -> (..., 5)."""
+    over_space = maps / maps.sum((-2, -1), keepdims=True)
+    entropy = -np.where(over_space > 0, over_space * np.log(np.maximum(over_space, 1e-38)), 0).sum((-2, -1))
+    return np.concatenate([moments_of(maps), np.stack([entropy, maps.max((-2, -1))], -1)], -1)
+
+
 def unlike_moments(stored: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """How far moments are from those of stored maps, over what rounding explains. *Shape:* (..., y, x), (..., 3) -> (..., 3).
 
@@ -172,6 +179,14 @@ def relative(found: np.ndarray, recorded: np.ndarray) -> float:
         return 0.0
     off, of = unlike(found, recorded)
     return float(np.abs(off).max() / max(float(np.abs(of).max()), 1e-12))
+
+
+def apart(found: np.ndarray, recorded: np.ndarray) -> float:
+    """The norm of the difference over that of what was recorded; 0 only for the same values, NaN in the same places included."""
+    if np.array_equal(found, recorded, equal_nan=found.dtype.kind == "f"):
+        return 0.0
+    off, of = unlike(found, recorded)
+    return float(np.linalg.norm(off) / max(float(np.linalg.norm(of)), 1e-12))
 
 
 def unlike(found: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

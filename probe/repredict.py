@@ -30,7 +30,7 @@ from probe.forward import replan
 from probe.forward_checks import check_encoded
 from probe.hooks import Watch
 from probe.loading import load, pick_device
-from probe.map_checks import BOUND, ROUNDED, moments_of, relative, rounding, unlike
+from probe.map_checks import BOUND, ROUNDED, apart, head_statistics_of, moments_of, relative, rounding
 from probe.models import StableDiffusion
 from probe.modes import TextSide
 from probe.perform import fit_preview
@@ -70,8 +70,7 @@ def check_model(run: Run, model: StableDiffusion, steps: Sequence[int]) -> Itera
         settled = replan(model, run)
         here = describe(model, settled)
         because = tuple(differing_conditions(run.attributes, here))
-        one, other = run.attributes["model"]["weights"], here["model"]["weights"]
-        yield Check("weights", "exact", f"digest {one}") if one == other else Check("weights", "failed", f"recorded with {one}, these are {other}")
+        yield check_weights(run.attributes["model"].get("weights"), here["model"]["weights"])
         yield check_plan(run, settled, because)
         again = Again(run, model, settled, because)
         yield again.text.check()
@@ -80,6 +79,15 @@ def check_model(run: Run, model: StableDiffusion, steps: Sequence[int]) -> Itera
         yield again.decode().check()
         if run.source is not None:
             yield check_encoded(run, model, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], because)
+
+
+def check_weights(recorded: str | None, here: str) -> Check:
+    """The digest of every weight and buffer."""
+    if recorded is None:
+        return Check("weights", "not checked", "it was recorded by a version that took no digest of them")
+    if recorded == here:
+        return Check("weights", "exact", f"digest {recorded}")
+    return Check("weights", "failed", f"recorded with weights of digest {recorded}, these have {here}: bring those back")
 
 
 def check_plan(run: Run, settled: Plan, because: tuple[str, ...]) -> Check:
@@ -235,10 +243,8 @@ class Again:
             self._inside.add(apart(made, stored), f"{group}/query, step {step}, {path}")
             return
         if mode == "summary":
-            entropy = _entropy(shares)[..., None]
-            numbers_of_heads = np.concatenate([moments_of(shares), entropy, shares.max((-2, -1))[..., None]], -1)
             recorded = self._recorded[f"{group}/head_statistics"].isel(step=step, layer=number).values
-            maps.add(self._off(numbers_of_heads, recorded), f"{group}/head_statistics, step {step}, {path}")
+            maps.add(self._off(head_statistics_of(shares), recorded), f"{group}/head_statistics, step {step}, {path}")
             shares = shares.mean(3, keepdims=True)
         self._count(maps, f"{group}/cross", number, path, step, shares)
         recorded = self._recorded[f"{group}/moments"].isel(step=step, layer=number).values
@@ -251,7 +257,7 @@ class Again:
         if self._because:
             maps.add(apart(made, p), f"{path}, step {step}, {layer}")
             return
-        off = np.abs(made - p) / (rounding(stored.values) + 1e-4 * made + 1e-7)
+        off = np.abs(made - p) / (rounding(stored.values) + 2e-4 * made + 1e-7)
         off = np.where(np.isnan(made) & np.isnan(p), 0.0, np.where(np.isnan(off), np.inf, off))
         at = np.unravel_index(int(off.argmax()), off.shape)
         labels = [f"{dim} {i}" for dim, i in zip(stored.dims, at, strict=True)]
@@ -323,19 +329,5 @@ class Sides:
         return numbers(shares), numbers(q), off
 
 
-def apart(found: np.ndarray, recorded: np.ndarray) -> float:
-    """The norm of the difference over that of what was recorded; 0 only for the same values, NaN in the same places included."""
-    if np.array_equal(found, recorded, equal_nan=found.dtype.kind == "f"):
-        return 0.0
-    off, of = unlike(found, recorded)
-    return float(np.linalg.norm(off) / max(float(np.linalg.norm(of)), 1e-12))
-
-
 def _pixels_apart(found: np.ndarray, recorded: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - recorded).mean() / 255)
-
-
-def _entropy(maps: np.ndarray) -> np.ndarray:
-    over_space = maps / maps.sum((-2, -1), keepdims=True)
-    found: np.ndarray = -np.where(over_space > 0, over_space * np.log(np.maximum(over_space, 1e-38)), 0).sum((-2, -1))
-    return found

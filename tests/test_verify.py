@@ -26,10 +26,9 @@ from probe.analysis import probabilities
 from probe.capture import to_storage
 from probe.checks import Check, Tally
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
-from probe.map_checks import ROUNDED, moments_of, relative, rounding, unlike_moments
+from probe.map_checks import ROUNDED, apart, moments_of, relative, rounding, unlike_moments
 from probe.recorder import record
 from probe.recording import Run
-from probe.repredict import apart
 from probe.schema_checks import expected_variables
 from probe.store import MANIFEST, manifest
 from probe.verify import WITH_MODEL, as_json, main, overall, told, verify
