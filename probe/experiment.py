@@ -233,6 +233,8 @@ def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tup
         return f"{field}: {context['error'].cause}", context["error"].remedy
     names = [*settings.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
     if kind == "extra_forbidden":
+        if settings is Experiment and "timesteps" in data and "caption" in data:
+            return f"{field}: this is a noising, not an experiment", "Run it with python -m probe.noising FILE."
         inside = place[0] == "capture" and len(place) > 1
         spellings = {name.rpartition(".")[2]: name for name in sorted(names, key=lambda name: ("." in name) == inside)}
         here = (CaptureOptions if inside else settings).model_fields

@@ -21,6 +21,7 @@ from PIL import Image
 
 from probe import cli, hooks, noising, store
 from probe.errors import ExperimentError, PromptError, TooLarge
+from probe.experiment import load_experiment
 from probe.forward import psnr
 from probe.loading import BUNDLED, load
 from probe.models import StableDiffusion
@@ -416,6 +417,12 @@ def test_help_tells_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     for name in Noising.model_fields:
         assert name == "capture" or f"--{name.replace('_', '-')} " in out, name
     assert "--capture.attention" in out and "experiments/noising.yaml" in out
+
+
+def test_a_noising_given_to_probe_run_is_told_where_it_belongs() -> None:
+    with pytest.raises(ExperimentError, match="this is a noising, not an experiment") as error:
+        load_experiment(ROOT / "experiments/noising.yaml")
+    assert error.value.remedy == "Run it with python -m probe.noising FILE."
 
 
 def test_the_example_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
