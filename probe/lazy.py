@@ -37,7 +37,7 @@ from probe.untrusted import Stored, nodes_of, read_file, read_root, refuse
 MAX_TEXT = 4 * 2**20  # bytes of a variable of text
 UNBACKED = 256 * 2**20
 FAULTS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError, MemoryError)  # what zarr makes of a damaged chunk
-SMALL = 10_000  # values that are kept once they were read
+SMALL = 10_000  # values of a variable that is kept once it was read, as stock xarray keeps every variable
 TEXT = np.dtypes.StringDType()
 LARGE, MOST_HOLES = 64 * 2**20, 64  # of a larger file, 1 byte in 64 must take room on the disk
 
@@ -188,7 +188,9 @@ class Values(BackendArray):
         try:
             self._check_size(key)
             with np.errstate(over="ignore"):  # zarr adds up what a shard's index says, whatever it says
-                return self._array.oindex[key]
+                if any(isinstance(which, np.ndarray) for which in key):
+                    return self._array.oindex[key]
+                return self._array[key]
         except RecordingDamaged:
             raise
         except FAULTS as error:
@@ -233,7 +235,7 @@ def open_tree(path: Path) -> xr.DataTree:
         group, _, last = name.rpartition("/")
         values: Any = labels[name] if name in labels else indexing.LazilyIndexedArray(Values(store, stored))
         if name not in labels and prod(stored.shape) <= SMALL:
-            values = indexing.MemoryCachedArray(indexing.CopyOnWriteArray(values))  # as stock xarray keeps everything once it is read
+            values = indexing.MemoryCachedArray(indexing.CopyOnWriteArray(values))  # type: ignore[no-untyped-call]
         inside[group][last] = xr.Variable(stored.dims, values, dict(stored.attributes))
     try:
         return xr.DataTree.from_dict(

@@ -106,7 +106,7 @@ def test_a_flipped_bit_in_metadata_is_seen(counts: tuple[int, int], runs: list[R
         what = f"bit {bit} of {file.relative_to(run.path.parent)}"
         before = json.loads(file.read_text())
         with flipped(file, bit):
-            said = refusal(lambda: Run(run.path).tree)
+            said = refusal(lambda path=run.path: Run(path).tree)
             refused += said is not None
             if said is None and manifest_of(Run(run.path)) != "failed":
                 assert json.loads(file.read_text()) == before, what  # 1e-05 and 1E-05 say the same
