@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
-from probe.recording import Run, open_run
 from probe.terminal import Parser, add_fields, guarded, overrides, rows
 
 if TYPE_CHECKING:
     from probe.planning import Plan
+    from probe.recording import Run
 
 EXAMPLE = "experiments/astronaut.yaml"
 
@@ -63,6 +63,8 @@ def _resume(options: argparse.Namespace) -> int:
             "Give --resume RUN alone (and --output FOLDER, if it is not in runs).",
         )
     quieten(options.quiet)
+    from probe.recording import open_run
+
     run = open_run(options.resume, folder)
     from probe.recorder import resume
 

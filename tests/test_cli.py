@@ -139,6 +139,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "images": ("3", 3),
     "height": ("64", 64),
     "width": ("40", 40),
+    "image": ("a picture.png", "a picture.png"),
+    "strength": ("0.6", 0.6),
     "scheduler": ("DPM++2M", "DPM++2M"),
     "steps": ("20", 20),
     "guidance_scale": ("5", 5.0),
@@ -149,6 +151,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "durability": ("none", "none"),
     "output": ("/tmp/else where", "/tmp/else where"),
     "capture.attention": ("off", "off"),
+    "capture.self_attention": ("8x8,mid_block.*", ("8x8", "mid_block.*")),
+    "capture.counterfactual": ("cat,hat", ("cat", "hat")),
     "capture.branches": ("both", "both"),
     "capture.tokens": ("all", "all"),
     "capture.layers": ("16x16,up_blocks.*", ("16x16", "up_blocks.*")),
@@ -591,8 +595,8 @@ def test_what_others_made_does_not_steer_the_terminal(call: Command, runs: Path)
     copied(runs, "hostile-11111111", experiment=hostile)
     code, out, _ = call(cli.dispatch, "ls")
     assert code == 0 and "hostile-11111111" in out and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
-    code, out, _ = call(cli.dispatch, "show", "hostile")
-    assert code == 0 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
+    code, out, err = call(cli.dispatch, "show", "hostile")
+    assert code == 2 and "damaged" in err and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out + err)
 
 
 def test_show_tells_what_is_inside(call: Command, runs: Path) -> None:
@@ -686,7 +690,7 @@ def test_rm_refuses_one_that_is_being_written_and_all_that_go_with_it(call: Comm
     assert call(cli.dispatch, "rm", "live", "--yes")[0] == 0
 
 
-@pytest.mark.parametrize(("verb", "remedy"), [("lss", "Did you mean ls?"), ("verfy", "Did you mean verify?"), ("dance", "There are: run, ls")])
+@pytest.mark.parametrize(("verb", "remedy"), [("lss", "Did you mean ls?"), ("verfy", "Did you mean verify"), ("dance", "There are: run, ls")])
 def test_an_unknown_verb_suggests(call: Command, verb: str, remedy: str) -> None:
     cause, found = refused(call, verb, main=cli.dispatch)
     assert cause == f"There is no verb {verb!r}." and remedy in found
@@ -704,7 +708,7 @@ def test_the_overview_names_every_verb(call: Command, arguments: list[str]) -> N
 def test_every_verb_has_help_and_notices_a_misspelled_option(call: Command, verb: str) -> None:
     code, out, _ = call(cli.dispatch, verb, "--help")
     assert code == 0 and out.startswith("usage: ")
-    cause, remedy = refused(call, verb, "x", "--halp", main=cli.dispatch)
+    cause, remedy = refused(call, verb, *["x"] * (2 if verb in ("ask", "diff") else 1), "--halp", main=cli.dispatch)
     assert "--halp" in cause and remedy == "Did you mean --help?"
 
 

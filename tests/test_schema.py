@@ -13,6 +13,7 @@ import xarray as xr
 import zarr
 
 from probe import schema
+from probe.noising import record_noising
 from probe.recorder import record
 from probe.recording import Run
 from probe.schema import SCHEMA, Variable, array
@@ -78,7 +79,10 @@ def test_everything_that_is_recorded_is_in_the_schema(full: Run) -> None:
 def modes(full: Run) -> list[Run]:
     """The same in the other ways of recording attention."""
     asked = {**EVERYTHING, "output": str(full.path.parent)}
-    return [record({**asked, "capture": {"attention": mode}}, pipeline=tiny.pipeline(), progress=False) for mode in ("queries", "summary")]
+    made = [record({**asked, "capture": {"attention": mode}}, pipeline=tiny.pipeline(), progress=False) for mode in ("queries", "summary")]
+    picture, mask = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), np.arange(32)[:, None] > np.arange(32)
+    noised = record_noising(picture, "a cat", {"cat": mask}, pipeline=tiny.pipeline(), progress=False, timesteps=[500, 100], output=asked["output"])
+    return [*made, noised]
 
 
 def test_everything_in_the_schema_is_recorded(full: Run, modes: list[Run]) -> None:
