@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def lora(pipe: Any) -> None:
 def two_loras(pipe: Any) -> None:
     for name, seed in (("one", 5), ("other", 6)):
         torch.manual_seed(seed)
-        pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # two adapters are meant here
+            pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), name)
     pipe.unet.set_adapters(["one", "other"], [0.7, -0.5])
 
 
