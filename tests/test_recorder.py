@@ -236,6 +236,7 @@ def test_an_unwritable_step_stops_the_run_with_its_cause(reference: Run, tmp_pat
         take(tmp_path, steps=12, scheduler="DDIM")
     run = only(tmp_path)
     assert run.status == "failed"
+    (run.path / "latents" / "prediction" / "c.5.0.0.0.0").rmdir()  # what is no file is refused by readers
     assert_prefix(run, reference, 5)
     assert_no_hooks(pipe)
 
