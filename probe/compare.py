@@ -22,6 +22,7 @@ import xarray as xr
 from probe.recording import Run
 
 CONDITIONS = ("device", "device_name", "threads", "attention_backend", "branches_batched", "torch", "diffusers", "transformers")
+AT_ONCE = 2**26  # bytes of a variable that are read together
 NEW_EACH_TIME = ("cost",)  # groups that are measured anew and never the same
 
 
@@ -66,7 +67,7 @@ def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """Compare everything that two recordings hold, one step at a time, over the steps that both have committed."""
+    """Compare everything that two recordings hold, some steps at a time, over the steps that both have committed."""
     one, other = a.attributes["experiment"], b.attributes["experiment"]
     ignored = ("name", "output", "durability", "device")
     asked = [f"{key}: {one.get(key)} and {other.get(key)}" for key in {**one, **other} if key not in ignored and one.get(key) != other.get(key)]
@@ -99,9 +100,11 @@ def _difference(name: str, one: xr.Variable, other: xr.Variable, steps: int) -> 
     if one.dtype != other.dtype:
         return Difference(name, f"types {one.dtype} and {other.dtype}")
     stepped = "step" in one.dims and one.ndim > 1
+    block = max(1, AT_ONCE * one.sizes["step"] // max(1, one.nbytes)) if stepped else 1
     count, total, greatest, at = 0, 0, 0.0, None
-    for index in range(steps) if stepped else [None]:
-        left, right = (np.asarray((v if index is None else v.isel(step=index)).values) for v in (one, other))
+    for begin in range(0, steps, block) if stepped else [0]:
+        part = {"step": slice(begin, min(begin + block, steps))} if stepped else {}
+        left, right = (np.asarray(v.isel(part).values) for v in (one, other))
         total += left.size
         unlike = left != right
         if left.dtype.kind == "f":
@@ -109,7 +112,8 @@ def _difference(name: str, one: xr.Variable, other: xr.Variable, steps: int) -> 
             unlike &= ~(np.isnan(left) & np.isnan(right))
         if wrong := int(unlike.sum()):
             count += wrong
-            at = index if at is None else at
+            if stepped and at is None:
+                at = begin + int(np.argwhere(unlike)[:, one.get_axis_num("step")].min())
             if left.dtype.kind in "fiu":
                 off = np.abs(left[unlike].astype(np.float64) - right[unlike].astype(np.float64))
                 greatest = max(greatest, float(np.nan_to_num(off, nan=np.inf).max()))

@@ -98,8 +98,9 @@ def cut(whole: Run, folder: Path, step: int) -> Run:
     calls = whole.tree.sizes["step"]
     late = AT_THE_END if step else f"{AT_THE_END}|{AT_THE_FIRST_STEP}"
     for name, variable in variables(whole):
-        if name == "decoded/picture":
-            gone = [f"c.{index}.*" for index, of in enumerate(whole.variable("decoded/decoded_step").values) if of >= step]
+        if name == "decoded/picture":  # in one file, rewritten whenever one more picture is there
+            zarr.open_array(path, path=name, mode="r+")[(whole.variable("decoded/decoded_step").values < step).sum() :] = 0
+            gone = []
         elif variable.dims[:1] == ("step",) and variable.ndim > 1:
             gone = [f"c.{index}.*" for index in range(step, calls)]
         else:
@@ -153,10 +154,9 @@ def failed_checks(run: Run) -> list[str]:
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_goes_on_to_the_same_bits(scheduler: str, tmp_path: Path) -> None:
-    """At the first step, where the scheduler has a history, and before the last: cheap, with latents alone."""
+    """After the first step, and where the scheduler has a history: cheap, with latents alone."""
     whole = take(tmp_path, steps=6, scheduler=scheduler, capture=OFF)
-    calls = whole.tree.sizes["step"]
-    for step in (1, 3, calls - 1):
+    for step in (1, 4):
         assert_resumes(whole, tmp_path, step)
 
 
@@ -393,7 +393,7 @@ def test_a_run_that_met_nan_meets_it_again(tmp_path: Path) -> None:
 def test_every_step_of_20_on_the_bundled_model(scheduler: str, tmp_path: Path) -> None:
     pipe = bundled()
     asked = load_experiment({"prompt": "An astronaut scuba diving", "seed": 5, "steps": 20, "guidance_scale": 3, "scheduler": scheduler})
-    asked = load_experiment(asked, output=str(tmp_path), durability="none", capture={"attention": "summary", "text": False})
+    asked = load_experiment(asked, output=str(tmp_path), durability="none", capture={"attention": "off", "text": False})
     whole = record(asked, pipe, progress=False)
     for step in range(whole.tree.sizes["step"] + 1):
         run = cut(whole, tmp_path, step)

@@ -5,7 +5,7 @@
 
 `tuning` is there to choose training and sampling settings by; `report` only ever scores a model that is finished, so that
 nothing was chosen to please it. They differ in all that could make them agree for the wrong reason: architecture (a
-residual network, a ConvNeXt), scenes, and seed. Both see every subject x setting pair, the left-out ones too.
+residual network with batch normalisation; a ConvNeXt), scenes, and seed. Both see every subject x setting pair, the left-out ones too.
 
 They are to judge what is there and not how sharp it is: a third of what they learn from went through the VAE (some with
 noise on its latent), and all of it is blurred, shifted, recoloured and made noisy at random. One picture in eight shows
@@ -34,6 +34,7 @@ from probe.models import StableDiffusion
 FOLDER = Path("training/judges")
 SUBJECTS, SETTINGS = list(world.SUBJECTS), [*world.SETTINGS, None]  # None: a plain backdrop
 FIRST_SEED = {"tuning": 20_000_000, "report": 30_000_000}  # training of the model uses seeds from 0, its report from 10,000,000
+STEPS = {"tuning": 2000, "report": 3000}
 APART = 1_000_000  # from a judge's training scenes to those its thresholds are chosen on
 TEST_SEED = 40_000_000
 SIDE = 64  # judges look at pictures of half the size
@@ -163,11 +164,11 @@ class Residual(nn.Module):
 
 
 class NextBlock(nn.Module):
-    """A 7x7 convolution for each channel, then a small network at each place (ConvNeXt, Liu et al. 2022)."""
+    """A convolution inside each channel, then a small network at each place, as in ConvNeXt (Liu et al. 2022), but 3x3."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.across = nn.Conv2d(width, width, 7, 1, 3, groups=width)
+        self.across = nn.Conv2d(width, width, 3, 1, 1, groups=width)
         self.norm = nn.GroupNorm(1, width)
         self.widen, self.narrow = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(3 * width, width, 1)
 
@@ -180,8 +181,8 @@ def body_of(name: str) -> tuple[nn.Module, int]:
     if name == "tuning":
         stem = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
         return nn.Sequential(*stem, Residual(32, 32, 1), Residual(32, 64, 2), Residual(64, 64, 1), Residual(64, 128, 2), Residual(128, 128, 1)), 128
-    fine = [nn.Conv2d(3, 48, 4, 4), *(NextBlock(48) for _ in range(2))]
-    return nn.Sequential(*fine, nn.GroupNorm(1, 48), nn.Conv2d(48, 144, 2, 2), *(NextBlock(144) for _ in range(3)), nn.GroupNorm(1, 144)), 144
+    stem = [nn.Conv2d(3, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 3, 2, 1), *(NextBlock(64) for _ in range(3))]
+    return nn.Sequential(*stem, nn.GroupNorm(1, 64), nn.Conv2d(64, 144, 2, 2), *(NextBlock(144) for _ in range(4)), nn.GroupNorm(1, 144)), 144
 
 
 @dataclass(frozen=True)
@@ -295,12 +296,15 @@ def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Pa
 
 
 def thresholds(judge: Judge, model: StableDiffusion) -> tuple[float, float]:
-    """The confidence that 99% of the subjects and 99% of the settings reach in 800 scenes apart, half of them round trips."""
+    """The confidence that 99% of the subjects and 99% of the settings reach in 800 scenes apart, half of them round trips.
+
+    It is at least a half.
+    """
     data = draw(FIRST_SEED[judge.name] + APART, 800, trips=400, model=model)
     answer = judge.judge(data.pictures)
     subject = answer.subjects[data.subjects.bool()].quantile(0.01)
     setting = answer.settings.gather(1, data.settings[:, None]).quantile(0.01)
-    return float(subject), float(setting)
+    return max(0.5, float(subject)), max(0.5, float(setting))
 
 
 def load_judge(name: str, folder: Path = FOLDER) -> Judge:
@@ -358,14 +362,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="checkpoints, and the judges at the end")
     parser.add_argument("--model", default="emojiworld", help="whose VAE the round trips go through: a diffusers directory, or the bundled model")
     parser.add_argument("--scenes", type=int, default=12_000, help="scenes that each judge learns from")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of 64 scenes")
+    parser.add_argument("--steps", type=int, help=f"training steps of 64 scenes; by default {STEPS}")
     parser.add_argument("--test-scenes", type=int, default=600, help="fresh scenes that the judges are tested on")
     parser.add_argument("--markdown", action="store_true", help="print the table of their accuracy as Markdown")
     options = parser.parse_args(argv)
     model = load(options.model, dtype="float32", device="cpu")
     rows = []
     for name in [options.only] if options.only else list(FIRST_SEED):
-        judge = train(name, model, options.scenes, options.steps, options.folder)
+        judge = train(name, model, options.scenes, options.steps or STEPS[name], options.folder)
         print(f"{name}: sure from {judge.sure[0]:.3f} for a subject, {judge.sure[1]:.3f} for a setting", flush=True)
         rows += own_accuracy(judge, model, options.test_scenes)
     print(table(rows, options.markdown))
