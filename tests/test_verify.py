@@ -280,7 +280,6 @@ MORE_CHANGES: list[Case] = [
     ("timestep", put(1, 3.5), {"schedule"}),
     ("alpha_bar", add(1, 1e-5), {"schedule"}),
     ("step", put(1, 2), {"schedule", "moments", "sums"}),
-    ("variable", "change", "caught"),
 ]
 
 
