@@ -1,0 +1,348 @@
+"""Whatever happens to a run, it ends in a clear line and a readable prefix, and is never called complete.
+
+Killed at any moment, interrupted, refused by the disk, out of memory, given NaN, watched while it writes. The recorder
+is the real one, in a process of its own where that process is to die (tests/doomed.py).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import doomed
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from doomed import Doomed, Ended, Fault, Torn
+from test_recorder import ask, assert_no_hooks, assert_prefix, at_call, only, pipeline, throw
+from test_resume import cut, flag, planning, rehearsed  # noqa: F401
+
+from probe import hooks
+from probe.checks import variables
+from probe.compare import compare
+from probe.errors import NotFinite, OutOfMemory
+from probe.recorder import record, resume
+from probe.recording import Run, list_runs
+from probe.store import MANIFEST, clear_orphans
+from probe.verify import verify
+
+STEPS = 8
+TWO_LINES = r"error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n\Z"
+
+
+def asked(folder: Path, **changes: Any) -> dict[str, Any]:
+    return ask(folder, **{"steps": STEPS, "scheduler": "DPM++2M", **changes}).resolved()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _rehearsed_once() -> Iterator[None]:
+    """A rehearsal takes longer than so small a run, and says the same of the same model and sizes."""
+    doomed.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "rehearse", rehearsed)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that nothing happened to."""
+    return record(asked(tmp_path_factory.mktemp("whole")), pipeline(), progress=False)
+
+
+@pytest.fixture(scope="module")
+def unharmed(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The same in a process of its own, with every operation on its files."""
+    folder = tmp_path_factory.mktemp("unharmed")
+    for _ in range(2):  # the first is slower: it starts the process from which all are forked
+        begin = time.monotonic()
+        with Doomed(asked(folder)) as child:
+            ended = child.end()
+        ended.seconds = time.monotonic() - begin
+    assert ended.code == 0 and ended.acknowledged == STEPS, ended.said
+    for path in visible(folder):
+        assert compare(whole, Run(path)).same
+    return ended
+
+
+def visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.zarr") if not path.name.startswith("."))
+
+
+def assert_readable(path: Path, whole: Run, least: int = 0) -> int:
+    """Stock xarray opens it, warnings being errors; every committed step holds the bits of the whole run. How many there are."""
+    tree = xr.open_datatree(path, engine="zarr", chunks=None)
+    committed = tree["committed"].values.tolist()
+    done = sum(committed)
+    assert committed == [1] * done + [0] * (STEPS - done) and done >= least
+    for name, variable in variables(whole):
+        group, _, last = name.rpartition("/")
+        found = tree[group or "/"].to_dataset(inherit=False).variables[last]
+        if variable.dims[:1] == ("step",) and variable.ndim > 1:
+            np.testing.assert_array_equal(found.isel(step=slice(done)).values, variable.isel(step=slice(done)).values, name)
+        else:
+            _ = found.values
+    return done
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def kills(number: int, unharmed: Ended, rng: random.Random) -> Iterator[tuple[str, Fault | Torn | None, tuple[str, int] | None, float]]:
+    """Ways to die: what it is, the fault, and, for a kill from outside, the report that it waits for and the seconds until then.
+
+    A fifth each: at any moment of the whole life; at any operation on files; at an operation within the steps; from outside
+    while a step is being written or just after; and inside the write of a chunk, where the system itself ends the process.
+    """
+    within = [at for at, (steps, _) in enumerate(unharmed.operations, 1) if 0 < steps < STEPS]
+    parts = [what for steps, what in unharmed.operations if steps == 1 and what.startswith("write ")]
+    for index in range(number):
+        kind = ("any moment", "any operation", "an operation of a step", "a step, from outside", "inside a chunk")[index % 5]
+        if kind == "any moment":
+            yield kind, None, None, rng.uniform(0, unharmed.seconds)
+        elif kind == "any operation":
+            yield kind, Fault("kill", rng.randint(1, len(unharmed.operations))), None, 0
+        elif kind == "an operation of a step":
+            yield kind, Fault("kill", rng.choice(within)), None, 0
+        elif kind == "a step, from outside":
+            yield kind, None, (rng.choice(("begun", "acknowledged")), rng.randint(1, STEPS - 3)), rng.uniform(0, 0.01)
+        else:
+            yield kind, Torn(rng.randint(1, STEPS - 1), rng.randrange(len(parts)), rng.randint(1, 100)), None, 0
+
+
+@pytest.mark.parametrize("number", [40])
+def test_kill_minus_9_at_any_moment(number: int, whole: Run, unharmed: Ended, tmp_path: Path) -> None:
+    """No recording is unreadable, no acknowledged step is lost, and what is resumed has the bits of the run nobody killed."""
+    between = torn = created = resumed = 0
+    rng = random.Random(number)
+    for index, (kind, fault, report, delay) in enumerate(kills(number, unharmed, rng)):
+        folder = tmp_path / str(index)
+        with Doomed(asked(folder, durability=rng.choice(("none", "run", "step"))), fault) as child:
+            if fault is None:
+                if report is not None:
+                    child.wait_for(*report)
+                time.sleep(delay)
+                child.signal(signal.SIGKILL)
+            ended = child.end()
+        what = f"{kind}, {fault or report} {delay}"
+        assert ended.code in (-signal.SIGKILL, -signal.SIGXFSZ) or (kind == "any moment" and ended.code == 0), (what, ended.said)
+        found = visible(folder)
+        assert len(found) <= 1 and (found or not ended.acknowledged), what
+        created += len(found)
+        for path in found:
+            done = assert_readable(path, whole, ended.acknowledged)
+            run = Run(path)
+            assert run.status == ("complete" if run.attributes["status"] == "complete" else "interrupted"), what
+            assert run.status != "complete" or (done == STEPS and not [c for c in verify(run) if c.verdict == "failed"]), what
+            between += 0 < done < STEPS
+            if kind == "inside a chunk":
+                short = [file for file in path.rglob(f"c.{done}.*") if file.suffix != ".partial" and file.stat().st_size <= fault.size]  # type: ignore[union-attr]
+                torn += len(short) == 1
+            if index % 4 == 0 and run.status != "complete":
+                again = resume(run, pipeline(), progress=False)
+                found_again = compare(whole, again)
+                assert found_again.same and again.status == "complete", (what, found_again.differences)
+                resumed += 1
+        clear_orphans(folder)
+        assert sorted(folder.glob("*")) == found, f"{what}: something is left"
+    print(f"{number} kills: {created} left a recording, {between} between first and last step, {torn} inside a chunk, {resumed} resumed")
+    assert between >= number / 2 and torn >= 5 and resumed >= number / 8
+
+
+def test_what_a_kill_leaves_is_what_the_tests_of_resuming_cut(whole: Run, tmp_path: Path) -> None:
+    """A child is killed while the third step waits to be predicted: the same files, with the same bytes."""
+    with Doomed(asked(tmp_path / "killed"), pause=0.5) as child:
+        assert child.wait_for("acknowledged", 2)
+        child.signal(signal.SIGKILL)
+        child.end()
+    (killed,) = visible(tmp_path / "killed")
+    made = cut(whole, tmp_path, 3).path
+    left, expected = ({str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()} for path in (killed, made))
+    assert left.keys() == expected.keys()
+    unlike = {name for name in left if left[name].read_bytes() != expected[name].read_bytes()}
+    assert unlike == {"zarr.json"}, "only who wrote it, when, and where to"
+
+
+# --- the disk --------------------------------------------------------------------------------------------------------
+
+HARMLESS = r"os.remove /\.[^/]*\.lock"  # the run is complete by then
+
+
+def assert_refused(ended: Ended, folder: Path, whole: Run, what: str, cause: str) -> None:
+    """One line of cause and one of remedy, a readable prefix, and never complete."""
+    assert ended.code == 1, (what, ended.code, ended.said)
+    assert "Traceback" not in ended.said
+    told = re.search(TWO_LINES, ended.said)
+    assert told and cause in told["cause"], (what, ended.said)
+    for path in visible(folder):
+        done = assert_readable(path, whole, ended.acknowledged)
+        assert Run(path).status in ("failed", "interrupted") and not (done == STEPS and Run(path).attributes["status"] == "complete"), what
+
+
+def refuse(number: int, whole: Run, folder: Path, forever: bool, **changes: Any) -> str:
+    """A child whose `number`th operation on files fails; returns what that was."""
+    with Doomed(asked(folder, durability="none", **changes), Fault(("ENOSPC", "EIO")[number % 2], number, forever)) as child:
+        ended = child.end()
+    assert ended.marks, "nothing was refused"
+    what = f"{number}: {ended.marks[0]}"
+    if ended.code == 0:
+        assert re.fullmatch(HARMLESS, ended.marks[0]), what
+        assert only(folder).status == "complete" if not forever else True
+    else:
+        cause = ("No space left on device", "Input/output error")[number % 2]
+        assert_refused(ended, folder, whole, what, cause)
+    return ended.marks[0]
+
+
+def test_a_disk_that_refuses_an_operation(whole: Run, unharmed: Ended, tmp_path: Path) -> None:
+    """Twenty moments of the whole life, the last ones among them; from then on, or only once."""
+    rng, last = random.Random(1), len(unharmed.operations)
+    ends = [at for at, (steps, _) in enumerate(unharmed.operations, 1) if steps == STEPS]
+    steps = [at for at, (steps, _) in enumerate(unharmed.operations, 1) if 0 < steps < STEPS]
+    chosen = [*rng.sample(range(1, steps[0]), 5), *rng.sample(steps, 5), *rng.sample(ends, 4), *range(last - 6, last + 1)]
+    for number in chosen:
+        refuse(number, whole, tmp_path / str(number), forever=bool(rng.randrange(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("forever", [False, True])
+def test_a_disk_that_refuses_any_operation_of_a_run_of_five_steps(forever: bool, tmp_path: Path) -> None:
+    few: dict[str, Any] = {"steps": 5, "scheduler": "DDIM", "capture": {"layers": ("4x4",), "text": False, "statistics": False}}
+    with Doomed(asked(tmp_path / "whole", durability="none", **few)) as child:
+        ended = child.end()
+    whole = only(tmp_path / "whole")
+    for number in range(1, len(ended.operations) + 1):
+        refuse(number, whole, tmp_path / str(number), forever, **few)
+    print(f"{len(ended.operations)} operations, {'for ever' if forever else 'once'}")
+
+
+@pytest.mark.parametrize("part", [0, 1, 4, 7])
+def test_a_file_that_may_not_grow(part: int, whole: Run, tmp_path: Path) -> None:
+    """The system refuses the rest of a chunk, and the Rust writer of bulk gets to feel it."""
+    with Doomed(asked(tmp_path), Torn(3, part, 70, survive=True)) as child:
+        ended = child.end()
+    assert_refused(ended, tmp_path, whole, str(part), "File too large")
+    assert only(tmp_path).steps.tolist() == [0, 1, 2] and only(tmp_path).attributes["status"] == "running", "not even the status fits"
+
+
+@pytest.mark.parametrize("share", [0.2, 0.75, 0.9, 0.99])
+def test_a_disk_that_is_really_full(share: float, whole: Run, unharmed: Ended, tmp_path: Path) -> None:
+    """A file system of its own with too little room: refused at the beginning, in the steps, or at the end."""
+    needed = sum(-(-file.stat().st_size // 4096) * 4096 for file in whole.path.rglob("*") if file.is_file())
+    folder = tmp_path / "disk"
+    with Doomed(asked(folder), room=int(needed * share) // 4096 * 4096) as child:
+        ended = child.end()
+    if ended.code == 99:
+        pytest.skip(f"this system lets nobody mount a file system ({ended.said.strip()})")
+    if share < 0.5:  # the forecast sees that before anything is written
+        assert ended.code == 2 and "more than the room on the disk" in ended.said and visible(tmp_path / "disk-seen") == []
+        return
+    assert_refused(ended, tmp_path / "disk-seen", whole, str(share), "No space left on device")
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [10])
+def test_ctrl_c_at_any_moment(number: int, whole: Run, unharmed: Ended, tmp_path: Path) -> None:
+    """At random operations on files, and from outside in the middle of steps: soon over, exit code 130, and it opens."""
+    rng, slowest, opened = random.Random(number), 0.0, 0
+    for index in range(number):
+        folder = tmp_path / str(index)
+        inside = index % 2 == 0
+        with Doomed(asked(folder), Fault("interrupt", rng.randint(1, len(unharmed.operations) - 1)) if inside else None) as child:
+            if not inside:
+                child.wait_for(rng.choice(("begun", "acknowledged")), rng.randrange(STEPS - 2))
+                time.sleep(rng.uniform(0, 0.02))
+                child.signal(signal.SIGINT)
+            ended = child.end()
+        assert ended.code == 130 and ended.said.endswith("\nStopped.\n") and "Traceback" not in ended.said, (index, ended.code, ended.said)
+        slowest = max(slowest, ended.seconds)
+        for path in visible(folder):
+            assert_readable(path, whole, ended.acknowledged)
+            run = Run(path)
+            assert run.status == "interrupted", (index, run.status)
+            assert f"go on with it: probe run --resume {path}" in ended.said or not len(run.steps)
+            opened += 1
+        left = [path.name for path in folder.iterdir() if path not in visible(folder)] if folder.exists() else []
+        assert not left, left
+    print(f"{number} times Ctrl-C: at most {slowest:.2f} s to the end, {opened} had begun a recording")
+    assert slowest <= 2 and opened >= number / 2
+
+
+# --- out of memory, and values that are not finite -------------------------------------------------------------------
+
+HUNGER: dict[str, Callable[[], object]] = {
+    "torch's allocator of the CPU": lambda: torch.empty(2**50),
+    "torch's error on a GPU": throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")),
+    "numpy's": lambda: np.empty(2**50),
+}
+
+
+@pytest.mark.parametrize("what", HUNGER)
+def test_out_of_memory_in_a_step(what: str, whole: Run, tmp_path: Path) -> None:
+    pipe = pipeline()
+    with hooks.Hooks([(pipe.unet, "input", at_call(3, HUNGER[what]))]), pytest.raises(OutOfMemory) as caught:
+        record(asked(tmp_path), pipe, progress=False)
+    assert caught.value.cause.startswith("Out of memory on auto: ") and "\n" not in caught.value.cause and "Fewer images" in caught.value.remedy
+    assert_no_hooks(pipe)
+    assert only(tmp_path).status == "failed" and not (only(tmp_path).path / MANIFEST).exists()
+    assert_prefix(only(tmp_path), whole, 3)
+
+
+def test_out_of_memory_while_a_step_is_written(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(name: str, step: int, *_: Any) -> None:
+        if step == 2:
+            np.empty(2**50)
+
+    monkeypatch.setattr("probe.perform.check_finite", hungry)
+    with pytest.raises(OutOfMemory, match="Out of memory while a step was being written"):
+        record(asked(tmp_path), pipeline(), progress=False)
+    assert only(tmp_path).status == "failed"
+    assert_prefix(only(tmp_path), whole, 2)
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_nan_at_any_step(step: int, whole: Run, tmp_path: Path) -> None:
+    pipe = pipeline()
+    bias = pipe.unet.conv_out.bias
+    healthy = bias.data.clone()
+    try:
+        with hooks.Hooks([(pipe.unet, "input", at_call(step, lambda: bias.data.fill_(float("nan"))))]), pytest.raises(NotFinite) as caught:
+            record(asked(tmp_path, capture={"text": False}), pipe, progress=False)
+    finally:
+        bias.data.copy_(healthy)
+    assert caught.value.cause == f"prediction_uncond holds NaN at step {step}." and "on_nan: record" in caught.value.remedy
+    run = only(tmp_path)
+    assert run.status == "failed" and not (run.path / MANIFEST).exists()
+    assert_prefix(run, whole, step)
+
+
+# --- somebody who watches --------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_polls_sees_only_what_stays(whole: Run, tmp_path: Path) -> None:
+    """While it is being written: no error, steps only ever added, and each value the final one."""
+    seen: list[int] = []
+    folder = tmp_path / "runs"
+    with Doomed(asked(folder), pause=0.15) as child:
+        while child.alive():
+            for path, attributes in list_runs(folder):
+                assert attributes is not None and attributes["status"] in ("running", "complete")
+                seen.append(assert_readable(path, whole))
+                run = Run(path)
+                assert len(run.steps) >= seen[-1] and run.name in repr(run)
+                if len(run.steps):
+                    overview, final = run.overview(), whole.overview()
+                    np.testing.assert_allclose(overview.values, final.isel(step=slice(overview.sizes["step"])).values, atol=1e-5)
+                    np.testing.assert_array_equal(run.denoised().values, whole.denoised().isel(step=slice(len(run.steps))).values)
+        ended = child.end()
+    assert ended.code == 0, ended.said
+    assert seen == sorted(seen) and len(set(seen)) >= 4, seen
+    assert compare(whole, only(folder)).same
