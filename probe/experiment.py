@@ -204,7 +204,8 @@ def _validate(kind: type[Settings], data: Mapping[str, Any], where: str) -> Sett
     except ValidationError as problem:
         every = problem.errors(include_input=False, include_url=False)
         # A list with a bad item is also "too short": keep the errors with none below them.
-        errors = [one for one in every if not any(one["loc"] == other["loc"][:-1] for other in every)]
+        above = {one["loc"][:-1] for one in every}
+        errors = [one for one in every if one["loc"] not in above]
         # An unknown field comes first: it is a likelier slip than a wrong value, and the reason for others.
         first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
         cause, remedy = _explain(kind, first, data)

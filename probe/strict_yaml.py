@@ -7,6 +7,8 @@ second documents, control and direction-changing characters are errors that name
 from __future__ import annotations
 
 import difflib
+import errno
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ import yaml
 
 from probe.errors import ExperimentError
 
-MAX_BYTES, MAX_DEPTH, MAX_DIGITS, SHOWN = 64 * 1024, 20, 40, 60
+MAX_BYTES, MAX_DEPTH, MAX_VALUES, MAX_DIGITS, SHOWN = 64 * 1024, 20, 10_000, 40, 60
 LARGEST = 2**63 - 1
 # Control characters, those that turn the direction of text, line separators, byte order marks, lone surrogates.
 UNCLEAN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
@@ -87,8 +89,12 @@ def _document(events: Iterator[yaml.Event], where: str) -> dict[str, Any]:
             raise refuse(event, "tags (!) are not read here", "Delete the tag, and put text with ! in quotes.")
         return event
 
+    count = itertools.count(1)
+
     def node(event: yaml.Event, depth: int) -> Any:
         plain(event)
+        if next(count) > MAX_VALUES:
+            raise refuse(event, f"more than {MAX_VALUES} values", "An experiment is a short text: is this the right file?")
         if depth > MAX_DEPTH:
             raise refuse(event, f"nested more than {MAX_DEPTH} deep", "An experiment is at most 3 deep.")
         if isinstance(event, yaml.SequenceStartEvent):
@@ -143,6 +149,8 @@ def read_text(path: Path) -> str:
     """A small UTF-8 file. Raises ExperimentError, which names near files when it does not exist."""
     where = printable(str(path))
     try:
+        if path.is_fifo():  # it would be waited for
+            raise OSError(errno.EINVAL, "it is not a file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
