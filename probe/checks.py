@@ -150,4 +150,4 @@ def check_picture(run: Run) -> Check:
                 return Check("picture", "failed", f"{name} does not show images/final")
             if json.loads(shown.info.get("experiment", "null")) != run.attributes["experiment"]:
                 return Check("picture", "failed", f"{name} was made from another experiment than the recording's")
-    return Check("picture", "exact", f"{len(there)} PNGs show images/final and name its experiment")
+    return Check("picture", "exact", f"{', '.join(name for name, _ in there)}: as images/final, of this experiment")
