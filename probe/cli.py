@@ -79,6 +79,7 @@ def rerun(arguments: list[str]) -> int:
     from probe.compare import compare
     from probe.experiment import load_experiment
     from probe.recording import open_run
+    from probe.run import quieten
 
     parser = Parser(prog="probe rerun", description=rerun.__doc__)
     _add_run(parser)
@@ -88,6 +89,7 @@ def rerun(arguments: list[str]) -> int:
     if "noising" in before.attributes:
         raise ExperimentError(f"{before.name} is a noising, which probe rerun cannot record.", "Record it again: python -m probe.noising FILE.")
     asked = load_experiment(before.experiment, output=str(before.path.parent))
+    quieten(options.quiet)
     from probe.recorder import record
 
     after = record(asked, progress=not options.quiet, parent=before.name)
