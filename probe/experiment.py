@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from probe.errors import ExperimentError
-from probe.fields import SCHEDULERS, Globs, Line, Option, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words
+from probe.fields import SCHEDULERS, Globs, Line, Option, Place, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words
 from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, printable, read_text, read_yaml, shorten, shown
 
 Settings = TypeVar("Settings", bound=Strict)
@@ -93,7 +93,7 @@ class Experiment(Strict):
     name: str = Field(
         default="", pattern=r"^[a-z0-9-]{0,60}$", description="Name of the run: up to 60 of a-z, 0-9 and -; empty: made from the prompt."
     )
-    model: Line = Field(default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, or a local diffusers directory.")
+    model: Place = Field(default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, or a local diffusers directory.")
     revision: Revision = Field(default=None, description="Commit, tag or branch of a Hugging Face model; none: its main branch.")
     variant: Line | None = Field(default=None, description="Which of a model's weight files, such as fp16; none: the plain ones.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -108,7 +108,7 @@ class Experiment(Strict):
         default="error", description="A prompt with more tokens than the model reads: error, or cut what does not fit."
     )
     seed: int = Field(default=0, ge=0, le=LARGEST, description="Seed of the first noise: the same seed and fields, the same picture.")
-    image: Line | None = Field(
+    image: Place | None = Field(
         default=None, description="A picture to begin from (PNG or JPEG), scaled to cover the size and cut to its centre; none: pure noise."
     )
     strength: float = Field(
@@ -138,7 +138,7 @@ class Experiment(Strict):
     durability: Literal["step", "run", "none"] = Field(
         default="run", description="When the recording is forced to disk: after each step, once after the run, or none (the system decides)."
     )
-    output: Line = Field(default="runs", description="Folder that recordings are written to.")
+    output: Place = Field(default="runs", description="Folder that recordings are written to.")
 
     @property
     def run_name(self) -> str:

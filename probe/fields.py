@@ -7,6 +7,7 @@ for diffusers' classes), `Strict` (the base of all settings), and the annotated 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 from pydantic import (
@@ -95,11 +96,25 @@ def _revision(name: str | None) -> str | None:
     return name
 
 
+def from_home(text: str) -> str:
+    """A path as it is recorded: one in the home folder begins with ~, for whose home it was is nobody's business."""
+    home = str(Path.home())
+    return f"~{text[len(home) :]}" if len(home) > 1 and (text == home or text.startswith(f"{home}/")) else text
+
+
+def place(text: str | Path) -> Path:
+    """The path that a text names; a leading ~ is the home folder of whoever asks."""
+    first, _, rest = str(text).partition("/")
+    return Path.home() / rest if first == "~" else Path(text)
+
+
 Text: TypeAlias = Annotated[str, AfterValidator(_clean)]
 Line: TypeAlias = Annotated[Text, StringConstraints(pattern=r"^[^\n\t]+$", max_length=1000)]
+Place: TypeAlias = Annotated[Line, AfterValidator(from_home)]
 Prompt: TypeAlias = Annotated[Text, Field(max_length=10_000)]
 Globs: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(_layer)], ...], BeforeValidator(_tuple)]
 Words: TypeAlias = Annotated[tuple[Line, ...], BeforeValidator(_tuple)]
+Places: TypeAlias = Annotated[tuple[Place, ...], BeforeValidator(_tuple)]
 Option: TypeAlias = Annotated[bool | int | float | Text | tuple[int | float, ...], WrapValidator(_scalar)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from probe.errors import DeviceError, ModelError
+from probe.fields import from_home, place
 from probe.models import FORCED, StableDiffusion, refuse_other_pipelines
 
 CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
@@ -87,7 +88,7 @@ def load(
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, SafetensorError) as problem:
         raise ModelError(f"{name}: {str(problem).splitlines()[0][:300]}", "Is it a whole diffusers directory?") from problem
     return StableDiffusion(
-        name=name,
+        name=from_home(name),
         unet=torch.nn.Module.to(unet, target, kind).eval(),
         vae=torch.nn.Module.to(vae, target, kind).eval(),
         text_encoder=torch.nn.Module.to(text_encoder, target, kind).eval(),
@@ -102,8 +103,8 @@ def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path,
     """The local directory of a model, and the commit it was resolved to when it came from the hub."""
     if name in BUNDLED:
         return BUNDLED[name], None
-    if Path(name).is_dir():
-        return Path(name), None
+    if place(name).is_dir():
+        return place(name), None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise ModelError(
             f"model: {name!r} is no directory, no hub id (owner/name) and no bundled model.",

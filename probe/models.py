@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 
 from probe.errors import ExperimentError, ModelError, PromptError
-from probe.fields import SCHEDULERS
+from probe.fields import SCHEDULERS, from_home
 
 # What StableDiffusionPipeline forces on every scheduler it is given: x0 in latent space has no reason to lie in [-1, 1].
 FORCED = {"clip_sample": False, "steps_offset": 1}
@@ -82,7 +82,7 @@ class StableDiffusion:
         """The parts of a diffusers `StableDiffusionPipeline`. Raises ModelError for other pipelines."""
         refuse_other_pipelines(type(pipeline).__name__)
         parts = {part: getattr(pipeline, part) for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
-        return cls(name=name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__), **parts).checked()
+        return cls(name=name or from_home(str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)), **parts).checked()
 
     @property
     def device(self) -> torch.device:

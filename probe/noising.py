@@ -28,7 +28,7 @@ from pydantic import BeforeValidator, Field
 
 from probe.errors import ExperimentError
 from probe.experiment import CaptureOptions, Experiment, load_settings
-from probe.fields import Line, Prompt, Revision, Strict, Words
+from probe.fields import Line, Place, Places, Prompt, Revision, Strict, place
 from probe.recording import Run
 from probe.run import quieten, say_where, size, tell_forecast
 from probe.source import checked_masks, checked_picture, read_masks, read_picture
@@ -61,7 +61,7 @@ class Noising(Strict):
     """What is asked of the forward process: the picture, its caption, and where and how often it is noised."""
 
     name: str = Field(default="", pattern=r"^[a-z0-9-]{0,60}$", description="Name of the recording: a-z, 0-9 and -; empty: made from the caption.")
-    model: Line = Field(default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, or a local diffusers directory.")
+    model: Place = Field(default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, or a local diffusers directory.")
     revision: Revision = Field(default=None, description="Commit, tag or branch of a Hugging Face model; none: its main branch.")
     variant: Line | None = Field(default=None, description="Which of a model's weight files, such as fp16; none: the plain ones.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -70,14 +70,14 @@ class Noising(Strict):
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", description="Where the model runs: auto, cpu, cuda, cuda:N or mps."
     )
-    picture: Line | None = Field(
+    picture: Place | None = Field(
         default=None, description="The picture, a PNG or JPEG file: scaled to cover the size, cut to its centre; a path from the folder you are in."
     )
     caption: Prompt = Field(default="", description="What is in the picture, which the UNet reads; empty: it is told nothing.")
     over_long: Literal["error", "cut"] = Field(
         default="error", description="A caption with more tokens than the model reads: error, or cut what does not fit."
     )
-    masks: Words = Field(
+    masks: Places = Field(
         default=(),
         max_length=100,
         description="Where things are, kept beside the picture: .npz files (arrays by word) or .png files (named by word).",
@@ -99,7 +99,7 @@ class Noising(Strict):
     durability: Literal["step", "run", "none"] = Field(
         default="run", description="When the recording is forced to disk: after each timestep, once at the end, or none (the system decides)."
     )
-    output: Line = Field(default="runs", description="Folder that recordings are written to.")
+    output: Place = Field(default="runs", description="Folder that recordings are written to.")
 
     def experiment(self, height: int, width: int) -> Experiment:
         """The same as an `Experiment`, for all who read recordings: its steps are the timesteps, its images the draws of noise."""
@@ -162,7 +162,7 @@ def perform_noising(
     from probe.recorder import describe, out_of_memory, sayer
     from probe.store import RunWriter
 
-    room, say = free_room(Path(asked.output)), sayer(progress)
+    room, say = free_room(place(asked.output)), sayer(progress)
     with out_of_memory(asked.experiment(8, 8)):
         if pipeline is None:
             say(f"Loading {asked.model} ...")
@@ -172,7 +172,7 @@ def perform_noising(
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         told = asked.model_dump(mode="json")
         key = hashlib.sha256(json.dumps([told, created]).encode() + pixels.tobytes()).hexdigest()[:8]
-        path = Path(asked.output) / f"{run.experiment.run_name}-{key}.zarr"
+        path = place(asked.output) / f"{run.experiment.run_name}-{key}.zarr"
         attributes = {**describe(model, run), "created": created, "parent_run": None, "noising": told}
         say(f"Recording {run.calls} timesteps to {path} (about {size_text(sum(run.forecast().values()))})")
         with RunWriter(path, run.arrays, attributes, asked.durability) as writer:

@@ -26,6 +26,7 @@ from probe import pictures
 from probe.compare import differing_conditions
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
 from probe.experiment import Experiment, load_experiment
+from probe.fields import place
 from probe.forward import replan
 from probe.loading import load
 from probe.models import StableDiffusion
@@ -33,7 +34,7 @@ from probe.perform import Say, perform
 from probe.planning import Plan, free_room, plan, size_text
 from probe.recording import Run
 from probe.schema import FORMAT_VERSION
-from probe.store import RunWriter
+from probe.store import RunWriter, storing
 
 
 def record(
@@ -51,7 +52,7 @@ def record(
     RunFailed after (the recording then opens and holds every committed step).
     """
     asked = load_experiment(experiment)
-    room = free_room(Path(asked.output))
+    room = free_room(place(asked.output))
     say = sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say)
@@ -61,7 +62,7 @@ def record(
         run.check_size(max_bytes, room)
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
-        path = Path(asked.output) / f"{asked.run_name}-{key}.zarr"
+        path = place(asked.output) / f"{asked.run_name}-{key}.zarr"
         attributes = {**describe(model, run), "created": created, "parent_run": parent}
         say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
         with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
@@ -122,7 +123,8 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say) -> StableDiffus
 def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
     try:
         perform(model, run, writer, say, progress)
-        pictures.save(Run(path))
+        with storing(path):
+            pictures.save(Run(path))
         writer.complete()
     except BaseException:
         say(f"The run ended early. What it had recorded is in {path}; go on with it: probe run --resume {path}")

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from probe.errors import ExperimentError
+from probe.fields import place
 from probe.strict_yaml import printable
 
 FORMATS = ("PNG", "JPEG")
@@ -74,7 +75,7 @@ def _read(path: str | Path, field: str) -> Image.Image:
     """The picture in a file, upright. Raises ExperimentError."""
     where = printable(str(path))
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(path, formats=FORMATS) as opened:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(place(path), formats=FORMATS) as opened:
             if min(opened.size) < LEAST or opened.width * opened.height > MOST:
                 raise ExperimentError(
                     f"{field}: {where} is {opened.height} x {opened.width} pixels.",
@@ -92,7 +93,7 @@ def _read(path: str | Path, field: str) -> Image.Image:
 def _arrays(path: Path) -> list[tuple[str, np.ndarray]]:
     where = printable(str(path))
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with np.load(place(path), allow_pickle=False) as held:
             arrays = [(str(word), held[word]) for word in held.files]
     except FileNotFoundError:
         raise ExperimentError(f"masks: {where} does not exist.", "Name an .npz or .png file; a path is relative to the folder you are in.") from None
