@@ -143,6 +143,7 @@ def test_kill_minus_9_at_any_moment(number: int, whole: Run, unharmed: Ended, tm
             if kind == "inside a chunk":
                 short = [file for file in path.rglob(f"c.{done}.*") if file.suffix != ".partial" and file.stat().st_size <= fault.size]  # type: ignore[union-attr]
                 torn += len(short) == 1
+            assert index % 8 or not [check for check in verify(run) if check.verdict == "failed"], what
             if index % 4 == 0 and run.status != "complete":
                 again = resume(run, pipeline(), progress=False)
                 found_again = compare(whole, again)
@@ -178,7 +179,10 @@ def assert_refused(ended: Ended, folder: Path, whole: Run, what: str, cause: str
     assert ended.code == 1, (what, ended.code, ended.said)
     assert "Traceback" not in ended.said
     told = re.search(TWO_LINES, ended.said)
-    assert told and cause in told["cause"], (what, ended.said)
+    assert told and f"could not be written: {cause}." in told["cause"] and told["remedy"].startswith(("Free some room", "Check the disk")), (
+        what,
+        ended.said,
+    )
     for path in visible(folder):
         done = assert_readable(path, whole, ended.acknowledged)
         assert Run(path).status in ("failed", "interrupted") and not (done == STEPS and Run(path).attributes["status"] == "complete"), what
@@ -188,7 +192,9 @@ def refuse(number: int, whole: Run, folder: Path, forever: bool, **changes: Any)
     """A child whose `number`th operation on files fails; returns what that was."""
     with Doomed(asked(folder, durability="none", **changes), Fault(("ENOSPC", "EIO")[number % 2], number, forever)) as child:
         ended = child.end()
-    assert ended.marks, "nothing was refused"
+    if not ended.marks:  # a life has some operations more or fewer, as its threads meet: the last of this one came before
+        assert ended.code == 0 and number > 1, "nothing was refused"
+        return refuse(number - 1, whole, folder.with_name(f"{folder.name}-"), forever, **changes)
     what = f"{number}: {ended.marks[0]}"
     if ended.code == 0:
         assert re.fullmatch(HARMLESS, ended.marks[0]), what
