@@ -52,7 +52,7 @@ class RunWriter:
     def __init__(self, path: Path, arrays: Sequence[Array], attributes: Mapping[str, Any], durability: str = "run", *, resume: bool = False):
         self.path, self._durability = Path(path), durability
         self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        with _storing(self.path):
+        with storing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0)
@@ -134,7 +134,7 @@ class RunWriter:
 
     def write(self, path: str, value: Any, at: Any = ...) -> None:
         """Write a variable, or a part of it, now."""
-        with _storing(self.path):
+        with storing(self.path):
             self._arrays[path][at] = np.asarray(value)
 
     def read(self, path: str, at: Any = ...) -> np.ndarray:
@@ -158,7 +158,7 @@ class RunWriter:
 
     def annotate(self, **attributes: Any) -> None:
         """Set attributes of the recording, all at once, leaving its consolidated metadata in place."""
-        with _storing(self.path):
+        with storing(self.path):
             file = self.path / "zarr.json"
             root = json.loads(file.read_text())
             root["attributes"].update(attributes)
@@ -167,7 +167,7 @@ class RunWriter:
     def complete(self) -> None:
         """Flush, write the manifest of every file's digest, and declare the recording complete."""
         self.flush()
-        with _storing(self.path):
+        with storing(self.path):
             for left in self.path.rglob("*.partial"):
                 left.unlink()
             write_atomically(self.path / MANIFEST, json.dumps(manifest(self.path), indent=0).encode(), self._durability != "none")
@@ -179,7 +179,7 @@ class RunWriter:
 
     def _write_step(self, item: tuple[int, Callable[[], Mapping[str, np.ndarray]]]) -> None:
         step, values = item
-        with _storing(self.path):
+        with storing(self.path):
             written = values()
             for path in sorted(written, key=lambda p: -written[p].nbytes):  # the bulk first
                 self._arrays[path][step] = written[path]
@@ -282,7 +282,7 @@ def _owner(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _storing(path: Path) -> Iterator[None]:
+def storing(path: Path) -> Iterator[None]:
     """Turn the disk's errors into ours."""
     try:
         yield
@@ -329,7 +329,7 @@ def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
     for name, paths in sorted(found.items()):
         lock = filelock.FileLock(folder / f".{name}.lock")
         new = not Path(lock.lock_file).exists()
-        with _storing(folder):
+        with storing(folder):
             try:
                 lock.acquire(timeout=0)
             except filelock.Timeout:

@@ -286,31 +286,6 @@ def test_kill_minus_9_frees_the_lock_and_leaves_what_was_committed(tmp_path: Pat
     assert check_prefix(path) == CALLS
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", range(12))
-def test_kill_minus_9_at_any_moment(tmp_path: Path, moment: int) -> None:
-    script = """
-        print("ready", flush=True)
-        for attempt in range(1000):
-            with RunWriter(Path(sys.argv[1]) / f"{attempt}.zarr", layout(), ATTRIBUTES, "none") as writer:
-                for step in range(CALLS):
-                    put(writer, step)
-                    print(attempt, step, flush=True)
-                writer.complete()
-    """
-    holder = another_process(script, tmp_path)
-    assert holder.stdout and holder.stdout.readline() == "ready\n"
-    time.sleep(0.2 + 0.037 * moment)
-    holder.kill()
-    holder.communicate()
-    found = sorted(tmp_path.glob("[0-9]*.zarr"))
-    assert found
-    for path in found:
-        steps = check_prefix(path)
-        assert Run(path).status == ("complete" if (path / MANIFEST).exists() and Run(path).attributes["status"] == "complete" else "interrupted")
-        assert steps == CALLS or Run(path).status == "interrupted"
-
-
 def test_a_recording_is_never_overwritten(tmp_path: Path) -> None:
     path = recorded(tmp_path / "a.zarr")
     before = files(tmp_path)
