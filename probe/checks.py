@@ -102,12 +102,15 @@ def check_manifest(run: Run) -> Check:
 
 
 def read_all(run: Run) -> int:
-    """Decode every chunk of every variable, one step at a time, which checks their checksums. Raises ValueError where one is wrong."""
+    """Decode every chunk of every variable, one step at a time, which checks their checksums. Raises ValueError where one is wrong.
+
+    Of steps that are not committed nothing is promised: a killed writer may have left half a chunk there.
+    """
     count = 0
     for path, variable in variables(run):
         count += 1
         try:
-            for index in range(variable.sizes["step"]) if "step" in variable.dims and variable.ndim > 1 else [None]:
+            for index in run.steps if "step" in variable.dims and variable.ndim > 1 else [None]:
                 _ = (variable if index is None else variable.isel(step=index)).values
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {error}") from error

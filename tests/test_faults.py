@@ -79,7 +79,7 @@ def assert_readable(path: Path, whole: Run, least: int = 0) -> int:
     tree = xr.open_datatree(path, engine="zarr", chunks=None)
     committed = tree["committed"].values.tolist()
     done = sum(committed)
-    assert committed == [1] * done + [0] * (STEPS - done) and done >= least
+    assert committed == [1] * done + [0] * (len(committed) - done) and done >= least
     for name, variable in variables(whole):
         group, _, last = name.rpartition("/")
         found = tree[group or "/"].to_dataset(inherit=False).variables[last]
@@ -166,12 +166,15 @@ def test_what_a_kill_leaves_is_what_the_tests_of_resuming_cut(whole: Run, tmp_pa
     left, expected = ({str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()} for path in (killed, made))
     assert left.keys() == expected.keys()
     unlike = {name for name in left if left[name].read_bytes() != expected[name].read_bytes()}
-    assert unlike == {"zarr.json"}, "only who wrote it, when, and where to"
+    assert "zarr.json" in unlike, "who wrote it, when, and where to"
+    assert all("/cross/" in name for name in unlike - {"zarr.json"}), "in a shard the tokens lie as the writer's threads met"
+    assert compare(Run(killed), Run(made)).same
 
 
 # --- the disk --------------------------------------------------------------------------------------------------------
 
-HARMLESS = r"os.remove /\.[^/]*\.lock"  # the run is complete by then
+# Of the lock the run is complete by then; of a folder another thread may have made the same a moment ago.
+HARMLESS = r"os\.remove /\.[^/]*\.lock|os\.mkdir .*"
 
 
 def assert_refused(ended: Ended, folder: Path, whole: Run, what: str, cause: str) -> None:
@@ -184,8 +187,8 @@ def assert_refused(ended: Ended, folder: Path, whole: Run, what: str, cause: str
         ended.said,
     )
     for path in visible(folder):
-        done = assert_readable(path, whole, ended.acknowledged)
-        assert Run(path).status in ("failed", "interrupted") and not (done == STEPS and Run(path).attributes["status"] == "complete"), what
+        assert_readable(path, whole, ended.acknowledged)
+        assert Run(path).status in ("failed", "interrupted"), what
 
 
 def refuse(number: int, whole: Run, folder: Path, forever: bool, **changes: Any) -> str:
@@ -198,7 +201,7 @@ def refuse(number: int, whole: Run, folder: Path, forever: bool, **changes: Any)
     what = f"{number}: {ended.marks[0]}"
     if ended.code == 0:
         assert re.fullmatch(HARMLESS, ended.marks[0]), what
-        assert only(folder).status == "complete" if not forever else True
+        assert [Run(path).status for path in visible(folder)] == ["complete"], what
     else:
         cause = ("No space left on device", "Input/output error")[number % 2]
         assert_refused(ended, folder, whole, what, cause)
@@ -337,7 +340,7 @@ def test_a_reader_that_polls_sees_only_what_stays(whole: Run, tmp_path: Path) ->
     """While it is being written: no error, steps only ever added, and each value the final one."""
     seen: list[int] = []
     folder = tmp_path / "runs"
-    with Doomed(asked(folder), pause=0.15) as child:
+    with Doomed(asked(folder), pause=0.3) as child:
         while child.alive():
             for path, attributes in list_runs(folder):
                 assert attributes is not None and attributes["status"] in ("running", "complete")
@@ -350,5 +353,5 @@ def test_a_reader_that_polls_sees_only_what_stays(whole: Run, tmp_path: Path) ->
                     np.testing.assert_array_equal(run.denoised().values, whole.denoised().isel(step=slice(len(run.steps))).values)
         ended = child.end()
     assert ended.code == 0, ended.said
-    assert seen == sorted(seen) and len(set(seen)) >= 4, seen
+    assert seen == sorted(seen) and len(set(seen)) >= 3, seen
     assert compare(whole, only(folder)).same
