@@ -87,7 +87,7 @@ def child(asked: Any) -> None:
 def main() -> None:
     parser = models.parser(__doc__, rounds=1)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 50], help="the two lengths that the slope is taken between")
-    parser.add_argument("--modes", nargs="+", default=["bare", "default", "all tokens"])
+    parser.add_argument("--modes", nargs="+", choices=("default", "all tokens"), default=["default", "all tokens"])
     parser.add_argument("--child", help="for its own use: run one mode")
     asked = parser.parse_args()
     if asked.child:
@@ -95,7 +95,7 @@ def main() -> None:
         return
     print(f"{asked.model}, {asked.dtype}, {asked.device}; {models.machine()}", flush=True)
     peaks: dict[tuple[str, int], float] = {}
-    for mode in asked.modes:
+    for mode in ("bare", *asked.modes):
         for steps in asked.steps:
             found = []
             for _ in range(asked.rounds):
