@@ -180,9 +180,17 @@ def _live(asked: dict[str, Any], fault: Fault | Torn | None, pause: float, room:
     try:
         guarded(main, [])
     finally:
-        reports.send(("operations", operations))
+        _tell(reports, "operations", operations)
         if room:  # the mount is gone with this process
             shutil.copytree(asked["output"], f"{asked['output']}-seen", dirs_exist_ok=True)
+
+
+_telling = threading.Lock()
+
+
+def _tell(reports: Connection, what: str, value: Any) -> None:
+    with _telling:  # zarr's threads meet the disk at the same time
+        reports.send((what, value))
 
 
 def _report_steps(reports: Connection) -> list[int]:
@@ -191,10 +199,10 @@ def _report_steps(reports: Connection) -> list[int]:
     write_step = RunWriter._write_step
 
     def write(self: RunWriter, item: Any) -> None:
-        reports.send(("begun", item[0]))
+        _tell(reports, "begun", item[0])
         write_step(self, item)
         acknowledged.append(item[0])
-        reports.send(("acknowledged", item[0]))
+        _tell(reports, "acknowledged", item[0])
 
     RunWriter._write_step = write  # type: ignore[method-assign]
     return acknowledged
@@ -212,10 +220,10 @@ def _watch_files(folder: str, fault: Fault | Torn | None, reports: Connection, a
         if fault.act == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.act == "interrupt":
-            reports.send(("signalled", time.monotonic()))
+            _tell(reports, "signalled", time.monotonic())
             os.kill(os.getpid(), signal.SIGINT)
         else:
-            reports.send(("struck", what))
+            _tell(reports, "struck", what)
             code = getattr(errno, fault.act)
             raise OSError(code, os.strerror(code))
 
