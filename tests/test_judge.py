@@ -164,11 +164,11 @@ def test_a_missing_judge_names_the_command(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_judge_learns_and_comes_back_the_same(tmp_path: Path) -> None:
     model = load("emojiworld", dtype="float32", device="cpu")
-    made = train("tuning", model, scenes=1500, steps=250, folder=tmp_path)
+    made = train("tuning", model, scenes=1000, steps=250, folder=tmp_path)
     again = judging.load_judge("tuning", tmp_path)
     pictures = judging.draw(judging.TEST_SEED, 100).pictures
     assert torch.equal(made.judge(pictures).subjects, again.judge(pictures).subjects)
-    resumed = train("tuning", model, scenes=1500, steps=250, folder=tmp_path)  # nothing is left to do
+    resumed = train("tuning", model, scenes=1000, steps=250, folder=tmp_path)  # nothing is left to do
     assert torch.equal(resumed.judge(pictures).subjects, made.judge(pictures).subjects)
     scenes, *_ = own_accuracy(made, model, 100)
     assert scenes["setting"].float().mean() > 0.8  # chance: one in nine
@@ -185,5 +185,6 @@ def test_the_report_runs_whole(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| tuning | seen pairs" in done.stdout and "left out, development" in done.stdout and "sealed" not in done.stdout
-    assert Image.open(tmp_path / "sheet.png").width == 8 * world.SIZE
-    assert Image.open(tmp_path / "nearest.png").width == 2 * world.SIZE + 4
+    for name, width in (("sheet.png", 8 * world.SIZE), ("nearest.png", 2 * world.SIZE + 4)):
+        with Image.open(tmp_path / name) as page:
+            assert page.width == width

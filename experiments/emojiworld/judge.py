@@ -362,14 +362,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="checkpoints, and the judges at the end")
     parser.add_argument("--model", default="emojiworld", help="whose VAE the round trips go through: a diffusers directory, or the bundled model")
     parser.add_argument("--scenes", type=int, default=12_000, help="scenes that each judge learns from")
-    parser.add_argument("--steps", type=int, help=f"training steps of 64 scenes; by default {STEPS}")
+    parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=f"training steps of 64 scenes (default: {STEPS})")
     parser.add_argument("--test-scenes", type=int, default=600, help="fresh scenes that the judges are tested on")
     parser.add_argument("--markdown", action="store_true", help="print the table of their accuracy as Markdown")
     options = parser.parse_args(argv)
     model = load(options.model, dtype="float32", device="cpu")
     rows = []
     for name in [options.only] if options.only else list(FIRST_SEED):
-        judge = train(name, model, options.scenes, options.steps or STEPS[name], options.folder)
+        judge = train(name, model, options.scenes, getattr(options, "steps", STEPS[name]), options.folder)
         print(f"{name}: sure from {judge.sure[0]:.3f} for a subject, {judge.sure[1]:.3f} for a setting", flush=True)
         rows += own_accuracy(judge, model, options.test_scenes)
     print(table(rows, options.markdown))
