@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from benchmarks import models
-from probe.analysis import probabilities
-from probe.hooks import Hooks
-from probe.models import StableDiffusion
-from probe.recorder import record
-from probe.rehearsal import cross_attention
-from probe.sampling import denoise
+from probe.analysis.maps import probabilities
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sampling import denoise
+from probe.running.recorder import record
+from probe.watching.hooks import Hooks
+from probe.watching.rehearsal import cross_attention
 
 WORST = {"float16": 3e-5, "float32": 1e-6, "sqrt_u8": 4e-3}
 

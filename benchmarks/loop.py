@@ -1,6 +1,6 @@
 """A stopwatch on the loop of `probe.record`: how much of it is the model's, how much is recording's.
 
-It stands in for two names that `probe.perform` uses, `denoise` and `hooked`, and passes everything on to the real ones.
+It stands in for two names that `probe.running.perform` uses, `denoise` and `hooked`, and passes everything on to the real ones.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from probe import perform
-from probe.capture import hooked
-from probe.hooks import Hooks
-from probe.sampling import denoise
+from probe.diffusion.sampling import denoise
+from probe.running import perform
 from probe.store import RunWriter
+from probe.watching.capture import hooked
+from probe.watching.hooks import Hooks
 
 
 @dataclass

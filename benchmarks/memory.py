@@ -24,9 +24,9 @@ import torch
 
 from benchmarks import models
 from benchmarks.loop import Took, stopwatch
-from probe.models import StableDiffusion
-from probe.recorder import record
-from probe.sampling import denoise
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sampling import denoise
+from probe.running.recorder import record
 
 
 class Peak:

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from probe.loading import BUNDLED
+from probe.diffusion.loading import BUNDLED
 
 NAMES = ("small", "bundled", "sd1")
 PROMPT = "An astronaut scuba diving"

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.models import PROMPT, pipeline
-from probe.analysis import probabilities
+from probe.analysis.maps import probabilities
+from probe.diffusion.models import StableDiffusion
 from probe.experiment import load_experiment
-from probe.models import StableDiffusion
-from probe.planning import plan
-from probe.recorder import record
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.running.planning import plan
+from probe.running.recorder import record
 
 EXACT = {"tokens": "all", "dtype": "float32"}
 WAYS: dict[str, dict[str, Any]] = {

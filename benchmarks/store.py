@@ -21,10 +21,10 @@ import xarray as xr
 import zarr
 
 from benchmarks import models
+from probe.diffusion.models import StableDiffusion
 from probe.experiment import load_experiment
-from probe.models import StableDiffusion
-from probe.planning import Plan, plan
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.running.planning import Plan, plan
 from probe.schema import FORMAT_VERSION
 from probe.store import RunWriter
 

@@ -28,10 +28,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import probe
 from experiments.drawing import BLUE, RED, Cost, Line, Row, Scale, areas, chart, sheet, signed, table
-from probe.analysis import word_maps
+from probe.analysis.maps import word_maps
 from probe.conversions import denoised_from
-from probe.loading import BUNDLED, load
-from probe.sampling import denoise, guide, noise
+from probe.diffusion.loading import BUNDLED, load
+from probe.diffusion.sampling import denoise, guide, noise
 
 NOTEBOOK = hasattr(builtins, "get_ipython")
 parser = argparse.ArgumentParser(description="What happens inside Stable Diffusion, told with the bundled model.")

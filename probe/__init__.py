@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probe.experiment import CaptureOptions, Experiment, load_experiment
-    from probe.recorder import record, resume
-    from probe.recording import Run, list_runs, open_run
+    from probe.reading.recording import Run, list_runs, open_run
+    from probe.running.recorder import record, resume
 
 _HOMES = {
     "CaptureOptions": "probe.experiment",
     "Experiment": "probe.experiment",
     "load_experiment": "probe.experiment",
-    "Run": "probe.recording",
-    "list_runs": "probe.recording",
-    "open_run": "probe.recording",
-    "record": "probe.recorder",
-    "resume": "probe.recorder",
+    "Run": "probe.reading.recording",
+    "list_runs": "probe.reading.recording",
+    "open_run": "probe.reading.recording",
+    "record": "probe.running.recorder",
+    "resume": "probe.running.recorder",
 }
 __all__ = ["CaptureOptions", "Experiment", "Run", "list_runs", "load_experiment", "open_run", "record", "resume"]
 

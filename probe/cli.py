@@ -27,7 +27,7 @@ from probe.strict_yaml import printable
 from probe.terminal import Parser, fail, guarded, rows
 
 if TYPE_CHECKING:
-    from probe.compare import Comparison
+    from probe.reading.compare import Comparison
 
 
 def run(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def ask(arguments: list[str]) -> int:
     The word did not influence the picture; the text encoder and the layers' key projections run, the UNet does not.
     """
     from probe.pictures import ask_sheet, keep
-    from probe.recording import open_run
+    from probe.reading.recording import open_run
 
     parser = Parser(prog="probe ask", description=ask.__doc__)
     parser.add_argument("run", help="a path, the beginning of a name, or latest")
@@ -57,7 +57,7 @@ def ask(arguments: list[str]) -> int:
     parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
     options = parser.parse_args(arguments)
     found = open_run(options.run, options.runs)
-    from probe.ask import read_out
+    from probe.running.ask import read_out
 
     maps = read_out(found, options.word, options.context)
     slug = "".join(c if c.isalnum() else "-" for c in options.word.lower())
@@ -76,9 +76,9 @@ def ask(arguments: list[str]) -> int:
 
 def rerun(arguments: list[str]) -> int:
     """Record a run again from its own record, and compare. Exit code 0: the same bits; 1: something differs."""
-    from probe.compare import compare
     from probe.experiment import load_experiment
-    from probe.recording import open_run
+    from probe.reading.compare import compare
+    from probe.reading.recording import open_run
     from probe.run import quieten
 
     parser = Parser(prog="probe rerun", description=rerun.__doc__)
@@ -90,7 +90,7 @@ def rerun(arguments: list[str]) -> int:
         raise ExperimentError(f"{before.name} is a noising, which probe rerun cannot record.", "Record it again: python -m probe.noising FILE.")
     asked = load_experiment(before.experiment, output=str(before.path.parent))
     quieten(options.quiet)
-    from probe.recorder import record
+    from probe.running.recorder import record
 
     after = record(asked, progress=not options.quiet, parent=before.name)
     print(f"Recorded {after.path}")
@@ -99,8 +99,8 @@ def rerun(arguments: list[str]) -> int:
 
 def diff(arguments: list[str]) -> int:
     """What differs between two recordings: what was asked, the conditions, the values. Exit code 0: the same bits; 1: something differs."""
-    from probe.compare import compare
-    from probe.recording import open_run
+    from probe.reading.compare import compare
+    from probe.reading.recording import open_run
 
     parser = Parser(prog="probe diff", description=diff.__doc__)
     parser.add_argument("a", help="a path, the beginning of a name, or latest")
@@ -155,7 +155,7 @@ def _add_run(parser: Parser) -> None:
 
 def ls(arguments: list[str]) -> int:
     """List recordings, the newest first."""
-    from probe.recording import list_runs
+    from probe.reading.recording import list_runs
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
     parser.add_argument("runs", nargs="?", default="runs", help="folder of recordings [runs]")
@@ -183,7 +183,7 @@ def ls(arguments: list[str]) -> int:
 
 def show(arguments: list[str]) -> int:
     """What a recording holds: the run in short, its variables, what each part cost, and its pictures."""
-    from probe.recording import open_run
+    from probe.reading.recording import open_run
 
     parser = Parser(prog="probe show", description=show.__doc__)
     _add_run(parser)
@@ -216,7 +216,7 @@ def show(arguments: list[str]) -> int:
 
 def rm(arguments: list[str]) -> int:
     """Remove recordings. Asks first, unless --yes is given; never removes one that is being written."""
-    from probe.recording import Run, find_run, list_runs
+    from probe.reading.recording import Run, find_run, list_runs
 
     parser = Parser(prog="probe rm", description=rm.__doc__)
     parser.add_argument("run", nargs="+", help="paths, or the beginnings of names")

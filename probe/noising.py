@@ -29,15 +29,15 @@ from pydantic import BeforeValidator, Field
 from probe.errors import ExperimentError
 from probe.experiment import CaptureOptions, Experiment, load_settings
 from probe.fields import Line, Place, Places, Prompt, Revision, Strict, place
-from probe.recording import Run
+from probe.reading.recording import Run
 from probe.run import quieten, say_where, size, tell_forecast
 from probe.source import checked_masks, checked_picture, read_masks, read_picture
 from probe.strict_yaml import LARGEST, shown
 from probe.terminal import Parser, add_fields, guarded, overrides
 
 if TYPE_CHECKING:
-    from probe.models import StableDiffusion
-    from probe.planning import Plan
+    from probe.diffusion.models import StableDiffusion
+    from probe.running.planning import Plan
 
 
 def _timesteps(value: object) -> object:
@@ -155,11 +155,11 @@ def perform_noising(
     sheet: bool = True,
 ) -> Run:
     """As `record_noising`, with everything asked in one `Noising`; an array takes the place of its `picture`."""
-    from probe.forward import Noised, psnr
     from probe.noising_sheet import save_sheet
-    from probe.perform import perform
-    from probe.planning import free_room, size_text
-    from probe.recorder import describe, out_of_memory, sayer
+    from probe.running.forward import Noised, psnr
+    from probe.running.perform import perform
+    from probe.running.planning import free_room, size_text
+    from probe.running.recorder import describe, out_of_memory, sayer
     from probe.store import RunWriter
 
     room, say = free_room(place(asked.output)), sayer(progress)
@@ -198,7 +198,7 @@ def plan_noising(
     model: StableDiffusion, asked: Noising, picture: np.ndarray | None = None, masks: Mapping[str, np.ndarray] | None = None
 ) -> tuple[Plan, np.ndarray]:
     """What a noising will record, and the picture, (y, x, rgb) uint8. Raises ExperimentError or PromptError if it cannot be."""
-    from probe.forward import plan_forward
+    from probe.running.forward import plan_forward
 
     most = int(model.scheduler.config.num_train_timesteps) - 1
     if asked.timesteps[0] > most:
@@ -219,8 +219,8 @@ def plan_noising(
 
 
 def _model(asked: Noising, pipeline: Any | None, weights: bool = True) -> StableDiffusion:
-    from probe.loading import load
-    from probe.models import StableDiffusion
+    from probe.diffusion.loading import load
+    from probe.diffusion.models import StableDiffusion
 
     if pipeline is None:
         model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device, weights=weights)

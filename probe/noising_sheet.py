@@ -16,7 +16,7 @@ import xarray as xr
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from probe.pictures import FAINT, INK, PAPER, heat
-from probe.recording import Run
+from probe.reading.recording import Run
 
 CELL, GAP, MARGIN, CURVE = 116, 10, 28, 190
 BLUE, PALE = (40, 90, 170), (200, 214, 238)

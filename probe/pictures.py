@@ -16,11 +16,11 @@ import numpy as np
 import xarray as xr
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from probe.analysis import branch_words, word_names
-from probe.averages import by_sigma, combined
+from probe.analysis.averages import by_sigma, combined
+from probe.analysis.heads import by_kind
+from probe.analysis.maps import branch_words, word_names
 from probe.errors import RecordingNotFound
-from probe.heads import by_kind
-from probe.recording import Run
+from probe.reading.recording import Run
 
 CELL, GAP, MARGIN = 152, 12, 28
 INK, FAINT, PAPER = (24, 26, 32), (110, 114, 124), (255, 255, 255)
@@ -118,7 +118,7 @@ def word_sheet(run: Run, bands: int = 4, image: int = 0) -> Image.Image:
 
 
 def ask_sheet(run: Run, maps: xr.DataArray, bands: int = 4) -> Image.Image:
-    """A word that was asked after the run, by noise level. *Shape:* maps (step, y, x), as `probe.ask.read_out` gives them."""
+    """A word that was asked after the run, by noise level. *Shape:* maps (step, y, x), as `probe.running.ask.read_out` gives them."""
     banded = by_sigma(maps, bands, maps["sigma"])
     banded = banded.isel(band=np.flatnonzero(banded["steps"].values))
     names = ["all steps", *(f"sigma {float(band['sigma_to']):.3g} to {float(band['sigma_from']):.3g}" for band in banded)]

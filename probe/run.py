@@ -21,8 +21,8 @@ from probe.experiment import Experiment, load_experiment
 from probe.terminal import Parser, add_fields, guarded, overrides, rows
 
 if TYPE_CHECKING:
-    from probe.planning import Plan
-    from probe.recording import Run
+    from probe.reading.recording import Run
+    from probe.running.planning import Plan
 
 EXAMPLE = "experiments/astronaut.yaml"
 
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     quieten(options.quiet)
     if options.dry_run:
         return _forecast(asked, options.max_bytes)
-    from probe.recorder import record
+    from probe.running.recorder import record
 
     return say_where(record(asked, max_bytes=options.max_bytes, progress=not options.quiet), options.quiet)
 
@@ -63,10 +63,10 @@ def _resume(options: argparse.Namespace) -> int:
             "Give --resume RUN alone (and --output FOLDER, if it is not in runs).",
         )
     quieten(options.quiet)
-    from probe.recording import open_run
+    from probe.reading.recording import open_run
 
     run = open_run(options.resume, folder)
-    from probe.recorder import resume
+    from probe.running.recorder import resume
 
     return say_where(resume(run, progress=not options.quiet), options.quiet)
 
@@ -85,8 +85,8 @@ def say_where(run: Run, quiet: bool) -> int:
 
 
 def _forecast(asked: Experiment, limit: int | None) -> int:
-    from probe.loading import load
-    from probe.planning import plan
+    from probe.diffusion.loading import load
+    from probe.running.planning import plan
 
     model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device, weights=False)
     settled = plan(model.with_scheduler(asked.scheduler, asked.scheduler_options), asked)
@@ -96,7 +96,7 @@ def _forecast(asked: Experiment, limit: int | None) -> int:
 
 def tell_forecast(settled: Plan, limit: int | None) -> int:
     """What a plan will record, and how large that is. Raises TooLarge when it is over the limit."""
-    from probe.planning import size_text
+    from probe.running.planning import size_text
 
     sizes = settled.forecast()
     shapes = {a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True)) for a in settled.arrays}

@@ -2,13 +2,13 @@
 
 From the recording alone:
 
-    manifest, committed, picture      files and flags (probe.checks)
-    schema, labels                    what there is, and what it is called (probe.schema_checks)
-    softmax, moments, sums            attention maps (probe.map_checks)
-    schedule, guidance, scheduler     every number that follows from another (probe.replay)
-    forward                           what a picture it began from, and noise in it, lead to (probe.forward_checks)
+    manifest, committed, picture      files and flags (probe.proof.checks)
+    schema, labels                    what there is, and what it is called (probe.proof.schema_checks)
+    softmax, moments, sums            attention maps (probe.proof.map_checks)
+    schedule, guidance, scheduler     every number that follows from another (probe.proof.replay)
+    forward                           what a picture it began from, and noise in it, lead to (probe.proof.forward_checks)
 
-With --model, from its recorded latents (probe.repredict):
+With --model, from its recorded latents (probe.proof.repredict):
 
     weights, plan, text, predictions, maps, attention, inside, decode, encode
 
@@ -26,11 +26,11 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from probe.checks import Check, check_committed, check_manifest, check_picture
 from probe.errors import ExperimentError, ProbeError
-from probe.map_checks import check_moments, check_softmax, check_sums
-from probe.recording import Run, open_run
-from probe.schema_checks import check_labels, check_schema
+from probe.proof.checks import Check, check_committed, check_manifest, check_picture
+from probe.proof.map_checks import check_moments, check_softmax, check_sums
+from probe.proof.schema_checks import check_labels, check_schema
+from probe.reading.recording import Run, open_run
 from probe.terminal import Parser, guarded
 
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # whatever a damaged file makes of itself
@@ -63,7 +63,7 @@ def verify(run: Run, model: Any = None, steps: Sequence[int] | None = None) -> l
 
 
 def _replay(name: str, run: Run) -> Check:
-    from probe import forward_checks, replay
+    from probe.proof import forward_checks, replay
 
     checks = {"schedule": replay.check_schedule, "guidance": replay.check_guidance, "scheduler": replay.check_scheduler}
     with replay.threads_of(run):
@@ -71,7 +71,7 @@ def _replay(name: str, run: Run) -> Check:
 
 
 def _ask_again(run: Run, pipeline: Any, steps: Sequence[int] | None) -> list[Check]:
-    from probe import repredict
+    from probe.proof import repredict
 
     committed = [int(step) for step in run.steps]
     chosen = committed if steps is None else sorted({step % run.tree.sizes["step"] if step < 0 else step for step in steps})

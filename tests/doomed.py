@@ -33,12 +33,13 @@ from test_recorder import ask, model_for, pipeline
 from test_resume import rehearsed
 from tqdm.auto import tqdm
 
-from probe import hooks, planning
 from probe.experiment import load_experiment
-from probe.planning import plan
-from probe.recorder import record
+from probe.running import planning
+from probe.running.planning import plan
+from probe.running.recorder import record
 from probe.store import RunWriter
 from probe.terminal import guarded
+from probe.watching import hooks
 
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 CLONE_NEWNS, CLONE_NEWUSER, MS_PRIVATE, MS_REC = 0x20000, 0x10000000, 1 << 18, 1 << 14

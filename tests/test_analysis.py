@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from probe.analysis import (
+from probe.analysis.averages import by_sigma, combined
+from probe.analysis.maps import (
     Method,
     against_others,
     branch_words,
@@ -27,10 +28,9 @@ from probe.analysis import (
     steps_of,
     word_maps,
 )
-from probe.averages import by_sigma, combined
-from probe.capture import to_storage
 from probe.errors import PromptError, RecordingNotFound
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.watching.capture import to_storage
 
 SIDES = st.integers(1, 40)
 
@@ -504,7 +504,7 @@ def test_numbers_are_decoded_and_labelled() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    from probe.recorder import record
+    from probe.running.recorder import record
 
     asked = {
         "prompt": "a cat and an astronaut, scuba diving, and a cat",
@@ -544,7 +544,7 @@ def test_all_steps_of_the_file_give_what_its_recorded_steps_give(run: Run) -> No
 
 
 def test_what_was_cut_is_said(tmp_path: Path) -> None:
-    from probe.recorder import record
+    from probe.running.recorder import record
 
     prompt = "a cat " * 40 + "on the hat"
     asked = {

@@ -12,13 +12,13 @@ from PIL import Image
 from test_recorder import PROMPT, pipeline, take
 from test_recorder import ask as ask_experiment
 
-from probe.ask import READ_OUT, ask, read_out
 from probe.cli import dispatch
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
-from probe.hooks import Hooks
-from probe.recorder import record
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.running.ask import READ_OUT, ask, read_out
+from probe.running.recorder import record
 from probe.verify import verify
+from probe.watching.hooks import Hooks
 
 QUERIES = {"attention": "queries", "branches": "both", "dtype": "float32"}
 
@@ -41,8 +41,8 @@ def test_asked_about_its_own_prompt_a_recording_gives_its_own_maps(run: Run) -> 
 
 def test_the_maps_of_another_sentence_are_those_of_its_keys(run: Run) -> None:
     """By hand: diffusers' own scores of the recorded queries against the new sentence."""
-    from probe.models import StableDiffusion
-    from probe.rehearsal import cross_attention
+    from probe.diffusion.models import StableDiffusion
+    from probe.watching.rehearsal import cross_attention
 
     model = StableDiffusion.of(pipeline())
     text = model.encode(model.read("an astronaut"))

@@ -13,16 +13,16 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from test_recorder import ask, bare, condition, loop, model_for, only, pipeline, take
 
-from probe import hooks
-from probe.analysis import probabilities
-from probe.capture import AttentionCapture, Kept, OutputCapture, Tray, activation_paths, attention_layers, hooked, to_storage
+from probe.analysis.maps import probabilities
+from probe.diffusion.models import StableDiffusion
 from probe.errors import CaptureError, ExperimentError
 from probe.experiment import Experiment
-from probe.measures import statistics_of
-from probe.models import StableDiffusion
-from probe.planning import plan
-from probe.recording import Run
-from probe.rehearsal import cross_attention, rehearse
+from probe.reading.recording import Run
+from probe.running.planning import plan
+from probe.watching import hooks
+from probe.watching.capture import AttentionCapture, Kept, OutputCapture, Tray, activation_paths, attention_layers, hooked, to_storage
+from probe.watching.measures import statistics_of
+from probe.watching.rehearsal import cross_attention, rehearse
 
 Scores = list[dict[str, torch.Tensor]]
 BOTH = {"branches": "both", "tokens": "all", "dtype": "float32"}

@@ -26,12 +26,13 @@ import torch
 import zarr
 from test_resume import change_root, cut
 
-from probe import cli, recorder, run
-from probe.compare import compare
+from probe import cli, run
+from probe.diffusion.loading import BUNDLED
 from probe.experiment import CaptureOptions, Experiment, load_experiment
-from probe.loading import BUNDLED
-from probe.recorder import record
-from probe.recording import Run, list_runs
+from probe.reading.compare import compare
+from probe.reading.recording import Run, list_runs
+from probe.running import recorder
+from probe.running.recorder import record
 from probe.store import RunWriter
 from probe.terminal import guarded, overrides, rows
 
@@ -476,7 +477,7 @@ def test_out_of_memory(call: Command, model: Path, monkeypatch: pytest.MonkeyPat
     def decode(*_: object) -> Any:
         raise RuntimeError(message)
 
-    monkeypatch.setattr("probe.models.StableDiffusion.decode", decode)
+    monkeypatch.setattr("probe.diffusion.models.StableDiffusion.decode", decode)
     cause, remedy = refused(call, "--model", model, "--prompt", "a cat", code=1)
     assert cause.startswith("Out of memory on auto:") and "Fewer images" in remedy
 

@@ -15,8 +15,8 @@ import zarr
 from test_recorder import take
 from test_resume import change_root, cut
 
-from probe.compare import Comparison, Difference, compare
-from probe.recording import Run
+from probe.reading.compare import Comparison, Difference, compare
+from probe.reading.recording import Run
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_first_step_is_named_however_much_is_read_at_once(whole: Run, copy: 
     assert found.at == steps.start and found.greatest == pytest.approx(0.5, abs=1e-3)
     assert found.count == found.total * (steps.stop - steps.start) // 4
     for size in (1, whole.tree["attention/8x8/cross"].nbytes // 2):
-        monkeypatch.setattr("probe.compare.AT_ONCE", size)
+        monkeypatch.setattr("probe.reading.compare.AT_ONCE", size)
         assert compare(whole, copy).differences == [found]
 
 

@@ -27,13 +27,13 @@ from test_capture import BOTH, DOWN, MIDDLE, Scores, assert_maps
 from test_recorder import OFF, ask, assert_neutral, assert_no_hooks, bare, model_for, take
 from torch.nn import functional
 
-from probe import capture, conditions
-from probe.capture import AttentionCapture, hooked
-from probe.conditions import PLAIN, Witness, is_plain
 from probe.errors import CaptureError, ExperimentError, ModelError
 from probe.experiment import Experiment
-from probe.planning import plan
-from probe.rehearsal import cross_attention
+from probe.running.planning import plan
+from probe.watching import capture, conditions
+from probe.watching.capture import AttentionCapture, hooked
+from probe.watching.conditions import PLAIN, Witness, is_plain
+from probe.watching.rehearsal import cross_attention
 
 TOKENS = 77
 ASKED = {"steps": 2, "images": 2, "width": 48, "negative_prompt": "scuba diving", "capture": BOTH}

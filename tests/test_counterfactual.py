@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_recorder import PROMPT, ask, assert_neutral, assert_no_hooks, bare, model_for, pipeline, take
 
-from probe.compare import compare
-from probe.counterfactual import chosen_words
 from probe.errors import ExperimentError
-from probe.recorder import record
+from probe.reading.compare import compare
+from probe.running.recorder import record
+from probe.watching.counterfactual import chosen_words
 
 
 @pytest.mark.parametrize("scheduler", ["PNDM", "Euler"])

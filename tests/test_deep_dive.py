@@ -213,7 +213,7 @@ def test_what_it_prints_is_true_of_the_model(walk: Walk) -> None:
 
 def attention_products(model: Any, side: int) -> int:
     """FLOPs of all q k^T and of all weighted sums of v: two products of 2 x places x keys x width each, in every layer."""
-    from probe.rehearsal import rehearse
+    from probe.watching.rehearsal import rehearse
 
     tokens = model.text_encoder.config.max_position_embeddings
     square = rehearse(model, (1, model.unet.config.in_channels, side, side), 1, tokens)  # grids follow from the side, not from the channels

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from experiments.emojiworld import world
 from experiments.emojiworld.train import Trainer, generator
+from probe.diffusion.loading import BUNDLED, load
+from probe.diffusion.sampling import denoise
 from probe.errors import PromptError
-from probe.loading import BUNDLED, load
-from probe.sampling import denoise
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -23,14 +23,14 @@ from doomed import Doomed, Ended, Fault, Torn
 from test_recorder import ask, assert_no_hooks, assert_prefix, at_call, only, pipeline, throw
 from test_resume import cut, flag, planning, rehearsed  # noqa: F401
 
-from probe import hooks
-from probe.checks import variables
-from probe.compare import compare
 from probe.errors import NotFinite, OutOfMemory
-from probe.recorder import record, resume
-from probe.recording import Run, list_runs
+from probe.proof.checks import variables
+from probe.reading.compare import compare
+from probe.reading.recording import Run, list_runs
+from probe.running.recorder import record, resume
 from probe.store import MANIFEST, clear_orphans
 from probe.verify import verify
+from probe.watching import hooks
 
 STEPS = 8
 TWO_LINES = r"error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n\Z"
@@ -310,7 +310,7 @@ def test_out_of_memory_while_a_step_is_written(whole: Run, tmp_path: Path, monke
         if step == 2:
             np.empty(2**50)
 
-    monkeypatch.setattr("probe.perform.check_finite", hungry)
+    monkeypatch.setattr("probe.running.perform.check_finite", hungry)
     with pytest.raises(OutOfMemory, match="Out of memory while a step was being written"):
         record(asked(tmp_path), pipeline(), progress=False)
     assert only(tmp_path).status == "failed"

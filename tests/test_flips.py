@@ -15,13 +15,13 @@ import xarray as xr
 from test_recorder import take
 from xarray.core import indexing
 
-from probe.checks import check_manifest
 from probe.errors import RecordingDamaged, RecordingNotFound
-from probe.lazy import Untrusting, Values
-from probe.recording import Run
+from probe.proof.checks import check_manifest
+from probe.reading.lazy import Untrusting, Values
+from probe.reading.recording import Run
+from probe.reading.untrusted import Stored, nodes_of, read_root
 from probe.schema import SCHEMA
 from probe.store import MANIFEST
-from probe.untrusted import Stored, nodes_of, read_root
 from probe.verify import DAMAGE, verify
 
 SMALL, LARGE = (200, 50), (2_000, 500)  # flips in chunks and in metadata: by default, and where time does not matter

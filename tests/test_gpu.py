@@ -17,8 +17,8 @@ from test_capture import assert_maps, scores
 from test_recorder import ask, assert_neutral, assert_no_hooks, bare
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from probe.recorder import record
-from probe.sampling import noise
+from probe.diffusion.sampling import noise
+from probe.running.recorder import record
 from probe.verify import verify
 
 pytestmark = pytest.mark.gpu

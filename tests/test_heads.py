@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from probe.analysis import normalised, numbers, word_maps
-from probe.averages import combined
-from probe.heads import KINDS, by_kind, contribution, head_statistics, overlap, ranked_heads, token_kinds
-from probe.recording import Run
+from probe.analysis.averages import combined
+from probe.analysis.heads import KINDS, by_kind, contribution, head_statistics, overlap, ranked_heads, token_kinds
+from probe.analysis.maps import normalised, numbers, word_maps
+from probe.reading.recording import Run
 
 MAPS = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.floats(0, 1, width=32, allow_subnormal=False))
 
 
 def record(folder: Path, **changes: object) -> Run:
-    from probe.recorder import record
+    from probe.running.recorder import record
 
     asked = {
         "prompt": "a cat, on the hat",

@@ -32,11 +32,11 @@ from numcodecs import Zstd
 
 from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment
-from probe.lazy import UNBACKED
-from probe.recording import Run, list_runs
+from probe.reading.lazy import UNBACKED
+from probe.reading.recording import Run, list_runs
+from probe.reading.untrusted import REMEDY
 from probe.schema import array
 from probe.store import RunWriter
-from probe.untrusted import REMEDY
 
 ROOT = Path(__file__).parent.parent
 MEGABYTES, SECONDS = 512, 5

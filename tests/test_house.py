@@ -27,7 +27,7 @@ MAX_LINES = 350
 # from nothing else in probe. Modules on one line do not know each other.
 LAYERS = [
     # below the torch line: what reads recordings, and what a viewer needs
-    ("probe.errors", "probe.conversions"),
+    ("probe.errors", "probe.conversions", "probe.reading", "probe.proof"),
     ("probe.strict_yaml",),
     ("probe.schema",),
     ("probe.fields",),
@@ -35,30 +35,32 @@ LAYERS = [
     ("probe.experiment",),
     ("probe.background",),
     ("probe.store",),
-    ("probe.analysis", "probe.sample"),
-    ("probe.recomputed", "probe.averages", "probe.heads", "probe.masks"),
-    ("probe.untrusted",),
-    ("probe.lazy",),
-    ("probe.recording",),
-    ("probe.pictures", "probe.terminal", "probe.compare", "probe.checks"),
-    ("probe.noising_sheet", "probe.map_checks", "probe.schema_checks"),
+    ("probe.analysis.maps", "probe.reading.sample"),
+    ("probe.analysis.recomputed", "probe.analysis.averages", "probe.analysis.heads", "probe.analysis.masks"),
+    ("probe.analysis",),
+    ("probe.reading.untrusted",),
+    ("probe.reading.lazy",),
+    ("probe.reading.recording",),
+    ("probe.pictures", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),
+    ("probe.noising_sheet", "probe.proof.map_checks", "probe.proof.schema_checks"),
     ("probe",),  # probe/__init__.py: the public reading API
     # ================= the torch line =================
-    ("probe.hooks",),
-    ("probe.models",),
-    ("probe.loading", "probe.clock"),
-    ("probe.conditions", "probe.measures"),
-    ("probe.rehearsal",),
-    ("probe.sampling",),
-    ("probe.capture", "probe.edits", "probe.counterfactual"),
-    ("probe.modes",),
-    ("probe.planning",),
-    ("probe.forward",),
-    ("probe.perform",),
-    ("probe.recorder", "probe.ask", "probe.cost"),
-    ("probe.replay",),
-    ("probe.forward_checks",),
-    ("probe.repredict",),
+    ("probe.diffusion", "probe.watching", "probe.running"),  # their docstrings
+    ("probe.watching.hooks",),
+    ("probe.diffusion.models",),
+    ("probe.diffusion.loading", "probe.watching.clock"),
+    ("probe.watching.conditions", "probe.watching.measures"),
+    ("probe.watching.rehearsal",),
+    ("probe.diffusion.sampling",),
+    ("probe.watching.capture", "probe.edits", "probe.watching.counterfactual"),
+    ("probe.watching.modes",),
+    ("probe.running.planning",),
+    ("probe.running.forward",),
+    ("probe.running.perform",),
+    ("probe.running.recorder", "probe.running.ask", "probe.cost"),
+    ("probe.proof.replay",),
+    ("probe.proof.forward_checks",),
+    ("probe.proof.repredict",),
     ("probe.sweep",),
     # ================= the doors: torch only inside functions =================
     ("probe.run", "probe.verify"),
@@ -71,12 +73,12 @@ DOORS = "probe.run"  # the lowest line of the doors
 
 # Some that could import downwards still must not know each other: (who, whom), packages from outside included.
 STRANGERS = [
-    ("probe.models", "probe.hooks"),
-    ("probe.sampling", "probe.hooks"),
-    ("probe.sampling", "probe.store"),
-    ("probe.capture", "probe.store"),
-    ("probe.capture", "zarr"),
-    ("probe.capture", "xarray"),
+    ("probe.diffusion.models", "probe.watching.hooks"),
+    ("probe.diffusion.sampling", "probe.watching.hooks"),
+    ("probe.diffusion.sampling", "probe.store"),
+    ("probe.watching.capture", "probe.store"),
+    ("probe.watching.capture", "zarr"),
+    ("probe.watching.capture", "xarray"),
     ("probe.edits", "probe.store"),
     ("dashboard.figures", "streamlit"),
 ]
@@ -228,11 +230,11 @@ def hooks_elsewhere(root: Path) -> list[str]:
     """One module registers hooks, and nobody replaces a forward or a processor (a string counts: getattr, setattr)."""
     findings = []
     for path in sources(root, "probe", "dashboard", "experiments"):
-        elsewhere = module_of(root, path) != "probe.hooks"
+        elsewhere = module_of(root, path) != "probe.watching.hooks"
         for node in ast.walk(parse(path)):
             match node:
                 case ast.Attribute(attr=name) | ast.Name(id=name) | ast.Constant(value=str(name)) if elsewhere and REGISTERS.fullmatch(name):
-                    findings.append(f"{at(root, path, node.lineno)}: {name} belongs into probe/hooks.py")
+                    findings.append(f"{at(root, path, node.lineno)}: {name} belongs into probe/watching/hooks.py")
                 case ast.Attribute(attr="forward" | "processor" as name, ctx=ast.Store() | ast.Del()):
                     findings.append(f"{at(root, path, node.lineno)}: .{name} is assigned: observe with hooks only")
                 case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value="forward" | "processor" as name), _]):
@@ -247,8 +249,8 @@ def constants_of_models(root: Path) -> list[str]:
     findings = []
     for path in sources(root, "probe", "dashboard"):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if "alphas_cumprod" in line and module_of(root, path) != "probe.sampling":
-                findings.append(f"{at(root, path, number)}: alphas_cumprod belongs into probe/sampling.py")
+            if "alphas_cumprod" in line and module_of(root, path) != "probe.diffusion.sampling":
+                findings.append(f"{at(root, path, number)}: alphas_cumprod belongs into probe/diffusion/sampling.py")
             if "0.18215" in line:
                 findings.append(f"{at(root, path, number)}: 0.18215 is vae.config.scaling_factor")
     return findings
@@ -347,13 +349,13 @@ GOOD = {
     "pyproject.toml": '[tool.hatch.build.targets.wheel]\npackages = ["probe", "dashboard"]\n',
     "probe/py.typed": "",
     "dashboard/py.typed": "",
-    "probe/__init__.py": '"""Reads recordings."""\nif TYPE_CHECKING:\n    from probe.recorder import record\n',
+    "probe/__init__.py": '"""Reads recordings."""\nif TYPE_CHECKING:\n    from probe.running.recorder import record\n',
     "probe/errors.py": '"""Errors."""\n',
     "probe/store.py": '"""Stores."""\nimport zarr\nfrom probe.errors import ProbeError\n',
-    "probe/hooks.py": '"""Hooks."""\nfrom torch import nn\ndef on(module, hook):\n    return module.register_forward_hook(hook)\n',
-    "probe/sampling.py": '"""The loop."""\nimport torch\nfrom . import errors\nx = scheduler.alphas_cumprod\n',
-    "probe/cli.py": '"""The door."""\nfrom probe import analysis\ndef main():\n    import torch\n    from probe.recorder import record\n',
-    "dashboard/__init__.py": '"""Looks."""\nimport probe\nfrom probe.analysis import Run\n',
+    "probe/watching/hooks.py": '"""Hooks."""\nfrom torch import nn\ndef on(module, hook):\n    return module.register_forward_hook(hook)\n',
+    "probe/diffusion/sampling.py": '"""The loop."""\nimport torch\nfrom . import errors\nx = scheduler.alphas_cumprod\n',
+    "probe/cli.py": '"""The door."""\nfrom probe import analysis\ndef main():\n    import torch\n    from probe.running.recorder import record\n',
+    "dashboard/__init__.py": '"""Looks."""\nimport probe\nfrom probe.analysis.maps import Run\n',
     "dashboard/views/maps.py": '"""A view."""\nfrom probe import schema\nimport streamlit\n',
     "experiments/own.py": "place = '.../work/here', 'root/x', 'a/opt', '/workflows/x', '/options'\n",
 }
@@ -364,8 +366,8 @@ BREAKS = [
     (
         imports_that_point_up,
         "probe/store.py",
-        '""""""\nfrom probe.recorder import record',
-        "probe/store.py:2: probe.store imports probe.recorder: imports point down",
+        '""""""\nfrom probe.running.recorder import record',
+        "probe/store.py:2: probe.store imports probe.running.recorder: imports point down",
     ),
     (
         imports_that_point_up,
@@ -384,16 +386,21 @@ BREAKS = [
     (
         imports_that_point_up,
         "probe/__init__.py",
-        '""""""\ndef f():\n    from probe.recorder import record',
-        "probe imports probe.recorder: imports point",
+        '""""""\ndef f():\n    from probe.running.recorder import record',
+        "probe imports probe.running.recorder: imports point",
     ),
     (
         imports_that_point_up,
         "probe/store.py",
-        '""""""\nif TYPE_CHECKING:\n    import probe.recorder',
-        "probe.store imports probe.recorder: imports point",
+        '""""""\nif TYPE_CHECKING:\n    import probe.running.recorder',
+        "probe.store imports probe.running.recorder: imports point",
     ),
-    (imports_that_point_up, "probe/edits.py", '""""""\nimport probe.capture', "probe.edits imports probe.capture: imports point down only"),
+    (
+        imports_that_point_up,
+        "probe/edits.py",
+        '""""""\nimport probe.watching.capture',
+        "probe.edits imports probe.watching.capture: imports point down only",
+    ),
     (imports_that_point_up, "probe/edits.py", '""""""\nimport_module("probe.sweep")', "probe.edits imports probe.sweep: imports point down only"),
     (imports_that_point_up, "probe/magic.py", '""""""\n', "probe.magic has no place among the layers: add it to LAYERS in tests/test_house.py"),
     (imports_that_point_up, "probe/sweep.py", '""""""\nfrom probe.magic.deep import x', "probe.magic.deep, which has no place among the layers"),
@@ -402,12 +409,22 @@ BREAKS = [
     (
         imports_that_point_up,
         "dashboard/views/maps.py",
-        '""""""\nfrom probe.hooks import on',
-        "dashboard/views/maps.py:2: the dashboard imports probe.hooks",
+        '""""""\nfrom probe.watching.hooks import on',
+        "dashboard/views/maps.py:2: the dashboard imports probe.watching.hooks",
     ),
     (imports_that_point_up, "dashboard/app.py", '""""""\nfrom probe import cli', "the dashboard imports probe.cli, which is above the torch line"),
-    (strangers_that_met, "probe/sampling.py", '""""""\nfrom probe.hooks import on', "probe.sampling must not know probe.hooks"),
-    (strangers_that_met, "probe/capture.py", '""""""\ndef f():\n    import zarr.storage', "probe/capture.py:3: probe.capture must not know zarr"),
+    (
+        strangers_that_met,
+        "probe/diffusion/sampling.py",
+        '""""""\nfrom probe.watching.hooks import on',
+        "probe.diffusion.sampling must not know probe.watching.hooks",
+    ),
+    (
+        strangers_that_met,
+        "probe/watching/capture.py",
+        '""""""\ndef f():\n    import zarr.storage',
+        "probe/watching/capture.py:3: probe.watching.capture must not know zarr",
+    ),
     (strangers_that_met, "dashboard/figures.py", '""""""\nimport streamlit as st', "dashboard.figures must not know streamlit"),
     (
         torch_below_the_line,
@@ -421,23 +438,28 @@ BREAKS = [
     (
         torch_below_the_line,
         "probe/run.py",
-        '""""""\nfrom probe.recorder import record',
-        "probe.run imports probe.recorder at once: do it inside the function",
+        '""""""\nfrom probe.running.recorder import record',
+        "probe.run imports probe.running.recorder at once: do it inside the function",
     ),
     (
         hooks_elsewhere,
-        "probe/capture.py",
+        "probe/watching/capture.py",
         '""""""\nm.register_forward_hook(f)',
-        "probe/capture.py:2: register_forward_hook belongs into probe/hooks.py",
+        "probe/watching/capture.py:2: register_forward_hook belongs into probe/watching/hooks.py",
     ),
     (hooks_elsewhere, "probe/edits.py", '""""""\ngetattr(m, "register_forward_pre_hook")', "register_forward_pre_hook belongs into"),
     (hooks_elsewhere, "probe/edits.py", '""""""\nregister_module_forward_hook(f)', "register_module_forward_hook belongs into"),
     (hooks_elsewhere, "experiments/own.py", "m.register_full_backward_hook(f)", "experiments/own.py:1: register_full_backward_hook belongs into"),
-    (hooks_elsewhere, "probe/hooks.py", '""""""\nm.forward = f', "probe/hooks.py:2: .forward is assigned"),
+    (hooks_elsewhere, "probe/watching/hooks.py", '""""""\nm.forward = f', "probe/watching/hooks.py:2: .forward is assigned"),
     (hooks_elsewhere, "probe/edits.py", '""""""\na, m.processor = f', ".processor is assigned"),
     (hooks_elsewhere, "probe/edits.py", '""""""\nsetattr(m, "forward", f)', ".forward is assigned"),
     (hooks_elsewhere, "probe/edits.py", '""""""\nunet.set_attn_processor(p)', "set_attn_processor replaces a processor"),
-    (constants_of_models, "probe/analysis.py", '"""alphas_cumprod"""', "probe/analysis.py:1: alphas_cumprod belongs into probe/sampling.py"),
+    (
+        constants_of_models,
+        "probe/analysis/maps.py",
+        '"""alphas_cumprod"""',
+        "probe/analysis/maps.py:1: alphas_cumprod belongs into probe/diffusion/sampling.py",
+    ),
     (constants_of_models, "dashboard/data.py", '""""""\nx = 1 / 0.18215', "dashboard/data.py:2: 0.18215 is vae.config.scaling_factor"),
     (shapeless_modules, "probe/utils.py", "", "probe/utils.py:1: this name says nothing"),
     (shapeless_modules, "dashboard/helpers.py", "", "dashboard/helpers.py:1: this name says nothing"),

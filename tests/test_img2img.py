@@ -14,15 +14,15 @@ import tiny
 import torch
 from PIL import Image
 
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sampling import Schedule, denoise, first_call
 from probe.errors import ExperimentError, StoreError
 from probe.experiment import Experiment, load_experiment
 from probe.fields import SCHEDULERS
-from probe.forward import begin, encode
-from probe.models import StableDiffusion
-from probe.planning import plan
-from probe.recorder import record, resume
-from probe.recording import Run
-from probe.sampling import Schedule, denoise, first_call
+from probe.reading.recording import Run
+from probe.running.forward import begin, encode
+from probe.running.planning import plan
+from probe.running.recorder import record, resume
 from probe.source import read_picture
 
 # Building a pipeline around a scheduler whose class clips by default; the pipeline turns that off, and so do we.

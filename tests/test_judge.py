@@ -14,7 +14,7 @@ from experiments.emojiworld import judge as judging
 from experiments.emojiworld import world
 from experiments.emojiworld.judge import SETTINGS, SUBJECTS, Answer, Judge, own_accuracy, train, vary
 from experiments.emojiworld.report import Asked, asked_for, interval, prompts, score
-from probe.loading import load
+from probe.diffusion.loading import load
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,13 +20,13 @@ import tiny
 import torch
 from PIL import Image
 
+from probe.diffusion.loading import load
+from probe.diffusion.models import StableDiffusion
 from probe.errors import ModelError
 from probe.experiment import Experiment, load_experiment
 from probe.fields import from_home, place
-from probe.loading import load
-from probe.models import StableDiffusion
-from probe.recorder import record
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.running.recorder import record
 
 ROOT = Path(__file__).parent.parent
 COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
@@ -232,8 +232,8 @@ def test_a_model_in_the_home_folder_is_found_there(saved: Path, monkeypatch: pyt
 RECORD = """
 import sys
 from probe.cli import dispatch
-from probe.loading import load
-from probe.recording import open_run
+from probe.diffusion.loading import load
+from probe.reading.recording import open_run
 assert dispatch(["run", "asked.yaml", "--model", sys.argv[1], "--output", sys.argv[2]]) == 0
 run = open_run("latest", sys.argv[2])
 assert load(run.experiment.model).digest() == run.attributes["model"]["weights"], "its own record leads back to the model"

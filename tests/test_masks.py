@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from probe.analysis import on_grid
-from probe.masks import area_threshold, argmax_masks, average_precision, interval, iou, mean_iou, pixel_accuracy, threshold
+from probe.analysis.maps import on_grid
+from probe.analysis.masks import area_threshold, argmax_masks, average_precision, interval, iou, mean_iou, pixel_accuracy, threshold
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6)
 TRUE = [[True, True, False], [False, False, False]]
@@ -187,7 +187,7 @@ def test_many_maps_at_once_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
         for layer in range(3):
             wanted = slow_average_precision(maps[scene, layer].values, truth[scene].values)
             assert float(whole[scene, layer]) == pytest.approx(wanted)
-    monkeypatch.setattr("probe.masks.BLOCK", 50)
+    monkeypatch.setattr("probe.analysis.masks.BLOCK", 50)
     xr.testing.assert_equal(average_precision(maps, truth), whole)
     xr.testing.assert_equal(area_threshold(maps, truth), levels)
 

@@ -16,11 +16,11 @@ import pytest
 import tiny
 import torch
 
-from probe import hooks
+from probe.diffusion.loading import load, pick_device
+from probe.diffusion.models import StableDiffusion, to_uint8
+from probe.diffusion.sampling import denoise
 from probe.errors import DeviceError, ExperimentError, ModelError, PromptError
-from probe.loading import load, pick_device
-from probe.models import StableDiffusion, to_uint8
-from probe.sampling import denoise
+from probe.watching import hooks
 
 HAT = "An astronaut's hat, scuba diving zebra!"
 PARTS = ("unet", "vae", "text_encoder")

@@ -11,12 +11,12 @@ import tiny
 import torch
 from test_recorder import ask, assert_neutral, bare, pipeline, take
 
-from probe.analysis import maps_of
+from probe.analysis.maps import maps_of
 from probe.errors import ExperimentError, TooLarge
-from probe.modes import written_sizes
-from probe.recorder import record
-from probe.recording import Run
-from probe.rehearsal import cross_attention
+from probe.reading.recording import Run
+from probe.running.recorder import record
+from probe.watching.modes import written_sizes
+from probe.watching.rehearsal import cross_attention
 
 EVERYTHING = {"branches": "both", "tokens": "all", "dtype": "float32"}
 
@@ -82,8 +82,8 @@ def test_no_mode_changes_a_bit(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["queries", "summary", "maps"])
 def test_the_forecast_of_each_mode_is_what_is_written(name: str, tmp_path: Path) -> None:
-    from probe.models import StableDiffusion
-    from probe.planning import plan
+    from probe.diffusion.models import StableDiffusion
+    from probe.running.planning import plan
 
     asked = ask(tmp_path, capture={**EVERYTHING, "attention": name, "self_attention": ("*",), "steps": "0,2"})
     forecast = plan(StableDiffusion.of(pipeline()), asked).forecast()
@@ -102,7 +102,7 @@ def test_self_attention_is_a_softmax_over_places(tmp_path: Path) -> None:
     unet = pipeline().unet
     seen: dict[str, list[torch.Tensor]] = {}
     selves = {path: part for path, part in unet.named_modules() if getattr(part, "is_cross_attention", None) is False}
-    from probe.hooks import Hooks
+    from probe.watching.hooks import Hooks
 
     with Hooks([(part, "input", lambda value, path=path: seen.setdefault(path, []).append(value)) for path, part in selves.items()]):
         bare(pipeline(), asked)

@@ -19,17 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from probe import cli, hooks, noising, store
+from probe import cli, noising, store
+from probe.diffusion.loading import BUNDLED, load
+from probe.diffusion.models import StableDiffusion
 from probe.errors import ExperimentError, PromptError, TooLarge
 from probe.experiment import load_experiment
-from probe.forward import psnr
-from probe.loading import BUNDLED, load
-from probe.models import StableDiffusion
 from probe.noising import Noising, load_noising, perform_noising, record_noising
-from probe.recorder import record, resume
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.running.forward import psnr
+from probe.running.recorder import record, resume
 from probe.terminal import guarded
 from probe.verify import verify
+from probe.watching import hooks
 
 ROOT = Path(__file__).parent.parent
 CAPTION, TIMESTEPS, NOISES, SEED = "a cat on the hat", (900, 500, 100, 0), 3, 7

@@ -17,12 +17,13 @@ import pytest
 import tiny
 import torch
 
-from probe import hooks, sampling
 from probe.conversions import sigma_from_alpha_bar
+from probe.diffusion import sampling
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sampling import Schedule, Step, denoise
 from probe.errors import ExperimentError
 from probe.fields import SCHEDULERS
-from probe.models import StableDiffusion
-from probe.sampling import Schedule, Step, denoise
+from probe.watching import hooks
 
 # Building a pipeline around a scheduler whose class clips by default; the pipeline turns that off, and so do we.
 pytestmark = pytest.mark.filterwarnings("ignore:(?s)The configuration file of this scheduler.*clip_sample:FutureWarning")

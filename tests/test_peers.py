@@ -15,7 +15,7 @@ import torch
 from test_recorder import ask, pipeline
 
 from probe.experiment import Experiment
-from probe.recorder import record
+from probe.running.recorder import record
 
 EVERYTHING = {"branches": "both", "tokens": "all", "dtype": "float32"}
 

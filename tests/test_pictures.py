@@ -14,8 +14,8 @@ from PIL import Image
 
 from probe import pictures
 from probe.pictures import CELL, FAINT, GAP, HEAT, INK, MARGIN, PAPER, contact_sheet, heat, overlay
-from probe.recorder import record
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.running.recorder import record
 
 HEAD = MARGIN + 74  # where the first row's title begins
 WIDTH = 2 * MARGIN + 8 * CELL + 7 * GAP

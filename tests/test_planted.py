@@ -20,10 +20,11 @@ import tiny
 import torch
 from test_recorder import take
 
-from probe import capture, perform, planning
 from probe.fields import SCHEDULERS
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.running import perform, planning
 from probe.verify import WITH_MODEL, verify
+from probe.watching import capture
 
 Values = dict[str, np.ndarray]
 Plant = Callable[[pytest.MonkeyPatch], None]

@@ -20,18 +20,18 @@ import xarray as xr
 from PIL import Image
 from transformers import CLIPTextModel
 
-from probe import hooks
-from probe.analysis import probabilities, word_maps
+from probe.analysis.maps import probabilities, word_maps
+from probe.diffusion.loading import load
+from probe.diffusion.models import Conditioning, StableDiffusion
+from probe.diffusion.sampling import Step, denoise
 from probe.errors import ExperimentError, NotFinite, OutOfMemory, StoreError, TooLarge
 from probe.experiment import Experiment, load_experiment
-from probe.loading import load
-from probe.models import Conditioning, StableDiffusion
-from probe.planning import Plan, plan
-from probe.recorder import record
-from probe.recording import Run, open_run
-from probe.sampling import Step, denoise
+from probe.reading.recording import Run, open_run
+from probe.running.planning import Plan, plan
+from probe.running.recorder import record
 from probe.store import MANIFEST
 from probe.verify import verify
+from probe.watching import hooks
 
 PROMPT = "a cat on the hat"
 FULL = {"branches": "both", "tokens": "all", "activations": ("unet.mid_block", "vae.decoder.mid_block", "text_encoder.encoder.layers.0")}

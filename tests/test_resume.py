@@ -25,20 +25,21 @@ import zarr
 from diffusers import StableDiffusionPipeline
 from test_recorder import FULL, OFF, at_call, only, pipeline, take, throw
 
-from probe import hooks, planning
-from probe.checks import variables
-from probe.compare import compare
+from probe.diffusion.loading import BUNDLED
+from probe.diffusion.models import StableDiffusion
 from probe.errors import ModelError, NotFinite, ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.experiment import load_experiment
 from probe.fields import SCHEDULERS
-from probe.loading import BUNDLED
-from probe.models import StableDiffusion
-from probe.planning import plan
-from probe.recorder import record, resume
-from probe.recording import Run
-from probe.rehearsal import Rehearsal, rehearse
+from probe.proof.checks import variables
+from probe.reading.compare import compare
+from probe.reading.recording import Run
+from probe.running import planning
+from probe.running.planning import plan
+from probe.running.recorder import record, resume
 from probe.store import MANIFEST, RunWriter
 from probe.verify import verify
+from probe.watching import hooks
+from probe.watching.rehearsal import Rehearsal, rehearse
 
 AT_THE_FIRST_STEP = r"attention/.*/(key|value_size)"
 AT_THE_END = r"latents/final_latents|images/final|vae/statistics|vae/.*/activation|cost/(.*seconds|peak_memory)|attention/.*/(overview|time_sum)"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from probe import sample
 from probe.errors import RecordingNotFound
-from probe.recording import open_run
+from probe.reading import sample
+from probe.reading.recording import open_run
 from probe.verify import verify
 
 ROOT = Path(__file__).parent.parent

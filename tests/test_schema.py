@@ -14,8 +14,8 @@ import zarr
 
 from probe import schema
 from probe.noising import record_noising
-from probe.recorder import record
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.running.recorder import record
 from probe.schema import SCHEMA, Variable, array
 
 ROOT = Path(__file__).parent.parent

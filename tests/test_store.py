@@ -29,7 +29,7 @@ from probe import store
 from probe.background import Queue
 from probe.errors import NotFinite, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.experiment import Experiment
-from probe.recording import Run, find_run, list_runs, open_run
+from probe.reading.recording import Run, find_run, list_runs, open_run
 from probe.schema import Array, array
 from probe.store import MANIFEST, RunWriter, manifest
 

@@ -21,17 +21,17 @@ import torch
 import zarr
 from test_recorder import OFF, ROOT, ask, at_call, only, pipeline, take, throw
 
-from probe import hooks
-from probe.analysis import probabilities
-from probe.capture import to_storage
-from probe.checks import Check, Tally
+from probe.analysis.maps import probabilities
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
-from probe.map_checks import ROUNDED, apart, moments_of, relative, rounding, unlike_moments
-from probe.recorder import record
-from probe.recording import Run
-from probe.schema_checks import expected_variables
+from probe.proof.checks import Check, Tally
+from probe.proof.map_checks import ROUNDED, apart, moments_of, relative, rounding, unlike_moments
+from probe.proof.schema_checks import expected_variables
+from probe.reading.recording import Run
+from probe.running.recorder import record
 from probe.store import MANIFEST, manifest
 from probe.verify import WITH_MODEL, as_json, main, overall, told, verify
+from probe.watching import hooks
+from probe.watching.capture import to_storage
 
 NAMES = "manifest committed schema labels softmax moments sums picture schedule guidance scheduler".split()
 TOLERANT = {"softmax", "moments"}  # maps are rounded when they are stored

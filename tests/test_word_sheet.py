@@ -11,12 +11,12 @@ import tiny
 import xarray as xr
 from PIL import Image
 
-from probe.analysis import word_maps, word_names
-from probe.averages import by_sigma, combined
+from probe.analysis.averages import by_sigma, combined
+from probe.analysis.maps import word_maps, word_names
 from probe.errors import RecordingNotFound
 from probe.pictures import CELL, GAP, HEAT, MARGIN, PAPER, overlay, sheet_of_maps, word_sheet
-from probe.recorder import record
-from probe.recording import Run
+from probe.reading.recording import Run
+from probe.running.recorder import record
 
 HEAD, FOOT = 62, 34 + MARGIN // 2  # above the first row of a section; below the last section, without notes
 

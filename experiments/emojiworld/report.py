@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from experiments.emojiworld import world
 from experiments.emojiworld.judge import FOLDER, Answer, load_judge, small, table
+from probe.diffusion.loading import load
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sampling import denoise, fresh
 from probe.experiment import Experiment
 from probe.fields import SCHEDULERS
-from probe.loading import load
-from probe.models import StableDiffusion
-from probe.sampling import denoise, fresh
 
 FIRST_FRESH_SEED = 10_000_000  # training uses seeds from 0 up
 TIMESTEPS = list(range(50, 1000, 100))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tempfile
 
-from probe.recorder import record
-from probe.sample import ARCHIVE, pack
+from probe.reading.sample import ARCHIVE, pack
+from probe.running.recorder import record
 
 ASKED = {
     "name": "sample",

@@ -1,0 +1,51 @@
+"""Attention maps as numbers, words, heads and masks. xarray in, xarray out; never torch.
+
+maps         maps on one grid, tokens merged to words and phrases, normalisations
+averages     many steps, layers, heads and grids as few: the global map, maps by noise level
+heads        what single heads do: shape, mass, overlap, ranking, contribution
+masks        masks from maps, and how well they agree with the truth
+recomputed   maps computed from queries and keys when they are read
+"""
+
+from __future__ import annotations
+
+from probe.analysis.averages import by_sigma, combined
+from probe.analysis.heads import by_kind, contribution, head_statistics, overlap, ranked_heads, token_kinds
+from probe.analysis.maps import against_others, branch_words, content_words, normalised, on_grid, phrase, probabilities, word_maps
+from probe.analysis.masks import (
+    area_threshold,
+    argmax_masks,
+    average_precision,
+    interval,
+    iou,
+    mean_iou,
+    pixel_accuracy,
+    threshold,
+)
+
+__all__ = [
+    "against_others",
+    "area_threshold",
+    "argmax_masks",
+    "average_precision",
+    "branch_words",
+    "by_kind",
+    "by_sigma",
+    "combined",
+    "content_words",
+    "contribution",
+    "head_statistics",
+    "interval",
+    "iou",
+    "mean_iou",
+    "normalised",
+    "on_grid",
+    "overlap",
+    "phrase",
+    "pixel_accuracy",
+    "probabilities",
+    "ranked_heads",
+    "threshold",
+    "token_kinds",
+    "word_maps",
+]

@@ -1,0 +1,125 @@
+"""Maps of many steps, layers, heads and grids as few: means that never hold more than one step.
+
+    maps = [run.attention(grid) for grid in run.grids]       # (step, token, branch, image, layer, head, y, x), one for each grid
+    tokens = combined(maps)                                  # (step, token, branch, image, y, x): the mean over layers and heads
+    by_sigma(tokens, 4, run.variable("sigma"))               # (band, token, branch, image, y, x): at which noise level
+    word_maps(tokens.sel(branch="cond"))                     # (step, word, image, y, x)
+
+The global map of DAAM (Tang et al. 2022, arXiv:2210.04885), a sum over steps, layers and heads of maps brought to one grid, is
+    word_maps(combined(maps, over=("step", "layer", "head"), method="bicubic").sel(branch="cond"), merge="mean")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import xarray as xr
+
+from probe.analysis.maps import Method, missing, on_grid, stacked, steps_of, unrecorded
+
+
+def combined(
+    maps: xr.DataArray | Sequence[xr.DataArray],
+    over: Sequence[str] = ("layer", "head"),
+    grid: tuple[int, int] | None = None,
+    method: Method = "bilinear",
+) -> xr.DataArray:
+    """Maps of all grids as one: each brought to `grid`, (y, x), default the largest given; then the mean over `over`.
+
+    *Shape:* (step, token, branch, image, layer, head, y, x) -> the same without what is in `over` ("step", "image", "layer",
+    "head"), float32. Every map counts the same, so that a layer with more heads counts more. The attribute `terms` is their
+    number: the sum, which is what DAAM's paper has, is this times `terms`. Bicubic maps are clipped at 0 after the sum over
+    steps and before all others, as DAAM's code does it (which also leaves out grids an eighth of the latents' size).
+
+    A step that was not recorded stays NaN, and does not count where "step" is in `over`. Raises RecordingNotFound when no step
+    was recorded, and ValueError for grids of unlike steps or with their layers apart.
+    """
+    grids = [maps] if isinstance(maps, xr.DataArray) else list(maps)
+    if len(grids) > 1 and "layer" not in over:
+        raise ValueError("maps of several grids have different layers: give one grid, or take the mean over 'layer' too")
+    if len({tuple(one["step"].values) for one in grids if "step" in one.dims}) > 1:
+        raise ValueError("these grids were recorded at different steps: select the steps that they share")
+    size = grid or max(((one.sizes["y"], one.sizes["x"]) for one in grids), key=math.prod)
+    total: list[np.ndarray] = []
+    made: list[xr.DataArray] = []
+    terms = 0
+    for found in grids:
+        inner = [dim for dim in over if dim != "step" and dim in found.dims]
+        steps, count = _over_steps(found, inner if method != "bicubic" else []) if "step" in over else (steps_of(found), 1)
+        made = [_brought(one, size, method, inner) for one in steps]
+        made = [one.transpose(*(dim for dim in grids[0].dims if dim in one.dims)) for one in made]
+        total = [a + b.values for a, b in zip(total, made, strict=True)] if total else [one.values for one in made]
+        terms += math.prod(found.sizes[dim] for dim in inner) * count
+    parts = [one.copy(data=values / np.float32(terms)) for one, values in zip(made, total, strict=True)]
+    whole = parts[0] if "step" in over else stacked(parts, grids[0])
+    return whole.rename(grids[0].name).assign_attrs(units="1", terms=terms)
+
+
+def _brought(one: xr.DataArray, size: tuple[int, int], method: Method, inner: Sequence[str]) -> xr.DataArray:
+    """A step's maps at another grid, summed over `inner`: before, where that is the same and less work."""
+    dims = [dim for dim in inner if dim in one.dims]
+    if method == "bicubic":
+        return on_grid(one, size, method).clip(min=0).sum(dims, skipna=False)
+    return on_grid(one.sum(dims, skipna=False), size, method)
+
+
+def _over_steps(maps: xr.DataArray, inner: Sequence[str]) -> tuple[Iterable[xr.DataArray], int]:
+    """The sum over the steps that were recorded, and over `inner`; and how many steps there were."""
+    total: xr.DataArray | None = None
+    count = 0
+    for one in steps_of(maps):
+        if not missing(one):
+            count += 1
+            summed = one.sum(inner, skipna=False)
+            total = summed if total is None else total.copy(data=total.values + summed.values)
+    if total is None:
+        raise unrecorded()
+    return [total.drop_vars([name for name, value in maps.coords.items() if "step" in value.dims])], count
+
+
+def by_sigma(maps: xr.DataArray, bands: int | Sequence[float] = 3, sigma: xr.DataArray | None = None) -> xr.DataArray:
+    """The mean over the steps of each band of noise levels, the noisiest first: maps resolved in time.
+
+    *Shape:* (step, ...) -> (band, ...), labelled by `sigma_from` and `sigma_to` (from <= sigma < to; the noisiest band has its
+    upper end too) and by `steps`, the number of steps in it. `bands`: how many, of equal width in log sigma, or their edges,
+    rising; a step outside of the edges is in no band. `sigma`: over `step`, where `maps` has no such coordinate. A band without
+    steps is NaN. Raises RecordingNotFound when no step was recorded, and ValueError for edges that do not rise, for maps without
+    a step axis, and for maps without noise levels.
+    """
+    if "step" not in maps.dims or (sigma is None and "sigma" not in maps.coords):
+        raise ValueError("these maps have no noise levels: give maps with steps, and `sigma` over step")
+    if not maps.sizes["step"]:
+        raise unrecorded()
+    levels = (maps["sigma"] if sigma is None else sigma.sel(step=maps["step"])).values.astype(float)
+    edges = _edges(levels, bands)
+    of_step = np.searchsorted(edges[1:-1], levels, side="right")
+    of_step[~((levels >= edges[0]) & (levels <= edges[-1]))] = -1
+    sums: list[np.ndarray | None] = [None] * (len(edges) - 1)
+    steps = np.zeros(len(sums), int)
+    for band, one in zip(of_step, steps_of(maps), strict=True):
+        if band >= 0 and not missing(one):
+            steps[band] += 1
+            before = sums[band]
+            sums[band] = one.values if before is None else before + one.values
+    like = maps.isel(step=0, drop=True)
+    means = [np.full(like.shape, np.nan, np.float32) if of is None else of / np.float32(n) for of, n in zip(sums, steps, strict=True)]
+    labels = {"sigma_from": edges[:-1], "sigma_to": edges[1:], "steps": steps}
+    whole = xr.DataArray(np.stack(means[::-1]), dims=("band", *like.dims), coords=like.coords, name=maps.name, attrs=maps.attrs)
+    return whole.assign_coords({name: ("band", values[::-1]) for name, values in labels.items()})
+
+
+def _edges(levels: np.ndarray, bands: int | Sequence[float]) -> np.ndarray:
+    """The edges of the bands, rising; 0 and infinity, which have no logarithm, are in the outermost."""
+    if isinstance(bands, int) and bands >= 1:
+        between = levels[np.isfinite(levels) & (levels > 0)]
+        if not between.size:
+            raise ValueError("no step has a noise level between 0 and infinity")
+        edges = np.geomspace(between.min(), between.max(), bands + 1)
+        edges[0], edges[-1] = np.nanmin(levels), np.nanmax(levels)
+        return edges
+    edges = np.asarray(bands, float)
+    if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
+        raise ValueError(f"bands is {bands!r}: give a number of bands from 1, or at least two edges that rise")
+    return edges

@@ -1,0 +1,217 @@
+"""What single heads do: how narrow their maps are, what they look at, how they change; which heads find a word; what is written.
+
+    found = head_statistics(run.attention("16x16"))      # entropy, concentration, mass, change: (step, token, ..., layer, head)
+    by_kind(found["mass"])                               # of all attention, the shares of BOS, words, other, EOS and rest
+    overlap(word_maps(maps))                             # (step, word, other_word, ...): do two words share a place?
+    ranked_heads(scores)                                 # chosen on one half of the scenes, reported on the other
+    contribution(maps, run.variable("attention/16x16/value_size"))     # attention times the size of what a token writes
+
+Maps are read one step at a time. Nothing is dropped in silence: BOS, EOS and rest are in every result that has tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from xarray.backends.common import BackendArray
+from xarray.core import indexing
+
+from probe.analysis.maps import missing, normalised, numbers, stacked, steps_of, stepwise
+from probe.schema import REST
+
+END = "<|endoftext|>"
+KINDS = ("BOS", "words", "other", "EOS", "rest")
+
+# --- the shape of a map ----------------------------------------------------------------------------------------------
+
+
+def head_statistics(maps: xr.DataArray) -> xr.Dataset:
+    """What each map is like, in four numbers. *Shape:* (..., y, x) -> each (...), float32.
+
+    `mass`: the mean over pixels, a token's share of all attention; over all tokens it sums to 1. `entropy`: of the map as a
+    distribution over space, in nats, from 0 (one pixel) to ln of the number of pixels (even). `concentration`: the Gini index,
+    from 0 (even) to nearly 1 (one pixel); it does not change when a map is scaled, nor when each pixel becomes four, so that
+    grids can be compared (Hurley and Rickard 2009, arXiv:0811.4706, on measures of sparseness). `change`: how much of the map,
+    as a distribution, moved since the step before that was recorded, from 0 to 1 (total variation); NaN at the first. A map
+    that is 0 everywhere has no shape: NaN, but for its mass.
+    """
+    rows: dict[str, list[xr.DataArray]] = {"mass": [], "entropy": [], "concentration": [], "change": []}
+    before: xr.DataArray | None = None
+    for one in steps_of(maps):
+        mass = one.mean(("y", "x"), skipna=False)
+        share = normalised(one, "space").where(mass > 0)
+        rows["mass"].append(mass)
+        rows["entropy"].append(_entropy(share))
+        rows["concentration"].append(_gini(share))
+        rows["change"].append(mass * np.nan if before is None else abs(share - before.values).sum(("y", "x"), skipna=False) / 2)
+        if not missing(one):
+            before = share
+    return xr.Dataset({name: stacked(parts, maps).astype("float32").rename(name) for name, parts in rows.items()})
+
+
+def _entropy(share: xr.DataArray) -> xr.DataArray:
+    values = share.values
+    logs = np.log(values, out=np.zeros_like(values), where=~(values <= 0))
+    entropy: xr.DataArray = -(share * logs).sum(("y", "x"), skipna=False)
+    return entropy.clip(min=0)
+
+
+def _gini(share: xr.DataArray) -> xr.DataArray:
+    """The Gini index of maps that each sum to 1: the weighted sum of their values in rising order."""
+    last = share.transpose(..., "y", "x")
+    rising = np.sort(last.values.reshape(*last.shape[:-2], -1), axis=-1)
+    n = rising.shape[-1]
+    weights = (2 * np.arange(1, n + 1) - n - 1) / n
+    return last.isel(y=0, x=0, drop=True).copy(data=(rising @ weights.astype(np.float32)).clip(0, 1))
+
+
+def overlap(words: xr.DataArray, how: Literal["cosine", "iou"] = "cosine") -> xr.DataArray:
+    """How much the maps of two words are in one place, for each two. *Shape:* (word, ..., y, x) -> (word, ..., other_word), in 0..1.
+
+    "cosine": of the angle between them; high for any two maps that are nearly even. "iou": both from 0 at their least to 1 at
+    their greatest value, the sum of the lesser over the sum of the greater (the Jaccard index of fuzzy sets). NaN where a map
+    is 0 everywhere, or for "iou" where both are constant.
+    """
+
+    def of_step(one: xr.DataArray) -> xr.DataArray:
+        maps = (normalised(one, "min-max") if how == "iou" else one).transpose("word", ..., "y", "x")
+        values, space = maps.values, (-2, -1)
+        size = values.sum(space) if how == "iou" else np.sqrt(np.square(values).sum(space))
+        found = np.zeros((*size.shape, len(values)), np.float32)
+        for index, other in enumerate(values):
+            both = (np.minimum(values, other) if how == "iou" else values * other).sum(space)
+            either = size + size[index] - both if how == "iou" else size * size[index]
+            found[..., index] = np.divide(both, either, out=np.full_like(both, np.nan), where=either > 0).clip(0, 1)
+        return xr.DataArray(found, dims=(*maps.dims[:-2], "other_word"), coords=maps.isel(y=0, x=0, drop=True).coords)
+
+    return stepwise(of_step, words).assign_coords(other_word=words["word"].values).rename("overlap")
+
+
+# --- what tokens are -------------------------------------------------------------------------------------------------
+
+
+def token_kinds(maps: xr.DataArray) -> xr.DataArray:
+    """What each token is, one of `KINDS`. *Shape:* that of the label `word_index`: (token) or (branch, token).
+
+    BOS is the first token, EOS the first end of the text. "words" have a word; "other" is between BOS and EOS and has none, as
+    punctuation. "rest" is all after EOS: the padding, kept one by one or as the one sum that a recording calls rest.
+    """
+    number = maps["word_index"].transpose(..., "token")
+    texts, places = maps["token_text"].transpose(*number.dims).values, maps["token"].values
+    kinds = np.full(number.shape, "other", dtype=object)
+    for row, numbers_, names in zip(kinds.reshape(-1, len(places)), *(a.reshape(-1, len(places)) for a in (number.values, texts)), strict=True):
+        ends = [place for place, n, text in zip(places, numbers_, names, strict=True) if place > 0 and n < 0 and str(text) == END]
+        row[numbers_ >= 0] = "words"
+        row[places == 0] = "BOS"
+        row[places == REST] = "rest"
+        if ends:
+            row[places == min(ends)] = "EOS"
+            row[places > min(ends)] = "rest"
+    return xr.DataArray(kinds, dims=number.dims, coords={dim: maps[dim] for dim in number.dims if dim in maps.coords}, name="kind")
+
+
+def by_kind(values: xr.DataArray, kinds: xr.DataArray | None = None) -> xr.DataArray:
+    """Values added up by kind of token: masses, or whole maps. *Shape:* (token, ...) -> (kind, ...), every one of `KINDS`.
+
+    `kinds`: what each token is, where `values` has not the labels of tokens. Masses of all tokens sum to 1.
+    """
+    kinds = token_kinds(values) if kinds is None else kinds
+
+    def added(one: xr.DataArray) -> xr.DataArray:
+        parts = [one.where(kinds == kind, 0).sum("token", skipna=False).transpose(*(d for d in one.dims if d != "token")) for kind in KINDS]
+        coords = {name: value for name, value in one.coords.items() if "token" not in value.dims}
+        axis = one.get_axis_num("token")
+        dims = [*(d for d in one.dims if d != "token")]
+        dims.insert(axis, "kind")
+        return xr.DataArray(np.stack([part.values for part in parts], axis=axis), dims=dims, coords=coords, name=values.name)
+
+    return stepwise(added, values).assign_coords(kind=list(KINDS)).transpose(*("kind" if d == "token" else d for d in values.dims))
+
+
+# --- which heads find a word -----------------------------------------------------------------------------------------
+
+
+def ranked_heads(scores: xr.DataArray, seed: int = 0) -> xr.Dataset:
+    """The best heads by their mean score on one half of the scenes, and what they score on the other half, which chose nothing.
+
+    *Shape:* (scene, layer, head) -> `chosen` (rank) and `reported` (rank), means over each half, with each rank's `layer` and
+    `head`; `reported_scores` (reported_scene, rank), from which an interval can be made. Every dimension but `scene` is ranked,
+    the best first. `seed` draws the halves; the coordinates `chosen_scene` and `reported_scene` and the attribute `split` say how.
+    NaN scores (a scene without the word) do not count; heads without any score in the choosing half are left out. Raises
+    ValueError for fewer than two scenes.
+    """
+    if scores.sizes["scene"] < 2:
+        raise ValueError("with fewer than two scenes there are no two halves: one that chooses heads, one that reports on them")
+    dims = [dim for dim in scores.dims if dim != "scene"]
+    labels = {dim: scores[dim].values if dim in scores.coords else np.arange(size) for dim, size in scores.sizes.items()}
+    rows = scores.transpose("scene", *dims).values.reshape(scores.sizes["scene"], -1)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    choosing, reporting = (np.sort(half) for half in np.split(order, [len(order) // 2]))
+    chosen, reported = (_mean_of_finite(rows[half]) for half in (choosing, reporting))
+    best = np.argsort(-chosen, kind="stable")[: np.isfinite(chosen).sum()]  # NaN comes last
+    places = np.unravel_index(best, [scores.sizes[dim] for dim in dims])
+    return xr.Dataset(
+        {
+            "chosen": ("rank", chosen[best]),
+            "reported": ("rank", reported[best]),
+            "reported_scores": (("reported_scene", "rank"), rows[reporting][:, best]),
+        },
+        coords={
+            **{dim: ("rank", labels[dim][place]) for dim, place in zip(dims, places, strict=True)},
+            "chosen_scene": labels["scene"][choosing],
+            "reported_scene": labels["scene"][reporting],
+        },
+        attrs={"split": f"{len(choosing)} scenes chose, {len(reporting)} others report; drawn with seed {seed}", "seed": seed},
+    )
+
+
+def _mean_of_finite(rows: np.ndarray) -> np.ndarray:
+    there = np.isfinite(rows)
+    total = np.where(there, rows, 0).sum(axis=0, dtype=float)
+    return np.asarray(np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0)))
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def contribution(maps: xr.DataArray, sizes: xr.DataArray) -> xr.DataArray:
+    """Attention times |v W_O|, the size of what each token writes: how much of it a pixel is given. Lazy, as `maps`.
+
+    *Shape:* maps (..., token, ..., layer, head, y, x), sizes (branch, token, layer, head) -> as maps, float32, in the units of the
+    layer's output. BOS, EOS and rest are there beside the words: BOS is often looked at most and writes little. The size of rest
+    is the mean over its tokens, so that its contribution is exact only where they write alike. What tokens write are vectors:
+    these lengths do not add up to the length of the sum. (Kobayashi et al. 2020, arXiv:2004.10102, for language models.)
+
+    Raises ValueError for maps that have lost the layers, heads or tokens that `sizes` tell apart: multiply before the mean.
+    """
+    chosen = sizes
+    for dim in sizes.dims:
+        if dim in maps.coords and dim in sizes.coords:
+            try:
+                chosen = chosen.sel({dim: maps[dim].values if dim in maps.dims else maps[dim].item()})
+            except KeyError as problem:
+                raise ValueError(f"the sizes have no {dim} {problem}: they are of another recording or grid") from problem
+        elif dim not in maps.dims or maps.sizes[dim] != sizes.sizes[dim]:
+            raise ValueError(f"these maps have not each {dim} that the sizes tell apart: multiply before the mean over {dim}s is taken")
+    lazy = indexing.LazilyIndexedArray(_Product(maps, numbers(chosen).variable))
+    what = "attention times the size of what a token writes"
+    return xr.DataArray(xr.Variable(maps.dims, lazy), coords=maps.coords, name="contribution", attrs={"long_name": what})
+
+
+class _Product(BackendArray):
+    """Maps times sizes, computed where it is read."""
+
+    def __init__(self, maps: xr.DataArray, sizes: xr.Variable):
+        self._maps, self._sizes = maps, sizes
+        self.shape, self.dtype = maps.shape, np.dtype(np.float32)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._compute)
+
+    def _compute(self, key: tuple[Any, ...]) -> np.ndarray:
+        which = dict(zip(self._maps.dims, key, strict=True))
+        maps = numbers(self._maps.isel(which))
+        sizes = self._sizes.isel({dim: which[dim] for dim in self._sizes.dims})
+        return np.asarray((maps.variable * sizes).transpose(*maps.dims).values, dtype=np.float32)

@@ -1,0 +1,197 @@
+"""Masks from maps, and how well either agrees with the truth: exact metrics, by name, for any number of maps at once.
+
+    masks = threshold(normalised(maps, "min-max"), 0.4)          # or argmax_masks(maps), or threshold(maps, area_threshold(maps, truth))
+    iou(masks, truth), mean_iou(masks, truth), pixel_accuracy(masks, truth)
+    average_precision(maps, truth)                               # needs no threshold
+    interval(scores, over="scene")                               # the mean, and how far it can be trusted
+
+Maps and truth meet on one grid: `analysis.on_grid` brings maps to pixels, and masks to a grid by the mean over areas. Whatever
+other dimensions there are (step, layer, head, word, scene) are matched by name, and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from probe.analysis.maps import numbers
+
+SPACE = ("y", "x")
+BLOCK = 1 << 20  # values that are sorted at once, which takes 50 MB
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def threshold(maps: xr.DataArray, at: float | xr.DataArray) -> xr.DataArray:
+    """Where a map reaches a level. *Shape:* maps (..., y, x), `at` a number or (...) -> bool (..., y, x). NaN reaches nothing."""
+    found = numbers(maps)
+    if isinstance(at, xr.DataArray):
+        found, at = xr.align(found, at, join="exact", copy=False)
+    return (found >= at).transpose(..., *SPACE)
+
+
+def argmax_masks(words: xr.DataArray, least: float | xr.DataArray | None = None) -> xr.DataArray:
+    """To each word the pixels where it has the greatest value of all; of equals, the first word in the array.
+
+    *Shape:* (word, ..., y, x) -> bool, as it was. `least`: a pixel where no word reaches it is nobody's. NaN is never greatest.
+    """
+    found = numbers(words)
+    filled = found.fillna(-np.inf)
+    axis = found.get_axis_num("word")
+    first = np.expand_dims(filled.values.argmax(axis), axis) if words.sizes["word"] else np.zeros(1)
+    place = np.arange(words.sizes["word"]).reshape([-1 if d == "word" else 1 for d in words.dims])
+    mine = found.copy(data=(place == first) & np.isfinite(filled.values))
+    return (mine & (found >= least)).transpose(*words.dims) if least is not None else mine
+
+
+def area_threshold(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
+    """The level at which a map's mask has the true area: with n true pixels, its n-th greatest value; infinity where n is 0.
+
+    *Shape:* (..., y, x) and (..., y, x) -> (...). Where values tie at that level the mask is larger than the truth, so that a
+    constant map gives the whole picture and not an arbitrary part of it. This uses the truth's size: say so beside the result.
+    """
+    scores, true = _rows(maps, truth)
+    found = np.full(len(scores.rows), np.inf, scores.rows.dtype)
+    area = true.rows.sum(axis=1)
+    for block in _blocks(scores.rows):
+        falling = -np.sort(-scores.rows[block], axis=1)
+        nth = np.take_along_axis(falling, np.maximum(area[block], 1)[:, None] - 1, axis=1)[:, 0]
+        found[block] = np.where(area[block] > 0, nth, np.inf)
+    return scores.labelled(found, "level")
+
+
+# --- agreement of masks ----------------------------------------------------------------------------------------------
+
+
+def iou(masks: xr.DataArray, truth: xr.DataArray, pool: Sequence[str] = ()) -> xr.DataArray:
+    """Intersection over union. *Shape:* bool (..., y, x) and bool (..., y, x) -> (...), without `pool`.
+
+    `pool`: dimensions over which intersections and unions are added up first ("scene": as Pascal VOC does it, where large
+    objects count more); without it, every mask counts the same. NaN where both are empty.
+    """
+    a, b = _masks(masks, truth)
+    over = (*SPACE, *pool)
+    either = (a | b).sum(over)
+    return ((a & b).sum(over) / either.where(either > 0)).rename("iou")
+
+
+def mean_iou(masks: xr.DataArray, truth: xr.DataArray, over: Sequence[str] = ("word",), pool: Sequence[str] = ()) -> xr.DataArray:
+    """The mean of `iou` over some dimensions (mIoU); what is undefined, empty in both, does not count. *Shape:* (..., y, x) -> (...)."""
+    return iou(masks, truth, pool).mean(over, skipna=True).rename("mean_iou")
+
+
+def pixel_accuracy(masks: xr.DataArray, truth: xr.DataArray, classes: str | None = None) -> xr.DataArray:
+    """The share of pixels where mask and truth say the same. *Shape:* bool (..., y, x) and bool (..., y, x) -> (...).
+
+    `classes`: a dimension ("word") over which all have to say the same; without it each mask is judged by itself. An empty mask
+    of a small thing has a high accuracy: look at `iou` too.
+    """
+    a, b = _masks(masks, truth)
+    same = a == b
+    return (same.all(classes) if classes else same).mean(SPACE).rename("pixel_accuracy")
+
+
+def _masks(masks: xr.DataArray, truth: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    for name, one in (("masks", masks), ("truth", truth)):
+        if one.dtype != bool:
+            raise ValueError(f"{name} has the type {one.dtype}: make masks of it first, with threshold or argmax_masks")
+    _same_grid(masks, truth)
+    a, b = xr.align(masks, truth, join="exact", copy=False)
+    return a, b
+
+
+def _same_grid(maps: xr.DataArray, truth: xr.DataArray) -> None:
+    sizes = [tuple(one.sizes[d] for d in SPACE) for one in (maps, truth)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"maps of {sizes[0]} and truth of {sizes[1]} pixels (y, x) have no common grid: bring one to the other with on_grid")
+
+
+# --- agreement of maps -----------------------------------------------------------------------------------------------
+
+
+def average_precision(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
+    """Average precision of each map as a score of its pixels: the sum over levels of precision times the growth of recall.
+
+    *Shape:* (..., y, x) and bool (..., y, x) -> (...), float64. Exact and without interpolation, as scikit-learn's
+    `average_precision_score`: equal values are one level, so their order does not matter, and a constant map scores the share of
+    true pixels. Any rising function of a map scores the same. NaN where nothing is true, or the map is not finite.
+    """
+    scores, true = _rows(maps, truth)
+    found = np.empty(len(scores.rows))
+    for block in _blocks(scores.rows):
+        found[block] = _precision(scores.rows[block], true.rows[block])
+    return scores.labelled(found, "average_precision")
+
+
+def _precision(scores: np.ndarray, true: np.ndarray) -> np.ndarray:
+    order = np.argsort(-scores, axis=1)
+    falling = np.take_along_axis(scores, order, axis=1)
+    hits = np.take_along_axis(true, order, axis=1)
+    pixels = falling.shape[1]
+    ends = np.append(falling[:, 1:] != falling[:, :-1], np.ones((len(scores), 1), bool), axis=1)  # the last of each level
+    of = np.minimum.accumulate(np.where(ends, np.arange(pixels), pixels)[:, ::-1], axis=1)[:, ::-1]
+    precision = np.take_along_axis(hits.cumsum(axis=1), of, axis=1) / (of + 1)
+    count = hits.sum(axis=1)
+    mean = (precision * hits).sum(axis=1) / np.maximum(count, 1)
+    return np.where((count > 0) & np.isfinite(scores).all(axis=1), mean, np.nan)
+
+
+class _Rows:
+    """An array as (map, pixel), and the way back to labels for one number a map."""
+
+    def __init__(self, array: xr.DataArray):
+        last = array.transpose(..., *SPACE)
+        self.rows = last.values.reshape(-1, last.sizes["y"] * last.sizes["x"])
+        self._like = last.isel(y=0, x=0, drop=True)
+
+    def labelled(self, values: np.ndarray, name: str) -> xr.DataArray:
+        return self._like.copy(data=values.reshape(self._like.shape)).rename(name).drop_attrs()
+
+
+def _rows(maps: xr.DataArray, truth: xr.DataArray) -> tuple[_Rows, _Rows]:
+    if truth.dtype != bool:
+        raise ValueError(f"truth has the type {truth.dtype}: make masks of it first, with threshold")
+    _same_grid(maps, truth)
+    a, b = xr.broadcast(*xr.align(numbers(maps), truth, join="exact", copy=False))
+    return _Rows(a), _Rows(b.transpose(*a.dims))
+
+
+def _blocks(rows: np.ndarray) -> list[slice]:
+    step = max(1, BLOCK // max(1, rows.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
+# --- how far a mean can be trusted -----------------------------------------------------------------------------------
+
+
+def interval(scores: xr.DataArray, over: str = "scene", level: float = 0.95, resamples: int = 2000, seed: int = 0) -> xr.Dataset:
+    """The mean over scenes and its bootstrap interval: scenes are drawn again with replacement, the same ones for all scores.
+
+    *Shape:* (scene, ...) -> `mean`, `low`, `high` and `scenes` (how many counted), each (...). Percentiles of the resampled means
+    (Efron and Tibshirani 1993, chapter 13). NaN scores do not count. Give the difference of two methods on the same scenes to
+    compare them. It says how the result varies with the scenes, not with the seed of the training. Fewer than two scenes: NaN.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: it lies between 0 and 1")
+    if not scores.sizes[over]:
+        raise ValueError(f"there is no {over} to take the mean of")
+    rows = scores.transpose(over, ...)
+    n = rows.sizes[over]
+    values = rows.values.reshape(n, -1).astype(float)
+    there = np.isfinite(values)
+    filled = np.where(there, values, 0)
+    counts = there.sum(axis=0)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+    weight = drawn @ there
+    means = np.divide(drawn @ filled, weight, out=np.full(weight.shape, np.nan), where=weight > 0)
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.full((2, values.shape[1]), np.nan)
+    enough = counts > 1
+    if enough.any():
+        low[enough], high[enough] = np.nanquantile(means[:, enough], tails, axis=0)
+    mean = np.divide(filled.sum(axis=0), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    like = rows.isel({over: 0}, drop=True)
+    found = {name: like.copy(data=of.reshape(like.shape)) for name, of in (("mean", mean), ("low", low), ("high", high), ("scenes", counts))}
+    return xr.Dataset(found, attrs={"level": level, "resamples": resamples, "seed": seed})

@@ -1,0 +1,1 @@
+"""Stable Diffusion run by hand: its parts, getting them safely, and the loop. Knows nothing of hooks or files."""

@@ -1,0 +1,244 @@
+"""The denoising loop, by hand: UNet and scheduler, guidance included, as a generator that yields its state.
+
+    for step in denoise(model, conditioning, steps=50, guidance_scale=7.5, seed=0):
+        step.latents, step.sigma, step.eps, step.denoised, ...
+
+Nothing here knows of hooks, recordings or progress bars: the recorder, the tests and a notebook read the same
+iterator. With the same seed it gives the bits of diffusers' `StableDiffusionPipeline` (tests/test_parity.py).
+
+Inside: `Step`, `denoise`; `guide` (classifier-free guidance), `Schedule` (the noise levels of every call, known
+before the first one), `noise` (the starting latents) and `Start` (another beginning: a picture with noise in it).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from probe.conversions import alpha_bar_from_sigma, denoised_from, eps_from, sigma_from_alpha_bar, v_from, variance_preserving
+from probe.errors import ExperimentError
+
+if TYPE_CHECKING:
+    from probe.diffusion.models import Conditioning, StableDiffusion
+
+
+Predictions = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]  # of one call: unconditional, conditional, what the scheduler got
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the model. Every tensor is (image, channel, y, x) in the run's dtype.
+
+    `latents` went in and `next_latents` is what the scheduler made of them; `prediction` is what the scheduler got
+    (guided and rescaled). Without guidance there is no unconditional call, and `prediction_uncond` is None.
+    """
+
+    index: int
+    timestep: float
+    sigma: float
+    alpha_bar: float
+    latents: torch.Tensor
+    prediction_uncond: torch.Tensor | None
+    prediction_cond: torch.Tensor
+    prediction: torch.Tensor
+    next_latents: torch.Tensor
+    prediction_type: str
+    variance_exploding: bool
+
+    @property
+    def model_input(self) -> torch.Tensor:
+        """The latents as the UNet sees them: variance-preserving, whatever the scheduler's own convention."""
+        return variance_preserving(self.latents, self.sigma) if self.variance_exploding else self.latents
+
+    @property
+    def eps(self) -> torch.Tensor:
+        """The guided noise prediction."""
+        return eps_from(self.prediction, self.model_input, self.alpha_bar, self.prediction_type)  # type: ignore[no-any-return]
+
+    @property
+    def v(self) -> torch.Tensor:
+        """The guided velocity."""
+        return v_from(self.prediction, self.model_input, self.alpha_bar, self.prediction_type)  # type: ignore[no-any-return]
+
+    @property
+    def denoised(self) -> torch.Tensor:
+        """The guided prediction of the clean latent x0."""
+        return denoised_from(self.prediction, self.model_input, self.alpha_bar, self.prediction_type)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise level of every model call, each a tuple with one float per call.
+
+    There may be more calls than steps asked for (PNDM: one more; Heun and KDPM2: nearly twice as many), and timesteps
+    may repeat or be fractional. `variance_exploding` tells whether latents grow with sigma or keep variance one.
+    """
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    alpha_bars: tuple[float, ...]
+    variance_exploding: bool
+
+    @classmethod
+    def of(cls, scheduler: Any, steps: int, begin: int = 0) -> Schedule:
+        """The schedule of a diffusers scheduler for `steps` steps, from call `begin` on; the scheduler itself stays untouched."""
+        scheduler = fresh(scheduler)
+        scheduler.set_timesteps(steps)
+        timesteps = [float(t) for t in scheduler.timesteps]
+        ones = torch.ones(1)
+        exploding = not torch.equal(scheduler.scale_model_input(ones, scheduler.timesteps[0]), ones)
+        if hasattr(scheduler, "sigmas"):
+            sigmas = [float(s) for s in scheduler.sigmas[: len(timesteps)]]
+            if hasattr(scheduler, "sigmas_interpol"):  # KDPM2: every second call happens between two noise levels
+                back = 1 if "Ancestral" in type(scheduler).__name__ else 0
+                for index in range(1, len(sigmas), 2):
+                    sigmas[index] = float(scheduler.sigmas_interpol[index - back])
+            alpha_bars = [alpha_bar_from_sigma(s) for s in sigmas]
+            return cls(tuple(timesteps[begin:]), tuple(sigmas[begin:]), tuple(alpha_bars[begin:]), exploding)
+        return cls.at(scheduler, timesteps[begin:])
+
+    @classmethod
+    def at(cls, scheduler: Any, timesteps: Sequence[float]) -> Schedule:
+        """The noise levels at which a model was trained at some timesteps, by a scheduler that keeps variance one."""
+        alpha_bars = [float(scheduler.alphas_cumprod[int(t)]) for t in timesteps]
+        return cls(tuple(float(t) for t in timesteps), tuple(map(sigma_from_alpha_bar, alpha_bars)), tuple(alpha_bars), False)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A beginning that is not pure noise: clean latents and the noise to mix into them, each (image, channel, y, x).
+
+    `strength` is the share of the steps that is run, and `generators` are those of the images as drawing the noise left them.
+    """
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+    strength: float
+    generators: list[torch.Generator]
+
+
+def first_call(scheduler: Any, steps: int, strength: float) -> int:
+    """Which of a run's calls is the first when only the share `strength` of its steps is run, as diffusers counts it.
+
+    Raises ExperimentError where that is not one whole step.
+    """
+    if int(steps * strength) < 1:
+        raise ExperimentError(f"strength: {strength:g} of {steps} steps is not one whole step.", "Use more steps, or a greater strength.")
+    return max(steps - min(int(steps * strength), steps), 0) * int(scheduler.order)
+
+
+def started(scheduler: Any, start: Start, begin: int) -> torch.Tensor:
+    """The latents that go into call `begin`, the first; the scheduler, whose timesteps are set, is told that it begins there."""
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    at = scheduler.timesteps[begin : begin + 1].repeat(len(start.clean))
+    return scheduler.add_noise(start.clean, start.noise, at)  # type: ignore[no-any-return]
+
+
+def fresh(scheduler: Any) -> Any:
+    """A scheduler of the same class and config without any state."""
+    # Without this entry `from_config` would go back to the class's defaults where a pipeline has changed them (clip_sample).
+    return type(scheduler).from_config({key: value for key, value in scheduler.config.items() if key != "_use_default_values"})
+
+
+def noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """Gaussian noise on the CPU, image i of `shape` from a generator of its own seeded `seed + i`, and the generators.
+
+    A seed thus means the same picture on every device, and an image does not depend on how many are drawn beside it.
+    """
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
+    return draw(generators, shape, dtype), generators
+
+
+def draw(generators: list[torch.Generator], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What each image's generator gives next, on the CPU. *Shape:* `shape`, (image, ...)."""
+    return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generators])
+
+
+def guide(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, w = guidance_scale - 1), rescaled as in Lin et al. 2023, section 3.4.
+
+    *Shape:* all (image, channel, y, x). The order of operations is diffusers', so that bits agree.
+    """
+    guided = uncond + guidance_scale * (cond - uncond)
+    if guidance_rescale > 0.0:
+        dims = list(range(1, cond.ndim))
+        rescaled = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
+        guided = guidance_rescale * rescaled + (1 - guidance_rescale) * guided
+    return guided
+
+
+def step_options(scheduler: Any, eta: float, generators: list[torch.Generator]) -> dict[str, Any]:
+    """The optional arguments that this scheduler's `step` understands."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in (("eta", eta), ("generator", generators)) if name in accepted}
+
+
+def denoise(
+    model: StableDiffusion,
+    conditioning: Conditioning,
+    *,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    guidance_rescale: float = 0.0,
+    eta: float = 0.0,
+    seed: int = 0,
+    images: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    known: Iterable[Predictions] = (),
+    start: Start | None = None,
+) -> Iterator[Step]:
+    """Draw `images` pictures, yielding a `Step` after every call of the UNet and the scheduler.
+
+    `height` and `width` are in pixels (default: the model's own). Guidance is on when `guidance_scale > 1`, and then
+    the UNet sees both branches in one batch, unconditional first. The last step's `next_latents` are the result.
+
+    `known` holds the predictions of the first calls, recorded earlier: for these the UNet is not called, and what they
+    make of a fresh scheduler (its history, its random numbers) is the state in which the interrupted run was.
+
+    With a `start`, the last steps are run, from its latents; it has the images and their size, and `seed` is not used.
+    """
+    scheduler = fresh(model.scheduler)
+    begin = 0 if start is None else first_call(scheduler, steps, start.strength)
+    schedule = Schedule.of(scheduler, steps, begin)
+    scheduler.set_timesteps(steps, device=model.device)
+    timesteps = scheduler.timesteps[begin:]
+    if start is None:
+        latents, generators = noise(seed, model.latent_shape(images, height, width), model.dtype)
+        latents = latents.to(model.device) * scheduler.init_noise_sigma
+    else:
+        images, generators = len(start.clean), [generator.clone_state() for generator in start.generators]
+        latents = started(scheduler, start, begin)
+    options = step_options(scheduler, eta, generators)
+    guided = guidance_scale > 1.0
+    embeddings = conditioning.embeddings(images, guided)
+    recorded = iter(known)
+    for index, t in enumerate(timesteps):
+        with torch.no_grad():  # never across the yield: the caller's gradient mode is the caller's
+            model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+            if (replayed := next(recorded, None)) is not None:
+                uncond, cond, prediction = replayed
+            else:
+                output = model.unet(model_input, t, encoder_hidden_states=embeddings, return_dict=False)[0]
+                uncond, cond = output.chunk(2) if guided else (None, output)
+                prediction = cond if uncond is None else guide(uncond, cond, guidance_scale, guidance_rescale)
+            next_latents = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
+        yield Step(
+            index=index,
+            timestep=schedule.timesteps[index],
+            sigma=schedule.sigmas[index],
+            alpha_bar=schedule.alpha_bars[index],
+            latents=latents,
+            prediction_uncond=uncond,
+            prediction_cond=cond,
+            prediction=prediction,
+            next_latents=next_latents,
+            prediction_type=model.prediction_type,
+            variance_exploding=schedule.variance_exploding,
+        )
+        latents = next_latents

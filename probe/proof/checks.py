@@ -1,0 +1,156 @@
+"""What a check of a recording finds, and the checks of its files and flags. Without torch and without the model.
+
+    manifest     every file is there, none is new, each has the digest it was written with; every chunk's checksum holds
+    committed    every step is there, or those up to an interruption; maps are where they were asked for
+    picture      the pictures for people show the pixels that were recorded
+
+A check gives one `Check`, whose verdict is one of four: exact; within a tolerance, for a reason that is named; failed, and
+where; or not checked, and why. `Tally` makes one of many comparisons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import xarray as xr
+from PIL import Image
+
+from probe.reading.recording import Run
+from probe.store import MANIFEST, manifest
+
+Verdict = Literal["exact", "within tolerance", "failed", "not checked"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: what was found and where, and, for a tolerance, the reasons for which it is granted."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    because: tuple[str, ...] = ()
+
+
+@dataclass
+class Tally:
+    """Many comparisons of one check, as one verdict: exact when none is off, else by how much the worst is, and where the first is.
+
+    `allowed` is granted only for a reason in `because`; without one, only the same bits pass.
+    """
+
+    name: str
+    what: str
+    allowed: float = 0.0
+    because: tuple[str, ...] = ()
+    unit: str = "of its greatest value"
+    nothing: str = "nothing of this was recorded"
+    worst: float = 0.0
+    where: str = ""
+    first: str = ""
+    count: int = 0
+    _failed: list[str] = field(default_factory=list)
+
+    def add(self, off: float, where: str) -> None:
+        """One comparison that is `off` by so much; NaN is worse than anything."""
+        self.count += 1
+        off = float("inf") if np.isnan(off) else off
+        if off > (self.allowed if self.because else 0.0):
+            self.first = self.first or where
+        if off > self.worst:
+            self.worst, self.where = off, where
+
+    def fail(self, what: str) -> None:
+        """Something that no tolerance covers."""
+        self._failed.append(what)
+
+    def check(self) -> Check:
+        """The verdict, with where the worst is."""
+        if self._failed:
+            more = f" (and {len(self._failed) - 1} more)" if self._failed[1:] else ""
+            return Check(self.name, "failed", f"{self.what}: {self._failed[0]}{more}")
+        if not self.count:
+            return Check(self.name, "not checked", self.nothing)
+        if self.worst == 0:
+            return Check(self.name, "exact", f"{self.what}: the same at all {self.count} places")
+        if self.because and self.worst <= self.allowed:
+            told = f"{self.what}: within {self.worst:.2g} {self.unit} ({self.where}); {self.allowed:.2g} is allowed"
+            return Check(self.name, "within tolerance", told, self.because)
+        first = f"; first at {self.first}" if self.first != self.where else ""
+        return Check(self.name, "failed", f"{self.what}: off by {self.worst:.2g} {self.unit} at {self.where}{first}", self.because)
+
+
+# --- files and flags -------------------------------------------------------------------------------------------------
+
+
+def check_manifest(run: Run) -> Check:
+    """Digests of files, and the checksum of every chunk."""
+    file = run.path / MANIFEST
+    if not file.exists():
+        told = f"the run is {run.status}: its manifest is written at the end; the checksums of {read_all(run)} variables hold"
+        return Check("manifest", "not checked" if run.status != "complete" else "failed", told)
+    written, present = json.loads(file.read_text()), manifest(run.path)
+    wrong = sorted(name for name in written.keys() & present.keys() if written[name] != present[name])
+    missing, new = sorted(written.keys() - present.keys()), sorted(present.keys() - written.keys())
+    for problem, names in (("changed", wrong), ("missing", missing), ("new", new)):
+        if names:
+            return Check("manifest", "failed", f"{len(names)} files {problem}: {names[0]}")
+    return Check("manifest", "exact", f"{len(written)} files have the digests they were written with, {read_all(run)} variables their checksums")
+
+
+def read_all(run: Run) -> int:
+    """Decode every chunk of every variable, one step at a time, which checks their checksums. Raises ValueError where one is wrong.
+
+    Of steps that are not committed nothing is promised: a killed writer may have left half a chunk there.
+    """
+    count = 0
+    for path, variable in variables(run):
+        count += 1
+        try:
+            for index in run.steps if "step" in variable.dims and variable.ndim > 1 else [None]:
+                _ = (variable if index is None else variable.isel(step=index)).values
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    return count
+
+
+def variables(run: Run) -> Iterator[tuple[str, xr.Variable]]:
+    """Every variable and coordinate of a recording by its path, "latents/prediction"."""
+    for node in run.tree.subtree:
+        for name, variable in node.to_dataset(inherit=False).variables.items():
+            yield f"{node.path}/{name}".strip("/"), variable
+
+
+def check_committed(run: Run) -> Check:
+    """Flags of steps, and of the steps at which maps were recorded."""
+    calls, done = run.tree.sizes["step"], len(run.steps)
+    if not np.array_equal(run.steps, np.arange(done)):
+        return Check("committed", "failed", f"steps {', '.join(map(str, run.steps[:8]))}: one before the last is missing")
+    if run.status == "complete" and done < calls:
+        return Check("committed", "failed", f"{done} of {calls} steps; the run is complete")
+    expected = np.isin(np.arange(calls), run.experiment.capture.steps_of(calls)).astype(np.uint8)
+    for grid in run.grids:
+        if not np.array_equal(run.variable(f"attention/{grid}/recorded").values, expected):
+            return Check("committed", "failed", f"attention/{grid}/recorded is not capture.steps: {run.experiment.capture.steps}")
+    return Check("committed", "exact", f"all {calls} steps" if done == calls else f"{done} of {calls} steps; the run is {run.status}")
+
+
+def check_picture(run: Run) -> Check:
+    """The PNG beside the arrays: whoever looks at it sees what was recorded."""
+    if run.status != "complete":
+        return Check("picture", "not checked", f"the run is {run.status}")
+    finals = run.images.values
+    names = ["picture.png"] if len(finals) == 1 else [f"picture-{index}.png" for index in range(len(finals))]
+    there = [(name, pixels) for name, pixels in zip(names, finals, strict=True) if (run.path / name).is_file()]
+    if not there:
+        return Check("picture", "not checked", f"{names[0]} is not there")
+    for name, pixels in there:
+        with Image.open(run.path / name) as shown:
+            if not np.array_equal(np.asarray(shown), pixels):
+                return Check("picture", "failed", f"{name} does not show images/final")
+            if json.loads(shown.info.get("experiment", "null")) != run.attributes["experiment"]:
+                return Check("picture", "failed", f"{name} was made from another experiment than the recording's")
+    return Check("picture", "exact", f"{', '.join(name for name, _ in there)}: as images/final, of this experiment")

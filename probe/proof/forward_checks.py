@@ -1,0 +1,79 @@
+"""Whether what was recorded of a picture with noise in it follows from the picture, the seed and the predictions.
+
+forward      without the model: the noise is that of the seeds; of a noising, every difference and loss, and the VAE's round trip
+encode       with it: the latents are what the VAE makes of the picture
+
+That the noised latents follow is a matter of `probe.proof.replay`, as in any run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from probe.conversions import denoised_from, eps_from, target
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sampling import noise
+from probe.proof.checks import Check, Tally
+from probe.proof.map_checks import relative
+from probe.proof.replay import conditions, numbers, run_dtype, tensor
+from probe.reading.recording import Run
+from probe.running.forward import encode, psnr, restart, sampled
+
+ROUNDED = 1e-4  # of the greatest value: one float32 formula, computed by torch and by numpy, and divided by sqrt(alpha_bar)
+
+
+def check_forward(run: Run) -> Check:
+    """The true noise, and all that is measured by it."""
+    clean = tensor(run, run.variable("forward/clean").values)
+    if "noising" in run.attributes:
+        tally = Tally("forward", "noise is that of the seeds; differences, losses and the round trip follow", ROUNDED, ("rounding", *conditions(run)))
+        eps = noise(run.experiment.seed, tuple(clean.shape), run_dtype(run))[0]
+        _measured(run, tally, clean, eps)
+    else:
+        tally = Tally("forward", "noise is that of the seeds")
+        eps = restart(run.experiment, clean, encoded=int(run.attributes["model"]["f"]) > 1).noise
+    if not np.array_equal(numbers(eps), run.variable("forward/noise").values):
+        tally.fail("noise is not that of the seeds")
+    tally.add(0.0, "noise")
+    return tally.check()
+
+
+def check_encoded(run: Run, model: StableDiffusion, allowed: float, because: tuple[str, ...]) -> Check:
+    """The picture's latents, made again by the VAE."""
+    mean, deviation = encode(model, run.variable("source/picture").values)
+    if "noising" in run.attributes:
+        made = (model.scaling_factor * mean).repeat(run.experiment.images, 1, 1, 1)
+    else:
+        made, *_ = sampled(model, run.experiment, mean, deviation)
+    tally = Tally("encode", "the VAE's latents of the picture", allowed, because)
+    tally.add(relative(numbers(made), run.variable("forward/clean").values), "forward/clean")
+    return tally.check()
+
+
+def _measured(run: Run, tally: Tally, clean: torch.Tensor, eps: torch.Tensor) -> None:
+    kind, count = str(run.attributes["prediction_type"]), len(clean)
+    if not bool((clean == clean[:1]).all()):
+        tally.fail("the draws of noise have not the same clean latents")
+    true_clean, true_eps = (value.float().numpy() for value in (clean, eps))
+    axes = (1, 2, 3)
+    for step in run.steps:
+        alpha_bar = float(run.variable("alpha_bar").values[step])
+        x, prediction = (run.variable(f"latents/{name}").isel(step=step).values.astype(np.float32) for name in ("latents", "prediction"))
+        difference = eps_from(prediction, x, alpha_bar, kind) - true_eps
+        with np.errstate(divide="ignore", invalid="ignore"):  # at alpha_bar 0, noise says nothing of what is clean
+            denoised = denoised_from(prediction, x, alpha_bar, kind)
+        made = {
+            "denoised": denoised,
+            "difference": difference,
+            "loss": ((prediction - target(true_clean, true_eps, alpha_bar, kind)) ** 2).mean(axis=axes),
+            "noise_loss": (difference**2).mean(axis=axes),
+        }
+        for name, value in made.items():
+            tally.add(relative(value, run.variable(f"forward/{name}").isel(step=step).values), f"forward/{name}, step {step}")
+    if run.status == "complete":
+        loss = run.variable("forward/loss").values.astype(np.float64)
+        spread = loss.std(axis=1, ddof=1) if count > 1 else np.full(len(loss), np.nan)
+        trip = np.array(psnr(run.variable("source/picture").values, run.images.values[0]))
+        for path, value in (("forward/loss_mean", loss.mean(axis=1)), ("forward/loss_spread", spread), ("source/psnr", trip)):
+            tally.add(relative(value, run.variable(path).values), path)

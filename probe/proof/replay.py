@@ -1,0 +1,234 @@
+"""What a recording's numbers give when they are computed again, without the model: noise levels, guidance, every latent.
+
+    schedule     step, timestep, sigma and alpha_bar are those of the recorded scheduler, and its configuration is what was asked for
+    guidance     the scheduler's input follows from the two branches, rescale included
+    scheduler    the seed's noise, and the predictions replayed through a fresh scheduler, give every latent and the final one
+
+Where this machine shares all that decides bits with the one that recorded, only the same bits pass. Otherwise a small
+difference does, with what is not shared named as the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from probe.diffusion.sampling import Schedule, first_call, guide, noise, started, step_options
+from probe.errors import RecordingDamaged
+from probe.fields import SCHEDULERS
+from probe.proof.checks import Check, Tally
+from probe.proof.map_checks import relative
+from probe.reading.compare import differing_conditions
+from probe.reading.recording import Run
+from probe.running.forward import restart
+
+# Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding grows some fifteenfold.
+TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the model, replayed. `came` is what the scheduler made of everything before, `latents` what was recorded.
+
+    After the last call of a complete run comes one more, for the final latents, whose `model_input` is None.
+    """
+
+    index: int
+    t: Any
+    came: torch.Tensor
+    latents: torch.Tensor
+    stored: np.ndarray
+    model_input: torch.Tensor | None
+
+
+def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
+    """The committed calls of a run, each from its recorded latents, through a fresh scheduler and without the model."""
+    if "noising" in run.attributes:
+        yield from _noised(run, device)
+        return
+    asked, branches = run.experiment, 2 if run.experiment.guidance_scale > 1 else 1
+    scheduler = rebuild_scheduler(run)
+    scheduler.set_timesteps(asked.steps, device=device)
+    stored, begin = run.latents, _begin(run, scheduler)
+    if asked.image is None:
+        pure, generators = noise(asked.seed, tuple(stored.shape[1:]), run_dtype(run))
+        came = pure.to(device) * scheduler.init_noise_sigma
+    else:
+        clean = tensor(run, run.variable("forward/clean").values).to(device)
+        start = restart(asked, clean, encoded=int(run.attributes["model"]["f"]) > 1)
+        came, generators = started(scheduler, start, begin), start.generators
+    options = step_options(scheduler, asked.eta, generators)
+    for index, t in enumerate(scheduler.timesteps[begin:][: len(run.steps)]):
+        values = stored.isel(step=index).values
+        latents = tensor(run, values).to(device)
+        with torch.no_grad():
+            model_input = scheduler.scale_model_input(torch.cat([latents] * branches), t)
+        yield Call(index, t, came, latents, values, model_input)
+        with torch.no_grad():
+            prediction = tensor(run, run.prediction().isel(step=index).values).to(device)
+            came = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
+    if run.status == "complete":
+        values = run.variable("latents/final_latents").values
+        yield Call(len(run.steps), None, came, tensor(run, values).to(device), values, None)
+
+
+def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
+    """The timesteps of a noising: the noise of its seeds, mixed into its clean latents."""
+    scheduler, stored = rebuild_scheduler(run), run.latents
+    clean = tensor(run, run.variable("forward/clean").values).to(device)
+    eps = noise(run.experiment.seed, tuple(clean.shape), run_dtype(run))[0].to(device)
+    for index, timestep in enumerate(run.attributes["noising"]["timesteps"][: len(run.steps)]):
+        values, t = stored.isel(step=index).values, torch.tensor(int(timestep), device=device)
+        latents = tensor(run, values).to(device)
+        yield Call(index, t, scheduler.add_noise(clean, eps, t.repeat(len(clean))), latents, values, latents)
+    if run.status == "complete":
+        values = run.variable("latents/final_latents").values
+        yield Call(len(run.steps), None, clean, tensor(run, values).to(device), values, None)
+
+
+def _begin(run: Run, scheduler: Any) -> int:
+    """Which of the scheduler's calls is the run's first."""
+    asked = run.experiment
+    return 0 if asked.image is None else first_call(scheduler, asked.steps, asked.strength)
+
+
+def rebuild_scheduler(run: Run) -> Any:
+    """A fresh scheduler as the run had it, from the recording alone. Raises RecordingDamaged where diffusers has none of that name."""
+    import diffusers
+
+    kind = getattr(diffusers, str(run.attributes["scheduler"]["class"]), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise RecordingDamaged(f"{run.name} names a scheduler that diffusers does not have.", "Use the version of diffusers that recorded it.")
+    config = run.attributes["scheduler"]["config"]
+    return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+
+
+def run_dtype(run: Run) -> torch.dtype:
+    """The number format of the run. Raises ValueError for one that no run has."""
+    name = run.attributes["model"]["dtype"]
+    if name not in TOLERANCE:
+        raise ValueError(f"{name!r} is not a number format of a run")
+    kind: torch.dtype = getattr(torch, name)
+    return kind
+
+
+def tensor(run: Run, value: np.ndarray) -> torch.Tensor:
+    """A recorded value in the run's own number format. Raises ValueError if it is not one that this format has."""
+    whole = torch.from_numpy(np.array(value))
+    made = whole.to(run_dtype(run))
+    if not np.array_equal(numbers(made), value, equal_nan=True):
+        raise ValueError(f"it holds a value that {run.attributes['model']['dtype']} does not have")
+    return made
+
+
+def numbers(value: torch.Tensor) -> np.ndarray:
+    """As it would be stored: bfloat16, which numpy lacks, widened to float32."""
+    found: np.ndarray = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+    return found
+
+
+@contextlib.contextmanager
+def threads_of(run: Run) -> Iterator[None]:
+    """As many threads as the run had, where this machine has as many cores: the bits of sums depend on it."""
+    before, wanted = torch.get_num_threads(), run.attributes["environment"].get("threads")
+    if isinstance(wanted, int) and 1 <= wanted <= (os.cpu_count() or 1):
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def conditions(run: Run) -> tuple[str, ...]:
+    """What decides the bits of a scheduler and of guidance and is not here as it was: device, threads, versions."""
+    import diffusers
+
+    there = run.attributes
+    changed = {
+        "device": "cpu",
+        "device_name": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    return tuple(differing_conditions(there, {**there, "environment": {**there["environment"], **changed}}))
+
+
+def check_schedule(run: Run) -> Check:
+    """Noise levels, and whether the scheduler is the one that was asked for."""
+    asked, config = run.experiment, run.attributes["scheduler"]["config"]
+    scheduler = rebuild_scheduler(run)
+    noising = run.attributes.get("noising")
+    schedule = Schedule.at(scheduler, noising["timesteps"]) if noising else Schedule.of(scheduler, asked.steps, _begin(run, scheduler))
+    tally = Tally("schedule", f"timestep, sigma and alpha_bar of {type(scheduler).__name__}", 1e-4, conditions(run))
+    kind, options = SCHEDULERS.get(asked.scheduler, (type(scheduler).__name__, {}))
+    if type(scheduler).__name__ != kind:
+        tally.fail(f"{type(scheduler).__name__} was recorded, {asked.scheduler} was asked for")
+    for name, value in {**options, **asked.scheduler_options}.items():
+        if (list(value) if isinstance(value, tuple) else value) != config.get(name):
+            tally.fail(f"{name} is {config.get(name)!r}, {value!r} was asked for")
+    convention = "variance_exploding" if schedule.variance_exploding else "variance_preserving"
+    for name, expected in (("latent_convention", convention), ("prediction_type", scheduler.config.prediction_type)):
+        if run.attributes[name] != expected:
+            tally.fail(f"{name} is {run.attributes[name]}, the scheduler's is {expected}")
+    scheduler.set_timesteps(asked.steps)
+    table = [float(s) for s in getattr(scheduler, "sigmas", schedule.sigmas)]
+    wanted = {"step": range(len(schedule.timesteps)), "timestep": schedule.timesteps, "sigma": schedule.sigmas, "alpha_bar": schedule.alpha_bars}
+    for name, values in {**wanted, "latents/scheduler_sigmas": table}.items():
+        recorded = run.variable(name).values
+        if recorded.shape != (len(values),):
+            tally.fail(f"{name} has {recorded.size} values, the scheduler {len(values)}")
+            continue
+        expected = np.array(values, dtype=recorded.dtype)
+        wrong = np.flatnonzero(expected != recorded)
+        tally.add(relative(expected, recorded), f"{name}, step {wrong[0] if wrong.size else 0}")
+    return tally.check()
+
+
+def check_guidance(run: Run) -> Check:
+    """uncond + s (cond - uncond), computed with torch in the run's number format."""
+    asked = run.experiment
+    what = "no guidance: the scheduler got the conditional prediction"
+    if asked.guidance_scale > 1:
+        rescaled = f", rescaled by {asked.guidance_rescale:g}" if asked.guidance_rescale else ""
+        what = f"uncond + {asked.guidance_scale:g} (cond - uncond){rescaled}"
+    tally = Tally("guidance", what, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
+    for index, step in enumerate(run.steps):
+        given = run.prediction().isel(step=index).values
+        cond = tensor(run, run.prediction("cond").isel(step=index).values)
+        if asked.guidance_scale > 1:
+            uncond = tensor(run, run.prediction("uncond").isel(step=index).values)
+            with torch.no_grad():
+                made = guide(uncond, cond, asked.guidance_scale, asked.guidance_rescale)
+        else:
+            made = cond
+        tally.add(relative(numbers(made), given), f"step {step}{_image(numbers(made), given)}")
+    return tally.check()
+
+
+def check_scheduler(run: Run) -> Check:
+    """Every latent from the seed's noise and the recorded predictions."""
+    how = f"{run.attributes['scheduler']['class']} replayed from the seed's noise"
+    if run.experiment.image is not None:
+        how += " in the picture's latents"
+    if "noising" in run.attributes:
+        how = "the seeds' noise in the picture's latents, at every timestep; nothing is denoised"
+    tally = Tally("scheduler", how, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
+    for call in replayed(run):
+        made = numbers(call.came)
+        tally.add(relative(made, call.stored), f"{'final_latents' if call.model_input is None else f'step {call.index}'}{_image(made, call.stored)}")
+    return tally.check()
+
+
+def _image(found: np.ndarray, recorded: np.ndarray) -> str:
+    """Which image, channel and place is off the most."""
+    off = np.where(np.isnan(found) & np.isnan(recorded), 0, np.abs(found.astype(np.float64) - recorded))
+    image, channel, y, x = np.unravel_index(int(off.argmax()), off.shape)
+    return f", image {image}, channel {channel}, y {y}, x {x}"

@@ -1,0 +1,245 @@
+"""Whether a recording's variables are those of the schema, and their labels mean what they say. Without torch and without the model.
+
+schema       every variable that was asked for is there, with the schema's dimensions, type and unit
+labels       tokens spell the prompt, and mean the same in every group; layers are in the order in which they run
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from probe.proof.checks import Check, variables
+from probe.reading.recording import Run
+from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, array
+
+ALWAYS = ("", "latents", "images", "preview", "cost")  # groups that every recording has
+PER_MODE = {
+    "maps": ("moment", "cross", "moments"),
+    "summary": ("moment", "cross", "moments", "head_statistic", "head_statistics"),
+    "queries": ("query", "key"),
+}
+PER_GRID = "branch token token_text word word_index layer recorded value_size time_sum".split()
+FIXED = {"moment": MOMENTS, "head_statistic": HEAD_STATISTICS, "statistic": STATISTICS}
+
+
+def expected_variables(run: Run) -> set[str]:
+    """What the experiment of a recording asks for, by path; grids and self-attention layers are those that it has."""
+    asked, found = run.experiment, dict(variables(run))
+    groups = [*ALWAYS, *(["decoded"] if asked.decode_every else []), *(["unet"] if asked.capture.statistics else [])]
+    if asked.capture.statistics and run.attributes["model"]["f"] > 1:
+        groups.append("vae")
+    names = {f"{v.group}/{v.name}".strip("/") for v in SCHEMA if v.group in groups}
+    if asked.guidance_scale <= 1:
+        names.discard("latents/prediction_uncond")
+    if asked.image is not None or "noising" in run.attributes:
+        names |= {"source/picture", "forward/clean", "forward/noise"}
+    if "noising" in run.attributes:
+        names |= {"source/psnr", *(f"forward/{v.name}" for v in SCHEMA if v.group == "forward")}
+    if asked.capture.counterfactual:
+        names |= {"counterfactual/masked_word", "counterfactual/change"}
+    if asked.capture.text:
+        names |= {f"text/text_encoder/{v.name}" for v in SCHEMA if v.group == "text/{encoder}"}
+    if asked.capture.attention != "off":
+        grids = run.grids or ["(any grid)"]
+        names |= {f"attention/{grid}/{name}" for grid in grids for name in (*PER_GRID, *PER_MODE.get(asked.capture.attention, ()))}
+        names.add(f"attention/{grids[0]}/overview")
+    if asked.capture.self_attention:
+        grids = sorted({path.split("/")[1] for path in found if path.startswith("self_attention/")}) or ["(any grid)"]
+        names |= {f"self_attention/{grid}/{name}" for grid in grids for name in ("branch", "layer", "self")}
+    return names
+
+
+def check_schema(run: Run) -> Check:
+    """Every variable that the experiment asks for, and nothing that the schema lacks; dimensions, types, units, sizes."""
+    found = dict(variables(run))
+    problems = [f"{path} is missing" for path in sorted(expected_variables(run) - found.keys())]
+    problems += [problem for path, variable in found.items() for problem in _unlike_schema(run, path, variable)]
+    if not problems:
+        problems = list(_unlike_sizes(run, found))
+    identity, asked = run.experiment.identity(), run.attributes["experiment"]
+    if asked == run.experiment.resolved() and run.attributes["identity"] != identity:  # not of one with the fields of another version
+        problems.append(f"the experiment is not the one that was recorded: its identity is {identity}, not {run.attributes['identity']}")
+    if problems:
+        return Check("schema", "failed", problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+    return Check("schema", "exact", f"{len(found)} variables with the dimensions, types and units of the schema, all that was asked for")
+
+
+def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
+    group, _, name = path.rpartition("/")
+    try:
+        known = array(group, name, variable.shape)
+        dims = known.dims
+    except KeyError:
+        yield f"{path} is not in the schema"
+        return
+    dtype, storage = str(run.attributes["model"]["dtype"]), run.experiment.capture.dtype
+    run_dtype = "float32" if dtype == "bfloat16" else dtype
+    map_dtype = ("float16" if name == "query" else "uint8") if storage == "sqrt_u8" else storage
+    kind = {"run": run_dtype, "any": run_dtype, "map": map_dtype}.get(known.dtype, known.dtype)
+    if variable.dims != dims:
+        yield f"{path} has the dimensions {variable.dims}, not {dims}"
+    if (variable.dtype.kind not in "OT") if kind == "str" else (variable.dtype != np.dtype(kind)):
+        yield f"{path} is of type {variable.dtype}, not {kind}"
+    if variable.attrs.get("units") != known.variable.units or not variable.attrs.get("long_name"):
+        yield f"{path} has no long_name, or another unit than {known.variable.units}"
+    if known.dtype == "run" and group == "latents" and variable.attrs.get("recorded_dtype") != dtype:
+        yield f"{path} says that it was recorded in {variable.attrs.get('recorded_dtype')}, the model was {dtype}"
+    if known.dtype == "map" and name != "query" and ("encoding" in variable.attrs) != (storage == "sqrt_u8"):
+        yield f"{path} says {variable.attrs.get('encoding', 'nothing of an encoding')}, capture.dtype is {storage}"
+
+
+def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
+    asked, f = run.experiment, int(run.attributes["model"]["f"])
+    latents = found["latents/latents"].sizes
+    pixels = found["images/final"].sizes
+    if (pixels["y"], pixels["x"]) != (f * latents["y"], f * latents["x"]):
+        yield f"pictures of {pixels['y']} x {pixels['x']} pixels, latents of {latents['y']} x {latents['x']}, but f = {f}"
+    if (asked.height or pixels["y"], asked.width or pixels["x"]) != (pixels["y"], pixels["x"]):
+        yield f"pictures of {pixels['y']} x {pixels['x']} pixels; {asked.height} x {asked.width} was asked for"
+    for path, variable in found.items():
+        if variable.sizes.get("image", asked.images) != asked.images:
+            yield f"{path} holds {variable.sizes['image']} images, not {asked.images}"
+        name = path.rpartition("/")[2]
+        if name in FIXED and tuple(map(str, variable.values)) != FIXED[name]:
+            yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(FIXED[name])}"
+    for grid in run.grids:
+        maps = next(found[f"attention/{grid}/{name}"].sizes for name in ("cross", "query") if f"attention/{grid}/{name}" in found)
+        if f"{maps['y']}x{maps['x']}" != grid:
+            yield f"attention/{grid} holds maps of {maps['y']}x{maps['x']}"
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+LABELS = ("token_text", "word", "word_index")
+Labels = dict[tuple[str, int], tuple[str, str, int]]
+
+
+def check_labels(run: Run) -> Check:
+    """Coordinates mean what they say: branches, tokens, words, layers."""
+    found = dict(variables(run))
+    texts = [path.removesuffix("/token_text") for path in found if path.endswith("/token_text")]
+    problems = list(_wrong_branches(run, found))
+    labels = {group: _labels(run, group) for group in sorted(texts, key=lambda group: not group.startswith("text/"))}
+    for (one, there), (other, here) in itertools.permutations(labels.items(), 2):
+        problems += _unlike_labels(here, there, other, one)
+    for group, here in labels.items():
+        problems += _misspelt(run, group, here)
+    problems += _misplaced_layers(run, found)
+    if problems:
+        return Check("labels", "failed", problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+    layers = sum(variable.size for path, variable in found.items() if re.fullmatch(r"attention/[^/]+/layer", path))
+    return Check("labels", "exact", f"tokens and words of {len(texts)} groups spell the prompt; {layers} layers in the order in which they run")
+
+
+def _wrong_branches(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
+    asked = run.experiment
+    called = BRANCHES if asked.guidance_scale > 1 else ("cond",)
+    kept = tuple(b for b in called if asked.capture.branches in ("both", b))
+    for path, variable in found.items():
+        if path.rpartition("/")[2] == "branch":
+            wanted = kept if "attention/" in path else called
+            if tuple(map(str, variable.values)) != wanted:
+                yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(wanted)}"
+
+
+def _labels(run: Run, group: str) -> Labels:
+    """Text, word and word number by branch and token position."""
+    data = run.tree[group].dataset
+    columns = [data[name].transpose("branch", "token").values for name in LABELS]
+    return {
+        (str(branch), int(token)): (str(columns[0][b, t]), str(columns[1][b, t]), int(columns[2][b, t]))
+        for b, branch in enumerate(data["branch"].values)
+        for t, token in enumerate(data["token"].values)
+    }
+
+
+def _unlike_labels(here: Labels, there: Labels, group: str, other: str) -> Iterator[str]:
+    for at, label in here.items():
+        if at in there and there[at] != label:
+            yield f"{group}: token {at[1]} of {at[0]} is {label[0]!r} in the word {label[1]!r}, in {other} {there[at][0]!r} in {there[at][1]!r}"
+
+
+def _misspelt(run: Run, group: str, labels: Labels) -> Iterator[str]:
+    prompts = {"cond": run.experiment.prompt, "uncond": run.experiment.negative_prompt}
+    for branch in dict.fromkeys(branch for branch, _ in labels):
+        positions = [position for at, position in labels if at == branch]
+        kept = [position for position in positions if position != REST]
+        if kept != list(range(len(kept))) or positions not in (kept, [*kept, REST]):
+            yield f"{group}: its tokens are not 0, 1, 2, ..."
+            continue
+        if REST in positions and labels[branch, REST] != ("rest", "", -1):
+            yield f"{group}: what is not kept is called {labels[branch, REST][0]!r}, not 'rest'"
+        rows = [labels[branch, position] for position in kept]
+        end = next((i for i, row in enumerate(rows) if i and row[0] == "<|endoftext|>" and row[2] < 0), None)
+        prompt = prompts[branch]
+        prompt = prompt[: len(prompt) - len(run.attributes["cut_from_prompt"].get(branch, ""))]
+        if end is None:  # another tokenizer than CLIP's: only the model can say
+            continue
+        spelt = _plain(_decode("".join(row[0] for row in rows[1:end])))
+        if spelt != _plain(prompt):
+            yield f"{group}: the tokens of {branch} spell {spelt[:60]!r}, not {_plain(prompt)[:60]!r}"
+        numbers = [row[2] for row in rows if row[2] >= 0]
+        if list(dict.fromkeys(numbers)) != list(range(len(set(numbers)))) or sorted(numbers) != numbers:
+            yield f"{group}: the words of {branch} are numbered {numbers}"
+        for number, members in itertools.groupby((row for row in rows if row[2] >= 0), key=lambda row: row[2]):
+            pieces = list(members)
+            word = _plain(_decode("".join(row[0] for row in pieces)))
+            if wrong := [row[1] for row in pieces if _plain(row[1]) != word]:
+                yield f"{group}: word {number} of {branch} is {wrong[0]!r}, its tokens spell {word!r}"
+        if stray := [row[1] for row in rows if row[2] < 0 and row[1]]:
+            yield f"{group}: {stray[0]!r} of {branch} is a word without a number"
+
+
+def _plain(text: str) -> str:
+    """As CLIP reads it: composed, in small letters, without spaces."""
+    return re.sub(r"\s+", "", "".join(c.lower() for c in unicodedata.normalize("NFC", text)))
+
+
+def _decode(tokens: str) -> str:
+    """CLIP's tokens are made of bytes, each shown as a character (the byte alphabet of GPT-2)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    table = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return bytes(table[c] for c in tokens).decode(errors="replace") if all(c in table for c in tokens) else tokens
+
+
+def _misplaced_layers(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
+    """Layers run down, through the middle and up; a block's grid follows from its place; each was asked for, and is there once."""
+    asked = run.experiment.capture
+    sizes = found["latents/latents"].sizes
+    for kind, patterns in (("attention", asked.layers), ("self_attention", asked.self_attention)):
+        grids = {path.split("/")[1]: [str(v) for v in found[path].values] for path in found if re.fullmatch(rf"{kind}/[^/]+/layer", path)}
+        for grid, layers in grids.items():
+            if layers != sorted(layers, key=_running_order):
+                yield f"{kind}/{grid}/layer is not in the order in which layers run: {', '.join(layers)}"
+            for layer in layers:
+                if not any(grid == pattern or fnmatchcase(layer, pattern) for pattern in patterns):
+                    yield f"{kind}/{grid}/layer holds {layer}, which was not asked for"
+                if (level := re.match(r"down_blocks\.(\d+)\.", layer)) and grid != "x".join(str(-(-sizes[d] // 2 ** int(level[1]))) for d in "yx"):
+                    yield f"{kind}/{grid}/layer holds {layer}, which works on another grid"
+        every = [layer for layers in grids.values() for layer in layers]
+        if len(every) != len(set(every)):
+            yield f"{kind}: a layer is there twice"
+        blocks = {(grid, ".".join(layer.split(".")[:2])) for grid, layers in grids.items() for layer in layers if "_blocks." in layer}
+        if len({block for _, block in blocks}) != len(blocks):
+            yield f"{kind}: layers of one block are on two grids"
+    if "unet/module" in found and (modules := [str(v) for v in found["unet/module"].values]) != sorted(modules, key=_stage):
+        yield "unet/module is not in the order in which modules run"
+
+
+def _stage(path: str) -> tuple[int, int]:
+    part = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}.get(path.split(".")[0], -1)
+    number = path.split(".")[1:2]
+    return part, int(number[0]) if part in (0, 2) and number and number[0].isdigit() else 0
+
+
+def _running_order(path: str) -> tuple[Any, ...]:
+    return _stage(path), [int(n) for n in re.findall(r"\.(\d+)", path)]

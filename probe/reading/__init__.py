@@ -1,0 +1,1 @@
+"""A recording being read: guarded, lazily, labelled, and never with torch."""

@@ -1,0 +1,120 @@
+"""Two recordings held against each other: what was asked, under which conditions, and which values differ by how much.
+
+    found = compare(open_run("a"), open_run("b"))
+    found.same           # True: every value of both is the same, bit for bit
+    found.asked          # fields of the experiment that differ
+    found.conditions     # device, threads, versions, weights ... that differ
+    found.differences    # variables that differ, with how many values and by how much
+
+The bits of a run depend on the device's kind, the number of threads, the attention backend, whether the branches are one
+batch, the versions and the weights. Where those agree, two runs of one experiment are expected to be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from probe.reading.recording import Run
+
+CONDITIONS = ("device", "device_name", "threads", "attention_backend", "branches_batched", "torch", "diffusers", "transformers")
+AT_ONCE = 2**26  # bytes of a variable that are read together
+NEW_EACH_TIME = ("cost",)  # groups that are measured anew and never the same
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variable that differs: `count` of `total` values, by at most `greatest`; `at` is the first step where it does."""
+
+    variable: str
+    problem: str
+    count: int = 0
+    total: int = 0
+    greatest: float = 0.0
+    at: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two recordings do not share. `variables` counts those that both have."""
+
+    asked: list[str]
+    conditions: list[str]
+    differences: list[Difference]
+    variables: int
+
+    @property
+    def same(self) -> bool:
+        return not self.differences
+
+
+def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What two recordings' attributes say of the conditions that decide bits, where they disagree: "threads: 2 and 1"."""
+    found = [
+        f"{name}: {there['environment'].get(name)} and {here['environment'].get(name)}"
+        for name in CONDITIONS
+        if there["environment"].get(name) != here["environment"].get(name)
+    ]
+    return found + [
+        f"{name}: {there['model'].get(name)} and {here['model'].get(name)}"
+        for name in ("dtype", "weights")
+        if there["model"].get(name) != here["model"].get(name)
+    ]
+
+
+def compare(a: Run, b: Run) -> Comparison:
+    """Compare everything that two recordings hold, some steps at a time, over the steps that both have committed."""
+    one, other = a.attributes["experiment"], b.attributes["experiment"]
+    ignored = ("name", "output", "durability", "device")
+    asked = [f"{key}: {one.get(key)} and {other.get(key)}" for key in {**one, **other} if key not in ignored and one.get(key) != other.get(key)]
+    first, second = _variables(a), _variables(b)
+    differences = [Difference(name, "only in the first") for name in first if name not in second]
+    differences += [Difference(name, "only in the second") for name in second if name not in first]
+    shared = [name for name in first if name in second]
+    steps = min(len(a.steps), len(b.steps))
+    if len(a.steps) != len(b.steps):
+        differences.append(Difference("committed", f"{len(a.steps)} steps and {len(b.steps)} steps"))
+    for name in shared:
+        if (found := _difference(name, first[name], second[name], steps)) is not None:
+            differences.append(found)
+    return Comparison(asked, differing_conditions(a.attributes, b.attributes), differences, len(shared))
+
+
+def _variables(run: Run) -> dict[str, xr.Variable]:
+    return {
+        f"{node.path}/{name}".strip("/"): variable
+        for node in run.tree.subtree
+        if node.path.strip("/").split("/")[0] not in NEW_EACH_TIME
+        for name, variable in node.to_dataset(inherit=False).variables.items()
+        if name != "committed"
+    }
+
+
+def _difference(name: str, one: xr.Variable, other: xr.Variable, steps: int) -> Difference | None:
+    if one.dims != other.dims or one.shape != other.shape:
+        return Difference(name, f"sizes {dict(one.sizes)} and {dict(other.sizes)}")
+    if one.dtype != other.dtype:
+        return Difference(name, f"types {one.dtype} and {other.dtype}")
+    stepped = "step" in one.dims and one.ndim > 1
+    block = max(1, AT_ONCE * one.sizes["step"] // max(1, one.nbytes)) if stepped else 1
+    count, total, greatest, at = 0, 0, 0.0, None
+    for begin in range(0, steps, block) if stepped else [0]:
+        part = {"step": slice(begin, min(begin + block, steps))} if stepped else {}
+        left, right = (np.asarray(v.isel(part).values) for v in (one, other))
+        total += left.size
+        unlike = left != right
+        if left.dtype.kind == "f":
+            unlike |= np.signbit(left) != np.signbit(right)  # 0 and -0 are equal numbers, and other bits
+            unlike &= ~(np.isnan(left) & np.isnan(right))
+        if wrong := int(unlike.sum()):
+            count += wrong
+            if stepped and at is None:
+                at = begin + int(np.argwhere(unlike)[:, one.get_axis_num("step")].min())
+            if left.dtype.kind in "fiu":
+                off = np.abs(left[unlike].astype(np.float64) - right[unlike].astype(np.float64))
+                greatest = max(greatest, float(np.nan_to_num(off, nan=np.inf).max()))
+    return Difference(name, "values differ", count, total, greatest, at) if count else None

@@ -1,0 +1,336 @@
+"""Reading recordings: lazily, labelled, and without torch or the model.
+
+    run = open_run("latest")                 # or a path, or the beginning of a run's name
+    run.tree                                 # the whole recording, an xarray DataTree
+    run.latents, run.denoised()              # (step, image, channel, y, x), only steps that were committed
+    run.attention("16x16")                   # (step, token, branch, image, layer, head, y, x) as probabilities
+
+What is derived (eps, v, denoised) is computed from the latents and predictions when it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import html
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from probe.analysis.maps import probabilities, resize, word_maps
+from probe.analysis.recomputed import recomputed
+from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
+from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
+from probe.experiment import Experiment, load_experiment
+from probe.reading import sample
+from probe.reading.lazy import open_tree
+from probe.reading.untrusted import read_file, read_root, refuse
+from probe.schema import BRANCHES, FORMAT_VERSION, near
+from probe.strict_yaml import printable
+
+MAX_PICTURE = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recording, opened. Nothing is read until it is asked for. Raises RecordingNotFound or RecordingDamaged."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        _ = self.attributes
+
+    @functools.cached_property
+    def attributes(self) -> dict[str, Any]:
+        """The recording's attributes: experiment, environment, model, scheduler, status."""
+        return root_attributes(self.path)
+
+    @functools.cached_property
+    def tree(self) -> xr.DataTree:
+        """Everything, lazily, as stock `xarray.open_datatree(path, engine="zarr")` opens it. Raises RecordingDamaged."""
+        return open_tree(self.path)
+
+    @functools.cached_property
+    def experiment(self) -> Experiment:
+        """What was asked."""
+        try:
+            return load_experiment(self.attributes["experiment"])
+        except ExperimentError as error:
+            raise refuse(self.path, f"its experiment is none of this version ({error.cause})") from error
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(".zarr")
+
+    @property
+    def status(self) -> str:
+        """complete, interrupted, failed or running; a run whose writer died is interrupted."""
+        return _status(root_attributes(self.path))
+
+    @functools.cached_property
+    def steps(self) -> np.ndarray:
+        """Indices of the committed steps."""
+        return np.flatnonzero(self.variable("committed").values)
+
+    def variable(self, path: str) -> xr.DataArray:
+        """One variable or coordinate, lazily: "latents/latents", "attention/16x16/cross". Raises RecordingNotFound."""
+        group, _, name = path.rpartition("/")
+        try:
+            return self.tree[group or "/"].dataset[name]
+        except KeyError as error:
+            found = [f"{node.path}/{n}".strip("/") for node in self.tree.subtree for n in node.dataset.data_vars]
+            raise RecordingNotFound(f"{self.name} has no variable {path}.", near(path, found)) from error
+
+    # --- latents and what follows from them ---
+
+    @property
+    def latents(self) -> xr.DataArray:
+        """What went into each call. *Shape:* (step, image, channel, y, x)."""
+        return self._latent("latents")
+
+    def prediction(self, branch: str | None = None) -> xr.DataArray:
+        """The model's output for `branch` ("cond", "uncond"), or what the scheduler got (None). *Shape:* as latents."""
+        return self._latent("prediction" if branch is None else f"prediction_{branch}")
+
+    def eps(self, branch: str | None = None) -> xr.DataArray:
+        """The predicted noise."""
+        return self._derive(eps_from, branch, "eps")
+
+    def v(self, branch: str | None = None) -> xr.DataArray:
+        """The predicted velocity."""
+        return self._derive(v_from, branch, "v")
+
+    def denoised(self, branch: str | None = None) -> xr.DataArray:
+        """The predicted clean latents x0."""
+        return self._derive(denoised_from, branch, "denoised")
+
+    def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
+        """Clean latents as small pictures, by the linear map fitted for this VAE. *Shape:* (..., y, x, rgb) uint8."""
+        latents = self.denoised() if latents is None else latents
+        slope, bias = self.variable("preview/latent_to_rgb").load(), self.variable("preview/bias").load()
+        colour: xr.DataArray = xr.dot(latents.astype("float32"), slope, dim="channel") + bias
+        order = [d for d in latents.dims if d not in ("channel", "y", "x")]
+        bright: xr.DataArray = (colour.fillna(0).clip(0, 1) * 255).round().astype("uint8")  # on_nan: record leaves NaN
+        return bright.transpose(*order, "y", "x", "rgb")
+
+    @property
+    def images(self) -> xr.DataArray:
+        """The finished pictures. *Shape:* (image, y, x, rgb) uint8."""
+        return self.variable("images/final")
+
+    @property
+    def source(self) -> xr.DataArray | None:
+        """The picture that an image-to-image run or a noising began from, (y, x, rgb) uint8; None where there was none."""
+        return self.variable("source/picture") if "source" in self.tree.children else None
+
+    # --- attention ---
+
+    @property
+    def grids(self) -> list[str]:
+        """Grids with attention maps, the largest first: ["64x64", "32x32", ...]."""
+        if "attention" not in self.tree.children:
+            return []
+        return sorted(self.tree["attention"].children, key=lambda g: -int(np.prod([int(n) for n in g.split("x")])))
+
+    def attention(self, grid: str | None = None) -> xr.DataArray:
+        """Cross-attention maps at one grid (default: the largest), still lazy, in their stored type.
+
+        *Shape:* (step, token, branch, image, layer, head, y, x). Of a pixel's attention, each token's share; use
+        `probe.analysis.maps.probabilities` on the values of a `sqrt_u8` recording. Maps of a `queries` recording are computed
+        when they are read, in float32; those of a `summary` recording are the mean over heads, with a head axis of 1.
+        """
+        if not self.grids:
+            raise RecordingNotFound(f"{self.name} has no attention maps.", "Record with capture.attention: maps.")
+        grid = grid or self.grids[0]
+        if grid not in self.grids:
+            raise RecordingNotFound(f"{self.name} has no attention maps at {grid}.", near(grid, self.grids))
+        group = f"attention/{grid}"
+        if "query" in self.tree[group].data_vars:
+            maps = recomputed(self.variable(f"{group}/query"), self.variable(f"{group}/key"))
+        else:
+            maps = self.variable(f"{group}/cross")
+        recorded = np.flatnonzero(self.variable(f"attention/{grid}/recorded").values)
+        return maps.isel(step=_places(np.intersect1d(recorded, self.steps)))  # the same steps at each call, also while more are being written
+
+    def overview(self) -> xr.DataArray:
+        """Where each token was looked at: mean over images, layers of all grids and heads of the last branch.
+
+        *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run did not come to it.
+        """
+        maps = self.attention()
+        stored = self.variable(f"attention/{self.grids[0]}/overview").transpose("step", ...).sel(step=maps.step).load()
+        if np.isfinite(stored.values).all():
+            return stored
+        size = (maps.sizes["y"], maps.sizes["x"])
+        total = np.zeros((maps.sizes["step"], maps.sizes["token"], *size), np.float32)
+        layers = 0
+        for grid in self.grids:
+            found = self.attention(grid)
+            layers += found.sizes["layer"]
+            for index in range(found.sizes["step"]):
+                one = probabilities(found.isel(step=index, branch=-1).values)
+                total[index] += resize(one.mean(axis=(1, 3)).sum(axis=1), size)
+        coords = {name: value for name, value in maps.isel(branch=-1).coords.items() if set(value.dims) <= {"step", "token"}}
+        return xr.DataArray(total / layers, dims=("step", "token", "y", "x"), coords=coords, name="overview")
+
+    def words(self) -> xr.DataArray:
+        """The overview, averaged over steps and merged to words. *Shape:* (word, y, x) float32."""
+        overview = self.overview()
+        word, number = (self.variable(f"attention/{self.grids[0]}/{name}").isel(branch=-1) for name in ("word", "word_index"))
+        return word_maps(overview.mean("step"), word.values, number.values)
+
+    def tokens(self, branch: str = "cond") -> list[str]:
+        """The 77 tokens of the prompt, as text."""
+        for group in ("text/text_encoder", *(f"attention/{grid}" for grid in self.grids)):
+            if group in self.tree.groups or f"/{group}" in self.tree.groups:
+                labels = self.variable(f"{group}/token_text")
+                if branch in labels["branch"].values:
+                    return [str(text) for text in labels.sel(branch=branch).values]
+        raise RecordingNotFound(f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true.")
+
+    # --- inside ---
+
+    def _latent(self, name: str) -> xr.DataArray:
+        there = self.tree["latents"].data_vars if "latents" in self.tree.children else {}
+        if name not in there:
+            found = ", ".join(map(str, there)) or "no latents at all"
+            raise RecordingNotFound(f"{self.name} has no {name}: it ran without guidance.", f"It has: {found}.")
+        return self.variable(f"latents/{name}").isel(step=_places(self.steps))
+
+    def _derive(self, formula: Any, branch: str | None, name: str) -> xr.DataArray:
+        if branch not in (None, *BRANCHES):
+            raise ValueError(f"branch is {branch!r}; it may be None (guided), 'cond' or 'uncond'")
+        sigma, alpha_bar = (self.variable(place).isel(step=self.steps) for place in ("sigma", "alpha_bar"))
+        x = self.latents.astype("float32")
+        if self._said("latent_convention") == "variance_exploding":
+            x = variance_preserving(x, sigma)
+        found: xr.DataArray = formula(self.prediction(branch).astype("float32"), x, alpha_bar, self._said("prediction_type"))
+        return found.astype("float32").rename(name)
+
+    def _said(self, *place: str) -> Any:
+        """An attribute that every recording has. Raises RecordingDamaged where this one has it not."""
+        found: Any = self.attributes
+        for name in place:
+            if name not in found:
+                raise refuse(self.path, f"its {'.'.join(place)} is missing")
+            found = found[name]
+        return found
+
+    def summary(self) -> dict[str, str]:
+        """The run in a few labelled words."""
+        asked = self.attributes["experiment"]
+        guidance = f", guidance {asked['guidance_scale']:g}" if asked["guidance_scale"] > 1 else ""
+        sampling = f"{self._said('scheduler', 'class')}, {asked['steps']} steps{guidance}, seed {asked['seed']}"
+        if asked.get("image"):
+            sampling += f", strength {asked.get('strength', 1):g}"
+        if "noising" in self.attributes:
+            sampling = f"no sampling: noised at {asked['steps']} timesteps, {asked.get('images', 1)} draws of noise, seed {asked['seed']}"
+        lines = {
+            "prompt": asked["prompt"],
+            "negative prompt": asked["negative_prompt"],
+            "model": f"{self._said('model', 'name')} ({self._said('model', 'dtype')}, {self._said('environment', 'device')})",
+            "picture": str((self.attributes.get("noising") or {}).get("picture") or asked.get("image") or ""),
+            "sampling": sampling,
+            "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} model calls",
+            "attention": ", ".join(self.grids) or "none",
+            "created": self.attributes["created"],
+        }
+        return {name: text for name, text in lines.items() if text}
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name}>\n" + "\n".join(f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items())
+
+    def _picture(self, found: os.stat_result) -> None:
+        if found.st_size > MAX_PICTURE:
+            raise refuse(self.path, "its contact sheet is too large")
+
+    def _repr_html_(self) -> str:
+        import base64
+
+        rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self.summary().items())
+        picture = ""
+        with contextlib.suppress(OSError, RecordingDamaged):
+            sheet = read_file(self.path, "contact-sheet.png", self._picture)
+            if sheet.startswith(b"\x89PNG\r\n"):
+                code = base64.b64encode(sheet).decode()
+                picture = f"<img alt='contact sheet' style='max-width:100%' src='data:image/png;base64,{code}'>"
+        return f"<b>{html.escape(self.name)}</b><table>{rows}</table>{picture}"
+
+
+def _places(indices: np.ndarray) -> np.ndarray | slice:
+    """Indices as a slice where they follow on one another, which zarr reads in a third of the time."""
+    whole = indices.size and indices[-1] - indices[0] + 1 == indices.size
+    return slice(int(indices[0]), int(indices[-1]) + 1) if whole else indices
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def root_attributes(path: Path) -> dict[str, Any]:
+    """The attributes of a recording, from its root file alone. Raises RecordingNotFound or RecordingDamaged."""
+    attributes: dict[str, Any] = read_root(Path(path))["attributes"]
+    if (version := attributes["format_version"]) != FORMAT_VERSION:
+        raise RecordingDamaged(
+            f"{printable(str(path))} has format {version}, this version reads {FORMAT_VERSION}.", "Use the version of probe that wrote it."
+        )
+    return attributes
+
+
+def _status(attributes: dict[str, Any]) -> str:
+    status, writer = str(attributes["status"]), attributes.get("writer")
+    if status == "running" and isinstance(writer, dict) and writer.get("host") == socket.gethostname():
+        try:
+            os.kill(int(writer["pid"]), 0)
+        except ProcessLookupError:
+            return "interrupted"
+        except (PermissionError, ValueError, KeyError, TypeError, OverflowError):
+            pass
+    return status
+
+
+def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | None]]:
+    """Every recording in a folder, the newest first, with its attributes (None for one that is damaged)."""
+    found: list[tuple[Path, dict[str, Any] | None]] = []
+    if Path(folder).is_dir():
+        with os.scandir(folder) as entries:
+            paths = [Path(entry.path) for entry in entries if entry.is_dir() and entry.name.endswith(".zarr") and not entry.name.startswith(".")]
+        for path in paths:
+            try:
+                attributes = root_attributes(path)
+                found.append((path, {**attributes, "status": _status(attributes)}))
+            except (RecordingNotFound, RecordingDamaged):
+                found.append((path, None))
+    return sorted(found, key=lambda row: (row[1] or {}).get("created", ""), reverse=True)
+
+
+def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
+    """The path of a recording: a path itself, "latest", "sample", or the beginning of a name in `runs`. Raises RecordingNotFound."""
+    path = Path(name)
+    if os.path.lexists(path / "zarr.json"):
+        return path
+    if str(name) == sample.NAME:
+        return sample.unpacked()
+    rows = list_runs(runs)
+    if not rows:
+        raise RecordingNotFound(f"There is no recording in {runs}.", "Make one: python -m probe.run experiments/astronaut.yaml")
+    if str(name) == "latest":
+        return next((path for path, attributes in rows if attributes), rows[0][0])
+    start = str(path.relative_to(runs) if path.is_relative_to(runs) else path)
+    found = [row[0] for row in rows if row[0].name.startswith(start)]
+    if len(found) == 1:
+        return found[0]
+    names = [row[0].name.removesuffix(".zarr") for row in rows]
+    if not found:
+        raise RecordingNotFound(f"No recording in {runs} begins with {str(name)!r}.", near(str(name), names))
+    raise RecordingNotFound(f"{len(found)} recordings begin with {str(name)!r}.", f"Say more of the name: {', '.join(p.name for p in found[:4])}.")
+
+
+def open_run(name: str | Path = "latest", runs: str | Path = "runs") -> Run:
+    """Open a recording: a path, the beginning of its name in the folder `runs`, or "latest"."""
+    return Run(find_run(name, runs))

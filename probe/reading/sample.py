@@ -1,0 +1,52 @@
+"""The sample recording that comes with the package, so that a first look needs neither torch nor a model.
+
+    probe show sample                  # any command that takes a recording takes this name
+    run = probe.open_run("sample")
+
+It is shipped as one zip file and unpacked once into the user's cache folder, whole or not at all. Made by
+`python -m experiments.emojiworld.sample`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+from probe.errors import RecordingNotFound
+
+ARCHIVE = Path(__file__).parent.parent / "sample.zip"
+NAME = "sample"
+
+
+def unpacked() -> Path:
+    """The path of the sample recording, unpacked on first use. Raises RecordingNotFound where it cannot be."""
+    try:
+        content = ARCHIVE.read_bytes()
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-probe"
+        target = folder / f"{NAME}-{hashlib.sha256(content).hexdigest()[:8]}.zarr"
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as partial, zipfile.ZipFile(ARCHIVE) as archive:
+                archive.extractall(partial)
+                try:
+                    (Path(partial) / f"{NAME}.zarr").rename(target)
+                except OSError:  # another process was first
+                    if not target.exists():
+                        raise
+        return target
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        raise RecordingNotFound(f"The sample recording cannot be unpacked: {error}", "Set XDG_CACHE_HOME to a folder that can be written.") from error
+
+
+def pack(recording: Path, archive: Path = ARCHIVE) -> None:
+    """Zip a finished recording into the package, file by file in one order and with one date: the same bytes each time."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as made:
+        for file in sorted(path for path in recording.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(f"{NAME}.zarr/{file.relative_to(recording).as_posix()}")
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with file.open("rb") as source, made.open(entry, "w") as target:
+                shutil.copyfileobj(source, target)

@@ -1,0 +1,315 @@
+"""A recording that somebody else made is untrusted input: what is checked before anything of it is decoded.
+
+    root = read_root(path)                  # its zarr.json: a plain file, not huge, strict JSON, the attributes of a recording
+    groups, arrays = nodes_of(path, root)   # every node: its name, types, sizes, codecs; files agree with the root's block
+
+Whatever is refused is a `RecordingDamaged`: one line of cause, one of remedy. Links are never followed, pipes and devices
+never waited for. Chunks are looked at when they are read (`probe.reading.lazy`), so opening costs the same whatever the number of steps.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from probe.errors import RecordingDamaged, RecordingNotFound
+from probe.schema import STATUSES, array
+from probe.strict_yaml import UNCLEAN, printable, shorten
+
+REMEDY = "Record it again, or remove it."
+MAX_ROOT, MAX_NODE, MAX_PARTS = 8 * 2**20, 2**20, 200_000  # bytes of the root file, of any other zarr.json, lists and objects in one
+MAX_NODES, MAX_DEPTH, MAX_CHUNKS, MAX_LABELS = 4000, 8, 10_000, 100_000
+
+DTYPES = {name: np.dtype(name) for name in "uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split()}
+FLOATS = ("float16", "float32", "float64")
+KINDS = {"run": FLOATS, "map": ("float16", "float32", "uint8"), "any": tuple(DTYPES), "str": ("string",)}
+SEGMENT = re.compile(r"(?!\.+$|__)[A-Za-z0-9_.+-]{1,200}")
+GRIDDED = re.compile(r"(?:self_)?attention/(?![0-9]{1,5}x[0-9]{1,5}$)[^/]*")
+NODE_KEYS = frozenset("zarr_format node_type attributes shape data_type chunk_grid chunk_key_encoding fill_value codecs dimension_names".split())
+
+
+def refuse(path: Path, what: str) -> RecordingDamaged:
+    """The error for a recording that is not to be trusted; `what` ends its sentence."""
+    return RecordingDamaged(f"{printable(str(path))} is damaged: {what}.", REMEDY)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_file(root: Path, name: str, check: Callable[[os.stat_result], None], part: slice = slice(None)) -> bytes:
+    """The bytes of a plain file below `root`, or a part of them. No part of `name` may be a link.
+
+    `check` is given what the file is before a byte of it is read. Raises FileNotFoundError, or RecordingDamaged for a link,
+    a pipe or a device.
+    """
+    *folders, last = name.split("/")
+    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for folder in folders:
+            below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+            os.close(at)
+            at = below
+        file = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise refuse(root, f"{printable(name)} is behind a link, or no file") from error
+        raise
+    finally:
+        os.close(at)
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise refuse(root, f"{printable(name)} is not a file")
+        check(found)
+        start, end, _ = part.indices(found.st_size)
+        with open(file, "rb", closefd=False) as handle:
+            handle.seek(start)
+            return handle.read(max(0, end - start))
+    finally:
+        os.close(file)
+
+
+def read_json(root: Path, name: str, most: int) -> Any:
+    """A small JSON file below `root`. NaN and Infinity, which are no JSON, only where a scheduler's settings have them."""
+
+    def check(found: os.stat_result) -> None:
+        if found.st_size > most:
+            raise refuse(root, f"{name} has {found.st_size} bytes, where {most} would be many")
+
+    not_finite: list[float] = []
+
+    def constant(word: str) -> float:
+        not_finite.append(float(word))
+        return not_finite[-1]
+
+    try:
+        raw = read_file(root, name, check)
+        if raw.count(b"{") + raw.count(b"[") > MAX_PARTS:
+            raise refuse(root, f"{name} has too many parts")
+        found = json.loads(raw.decode(), parse_constant=constant)
+        if not_finite:
+            settings = found["attributes"]["scheduler"]["config"].values()
+            if len(not_finite) != sum(isinstance(value, float) and not isfinite(value) for value in settings):
+                raise ValueError
+        return found
+    except RecordingDamaged:
+        raise
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise refuse(root, f"{name} is not JSON that can be read") from error
+
+
+def read_root(path: Path) -> dict[str, Any]:
+    """The root zarr.json of a recording. Raises RecordingNotFound where there is none, RecordingDamaged where it cannot be trusted."""
+    try:
+        root = read_json(path, "zarr.json", MAX_ROOT)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RecordingNotFound(f"{printable(str(path))} is not a recording.", "probe ls lists the recordings there are.") from error
+    except OSError as error:
+        raise refuse(path, f"its zarr.json cannot be read ({error.strerror})") from error
+    if not isinstance(root, dict) or root.get("zarr_format") != 3 or root.get("node_type") != "group" or not isinstance(root.get("attributes"), dict):
+        raise refuse(path, "its zarr.json is not that of a recording")
+    _check_attributes(path, root["attributes"])
+    return root
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 20_000 and not UNCLEAN.search(value)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**64
+
+
+def _none_or_text(value: object) -> bool:
+    return value is None or _text(value)
+
+
+REQUIRED: dict[str, Callable[[object], bool]] = {
+    "format_version": _number,
+    "status": lambda value: value in STATUSES,
+    "created": _text,
+    "experiment.prompt": _text,
+    "experiment.negative_prompt": _text,
+    "experiment.model": _text,
+    "experiment.steps": _number,
+    "experiment.seed": _number,
+    "experiment.guidance_scale": _number,
+}
+WHERE_PRESENT: dict[str, Callable[[object], bool]] = {
+    "experiment.image": _none_or_text,
+    "experiment.strength": _number,
+    "experiment.images": _number,
+    "environment.device": _text,
+    "model.name": _text,
+    "model.dtype": _text,
+    "scheduler.class": _text,
+    "scheduler.config": lambda value: isinstance(value, dict),
+    "noising.picture": _none_or_text,
+    "prediction_type": lambda value: value in ("epsilon", "v_prediction"),
+    "latent_convention": lambda value: value in ("variance_preserving", "variance_exploding"),
+    "parent_run": _none_or_text,
+}
+
+
+def _check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
+    absent, strange = object(), object()
+    for place, fits in (REQUIRED | WHERE_PRESENT).items():
+        first, _, second = place.partition(".")
+        value = attributes.get(first, absent)
+        if second and value is not absent:
+            value = value.get(second, absent) if isinstance(value, dict) else strange
+        if not fits(value) and not (value is absent and place in WHERE_PRESENT):
+            raise refuse(path, f"its {place} is {'missing' if value is absent else 'not what a recording has there'}")
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One array as its metadata describes it, after every check. `dtype` is None for text; `inner` is the shape of a shard's chunks."""
+
+    path: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    inner: tuple[int, ...] | None
+    dims: tuple[str, ...]
+    dtype: np.dtype[Any] | None
+    attributes: dict[str, Any]
+    metadata: dict[str, Any]
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the values of one chunk (0 for text, whose chunks have any size)."""
+        return prod(self.chunks) * self.dtype.itemsize if self.dtype is not None else 0
+
+
+def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, Stored]]:
+    """The groups and arrays that a recording's root file lists, each held against its own file and against the schema.
+
+    A variable that the schema does not know, of a newer version perhaps, may be there if it is harmless.
+    """
+    block = root.get("consolidated_metadata")
+    nodes = block.get("metadata") if isinstance(block, dict) and block.get("kind") == "inline" else None
+    if not isinstance(nodes, dict):
+        raise refuse(path, "its zarr.json does not list what is in it (zarr.consolidate_metadata does that)")
+    if len(nodes) > MAX_NODES:
+        raise refuse(path, f"it lists {len(nodes)} variables and groups")
+    groups, arrays = [""], {}
+    for name, node in sorted(nodes.items()):
+        said = shorten(printable(name))
+        parent, _, last = name.rpartition("/")
+        if not SEGMENT.fullmatch(last) or GRIDDED.fullmatch(name) or name.count("/") >= MAX_DEPTH or parent not in groups or name[:1] == "/":
+            raise refuse(path, f"it lists {said!r}, which is no name of a variable or group, or is in no group")
+        try:
+            own = read_json(path, f"{name}/zarr.json", MAX_NODE)
+        except OSError as error:
+            raise refuse(path, f"{said} has no zarr.json that can be read") from error
+        if not (isinstance(node, dict) and isinstance(own, dict)) or _bare(own) != _bare(node):
+            raise refuse(path, f"{said}/zarr.json and the root's zarr.json disagree")
+        if node.get("zarr_format") != 3 or not isinstance(node.get("attributes"), dict):
+            raise refuse(path, f"{said} is not of zarr's third format")
+        if node.get("node_type") == "group":
+            groups.append(name)
+        else:
+            arrays[name] = _stored(path, name, node)
+    for group in groups:
+        _no_links(path, group)
+    return groups, arrays
+
+
+def _bare(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What a node is. Not what is said of it: the root's word counts, and the manifest knows whether a file was edited."""
+    return {key: value for key, value in node.items() if key not in ("consolidated_metadata", "attributes")}
+
+
+def _no_links(path: Path, group: str) -> None:
+    with os.scandir(path / group) as entries:
+        for entry in entries:
+            if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
+                raise refuse(path, f"{printable(f'{group}/{entry.name}'.strip('/'))} is a link, a pipe or a device")
+
+
+def _stored(path: Path, name: str, node: dict[str, Any]) -> Stored:
+    def no(what: str) -> NoReturn:
+        raise refuse(path, f"{name} {what}")
+
+    if node.get("node_type") != "array" or not node.keys() <= NODE_KEYS | {"storage_transformers"} or node.get("storage_transformers"):
+        no("is neither a group nor a plain array")
+    kind, grid, keys = node.get("data_type"), node.get("chunk_grid"), node.get("chunk_key_encoding")
+    if not isinstance(kind, str) or (kind != "string" and kind not in DTYPES):
+        no("has a type that recordings do not have")
+    dtype = DTYPES.get(kind)
+    if keys != {"name": "default", "configuration": {"separator": "."}} or not isinstance(grid, dict) or grid.get("name") != "regular":
+        no("is not laid out as recordings are")
+    shape, dims = _sizes(node.get("shape"), least=0), node.get("dimension_names") or []
+    chunks = _sizes((grid.get("configuration") or {}).get("chunk_shape"))
+    if shape is None or chunks is None or len(shape) != len(chunks):
+        no("has no shape, or its chunks have none")
+    if not isinstance(dims, list) or len(dims) != len(shape) or len(set(map(str, dims))) < len(dims):
+        no("does not name its dimensions")
+    if not all(isinstance(dim, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,60}", dim) for dim in dims):
+        no("has dimensions with strange names")
+    try:
+        inner = _codecs(node.get("codecs"), dtype)
+    except (LookupError, TypeError, AttributeError, ValueError):
+        no("is encoded in a way that recordings are not")
+    if inner is not None and (len(inner) != len(chunks) or any(size % part for size, part in zip(chunks, inner, strict=True))):
+        no("has chunks that do not fit its shards")
+    counts = [-(-size // part) for size, part in zip(shape, chunks, strict=True)]
+    if prod(counts) > MAX_CHUNKS or (inner and prod(chunks) // prod(inner) > MAX_CHUNKS) or prod(chunks) * 8 > 2**50 or prod(shape) * 8 > 2**50:
+        no(f"claims a shape of {shorten(' x '.join(map(str, shape)))}, which no recording has")
+    texts = [value for key, value in node["attributes"].items() for value in (key, value) if isinstance(value, str)]
+    if any(UNCLEAN.search(text) or "\n" in text or len(text) > 1000 for text in texts):
+        no("is described with characters that hide what they say")
+    group, _, last = name.rpartition("/")
+    try:
+        known = array(group, last, shape)
+        allowed = KINDS.get(known.variable.dtype, (known.variable.dtype,))
+        if known.dims != tuple(dims) or kind not in allowed:
+            no(f"is {kind} ({', '.join(dims)}), and not {' or '.join(allowed)} ({', '.join(known.dims)})")
+    except KeyError:  # a newer version's: nothing here reads it
+        pass
+    if (dtype is None or tuple(dims) == (last,)) and prod(shape) > MAX_LABELS:
+        no("has too many labels")
+    return Stored(name, shape, chunks, inner, tuple(dims), dtype, node["attributes"], node)
+
+
+def _sizes(found: object, least: int = 1) -> tuple[int, ...] | None:
+    if isinstance(found, list) and len(found) <= 16 and all(type(size) is int and least <= size < 2**48 for size in found):
+        return tuple(found)
+    return None
+
+
+def _codecs(found: Any, dtype: np.dtype[Any] | None) -> tuple[int, ...] | None:
+    """The shape of a shard's chunks, or None. Raises ValueError, or what Python raises, for any codec but those that are written here."""
+    names, settings = [codec["name"] for codec in found], [codec.get("configuration") or {} for codec in found]
+    if not all(codec.keys() <= {"name", "configuration"} for codec in found):
+        raise ValueError
+    if dtype is None:
+        if names not in (["vlen-utf8"], ["vlen-utf8", "crc32c"], ["vlen-utf8", "zstd"], ["vlen-utf8", "zstd", "crc32c"]) or settings[0]:
+            raise ValueError
+    elif names == ["sharding_indexed"]:
+        shard = settings[0]
+        whole = shard.keys() == {"chunk_shape", "codecs", "index_codecs", "index_location"} and shard["index_location"] == "end"
+        for codecs in (shard["codecs"], shard["index_codecs"]):
+            whole = whole and codecs[0]["name"] == "bytes" and _codecs(codecs, dtype) is None
+        inner = _sizes(shard["chunk_shape"])
+        if not whole or inner is None:
+            raise ValueError
+        return inner
+    elif names != ["bytes", "crc32c"] or settings[0] not in ({}, {"endian": "little"}) or settings[1]:
+        raise ValueError
+    return None

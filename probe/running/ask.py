@@ -1,0 +1,109 @@
+"""Ask a finished recording about any word: where would the picture have looked at it?
+
+    maps = ask(open_run("latest"), "a fish")        # one array for each grid, like Run.attention
+    found = read_out(open_run("latest"), "fish")    # one map a step
+
+A recording with `capture.attention: queries` holds what the picture asked at every step. The text encoder reads a new
+sentence, each layer's `to_k` makes keys of it, and the softmax runs over the new sentence's 77 tokens; the UNet is never
+called. It is a read-out: the word did not influence the picture. What came out says what those queries respond to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from probe.analysis.maps import resize
+from probe.analysis.recomputed import recomputed
+from probe.diffusion.loading import load
+from probe.diffusion.models import Prompt, StableDiffusion
+from probe.errors import ExperimentError, ModelError, RecordingNotFound
+from probe.reading.recording import Run
+from probe.schema import near
+from probe.watching.modes import scaled_keys
+from probe.watching.rehearsal import cross_attention
+
+READ_OUT = "read-out: this word did not influence the picture"
+
+
+def ask(run: Run, context: str, pipeline: Any | None = None) -> dict[str, xr.DataArray]:
+    """Maps of every token of a new sentence, by grid, the largest first; computed when they are looked at.
+
+    *Shape:* (step, token, image, layer, head, y, x), each with the attributes `read_out` and `context`. `pipeline` is the
+    model if it is in memory. Raises RecordingNotFound for a recording without queries, ModelError if the weights are not
+    those of the run.
+    """
+    return _maps(run, *_read(run, context, pipeline))
+
+
+def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | None = None) -> xr.DataArray:
+    """Where the picture would have looked at `word`: its tokens' share, mean over layers of all grids, heads and images.
+
+    *Shape:* (step, y, x) float32 on the largest grid. `context` is the sentence that the text encoder reads (default: "a
+    <word>"), and has to contain the word.
+    """
+    model, prompt = _read(run, f"a {word}" if context is None else context, pipeline)
+    wanted = word.casefold().split()
+    words = [w.casefold() for w in prompt.words]
+    starts = [i for i in range(len(words) - len(wanted) + 1) if wanted and words[i : i + len(wanted)] == wanted]
+    if not starts:
+        raise ExperimentError(f"{word!r} is not in {prompt.text!r}.", near(word, list(prompt.words) or ["a fish"]))
+    tokens = [t for t, of in enumerate(prompt.word_of) if any(start <= of < start + len(wanted) for start in starts)]
+    grids = _maps(run, model, prompt)
+    largest = next(iter(grids.values()))
+    size = (largest.sizes["y"], largest.sizes["x"])
+    total = np.zeros((largest.sizes["step"], *size), np.float32)
+    for maps in grids.values():
+        for index in range(len(total)):
+            one = maps.isel(step=index, token=tokens).sum("token").mean(("image", "head")).sum("layer")
+            total[index] += resize(one.transpose("y", "x").values, size)
+    layers = sum(maps.sizes["layer"] for maps in grids.values())
+    sigma = run.variable("sigma").sel(step=largest["step"])
+    return xr.DataArray(
+        total / layers,
+        dims=("step", "y", "x"),
+        coords={"step": largest["step"].values, "sigma": ("step", sigma.values)},
+        name="read_out",
+        attrs={"read_out": READ_OUT, "context": prompt.text, "word": word},
+    )
+
+
+def _read(run: Run, context: str, pipeline: Any | None) -> tuple[StableDiffusion, Prompt]:
+    grids = run.grids
+    if not grids or "query" not in run.tree[f"attention/{grids[0]}"].data_vars:
+        raise RecordingNotFound(f"{run.name} holds no queries to ask.", "Record with capture.attention: queries.")
+    if "cond" not in run.variable(f"attention/{grids[0]}/branch").values:
+        raise RecordingNotFound(f"{run.name} holds no queries of the cond branch.", "Record with capture.branches: cond or both.")
+    asked = run.experiment
+    if pipeline is not None:
+        model = StableDiffusion.of(pipeline)
+    else:
+        model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=run.attributes["model"]["dtype"], device="cpu")
+    if model.digest() != run.attributes["model"]["weights"]:
+        raise ModelError(f"{run.name} was recorded with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
+    return model, model.read(context, asked.over_long)
+
+
+def _maps(run: Run, model: StableDiffusion, prompt: Prompt) -> dict[str, xr.DataArray]:
+    embedding = model.encode(prompt)
+    modules = cross_attention(model.unet)
+    tokens = np.arange(len(prompt.tokens))
+    words = [prompt.words[of] if of >= 0 else "" for of in prompt.word_of]
+    found = {}
+    for grid in run.grids:
+        kept = run.attention(grid)["step"]
+        query = run.variable(f"attention/{grid}/query").sel(step=kept, branch=["cond"])
+        with torch.no_grad():
+            keys = [scaled_keys(modules[str(path)].to_k(embedding), modules[str(path)]).cpu() for path in query["layer"].values]
+        key = xr.DataArray(
+            np.stack([k.numpy() for k in keys], axis=2),
+            dims=("branch", "token", "layer", "head", "key_feature"),
+            coords={"token": tokens, "token_text": ("token", list(prompt.tokens)), "word": ("token", words)},
+        )
+        query = query.drop_vars([name for name, value in query.coords.items() if "token" in value.dims])
+        maps = recomputed(query, key).isel(branch=0, drop=True)
+        found[grid] = maps.assign_attrs(read_out=READ_OUT, context=prompt.text)
+    return found

@@ -1,0 +1,187 @@
+"""Record a run, or go on with one that was interrupted.
+
+    run = record("experiments/astronaut.yaml")                  # or an Experiment, or a dict of its fields
+    run = record(Experiment(prompt="a cat"), pipeline=pipe)     # an in-memory diffusers StableDiffusionPipeline
+    run = resume(open_run("latest"))                            # the same bits as if it had never been interrupted
+
+Recording changes nothing: the pictures have the same bits with and without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from probe import pictures
+from probe.diffusion.loading import load
+from probe.diffusion.models import StableDiffusion
+from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
+from probe.experiment import Experiment, load_experiment
+from probe.fields import place
+from probe.reading.compare import differing_conditions
+from probe.reading.recording import Run
+from probe.running.forward import replan
+from probe.running.perform import Say, perform
+from probe.running.planning import Plan, free_room, plan, size_text
+from probe.schema import FORMAT_VERSION
+from probe.store import RunWriter, storing
+
+
+def record(
+    experiment: Experiment | str | Path | Mapping[str, Any],
+    pipeline: Any | None = None,
+    *,
+    max_bytes: int | None = None,
+    progress: bool = True,
+    parent: str | None = None,
+) -> Run:
+    """Run an experiment, record it, and return the finished recording.
+
+    `pipeline` is a diffusers StableDiffusionPipeline to use instead of loading `experiment.model`; it stays on its own
+    device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError before anything is written, a
+    RunFailed after (the recording then opens and holds every committed step).
+    """
+    asked = load_experiment(experiment)
+    room = free_room(place(asked.output))
+    say = sayer(progress)
+    with out_of_memory(asked):
+        model = model_for(asked, pipeline, say)
+        if pipeline is not None:
+            asked = load_experiment(asked, model=model.name)
+        run = plan(model, asked)
+        run.check_size(max_bytes, room)
+        created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
+        path = place(asked.output) / f"{asked.run_name}-{key}.zarr"
+        attributes = {**describe(model, run), "created": created, "parent_run": parent}
+        say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
+        with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
+            _see_through(path, model, run, writer, say, progress)
+    return Run(path)
+
+
+def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
+    """Go on with a recording that was left unfinished, and return it finished, as if it had never been interrupted.
+
+    The committed steps are replayed through a fresh scheduler from their recorded predictions, without calling the UNet:
+    that gives it back its history and its random numbers. What decides bits (device, threads, versions) and is not as it
+    was is said, and written into the attribute `resumed`. A complete recording is returned as it is. Raises RecordingBusy
+    if its writer lives, ModelError for other weights, RecordingDamaged where its experiment was edited or a value cannot be
+    read, StoreError where replaying does not give the recorded latents.
+    """
+    say = sayer(progress)
+    if run.status == "complete":
+        say(f"{run.name} is complete already.")
+        return run
+    if "noising" in run.attributes:
+        raise ExperimentError(f"{run.name} is a noising, and those are not resumed: each is short.", "Record it again: python -m probe.noising.")
+    asked = run.experiment
+    with out_of_memory(asked):
+        model = model_for(asked, pipeline, say)
+        settled = replan(model, run)
+        here, there = describe(model, settled), run.attributes
+        if here["model"]["weights"] != there["model"]["weights"]:
+            raise ModelError(f"{run.name} was begun with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
+        if here["identity"] != there["identity"] and here["experiment"] == there["experiment"]:  # else an older version began it, with fewer fields
+            raise RecordingDamaged(f"The experiment in {run.name} is not the one it was begun with.", "Record it again: probe run.")
+        changed = differing_conditions(there, here)
+        if changed:
+            say(f"Not as it was when the run began, so the last bits may differ: {'; '.join(changed)}")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        attributes = {"resumed": [*there.get("resumed", []), {"at": now, "environment": here["environment"], "changed": changed}]}
+        with RunWriter(run.path, settled.arrays, attributes, asked.durability, resume=True) as writer:
+            say(f"Resuming {run.path}: {writer.committed} of {settled.calls} model calls are there")
+            _see_through(run.path, model, settled, writer, say, progress)
+    return Run(run.path)
+
+
+def sayer(progress: bool) -> Say:
+    """What tells people on stderr how far a run is, or nobody."""
+    return (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda _: None)
+
+
+def model_for(asked: Experiment, pipeline: Any | None, say: Say) -> StableDiffusion:
+    """The experiment's model, or that of a `pipeline` in memory, with the experiment's scheduler."""
+    if pipeline is None:
+        say(f"Loading {asked.model} ...")
+        model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device)
+    else:
+        model = StableDiffusion.of(pipeline)
+    return model.with_scheduler(asked.scheduler, asked.scheduler_options)
+
+
+def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
+    try:
+        perform(model, run, writer, say, progress)
+        with storing(path):
+            pictures.save(Run(path))
+        writer.complete()
+    except BaseException:
+        say(f"The run ended early. What it had recorded is in {path}; go on with it: probe run --resume {path}")
+        raise
+
+
+def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
+    """The recording's attributes: what was asked, of which model, and where it ran."""
+    import diffusers
+    import transformers
+
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "format_version": FORMAT_VERSION,
+        "experiment": run.experiment.resolved(),
+        "identity": run.experiment.identity(),
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "platform": platform.platform(terse=True),
+            "device": device.type,
+            "device_name": name,
+            "threads": torch.get_num_threads(),
+            "attention_backend": type(next(iter(model.unet.attn_processors.values()))).__name__,
+            "branches_batched": True,
+        },
+        "model": {
+            "name": model.name,
+            "revision": model.revision,
+            "f": model.f,
+            "scaling_factor": model.scaling_factor,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights": model.digest(),
+        },
+        "scheduler": {"class": type(model.scheduler).__name__, "config": json.loads(model.scheduler.to_json_string())},
+        "prediction_type": model.prediction_type,
+        "latent_convention": "variance_exploding" if run.schedule.variance_exploding else "variance_preserving",
+        "cut_from_prompt": {branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut},
+        "decoded_in_float32": False,
+    }
+
+
+@contextlib.contextmanager
+def out_of_memory(asked: Experiment) -> Iterator[None]:
+    """torch's and numpy's three kinds of running out of memory, as one."""
+    try:
+        yield
+    except ProbeError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error) or "can't allocate" in str(error):
+            raise OutOfMemory(
+                f"Out of memory on {asked.device}: {str(error).splitlines()[0][:120]}",
+                "Fewer images, a smaller height and width, --dtype float16, or fewer capture.layers.",
+            ) from error
+        raise

@@ -1,0 +1,350 @@
+"""What is read from the model while it works: cross-attention maps, statistics of blocks, text internals, activations.
+
+A capture puts watches on modules and fills a tray; whoever drives the loop empties it after each call with `take()`,
+which checks that every watched layer spoke exactly once. A capture has no clock, no step counter and no idea of files.
+
+Attention maps are computed from what `to_q` and `to_k` are about to multiply: the layer's own fused attention stays
+untouched. For a layer with H heads on a grid of N = y * x positions, with q (N, H, d) and k (77, H, d):
+
+    map = softmax over tokens of (k @ q^T) / sqrt(d)            (77, N) a head: for each pixel, the tokens sum to one
+
+(cross-attention as in Rombach et al. 2022, section 3.3). q and k are widened to float32 first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from probe.diffusion.models import StableDiffusion
+from probe.errors import CaptureError, ExperimentError
+from probe.schema import MOMENTS, near
+from probe.watching.conditions import Witness
+from probe.watching.hooks import Hooks, Watch
+from probe.watching.measures import attention_maps, statistics_of
+from probe.watching.rehearsal import Rehearsal, cross_attention, first_tensor
+
+STATISTIC_CLASSES = frozenset(
+    {
+        *("ResnetBlock2D", "Transformer2DModel", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
+        *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D"),
+    }
+)
+
+
+IN_CACHE = 2**18  # scores: 1 MiB
+
+
+class Watching(Protocol):
+    """Anything that says what it watches."""
+
+    def watches(self) -> list[Watch]: ...
+
+
+class Tray:
+    """Values that hooks put down, by name. `take` empties it and insists on exactly one value for every name."""
+
+    def __init__(self, names: Sequence[str], replace: bool = False):
+        self._names, self._replace = tuple(names), replace
+        self._values: dict[str, Any] = {}
+
+    def put(self, name: str, value: Any) -> None:
+        if name in self._values and not self._replace:
+            raise CaptureError(f"{name} fired twice in one step.", "A module that is shared or re-entered cannot be recorded: leave it out.")
+        self._values[name] = value
+
+    def take(self) -> dict[str, Any]:
+        values, self._values = self._values, {}
+        for name in self._names:
+            if name not in values:
+                raise CaptureError(
+                    f"{name} fired 0 times in a step.",
+                    "Fused QKV projections, a compiled UNet or a replaced module hide it: undo that, or leave it out of capture.layers.",
+                )
+        return values
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The token positions whose maps are kept, 0 to `end`; the others are summed into one `rest`, if there are any."""
+
+    end: int
+    tokens: int
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The `token` coordinate: positions, then -1 for `rest`."""
+        return (*range(self.end + 1), *([-1] if self.end + 1 < self.tokens else []))
+
+
+def attention_layers(layers: dict[str, tuple[int, int]], patterns: Sequence[str], field: str = "layers") -> dict[str, tuple[int, int]]:
+    """Those of `layers` (paths and grids) that `patterns` select. Raises ExperimentError if one selects nothing."""
+    chosen: dict[str, tuple[int, int]] = {}
+    grids = {path: f"{y}x{x}" for path, (y, x) in layers.items()}
+    kind = "self-attention" if field == "self_attention" else "cross-attention"
+    for pattern in patterns:
+        found = [path for path, grid in grids.items() if grid == pattern or fnmatchcase(path, pattern)]
+        if not found:
+            options = [*dict.fromkeys([*grids.values(), *(f"{path.split('.')[0]}.*" for path in grids)]), *grids]
+            raise ExperimentError(f"capture.{field}: {pattern!r} matches no {kind} layer.", near(pattern, options))
+        chosen.update({path: layers[path] for path in found})
+    return {path: grid for path, grid in layers.items() if path in chosen}
+
+
+def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]:
+    """The modules that `patterns` select ("unet.mid_block", "vae.decoder.*", ...)."""
+    chosen: dict[str, None] = {}
+    for pattern in patterns:
+        found = [path for path in rehearsal.outputs if fnmatchcase(path, pattern)]
+        once = [path for path in found if rehearsal.calls[path] == 1]
+        if not once:
+            if found:
+                raise ExperimentError(
+                    f"capture.activations: {found[0]} runs {rehearsal.calls[found[0]]} times a call.", "Name the modules around it."
+                )
+            raise ExperimentError(f"capture.activations: {pattern!r} matches no module.", near(pattern, list(rehearsal.outputs)))
+        chosen.update(dict.fromkeys(once))
+    return list(chosen)
+
+
+def statistic_paths(model: StableDiffusion, component: str, rehearsal: Rehearsal) -> list[str]:
+    """Blocks, resnets and transformers of a component that run once a call, in the order in which they run."""
+    module = getattr(model, component)
+    kinds = {f"{component}.{path}": type(part).__name__ for path, part in module.named_modules()}
+    return [path for path in rehearsal.outputs if kinds.get(path) in STATISTIC_CLASSES and rehearsal.calls[path] == 1]
+
+
+# --- captures --------------------------------------------------------------------------------------------------------
+
+
+class AttentionCapture:
+    """Cross-attention maps of some layers, for some branches and tokens.
+
+    `take()` gives for each layer the maps (token, branch, image, head, pixel) in the storage dtype, and their moments
+    (token, branch, image, head, moment) in float32: mass (the mean over pixels) and centroid (y, x in 0..1).
+    """
+
+    def __init__(
+        self, unet: nn.Module, layers: dict[str, tuple[int, int]], kept: Kept, images: int, called: Sequence[str], branches: Sequence[str], dtype: str
+    ):
+        modules = cross_attention(unet)
+        self.layers, self._kept, self._images, self._called, self._branches, self._dtype = layers, kept, images, called, branches, dtype
+        self.resting = False  # while true, the hooks read nothing
+        self._tray = Tray(list(layers))
+        self._queries: dict[str, torch.Tensor] = {}
+        self._planes: dict[tuple[int, int], torch.Tensor] = {}
+        self._modules = {path: modules[path] for path in layers}
+        self._watched: dict[str, tuple[nn.Module, nn.Module]] = {}
+        self._rows = {branch: [called.index(branch) * images + image for image in range(images)] for branch in branches}
+        self._witness = Witness(self._modules, [row for rows in self._rows.values() for row in rows], lambda: self.resting)
+        for path, module in self._modules.items():
+            refuse_unreadable(path, module)
+
+    def watches(self) -> list[Watch]:
+        found: list[Watch] = []
+        for path, module in self._modules.items():
+            self._watched[path] = module.to_q, module.to_k
+            found += [(module.to_q, "output", self._query(path)), (module.to_k, "output", self._key(path, module))]
+        return found + self._witness.watches()
+
+    def take(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        self._queries.clear()
+        if self.resting:
+            return {}
+        values = self._tray.take()
+        self._witness.take()
+        return values
+
+    def _query(self, path: str) -> Callable[[Any], None]:
+        def hook(output: torch.Tensor) -> None:
+            if path in self._queries:
+                raise CaptureError(f"{path}.to_q fired twice in one step.", "A module that is shared or re-entered cannot be recorded: leave it out.")
+            if not self.resting:
+                self._queries[path] = output
+
+        return hook
+
+    def _key(self, path: str, module: Any) -> Callable[[Any], None]:
+        def hook(key: torch.Tensor) -> None:
+            if self.resting:
+                return
+            if path not in self._queries:
+                raise CaptureError(f"{path}.to_q fired 0 times in a step.", "Its keys were computed without queries: is it fused?")
+            query = self._queries.pop(path)
+            self._check(path, query, key, module)
+            with torch.no_grad():
+                self._tray.put(path, self._read(query, key, module, self.layers[path]))
+
+        return hook
+
+    def _check(self, path: str, query: torch.Tensor, key: torch.Tensor, module: Any) -> None:
+        """Is what was seen what the layer works with, and of the shape that was planned?"""
+        if self._watched[path] != (module.to_q, module.to_k):
+            raise CaptureError(f"{path}: to_q or to_k was replaced while recording (a LoRA?).", "Change the model before the run begins.")
+        batch, (y, x), tokens = len(self._called) * self._images, self.layers[path], self._kept.tokens
+        if query.shape[:2] != (batch, y * x) or key.shape[:2] != (batch, tokens):
+            raise CaptureError(
+                f"{path} multiplies {tuple(query.shape[:2])} queries with {tuple(key.shape[:2])} keys, not {(batch, y * x)} with {(batch, tokens)}.",
+                "Something merges or adds tokens (token merging, an image prompt): undo it, or leave the layer out of capture.layers.",
+            )
+
+    def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        maps = self._empty(query, module, torch.uint8 if self._dtype == "sqrt_u8" else getattr(torch, self._dtype))
+        moments = maps.new_empty((*maps.shape[:-1], len(MOMENTS)), dtype=torch.float32)
+        plane = self._plane(grid, query.device)
+        for at, shares in self._shares(query, key, module):
+            moments[at] = (shares @ plane).transpose(0, 1)
+            maps[at] = (to_storage(shares, self._dtype) if maps.dtype == torch.uint8 else shares).transpose(0, 1)
+        moments[..., 1:] /= moments[..., :1]
+        return maps, moments
+
+    def _maps(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> torch.Tensor:
+        """The asked branches' maps, (token, branch, image, head, pixel) float32."""
+        maps = self._empty(query, module, torch.float32)
+        for at, shares in self._shares(query, key, module):
+            maps[at] = shares.transpose(0, 1)
+        return maps
+
+    def _empty(self, query: torch.Tensor, module: Any, dtype: torch.dtype) -> torch.Tensor:
+        return query.new_empty((len(self._kept.positions), len(self._branches), self._images, module.heads, query.shape[1]), dtype=dtype)
+
+    def _shares(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Maps in parts, (head, token, pixel) float32, and their places, (token, head, pixel).
+
+        On a CPU a part is as many heads as keep their scores in the cache; a GPU wants few and large parts.
+        """
+        heads = module.heads
+        together = max(1, IN_CACHE // (query.shape[1] * self._kept.tokens)) if query.device.type == "cpu" else heads
+        for b, rows in enumerate(self._rows.values()):
+            for image, row in enumerate(rows):
+                q, k = (side[row].unflatten(-1, (heads, -1)).transpose(0, 1) for side in (query, key))
+                for first in range(0, heads, together):
+                    part = slice(first, first + together)
+                    yield (slice(None), b, image, part), attention_maps(q[part], k[part], module.scale, self._kept.end + 1)
+
+    def _moments(self, maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        sums = maps @ self._plane(grid, maps.device)
+        return torch.cat([sums[..., :1], sums[..., 1:] / sums[..., :1]], dim=-1)
+
+    def _plane(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """What a map is multiplied with to give its `MOMENTS`: 1, y and x of each pixel. *Shape:* (pixel, moment)."""
+        if grid not in self._planes:
+            y, x = torch.meshgrid(*((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n for n in grid), indexing="ij")
+            self._planes[grid] = torch.stack([torch.ones_like(y), y, x], dim=-1).flatten(0, 1) / y.numel()
+        return self._planes[grid]
+
+
+def refuse_unreadable(path: str, module: Any) -> None:
+    """Raises CaptureError for an attention layer whose queries or keys are not what its to_q and to_k put out."""
+    if "Fused" in type(module.processor).__name__:  # not module.fused_projections, which unfusing leaves true
+        raise CaptureError(f"{path} has fused QKV projections, whose queries cannot be read.", "Call pipeline.unfuse_qkv_projections() first.")
+    if module.norm_q is not None or module.norm_k is not None:
+        raise CaptureError(f"{path} normalises its queries or keys, which is not supported yet.", "Leave it out of capture.layers.")
+
+
+def to_storage(maps: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Probabilities as stored: float16, float32, or `sqrt_u8`, round(255 sqrt(p)), which is off by 4e-3 at most."""
+    return maps.sqrt().mul_(255).round_().to(torch.uint8) if dtype == "sqrt_u8" else maps.to(getattr(torch, dtype))
+
+
+class OutputCapture:
+    """Outputs of modules of one component: their statistics, or the whole of them.
+
+    `take()` gives (statistics, activations): a tensor (statistic, batch, module) in float32, or None; and whole
+    outputs by path, (batch, ...).
+    """
+
+    def __init__(self, component: str, module: nn.Module, statistics: Sequence[str], activations: Sequence[str], replace: bool = False):
+        self._modules = {f"{component}.{path}": part for path, part in module.named_modules()}
+        self.statistics = list(statistics)
+        self.activations = [path for path in activations if path in self._modules]
+        self._numbers, self._wholes = Tray(self.statistics, replace), Tray(self.activations, replace)
+        self.resting = False
+
+    def watches(self) -> list[Watch]:
+        found: list[Watch] = [(self._modules[path], "output", self._measure(path)) for path in self.statistics]
+        return found + [(self._modules[path], "output", self._keep(path)) for path in self.activations]
+
+    def take(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        if self.resting:
+            return None, {}
+        numbers = self._numbers.take()
+        return torch.stack([numbers[path] for path in self.statistics], dim=-1) if self.statistics else None, self._wholes.take()
+
+    def _measure(self, path: str) -> Callable[[Any], None]:
+        def hook(output: Any) -> None:
+            tensor = None if self.resting else first_tensor(output)
+            if tensor is not None:
+                with torch.no_grad():
+                    self._numbers.put(path, statistics_of(tensor))
+
+        return hook
+
+    def _keep(self, path: str) -> Callable[[Any], None]:
+        def hook(output: Any) -> None:
+            tensor = None if self.resting else first_tensor(output)
+            if tensor is not None:
+                self._wholes.put(path, tensor.detach().clone())
+
+        return hook
+
+
+class TextCapture:
+    """The text encoder's inside, one `take()` per call: embedding, hidden states, final output, attention of every layer."""
+
+    def __init__(self, text_encoder: nn.Module, activations: Sequence[str] = ()):
+        root: Any = getattr(text_encoder, "text_model", text_encoder)
+        self._root, self._layers = root, list(root.encoder.layers)
+        names = ["embedding", "output", *(f"hidden {i}" for i in range(len(self._layers)))]
+        self._tray = Tray([*names, *(f"attention {i}" for i in range(len(self._layers)))])
+        self._queries: dict[int, torch.Tensor] = {}
+        self.outputs = OutputCapture("text_encoder", text_encoder, (), activations)
+
+    def watches(self) -> list[Watch]:
+        put = self._tray.put
+        found: list[Watch] = [
+            (self._root.embeddings, "output", lambda value: put("embedding", value)),
+            (self._root.final_layer_norm, "output", lambda value: put("output", value)),
+        ]
+        for index, layer in enumerate(self._layers):
+            found.append((layer, "output", self._hidden(index)))
+            found.append((layer.self_attn.q_proj, "output", functools.partial(self._queries.__setitem__, index)))
+            found.append((layer.self_attn.k_proj, "output", self._attention(index, layer.self_attn)))
+        return found + self.outputs.watches()
+
+    def _hidden(self, index: int) -> Callable[[Any], None]:
+        return lambda output: self._tray.put(f"hidden {index}", first_tensor(output))
+
+    def _attention(self, index: int, module: Any) -> Callable[[Any], None]:
+        def hook(key: torch.Tensor) -> None:
+            heads = module.num_heads
+            with torch.no_grad():
+                q = self._queries.pop(index).float().unflatten(-1, (heads, -1)).transpose(1, 2)
+                k = key.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+                products = q @ k.transpose(-1, -2) * module.scale
+                future = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).triu(1)
+                self._tray.put(f"attention {index}", products.masked_fill(future, float("-inf")).softmax(-1))
+
+        return hook
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """embedding and output (token, feature); hidden (text_layer, token, feature); attention (text_layer, head, token, key)."""
+        found = self._tray.take()
+        layers = range(len(self._layers))
+        return {
+            "embedding": found["embedding"][0],
+            "hidden": torch.stack([found[f"hidden {i}"][0] for i in layers]),
+            "output": found["output"][0],
+            "attention": torch.stack([found[f"attention {i}"][0] for i in layers]),
+        }
+
+
+def hooked(*captures: Watching) -> Hooks:
+    """All hooks of some captures, on while the `with` block lasts."""
+    return Hooks(watch for capture in captures for watch in capture.watches())

@@ -1,0 +1,61 @@
+"""What a word did, not where it was looked at: the prediction with it, less the prediction without it.
+
+    changes = word_changes(model, step, embeddings)        # (word, image, y, x)
+
+At a step of a run the UNet is called once more on the same latents, with the prompt and with the prompt in which one word's
+tokens are replaced by the padding token (so that the others keep their places). Both are in one batch, so that their
+difference is the word's alone. The picture being drawn is not touched. Beside attention it tells of a word that is looked
+at and changes nothing, or that acts through other tokens, which have read it in the text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from probe.diffusion.models import Prompt, StableDiffusion
+from probe.diffusion.sampling import Step
+from probe.errors import ExperimentError
+from probe.schema import near
+
+
+def chosen_words(prompt: Prompt, wanted: tuple[str, ...]) -> dict[str, list[int]]:
+    """Token positions of the words of a prompt that are wanted ("*": every one), by their text; a word that is there twice is taken
+    at all its places. Raises ExperimentError for a word that is not in the prompt."""
+    places: dict[str, list[int]] = {}
+    for position, of in enumerate(prompt.word_of):
+        if of >= 0:
+            places.setdefault(prompt.words[of], []).append(position)
+    found: dict[str, list[int]] = {}
+    for word in wanted:
+        same = {text: at for text, at in places.items() if word in ("*", text) or text.casefold() == word.casefold()}
+        if not same:
+            raise ExperimentError(f"capture.counterfactual: {word!r} is not a word of {prompt.text!r}.", near(word, list(places) or ["*"]))
+        found.update(same)
+    return found
+
+
+def without(prompt: Prompt, positions: list[int], padding: int) -> Prompt:
+    """The prompt with some of its tokens replaced by the padding token."""
+    ids = prompt.ids.clone()
+    ids[0, positions] = padding
+    return replace(prompt, ids=ids)
+
+
+def embeddings_without(model: StableDiffusion, prompt: Prompt, words: Mapping[str, list[int]]) -> torch.Tensor:
+    """The text encoder's output for the prompt, then for the prompt without each word. *Shape:* (1 + word, token, feature)."""
+    masked = [without(prompt, positions, int(model.tokenizer.pad_token_id)) for positions in words.values()]
+    return torch.cat([model.encode(one) for one in (prompt, *masked)])
+
+
+def word_changes(model: StableDiffusion, step: Step, embeddings: torch.Tensor) -> torch.Tensor:
+    """|prediction(prompt) - prediction(prompt without the word)|, mean over channels. *Shape:* (word, image, y, x) float32."""
+    images = len(step.latents)
+    batch = step.model_input.to(model.dtype).repeat(len(embeddings), 1, 1, 1)
+    text = embeddings.repeat_interleave(images, dim=0)
+    with torch.no_grad():
+        predictions = model.unet(batch, torch.tensor(step.timestep, device=model.device), encoder_hidden_states=text, return_dict=False)[0]
+    whole, *others = predictions.float().unflatten(0, (len(embeddings), images))
+    return torch.stack([(whole - other).abs().mean(dim=1) for other in others])
