@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -115,14 +115,14 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def build_scheduler() -> PNDMScheduler:
-    """Stable Diffusion v1's schedule and its default scheduler."""
-    return PNDMScheduler(
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion v1's noise schedule. PNDM, its default, extrapolates, and burns this model's colours at guidance 5."""
+    return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        skip_prk_steps=True,
+        clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
     )
@@ -358,6 +358,9 @@ def export(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPToken
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(target, safe_serialization=True)
+    for config in target.glob("*/config.json"):  # where the weights came from is a place of this machine
+        kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     (target / "words.json").write_text(json.dumps(world.vocabulary(), indent=0) + "\n")
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(f"wrote {target} ({size / 1e6:.1f} MB)")
@@ -379,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--unet-steps", type=int, default=4500)
     parser.add_argument("--refine-steps", type=int, default=7000)
-    parser.add_argument("--decoder-steps", type=int, default=4000)
+    parser.add_argument("--decoder-steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
