@@ -1,0 +1,246 @@
+"""Every map that could say where a word is in a picture, and how right each is: what `experiments.attention_truth` measures with.
+
+    seen = look(model, shown, timesteps, seed=0)               # the picture noised, the UNet asked, its maps captured
+    maps = candidates(seen, shown, truth)                      # (map, step, word, y, x), all on one grid
+    levels = best_levels([level_scores(maps, truth), ...])     # from pictures that are not scored
+    scored(maps, truth, levels)                                # AP, IoU and accuracy of each map
+
+Maps and truth meet on `SIDE` x `SIDE` places: there a place is inside when the mask covers at least half of it. Maps are brought to it
+bilinearly, as `probe.analysis` does it. A threshold is a level of the map scaled from 0 to 1, so that one level fits pictures of all kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+import xarray as xr
+
+from probe.analysis.averages import combined
+from probe.analysis.heads import contribution
+from probe.analysis.maps import FUNCTION_WORDS, against_others, normalised, on_grid, word_maps
+from probe.analysis.masks import average_precision, iou, pixel_accuracy, threshold
+from probe.diffusion.models import Prompt, StableDiffusion
+from probe.diffusion.sampling import Schedule
+from probe.reading.recording import Run
+from probe.running.forward import Noised
+from probe.watching.capture import AttentionCapture, Kept, hooked
+from probe.watching.counterfactual import embeddings_without, word_changes
+from probe.watching.modes import TextSide
+from probe.watching.rehearsal import rehearse
+
+Scores = TypeVar("Scores", xr.DataArray, xr.Dataset)
+SIDE = 64
+LEVELS = np.linspace(0, 0.95, 20)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture whose truth is known: (y, x, rgb) uint8, its caption, and for some of the caption's words a mask, (y, x) bool."""
+
+    name: str
+    picture: np.ndarray
+    caption: str
+    masks: dict[str, np.ndarray]
+
+    def truth(self) -> xr.DataArray:
+        """(word, y, x): of each of `SIDE` x `SIDE` places the share that is inside."""
+        masks = xr.DataArray(np.stack([*self.masks.values()]).astype(np.float32), dims=("word", "y", "x"), coords={"word": list(self.masks)})
+        return on_grid(masks, (SIDE, SIDE), "area")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model looked at, for each grid: maps (step, token, layer, head, y, x), and the sizes of what tokens write (token, layer, head).
+
+    `change` is the counterfactual map of each word, (step, word, y, x), where it was asked for.
+    """
+
+    prompt: Prompt
+    grids: list[xr.DataArray]
+    sizes: list[xr.DataArray]
+    change: xr.DataArray | None = None
+
+
+def places_of(prompt: Prompt, word: str) -> list[int]:
+    """The token positions of a word or phrase, each time the prompt has it; case does not count. Empty where it has not."""
+    wanted, words = word.casefold().split(), [text.casefold() for text in prompt.words]
+    starts = [i for i in range(len(words) - len(wanted) + 1) if wanted and words[i : i + len(wanted)] == wanted]
+    return [place for start in starts for index in range(start, start + len(wanted)) for place in prompt.spans[index]]
+
+
+# --- asking the model ------------------------------------------------------------------------------------------------
+
+
+def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: int = 0, counterfactual: bool = True) -> Seen:
+    """Noise a picture to each timestep, the noise the same, and see where the UNet looks at each token of the caption.
+
+    `model` has a scheduler that keeps variance one (DDPM, as for `probe.noising`). Nothing is written to disk.
+    """
+    conditioning = model.condition(shown.caption, guided=False)
+    prompt = conditioning.cond
+    loop = Noised.of(model, shown.picture, noises=1, seed=seed)
+    layers = rehearse_once(model, tuple(loop.clean.shape), int(prompt.ids.shape[1]))
+    kept, only = Kept(prompt.end, int(prompt.ids.shape[1])), ("cond",)
+    attention = AttentionCapture(model.unet, layers, kept, 1, only, only, "float32")
+    text = TextSide(model.unet, list(layers), kept, 1, only, only)
+    steps, maps, sizes = [], [], {}
+    with hooked(attention, text):
+        for step in loop.steps(conditioning, Schedule.at(model.scheduler, timesteps)):
+            maps.append({path: found[:, 0, 0].float().cpu().numpy() for path, (found, _) in attention.take().items()})
+            if not text.resting:  # what tokens write is the same at every step
+                sizes = {path: size[0].float().cpu().numpy() for path, (_, size) in text.take().items()}
+                text.resting = True
+            steps.append(step)
+    change = None
+    if counterfactual:
+        embeddings = embeddings_without(model, prompt, {word: places_of(prompt, word) for word in shown.masks})
+        found = [word_changes(model, step, embeddings)[:, 0].cpu().numpy() for step in steps]
+        change = xr.DataArray(np.stack(found), dims=("step", "word", "y", "x"), coords={"step": list(timesteps), "word": list(shown.masks)})
+    grids, written = [], []
+    for grid in sorted(set(layers.values()), reverse=True):
+        paths = [path for path, at in layers.items() if at == grid]
+        coords = {"step": list(timesteps), "token": list(kept.positions), "layer": paths}
+        whole = np.stack([np.stack([of[path] for path in paths], axis=1) for of in maps])
+        grids.append(xr.DataArray(whole.reshape(*whole.shape[:-1], *grid), dims=("step", "token", "layer", "head", "y", "x"), coords=coords))
+        sides = np.stack([sizes[path] for path in paths], axis=1)
+        written.append(xr.DataArray(sides, dims=("token", "layer", "head"), coords={"token": list(kept.positions), "layer": paths}))
+    return Seen(prompt, grids, written, change)
+
+
+_REHEARSED: dict[tuple[int, tuple[int, ...]], dict[str, tuple[int, int]]] = {}
+
+
+def rehearse_once(model: StableDiffusion, shape: tuple[int, ...], tokens: int) -> dict[str, tuple[int, int]]:
+    """The grid of each cross-attention layer for latents of `shape`, in the order in which layers run; remembered by UNet and shape."""
+    key = (id(model.unet.config), shape)
+    if key not in _REHEARSED:
+        _REHEARSED[key] = rehearse(model, shape, 1, tokens).grids
+    return _REHEARSED[key]
+
+
+def recorded(run: Run, prompt: Prompt, timesteps: Sequence[int], words: Sequence[str]) -> Seen:
+    """The same of a recorded run: its steps nearest to some timesteps, and "all", the mean over its steps."""
+    at = run.variable("timestep").values
+    near = [int(np.abs(at - t).argmin()) for t in timesteps]
+
+    def few(maps: xr.DataArray) -> xr.DataArray:
+        chosen = maps.isel(step=near).drop_vars([name for name, value in maps.coords.items() if "step" in value.dims])
+        means = maps.mean("step").drop_vars("step", errors="ignore").expand_dims("step")
+        return xr.concat([chosen, means], "step", coords="minimal", compat="override").assign_coords(step=[*map(str, timesteps), "all"])
+
+    grids = [few(run.attention(grid).sel(branch="cond").isel(image=0).astype(np.float32).load()) for grid in run.grids]
+    sizes = [run.variable(f"attention/{grid}/value_size").sel(branch="cond").load() for grid in run.grids]
+    change = None
+    if "counterfactual" in run.tree.children:
+        change = few(run.variable("counterfactual/change").isel(image=0).load()).rename(masked_word="word").sel(word=list(words))
+    return Seen(prompt, grids, sizes, change)
+
+
+# --- every map -------------------------------------------------------------------------------------------------------
+
+
+def candidates(seen: Seen, truth: xr.DataArray, random: Seen | None = None) -> xr.DataArray:
+    """Every map of each word whose truth is known, on the grid of the truth. *Shape:* truth (word, y, x) -> (map, step, word, y, x).
+
+    By name: `attention` (mean over layers and heads), `grid/GRID`, `layer/GRID/PATH` and `head/GRID/PATH/N`; `against others`, `contribution`,
+    `counterfactual`; what knows nothing: `random` (a UNet with random weights), `Gaussian`, `uniform`, and, of two words, `other
+    word`; and what knows all: `ceiling/...`, the true mask at each grid of the UNet. What does not exist is left out.
+    """
+    side, things = (truth.sizes["y"], truth.sizes["x"]), [str(word) for word in truth["word"].values]
+    merged = [_merged(maps, seen.prompt, things) for maps in seen.grids]
+    own = [maps.isel(word=slice(len(things))) for maps in merged]
+    attention = combined(own, grid=side)
+    found: dict[str, xr.DataArray] = {"attention": attention}
+    for maps in own:
+        grid = f"{maps.sizes['y']}x{maps.sizes['x']}"
+        found[f"grid/{grid}"] = combined(maps, grid=side)
+        single = on_grid(maps, side)
+        for layer in single["layer"].values:
+            heads = single.sel(layer=layer, drop=True)
+            found[f"layer/{grid}/{layer}"] = heads.mean("head")
+            found |= {f"head/{grid}/{layer}/{head}": heads.isel(head=head) for head in range(heads.sizes["head"])}
+    if merged[0].sizes["word"] > 1:
+        found["against others"] = against_others(combined(merged, grid=side)).isel(word=slice(len(things)))
+    sized = [contribution(maps, sizes) for maps, sizes in zip(seen.grids, seen.sizes, strict=True)]
+    written = [_merged(maps, seen.prompt, things).isel(word=slice(len(things))) for maps in sized]
+    found["contribution"] = combined(written, grid=side)
+    if seen.change is not None:
+        found["counterfactual"] = on_grid(seen.change.sel(word=things), side)
+    if len(things) > 1:
+        found["other word"] = attention.roll(word=1)
+    if random is not None:
+        found["random"] = combined([_merged(maps, seen.prompt, things).isel(word=slice(len(things))) for maps in random.grids], grid=side)
+    y, x = np.meshgrid(*((np.arange(n) + 0.5) / n - 0.5 for n in side), indexing="ij")
+    found["Gaussian"] = xr.zeros_like(attention) + xr.DataArray(np.exp(-8 * (y**2 + x**2)), dims=("y", "x"))
+    found["uniform"] = xr.ones_like(attention)
+    for maps in own:
+        true = on_grid(on_grid(truth.drop_vars("word"), (maps.sizes["y"], maps.sizes["x"]), "area"), side)
+        found[f"ceiling/{maps.sizes['y']}x{maps.sizes['x']}"] = xr.zeros_like(attention) + true
+    rows = [one.transpose("step", "word", "y", "x").values for one in found.values()]
+    coords = {"map": list(found), "step": attention["step"].values, "word": things}
+    return xr.DataArray(np.stack(rows).astype(np.float32), dims=("map", "step", "word", "y", "x"), coords=coords)
+
+
+def _merged(maps: xr.DataArray, prompt: Prompt, things: Sequence[str]) -> xr.DataArray:
+    """The maps of some words or phrases, then those of the other content words: (step, token, ...) -> (step, word, ...)."""
+    number: dict[int, int] = {}
+    texts: list[str] = []
+    for thing in things:
+        number |= dict.fromkeys(places_of(prompt, thing), len(texts))
+        texts.append(thing)
+    for index, places in prompt.spans.items():
+        if not set(places) & set(number) and prompt.words[index].casefold() not in FUNCTION_WORDS:
+            number |= dict.fromkeys(places, len(texts))
+            texts.append(prompt.words[index])
+    numbers = np.array([number.get(int(place), -1) for place in maps["token"].values])
+    return word_maps(maps, np.array([texts[n] if n >= 0 else "" for n in numbers]), numbers)
+
+
+def best_of(maps: xr.DataArray, heads: Sequence[str], name: str) -> xr.DataArray:
+    """The mean map of some heads, as one more map. *Shape:* (map, step, word, y, x) -> (1, step, word, y, x)."""
+    return maps.sel(map=list(heads)).mean("map").expand_dims(map=[name])
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def precision(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
+    """AP of each map, mean over words. *Shape:* (map, step, word, y, x), (word, y, x) -> (map, step)."""
+    return average_precision(maps, truth >= 0.5).mean("word")
+
+
+def level_scores(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
+    """IoU at each of `LEVELS`, mean over words. *Shape:* as `precision` -> (level, map, step)."""
+    scaled, inside = normalised(maps, "min-max"), truth >= 0.5
+    return xr.concat([iou(threshold(scaled, level), inside).mean("word") for level in LEVELS], xr.Variable("level", LEVELS))
+
+
+def best_levels(scores: Sequence[xr.DataArray]) -> xr.DataArray:
+    """The level with the best mean IoU over some pictures, for each map and step. *Shape:* each (level, map, step) -> (map, step)."""
+    return of_scenes(scores).mean("scene").idxmax("level")
+
+
+def of_scenes(parts: Sequence[Scores]) -> Scores:
+    """What was computed for each picture, put together, (scene, ...); NaN where a picture has not a map, as of the other of two words."""
+    names = list(dict.fromkeys(str(name) for part in parts for name in part["map"].values))
+    return xr.concat([part.reindex(map=names) for part in parts], "scene")
+
+
+def scored(maps: xr.DataArray, truth: xr.DataArray, levels: xr.DataArray) -> xr.Dataset:
+    """AP, and IoU and pixel accuracy at levels that were chosen elsewhere, mean over words. *Shape:* as `precision` -> each (map, step)."""
+    inside = truth >= 0.5
+    masks = threshold(normalised(maps, "min-max"), levels.sel(map=maps["map"], step=maps["step"]))
+    parts = {"AP": average_precision(maps, inside), "IoU": iou(masks, inside), "accuracy": pixel_accuracy(masks, inside)}
+    return xr.Dataset({name: part.mean("word") for name, part in parts.items()})
+
+
+def random_weights(model: StableDiffusion, seed: int = 0) -> StableDiffusion:
+    """The same model with a UNet whose weights were drawn and never trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = type(model.unet).from_config(model.unet.config)
+    return replace(model, unet=torch.nn.Module.to(unet, model.device, model.dtype).eval())
