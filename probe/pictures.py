@@ -11,20 +11,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import xarray as xr
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from probe.analysis.averages import by_sigma, combined
-from probe.analysis.heads import by_kind
-from probe.analysis.maps import branch_words, word_names
+from probe.analysis import by_kind, by_sigma, word_maps
+from probe.analysis.maps import word_names
 from probe.errors import RecordingNotFound
 from probe.reading.recording import Run
 
 CELL, GAP, MARGIN = 152, 12, 28
+HEAD, BETWEEN = 78, 20  # of a section of maps: above its first row, and between what is side by side
 INK, FAINT, PAPER = (24, 26, 32), (110, 114, 124), (255, 255, 255)
 HEAT = np.array([(0, 0, 4), (60, 9, 101), (140, 41, 99), (212, 72, 66), (250, 142, 9), (252, 255, 164)], np.float32)
+UNITS = {
+    "attention": "share of a pixel's attention",
+    "contribution": "attention times the length of what the token writes, |v W_O|, in units of the layers' outputs",
+    "counterfactual": "|prediction - prediction without the word|, mean over channels, in units of the prediction",
+}
 
 
 def save(run: Run) -> list[Path]:
@@ -88,80 +94,128 @@ def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
 
 
 def word_sheet(run: Run, bands: int = 4, image: int = 0) -> Image.Image:
-    """Where the picture looked at each word of the prompt, and of the negative prompt where that was recorded.
+    """Where the picture looked at each word of the prompt, and of the negative prompt where that was recorded; and what it did.
 
-    One row for each word: all steps, then `bands` noise levels of equal width in log sigma, the noisiest first, without those
-    that hold no step; the mean over layers and heads of all grids. Below: how much goes to words and how much to BOS, EOS and
-    rest, and what was cut from the prompt. A run that was stopped is drawn over its last preview. Raises RecordingNotFound
-    without maps, or without that image.
+    One row for each word, and side by side: attention, contribution, and the counterfactual map where they were recorded. Of each:
+    all steps, then `bands` noise levels of equal width in log sigma, the noisiest first, without those that hold no step; the mean
+    over layers and heads of all grids. Below: how much goes to words and how much to BOS, EOS and rest, and what was cut from the
+    prompt. A run that was stopped is drawn over its last preview. Raises RecordingNotFound without maps, or without that image.
     """
     if image not in range(len(run.images)):
         raise RecordingNotFound(f"{run.name} has no image {image}.", f"It has images 0 to {len(run.images) - 1}.")
-    tokens = combined([run.attention(grid).isel(image=[image]) for grid in run.grids] or run.attention()).isel(image=0)
-    banded = by_sigma(tokens, bands, run.variable("sigma"))
-    banded = banded.isel(band=np.flatnonzero(banded["steps"].values))
-    names = ["all steps", *(f"sigma {float(band['sigma_to']):.3g} to {float(band['sigma_from']):.3g}" for band in banded)]
-    columns = xr.concat([tokens.mean("step"), *banded.drop_vars(["sigma_from", "sigma_to", "steps"])], "column", coords="minimal", compat="override")
-    cut = run.attributes["cut_from_prompt"]
-    sections, notes = {}, []
-    for branch, words in reversed(branch_words(columns.assign_coords(column=names)).items()):
-        prompt = run.attributes["experiment"]["prompt" if branch == "cond" else "negative_prompt"]
-        if words.sizes["word"]:
-            sections[f"{'Prompt' if branch == 'cond' else 'Negative prompt'}: {_shorten(prompt, 80)}"] = words
-        masses = by_kind(tokens.sel(branch=branch)).mean(("step", "y", "x"))
-        shares = ", ".join(f"{kind} {float(mass):.1%}" for kind, mass in zip(masses["kind"].values, masses, strict=True))
-        notes.append(f"Of all attention to the {'prompt' if branch == 'cond' else 'negative prompt'}: {shares}")
-        if cut.get(branch):
-            notes.append(f"Cut from it, never read by the model: {_shorten(cut[branch], 90)}")
-    shown = run.images.values if run.images.values.any() else run.preview().values[-1]
-    return sheet_of_maps(Image.fromarray(shown[image]), sections, notes)
+    sigma, reads = run.variable("sigma"), _reads(run)
+    sections: dict[str, list[xr.DataArray]] = {}
+    notes: list[str] = []
+    for branch in reversed([str(name) for name in run.attention()["branch"].values]):
+        which, field = ("prompt", "prompt") if branch == "cond" else ("negative prompt", "negative_prompt")
+        tokens = [run.token_maps(of=of, branch=branch, images=[image]).isel(image=0) for of in reads]
+        blocks = [word_maps(_columns(maps, bands, sigma)) for maps in tokens]
+        if blocks[0].sizes["word"]:
+            if branch == "cond" and "counterfactual" in run.tree.children:
+                change = run.counterfactual().isel(image=image).sel(step=tokens[0]["step"])
+                blocks.append(_of_words(_columns(change, bands, sigma), blocks[0]))
+            sections[f"{which.capitalize()}: {_shorten(run.attributes['experiment'][field], 80)}"] = blocks
+        for of, maps in zip(reads, tokens, strict=True):
+            masses = by_kind(maps.mean(("step", "y", "x"), skipna=False))
+            shares = ", ".join(f"{kind} {float(mass / masses.sum()):.1%}" for kind, mass in zip(masses["kind"].values, masses, strict=True))
+            notes.append(f"Of all {of} to the {which}: {shares}" if of == "attention" else f"Of all {of} of the {which}: {shares}")
+        if cut := run.attributes["cut_from_prompt"].get(branch):
+            notes.append(f"Cut from it, never read by the model: {_shorten(cut, 90)}")
+    return sheet_of_maps(_shown(run, image), sections, notes)
 
 
 def ask_sheet(run: Run, maps: xr.DataArray, bands: int = 4) -> Image.Image:
     """A word that was asked after the run, by noise level. *Shape:* maps (step, y, x), as `probe.running.ask.read_out` gives them."""
-    banded = by_sigma(maps, bands, maps["sigma"])
-    banded = banded.isel(band=np.flatnonzero(banded["steps"].values))
-    names = ["all steps", *(f"sigma {float(band['sigma_to']):.3g} to {float(band['sigma_from']):.3g}" for band in banded)]
-    columns = np.stack([maps.mean("step").values, *(band.transpose("y", "x").values for band in banded)])
-    section = xr.DataArray(columns[None], dims=("word", "column", "y", "x"), coords={"word": [maps.attrs["word"]], "column": names})
-    shown = run.images.values if run.images.values.any() else run.preview().values[-1]
+    section = _columns(maps, bands, maps["sigma"]).expand_dims(word=[maps.attrs["word"]]).rename("attention")
     notes = [f"Read in: {_shorten(maps.attrs['context'], 90)}", f"A {maps.attrs['read_out']}"]
-    return sheet_of_maps(Image.fromarray(shown[0]), {f"Asked afterwards: {maps.attrs['word']}": section}, notes)
+    return sheet_of_maps(_shown(run, 0), {f"Asked afterwards: {maps.attrs['word']}": [section]}, notes)
 
 
-def sheet_of_maps(picture: Image.Image, sections: Mapping[str, xr.DataArray], notes: Sequence[str] = ()) -> Image.Image:
-    """Maps over a picture: in each section, a title and its maps, a row for each word.
+def sheet_of_maps(picture: Image.Image, sections: Mapping[str, Sequence[xr.DataArray]], notes: Sequence[str] = ()) -> Image.Image:
+    """Maps over a picture: in each section a row for each word, and side by side what can be said of it, by the names in `UNITS`.
 
-    *Shape:* each section (word, column, y, x), labelled by `word` and `column`. The colours of a row span the least to the
-    greatest value in it, so that its columns can be compared; below each map stands its own range. NaN is drawn as 0.
+    *Shape:* each of a section's arrays (word, column, y, x), labelled by `word` and `column`, the same words in all of them. The
+    colours of a row span the least to the greatest value of one array in it, so that its columns can be compared; below each map
+    stands its own range. NaN is drawn as 0, and a map that is nothing else is left out.
     """
     small = _fit(picture, CELL)
-    columns = max((maps.sizes["column"] for maps in sections.values()), default=0)
-    row, head = small.height + 26, 62
-    height = MARGIN + sum(head + row * maps.sizes["word"] + 16 for maps in sections.values()) + 34 + 20 * len(notes) + MARGIN // 2
-    sheet = Image.new("RGB", (2 * MARGIN + max(5, columns + 1) * (CELL + GAP) - GAP, height), PAPER)
+    row, head, block = small.height + 26, HEAD, CELL + GAP
+    widths = [sum(maps.sizes["column"] * block + BETWEEN for maps in blocks) for blocks in sections.values()]
+    units = list(dict.fromkeys(str(maps.name) for blocks in sections.values() for maps in blocks)) or ["attention"]
+    height = (
+        MARGIN + sum(head + row * blocks[0].sizes["word"] + 16 for blocks in sections.values()) + 20 * (len(units) + len(notes)) + 20 + MARGIN // 2
+    )
+    sheet = Image.new("RGB", (2 * MARGIN + max(5 * block, *(block + width - BETWEEN for width in widths), 0) - GAP, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     top = MARGIN
-    for title, maps in sections.items():
+    for title, blocks in sections.items():
         draw.text((MARGIN, top), title, INK, font=_font(18))
-        for column, label in enumerate(maps["column"].values):
-            draw.text((MARGIN + (column + 1) * (CELL + GAP), top + 34), str(label), FAINT, font=_font(13))
-        top += head
-        for name, cells in zip(word_names(maps), maps.transpose("word", "column", "y", "x").values, strict=True):
-            draw.text((MARGIN, top + small.height // 2 - 10), _shorten(name, 16), INK, font=_font(17))
-            finite = cells[np.isfinite(cells)]
-            bounds = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-            for column, cell in enumerate(cells):
-                x = MARGIN + (column + 1) * (CELL + GAP)
-                sheet.paste(overlay(small, cell, bounds), (x, top))
-                draw.text((x, top + small.height + 4), f"{float(cell.min()):.1%} to {float(cell.max()):.1%}", FAINT, font=_font(12))
-            top += row
-        top += 16
+        for index, name in enumerate(word_names(blocks[0])):
+            draw.text((MARGIN, top + head + index * row + small.height // 2 - 10), _shorten(name, 16), INK, font=_font(17))
+        left = MARGIN + block
+        for maps in blocks:
+            draw.text((left, top + 32), str(maps.name).capitalize(), INK, font=_font(15))
+            for column, label in enumerate(maps["column"].values):
+                draw.text((left + column * block, top + 54), str(label), FAINT, font=_font(13))
+            for index, cells in enumerate(maps.transpose("word", "column", "y", "x").values):
+                _draw_row(sheet, draw, (left, top + head + index * row), small, cells, str(maps.name))
+            left += maps.sizes["column"] * block + BETWEEN
+        top += head + row * blocks[0].sizes["word"] + 16
     sheet.paste(_scale_bar(), (MARGIN, top + 2))
-    draw.text((MARGIN + 252, top), "share of a pixel's attention, from the least to the greatest value of the row", FAINT, font=_font(12))
+    draw.text((MARGIN + 252, top), "from the least to the greatest value in a row's maps of one kind", FAINT, font=_font(12))
+    for index, unit in enumerate(units):
+        draw.text((MARGIN, top + 20 + 20 * index), f"{unit.capitalize()}: {UNITS[unit]}", FAINT, font=_font(12))
     for index, note in enumerate(notes):
-        draw.text((MARGIN, top + 26 + 20 * index), note, INK, font=_font(13))
+        draw.text((MARGIN, top + 20 + 20 * (len(units) + index)), note, INK, font=_font(13))
     return sheet
+
+
+def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], picture: Image.Image, cells: np.ndarray, kind: str) -> None:
+    """Maps of one word side by side, with their ranges. *Shape:* cells (column, y, x)."""
+    finite = cells[np.isfinite(cells)]
+    if not finite.size:
+        draw.text((at[0], at[1] + picture.height // 2 - 8), "not recorded", FAINT, font=_font(12))
+        return
+    bounds = float(finite.min()), float(finite.max())
+    for column, cell in enumerate(cells):
+        x = at[0] + column * (CELL + GAP)
+        sheet.paste(overlay(picture, cell, bounds), (x, at[1]))
+        least, greatest = (f"{float(value):.1%}" if kind == "attention" else f"{float(value):.3g}" for value in (cell.min(), cell.max()))
+        draw.text((x, at[1] + picture.height + 4), f"{least} to {greatest}", FAINT, font=_font(12))
+
+
+def _reads(run: Run) -> list[Literal["attention", "contribution"]]:
+    """What a run can say of its tokens."""
+    try:
+        run.contribution()
+    except RecordingNotFound:
+        run.attention()
+        return ["attention"]
+    return ["attention", "contribution"]
+
+
+def _columns(maps: xr.DataArray, bands: int, sigma: xr.DataArray) -> xr.DataArray:
+    """The mean over all steps, then over each noise level that has one. *Shape:* (step, ...) -> (column, ...), labelled by `column`."""
+    banded = by_sigma(maps, bands, sigma)
+    banded = banded.isel(band=np.flatnonzero(banded["steps"].values))
+    names = ["all steps", *(f"sigma {float(band['sigma_to']):.3g} to {float(band['sigma_from']):.3g}" for band in banded)]
+    levels = [*banded.drop_vars(["sigma_from", "sigma_to", "steps"])]
+    made: xr.DataArray = xr.concat([maps.mean("step"), *levels], "column", coords="minimal", compat="override")
+    return made.assign_coords(column=names)
+
+
+def _of_words(change: xr.DataArray, words: xr.DataArray) -> xr.DataArray:
+    """Counterfactual maps in the rows of `words`; NaN for a word without one. *Shape:* (masked_word, ...) -> (word, ...)."""
+    there = [str(word) for word in change["masked_word"].values]
+    first = change.isel(masked_word=0, drop=True)
+    rows = [change.isel(masked_word=there.index(word), drop=True) if word in there else first * np.nan for word in map(str, words["word"].values)]
+    made: xr.DataArray = xr.concat(rows, "word", coords="minimal", compat="override")
+    return made.assign_coords(word=words["word"].values).rename("counterfactual")
+
+
+def _shown(run: Run, image: int) -> Image.Image:
+    """A run's picture, or its last preview where it was stopped before."""
+    return Image.fromarray((run.images.values if run.images.values.any() else run.preview().values[-1])[image])
 
 
 def overlay(picture: Image.Image, heat_map: np.ndarray, bounds: tuple[float, float] | None = None) -> Image.Image:

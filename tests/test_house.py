@@ -39,7 +39,7 @@ LAYERS = [
     ("probe.analysis.recomputed", "probe.analysis.averages", "probe.analysis.heads", "probe.analysis.masks"),
     ("probe.analysis",),
     ("probe.reading.untrusted",),
-    ("probe.reading.lazy",),
+    ("probe.reading.lazy", "probe.reading.attention"),
     ("probe.reading.recording",),
     ("probe.pictures", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),
     ("probe.noising_sheet", "probe.proof.map_checks", "probe.proof.schema_checks"),

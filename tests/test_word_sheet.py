@@ -14,11 +14,11 @@ from PIL import Image
 from probe.analysis.averages import by_sigma, combined
 from probe.analysis.maps import word_maps, word_names
 from probe.errors import RecordingNotFound
-from probe.pictures import CELL, GAP, HEAT, MARGIN, PAPER, overlay, sheet_of_maps, word_sheet
+from probe.pictures import BETWEEN, CELL, GAP, HEAD, HEAT, MARGIN, PAPER, overlay, sheet_of_maps, word_sheet
 from probe.reading.recording import Run
 from probe.running.recorder import record
 
-HEAD, FOOT = 62, 34 + MARGIN // 2  # above the first row of a section; below the last section, without notes
+FOOT, LINE = 20 + MARGIN // 2, 20  # below the last section: the scale, then lines of units and notes
 
 
 def drawn(folder: Path, **asked: Any) -> Run:
@@ -36,8 +36,8 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def cell(sheet: Image.Image, column: int, top: int, height: int) -> np.ndarray:
-    x = MARGIN + (column + 1) * (CELL + GAP)
+def cell(sheet: Image.Image, column: int, top: int, height: int, block: int = 0) -> np.ndarray:
+    x = MARGIN + (column + 1) * (CELL + GAP) + block * BETWEEN
     return pixels(sheet)[top : top + height, x : x + CELL]
 
 
@@ -45,21 +45,23 @@ def test_every_map_is_in_its_place_on_the_scale_of_its_row(run: Run) -> None:
     sheet = word_sheet(run, bands=2, image=1)
     high = CELL // 2
     row = high + 26
-    assert sheet.height == MARGIN + (HEAD + 5 * row + 16) + (HEAD + row + 16) + FOOT + 2 * 20
+    assert sheet.height == MARGIN + (HEAD + 5 * row + 16) + (HEAD + row + 16) + FOOT + 6 * LINE, "two units, and of two branches how much goes where"
     final = Image.fromarray(run.images.values[1]).resize((CELL, high), Image.Resampling.NEAREST)
     top = MARGIN
     for branch, words in (("cond", "a cat on a hat".split()), ("uncond", ["astronaut"])):
         maps = word_maps(combined([run.attention(grid) for grid in run.grids]).sel(branch=branch).isel(image=1))
         assert maps["word"].values.tolist() == words
-        columns = [maps.mean("step"), *by_sigma(maps, 2, run.variable("sigma"))]
-        for index in range(len(words)):
-            shown = [column.isel(word=index).values for column in columns]
-            bounds = (float(np.min(shown)), float(np.max(shown)))
-            for column, values in enumerate(shown):
-                found = cell(sheet, column, top + HEAD + index * row, high).astype(int)
-                assert np.abs(found - pixels(overlay(final, values, bounds))).max() <= 2, "all but rounding"
+        written = run.word_maps(of="contribution", branch=branch).isel(image=1)
+        for block, read in enumerate((maps, written)):
+            columns = [read.mean("step"), *by_sigma(read, 2, run.variable("sigma"))]
+            for index in range(len(words)):
+                shown = [column.isel(word=index).values for column in columns]
+                bounds = (float(np.min(shown)), float(np.max(shown)))
+                for column, values in enumerate(shown):
+                    found = cell(sheet, column + 3 * block, top + HEAD + index * row, high, block).astype(int)
+                    assert np.abs(found - pixels(overlay(final, values, bounds))).max() <= 2, "all but rounding"
         top += HEAD + len(words) * row + 16
-    assert (pixels(sheet)[:, MARGIN + 4 * (CELL + GAP) :][MARGIN + HEAD : MARGIN + HEAD + 50] == PAPER).all(), "nothing beyond the bands"
+    assert (pixels(sheet)[:, MARGIN + 7 * (CELL + GAP) + BETWEEN :][MARGIN + HEAD : MARGIN + HEAD + 50] == PAPER).all(), "nothing beyond the bands"
 
 
 def test_it_is_written_on(run: Run) -> None:
@@ -73,19 +75,33 @@ def test_it_is_written_on(run: Run) -> None:
 
 def test_without_words_without_guidance_and_from_other_ways_of_recording(tmp_path: Path, run: Run) -> None:
     empty = word_sheet(drawn(tmp_path / "a", prompt="", images=1))
-    assert empty.height == MARGIN + FOOT + 20, "the shares of BOS, EOS and rest remain"
+    assert empty.height == MARGIN + FOOT + 3 * LINE, "the shares of BOS, EOS and rest remain"
     plain = word_sheet(drawn(tmp_path / "b", guidance_scale=1, capture={"dtype": "sqrt_u8"}), bands=1)
     for mode in ("queries", "summary"):
         other = word_sheet(drawn(tmp_path / mode, guidance_scale=1, capture={"attention": mode}), bands=1)
-        assert other.size == plain.size
+        assert other.width == plain.width if mode == "queries" else other.width < plain.width, "means over heads have no contribution"
         top, high = MARGIN + HEAD, CELL // 2
         assert np.abs(cell(other, 0, top, high).astype(int) - cell(plain, 0, top, high)).mean() < 12, "the same map, but for storage"
+
+
+def test_what_words_did_stands_beside_where_they_were_looked_at(tmp_path: Path) -> None:
+    run = drawn(tmp_path, images=1, capture={"counterfactual": ["cat"]})
+    sheet = word_sheet(run, bands=2)
+    high, row = CELL // 2, CELL // 2 + 26
+    final = Image.fromarray(run.images.values[0]).resize((CELL, high), Image.Resampling.NEAREST)
+    change = run.counterfactual().sel(masked_word="cat").isel(image=0)
+    shown = [one.values for one in (change.mean("step"), *by_sigma(change, 2, run.variable("sigma")))]
+    for column, values in enumerate(shown):
+        found = cell(sheet, column + 6, MARGIN + HEAD + row, high, 2).astype(int)
+        assert np.abs(found - pixels(overlay(final, values, (float(np.min(shown)), float(np.max(shown)))))).max() <= 2
+    other = cell(sheet, 7, MARGIN + HEAD + 4 * row, high, 2)
+    assert (other == PAPER).all(), "for `hat` it was not recorded, and no map is drawn"
 
 
 def test_what_was_cut_takes_a_line(tmp_path: Path) -> None:
     run = drawn(tmp_path, prompt="a cat " * 40, over_long="cut", images=1, steps=1, guidance_scale=1, capture={"layers": ["3x6"]})
     words = run.attention().sel(branch="cond")["word_index"].values.max() + 1
-    assert word_sheet(run, bands=1).height == MARGIN + (HEAD + words * (CELL // 2 + 26) + 16) + FOOT + 2 * 20
+    assert word_sheet(run, bands=1).height == MARGIN + (HEAD + words * (CELL // 2 + 26) + 16) + FOOT + 5 * LINE
 
 
 def test_a_run_that_was_stopped_is_drawn_over_its_last_preview(tmp_path: Path) -> None:
@@ -125,8 +141,8 @@ def test_arrays_without_a_recording() -> None:
         coords={"word": ["cat", "cat"], "column": ["first", "second"]},
     )
     assert word_names(maps) == ["cat", "cat (2)"]
-    sheet = sheet_of_maps(Image.new("RGB", (40, 20), (0, 0, 0)), {"Cats": maps})
-    assert sheet.height == MARGIN + HEAD + 2 * (CELL // 2 + 26) + 16 + FOOT
+    sheet = sheet_of_maps(Image.new("RGB", (40, 20), (0, 0, 0)), {"Cats": [maps.rename("attention")]})
+    assert sheet.height == MARGIN + HEAD + 2 * (CELL // 2 + 26) + 16 + FOOT + LINE
     second = cell(sheet, 1, MARGIN + HEAD, CELL // 2)
     assert len(np.unique(second.reshape(-1, 3), axis=0)) == 1, "constant, and the greatest of its row"
     np.testing.assert_allclose(second[0, 0], HEAT[-1] * 0.9, atol=1)

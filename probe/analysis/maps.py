@@ -12,6 +12,7 @@ disk. Means over layers, heads and steps are in `averages`, the shape of single 
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ import numpy as np
 import xarray as xr
 
 from probe.errors import PromptError, RecordingNotFound
-from probe.schema import near
 
 Method = Literal["bilinear", "bicubic", "area"]
 Normalisation = Literal["none", "min-max", "words", "space"]
@@ -214,10 +214,11 @@ def content_words(words: xr.DataArray, leave_out: Collection[str] = FUNCTION_WOR
     return words.isel(word=[i for i, word in enumerate(words["word"].values) if str(word).casefold() not in leave_out])
 
 
-def phrase(words: xr.DataArray, text: str) -> xr.DataArray:
+def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.DataArray:
     """The words of a phrase together, the sum of their maps, each time they follow one another in the prompt; case does not count.
 
-    *Shape:* (word, ...) -> (word, ...), one for each time. Raises PromptError when it does not occur, or was cut away.
+    *Shape:* (word, ...) -> (word, ...), one for each time. Raises PromptError when it does not occur, or was cut away: it lists the
+    words that there are, and says by which command (`asking`) one looks for another.
     """
     spelt = [str(word) for word in words["word"].values]
     places = words["word_index"].values
@@ -227,8 +228,9 @@ def phrase(words: xr.DataArray, text: str) -> xr.DataArray:
         cut = str(words.attrs.get("cut_from_prompt", ""))
         if cut and _runs(wanted, [word.casefold() for word in spelt] + _spelt(cut)):
             raise PromptError(f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", "Shorten the prompt and record it again.")
-        remedy = near(text, spelt) if spelt else "The prompt has no words."
-        raise PromptError(f"{text!r} is not in the prompt.", f"{remedy} For a word that was not in the prompt: probe ask.")
+        meant = difflib.get_close_matches(text, spelt, n=1)
+        there = f"Its words: {', '.join(dict.fromkeys(spelt))}." if spelt else "The prompt has no words."
+        raise PromptError(f"{text!r} is not in the prompt.", f"{f'Did you mean {meant[0]}? ' if meant else ''}{there} For any other word: {asking}")
     found = [words.isel(word=slice(i, i + len(wanted))).sum("word", skipna=False) for i in starts]
     whole = words.isel(word=starts)
     values = np.stack([one.transpose(*(d for d in words.dims if d != "word")).values for one in found], axis=words.get_axis_num("word"))

@@ -3,7 +3,7 @@
     run = open_run("latest")                 # or a path, or the beginning of a run's name
     run.tree                                 # the whole recording, an xarray DataTree
     run.latents, run.denoised()              # (step, image, channel, y, x), only steps that were committed
-    run.attention("16x16")                   # (step, token, branch, image, layer, head, y, x) as probabilities
+    run.attention("16x16"), run.word_maps()  # where it looked: see `probe.reading.attention`
 
 What is derived (eps, v, denoised) is computed from the latents and predictions when it is read.
 """
@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from probe.analysis.maps import probabilities, resize, word_maps
-from probe.analysis.recomputed import recomputed
 from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
 from probe.reading import sample
+from probe.reading.attention import Attention, places
 from probe.reading.lazy import open_tree
 from probe.reading.untrusted import read_file, read_root, refuse
 from probe.schema import BRANCHES, FORMAT_VERSION, near
@@ -37,7 +36,7 @@ MAX_PICTURE = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Attention):
     """A recording, opened. Nothing is read until it is asked for. Raises RecordingNotFound or RecordingDamaged."""
 
     path: Path
@@ -129,79 +128,14 @@ class Run:
         """The picture that an image-to-image run or a noising began from, (y, x, rgb) uint8; None where there was none."""
         return self.variable("source/picture") if "source" in self.tree.children else None
 
-    # --- attention ---
-
-    @property
-    def grids(self) -> list[str]:
-        """Grids with attention maps, the largest first: ["64x64", "32x32", ...]."""
-        if "attention" not in self.tree.children:
-            return []
-        return sorted(self.tree["attention"].children, key=lambda g: -int(np.prod([int(n) for n in g.split("x")])))
-
-    def attention(self, grid: str | None = None) -> xr.DataArray:
-        """Cross-attention maps at one grid (default: the largest), still lazy, in their stored type.
-
-        *Shape:* (step, token, branch, image, layer, head, y, x). Of a pixel's attention, each token's share; use
-        `probe.analysis.maps.probabilities` on the values of a `sqrt_u8` recording. Maps of a `queries` recording are computed
-        when they are read, in float32; those of a `summary` recording are the mean over heads, with a head axis of 1.
-        """
-        if not self.grids:
-            raise RecordingNotFound(f"{self.name} has no attention maps.", "Record with capture.attention: maps.")
-        grid = grid or self.grids[0]
-        if grid not in self.grids:
-            raise RecordingNotFound(f"{self.name} has no attention maps at {grid}.", near(grid, self.grids))
-        group = f"attention/{grid}"
-        if "query" in self.tree[group].data_vars:
-            maps = recomputed(self.variable(f"{group}/query"), self.variable(f"{group}/key"))
-        else:
-            maps = self.variable(f"{group}/cross")
-        recorded = np.flatnonzero(self.variable(f"attention/{grid}/recorded").values)
-        return maps.isel(step=_places(np.intersect1d(recorded, self.steps)))  # the same steps at each call, also while more are being written
-
-    def overview(self) -> xr.DataArray:
-        """Where each token was looked at: mean over images, layers of all grids and heads of the last branch.
-
-        *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run did not come to it.
-        """
-        maps = self.attention()
-        stored = self.variable(f"attention/{self.grids[0]}/overview").transpose("step", ...).sel(step=maps.step).load()
-        if np.isfinite(stored.values).all():
-            return stored
-        size = (maps.sizes["y"], maps.sizes["x"])
-        total = np.zeros((maps.sizes["step"], maps.sizes["token"], *size), np.float32)
-        layers = 0
-        for grid in self.grids:
-            found = self.attention(grid)
-            layers += found.sizes["layer"]
-            for index in range(found.sizes["step"]):
-                one = probabilities(found.isel(step=index, branch=-1).values)
-                total[index] += resize(one.mean(axis=(1, 3)).sum(axis=1), size)
-        coords = {name: value for name, value in maps.isel(branch=-1).coords.items() if set(value.dims) <= {"step", "token"}}
-        return xr.DataArray(total / layers, dims=("step", "token", "y", "x"), coords=coords, name="overview")
-
-    def words(self) -> xr.DataArray:
-        """The overview, averaged over steps and merged to words. *Shape:* (word, y, x) float32."""
-        overview = self.overview()
-        word, number = (self.variable(f"attention/{self.grids[0]}/{name}").isel(branch=-1) for name in ("word", "word_index"))
-        return word_maps(overview.mean("step"), word.values, number.values)
-
-    def tokens(self, branch: str = "cond") -> list[str]:
-        """The 77 tokens of the prompt, as text."""
-        for group in ("text/text_encoder", *(f"attention/{grid}" for grid in self.grids)):
-            if group in self.tree.groups or f"/{group}" in self.tree.groups:
-                labels = self.variable(f"{group}/token_text")
-                if branch in labels["branch"].values:
-                    return [str(text) for text in labels.sel(branch=branch).values]
-        raise RecordingNotFound(f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true.")
-
     # --- inside ---
 
     def _latent(self, name: str) -> xr.DataArray:
         there = self.tree["latents"].data_vars if "latents" in self.tree.children else {}
         if name not in there:
             found = ", ".join(map(str, there)) or "no latents at all"
-            raise RecordingNotFound(f"{self.name} has no {name}: it ran without guidance.", f"It has: {found}.")
-        return self.variable(f"latents/{name}").isel(step=_places(self.steps))
+            raise RecordingNotFound(f"{self.name} has no {name}: it ran without guidance.", f"Record with guidance_scale above 1. It has: {found}.")
+        return self.variable(f"latents/{name}").isel(step=places(self.steps))
 
     def _derive(self, formula: Any, branch: str | None, name: str) -> xr.DataArray:
         if branch not in (None, *BRANCHES):
@@ -261,12 +195,6 @@ class Run:
                 code = base64.b64encode(sheet).decode()
                 picture = f"<img alt='contact sheet' style='max-width:100%' src='data:image/png;base64,{code}'>"
         return f"<b>{html.escape(self.name)}</b><table>{rows}</table>{picture}"
-
-
-def _places(indices: np.ndarray) -> np.ndarray | slice:
-    """Indices as a slice where they follow on one another, which zarr reads in a third of the time."""
-    whole = indices.size and indices[-1] - indices[0] + 1 == indices.size
-    return slice(int(indices[0]), int(indices[-1]) + 1) if whole else indices
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,267 @@
+"""The part of a `Run` that reads attention: maps as they were recorded, and as few, by token, word and phrase.
+
+    run.attention("16x16"), run.contribution("16x16")           # as recorded: (step, token, branch, image, layer, head, y, x), lazily
+    run.word_maps(), run.word_maps(branch="uncond")             # (step, word, image, y, x): mean over layers and heads of all grids
+    run.word_maps(layers="up_blocks.*", heads=3, bands=4)       # (band, word, image, y, x): one head, at four noise levels
+    run.phrase("scuba diving", of="contribution")               # what was written there, not where was looked
+    run.against_others(), run.mass(), run.counterfactual()
+
+Each is a few lines over `probe.analysis`, where what is computed is described. What a method has no setting for is done with
+xarray: `.sel(image=0)`, `.mean("step")`.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+
+import numpy as np
+import xarray as xr
+
+from probe import analysis
+from probe.analysis.maps import Method, Normalisation
+from probe.analysis.recomputed import recomputed
+from probe.errors import RecordingNotFound
+from probe.schema import BRANCHES, near
+
+Read = Literal["attention", "contribution"]
+
+
+class Choice(TypedDict, total=False):
+    """Which maps, and over what their mean is taken: the settings of `token_maps`, and of all that is made of it."""
+
+    of: Read
+    branch: str
+    steps: slice | Sequence[int]
+    layers: str | Sequence[str]
+    heads: int | Sequence[int]
+    images: Sequence[int]
+    over: Sequence[str]
+    grid: tuple[int, int]
+    method: Method
+
+
+class Attention:
+    """What a `Run` can do with attention."""
+
+    if TYPE_CHECKING:  # what a Run has
+
+        @property
+        def path(self) -> Path: ...
+        @property
+        def name(self) -> str: ...
+        @property
+        def attributes(self) -> dict[str, Any]: ...
+        @property
+        def tree(self) -> xr.DataTree: ...
+        @property
+        def steps(self) -> np.ndarray: ...
+        def variable(self, path: str) -> xr.DataArray: ...
+
+    # --- as recorded ---
+
+    @property
+    def grids(self) -> list[str]:
+        """Grids with attention maps, the largest first: ["64x64", "32x32", ...]."""
+        if "attention" not in self.tree.children:
+            return []
+        return sorted(self.tree["attention"].children, key=lambda g: -math.prod(int(n) for n in g.split("x")))
+
+    def attention(self, grid: str | None = None) -> xr.DataArray:
+        """Cross-attention maps at one grid (default: the largest), still lazy, in their stored type.
+
+        *Shape:* (step, token, branch, image, layer, head, y, x). Of a pixel's attention, each token's share; use
+        `probe.analysis.probabilities` on the values of a `sqrt_u8` recording. Maps of a `queries` recording are computed when they
+        are read, in float32; those of a `summary` recording are the mean over heads, with a head axis of 1.
+        """
+        if not self.grids:
+            raise RecordingNotFound(f"{self.name} has no attention maps.", "Record with capture.attention: maps.")
+        grid = grid or self.grids[0]
+        if grid not in self.grids:
+            raise RecordingNotFound(f"{self.name} has no attention maps at {grid}.", near(grid, self.grids))
+        group = f"attention/{grid}"
+        if "query" in self.tree[group].data_vars:
+            maps = recomputed(self.variable(f"{group}/query"), self.variable(f"{group}/key"))
+        else:
+            maps = self.variable(f"{group}/cross")
+        recorded = np.flatnonzero(self.variable(f"{group}/recorded").values)
+        return maps.isel(step=places(np.intersect1d(recorded, self.steps)))  # the same steps at each call, also while more are being written
+
+    def contribution(self, grid: str | None = None) -> xr.DataArray:
+        """Attention times |v W_O|, the size of what each token writes, at one grid. Lazy, as `attention`; see `analysis.contribution`.
+
+        *Shape:* (step, token, branch, image, layer, head, y, x) float32, in the units of the layer's output.
+        """
+        maps = self.attention(grid)
+        group = f"attention/{grid or self.grids[0]}"
+        if "head_statistics" in self.tree[group].data_vars:
+            raise RecordingNotFound(
+                f"{self.name} holds means over heads, and a contribution is that of each head.", "Record with capture.attention: maps or queries."
+            )
+        return analysis.contribution(maps, self.variable(f"{group}/value_size"))
+
+    def counterfactual(self) -> xr.DataArray:
+        """What each word did: |prediction - prediction without it|, mean over channels. NaN at steps where it was not asked for.
+
+        *Shape:* (step, masked_word, image, y, x) float32, on the grid of the latents, in the units of the prediction.
+        """
+        if "counterfactual" not in self.tree.children:
+            raise RecordingNotFound(f"{self.name} has no counterfactual maps.", 'Record with capture.counterfactual: ["*"], or a list of words.')
+        return self.variable("counterfactual/change").isel(step=places(self.steps))
+
+    def tokens(self, branch: str = "cond") -> list[str]:
+        """The 77 tokens of the prompt, as text."""
+        for group in ("text/text_encoder", *(f"attention/{grid}" for grid in self.grids)):
+            if group in self.tree.groups or f"/{group}" in self.tree.groups:
+                labels = self.variable(f"{group}/token_text")
+                if branch in labels["branch"].values:
+                    return [str(text) for text in labels.sel(branch=branch).values]
+        raise RecordingNotFound(f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true.")
+
+    # --- as few ---
+
+    def token_maps(
+        self,
+        *,
+        of: Read = "attention",
+        branch: str = "cond",
+        steps: slice | Sequence[int] = slice(None),
+        layers: str | Sequence[str] = "*",
+        heads: int | Sequence[int] | None = None,
+        images: Sequence[int] | None = None,
+        over: Sequence[str] = ("layer", "head"),
+        grid: tuple[int, int] | None = None,
+        method: Method = "bilinear",
+    ) -> xr.DataArray:
+        """Maps of every token, each brought to `grid`, (y, x), default the largest recorded; then the mean `over` what is named.
+
+        *Shape:* (step, token, image, y, x) float32, with "layer" and "head" where they are not in `over`, without "step" where it is.
+        `of` is attention or contribution, `branch` cond (the prompt's tokens) or uncond (the negative prompt's). `layers` are globs
+        or grids as in capture.layers, `steps` indices of model calls. BOS, EOS and `rest` are tokens like any other. Raises
+        RecordingNotFound, which names the setting, for what was not recorded.
+        """
+        numbers = {"head": [heads] if isinstance(heads, int) else heads, "image": images}
+        chosen = [self._chosen(name, paths, of, branch, steps, numbers) for name, paths in self._layers(layers).items()]
+        return analysis.combined(chosen, over, grid, method).rename(of)
+
+    def word_maps(
+        self, *, normalise: Normalisation = "none", bands: int | Sequence[float] = 0, merge: Literal["sum", "mean"] = "sum", **choice: Unpack[Choice]
+    ) -> xr.DataArray:
+        """Maps of every word, the sum (or mean) of its tokens; a word that is there twice stays two, told apart by `word_index`.
+
+        *Shape:* (step, word, image, y, x) float32, as `token_maps`; with `bands`, their number or edges, (band, word, image, y, x):
+        means over noise levels, the noisiest first (`analysis.by_sigma`). `normalise`: "min-max", "words" or "space", see
+        `analysis.normalised`. What was cut from a prompt that is too long is the attribute `cut_from_prompt`. With
+        over=("step", "layer", "head"), method="bicubic", merge="mean" it is the global map of DAAM.
+        """
+        maps = self.token_maps(**choice)
+        if bands:
+            maps = analysis.by_sigma(maps, bands, self.variable("sigma"))
+        cut = str(self.attributes.get("cut_from_prompt", {}).get(choice.get("branch", "cond"), ""))
+        return analysis.normalised(analysis.word_maps(maps, merge=merge, cut=cut), normalise)
+
+    def phrase(self, text: str, *, normalise: Normalisation = "none", bands: int | Sequence[float] = 0, **choice: Unpack[Choice]) -> xr.DataArray:
+        """A word, or words that follow one another, together: one map for each time that they are there.
+
+        *Shape:* as `word_maps`. Raises PromptError, which lists the words, when it is not in the prompt or was cut from it.
+        """
+        words = analysis.phrase(self.word_maps(bands=bands, **choice), text, self._asking(text))
+        return analysis.normalised(words, normalise)
+
+    def against_others(self, *, bands: int | Sequence[float] = 0, **choice: Unpack[Choice]) -> xr.DataArray:
+        """Each content word's map less the mean of the other content words' maps. *Shape:* as `word_maps`. Raises PromptError for fewer than two."""
+        return analysis.against_others(analysis.content_words(self.word_maps(bands=bands, **choice)))
+
+    def mass(self, **choice: Unpack[Choice]) -> xr.DataArray:
+        """How much of all attention goes to BOS, words, other tokens, EOS and rest. *Shape:* (step, kind, image); attention sums to 1."""
+        return analysis.by_kind(self.token_maps(**choice).mean(("y", "x"), skipna=False))
+
+    # --- at a glance ---
+
+    def overview(self) -> xr.DataArray:
+        """Where each token was looked at: mean over images, layers of all grids and heads of the last branch.
+
+        *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run did not come to it.
+        """
+        maps = self.attention()
+        stored = self.variable(f"attention/{self.grids[0]}/overview").transpose("step", ...).sel(step=maps.step).load()
+        if np.isfinite(stored.values).all():
+            return stored
+        branch = str(maps["branch"].values[-1])
+        made = self.token_maps(branch=branch).mean("image", skipna=False).transpose("step", "token", "y", "x")
+        return made.drop_vars([name for name, value in made.coords.items() if not set(value.dims) <= {"step", "token"}]).rename("overview")
+
+    def words(self) -> xr.DataArray:
+        """The overview, averaged over steps and merged to words. *Shape:* (word, y, x) float32."""
+        word, number = (self.variable(f"attention/{self.grids[0]}/{name}").isel(branch=-1) for name in ("word", "word_index"))
+        return analysis.word_maps(self.overview().mean("step"), word.values, number.values)
+
+    # --- inside ---
+
+    def _layers(self, patterns: str | Sequence[str]) -> dict[str, list[str]]:
+        """The layers that globs and grids select, by grid."""
+        self.attention()
+        recorded = {grid: [str(path) for path in self.variable(f"attention/{grid}/layer").values] for grid in self.grids}
+        every = [path for paths in recorded.values() for path in paths]
+        chosen: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = recorded.get(pattern) or [path for path in every if fnmatchcase(path, pattern)]
+            if not found:
+                options = [*recorded, *dict.fromkeys(f"{path.split('.')[0]}.*" for path in every), *every]
+                raise RecordingNotFound(f"{pattern!r} matches no layer whose attention {self.name} has.", near(pattern, options))
+            chosen.update(found)
+        kept = {grid: [path for path in paths if path in chosen] for grid, paths in recorded.items()}
+        return {grid: paths for grid, paths in kept.items() if paths}
+
+    def _chosen(
+        self, grid: str, layers: list[str], of: Read, branch: str, steps: slice | Sequence[int], numbers: Mapping[str, Sequence[int] | None]
+    ) -> xr.DataArray:
+        maps = self.contribution(grid) if of == "contribution" else self.attention(grid)
+        self._check_branch(branch, [str(name) for name in maps["branch"].values])
+        calls = self.variable("committed").size
+        wanted = range(calls)[steps] if isinstance(steps, slice) else [step + calls if step < 0 else step for step in steps]
+        there, paths = [int(step) for step in maps["step"].values], [str(path) for path in maps["layer"].values]
+        absent = [step for step in wanted if step not in there]
+        if absent and not isinstance(steps, slice):
+            raise RecordingNotFound(f"{self.name} has no attention maps of step {absent[0]}.", f"It has steps {_told(there)}; see capture.steps.")
+        kept = {"step": [there.index(step) for step in wanted if step in there], "layer": [paths.index(path) for path in layers]}
+        for dim, chosen in numbers.items():
+            if wrong := [number for number in chosen or () if not 0 <= number < maps.sizes[dim]]:
+                what = f"It has {dim}s 0 to {maps.sizes[dim] - 1}."
+                if dim == "head" and "head_statistics" in self.tree[f"attention/{grid}"].data_vars:
+                    what = "It holds means over heads: record with capture.attention: maps."
+                raise RecordingNotFound(f"{self.name} has no {dim} {wrong[0]} at {grid}.", what)
+            if chosen is not None:
+                kept[dim] = [*chosen]
+        return maps.isel({dim: places(np.array(found, int)) for dim, found in kept.items()}).sel(branch=branch, drop=True)
+
+    def _check_branch(self, branch: str, there: list[str]) -> None:
+        if branch in there:
+            return
+        if branch not in BRANCHES:
+            raise RecordingNotFound(f"There is no branch {branch!r}.", near(branch, BRANCHES))
+        guided = "" if self.attributes["experiment"]["guidance_scale"] > 1 else " and guidance_scale above 1"
+        raise RecordingNotFound(f"{self.name} has no attention maps of the {branch} branch.", f"Record with capture.branches: both{guided}.")
+
+    def _asking(self, text: str) -> str:
+        """The command that looks for a word that was not in the prompt."""
+        word = shlex.quote(text)
+        if "query" in self.tree[f"attention/{self.grids[0]}"].data_vars:
+            return f"probe ask {shlex.quote(str(self.path))} {word}"
+        return f"record with capture.attention: queries, then probe ask latest {word}"
+
+
+def places(indices: np.ndarray) -> np.ndarray | slice:
+    """Indices as a slice where they follow on one another, which zarr reads in a third of the time."""
+    whole = indices.size and indices[-1] - indices[0] + 1 == indices.size
+    return slice(int(indices[0]), int(indices[-1]) + 1) if whole else indices
+
+
+def _told(steps: list[int]) -> str:
+    if steps and steps == list(range(steps[0], steps[-1] + 1)):
+        return f"{steps[0]} to {steps[-1]}"
+    return ", ".join(map(str, steps[:12])) + (", ..." if len(steps) > 12 else "") or "none"
