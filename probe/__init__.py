@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probe.experiment import CaptureOptions, Experiment, load_experiment
+    from probe.noising import record_noising
     from probe.reading.recording import Run, list_runs, open_run
     from probe.running.recorder import record, resume
 
@@ -26,9 +27,10 @@ _HOMES = {
     "list_runs": "probe.reading.recording",
     "open_run": "probe.reading.recording",
     "record": "probe.running.recorder",
+    "record_noising": "probe.noising",
     "resume": "probe.running.recorder",
 }
-__all__ = ["CaptureOptions", "Experiment", "Run", "list_runs", "load_experiment", "open_run", "record", "resume"]
+__all__ = ["CaptureOptions", "Experiment", "Run", "list_runs", "load_experiment", "open_run", "record", "record_noising", "resume"]
 
 
 def __getattr__(name: str) -> Any:

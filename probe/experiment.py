@@ -264,11 +264,11 @@ def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tup
     return f"{field}: {given} does not fit", declared.description or ""
 
 
-def table() -> str:
-    """Every field as a Markdown table."""
+def table(kind: type[Strict] = Experiment) -> str:
+    """Every field as a Markdown table; those of `capture`, which others share, with the experiment's only."""
     lines = ["| field | default | what it is |", "|---|---|---|"]
-    models: tuple[tuple[str, type[BaseModel]], ...] = (("", Experiment), ("capture.", CaptureOptions))
-    for prefix, model in models:
+    models: tuple[tuple[str, type[BaseModel]], ...] = (("", kind), ("capture.", CaptureOptions))
+    for prefix, model in models[: 2 if kind is Experiment else 1]:
         for name, field in model.model_fields.items():
             if name != "capture":
                 default = json.dumps(field.get_default(call_default_factory=True))

@@ -28,6 +28,7 @@ from pydantic import BeforeValidator, Field
 
 from probe.errors import ExperimentError
 from probe.experiment import CaptureOptions, Experiment, load_settings
+from probe.experiment import table as fields_table
 from probe.fields import Line, Place, Places, Prompt, Revision, Strict, place
 from probe.reading.recording import Run
 from probe.run import quieten, say_where, size, tell_forecast
@@ -227,6 +228,11 @@ def _model(asked: Noising, pipeline: Any | None, weights: bool = True) -> Stable
     else:
         model = pipeline if isinstance(pipeline, StableDiffusion) else StableDiffusion.of(pipeline)
     return model.with_scheduler("DDPM", {})  # the one that keeps variance one and has every schedule: the model's own betas
+
+
+def table() -> str:
+    """Every field as a Markdown table. `python -c "from probe import noising; print(noising.table())"` prints it."""
+    return fields_table(Noising)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

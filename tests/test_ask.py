@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import xarray as xr
 from PIL import Image
 from test_recorder import PROMPT, pipeline, take
 from test_recorder import ask as ask_experiment
 
+from probe.analysis import combined, word_maps
 from probe.cli import dispatch
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.reading.recording import Run
@@ -71,6 +73,13 @@ def test_one_map_a_step_and_its_context_with_it(run: Run) -> None:
     np.testing.assert_allclose(phrase.values, sum(parts), atol=1e-6)
 
 
+def test_asked_words_merge_as_recorded_ones(run: Run) -> None:
+    asked = word_maps(combined(list(ask(run, PROMPT, pipeline()).values())))
+    xr.testing.assert_allclose(asked.drop_attrs(), run.word_maps().drop_attrs().rename(asked.name), atol=1e-6)
+    both = word_maps(combined(list(ask(run, "a hat in a hat", pipeline()).values())))
+    assert both["word"].values.tolist() == "a hat in a hat".split(), "words that are there twice stay apart"
+
+
 def test_the_unet_is_never_called(run: Run) -> None:
     pipe, calls = pipeline(), []
     with Hooks([(pipe.unet, "input", calls.append)]):
@@ -82,6 +91,10 @@ def test_what_cannot_be_asked(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="'catt' is not in 'a cat on the hat'") as caught:
         read_out(run, "catt", PROMPT, pipeline())
     assert "cat" in caught.value.remedy
+    for nothing in ("", " "):
+        with pytest.raises(ExperimentError, match="There is no word to ask for") as empty:
+            read_out(run, nothing, pipeline=pipeline())
+        assert empty.value.remedy == "Name one: probe ask latest fish"
     with pytest.raises(RecordingNotFound, match="holds no queries to ask") as missing:
         read_out(take(tmp_path), "cat", pipeline=pipeline())
     assert "capture.attention: queries" in missing.value.remedy

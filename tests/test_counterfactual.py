@@ -52,6 +52,10 @@ def test_words_are_chosen_by_text(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match=r"capture\.counterfactual: 'bat' is not a word of") as caught:
         chosen_words(prompt, ("bat",))
     assert "cat" in caught.value.remedy and "hat" in caught.value.remedy
+    for wanted in ("cat", "*"):
+        with pytest.raises(ExperimentError, match="the prompt has no words to leave out") as caught:
+            chosen_words(model_for(pipeline(), ask(tmp_path)).read(""), (wanted,))
+        assert caught.value.remedy == "Write a prompt, or leave capture.counterfactual out."
 
 
 def test_a_part_of_the_steps(tmp_path: Path) -> None:

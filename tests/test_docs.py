@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from probe import cli, experiment, schema
+from probe import cli, experiment, noising, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,10 +19,10 @@ def between(marker: str, text: str = README) -> str:
     return found[1].strip()
 
 
-@pytest.mark.parametrize(("marker", "table"), [("schema", schema.table), ("fields", experiment.table)])
+@pytest.mark.parametrize(("marker", "table"), [("schema", schema.table), ("fields", experiment.table), ("noising", noising.table)])
 def test_tables_are_those_of_the_code(marker: str, table: object) -> None:
-    module = {"schema": "probe.schema", "fields": "probe.experiment"}[marker]
-    assert between(marker) == table(), f"paste the output of python -m {module} between the markers"  # type: ignore[operator]
+    printed = {"schema": "-m probe.schema", "fields": "-m probe.experiment", "noising": "-c 'from probe import noising; print(noising.table())'"}
+    assert between(marker) == table(), f"paste the output of python {printed[marker]} between the markers"  # type: ignore[operator]
 
 
 def test_the_comparison_can_fail() -> None:

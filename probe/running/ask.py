@@ -32,7 +32,8 @@ READ_OUT = "read-out: this word did not influence the picture"
 def ask(run: Run, context: str, pipeline: Any | None = None) -> dict[str, xr.DataArray]:
     """Maps of every token of a new sentence, by grid, the largest first; computed when they are looked at.
 
-    *Shape:* (step, token, image, layer, head, y, x), each with the attributes `read_out` and `context`. `pipeline` is the
+    *Shape:* (step, token, image, layer, head, y, x), labelled like recorded maps, so that `analysis.word_maps` merges them; each with
+    the attributes `read_out` and `context`. `pipeline` is the
     model if it is in memory. Raises RecordingNotFound for a recording without queries, ModelError if the weights are not
     those of the run.
     """
@@ -45,10 +46,12 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
     *Shape:* (step, y, x) float32 on the largest grid. `context` is the sentence that the text encoder reads (default: "a
     <word>"), and has to contain the word.
     """
-    model, prompt = _read(run, f"a {word}" if context is None else context, pipeline)
     wanted = word.casefold().split()
+    if not wanted:
+        raise ExperimentError("There is no word to ask for.", "Name one: probe ask latest fish")
+    model, prompt = _read(run, f"a {word}" if context is None else context, pipeline)
     words = [w.casefold() for w in prompt.words]
-    starts = [i for i in range(len(words) - len(wanted) + 1) if wanted and words[i : i + len(wanted)] == wanted]
+    starts = [i for i in range(len(words) - len(wanted) + 1) if words[i : i + len(wanted)] == wanted]
     if not starts:
         raise ExperimentError(f"{word!r} is not in {prompt.text!r}.", near(word, list(prompt.words) or ["a fish"]))
     tokens = [t for t, of in enumerate(prompt.word_of) if any(start <= of < start + len(wanted) for start in starts)]
@@ -101,7 +104,12 @@ def _maps(run: Run, model: StableDiffusion, prompt: Prompt) -> dict[str, xr.Data
         key = xr.DataArray(
             np.stack([k.numpy() for k in keys], axis=2),
             dims=("branch", "token", "layer", "head", "key_feature"),
-            coords={"token": tokens, "token_text": ("token", list(prompt.tokens)), "word": ("token", words)},
+            coords={
+                "token": tokens,
+                "token_text": ("token", list(prompt.tokens)),
+                "word": ("token", words),
+                "word_index": ("token", np.array(prompt.word_of)),
+            },
         )
         query = query.drop_vars([name for name, value in query.coords.items() if "token" in value.dims])
         maps = recomputed(query, key).isel(branch=0, drop=True)

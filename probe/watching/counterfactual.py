@@ -28,11 +28,13 @@ def chosen_words(prompt: Prompt, wanted: tuple[str, ...]) -> dict[str, list[int]
     for position, of in enumerate(prompt.word_of):
         if of >= 0:
             places.setdefault(prompt.words[of], []).append(position)
+    if wanted and not places:
+        raise ExperimentError("capture.counterfactual: the prompt has no words to leave out.", "Write a prompt, or leave capture.counterfactual out.")
     found: dict[str, list[int]] = {}
     for word in wanted:
         same = {text: at for text, at in places.items() if word in ("*", text) or text.casefold() == word.casefold()}
         if not same:
-            raise ExperimentError(f"capture.counterfactual: {word!r} is not a word of {prompt.text!r}.", near(word, list(places) or ["*"]))
+            raise ExperimentError(f"capture.counterfactual: {word!r} is not a word of {prompt.text!r}.", near(word, list(places)))
         found.update(same)
     return found
 
