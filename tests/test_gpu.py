@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,6 +19,7 @@ from test_recorder import ask, assert_neutral, assert_no_hooks, bare
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from probe.diffusion.sampling import noise
+from probe.errors import ModelError
 from probe.running.recorder import record
 from probe.verify import verify
 
@@ -79,6 +81,22 @@ def test_a_seed_means_the_same_noise_on_every_device(pipe: Any, tmp_path: Path) 
 def test_maps_are_diffusers_own(pipe: Any, tmp_path: Path) -> None:
     run = record(ask(tmp_path, steps=2, capture={"branches": "both", "tokens": "all", "dtype": "float32"}), pipe, progress=False)
     assert_maps(run, scores(pipe, run.experiment), 1e-5)
+
+
+def test_an_offloaded_model_is_refused_by_name_and_the_remedy_works(pipe: Any, tmp_path: Path) -> None:
+    """`enable_model_cpu_offload` leaves the weights on the CPU until a part is called: a run cannot tell where they will be."""
+    asked = ask(tmp_path, steps=2, capture={"branches": "both", "tokens": "all", "dtype": "float32"})
+    moved = stable_diffusion_v1().to(torch.float16)
+    moved.enable_model_cpu_offload()
+    with pytest.raises(ModelError, match=r"^unet is off-loaded: accelerate moves its weights to cuda") as caught:
+        record(asked, moved, progress=False)
+    assert caught.value.remedy == "Call pipeline.remove_all_hooks(), then pipeline.to(device), if the model fits there."
+    assert list(tmp_path.glob("*.zarr")) == []
+    moved.remove_all_hooks()
+    run, stays = record(asked, moved.to("cuda"), progress=False), record(asked, pipe, progress=False)
+    for grid in stays.grids:
+        np.testing.assert_array_equal(run.attention(grid).values, stays.attention(grid).values)
+    assert_no_hooks(moved)
 
 
 def test_a_recording_made_on_cuda_verifies_on_the_cpu(pipe: Any, tmp_path: Path) -> None:
