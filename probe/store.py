@@ -252,7 +252,8 @@ def _layout(a: Array) -> dict[str, Any]:
     """
     keys = {"name": "default", "separator": "."}  # flat names: nested directories double the cost of a write
     if a.dtype == "str":
-        return {"shape": a.shape, "dtype": str, "chunks": tuple(max(1, n) for n in a.shape), "chunk_key_encoding": keys}
+        whole = tuple(max(1, n) for n in a.shape)
+        return {"shape": a.shape, "dtype": str, "chunks": whole, "chunk_key_encoding": keys, "compressors": [Crc32cCodec()]}
     dtype = np.dtype(a.dtype)
     chunks = tuple(max(1, n) for n in ((1, *a.shape[1:]) if a.per_step else a.shape))
     layout: dict[str, Any] = {"shape": a.shape, "dtype": dtype, "chunks": chunks, "chunk_key_encoding": keys, "compressors": [Crc32cCodec()]}
