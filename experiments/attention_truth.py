@@ -33,10 +33,11 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.attention_truth_report import draw_figure, told
+from experiments.attention_truth_report import draw_figure, section, told
 from experiments.emojiworld import segmenter as segmenting
 from experiments.emojiworld import world
 from experiments.emojiworld.report import Asked, asked_for
@@ -122,11 +123,12 @@ def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
 
 def drawn(model: StableDiffusion, segmenter: segmenting.Segmenter, asked: Sequence[Asked], steps: int = STEPS) -> Iterator[Found]:
     """Pictures of some prompts, recorded as any run, and what the segmenter says is in them; without those where a subject is missing."""
-    painter = model.with_scheduler("DDIM", {})
+    parts = {"vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer, "unet": model.unet, "scheduler": model.scheduler}
+    painter = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     for seed, one in enumerate(tqdm(asked, desc="generated pictures", unit="picture", mininterval=5)):
         with tempfile.TemporaryDirectory() as folder:
             capture = {"counterfactual": list(one.subjects), "text": False, "statistics": False, "dtype": "float32", "steps": "::3"}
-            asking = {"prompt": one.prompt, "seed": seed, "steps": steps, "guidance_scale": GUIDANCE, "capture": capture}
+            asking = {"prompt": one.prompt, "seed": seed, "steps": steps, "guidance_scale": GUIDANCE, "scheduler": "DDIM", "capture": capture}
             run = record({**asking, "output": folder, "durability": "none"}, painter, progress=False)
             picture = run.images.values[0]
             masks = segmenter.masks(picture, one.subjects)
@@ -231,44 +233,63 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="of the noise, the random weights, and how a folder is split [0]")
     made.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="number format of the model [auto]")
     made.add_argument("--device", default="auto", help="where the model runs: auto, cpu, cuda [auto]")
-    made.add_argument("--scores", type=Path, help="a JSON file for all scores; where it is there already, nothing is measured again")
+    made.add_argument("--scores", type=Path, help="a JSON file for all scores; what it holds already is not measured again")
     made.add_argument("--figure", type=Path, help="draw the figure into this PNG")
-    made.add_argument("--markdown", action="store_true", help="print tables as Markdown, with the sentence on where attention fails")
+    made.add_argument("--markdown", action="store_true", help="print the README's section, one table in Markdown, in place of all tables")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
 def measured(options: argparse.Namespace) -> dict[str, xr.Dataset]:
-    """The scores of what the options ask for: `scenes`, and for the bundled world `pictures`."""
+    """The scores of what the options ask for: `scenes`, and for the bundled world `pictures`. Those kept in `options.scores` are read from there."""
     words = options.timesteps.split(",")
     if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) < len(words):
         raise ExperimentError(f"timesteps: {options.timesteps!r} is no list of timesteps.", "Write whole numbers, each once: 100,500,900.")
     timesteps = [int(word) for word in words]
     if options.folder is None and options.scenes < 4:
         raise ExperimentError(f"scenes: {options.scenes} are too few.", "At least 4 can be scored: --scenes 200.")
+    found = kept_in(options.scores)
+    wanted = ["scenes", *(["pictures"] if options.folder is None and options.pictures else [])]
+    if not set(wanted) - set(found):
+        return found
     model = load(options.model, dtype=options.dtype, device=options.device)
     most = int(model.scheduler.config.num_train_timesteps) - 1
     if max(timesteps) > most:
         raise ExperimentError(f"timesteps: {max(timesteps)} is beyond the timesteps of {model.name}.", f"It knows 0 to {most}.")
-    if options.folder is not None:
-        return {"scenes": study(model, split(read_folder(options.folder, model), options.seed), timesteps, options.seed)}
-    counts = {"ranking": max(2, options.scenes // 5), "choosing": max(2, 3 * options.scenes // 10), "scored": options.scenes}
-    found = {"scenes": study(model, {name: scenes(model, n, SEEDS[name]) for name, n in counts.items()}, timesteps, options.seed)}
-    if options.pictures:
+    if "scenes" not in found:
+        if options.folder is not None:
+            sets = split(read_folder(options.folder, model), options.seed)
+        else:
+            counts = {"ranking": max(2, options.scenes // 5), "choosing": max(2, 3 * options.scenes // 10), "scored": options.scenes}
+            sets = {name: scenes(model, n, SEEDS[name]) for name, n in counts.items()}
+        found["scenes"] = study(model, sets, timesteps, options.seed)
+        keep(found, options.scores)
+    if "pictures" in wanted and "pictures" not in found:
         found["pictures"] = study_pictures(model, list(found["scenes"].attrs["heads"]), options.pictures)
+        keep(found, options.scores)
     return found
+
+
+def kept_in(file: Path | None) -> dict[str, xr.Dataset]:
+    """Scores from a file that `keep` wrote; none without one. Raises ExperimentError for another file."""
+    if file is None or not file.exists():
+        return {}
+    try:
+        return {name: xr.Dataset.from_dict(one) for name, one in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ExperimentError(f"scores: {file} does not hold scores of this program.", "Name another file, or delete it.") from problem
+
+
+def keep(found: dict[str, xr.Dataset], file: Path | None) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({name: one.to_dict() for name, one in found.items()}), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
-    if options.scores is not None and options.scores.exists():
-        found = {name: xr.Dataset.from_dict(one) for name, one in json.loads(options.scores.read_text()).items()}
-    else:
-        found = measured(options)
-        if options.scores is not None:
-            options.scores.parent.mkdir(parents=True, exist_ok=True)
-            options.scores.write_text(json.dumps({name: one.to_dict() for name, one in found.items()}))
-    print(told(found, options.markdown))
+    found = measured(options)
+    print(section(found) if options.markdown else told(found))
     if options.figure is not None:
         draw_figure(found["scenes"]).save(options.figure, optimize=True)
     return 0

@@ -22,7 +22,7 @@ INK, FAINT, RULE, PAPER = (24, 26, 32), (110, 114, 124), (226, 228, 232), (255, 
 METHODS = {
     "best heads": "attention, best heads",
     "attention": "attention, all heads",
-    "against others": "less the other words'",
+    "against others": "attention, less the other words'",
     "contribution": "contribution",
     "counterfactual": "counterfactual",
     "random": "random weights",
@@ -106,35 +106,68 @@ def short(layer: str) -> str:
     return layer.replace("attentions.", "").replace(".transformer_blocks.0.attn2", "").replace("_blocks", "").replace("_block", "")
 
 
-def told(found: dict[str, xr.Dataset], markdown: bool = False) -> str:
+def told(found: dict[str, xr.Dataset]) -> str:
     """Everything as text."""
     scores = found["scenes"]
-    sets, steps = scores.attrs["sets"], scores["step"].values
-    heads = ", ".join(f"{short(path)} head {head}" for _, _, path, head in (name.split("/") for name in scores.attrs["heads"]))
     parts = [
-        f"{sets['scored']} scored pictures, one checkpoint ({scores.attrs['model']}); {sets['ranking']} others ranked the heads, {sets['choosing']} "
-        f"more chose how many to use and every threshold. 95% intervals, from resampling pictures. The best heads: {heads}.",
-        f"Mean over t = {', '.join(map(str, steps))}:",
-        table(by_method(scores), markdown),
+        f"{how(scores)} The best heads: {best_heads(scores)}.",
+        f"Mean over t = {', '.join(map(str, scores['step'].values))}:",
+        table(by_method(scores)),
         "By noise level, all pictures:",
-        table(by_step(scores, "AP"), markdown),
-        table(by_step(scores, "IoU"), markdown),
+        table(by_step(scores, "AP")),
+        table(by_step(scores, "IoU")),
         "By grid and layer (mean over heads), all pictures:",
-        table(by_layer(scores), markdown),
+        table(by_layer(scores)),
         failures(scores),
     ]
     if "pictures" in found:
-        pictures = found["pictures"]
-        own = "; ".join(
-            f"{what} {'subject' if what.endswith('1') else 'subjects'}: {m:.2f} ({low:.2f} to {high:.2f})"
-            for what, (m, low, high) in pictures.attrs["segmenter"].items()
-        )
-        parts += [
-            f"Generated pictures: {pictures.sizes['scene']} of {pictures.attrs['drawn']}, those in which the segmenter sees every subject. "
-            f"The segmenter's own mIoU, held-out {own}. The maps are means over all steps of the run:",
-            table(by_method(pictures, "all"), markdown),
-        ]
+        parts += [how_drawn(found["pictures"]), table(by_method(found["pictures"], "all"))]
     return "\n\n".join(parts)
+
+
+def section(found: dict[str, xr.Dataset]) -> str:
+    """The README's part between its markers: what was done, one table, and where attention fails."""
+    scores, pictures = found["scenes"], found.get("pictures")
+    parts = groups(scores)
+    rows = []
+    for name, label in labels(scores).items():
+        row = {"map": label} | {f"AP, {group}": cell(over_steps(part).AP.sel(map=name)) for group, part in parts.items()}
+        row |= {f"mIoU, {group}": cell(over_steps(part).IoU.sel(map=name)) for group, part in parts.items()}
+        row |= {"accuracy": cell(over_steps(scores).accuracy.sel(map=name))}
+        if pictures is not None:
+            there = name in pictures["map"].values
+            row |= {
+                f"{kind}, generated": cell(pictures[of].sel(map=name, step="all")) if there else "" for kind, of in (("AP", "AP"), ("mIoU", "IoU"))
+            }
+        rows.append(row)
+    steps = ", ".join(map(str, scores["step"].values))
+    told_of = [how(scores), f"The columns of scenes are means over t = {steps}; in brackets 95% intervals."]
+    told_of += [] if pictures is None else [how_drawn(pictures)]
+    return "\n\n".join([" ".join(told_of), table(rows, markdown=True), f"{failures(scores)} The best heads: {best_heads(scores)}."])
+
+
+def how(scores: xr.Dataset) -> str:
+    """How many pictures did what."""
+    sets = scores.attrs["sets"]
+    return (
+        f"{sets['scored']} pictures are scored, with one checkpoint ({scores.attrs['model']}); {sets['ranking']} others ranked the heads, and "
+        f"{sets['choosing']} more chose how many to use and every threshold. Intervals come from resampling pictures."
+    )
+
+
+def how_drawn(pictures: xr.Dataset) -> str:
+    """How many generated pictures count, and what their truth is worth."""
+    own = "; ".join(f"{what}: {m:.2f} ({low:.2f} to {high:.2f})" for what, (m, low, high) in pictures.attrs["segmenter"].items())
+    return (
+        "Generated pictures (DDIM, 30 steps, guidance 3): means over the recorded steps, for the "
+        f"{pictures.sizes['scene']} of {pictures.attrs['drawn']} in which a segmenter sees every subject. The truth is what it sees; "
+        f"its own mIoU on fresh scenes, by number of subjects: {own}."
+    )
+
+
+def best_heads(scores: xr.Dataset) -> str:
+    """Their names: up.1.1 head 3, ..."""
+    return ", ".join(f"{short(path)} head {head}" for _, _, path, head in (name.split("/") for name in scores.attrs["heads"]))
 
 
 def failures(scores: xr.Dataset) -> str:
@@ -192,7 +225,7 @@ def draw_figure(scores: xr.Dataset) -> Image.Image:
         if x > 1180:
             x, y = 120, y + 44
     heat_map(draw, (1790, 230), scores, layers)
-    return page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS).quantize(128)
+    return page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS).quantize(200, dither=Image.Dither.NONE)
 
 
 def lines(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], label: str, values: xr.DataArray) -> None:

@@ -123,14 +123,15 @@ def rehearse_once(model: StableDiffusion, shape: tuple[int, ...], tokens: int) -
 
 
 def recorded(run: Run, prompt: Prompt, timesteps: Sequence[int], words: Sequence[str]) -> Seen:
-    """The same of a recorded run: its steps nearest to some timesteps, and "all", the mean over its steps."""
-    at = run.variable("timestep").values
+    """The same of a recorded run: its recorded steps nearest to some timesteps, and "all", the mean over those that were recorded."""
+    steps = run.attention(run.grids[0])["step"].values
+    at = run.variable("timestep").sel(step=steps).values
     near = [int(np.abs(at - t).argmin()) for t in timesteps]
 
     def few(maps: xr.DataArray) -> xr.DataArray:
-        chosen = maps.isel(step=near).drop_vars([name for name, value in maps.coords.items() if "step" in value.dims])
-        means = maps.mean("step").drop_vars("step", errors="ignore").expand_dims("step")
-        return xr.concat([chosen, means], "step", coords="minimal", compat="override").assign_coords(step=[*map(str, timesteps), "all"])
+        there = maps.sel(step=steps).drop_vars([name for name, value in maps.coords.items() if "step" in value.dims])
+        both = xr.concat([there.isel(step=near), there.mean("step").expand_dims("step")], "step", coords="minimal", compat="override")
+        return both.assign_coords(step=[*map(str, timesteps), "all"])
 
     grids = [few(run.attention(grid).sel(branch="cond").isel(image=0).astype(np.float32).load()) for grid in run.grids]
     sizes = [run.variable(f"attention/{grid}/value_size").sel(branch="cond").load() for grid in run.grids]
