@@ -2,8 +2,8 @@
 
 The contact sheet has two rows: the predicted clean picture over the steps (decoded where the run decoded it, else the linear
 preview), and for each word of the prompt a heat map of where the picture looked at it. The sheet of words has a row for each
-word, over all steps and at each noise level. Every PNG that is saved carries the run's resolved experiment in its metadata,
-under the key `experiment`.
+word, over all steps and at each noise level: its attention, and beside it contribution and counterfactual maps where they were
+recorded. Every PNG that is saved carries the run's resolved experiment in its metadata, under the key `experiment`.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ import tiny
 import xarray as xr
 
 from probe.analysis import against_others, branch_words, by_kind, by_sigma, combined, content_words, contribution, normalised, phrase, word_maps
+from probe.cli import dispatch
 from probe.errors import PromptError, RecordingNotFound
 from probe.reading.recording import Run
 from probe.running.recorder import record
+from probe.terminal import guarded
 
 PROMPT = "a cat, on the hat of a cat"
 
@@ -199,9 +201,9 @@ REFUSED: dict[str, tuple[str, Callable[[Run], object], str, str]] = {
     ),
     "one head": (
         "summary",
-        lambda run: run.word_maps(heads=1),
-        "{name} has no head 1 at 6x12.",
-        "It holds means over heads: record with capture.attention: maps.",
+        lambda run: run.word_maps(heads=0),
+        "{name} holds means over heads, and single heads were asked for.",
+        "Record with capture.attention: maps or queries.",
     ),
     "a head": ("cond", lambda run: run.word_maps(heads=[0, 9]), "{name} has no head 9 at 6x12.", "It has heads 0 to "),
     "an image": ("cond", lambda run: run.word_maps(images=[2]), "{name} has no image 2 at 6x12.", "It has images 0 to 1."),
@@ -224,3 +226,18 @@ def test_one_line_of_cause_and_one_of_remedy(what: str, others: dict[str, Run]) 
     assert caught.value.cause.startswith(cause.format(name=run.name, path=run.path))
     assert caught.value.remedy.startswith(remedy.format(name=run.name, path=run.path))
     assert caught.value.exit_code == 2 and "\n" not in caught.value.cause + caught.value.remedy
+
+
+def test_from_the_command_line(others: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
+    off, cond = others["off"], others["cond"]
+    for arguments, cause, remedy in (
+        (["show", str(off.path), "--words"], f"{off.name} has no attention maps.", "Record with capture.attention: maps."),
+        (["ask", str(off.path), "fish"], f"{off.name} holds no queries to ask.", "Record with capture.attention: queries."),
+        (["ask", str(cond.path), "fish"], f"{cond.name} holds no queries to ask.", "Record with capture.attention: queries."),
+        (["ask", str(cond.path), " "], "There is no word to ask for.", "Name one: probe ask latest fish"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            guarded(dispatch, arguments)
+        assert end.value.code == 2
+        assert [line.strip() for line in capsys.readouterr().err.splitlines()] == [f"error: {cause}", remedy]

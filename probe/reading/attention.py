@@ -97,12 +97,9 @@ class Attention:
         *Shape:* (step, token, branch, image, layer, head, y, x) float32, in the units of the layer's output.
         """
         maps = self.attention(grid)
-        group = f"attention/{grid or self.grids[0]}"
-        if "head_statistics" in self.tree[group].data_vars:
-            raise RecordingNotFound(
-                f"{self.name} holds means over heads, and a contribution is that of each head.", "Record with capture.attention: maps or queries."
-            )
-        return analysis.contribution(maps, self.variable(f"{group}/value_size"))
+        grid = grid or self.grids[0]
+        self._check_heads(grid, "a contribution is that of each head")
+        return analysis.contribution(maps, self.variable(f"attention/{grid}/value_size"))
 
     def counterfactual(self) -> xr.DataArray:
         """What each word did: |prediction - prediction without it|, mean over channels. NaN at steps where it was not asked for.
@@ -230,14 +227,18 @@ class Attention:
             raise RecordingNotFound(f"{self.name} has no attention maps of step {absent[0]}.", f"It has steps {_told(there)}; see capture.steps.")
         kept = {"step": [there.index(step) for step in wanted if step in there], "layer": [paths.index(path) for path in layers]}
         for dim, chosen in numbers.items():
-            if wrong := [number for number in chosen or () if not 0 <= number < maps.sizes[dim]]:
-                what = f"It has {dim}s 0 to {maps.sizes[dim] - 1}."
-                if dim == "head" and "head_statistics" in self.tree[f"attention/{grid}"].data_vars:
-                    what = "It holds means over heads: record with capture.attention: maps."
-                raise RecordingNotFound(f"{self.name} has no {dim} {wrong[0]} at {grid}.", what)
-            if chosen is not None:
-                kept[dim] = [*chosen]
+            if chosen is None:
+                continue
+            if dim == "head":
+                self._check_heads(grid, "single heads were asked for")
+            if wrong := [number for number in chosen if not 0 <= number < maps.sizes[dim]]:
+                raise RecordingNotFound(f"{self.name} has no {dim} {wrong[0]} at {grid}.", f"It has {dim}s 0 to {maps.sizes[dim] - 1}.")
+            kept[dim] = [*chosen]
         return maps.isel({dim: places(np.array(found, int)) for dim, found in kept.items()}).sel(branch=branch, drop=True)
+
+    def _check_heads(self, grid: str, why: str) -> None:
+        if "head_statistics" in self.tree[f"attention/{grid}"].data_vars:
+            raise RecordingNotFound(f"{self.name} holds means over heads, and {why}.", "Record with capture.attention: maps or queries.")
 
     def _check_branch(self, branch: str, there: list[str]) -> None:
         if branch in there:
