@@ -17,7 +17,6 @@ from probe.analysis.averages import by_sigma, combined
 from probe.analysis.maps import (
     Method,
     against_others,
-    branch_words,
     content_words,
     normalised,
     numbers,
@@ -360,12 +359,11 @@ def test_the_words_of_two_branches_stay_apart() -> None:
     maps = recorded()[0]
     with pytest.raises(ValueError, match="different tokens"):
         word_maps(maps)
-    found = branch_words(maps, {"cond": "and more"})
-    assert list(found) == ["uncond", "cond"]
+    found = {branch: word_maps(maps.sel(branch=branch), cut=cut) for branch, cut in (("uncond", ""), ("cond", "and more"))}
     assert found["uncond"]["word"].values.tolist() == ["hat"] and found["cond"]["word"].values.tolist() == ["a", "cat", "a", "catfish"]
     np.testing.assert_array_equal(found["uncond"].isel(word=0), maps.sel(branch="uncond", token=1))
     assert found["cond"].attrs["cut_from_prompt"] == "and more" and "cut_from_prompt" not in found["uncond"].attrs
-    assert list(branch_words(maps.sel(branch=["cond"]))) == ["cond"], "without guidance"
+    np.testing.assert_array_equal(word_maps(maps.sel(branch=["cond"])).isel(branch=0), found["cond"])
 
 
 def sentence(text: str) -> xr.DataArray:
@@ -521,9 +519,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_words_of_a_recording(run: Run) -> None:
     maps = [run.attention(grid) for grid in run.grids]
-    words = branch_words(combined(maps))
-    assert words["uncond"]["word"].values.tolist() == ["a", "hat"]
-    cond = words["cond"]
+    assert word_maps(combined(maps).sel(branch="uncond"))["word"].values.tolist() == ["a", "hat"]
+    cond = word_maps(combined(maps).sel(branch="cond"))
     assert cond["word"].values.tolist() == "a cat and an astronaut scuba diving and a cat".split()
     assert cond.dims == ("step", "word", "image", "y", "x") and cond["step"].values.tolist() == [0, 1, 3]
     np.testing.assert_allclose(cond.mean(("step", "image")), run.words(), atol=1e-5)
@@ -556,7 +553,7 @@ def test_what_was_cut_is_said(tmp_path: Path) -> None:
         "capture": {"layers": ["4x4"], "text": False},
     }
     run = record(asked, pipeline=tiny.pipeline(), progress=False)
-    words = branch_words(combined(run.attention()), run.attributes["cut_from_prompt"])["cond"]
+    words = run.word_maps()
     assert words.sizes["word"] == 75 and words.attrs["cut_from_prompt"].endswith("on the hat")
     with pytest.raises(PromptError, match="'the hat' was cut from the prompt: the model never read"):
         phrase(words, "the hat")

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import xarray as xr
 
-from probe.analysis import against_others, branch_words, by_kind, by_sigma, combined, content_words, contribution, normalised, phrase, word_maps
+from probe.analysis import against_others, by_kind, by_sigma, combined, content_words, contribution, normalised, phrase, word_maps
 from probe.cli import dispatch
 from probe.errors import PromptError, RecordingNotFound
 from probe.reading.recording import Run
@@ -52,7 +52,8 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 def test_tokens_and_words_are_those_of_the_analysis(run: Run) -> None:
     every = [run.attention(grid) for grid in run.grids]
-    for branch, words in branch_words(combined(every)).items():
+    for branch in ("uncond", "cond"):
+        words = word_maps(combined(every).sel(branch=branch))
         xr.testing.assert_allclose(run.token_maps(branch=branch), combined(every).sel(branch=branch, drop=True))
         found = run.word_maps(branch=branch)
         np.testing.assert_allclose(found.transpose(*words.dims).values, words.values, atol=1e-7)

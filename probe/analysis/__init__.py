@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from probe.analysis.averages import by_sigma, combined
 from probe.analysis.heads import by_kind, contribution, head_statistics, overlap, ranked_heads, token_kinds
-from probe.analysis.maps import against_others, branch_words, content_words, normalised, on_grid, phrase, probabilities, word_maps
+from probe.analysis.maps import against_others, content_words, normalised, on_grid, phrase, probabilities, word_maps
 from probe.analysis.masks import (
     area_threshold,
     argmax_masks,
@@ -28,7 +28,6 @@ __all__ = [
     "area_threshold",
     "argmax_masks",
     "average_precision",
-    "branch_words",
     "by_kind",
     "by_sigma",
     "combined",

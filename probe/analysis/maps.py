@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -169,13 +169,13 @@ def word_maps(
     without a word (BOS, EOS, punctuation, `rest`) are left out; `heads.by_kind` says how much they hold. `cut`: the end of the
     prompt that the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so.
 
-    Raises ValueError for maps of two branches, whose tokens differ: choose one with .sel(branch=...), or use `branch_words`.
+    Raises ValueError for maps of two branches, whose tokens differ: choose one with .sel(branch=...).
     """
     if words is None or numbers is None:
         labels = {name: maps.coords[name] for name in ("word", "word_index")}
         if "branch" in labels["word"].dims:
             if maps.sizes["branch"] > 1:
-                raise ValueError("the two branches have different tokens: choose one with .sel(branch=...), or use branch_words")
+                raise ValueError("the two branches have different tokens: choose one with .sel(branch=...)")
             labels = {name: label.isel(branch=0) for name, label in labels.items()}
         words, numbers = labels["word"].values, labels["word_index"].values
     places = [np.flatnonzero(numbers == number) for number in sorted({int(number) for number in numbers if number >= 0})]
@@ -192,14 +192,6 @@ def word_maps(
     texts = np.array([str(words[place[0]]) for place in places], dtype=object)
     found = found.assign_coords(word=texts, word_index=("word", np.array([int(numbers[place[0]]) for place in places], int)))
     return found.assign_attrs({"cut_from_prompt": cut} if cut else {})
-
-
-def branch_words(maps: xr.DataArray, cut: Mapping[str, str] | None = None) -> dict[str, xr.DataArray]:
-    """The word maps of each branch: "cond" has the prompt's words, "uncond" those of the negative prompt (none, if it is empty).
-
-    *Shape:* (token, branch, ...) -> for each branch (word, ...). `cut`: what the model never read of each prompt.
-    """
-    return {str(b): word_maps(maps.sel(branch=b), cut=(cut or {}).get(str(b), "")) for b in maps["branch"].values}
 
 
 def word_names(words: xr.DataArray) -> list[str]:
