@@ -119,6 +119,7 @@ def told(found: dict[str, xr.Dataset]) -> str:
         "By grid and layer (mean over heads), all pictures:",
         table(by_layer(scores)),
         failures(scores),
+        differences(scores),
     ]
     if "pictures" in found:
         parts += [how_drawn(found["pictures"]), table(by_method(found["pictures"], "all"))]
@@ -143,7 +144,9 @@ def section(found: dict[str, xr.Dataset]) -> str:
     steps = ", ".join(map(str, scores["step"].values))
     told_of = [how(scores), f"The columns of scenes are means over t = {steps}; in brackets 95% intervals."]
     told_of += [] if pictures is None else [how_drawn(pictures)]
-    return "\n\n".join([" ".join(told_of), table(rows, markdown=True), f"{failures(scores)} The best heads: {best_heads(scores)}."])
+    return "\n\n".join(
+        [" ".join(told_of), table(rows, markdown=True), failures(scores), f"{differences(scores)} The best heads: {best_heads(scores)}."]
+    )
 
 
 def how(scores: xr.Dataset) -> str:
@@ -163,6 +166,22 @@ def how_drawn(pictures: xr.Dataset) -> str:
         f"{pictures.sizes['scene']} of {pictures.attrs['drawn']} in which a segmenter sees every subject. The truth is what it sees; "
         f"its own mIoU on fresh scenes, by number of subjects: {own}."
     )
+
+
+def differences(scores: xr.Dataset) -> str:
+    """How much higher the AP of all heads is than that of other maps, on the same pictures, mean over steps."""
+    names = {
+        "best heads": "the best heads",
+        "contribution": "contribution",
+        "counterfactual": "the counterfactual map",
+        "Gaussian": "a centred Gaussian",
+    }
+    said = []
+    for name, label in names.items():
+        if name in scores["map"].values:
+            found = interval((scores.AP.sel(map="attention") - scores.AP.sel(map=name)).mean("step"))
+            said.append(f"{label} {float(found['mean']):+.3f} ({float(found.low):+.3f} to {float(found.high):+.3f})")
+    return f"AP of all heads less that of another map, on the same pictures: {', '.join(said)}."
 
 
 def best_heads(scores: xr.Dataset) -> str:
