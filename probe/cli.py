@@ -24,7 +24,7 @@ import numpy as np
 
 from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, RecordingNotFound
 from probe.strict_yaml import printable
-from probe.terminal import Parser, fail, guarded, rows
+from probe.terminal import Parser, fail, guarded, harmless, rows, without_home
 
 if TYPE_CHECKING:
     from probe.reading.compare import Comparison
@@ -93,7 +93,7 @@ def rerun(arguments: list[str]) -> int:
     from probe.running.recorder import record
 
     after = record(asked, progress=not options.quiet, parent=before.name)
-    print(f"Recorded {after.path}")
+    print(f"Recorded {without_home(str(after.path))}")
     return _tell(compare(before, after), before.name, after.name)
 
 
@@ -112,7 +112,7 @@ def diff(arguments: list[str]) -> int:
 
 
 def _tell(found: Comparison, one: str, other: str) -> int:
-    print(f"{one}  and  {other}")
+    print(harmless(f"{one}  and  {other}"))
     for title, lines in (("asked", found.asked), ("conditions", found.conditions)):
         print(f"  {title:11} {'the same' if not lines else lines[0]}", *(f"              {line}" for line in lines[1:]), sep="\n")
     if found.same:
@@ -142,7 +142,7 @@ def gc(arguments: list[str]) -> int:
     from probe.store import clear_orphans
 
     found = clear_orphans(Path(options.runs), options.dry_run)
-    print(*found, sep="\n", end="\n" if found else "")
+    print(*(printable(str(path)) for path in found), sep="\n", end="\n" if found else "")
     done = "Would remove" if options.dry_run else "Removed"
     print(f"{done} {len(found)} left by writers that died." if found else f"Nothing to remove in {options.runs}.")
     return 0
@@ -162,7 +162,7 @@ def ls(arguments: list[str]) -> int:
     folder = parser.parse_args(arguments).runs
     found = list_runs(folder)
     if not found:
-        print(f"No recording in {folder} yet. Make one: python -m probe.run experiments/astronaut.yaml")
+        print(f"No recording in {printable(folder)} yet. Make one: python -m probe.run experiments/astronaut.yaml")
         return 0
     table = []
     for path, attributes in found:
@@ -187,7 +187,9 @@ def show(arguments: list[str]) -> int:
 
     parser = Parser(prog="probe show", description=show.__doc__)
     _add_run(parser)
-    parser.add_argument("--words", action="store_true", help="draw where the picture looked at each word, by noise level, into words.png")
+    parser.add_argument(
+        "--words", action="store_true", help="draw where the picture looked at each word and what was written there, by noise level, into words.png"
+    )
     options = parser.parse_args(arguments)
     found = open_run(options.run, options.runs)
     if options.words:
@@ -195,22 +197,22 @@ def show(arguments: list[str]) -> int:
 
         print(keep(word_sheet(found), found, "words.png"))
         return 0
-    print(f"{found!r}\n")
+    print(harmless(f"{found!r}\n"))
     table = []
     for group in found.tree.subtree:
         for name, variable in group.to_dataset(inherit=False).data_vars.items():
             shape = " x ".join(f"{dim} {size}" for dim, size in variable.sizes.items())
             table.append((f"{group.path.rstrip('/')}/{name}", str(variable.dtype), shape, str(variable.attrs.get("long_name", ""))))
     print(rows(table, ("variable", "type", "shape", "what it is")) + "\n")
-    if found.status == "complete":
-        cost = found.tree["cost"].dataset
+    cost = found.tree["cost"].dataset if "cost" in found.tree.children else {}
+    if found.status == "complete" and {"component", "seconds", "flops", "peak_memory"} <= set(cost):
         parts = [
             (str(c), f"{float(cost['seconds'].sel(component=c)):.2f} s", f"{int(cost['flops'].sel(component=c)) / 1e9:.2f} GFLOP a call")
             for c in cost["component"].values
         ]
         print(rows([*parts, ("peak memory", f"{int(cost['peak_memory']) / 1e6:.0f} MB", "")], ("component", "in all", "")) + "\n")
     for picture in sorted(found.path.glob("*.png")):
-        print(picture)
+        print(printable(str(picture)))
     return 0
 
 
@@ -231,7 +233,7 @@ def rm(arguments: list[str]) -> int:
         except (RecordingDamaged, RecordingNotFound):
             if path not in dict(list_runs(options.runs)):  # a damaged recording may go, somebody else's data may not
                 raise
-    print("\n".join(str(path) for path in paths))
+    print("\n".join(printable(str(path)) for path in paths))
     if not options.yes:
         if not sys.stdin.isatty():
             fail("Nothing was removed: there is nobody to ask.", "Give --yes to remove without asking.")

@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from probe.errors import ProbeError
 from probe.experiment import CaptureOptions, Experiment
 from probe.fields import Strict
-from probe.strict_yaml import read_yaml
+from probe.strict_yaml import printable, read_yaml
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,10 +37,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(cause: str, remedy: str = "") -> None:
-    """Print a cause and a remedy, each as one line."""
-    print(f"error: {' '.join(cause.split())}", file=sys.stderr)
-    if remedy:
-        print(f"       {' '.join(remedy.split())}", file=sys.stderr)
+    """Print a cause and a remedy, each as one line, whatever is in them."""
+    for head, text in (("error:", cause), ("      ", remedy)):
+        if text:
+            print(head, printable(without_home(" ".join(text.split()))), file=sys.stderr)
+
+
+def without_home(text: str) -> str:
+    """A text for a log, in which paths in the home folder begin with ~: a shell still takes them, and nobody's name is told."""
+    home = str(Path.home())
+    return re.sub(rf"(?<![^\s\"'(=:]){re.escape(home)}(?=/)", "~", text) if len(home) > 1 else text
+
+
+def harmless(text: str) -> str:
+    """Lines without characters that would move the cursor or turn the direction of text, wherever they come from."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -127,7 +140,7 @@ def _metavar(annotation: Any) -> str:
 
 
 def rows(table: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """A plain table with aligned columns."""
-    lines = [list(header), *map(list, table)]
+    """A plain table with aligned columns, of printable characters."""
+    lines = [list(header), *([printable(cell) for cell in line] for line in table)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

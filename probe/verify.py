@@ -24,6 +24,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from probe.errors import ExperimentError, ProbeError
@@ -31,7 +32,8 @@ from probe.proof.checks import Check, check_committed, check_manifest, check_pic
 from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_labels, check_schema
 from probe.reading.recording import Run, open_run
-from probe.terminal import Parser, guarded
+from probe.strict_yaml import printable
+from probe.terminal import Parser, guarded, without_home
 
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # whatever a damaged file makes of itself
 WITH_MODEL = "weights plan text predictions maps attention inside decode encode".split()
@@ -59,7 +61,7 @@ def verify(run: Run, model: Any = None, steps: Sequence[int] | None = None) -> l
         found.append(_guarded("forward", lambda: _replay("forward", run)))
     if model is not None and model is not False:
         found += _ask_again(run, None if model is True else model, steps)
-    return found
+    return [replace(check, detail=printable(without_home(check.detail)), because=tuple(map(printable, check.because))) for check in found]
 
 
 def _replay(name: str, run: Run) -> Check:
@@ -146,12 +148,12 @@ def overall(found: Sequence[Check]) -> str:
 def as_json(run: Run, found: Sequence[Check]) -> dict[str, Any]:
     """The findings for a machine."""
     checks = [{"name": c.name, "verdict": c.verdict, "detail": c.detail, "because": list(c.because)} for c in found]
-    return {"recording": run.name, "path": str(run.path), "status": run.status, "verdict": overall(found), "checks": checks}
+    return {"recording": printable(run.name), "path": printable(str(run.path)), "status": run.status, "verdict": overall(found), "checks": checks}
 
 
 def told(run: Run, found: Sequence[Check], width: int, with_model: bool) -> str:
     """The findings for people: a table, then one line that says it all."""
-    lines = [f"{run.name} ({run.status})"]
+    lines = [f"{printable(run.name)} ({run.status})"]
     names = max(len(check.name) for check in found)
     for check in found:
         head = f"  {check.name:{names}}  {check.verdict:16}  "

@@ -27,6 +27,7 @@ import zarr
 from test_resume import change_root, cut
 
 from probe import cli, run
+from probe.chunks import StepFiles
 from probe.diffusion.loading import BUNDLED
 from probe.experiment import CaptureOptions, Experiment, load_experiment
 from probe.reading.compare import compare
@@ -34,7 +35,7 @@ from probe.reading.recording import Run, list_runs
 from probe.running import recorder
 from probe.running.recorder import record
 from probe.store import RunWriter
-from probe.terminal import guarded, overrides, rows
+from probe.terminal import guarded, overrides, rows, without_home
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n"
@@ -342,6 +343,34 @@ def test_a_run_says_where_things_are(call: Command, model: Path, tmp_path: Path)
     assert len(list((tmp_path / "out").iterdir())) == 2, "nothing is overwritten"
 
 
+def test_no_path_of_a_home_is_in_a_log(call: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in it begin with ~, as in the recording, and a shell takes them as they are printed."""
+    home = tmp_path / "somebody"
+    monkeypatch.setenv("HOME", str(home))
+    shutil.copytree(model, home / "model")
+    (tmp_path / "somebody-else").mkdir()
+    options = ["--model", home / "model", "--prompt", "a cat", "--steps", 1, "--output", home / "my" / "runs"]
+    code, out, err = call(run.main, *options)
+    (path,) = (home / "my" / "runs").iterdir()
+    assert code == 0 and str(home) not in out + err and f"~/my/runs/{path.name}" in out and f"~/my/runs/{path.name}" in err
+    hint = re.search(r"^Read +python (-c .*)$", out, re.MULTILINE)
+    assert hint
+    read = subprocess.run(
+        ["/bin/sh", "-c", f"{sys.executable} {hint[1]}"], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert read.returncode == 0 and "latents" in read.stdout, read.stderr
+    hint = re.search(r"^Check +probe verify (.*)$", out, re.MULTILINE)
+    assert hint and call(cli.dispatch, "verify", *hint[1].replace("~", str(home)).split())[0] == 0
+    (path / "zarr.json").write_text("{")
+    assert "~/my/runs" in refused(call, "show", path, main=cli.dispatch)[0]
+    code, out, err = call(run.main, *options, "--quiet")
+    assert code == 0 and str(home) not in err and Path(out.strip()).is_dir(), "a program reads it: no shell would find ~ in it"
+    for text in (f"in {home}-else/x", f"/mnt{home}/x", str(home.parent)):
+        assert without_home(text) == text
+    for text in (f"{home}/x", f"'{home}/x'", f"a\n{home}/x", f"--runs={home}/x"):
+        assert without_home(text) == text.replace(str(home), "~")
+
+
 def test_the_same_from_a_shell(model: Path, tmp_path: Path) -> None:
     running = process("probe.cli", "run", "--model", model, "--prompt", "a cat", "--steps", 1, "--output", tmp_path / "out", "--quiet")
     out, err = running.communicate(timeout=120)
@@ -455,16 +484,16 @@ def test_nan_ends_a_run_and_what_came_before_is_kept(call: Command, tmp_path: Pa
 
 
 def test_a_full_disk_ends_a_run_and_what_came_before_is_kept(call: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, count = zarr.Array.__setitem__, 0
+    real, count = StepFiles.write, 0
 
-    def item(own: Any, at: Any, value: Any) -> None:
+    def write(own: Any, at: Any, value: Any) -> None:
         nonlocal count
         count += own.path == "latents/latents"
         if count > 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(own, at, value)
 
-    monkeypatch.setattr(zarr.Array, "__setitem__", item)
+    monkeypatch.setattr(StepFiles, "write", write)
     cause, remedy = refused(call, "--model", model, "--prompt", "a cat", "--output", "out", code=1)
     assert cause.endswith("could not be written: No space left on device.") and remedy.startswith("Free some room")
     monkeypatch.undo()
@@ -767,6 +796,43 @@ def test_show_of_a_run_that_did_not_finish(call: Command, runs: Path) -> None:
     path = copied(runs, "half-11111111", status="interrupted")
     code, out, err = call(cli.dispatch, "show", path)
     assert (code, err) == (0, "") and "interrupted, 3 of 3 model calls" in out and "peak memory" not in out
+
+
+@pytest.mark.parametrize("gone", ["cost", "cost/flops", "cost/component"])
+def test_show_of_a_complete_recording_without_its_costs(call: Command, runs: Path, gone: str) -> None:
+    path = next(runs.glob("small-*.zarr"))
+    shutil.rmtree(path / gone)
+    root = json.loads((path / "zarr.json").read_text())
+    nodes = root["consolidated_metadata"]["metadata"]
+    for name in [name for name in nodes if name == gone or name.startswith(f"{gone}/")]:
+        del nodes[name]
+    (path / "zarr.json").write_text(json.dumps(root))
+    code, out, err = call(cli.dispatch, "show", path)
+    assert (code, err) == (0, "") and "complete, 3 of 3 model calls" in out and "peak memory" not in out and "picture.png" in out
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "a\x9b31m", "a\n\x07", "a\u202etxt", os.fsdecode(b"a\xff")], ids=ascii)
+def test_the_name_of_a_folder_does_not_steer_the_terminal(call: Command, runs: Path, name: str) -> None:
+    one, other, broken = (runs / f"{name}-{tail}.zarr" for tail in ("1", "2", "3"))
+    for path in (one, other):
+        shutil.copytree(next(runs.glob("small-*.zarr")), path)
+    broken.mkdir()
+    (one / f"{name}.png").touch()
+    (one / "latents" / name).touch()
+    half = runs / f".{name}-4.zarr.0a0a0a0a.partial"
+    half.mkdir()
+    codes = {}
+    commands: list[list[Any]] = [
+        *(["ls"], ["ls", runs / name], ["gc", runs]),
+        *(["show", one], ["show", name], ["show", broken], ["show", f"{name}-9"], ["show", "nowhere", "--runs", runs / name]),
+        *(["verify", one], ["verify", one, "--json"], ["diff", one, other], ["rm", one, f"{name}-3", "--yes"]),
+    ]
+    for arguments in commands:
+        code, out, err = call(cli.dispatch, *arguments)
+        assert (out + err).replace("\n", "").isprintable() and "Traceback" not in err, arguments
+        codes[" ".join(map(str, arguments)).replace(str(runs), "").replace(name, "*")] = code
+    assert list(codes.values()) == [0, 0, 0, 0, 2, 2, 2, 2, 1, 1, 0, 0], codes
+    assert not one.exists() and not broken.exists() and not half.exists() and other.is_dir()
 
 
 @pytest.mark.parametrize("verb", ["show", "verify", "rm"])

@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -29,14 +30,17 @@ import pytest
 import xarray as xr
 import zarr
 from numcodecs import Zstd
+from PIL import Image
 
 from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment
+from probe.proof.checks import check_picture
 from probe.reading.lazy import UNBACKED
 from probe.reading.recording import Run, list_runs
 from probe.reading.untrusted import REMEDY
 from probe.schema import array
-from probe.store import RunWriter
+from probe.store import MANIFEST, RunWriter
+from probe.verify import DAMAGE
 
 ROOT = Path(__file__).parent.parent
 MEGABYTES, SECONDS = 512, 5
@@ -48,7 +52,7 @@ ATTRIBUTES: dict[str, Any] = {
     "experiment": Experiment(steps=CALLS).resolved(),
     "environment": {"device": "cpu"},
     "model": {"name": "emojiworld", "dtype": "float32"},
-    "scheduler": {"class": "DPMSolverMultistepScheduler", "config": {"lambda_min_clipped": float("-inf")}},  # as diffusers has it
+    "scheduler": {"class": "DPMSolverMultistepScheduler", "config": {"lambda_min_clipped": "-inf"}},
     "prediction_type": "epsilon",
     "latent_convention": "variance_preserving",
     "created": "2026-01-02T03:04:05.678+00:00",
@@ -126,6 +130,7 @@ def ways(path: Path) -> dict[str, Callable[[], Any]]:
         "tokens": lambda: run().tokens(),
         "experiment": lambda: run().experiment,
         "everything": every_variable,
+        "verify": lambda: dispatch(["verify", str(path)]),
     }
 
 
@@ -155,6 +160,7 @@ def serve() -> None:
         ours, theirs = os.pipe()
         child = os.fork()
         if not child:
+            sys.modules["torch"] = None  # type: ignore[assignment]  # as where it is not installed: what needs it is not checked
             resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))  # not the limit: it keeps a failure from taking the machine
             signal.alarm(120)  # nothing waits, for a pipe say: that would end here, without an answer
             with os.fdopen(theirs, "w") as answer:
@@ -482,7 +488,102 @@ def test_a_hostile_store_is_refused_in_one_line(what: str, copy: Path, reader: C
 def test_a_good_recording_is_read_in_every_way(good: Path, reader: Callable[[Path], dict[str, Any]]) -> None:
     found = reader(good)
     assert found["said"] == {} and found["told"] == "" and "latents/prediction" in found["shown"]
+    assert re.search(r"\n  manifest +exact ", found["shown"]) and re.search(r"\n  scheduler +not checked +needs torch", found["shown"])
     assert found["megabytes"] <= MEGABYTES
+
+
+def png(pixels: np.ndarray | tuple[int, int]) -> bytes:
+    """A picture: these pixels, or a black one of that size in one bit a pixel."""
+    made = io.BytesIO()
+    (Image.new("1", pixels) if isinstance(pixels, tuple) else Image.fromarray(pixels)).save(made, "PNG")
+    return made.getvalue()
+
+
+def shows(change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    """A picture beside the arrays that shows what was recorded, changed."""
+    return lambda path: (path / "picture.png").write_bytes(change(png(Run(path).images.values[0])))
+
+
+def tells(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
+    """Change what the manifest lists."""
+
+    def plant(path: Path) -> None:
+        written = json.loads((path / MANIFEST).read_text())
+        change(written)
+        (path / MANIFEST).write_text(json.dumps(written))
+
+    return plant
+
+
+LATE = "latents/latents/late"
+# Nothing but `probe verify` looks at these: which check fails, and what it says.
+HOSTILE_TO_VERIFY: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "the manifest is a link": (replaced(MANIFEST, link), "manifest", "is a link, a pipe or a device"),
+    "the manifest is a pipe": (replaced(MANIFEST, os.mkfifo), "manifest", "is not a file"),
+    "the manifest is a folder": (replaced(MANIFEST, os.mkdir), "manifest", "is not a file"),
+    "a manifest of 100 MB": (content(MANIFEST, lambda raw: raw + b" " * 10**8), "manifest", "bytes, where"),
+    "a manifest of two million names": (
+        content(MANIFEST, lambda raw: b'{"":0' + b"".join(b',"%x":""' % i for i in range(1_400_000)) + b"}"),
+        "manifest",
+        "files missing",
+    ),
+    "a manifest 100,000 deep": (content(MANIFEST, lambda raw: b"[" * 10**5), "manifest", "is not JSON"),
+    "a manifest that is a list": (content(MANIFEST, lambda raw: b"[1]"), "manifest", "is not a list of files"),
+    "a manifest of numbers": (tells(lambda written: written.update(dict.fromkeys(written, 1))), "manifest", "files changed"),
+    "a manifest with a name out of the store": (tells(lambda written: written.update({"../../elsewhere": "0"})), "manifest", "files missing"),
+    "a manifest with a name that moves the cursor": (tells(lambda written: written.update({"\x1b[2J": "0"})), "manifest", "files missing: ?[2J"),
+    "a file with a name that moves the cursor": (lambda path: (path / "latents/\x1b[2J\n\u202e").touch(), "manifest", "files new: latents/?[2J??"),
+    "a file with a name that is no text": (lambda path: Path(os.fsdecode(bytes(path / "latents") + b"/\xff")).touch(), "manifest", "files new"),
+    "a link among the chunks": (lambda path: (path / LATE).symlink_to("/proc/self/environ"), "manifest", "late is a link"),
+    "a pipe among the chunks": (lambda path: os.mkfifo(path / LATE), "manifest", "late is a link, a pipe"),
+    "a round of folders among the chunks": (lambda path: (path / LATE).symlink_to("."), "manifest", "late is a link"),
+    "a hundred folders in each other": (lambda path: (path / LATE / "/".join("x" * 100)).mkdir(parents=True), "manifest", "too deep"),
+    "a hole of a terabyte among the chunks": (lambda path: sparse(2**40)(path / LATE), "manifest", "files new"),
+    "a hole of a terabyte, as listed": (
+        all_of(lambda path: sparse(2**40)(path / LATE), tells(lambda written: written.update({LATE: "0"}))),
+        "manifest",
+        "is a hole",
+    ),
+    "a picture of another size": (shows(lambda raw: png((10, 10))), "picture", "does not show"),
+    "a picture of 100 million pixels": (shows(lambda raw: png((10_000, 10_000))), "picture", "no picture that can be read"),
+    "a picture of 400 million pixels": (shows(lambda raw: png((20_000, 20_000))), "picture", "no picture that can be read"),
+    "a picture that says it has 10 billion pixels": (
+        shows(lambda raw: raw[:16] + struct.pack(">II", 100_000, 100_000) + raw[24:]),
+        "picture",
+        "no picture that can be read",
+    ),
+    "a picture with 100 MB behind it": (shows(lambda raw: raw + bytes(10**8)), "picture", "bytes"),
+    "a picture of another kind": (shows(lambda raw: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n"), "picture", "no picture that can be read"),
+    "a picture that is cut": (shows(lambda raw: raw[: len(raw) * 2 // 3]), "picture", "no picture that can be read"),
+    "a picture that is a folder": (lambda path: (path / "picture.png").mkdir(), "picture", "is not a file"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_TO_VERIFY)
+def test_verify_says_in_one_line_what_is_hostile(what: str, copy: Path, reader: Callable[[Path], dict[str, Any]]) -> None:
+    plant, check, expected = HOSTILE_TO_VERIFY[what]
+    plant(copy)
+    found = reader(copy)
+    unread = {way: error for way, error in found["said"].items() if not isinstance(error, list)}
+    assert not unread and found["told"] == "", unread
+    (line,) = [line for line in found["shown"].splitlines() if line.startswith(f"  {check} ")] or [str(found["said"]["verify"])]
+    assert "failed" in line and expected in line, line
+    assert len(line) < 400 and found["shown"].replace("\n", "").isprintable()
+    assert found["megabytes"] <= MEGABYTES and found["seconds"] <= SECONDS, found
+
+
+def test_no_byte_of_a_picture_makes_verify_stumble(copy: Path) -> None:
+    """Every byte of the file turned, one at a time: it shows the same, or the check fails."""
+    shows(lambda raw: raw)(copy)
+    raw, run = (copy / "picture.png").read_bytes(), Run(copy)
+    verdicts = set()
+    for at in range(len(raw)):
+        (copy / "picture.png").write_bytes(raw[:at] + bytes([raw[at] ^ 0x55]) + raw[at + 1 :])
+        try:
+            verdicts.add(check_picture(run).verdict)
+        except DAMAGE:
+            verdicts.add("failed")
+    assert verdicts == {"failed"}, "no experiment is in it, and without it nothing passes"
 
 
 def test_no_reader_follows_a_link_out(copy: Path, tmp_path: Path) -> None:

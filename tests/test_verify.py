@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from probe.analysis.maps import probabilities
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import ROUNDED, apart, moments_of, relative, rounding, unlike_moments
+from probe.proof.replay import rebuild_scheduler
 from probe.proof.schema_checks import expected_variables
 from probe.reading.recording import Run
 from probe.running.recorder import record
@@ -134,6 +136,52 @@ def test_a_run_that_was_stopped_at_once_verifies(tmp_path: Path) -> None:
     with hooks.Hooks([(pipe.unet, "input", at_call(0, throw(KeyboardInterrupt())))]), pytest.raises(KeyboardInterrupt):
         take(tmp_path)
     assert "failed" not in verdicts(only(tmp_path)).values()
+
+
+def not_json(word: str) -> Any:
+    raise AssertionError(f"{word} is no JSON")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_is_no_number_is_text_in_a_schedulers_settings(older: bool, tmp_path: Path) -> None:
+    """DPMSolverMultistepScheduler clips at minus infinity, which JSON does not have. Older versions wrote it all the same."""
+    run = take(tmp_path, scheduler="DPM++2M", capture=OFF)
+    for file in [*run.path.rglob("*.json")]:
+        json.loads(file.read_text(), parse_constant=not_json)
+    assert run.attributes["scheduler"]["config"]["lambda_min_clipped"] == "-inf"
+    if older:
+        edit(run.path / "zarr.json", ["attributes", "scheduler", "config", "lambda_min_clipped"], float("-inf"))
+        assert "-Infinity" in (run.path / "zarr.json").read_text()
+        (run.path / MANIFEST).write_text(json.dumps(manifest(run.path)))
+        run = Run(run.path)
+    assert rebuild_scheduler(run).config.lambda_min_clipped == float("-inf")
+    assert {name for name, verdict in verdicts(run).items() if verdict != "exact"} == {"softmax", "moments", "sums"}, "no map was recorded"
+
+
+@pytest.mark.parametrize("setting", ["num_train_timesteps", "solver_order"])
+def test_a_scheduler_that_would_take_all_memory_is_not_built(setting: str, copy: Run) -> None:
+    edit(copy.path / "zarr.json", ["attributes", "scheduler", "class"], "DPMSolverMultistepScheduler")
+    edit(copy.path / "zarr.json", ["attributes", "scheduler", "config", setting], 10**10)
+    for name in ("schedule", "scheduler"):
+        check = found(Run(copy.path), name)
+        assert check.verdict == "failed" and f"whose {setting} is over 100000" in check.detail
+
+
+def test_noise_is_not_drawn_for_sizes_that_no_file_has(copy: Run) -> None:
+    """Latents said to be of 40 GB an image: refused before noise of that size is made for them."""
+    for file in (copy.path / "latents").glob("*/zarr.json"):
+        own = json.loads(file.read_text())
+        if "y" not in own["dimension_names"]:
+            continue
+        sizes = {"y": 50_000, "x": 50_000}
+        for at in (own["shape"], own["chunk_grid"]["configuration"]["chunk_shape"]):
+            at[:] = [sizes.get(dim, size) for dim, size in zip(own["dimension_names"], at, strict=True)]
+        file.write_text(json.dumps(own))
+        edit(copy.path / "zarr.json", ["consolidated_metadata", "metadata", f"latents/{file.parent.name}"], own)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check = found(Run(copy.path), "scheduler")
+    assert check.verdict == "failed" and "a chunk of latents/latents has" in check.detail
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024
 
 
 # --- what is planted: the files ---------------------------------------------------------------------------------------

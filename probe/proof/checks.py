@@ -10,17 +10,29 @@ where; or not checked, and why. `Tally` makes one of many comparisons.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
+import struct
+import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import xarray as xr
 from PIL import Image
 
+from probe.reading.lazy import is_hole
 from probe.reading.recording import Run
-from probe.store import MANIFEST, manifest
+from probe.reading.untrusted import MAX_DEPTH, opened, read_file, read_json, read_root, refuse
+from probe.store import MANIFEST, NOT_HASHED
+from probe.strict_yaml import printable
+
+MAX_MANIFEST, MAX_SAID = 16 * 2**20, 2**20  # bytes of a manifest, 150,000 files; of what is said in a picture
 
 Verdict = Literal["exact", "within tolerance", "failed", "not checked"]
 
@@ -88,17 +100,50 @@ class Tally:
 
 def check_manifest(run: Run) -> Check:
     """Digests of files, and the checksum of every chunk."""
-    file = run.path / MANIFEST
-    if not file.exists():
+    if not os.path.lexists(run.path / MANIFEST):
         told = f"the run is {run.status}: its manifest is written at the end; the checksums of {read_all(run)} variables hold"
         return Check("manifest", "not checked" if run.status != "complete" else "failed", told)
-    written, present = json.loads(file.read_text()), manifest(run.path)
-    wrong = sorted(name for name in written.keys() & present.keys() if written[name] != present[name])
-    missing, new = sorted(written.keys() - present.keys()), sorted(present.keys() - written.keys())
+    written, present = read_json(run.path, MANIFEST, MAX_MANIFEST), files_of(run.path)
+    if not isinstance(written, dict):
+        raise refuse(run.path, f"{MANIFEST} is not a list of files")
+    missing, new = sorted(written.keys() - present), sorted(present - written.keys())
+    wrong = [name for name in sorted(present - set(new)) if digest(run, name) != written[name]]
     for problem, names in (("changed", wrong), ("missing", missing), ("new", new)):
         if names:
             return Check("manifest", "failed", f"{len(names)} files {problem}: {names[0]}")
     return Check("manifest", "exact", f"{len(written)} files have the digests they were written with, {read_all(run)} variables their checksums")
+
+
+def files_of(path: Path) -> set[str]:
+    """What the manifest of a recording has to list, by relative path. Raises RecordingDamaged for a link, a pipe or a device."""
+    found, folders = set(), [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(path / folder) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}".strip("/")
+                if entry.is_dir(follow_symlinks=False) and name.count("/") < MAX_DEPTH:
+                    folders.append(name)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise refuse(path, f"{printable(name)} is a link, a pipe or a device, or too deep")
+                elif Path(name).suffix not in NOT_HASHED and name != MANIFEST:
+                    found.add(name)
+    return found
+
+
+def digest(run: Run, name: str) -> str:
+    """SHA-256 of one file, as `probe.store.manifest` takes it, a block at a time. Raises RecordingDamaged for one of a strange size."""
+    if name == "zarr.json":  # what is written at the very end is left out
+        root = read_root(run.path)
+        root["attributes"].pop("status", None)
+        return hashlib.sha256(json.dumps(root, sort_keys=True).encode()).hexdigest()
+
+    def check(found: os.stat_result) -> None:
+        if is_hole(found):
+            raise refuse(run.path, f"{printable(name)} is a hole of {found.st_size} bytes")
+
+    with opened(run.path, name, check) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_all(run: Run) -> int:
@@ -144,13 +189,31 @@ def check_picture(run: Run) -> Check:
         return Check("picture", "not checked", f"the run is {run.status}")
     finals = run.images.values
     names = ["picture.png"] if len(finals) == 1 else [f"picture-{index}.png" for index in range(len(finals))]
-    there = [(name, pixels) for name, pixels in zip(names, finals, strict=True) if (run.path / name).is_file()]
+    there = [(name, pixels) for name, pixels in zip(names, finals, strict=True) if os.path.lexists(run.path / name)]
     if not there:
         return Check("picture", "not checked", f"{names[0]} is not there")
     for name, pixels in there:
-        with Image.open(run.path / name) as shown:
-            if not np.array_equal(np.asarray(shown), pixels):
-                return Check("picture", "failed", f"{name} does not show images/final")
-            if json.loads(shown.info.get("experiment", "null")) != run.attributes["experiment"]:
-                return Check("picture", "failed", f"{name} was made from another experiment than the recording's")
+        shown, experiment = _shown(run.path, name, pixels)
+        if not np.array_equal(shown, pixels):
+            return Check("picture", "failed", f"{name} does not show images/final")
+        if json.loads(experiment) != run.attributes["experiment"]:
+            return Check("picture", "failed", f"{name} was made from another experiment than the recording's")
     return Check("picture", "exact", f"{', '.join(name for name, _ in there)}: as images/final, of this experiment")
+
+
+def _shown(path: Path, name: str, expected: np.ndarray) -> tuple[np.ndarray, str]:
+    """What a PNG shows, and the experiment in it. Nothing is decoded that is not as large as what is expected."""
+
+    def check(found: os.stat_result) -> None:
+        if found.st_size > 2 * expected.nbytes + MAX_SAID:
+            raise refuse(path, f"{name} has {found.st_size} bytes")
+
+    raw = read_file(path, name, check)
+    bomb = Image.DecompressionBombWarning
+    try:
+        with warnings.catch_warnings(action="error", category=bomb), Image.open(io.BytesIO(raw), formats=("PNG",)) as picture:
+            if (picture.height, picture.width, len(picture.getbands())) != expected.shape:
+                return np.zeros(0), "null"
+            return np.asarray(picture), str(picture.info.get("experiment", "null"))
+    except (OSError, SyntaxError, zlib.error, struct.error, Image.DecompressionBombError, bomb) as error:
+        raise refuse(path, f"{name} is no picture that can be read") from error

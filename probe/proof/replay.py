@@ -31,6 +31,8 @@ from probe.running.forward import restart
 
 # Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding grows some fifteenfold.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}
+NOT_FINITE = ("inf", "-inf", "nan")  # as text, for JSON has no such numbers
+MOST = 100_000  # of a scheduler's whole settings, which say how long its tables are
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
         yield from _noised(run, device)
         return
     asked, branches = run.experiment, 2 if run.experiment.guidance_scale > 1 else 1
+    if not len(run.steps):
+        return
     scheduler = rebuild_scheduler(run)
     scheduler.set_timesteps(asked.steps, device=device)
     stored, begin = run.latents, _begin(run, scheduler)
     if asked.image is None:
-        pure, generators = noise(asked.seed, tuple(stored.shape[1:]), run_dtype(run))
+        shape = stored.isel(step=0).values.shape  # read first: sizes are claimed, and noise of that size would be made
+        pure, generators = noise(asked.seed, shape, run_dtype(run))
         came = pure.to(device) * scheduler.init_noise_sigma
     else:
         clean = tensor(run, run.variable("forward/clean").values).to(device)
@@ -106,8 +111,11 @@ def rebuild_scheduler(run: Run) -> Any:
     kind = getattr(diffusers, str(run.attributes["scheduler"]["class"]), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise RecordingDamaged(f"{run.name} names a scheduler that diffusers does not have.", "Use the version of diffusers that recorded it.")
-    config = run.attributes["scheduler"]["config"]
-    return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    config = {key: value for key, value in run.attributes["scheduler"]["config"].items() if not key.startswith("_")}
+    for key, value in config.items():
+        if isinstance(value, int) and abs(value) > MOST:
+            raise RecordingDamaged(f"{run.name} has a scheduler whose {key} is over {MOST}, as no scheduler's is.", "Record it again, or remove it.")
+    return kind.from_config({key: float(value) if value in NOT_FINITE else value for key, value in config.items()})
 
 
 def run_dtype(run: Run) -> torch.dtype:

@@ -9,12 +9,14 @@ never waited for. Chunks are looked at when they are read (`probe.reading.lazy`)
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -47,7 +49,16 @@ def refuse(path: Path, what: str) -> RecordingDamaged:
 
 
 def read_file(root: Path, name: str, check: Callable[[os.stat_result], None], part: slice = slice(None)) -> bytes:
-    """The bytes of a plain file below `root`, or a part of them. No part of `name` may be a link.
+    """The bytes of a plain file below `root`, or a part of them; see `opened`."""
+    with opened(root, name, check) as file:
+        start, end, _ = part.indices(os.fstat(file.fileno()).st_size)
+        file.seek(start)
+        return file.read(max(0, end - start))
+
+
+@contextlib.contextmanager
+def opened(root: Path, name: str, check: Callable[[os.stat_result], None]) -> Iterator[io.BufferedReader]:
+    """A plain file below `root`, to be read. No part of `name` may be a link.
 
     `check` is given what the file is before a byte of it is read. Raises FileNotFoundError, or RecordingDamaged for a link,
     a pipe or a device.
@@ -59,7 +70,7 @@ def read_file(root: Path, name: str, check: Callable[[os.stat_result], None], pa
             below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
             os.close(at)
             at = below
-        file = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+        descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -69,20 +80,18 @@ def read_file(root: Path, name: str, check: Callable[[os.stat_result], None], pa
     finally:
         os.close(at)
     try:
-        found = os.fstat(file)
+        found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise refuse(root, f"{printable(name)} is not a file")
         check(found)
-        start, end, _ = part.indices(found.st_size)
-        with open(file, "rb", closefd=False) as handle:
-            handle.seek(start)
-            return handle.read(max(0, end - start))
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
     finally:
-        os.close(file)
+        os.close(descriptor)
 
 
 def read_json(root: Path, name: str, most: int) -> Any:
-    """A small JSON file below `root`. NaN and Infinity, which are no JSON, only where a scheduler's settings have them."""
+    """A small JSON file below `root`. NaN and Infinity, which are no JSON, only where an older version wrote a scheduler's settings."""
 
     def check(found: os.stat_result) -> None:
         if found.st_size > most:

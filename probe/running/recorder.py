@@ -35,6 +35,7 @@ from probe.running.perform import Say, perform
 from probe.running.planning import Plan, free_room, plan, size_text
 from probe.schema import FORMAT_VERSION
 from probe.store import RunWriter, storing
+from probe.terminal import without_home
 
 
 def record(
@@ -107,7 +108,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
 
 def sayer(progress: bool) -> Say:
     """What tells people on stderr how far a run is, or nobody."""
-    return (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda _: None)
+    return (lambda line: print(without_home(line), file=sys.stderr, flush=True)) if progress else (lambda _: None)
 
 
 def model_for(asked: Experiment, pipeline: Any | None, say: Say) -> StableDiffusion:
@@ -163,12 +164,18 @@ def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": model.digest(),
         },
-        "scheduler": {"class": type(model.scheduler).__name__, "config": json.loads(model.scheduler.to_json_string())},
+        "scheduler": {"class": type(model.scheduler).__name__, "config": scheduler_config(model.scheduler)},
         "prediction_type": model.prediction_type,
         "latent_convention": "variance_exploding" if run.schedule.variance_exploding else "variance_preserving",
         "cut_from_prompt": {branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut},
         "decoded_in_float32": False,
     }
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's settings. JSON has no infinity, which DPMSolverMultistepScheduler's are not without: as text, "-inf"."""
+    found: dict[str, Any] = json.loads(scheduler.to_json_string(), parse_constant=lambda word: str(float(word)))
+    return found
 
 
 @contextlib.contextmanager
