@@ -33,6 +33,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
 from probe.background import Queue
+from probe.chunks import StepFiles
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.schema import Array
 
@@ -65,6 +66,7 @@ class RunWriter:
                 elif not (self.path / "zarr.json").is_file():
                     raise RecordingNotFound(f"{self.path} is not a recording.", "probe ls lists the recordings there are.")
                 self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
+                self._steps = {a.path: StepFiles(self.path, self._arrays[a.path]) for a in arrays if a.dims[:1] == ("step",)}
                 self._committed = self.read("committed") if "committed" in self._arrays else np.zeros(0, np.uint8)
                 if resume:
                     self._take_over(arrays, {**attributes, "status": "running", "writer": writer})
@@ -182,10 +184,9 @@ class RunWriter:
         with storing(self.path):
             written = values()
             for path in sorted(written, key=lambda p: -written[p].nbytes):  # the bulk first
-                self._arrays[path][step] = written[path]
+                self._steps[path].write(step, written[path])
                 if self._durability == "step":
-                    target = self._arrays[path]
-                    _sync_file(self.path / path / ".".join(["c", str(step), *["0"] * (target.ndim - 1)]))
+                    _sync_file(self._steps[path].file(step))
             self._committed[step] = 1
             self._arrays["committed"][:] = self._committed
             if self._durability == "step":
@@ -267,7 +268,7 @@ def _layout(a: Array) -> dict[str, Any]:
 
 
 def _open(path: Path, a: Array) -> Any:
-    """The array for writing: bulk through the Rust codecs, `committed` and scalars through zarr-python's atomic store."""
+    """The array for writing: parts of bulk through the Rust codecs, `committed` and scalars through zarr-python's atomic store."""
     pipeline = "zarrs.ZarrsCodecPipeline" if a.per_step else "zarr.core.codec_pipeline.BatchedCodecPipeline"
     with zarr.config.set({"codec_pipeline.path": pipeline}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")

@@ -4,8 +4,8 @@
         ended = child.end()                                # exit code, what it said, which steps it had acknowledged
 
 They are forked from one clean process that has imported torch and built the tiny model, so each starts in no time; they
-record with the real recorder. Operations on files are seen by an audit hook, below everything that is tested. Bulk is
-written by Rust code, which no audit hook sees: there the write of an array counts, and `Torn` kills inside it.
+record with the real recorder. Operations on files are seen by an audit hook, below everything that is tested. What goes
+into an open file no audit hook sees: there the write of a step's part counts, and `Torn` kills inside it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
-import zarr
 from test_recorder import ask, model_for, pipeline
 from test_resume import rehearsed
 from tqdm.auto import tqdm
 
+from probe.chunks import StepFiles
 from probe.experiment import load_experiment
 from probe.running import planning
 from probe.running.planning import plan
@@ -236,14 +237,13 @@ def _watch_files(folder: str, fault: Fault | Torn | None, reports: Connection, a
         if not only_reads and not does_nothing:
             operation(f"{event} {arguments[0].removeprefix(folder)}")
 
-    real_item = zarr.Array.__setitem__
+    real_write = StepFiles.write
 
-    def item(own: Any, at: Any, value: Any) -> None:
-        if isinstance(at, int):  # a step's part
-            operation(f"write {own.path}")
-        real_item(own, at, value)
+    def write(own: StepFiles, step: int, value: np.ndarray) -> None:
+        operation(f"write {own.path}")
+        real_write(own, step, value)
 
-    zarr.Array.__setitem__ = item  # type: ignore[method-assign]
+    StepFiles.write = write  # type: ignore[method-assign, assignment]
     sys.addaudithook(audit)
     return operations
 
@@ -251,14 +251,14 @@ def _watch_files(folder: str, fault: Fault | Torn | None, reports: Connection, a
 def _tear(fault: Torn) -> None:
     if not fault.survive:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    real_item, parts = zarr.Array.__setitem__, itertools.count()
+    real_write, parts = StepFiles.write, itertools.count()
 
-    def item(own: Any, at: Any, value: Any) -> None:
-        if isinstance(at, int) and at == fault.step and next(parts) == fault.part:
+    def write(own: StepFiles, step: int, value: np.ndarray) -> None:
+        if step == fault.step and next(parts) == fault.part:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, resource.RLIM_INFINITY))
-        real_item(own, at, value)
+        real_write(own, step, value)
 
-    zarr.Array.__setitem__ = item  # type: ignore[method-assign]
+    StepFiles.write = write  # type: ignore[method-assign, assignment]
 
 
 def _small_disk(folder: Path, room: int) -> None:

@@ -27,6 +27,7 @@ from zarr.storage import LocalStore
 
 from probe import store
 from probe.background import Queue
+from probe.chunks import StepFiles
 from probe.errors import NotFinite, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.experiment import Experiment
 from probe.reading.recording import Run, find_run, list_runs, open_run
@@ -362,6 +363,37 @@ def test_a_producer_that_waits_hears_of_an_error(error: Exception, kind: type[Ex
     assert kind is NotFinite or heard[0].__cause__ is error
 
 
+def test_a_step_is_written_as_zarr_would(tmp_path: Path) -> None:
+    """Byte for byte: as chunks and as shards, of every type, with values that are nothing but fill, here and there or all over."""
+    arrays = [
+        array("latents", "latents", (6, 1, 4, 8, 8), "float32"),
+        array("latents", "prediction", (6, 1, 4, 8, 8), "float16"),
+        *(array(f"attention/4x{n}", "cross", (6, 3, 1, 1, 2, 2, 4, n), dtype) for n, dtype in ((4, "float16"), (5, "float32"), (6, "uint8"))),
+        array("attention/4x4", "moments", (6, 3, 1, 1, 2, 2, 3)),
+        array("unet", "statistics", (6, 4, 2, 1, 0)),
+    ]
+    rng = np.random.default_rng(3)
+    files: dict[str, dict[str, bytes]] = {}
+    with RunWriter(tmp_path / "ours.zarr", arrays, ATTRIBUTES) as ours, RunWriter(tmp_path / "zarrs.zarr", arrays, ATTRIBUTES) as theirs:
+        for a in arrays:
+            fill = theirs._arrays[a.path].fill_value
+            for step in range(6):
+                value = np.asarray(rng.integers(1, 250, a.shape[1:]) / 8).astype(a.dtype)
+                if step == 1:  # one chunk of a shard is nothing but fill values, or almost
+                    value[..., :1] = fill
+                    value[:1] = fill
+                if step == 2:
+                    value[...] = fill
+                if step == 3:  # as a view, and of another type
+                    value = np.moveaxis(np.moveaxis(value, -1, 0).copy(), 0, -1).astype(np.float64)
+                ours._steps[a.path].write(step, value)
+                theirs._arrays[a.path][step] = value
+        files = {
+            root.name: {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("c*.*")} for root in (ours.path, theirs.path)
+        }
+    assert files["ours.zarr"] == files["zarrs.zarr"] and len(files["ours.zarr"]) == 28
+
+
 # --- a disk that does not take it ------------------------------------------------------------------------------------
 
 
@@ -371,7 +403,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.count, self.at, self.forever, self.number = 0, 0, False, errno.ENOSPC
         self._lock = threading.Lock()
-        real_set, real_item, real_write = LocalStore._set, zarr.Array.__setitem__, store.write_atomically
+        real_set, real_item, real_write, real_step = LocalStore._set, zarr.Array.__setitem__, store.write_atomically, StepFiles.write
 
         async def set_(own: LocalStore, key: str, value: Any, exclusive: bool = False) -> None:
             self.operation()
@@ -385,9 +417,14 @@ class Disk:
             self.operation()
             real_write(*arguments)
 
+        def step(*arguments: Any) -> None:
+            self.operation()
+            real_step(*arguments)
+
         monkeypatch.setattr(LocalStore, "_set", set_)
         monkeypatch.setattr(zarr.Array, "__setitem__", item)
         monkeypatch.setattr(store, "write_atomically", write)
+        monkeypatch.setattr(StepFiles, "write", step)
 
     def operation(self) -> None:
         with self._lock:
@@ -582,14 +619,17 @@ def test_durability_says_what_is_forced_to_the_disk(tmp_path: Path, monkeypatch:
 
 def test_a_step_is_committed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[tuple[str, int]] = []
-    real = zarr.Array.__setitem__
 
-    def item(own: Any, at: Any, value: Any) -> None:
-        order.append((own.path, np.asarray(value).nbytes))
-        real(own, at, value)
+    def noting(real: Callable[..., None]) -> Callable[..., None]:
+        def write(own: Any, at: Any, value: Any) -> None:
+            order.append((own.path, np.asarray(value).nbytes))
+            real(own, at, value)
+
+        return write
 
     with RunWriter(tmp_path / "a.zarr", layout(), ATTRIBUTES) as writer:
-        monkeypatch.setattr(zarr.Array, "__setitem__", item)
+        monkeypatch.setattr(zarr.Array, "__setitem__", noting(zarr.Array.__setitem__))
+        monkeypatch.setattr(StepFiles, "write", noting(StepFiles.write))
         put(writer, 0)
         writer.flush()
     paths = [path for path, _ in order]

@@ -178,8 +178,8 @@ def _resting(*watching: Any) -> Iterator[None]:
             part.resting = was
 
 
-# What a capture's `take` gives for a layer, by capture.attention: variables, each with the axis of its layer.
-PARTS = {"maps": {"cross": 3, "moments": 3}, "summary": {"cross": 3, "moments": 3, "head_statistics": 3}, "queries": {"query": 2}, "off": {}}
+# What a capture's `take` gives for a layer, by capture.attention: variables, each with the axis of its layer. Maps come whole.
+PARTS = {"maps": {}, "summary": {"cross": 3, "moments": 3, "head_statistics": 3}, "queries": {"query": 2}, "off": {}}
 
 
 def _attention_capture(model: StableDiffusion, run: Plan) -> AttentionCapture | QueryCapture:
@@ -220,8 +220,10 @@ def _gather(
         tensors[name] = tensor.clone()  # the caller may change what the loop yielded
     tensors.update(extra)
     parts = PARTS[run.experiment.capture.attention]
-    maps = attention.take()
-    for path, found in maps.items():
+    apart, together = attention.take(), attention.take_whole()
+    for grid, (cross, moments) in together.items():
+        tensors[f"{grid_group(grid)}/cross"], tensors[f"{grid_group(grid)}/moments"] = cross.unflatten(-1, grid), moments
+    for path, found in apart.items() if not together else ():
         tensors.update({f"{part} {path}": tensor for part, tensor in zip(parts, found, strict=True)})
     own = selves.take()
     tensors.update({f"self {path}": tensor for path, tensor in own.items()})
@@ -236,7 +238,7 @@ def _gather(
     def values() -> dict[str, np.ndarray]:
         ready = host()
         written = {name: value for name, value in ready.items() if " " not in name}
-        for grid, layers in run.grids.items() if maps else ():
+        for grid, layers in run.grids.items() if apart and not together else ():
             for part, axis in parts.items():
                 stacked = np.stack([ready[f"{part} {path}"] for path in layers], axis=axis)
                 on_grid = part in ("cross", "query")

@@ -27,7 +27,7 @@ from probe.errors import CaptureError, ExperimentError
 from probe.schema import MOMENTS, near
 from probe.watching.conditions import Witness
 from probe.watching.hooks import Hooks, Watch
-from probe.watching.measures import attention_maps, statistics_of
+from probe.watching.measures import attention_maps, statistics_of, to_storage
 from probe.watching.rehearsal import Rehearsal, cross_attention, first_tensor
 
 STATISTIC_CLASSES = frozenset(
@@ -36,8 +36,6 @@ STATISTIC_CLASSES = frozenset(
         *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D"),
     }
 )
-
-
 IN_CACHE = 2**18  # scores: 1 MiB
 
 
@@ -127,7 +125,8 @@ class AttentionCapture:
     """Cross-attention maps of some layers, for some branches and tokens.
 
     `take()` gives for each layer the maps (token, branch, image, head, pixel) in the storage dtype, and their moments
-    (token, branch, image, head, moment) in float32: mass (the mean over pixels) and centroid (y, x in 0..1).
+    (token, branch, image, head, moment) in float32: mass (the mean over pixels) and centroid (y, x in 0..1). Both are views of
+    what `take_whole()` gives for each grid, as it is stored: with the layers on an axis before the heads.
     """
 
     def __init__(
@@ -139,6 +138,9 @@ class AttentionCapture:
         self._tray = Tray(list(layers))
         self._queries: dict[str, torch.Tensor] = {}
         self._planes: dict[tuple[int, int], torch.Tensor] = {}
+        self._filling: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._whole: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._beside = {path: [other for other, its in layers.items() if its == grid] for path, grid in layers.items()}
         self._modules = {path: modules[path] for path in layers}
         self._watched: dict[str, tuple[nn.Module, nn.Module]] = {}
         self._rows = {branch: [called.index(branch) * images + image for image in range(images)] for branch in branches}
@@ -155,11 +157,17 @@ class AttentionCapture:
 
     def take(self) -> dict[str, tuple[torch.Tensor, ...]]:
         self._queries.clear()
+        self._whole, self._filling = self._filling, {}
         if self.resting:
             return {}
         values = self._tray.take()
         self._witness.take()
         return values
+
+    def take_whole(self) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
+        """The maps of each grid, (token, branch, image, layer, head, pixel), and their moments: what `take` gave last."""
+        whole, self._whole = self._whole, {}
+        return whole
 
     def _query(self, path: str) -> Callable[[Any], None]:
         def hook(output: torch.Tensor) -> None:
@@ -179,7 +187,7 @@ class AttentionCapture:
             query = self._queries.pop(path)
             self._check(path, query, key, module)
             with torch.no_grad():
-                self._tray.put(path, self._read(query, key, module, self.layers[path]))
+                self._tray.put(path, self._read(query, key, module, path))
 
         return hook
 
@@ -194,9 +202,13 @@ class AttentionCapture:
                 "Something merges or adds tokens (token merging, an image prompt): undo it, or leave the layer out of capture.layers.",
             )
 
-    def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        maps = self._empty(query, module, torch.uint8 if self._dtype == "sqrt_u8" else getattr(torch, self._dtype))
-        moments = maps.new_empty((*maps.shape[:-1], len(MOMENTS)), dtype=torch.float32)
+    def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, path: str) -> tuple[torch.Tensor, ...]:
+        grid, layers = self.layers[path], self._beside[path]
+        if grid not in self._filling:  # a step's first layer of a grid makes room for all, so that nothing is copied together later
+            shape = (len(self._kept.positions), len(self._branches), self._images, len(layers), module.heads)
+            dtype = torch.uint8 if self._dtype == "sqrt_u8" else getattr(torch, self._dtype)
+            self._filling[grid] = query.new_empty((*shape, query.shape[1]), dtype=dtype), query.new_empty((*shape, len(MOMENTS)), dtype=torch.float32)
+        maps, moments = (whole[:, :, :, layers.index(path)] for whole in self._filling[grid])
         plane = self._plane(grid, query.device)
         for at, shares in self._shares(query, key, module):
             moments[at] = (shares @ plane).transpose(0, 1)
@@ -206,13 +218,10 @@ class AttentionCapture:
 
     def _maps(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> torch.Tensor:
         """The asked branches' maps, (token, branch, image, head, pixel) float32."""
-        maps = self._empty(query, module, torch.float32)
+        maps = query.new_empty((len(self._kept.positions), len(self._branches), self._images, module.heads, query.shape[1]), dtype=torch.float32)
         for at, shares in self._shares(query, key, module):
             maps[at] = shares.transpose(0, 1)
         return maps
-
-    def _empty(self, query: torch.Tensor, module: Any, dtype: torch.dtype) -> torch.Tensor:
-        return query.new_empty((len(self._kept.positions), len(self._branches), self._images, module.heads, query.shape[1]), dtype=dtype)
 
     def _shares(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> Iterator[tuple[Any, torch.Tensor]]:
         """Maps in parts, (head, token, pixel) float32, and their places, (token, head, pixel).
@@ -228,10 +237,6 @@ class AttentionCapture:
                     part = slice(first, first + together)
                     yield (slice(None), b, image, part), attention_maps(q[part], k[part], module.scale, self._kept.end + 1)
 
-    def _moments(self, maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        sums = maps @ self._plane(grid, maps.device)
-        return torch.cat([sums[..., :1], sums[..., 1:] / sums[..., :1]], dim=-1)
-
     def _plane(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """What a map is multiplied with to give its `MOMENTS`: 1, y and x of each pixel. *Shape:* (pixel, moment)."""
         if grid not in self._planes:
@@ -246,11 +251,6 @@ def refuse_unreadable(path: str, module: Any) -> None:
         raise CaptureError(f"{path} has fused QKV projections, whose queries cannot be read.", "Call pipeline.unfuse_qkv_projections() first.")
     if module.norm_q is not None or module.norm_k is not None:
         raise CaptureError(f"{path} normalises its queries or keys, which is not supported yet.", "Leave it out of capture.layers.")
-
-
-def to_storage(maps: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Probabilities as stored: float16, float32, or `sqrt_u8`, round(255 sqrt(p)), which is off by 4e-3 at most."""
-    return maps.sqrt().mul_(255).round_().to(torch.uint8) if dtype == "sqrt_u8" else maps.to(getattr(torch, dtype))
 
 
 class OutputCapture:

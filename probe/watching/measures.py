@@ -28,6 +28,11 @@ def attention_maps(query: torch.Tensor, key: torch.Tensor, scale: float, rest: i
     return shares.div_(total)
 
 
+def to_storage(maps: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Probabilities as stored: float16, float32, or `sqrt_u8`, round(255 sqrt(p)), which is off by 4e-3 at most."""
+    return maps.sqrt().mul_(255).round_().to(torch.uint8) if dtype == "sqrt_u8" else maps.to(getattr(torch, dtype))
+
+
 def statistics_of(tensor: torch.Tensor) -> torch.Tensor:
     """Mean, standard deviation, least and greatest value of each batch element, (statistic, batch) float32."""
     values = tensor.detach().float()

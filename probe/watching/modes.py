@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from probe.watching.capture import AttentionCapture, Kept, Tray, refuse_unreadable, to_storage
+from probe.watching.capture import AttentionCapture, Kept, Tray, refuse_unreadable
 from probe.watching.hooks import Watch
+from probe.watching.measures import to_storage
 from probe.watching.rehearsal import cross_attention, self_attention
 
 
@@ -91,13 +92,18 @@ class SummaryCapture(AttentionCapture):
     the statistics of every head (token, branch, image, head, head_statistic) in float32: see `HEAD_STATISTICS`.
     """
 
-    def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, path: str) -> tuple[torch.Tensor, ...]:
+        grid = self.layers[path]
         maps = self._maps(query, key, module)
         over_space = maps / maps.sum(-1, keepdim=True)
         entropy = -torch.xlogy(over_space, over_space).sum(-1, keepdim=True)
         statistics = torch.cat([self._moments(maps, grid), entropy, maps.amax(-1, keepdim=True)], dim=-1)
         mean = maps.mean(dim=3, keepdim=True)
         return to_storage(mean, self._dtype), self._moments(mean, grid), statistics
+
+    def _moments(self, maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        sums = maps @ self._plane(grid, maps.device)
+        return torch.cat([sums[..., :1], sums[..., 1:] / sums[..., :1]], dim=-1)
 
 
 class QueryCapture:
@@ -118,6 +124,9 @@ class QueryCapture:
 
     def take(self) -> dict[str, tuple[torch.Tensor, ...]]:
         return {} if self.resting else {path: (query,) for path, query in self._tray.take().items()}
+
+    def take_whole(self) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
+        return {}  # each layer is apart
 
     def _keep(self, path: str, heads: int) -> Callable[[Any], None]:
         def hook(query: torch.Tensor) -> None:
