@@ -97,12 +97,16 @@ def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
     if not folder.is_dir():
         raise ExperimentError(f"folder: {folder} is no folder.", "Name one with NAME.png, NAME.txt and NAME.WORD.png; --help describes it.")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    shown = []
-    for file in (file for file in files if "." not in file.stem):
+    shown, pictures = [], [file for file in files if "." not in file.stem]
+    if lonely := [file.name for file in files if file.stem.split(".")[0] not in {picture.stem for picture in pictures}]:
+        raise ExperimentError(
+            f"folder: {lonely[0]} is a mask of no picture.", "A picture's name has no dot: NAME.png, and NAME.WORD.png for its masks."
+        )
+    for file in pictures:
         told = file.with_suffix(".txt")
         if not told.is_file():
             raise ExperimentError(f"folder: {file.name} has no caption.", f"Write what it shows into {told.name}, in one line.")
-        caption = " ".join(told.read_text(encoding="utf-8").split())
+        caption = " ".join(told.read_text(encoding="utf-8", errors="replace").split())
         masks = {mask.stem.partition(".")[2]: mask for mask in files if mask.suffix == ".png" and mask.stem.startswith(f"{file.stem}.")}
         if not masks:
             raise ExperimentError(f"folder: {file.name} has no mask.", f"Add {file.stem}.WORD.png for a word of its caption, white where it is.")
@@ -256,6 +260,11 @@ def measured(options: argparse.Namespace) -> dict[str, xr.Dataset]:
     most = int(model.scheduler.config.num_train_timesteps) - 1
     if max(timesteps) > most:
         raise ExperimentError(f"timesteps: {max(timesteps)} is beyond the timesteps of {model.name}.", f"It knows 0 to {most}.")
+    _, _, *latents = model.latent_shape(1)
+    if "pictures" in wanted and any(model.f * side != world.SIZE for side in latents):
+        size = " x ".join(str(model.f * side) for side in latents)
+        cause = f"pictures: the segmenter knows pictures of {world.SIZE} x {world.SIZE} pixels, and {model.name} draws {size}."
+        raise ExperimentError(cause, "Leave them out: --pictures 0.")
     if "scenes" not in found:
         if options.folder is not None:
             sets = split(read_folder(options.folder, model), options.seed)

@@ -154,7 +154,7 @@ def how(scores: xr.Dataset) -> str:
     sets = scores.attrs["sets"]
     return (
         f"{sets['scored']} pictures are scored, with one checkpoint ({scores.attrs['model']}); {sets['ranking']} others ranked the heads, and "
-        f"{sets['choosing']} more chose how many to use and every threshold. Intervals come from resampling pictures."
+        f"{sets['choosing']} more chose how many to use and each threshold, one for a map and noise level. Intervals come from resampling pictures."
     )
 
 

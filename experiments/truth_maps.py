@@ -111,12 +111,12 @@ def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: i
     return Seen(prompt, grids, written, change)
 
 
-_REHEARSED: dict[tuple[int, tuple[int, ...]], dict[str, tuple[int, int]]] = {}
+_REHEARSED: dict[tuple[str, tuple[int, ...]], dict[str, tuple[int, int]]] = {}
 
 
 def rehearse_once(model: StableDiffusion, shape: tuple[int, ...], tokens: int) -> dict[str, tuple[int, int]]:
-    """The grid of each cross-attention layer for latents of `shape`, in the order in which layers run; remembered by UNet and shape."""
-    key = (id(model.unet.config), shape)
+    """The grid of each cross-attention layer for latents of `shape`, in the order in which layers run; remembered by config and shape."""
+    key = (repr(model.unet.config), shape)
     if key not in _REHEARSED:
         _REHEARSED[key] = rehearse(model, shape, 1, tokens).grids
     return _REHEARSED[key]

@@ -276,6 +276,7 @@ def wrong(folder: Path, kind: str) -> None:
         "no mask": lambda: [(folder / f"p3.{word}.png").unlink() for word in ("cat", "hat")],
         "another word": lambda: white.save(folder / "p3.dog.png"),
         "empty mask": lambda: Image.new("L", (32, 32)).save(folder / "p3.cat.png"),
+        "mask alone": lambda: white.save(folder / "q.cat.png"),
         "no picture": lambda: (folder / "p3.png").write_bytes(b"not a picture"),
         "too few": lambda: [file.unlink() for file in folder.glob("p3*")],
     }
@@ -289,6 +290,7 @@ def wrong(folder: Path, kind: str) -> None:
         ("no mask", "p3.png has no mask", "p3.WORD.png"),
         ("another word", "p3.dog.png: 'dog' is not in the caption 'a cat and a hat'", "a word of the caption"),
         ("empty mask", "p3.cat.png has nothing inside", "white where its word is"),
+        ("mask alone", "q.cat.png is a mask of no picture", "no dot"),
         ("no picture", "p3.png is not a PNG or JPEG picture", "Save it as one"),
         ("too few", "has 5 pictures", "At least 6"),
     ],
@@ -314,6 +316,14 @@ def test_what_is_wrong_in_a_folder_is_said_in_two_lines(
 )
 def test_options_that_make_no_sense_are_said_in_two_lines(capsys: pytest.CaptureFixture[str], given: list[str], cause: str, remedy: str) -> None:
     assert_refused(given, cause, remedy, capsys)
+
+
+def test_other_files_of_scores_and_models_of_other_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scores.json").write_text("[1, 2]")
+    assert_refused(["--scores", tmp_path / "scores.json"], "does not hold scores", "Name another file", capsys)
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert_refused(["--model", tmp_path / "model"], "knows pictures of 128 x 128 pixels", "--pictures 0", capsys)
 
 
 def assert_refused(given: list[Any], cause: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
