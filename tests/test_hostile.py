@@ -518,7 +518,7 @@ def tells(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
 LATE = "latents/latents/late"
 # Nothing but `probe verify` looks at these: which check fails, and what it says.
 HOSTILE_TO_VERIFY: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "the manifest is a link": (replaced(MANIFEST, link), "manifest", "is a link, a pipe or a device"),
+    "the manifest is a link": (replaced(MANIFEST, link), "manifest", "is behind a link"),
     "the manifest is a pipe": (replaced(MANIFEST, os.mkfifo), "manifest", "is not a file"),
     "the manifest is a folder": (replaced(MANIFEST, os.mkdir), "manifest", "is not a file"),
     "a manifest of 100 MB": (content(MANIFEST, lambda raw: raw + b" " * 10**8), "manifest", "bytes, where"),
