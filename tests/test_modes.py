@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_conditions import Own, Swapped, merging
 from test_recorder import ask, assert_neutral, bare, pipeline, take
 
 from probe.analysis.maps import maps_of
-from probe.errors import ExperimentError, TooLarge
+from probe.errors import CaptureError, ExperimentError, TooLarge
 from probe.reading.recording import Run
 from probe.running.recorder import record
 from probe.watching.modes import written_sizes
@@ -118,6 +119,28 @@ def test_self_attention_is_a_softmax_over_places(tmp_path: Path) -> None:
             np.testing.assert_allclose(found.sel(layer=path).isel(step=1, image=0).values.reshape(scores.shape), scores.numpy(), atol=1e-6)
             checked += 1
     assert checked == len(selves)
+
+
+@pytest.mark.parametrize("capture", [{"attention": "queries"}, {"attention": "off", "self_attention": ["4x4"]}], ids=["queries", "self"])
+@pytest.mark.parametrize("processor", [Swapped, Own], ids=["foreign", "own, but the same"])
+def test_an_unknown_processor_is_proven_in_every_mode(capture: dict[str, Any], processor: Any, tmp_path: Path) -> None:
+    """One that edits the attention is refused by name; one that computes the same is recorded."""
+    pipe = tiny.pipeline()
+    pipe.unet.set_attn_processor(processor())
+    if processor is Swapped:
+        with pytest.raises(CaptureError, match="does not compute softmax"):
+            take(tmp_path, pipe, steps=1, capture=capture)
+    else:
+        run = take(tmp_path, pipe, steps=1, capture=capture)
+        assert_neutral(run, bare(pipe, run.experiment))
+
+
+def test_merged_queries_are_refused(tmp_path: Path) -> None:
+    """Each of them would stand for two pixels."""
+    pipe = tiny.pipeline()
+    merging(pipe)
+    with pytest.raises(CaptureError, match="queries or keys, not"):
+        take(tmp_path, pipe, steps=1, capture={"attention": "queries"})
 
 
 def test_self_attention_is_refused_where_it_would_be_too_large(tmp_path: Path) -> None:

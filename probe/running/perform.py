@@ -44,7 +44,7 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
     writer.write("preview/bias", bias)
 
     attention = _attention_capture(model, run)
-    selves = SelfCapture(model.unet, list(run.selves), asked.images, run.called, run.branches, asked.capture.dtype)
+    selves = SelfCapture(model.unet, run.selves, asked.images, run.called, run.branches, asked.capture.dtype)
     text_side = TextSide(model.unet, list(run.layers), run.kept, asked.images, run.called, run.branches)
     outputs = OutputCapture("unet", model.unet, run.statistics["unet"], run.activations)
     decoded_in_float32 = False

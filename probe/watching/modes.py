@@ -13,12 +13,15 @@ through the layer's output matrix (Kobayashi et al. 2020, "Attention is not only
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
+from probe.errors import CaptureError
 from probe.watching.capture import AttentionCapture, Kept, Tray, refuse_unreadable
+from probe.watching.conditions import Witness
 from probe.watching.hooks import Watch
 from probe.watching.measures import to_storage
 from probe.watching.rehearsal import cross_attention, self_attention
@@ -106,6 +109,18 @@ class SummaryCapture(AttentionCapture):
         return torch.cat([sums[..., :1], sums[..., 1:] / sums[..., :1]], dim=-1)
 
 
+def check_watched(path: str, module: Any, watched: Any, sides: Sequence[torch.Tensor], batch: int, pixels: int) -> None:
+    """Raises CaptureError where a layer's projections were replaced, or what they put out is not one row for each pixel."""
+    if watched != (module.to_q, module.to_k):
+        raise CaptureError(f"{path}: to_q or to_k was replaced while recording (a LoRA?).", "Change the model before the run begins.")
+    for side in sides:
+        if side.shape[:2] != (batch, pixels):
+            raise CaptureError(
+                f"{path} multiplies {tuple(side.shape[:2])} queries or keys, not {(batch, pixels)}.",
+                "Something merges or adds tokens (token merging): undo it, or leave the layer out.",
+            )
+
+
 class QueryCapture:
     """The image side of some layers: `take()` gives each layer's queries (branch, image, head, key_feature, pixel) in the storage dtype."""
 
@@ -114,24 +129,34 @@ class QueryCapture:
         self.layers, self._images, self._dtype = layers, images, dtype
         self._modules = {path: modules[path] for path in layers}
         self._rows = [called.index(branch) * images + image for branch in branches for image in range(images)]
+        self._batch = len(called) * images
         self._tray = Tray(list(layers))
+        self._watched: dict[str, Any] = {}
         self.resting = False
+        self._witness = Witness(self._modules, self._rows, lambda: self.resting)
         for path, module in self._modules.items():
             refuse_unreadable(path, module)
 
     def watches(self) -> list[Watch]:
-        return [(module.to_q, "output", self._keep(path, module.heads)) for path, module in self._modules.items()]
+        self._watched = {path: (module.to_q, module.to_k) for path, module in self._modules.items()}
+        found: list[Watch] = [(module.to_q, "output", self._keep(path, module)) for path, module in self._modules.items()]
+        return found + self._witness.watches()
 
     def take(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        return {} if self.resting else {path: (query,) for path, query in self._tray.take().items()}
+        if self.resting:
+            return {}
+        found: dict[str, tuple[torch.Tensor, ...]] = {path: (query,) for path, query in self._tray.take().items()}
+        self._witness.take()
+        return found
 
     def take_whole(self) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
         return {}  # each layer is apart
 
-    def _keep(self, path: str, heads: int) -> Callable[[Any], None]:
+    def _keep(self, path: str, module: Any) -> Callable[[Any], None]:
         def hook(query: torch.Tensor) -> None:
             if not self.resting:
-                rows = query.detach()[self._rows].unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).unflatten(0, (-1, self._images))
+                check_watched(path, module, self._watched[path], (query,), self._batch, prod(self.layers[path]))
+                rows = query.detach()[self._rows].unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1).unflatten(0, (-1, self._images))
                 self._tray.put(path, rows.to(torch.float32 if self._dtype == "float32" else torch.float16).contiguous())
 
         return hook
@@ -140,35 +165,46 @@ class QueryCapture:
 class SelfCapture:
     """Self-attention of some layers: `take()` gives each layer's maps (branch, image, head, pixel, key pixel) in the storage dtype."""
 
-    def __init__(self, unet: nn.Module, layers: Sequence[str], images: int, called: Sequence[str], branches: Sequence[str], dtype: str):
+    def __init__(self, unet: nn.Module, layers: dict[str, tuple[int, int]], images: int, called: Sequence[str], branches: Sequence[str], dtype: str):
         modules = self_attention(unet)
         self._modules = {path: modules[path] for path in layers}
-        self._images, self._dtype = images, dtype
+        self.layers, self._images, self._dtype, self._batch = layers, images, dtype, len(called) * images
         self._rows = [called.index(branch) * images + image for branch in branches for image in range(images)]
         self._tray = Tray(list(layers))
         self._queries: dict[str, torch.Tensor] = {}
+        self._watched: dict[str, Any] = {}
         self.resting = False
+        self._witness = Witness(self._modules, self._rows, lambda: self.resting)
+        for path, module in self._modules.items():
+            refuse_unreadable(path, module)
 
     def watches(self) -> list[Watch]:
         found: list[Watch] = []
         for path, module in self._modules.items():
+            self._watched[path] = module.to_q, module.to_k
             found += [(module.to_q, "output", self._query(path)), (module.to_k, "output", self._key(path, module))]
-        return found
+        return found + self._witness.watches()
 
     def take(self) -> dict[str, torch.Tensor]:
-        return {} if self.resting else self._tray.take()
+        if self.resting:
+            return {}
+        found = self._tray.take()
+        self._witness.take()
+        return found
 
     def _query(self, path: str) -> Callable[[Any], None]:
         def hook(query: torch.Tensor) -> None:
             if not self.resting:
-                self._queries[path] = query.detach()[self._rows]
+                self._queries[path] = query.detach()
 
         return hook
 
     def _key(self, path: str, module: Any) -> Callable[[Any], None]:
         def hook(key: torch.Tensor) -> None:
             if not self.resting:
-                q = self._queries.pop(path).float().unflatten(-1, (module.heads, -1)).transpose(1, 2)
+                query = self._queries.pop(path)
+                check_watched(path, module, self._watched[path], (query, key), self._batch, prod(self.layers[path]))
+                q = query[self._rows].float().unflatten(-1, (module.heads, -1)).transpose(1, 2)
                 k = key.detach()[self._rows].float().unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1)
                 maps = torch.matmul(q * module.scale, k).softmax(dim=-1)
                 self._tray.put(path, to_storage(maps, self._dtype).unflatten(0, (-1, self._images)))
