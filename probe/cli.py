@@ -205,7 +205,7 @@ def show(arguments: list[str]) -> int:
             table.append((f"{group.path.rstrip('/')}/{name}", str(variable.dtype), shape, str(variable.attrs.get("long_name", ""))))
     print(rows(table, ("variable", "type", "shape", "what it is")) + "\n")
     cost = found.tree["cost"].dataset if "cost" in found.tree.children else {}
-    if found.status == "complete" and {"component", "seconds", "flops", "peak_memory"} <= set(cost):
+    if found.status == "complete" and all(name in cost for name in ("component", "seconds", "flops", "peak_memory")):
         parts = [
             (str(c), f"{float(cost['seconds'].sel(component=c)):.2f} s", f"{int(cost['flops'].sel(component=c)) / 1e9:.2f} GFLOP a call")
             for c in cost["component"].values
