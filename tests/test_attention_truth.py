@@ -383,5 +383,5 @@ def test_the_segmenter_trains_and_is_taken_from_its_folder_afterwards(tmp_path: 
 @pytest.mark.slow
 def test_a_short_training_finds_subjects_in_scenes_and_in_round_trips(tmp_path: Path) -> None:
     bundled = load("emojiworld", dtype="float32", device="cpu")
-    own = segmenter.own_scores(segmenter.train(bundled, scenes=900, steps=300, folder=tmp_path), bundled, 60)
-    assert all(float(one["mean"]) > 0.4 for one in own.values())
+    own = segmenter.own_scores(segmenter.train(bundled, scenes=400, steps=200, folder=tmp_path), bundled, 30)
+    assert all(float(one["mean"]) > 0.25 for one in own.values())
