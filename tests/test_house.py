@@ -33,7 +33,7 @@ LAYERS = [
     ("probe.fields",),
     ("probe.source",),
     ("probe.experiment",),
-    ("probe.background",),
+    ("probe.background", "probe.chunks"),
     ("probe.store",),
     ("probe.analysis.maps", "probe.reading.sample"),
     ("probe.analysis.recomputed", "probe.analysis.averages", "probe.analysis.heads", "probe.analysis.masks"),
