@@ -33,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
@@ -127,13 +126,11 @@ def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
 
 def drawn(model: StableDiffusion, segmenter: segmenting.Segmenter, asked: Sequence[Asked], steps: int = STEPS) -> Iterator[Found]:
     """Pictures of some prompts, recorded as any run, and what the segmenter says is in them; without those where a subject is missing."""
-    parts = {"vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer, "unet": model.unet, "scheduler": model.scheduler}
-    painter = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     for seed, one in enumerate(tqdm(asked, desc="generated pictures", unit="picture", mininterval=5)):
         with tempfile.TemporaryDirectory() as folder:
             capture = {"counterfactual": list(one.subjects), "text": False, "statistics": False, "dtype": "float32", "steps": "::3"}
             asking = {"prompt": one.prompt, "seed": seed, "steps": steps, "guidance_scale": GUIDANCE, "scheduler": "DDIM", "capture": capture}
-            run = record({**asking, "output": folder, "durability": "none"}, painter, progress=False)
+            run = record({**asking, "output": folder, "durability": "none"}, model, progress=False)
             picture = run.images.values[0]
             masks = segmenter.masks(picture, one.subjects)
             if len(masks) == len(one.subjects):

@@ -130,9 +130,11 @@ class RunWriter:
             raise late
 
     def _unlock(self) -> None:
-        with contextlib.suppress(OSError):
-            Path(self._lock.lock_file).unlink(missing_ok=True)  # before the release: whoever waits for the old file then sees that it is gone
-        self._lock.release()
+        try:
+            with contextlib.suppress(OSError):
+                Path(self._lock.lock_file).unlink(missing_ok=True)  # before the release: whoever waits for the old file then sees that it is gone
+        finally:
+            self._lock.release()
 
     def write(self, path: str, value: Any, at: Any = ...) -> None:
         """Write a variable, or a part of it, now."""

@@ -178,7 +178,9 @@ class Run(Attention):
         return {name: text for name, text in lines.items() if text}
 
     def __repr__(self) -> str:
-        return f"<Run {self.name}>\n" + "\n".join(f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items())
+        return f"<Run {printable(self.name)}>\n" + "\n".join(
+            f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items()
+        )
 
     def _picture(self, found: os.stat_result) -> None:
         if found.st_size > MAX_PICTURE:

@@ -48,8 +48,8 @@ def record(
 ) -> Run:
     """Run an experiment, record it, and return the finished recording.
 
-    `pipeline` is a diffusers StableDiffusionPipeline to use instead of loading `experiment.model`; it stays on its own
-    device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError before anything is written, a
+    `pipeline` is a diffusers StableDiffusionPipeline, or a `StableDiffusion`, to use instead of loading `experiment.model`; it
+    stays on its own device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError before anything is written, a
     RunFailed after (the recording then opens and holds every committed step).
     """
     asked = load_experiment(experiment)
@@ -117,7 +117,7 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say) -> StableDiffus
         say(f"Loading {asked.model} ...")
         model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device)
     else:
-        model = StableDiffusion.of(pipeline)
+        model = pipeline if isinstance(pipeline, StableDiffusion) else StableDiffusion.of(pipeline)
     return model.with_scheduler(asked.scheduler, asked.scheduler_options)
 
 
