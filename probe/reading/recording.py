@@ -178,7 +178,8 @@ class Run(Attention):
         return {name: text for name, text in lines.items() if text}
 
     def __repr__(self) -> str:
-        return f"<Run {printable(self.name)}>\n" + "\n".join(
+        lines = [f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items()]
+        return "\n".join([f"<Run {printable(self.name)}>", *lines])
             f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items()
         )
 
