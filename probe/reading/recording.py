@@ -180,8 +180,6 @@ class Run(Attention):
     def __repr__(self) -> str:
         lines = [f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items()]
         return "\n".join([f"<Run {printable(self.name)}>", *lines])
-            f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items()
-        )
 
     def _picture(self, found: os.stat_result) -> None:
         if found.st_size > MAX_PICTURE:
