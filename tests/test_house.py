@@ -39,6 +39,7 @@ LAYERS = [
     ("probe.analysis.recomputed", "probe.analysis.averages", "probe.analysis.heads", "probe.analysis.masks"),
     ("probe.analysis",),
     ("probe.reading.untrusted",),
+    ("probe.reading.shards",),
     ("probe.reading.lazy", "probe.reading.attention"),
     ("probe.reading.recording",),
     ("probe.pictures", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),

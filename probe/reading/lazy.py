@@ -3,9 +3,10 @@
     tree = open_tree(path)        # an xarray DataTree; the same as xr.open_datatree(path, engine="zarr")
     tree["latents/latents"].isel(step=3).values
 
-Of the files, zarr reads the chunks, through a store that hands out only plain files as large as their values are. Whatever
-goes wrong when values are read is a `RecordingDamaged` that names the variable. A chunk without a file reads as its fill
-value, as always in zarr, but no more than `UNBACKED` bytes are made up that way: a few bytes could claim terabytes.
+Of the files, zarr reads the chunks, but for those of sound shards (`probe.reading.shards`), through a store that hands out only
+plain files as large as their values are. Whatever goes wrong when values are read is a `RecordingDamaged` that names the
+variable. A chunk without a file reads as its fill value, as always in zarr, but no more than `UNBACKED` bytes are made up that
+way: a few bytes could claim terabytes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 
 from probe.errors import RecordingDamaged
+from probe.reading.shards import read_shards
 from probe.reading.untrusted import Stored, nodes_of, read_file, read_root, refuse
 from probe.strict_yaml import printable
 
@@ -187,6 +189,9 @@ class Values(BackendArray):
     def _read(self, key: tuple[Any, ...]) -> Any:
         try:
             self._check_size(key)
+            found = read_shards(self._store.root, self._stored, key, functools.partial(check_chunk, self._store.root, self._stored))
+            if found is not None:
+                return found
             with np.errstate(over="ignore"):  # zarr adds up what a shard's index says, whatever it says
                 if any(isinstance(which, np.ndarray) for which in key):
                     return self._array.oindex[key]

@@ -1,0 +1,94 @@
+"""Reading a shard's chunks directly gives zarr's values, whatever is asked, and leaves everything unusual to zarr."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from probe.errors import RecordingDamaged
+from probe.reading import lazy
+from probe.reading.recording import Run
+from probe.schema import array
+from probe.store import RunWriter
+from tests.test_store import ATTRIBUTES
+
+SHAPE = (3, 5, 2, 1, 2, 2, 4, 3)  # step, token, branch, image, layer, head, y, x
+CROSS = "attention/4x3/cross"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Two of three steps are written; one token of the second has nothing but zeros, which zarr leaves out."""
+    arrays = [array("", "step", value=np.arange(3)), array("", "committed", SHAPE[:1]), array("attention/4x3", "cross", SHAPE, "float16")]
+    values = np.random.default_rng(0).random(SHAPE).astype(np.float16)
+    values[1, 3] = 0
+    with RunWriter(tmp_path / "a.zarr", arrays, ATTRIBUTES) as writer:
+        for step in range(2):
+            writer.write_step(step, lambda step=step: {CROSS: values[step]}, 1)  # type: ignore[misc]
+        writer.flush()
+    return Run(tmp_path / "a.zarr")
+
+
+def some_key(dice: random.Random, size: int) -> Any:
+    return dice.choice(
+        [
+            dice.randrange(size),
+            slice(None),
+            slice(dice.randrange(size), None, dice.choice([1, 2])),
+            slice(None, None, -1),
+            np.array([dice.randrange(size) for _ in range(dice.randrange(1, 4))]),
+        ]
+    )
+
+
+def test_any_selection_has_the_values_that_zarr_reads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    dice, variable, real, direct = random.Random(0), run.variable(CROSS), lazy.read_shards, 0
+
+    def counted(*asked: Any) -> np.ndarray | None:
+        nonlocal direct
+        found = real(*asked)
+        direct += found is not None
+        return found
+
+    for _ in range(150):
+        key = {dim: some_key(dice, size) for dim, size in variable.sizes.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(lazy, "read_shards", counted)
+            ours = variable.isel(key).values
+            patch.setattr(lazy, "read_shards", lambda *_: None)
+            theirs = variable.isel(key).values
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes(), key
+    assert direct > 30, "hardly any was read directly"
+
+
+def test_stock_zarr_agrees(run: Run) -> None:
+    stored: Any = zarr.open_array(run.path / CROSS, mode="r")
+    assert np.array_equal(run.variable(CROSS).isel(step=0, token=2).values, stored[0, 2])
+
+
+@pytest.mark.parametrize("place", [0, 40, -1, -30], ids=["a value", "the checksum's neighbour", "the index's checksum", "the index"])
+def test_a_flipped_bit_is_refused(run: Run, place: int) -> None:
+    file = next((run.path / CROSS).glob("c.0.*"))
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(RecordingDamaged):
+        Run(run.path).variable(CROSS).isel(step=0).values  # noqa: B018
+
+
+def test_what_was_never_written_reads_as_nothing(run: Run) -> None:
+    assert not run.variable(CROSS).isel(step=2).values.any() or np.isnan(run.variable(CROSS).isel(step=2).values).all()
+    assert not run.variable(CROSS).isel(step=1, token=3).values.any()
+
+
+def test_a_link_is_refused(run: Run, tmp_path: Path) -> None:
+    file = next((run.path / CROSS).glob("c.0.*"))
+    elsewhere = file.rename(tmp_path / "elsewhere")
+    file.symlink_to(elsewhere)
+    with pytest.raises(RecordingDamaged, match="behind a link"):
+        Run(run.path).variable(CROSS).isel(step=0, token=1).values  # noqa: B018
