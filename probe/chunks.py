@@ -28,7 +28,7 @@ class StepFiles:
         if self._plain and array.shards:
             size = prod(array.chunks) * self._dtype.itemsize + 4
             lengths = np.full(self._count, size, "<u8")
-            self._index = _checked(np.stack([np.arange(self._count, dtype="<u8") * lengths, lengths], axis=1).tobytes())
+            self._index = checked(np.stack([np.arange(self._count, dtype="<u8") * lengths, lengths], axis=1).tobytes())
 
     def file(self, step: int) -> Path:
         """Where a step's values are."""
@@ -56,9 +56,10 @@ class StepFiles:
         return values != values if self._fill != self._fill else values == self._fill
 
 
+def checked(content: bytes) -> bytes:
+    """Bytes as a chunk of them is stored: with their CRC-32C after them."""
+    return content + _checksum(content)
+
+
 def _checksum(content: Any) -> bytes:
     return int(google_crc32c.value(content)).to_bytes(4, "little")
-
-
-def _checked(content: bytes) -> bytes:
-    return content + _checksum(content)

@@ -33,7 +33,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
 from probe.background import Queue
-from probe.chunks import StepFiles
+from probe.chunks import StepFiles, checked
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.schema import Array
 
@@ -190,7 +190,7 @@ class RunWriter:
                 if self._durability == "step":
                     _sync_file(self._steps[path].file(step))
             self._committed[step] = 1
-            self._arrays["committed"][:] = self._committed
+            write_atomically(self.path / "committed" / "c.0", checked(self._committed.tobytes()), False)
             if self._durability == "step":
                 _sync_file(self.path / "committed" / "c.0")
 

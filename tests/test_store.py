@@ -627,14 +627,20 @@ def test_a_step_is_committed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
         return write
 
+    real_flag = store.write_atomically
+
+    def flagging(file: Path, content: bytes, sync: bool = True) -> None:
+        order.append((file.parent.name, len(content)))
+        real_flag(file, content, sync)
+
     with RunWriter(tmp_path / "a.zarr", layout(), ATTRIBUTES) as writer:
-        monkeypatch.setattr(zarr.Array, "__setitem__", noting(zarr.Array.__setitem__))
         monkeypatch.setattr(StepFiles, "write", noting(StepFiles.write))
+        monkeypatch.setattr(store, "write_atomically", flagging)
         put(writer, 0)
         writer.flush()
     paths = [path for path, _ in order]
-    assert paths == ["latents/latents", "attention/4x4/cross", "attention/4x4/moments", "committed"]
-    sizes = [size for _, size in order[:-1]]
+    assert paths == ["latents/latents", "attention/4x4/cross", "attention/4x4/moments", "committed", "a.zarr"], "last the root: interrupted"
+    sizes = [size for _, size in order[:3]]
     assert sizes == sorted(sizes, reverse=True), "the bulk first"
 
 
