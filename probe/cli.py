@@ -24,7 +24,7 @@ import numpy as np
 
 from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, RecordingNotFound
 from probe.strict_yaml import printable
-from probe.terminal import Parser, fail, guarded, harmless, rows, without_home
+from probe.terminal import Parser, fail, guarded, harmless, quieten, rows, without_home
 
 if TYPE_CHECKING:
     from probe.reading.compare import Comparison
@@ -57,6 +57,7 @@ def ask(arguments: list[str]) -> int:
     parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
     options = parser.parse_args(arguments)
     found = open_run(options.run, options.runs)
+    quieten(True)
     from probe.running.ask import read_out
 
     maps = read_out(found, options.word, options.context)
@@ -79,7 +80,6 @@ def rerun(arguments: list[str]) -> int:
     from probe.experiment import load_experiment
     from probe.reading.compare import compare
     from probe.reading.recording import open_run
-    from probe.run import quieten
 
     parser = Parser(prog="probe rerun", description=rerun.__doc__)
     _add_run(parser)

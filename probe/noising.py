@@ -31,10 +31,10 @@ from probe.experiment import CaptureOptions, Experiment, load_settings
 from probe.experiment import table as fields_table
 from probe.fields import Line, Place, Places, Prompt, Revision, Strict, place
 from probe.reading.recording import Run
-from probe.run import quieten, say_where, size, tell_forecast
+from probe.run import say_where, size, tell_forecast
 from probe.source import checked_masks, checked_picture, read_masks, read_picture
 from probe.strict_yaml import LARGEST, shown
-from probe.terminal import Parser, add_fields, guarded, overrides
+from probe.terminal import Parser, add_fields, guarded, overrides, quieten
 
 if TYPE_CHECKING:
     from probe.diffusion.models import StableDiffusion

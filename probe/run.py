@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
-from probe.terminal import Parser, add_fields, guarded, overrides, rows, without_home
+from probe.terminal import Parser, add_fields, guarded, overrides, quieten, rows, without_home
 
 if TYPE_CHECKING:
     from probe.reading.recording import Run
@@ -120,15 +120,6 @@ def size(text: str) -> int:
         return int(float(number) * units[text.lower()[len(number) :].strip()])
     except (ValueError, KeyError, OverflowError) as problem:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 300MB or 2GB") from problem
-
-
-def quieten(quiet: bool) -> None:
-    """The libraries' own chatter: what matters of it, probe says itself."""
-    import os
-
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
 
 
 if __name__ == "__main__":

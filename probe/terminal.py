@@ -54,6 +54,13 @@ def harmless(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def quieten(quiet: bool) -> None:
+    """Without the libraries' own chatter, before they are imported: what matters of it, probe says itself."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
+
+
 def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command's `main`, turn its errors into lines and exit codes, and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -33,7 +33,7 @@ from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_labels, check_schema
 from probe.reading.recording import Run, open_run
 from probe.strict_yaml import printable
-from probe.terminal import Parser, guarded, without_home
+from probe.terminal import Parser, guarded, quieten, without_home
 
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # whatever a damaged file makes of itself
 WITH_MODEL = "weights plan text predictions maps attention inside decode encode".split()
@@ -122,6 +122,7 @@ def main(arguments: list[str]) -> int:
     if options.steps != "all" and not options.model:
         raise ExperimentError("--steps says at which steps the model is asked, and no model is.", "Add --model.")
     run = open_run(options.run, options.runs)
+    quieten(True)
     found = verify(run, model=options.model, steps=_steps(run, options.steps))
     if options.json:
         print(json.dumps(as_json(run, found), indent=2, ensure_ascii=False))
