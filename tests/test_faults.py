@@ -155,6 +155,15 @@ def test_kill_minus_9_at_any_moment(number: int, whole: Run, unharmed: Ended, tm
     assert between >= number / 2 and torn >= 5 and resumed >= number / 8
 
 
+def test_killed_before_its_text_was_written(whole: Run, tmp_path: Path) -> None:
+    """A child that dies before the first step may leave a text that is not there, and nothing of it was promised."""
+    run = cut(whole, tmp_path, 0)
+    for name in ("embedding", "hidden", "output", "attention"):
+        for file in (run.path / "text/text_encoder" / name).glob("c*"):
+            file.unlink()
+    assert not run.steps.size and not [check for check in verify(Run(run.path)) if check.verdict == "failed"]
+
+
 def test_what_a_kill_leaves_is_what_the_tests_of_resuming_cut(whole: Run, tmp_path: Path) -> None:
     """A child is killed while the third step waits to be predicted: the same files, with the same bytes."""
     with Doomed(asked(tmp_path / "killed"), pause=0.5) as child:

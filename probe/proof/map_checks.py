@@ -69,7 +69,7 @@ def _distributions(run: Run) -> Iterator[tuple[str, xr.DataArray, tuple[str, ...
         for grid in run.tree["self_attention"].children:
             maps = run.variable(f"self_attention/{grid}/self").isel(step=np.flatnonzero(flags & asked))
             yield f"self_attention/{grid}", maps, ("key_y", "key_x")
-    if "text" in run.tree.children and run.experiment.capture.text:
+    if "text" in run.tree.children and run.experiment.capture.text and run.steps.size:  # it is written before the first step
         for encoder in run.tree["text"].children:
             yield f"text/{encoder}", run.variable(f"text/{encoder}/attention"), ("key",)
 
