@@ -249,6 +249,7 @@ def script(*arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # the same cells once more, as one file
 def test_it_runs_as_a_script_to_the_same_pictures(walk: Walk, tmp_path: Path) -> None:
     printed = script(LESSON, "--out", tmp_path / "out", *(part for option, value in SHORT.items() for part in (f"--{option}", value)))
     assert not_blank(tmp_path / "out") == pictures_named()

@@ -181,6 +181,7 @@ def test_the_training_script_makes_a_model_that_records_and_can_be_refined(tmp_p
     assert not torch.equal(model.unet.conv_in.weight, refined.unet.conv_in.weight)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_same_each_time(tmp_path: Path) -> None:
     """In another process too, where Python's hashes differ."""
     code = "import sys; from pathlib import Path; from experiments.emojiworld.train import build_tokenizer; build_tokenizer(Path(sys.argv[1]))"
