@@ -7,72 +7,71 @@ in the thread stops the run: it is raised by the next call from outside.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 from probe.errors import OutOfMemory, ProbeError, StoreError
 
 
 class Queue:
-    """Items for one background thread, bounded by the bytes they hold. Its first error is raised by the next call."""
+    """Items for one background thread, from one producer, bounded by the bytes they hold. Its first error is raised by the next call.
+
+    Ctrl-C may strike between any two instructions of the producer, and the queue can still be closed. With a condition it
+    could not: struck just after it has taken the lock, a thread keeps it, and the other waits for ever. `SimpleQueue` is in C.
+    """
 
     def __init__(self, work: Callable[[Any], None], limit: int):
         self._work, self._limit = work, limit
-        self._items: deque[tuple[Any, int]] = deque()
-        self._held = self._busy = 0
-        self._error: BaseException | None = None
-        self._closed = False
-        self._change = threading.Condition()
+        self._items: SimpleQueue[tuple[Any, int] | None] = SimpleQueue()
+        self._done: SimpleQueue[int | ProbeError] = SimpleQueue()  # the bytes of each finished item; an error is the last
+        self._held = 0
+        self._error: ProbeError | None = None
         self._thread = threading.Thread(target=self._run, name="probe-writer", daemon=True)
         self._thread.start()
 
     def put(self, item: Any, nbytes: int) -> None:
-        with self._change:
-            self._change.wait_for(lambda: self._error or self._held == 0 or self._held + nbytes <= self._limit)
-            self._raise()
-            self._items.append((item, nbytes))
-            self._held += nbytes
-            self._change.notify_all()
+        self._wait_for(lambda: self._held == 0 or self._held + nbytes <= self._limit)
+        self._held += nbytes
+        self._items.put((item, nbytes))
 
     def join(self) -> None:
-        with self._change:
-            self._change.wait_for(lambda: self._error or self._held == 0)
-            self._raise()
+        self._wait_for(lambda: self._held == 0)
 
     def close(self) -> None:
         """Let the thread finish what is queued, and end it."""
-        with self._change:
-            self._closed = True
-            self._change.notify_all()
+        self._items.put(None)
         self._thread.join()
-        self._raise()
+        self._wait_for(lambda: True)
 
-    def _raise(self) -> None:
-        if self._error is not None:
+    def _wait_for(self, enough: Callable[[], bool]) -> None:
+        while not self._error and not (self._done.empty() and enough()):
+            told = self._done.get()
+            if isinstance(told, ProbeError):
+                self._error = told
+            else:
+                self._held -= told
+        if self._error:
             raise self._error
 
     def _run(self) -> None:
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: self._items or self._closed)
-                if not self._items or self._error:
-                    return
-                item, nbytes = self._items[0]
+        while (queued := self._items.get()) is not None:
+            item, nbytes = queued
             try:
                 self._work(item)
             except BaseException as error:
-                with self._change:
-                    self._error = error
-                    if not isinstance(error, ProbeError):
-                        self._error = StoreError(f"Writing a step failed: {error!r}.", "Run again with --debug for the traceback.")
-                        if isinstance(error, MemoryError):
-                            self._error = OutOfMemory("Out of memory while a step was being written.", "Fewer images, or fewer capture.layers.")
-                        self._error.__cause__ = error
-                    self._change.notify_all()
+                self._done.put(_as_ours(error))
                 return
-            del item
-            with self._change:
-                self._items.popleft()
-                self._held -= nbytes
-                self._change.notify_all()
+            del queued, item
+            self._done.put(nbytes)
+
+
+def _as_ours(error: BaseException) -> ProbeError:
+    if isinstance(error, ProbeError):
+        return error
+    if isinstance(error, MemoryError):
+        ours: ProbeError = OutOfMemory("Out of memory while a step was being written.", "Fewer images, or fewer capture.layers.")
+    else:
+        ours = StoreError(f"Writing a step failed: {error!r}.", "Run again with --debug for the traceback.")
+    ours.__cause__ = error
+    return ours

@@ -363,6 +363,33 @@ def test_a_producer_that_waits_hears_of_an_error(error: Exception, kind: type[Ex
     assert kind is NotFinite or heard[0].__cause__ is error
 
 
+INTERRUPTED = """
+import random, signal, threading
+from probe.background import Queue
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+rng = random.Random(0)
+for index in range(2000):
+    queue = Queue(lambda item: None, 100)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 3e-4))
+        while True:
+            queue.put(1, 60)
+    except KeyboardInterrupt:
+        pass
+    closing = threading.Thread(target=queue.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive(), f"round {index}: the queue does not end"
+"""
+
+
+def test_ctrl_c_between_any_two_instructions_leaves_a_queue_that_ends() -> None:
+    """In a process of its own, since pytest's limit of time has the timer here."""
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_a_step_is_written_as_zarr_would(tmp_path: Path) -> None:
     """Byte for byte: as chunks and as shards, of every type, with values that are nothing but fill, here and there or all over."""
     arrays = [
