@@ -231,7 +231,8 @@ def rm(arguments: list[str]) -> int:
             if Run(path).status == "running":
                 raise RecordingBusy(f"{path.name} is being written.", "Stop its writer first.")
         except (RecordingDamaged, RecordingNotFound):
-            if path not in dict(list_runs(options.runs)):  # a damaged recording may go, somebody else's data may not
+            here = {listed.absolute() for listed, _ in list_runs(options.runs)}
+            if path.absolute() not in here:  # a damaged recording may go, somebody else's data may not
                 raise
     print("\n".join(printable(str(path)) for path in paths))
     if not options.yes:

@@ -550,7 +550,7 @@ def test_ctrl_c_in_the_middle_keeps_what_was_recorded(tmp_path: Path, durability
     start = time.monotonic()
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
-    assert running.returncode == 130 and time.monotonic() - start < 3
+    assert running.returncode == 130 and time.monotonic() - start < 10, "it went on with its 900 steps"
     assert "Traceback" not in err and err.endswith("\nStopped.\n") and str(found[0]) in err and out == ""
     made = Run(found[0])
     assert made.status == made.attributes["status"] == "interrupted"
@@ -887,6 +887,9 @@ def test_rm_removes_several_once_each_and_damaged_ones_too(call: Command, runs: 
     (runs / "empty-22222222.zarr").mkdir()
     code, out, err = call(cli.dispatch, "rm", "small", "small", "broken", "empty", "--yes")
     assert (code, err) == (0, "") and out.endswith("Removed 3.\n") and list(runs.iterdir()) == [kept]
+    broken = damaged(runs)
+    code, out, err = call(cli.dispatch, "rm", broken.absolute(), "--yes")
+    assert (code, err) == (0, "") and list(runs.iterdir()) == [kept], "by its absolute path too"
 
 
 def test_rm_takes_only_recordings(call: Command, runs: Path, tmp_path: Path) -> None:
