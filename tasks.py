@@ -87,7 +87,12 @@ def record(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     python = install("record", "test")
     os.chdir(ROOT)
-    hand_over([python, "-m", "pytest", *arguments])
+    hand_over([python, "-m", "pytest", *(arguments or side_by_side())])
+
+
+def side_by_side() -> list[str]:
+    """pytest's options for all the tests: several files at a time. Not more than four, since every process holds a torch."""
+    return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
 
 
 def check(arguments: list[str]) -> int:
@@ -98,7 +103,7 @@ def check(arguments: list[str]) -> int:
         "format": ["ruff", "format", "--check"],
         "lint": ["ruff", "check"],
         "types": ["mypy"],
-        "tests": ["pytest", *(["-m", "not gpu"] if arguments else [])],
+        "tests": ["pytest", *side_by_side(), *(["-m", "not gpu"] if arguments else [])],
     }
     failed = []
     for name, step in steps.items():
