@@ -27,10 +27,11 @@ from probe.diffusion.models import Prompt, StableDiffusion
 from probe.diffusion.sampling import Schedule
 from probe.reading.recording import Run
 from probe.running.forward import Noised
-from probe.watching.capture import AttentionCapture, Kept, hooked
+from probe.watching.capture import AttentionCapture, hooked
 from probe.watching.counterfactual import embeddings_without, word_changes
 from probe.watching.modes import TextSide
 from probe.watching.rehearsal import rehearse
+from probe.watching.selection import Kept
 
 Scores = TypeVar("Scores", xr.DataArray, xr.Dataset)
 SIDE = 64

@@ -29,7 +29,7 @@ from probe.analysis.maps import (
 )
 from probe.errors import PromptError, RecordingNotFound
 from probe.reading.recording import Run
-from probe.watching.capture import to_storage
+from probe.watching.measures import to_storage
 
 SIDES = st.integers(1, 40)
 

@@ -20,9 +20,10 @@ from probe.experiment import Experiment
 from probe.reading.recording import Run
 from probe.running.planning import plan
 from probe.watching import hooks
-from probe.watching.capture import AttentionCapture, Kept, OutputCapture, Tray, activation_paths, attention_layers, hooked, to_storage
-from probe.watching.measures import statistics_of
+from probe.watching.capture import AttentionCapture, OutputCapture, Tray, hooked
+from probe.watching.measures import statistics_of, to_storage
 from probe.watching.rehearsal import cross_attention, rehearse
+from probe.watching.selection import Kept, activation_paths, attention_layers
 
 Scores = list[dict[str, torch.Tensor]]
 BOTH = {"branches": "both", "tokens": "all", "dtype": "float32"}

@@ -52,6 +52,7 @@ LAYERS = [
     ("probe.diffusion.loading", "probe.watching.clock"),
     ("probe.watching.conditions", "probe.watching.measures"),
     ("probe.watching.rehearsal",),
+    ("probe.watching.selection",),
     ("probe.diffusion.sampling",),
     ("probe.watching.capture", "probe.edits", "probe.watching.counterfactual"),
     ("probe.watching.modes",),

@@ -33,7 +33,7 @@ from probe.running.recorder import record
 from probe.store import MANIFEST, manifest
 from probe.verify import WITH_MODEL, as_json, main, overall, told, verify
 from probe.watching import hooks
-from probe.watching.capture import to_storage
+from probe.watching.measures import to_storage
 
 NAMES = "manifest committed schema labels softmax moments sums picture schedule guidance scheduler".split()
 TOLERANT = {"softmax", "moments"}  # maps are rounded when they are stored

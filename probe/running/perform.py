@@ -185,7 +185,7 @@ PARTS = {"maps": {}, "summary": {"cross": 3, "moments": 3, "head_statistics": 3}
 def _attention_capture(model: StableDiffusion, run: Plan) -> AttentionCapture | QueryCapture:
     capture, images = run.experiment.capture, run.experiment.images
     if capture.attention == "queries":
-        return QueryCapture(model.unet, run.layers, images, run.called, run.branches, capture.dtype)
+        return QueryCapture(model.unet, run.layers, run.kept, images, run.called, run.branches, capture.dtype)
     kind = SummaryCapture if capture.attention == "summary" else AttentionCapture
     return kind(model.unet, run.layers, run.kept, images, run.called, run.branches, capture.dtype)
 

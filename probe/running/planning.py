@@ -20,9 +20,9 @@ from probe.errors import ExperimentError, TooLarge
 from probe.experiment import Experiment
 from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, STATISTICS, Array, array
 from probe.source import read_picture
-from probe.watching.capture import Kept, activation_paths, attention_layers, statistic_paths
 from probe.watching.counterfactual import chosen_words
 from probe.watching.rehearsal import Rehearsal, rehearse
+from probe.watching.selection import Kept, activation_paths, attention_layers, statistic_paths
 
 ENCODER = "text_encoder"
 

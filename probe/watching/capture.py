@@ -15,27 +15,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from probe.diffusion.models import StableDiffusion
-from probe.errors import CaptureError, ExperimentError
-from probe.schema import MOMENTS, near
+from probe.errors import CaptureError
+from probe.schema import MOMENTS
 from probe.watching.conditions import Witness
 from probe.watching.hooks import Hooks, Watch
 from probe.watching.measures import attention_maps, statistics_of, to_storage
-from probe.watching.rehearsal import Rehearsal, cross_attention, first_tensor
+from probe.watching.rehearsal import cross_attention, first_tensor
+from probe.watching.selection import Kept
 
-STATISTIC_CLASSES = frozenset(
-    {
-        *("ResnetBlock2D", "Transformer2DModel", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
-        *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D"),
-    }
-)
 IN_CACHE = 2**18  # scores: 1 MiB
 
 
@@ -68,83 +61,33 @@ class Tray:
         return values
 
 
-@dataclass(frozen=True)
-class Kept:
-    """The token positions whose maps are kept, 0 to `end`; the others are summed into one `rest`, if there are any."""
+class Projections:
+    """Queries and keys of some attention layers, as their `to_q` and `to_k` put them out.
 
-    end: int
-    tokens: int
-
-    @property
-    def positions(self) -> tuple[int, ...]:
-        """The `token` coordinate: positions, then -1 for `rest`."""
-        return (*range(self.end + 1), *([-1] if self.end + 1 < self.tokens else []))
-
-
-def attention_layers(layers: dict[str, tuple[int, int]], patterns: Sequence[str], field: str = "layers") -> dict[str, tuple[int, int]]:
-    """Those of `layers` (paths and grids) that `patterns` select. Raises ExperimentError if one selects nothing."""
-    chosen: dict[str, tuple[int, int]] = {}
-    grids = {path: f"{y}x{x}" for path, (y, x) in layers.items()}
-    kind = "self-attention" if field == "self_attention" else "cross-attention"
-    for pattern in patterns:
-        found = [path for path, grid in grids.items() if grid == pattern or fnmatchcase(path, pattern)]
-        if not found:
-            options = [*dict.fromkeys([*grids.values(), *(f"{path.split('.')[0]}.*" for path in grids)]), *grids]
-            raise ExperimentError(f"capture.{field}: {pattern!r} matches no {kind} layer.", near(pattern, options))
-        chosen.update({path: layers[path] for path in found})
-    return {path: grid for path, grid in layers.items() if path in chosen}
-
-
-def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]:
-    """The modules that `patterns` select ("unet.mid_block", "vae.decoder.*", ...)."""
-    chosen: dict[str, None] = {}
-    for pattern in patterns:
-        found = [path for path in rehearsal.outputs if fnmatchcase(path, pattern)]
-        once = [path for path in found if rehearsal.calls[path] == 1]
-        if not once:
-            if found:
-                raise ExperimentError(
-                    f"capture.activations: {found[0]} runs {rehearsal.calls[found[0]]} times a call.", "Name the modules around it."
-                )
-            raise ExperimentError(f"capture.activations: {pattern!r} matches no module.", near(pattern, list(rehearsal.outputs)))
-        chosen.update(dict.fromkeys(once))
-    return list(chosen)
-
-
-def statistic_paths(model: StableDiffusion, component: str, rehearsal: Rehearsal) -> list[str]:
-    """Blocks, resnets and transformers of a component that run once a call, in the order in which they run."""
-    module = getattr(model, component)
-    kinds = {f"{component}.{path}": type(part).__name__ for path, part in module.named_modules()}
-    return [path for path in rehearsal.outputs if kinds.get(path) in STATISTIC_CLASSES and rehearsal.calls[path] == 1]
-
-
-# --- captures --------------------------------------------------------------------------------------------------------
-
-
-class AttentionCapture:
-    """Cross-attention maps of some layers, for some branches and tokens.
-
-    `take()` gives for each layer the maps (token, branch, image, head, pixel) in the storage dtype, and their moments
-    (token, branch, image, head, moment) in float32: mass (the mean over pixels) and centroid (y, x in 0..1). Both are views of
-    what `take_whole()` gives for each grid, as it is stored: with the layers on an axis before the heads.
+    `take()` gives for each layer what `_read` has made of the two. Raises CaptureError where they are not what the layer
+    multiplies, or not of the shape that was planned. Without `tokens`, keys are those of the pixels: self-attention.
     """
 
     def __init__(
-        self, unet: nn.Module, layers: dict[str, tuple[int, int]], kept: Kept, images: int, called: Sequence[str], branches: Sequence[str], dtype: str
+        self,
+        modules: dict[str, Any],
+        layers: dict[str, tuple[int, int]],
+        images: int,
+        called: Sequence[str],
+        branches: Sequence[str],
+        dtype: str,
+        tokens: int | None = None,
     ):
-        modules = cross_attention(unet)
-        self.layers, self._kept, self._images, self._called, self._branches, self._dtype = layers, kept, images, called, branches, dtype
+        self.layers, self._images, self._dtype, self._tokens = layers, images, dtype, tokens
         self.resting = False  # while true, the hooks read nothing
+        self._modules = {path: modules[path] for path in layers}
+        self._batch = len(called) * images
+        self._rows = {branch: [called.index(branch) * images + image for image in range(images)] for branch in branches}
+        self._all_rows = [row for rows in self._rows.values() for row in rows]
         self._tray = Tray(list(layers))
         self._queries: dict[str, torch.Tensor] = {}
-        self._planes: dict[tuple[int, int], torch.Tensor] = {}
-        self._filling: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
-        self._whole: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
-        self._beside = {path: [other for other, its in layers.items() if its == grid] for path, grid in layers.items()}
-        self._modules = {path: modules[path] for path in layers}
         self._watched: dict[str, tuple[nn.Module, nn.Module]] = {}
-        self._rows = {branch: [called.index(branch) * images + image for image in range(images)] for branch in branches}
-        self._witness = Witness(self._modules, [row for rows in self._rows.values() for row in rows], lambda: self.resting)
+        self._witness = Witness(self._modules, self._all_rows, lambda: self.resting)
         for path, module in self._modules.items():
             refuse_unreadable(path, module)
 
@@ -155,19 +98,16 @@ class AttentionCapture:
             found += [(module.to_q, "output", self._query(path)), (module.to_k, "output", self._key(path, module))]
         return found + self._witness.watches()
 
-    def take(self) -> dict[str, tuple[torch.Tensor, ...]]:
+    def take(self) -> dict[str, Any]:
         self._queries.clear()
-        self._whole, self._filling = self._filling, {}
         if self.resting:
             return {}
         values = self._tray.take()
         self._witness.take()
         return values
 
-    def take_whole(self) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
-        """The maps of each grid, (token, branch, image, layer, head, pixel), and their moments: what `take` gave last."""
-        whole, self._whole = self._whole, {}
-        return whole
+    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor) -> Any:
+        raise NotImplementedError
 
     def _query(self, path: str) -> Callable[[Any], None]:
         def hook(output: torch.Tensor) -> None:
@@ -187,7 +127,7 @@ class AttentionCapture:
             query = self._queries.pop(path)
             self._check(path, query, key, module)
             with torch.no_grad():
-                self._tray.put(path, self._read(query, key, module, path))
+                self._tray.put(path, self._read(path, query, key))
 
         return hook
 
@@ -195,17 +135,46 @@ class AttentionCapture:
         """Is what was seen what the layer works with, and of the shape that was planned?"""
         if self._watched[path] != (module.to_q, module.to_k):
             raise CaptureError(f"{path}: to_q or to_k was replaced while recording (a LoRA?).", "Change the model before the run begins.")
-        batch, (y, x), tokens = len(self._called) * self._images, self.layers[path], self._kept.tokens
-        if query.shape[:2] != (batch, y * x) or key.shape[:2] != (batch, tokens):
+        pixels = prod(self.layers[path])
+        queries, keys = (self._batch, pixels), (self._batch, self._tokens or pixels)
+        if query.shape[:2] != queries or key.shape[:2] != keys:
             raise CaptureError(
-                f"{path} multiplies {tuple(query.shape[:2])} queries with {tuple(key.shape[:2])} keys, not {(batch, y * x)} with {(batch, tokens)}.",
-                "Something merges or adds tokens (token merging, an image prompt): undo it, or leave the layer out of capture.layers.",
+                f"{path} multiplies {tuple(query.shape[:2])} queries with {tuple(key.shape[:2])} keys, not {queries} with {keys}.",
+                "Something merges or adds tokens (token merging, an image prompt): undo it, or leave the layer out of what is captured.",
             )
 
-    def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, path: str) -> tuple[torch.Tensor, ...]:
-        grid, layers = self.layers[path], self._beside[path]
+
+class AttentionCapture(Projections):
+    """Cross-attention maps of some layers, for some branches and tokens.
+
+    `take()` gives for each layer the maps (token, branch, image, head, pixel) in the storage dtype, and their moments
+    (token, branch, image, head, moment) in float32: mass (the mean over pixels) and centroid (y, x in 0..1). Both are views of
+    what `take_whole()` gives for each grid, as it is stored: with the layers on an axis before the heads.
+    """
+
+    def __init__(
+        self, unet: nn.Module, layers: dict[str, tuple[int, int]], kept: Kept, images: int, called: Sequence[str], branches: Sequence[str], dtype: str
+    ):
+        super().__init__(cross_attention(unet), layers, images, called, branches, dtype, kept.tokens)
+        self._kept = kept
+        self._planes: dict[tuple[int, int], torch.Tensor] = {}
+        self._filling: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._whole: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._beside = {path: [other for other, its in layers.items() if its == grid] for path, grid in layers.items()}
+
+    def take(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        self._whole, self._filling = self._filling, {}
+        return super().take()
+
+    def take_whole(self) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
+        """The maps of each grid, (token, branch, image, layer, head, pixel), and their moments: what `take` gave last."""
+        whole, self._whole = self._whole, {}
+        return whole
+
+    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        module, grid, layers = self._modules[path], self.layers[path], self._beside[path]
         if grid not in self._filling:  # a step's first layer of a grid makes room for all, so that nothing is copied together later
-            shape = (len(self._kept.positions), len(self._branches), self._images, len(layers), module.heads)
+            shape = (len(self._kept.positions), len(self._rows), self._images, len(layers), module.heads)
             dtype = torch.uint8 if self._dtype == "sqrt_u8" else getattr(torch, self._dtype)
             self._filling[grid] = query.new_empty((*shape, query.shape[1]), dtype=dtype), query.new_empty((*shape, len(MOMENTS)), dtype=torch.float32)
         maps, moments = (whole[:, :, :, layers.index(path)] for whole in self._filling[grid])
@@ -218,7 +187,7 @@ class AttentionCapture:
 
     def _maps(self, query: torch.Tensor, key: torch.Tensor, module: Any) -> torch.Tensor:
         """The asked branches' maps, (token, branch, image, head, pixel) float32."""
-        maps = query.new_empty((len(self._kept.positions), len(self._branches), self._images, module.heads, query.shape[1]), dtype=torch.float32)
+        maps = query.new_empty((len(self._kept.positions), len(self._rows), self._images, module.heads, query.shape[1]), dtype=torch.float32)
         for at, shares in self._shares(query, key, module):
             maps[at] = shares.transpose(0, 1)
         return maps

@@ -13,18 +13,16 @@ through the layer's output matrix (Kobayashi et al. 2020, "Attention is not only
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
-from probe.errors import CaptureError
-from probe.watching.capture import AttentionCapture, Kept, Tray, refuse_unreadable
-from probe.watching.conditions import Witness
+from probe.watching.capture import AttentionCapture, Projections, Tray
 from probe.watching.hooks import Watch
 from probe.watching.measures import to_storage
 from probe.watching.rehearsal import cross_attention, self_attention
+from probe.watching.selection import Kept
 
 
 class TextSide:
@@ -95,9 +93,9 @@ class SummaryCapture(AttentionCapture):
     the statistics of every head (token, branch, image, head, head_statistic) in float32: see `HEAD_STATISTICS`.
     """
 
-    def _read(self, query: torch.Tensor, key: torch.Tensor, module: Any, path: str) -> tuple[torch.Tensor, ...]:
+    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
         grid = self.layers[path]
-        maps = self._maps(query, key, module)
+        maps = self._maps(query, key, self._modules[path])
         over_space = maps / maps.sum(-1, keepdim=True)
         entropy = -torch.xlogy(over_space, over_space).sum(-1, keepdim=True)
         statistics = torch.cat([self._moments(maps, grid), entropy, maps.amax(-1, keepdim=True)], dim=-1)
@@ -109,104 +107,31 @@ class SummaryCapture(AttentionCapture):
         return torch.cat([sums[..., :1], sums[..., 1:] / sums[..., :1]], dim=-1)
 
 
-def check_watched(path: str, module: Any, watched: Any, sides: Sequence[torch.Tensor], batch: int, pixels: int) -> None:
-    """Raises CaptureError where a layer's projections were replaced, or what they put out is not one row for each pixel."""
-    if watched != (module.to_q, module.to_k):
-        raise CaptureError(f"{path}: to_q or to_k was replaced while recording (a LoRA?).", "Change the model before the run begins.")
-    for side in sides:
-        if side.shape[:2] != (batch, pixels):
-            raise CaptureError(
-                f"{path} multiplies {tuple(side.shape[:2])} queries or keys, not {(batch, pixels)}.",
-                "Something merges or adds tokens (token merging): undo it, or leave the layer out.",
-            )
-
-
-class QueryCapture:
+class QueryCapture(Projections):
     """The image side of some layers: `take()` gives each layer's queries (branch, image, head, key_feature, pixel) in the storage dtype."""
 
-    def __init__(self, unet: nn.Module, layers: dict[str, tuple[int, int]], images: int, called: Sequence[str], branches: Sequence[str], dtype: str):
-        modules = cross_attention(unet)
-        self.layers, self._images, self._dtype = layers, images, dtype
-        self._modules = {path: modules[path] for path in layers}
-        self._rows = [called.index(branch) * images + image for branch in branches for image in range(images)]
-        self._batch = len(called) * images
-        self._tray = Tray(list(layers))
-        self._watched: dict[str, Any] = {}
-        self.resting = False
-        self._witness = Witness(self._modules, self._rows, lambda: self.resting)
-        for path, module in self._modules.items():
-            refuse_unreadable(path, module)
-
-    def watches(self) -> list[Watch]:
-        self._watched = {path: (module.to_q, module.to_k) for path, module in self._modules.items()}
-        found: list[Watch] = [(module.to_q, "output", self._keep(path, module)) for path, module in self._modules.items()]
-        return found + self._witness.watches()
-
-    def take(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        if self.resting:
-            return {}
-        found: dict[str, tuple[torch.Tensor, ...]] = {path: (query,) for path, query in self._tray.take().items()}
-        self._witness.take()
-        return found
+    def __init__(
+        self, unet: nn.Module, layers: dict[str, tuple[int, int]], kept: Kept, images: int, called: Sequence[str], branches: Sequence[str], dtype: str
+    ):
+        super().__init__(cross_attention(unet), layers, images, called, branches, dtype, kept.tokens)
 
     def take_whole(self) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
         return {}  # each layer is apart
 
-    def _keep(self, path: str, module: Any) -> Callable[[Any], None]:
-        def hook(query: torch.Tensor) -> None:
-            if not self.resting:
-                check_watched(path, module, self._watched[path], (query,), self._batch, prod(self.layers[path]))
-                rows = query.detach()[self._rows].unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1).unflatten(0, (-1, self._images))
-                self._tray.put(path, rows.to(torch.float32 if self._dtype == "float32" else torch.float16).contiguous())
-
-        return hook
+    def _read(self, path: str, query: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = query[self._all_rows].unflatten(-1, (self._modules[path].heads, -1)).permute(0, 2, 3, 1).unflatten(0, (-1, self._images))
+        return (rows.to(torch.float32 if self._dtype == "float32" else torch.float16).contiguous(),)
 
 
-class SelfCapture:
+class SelfCapture(Projections):
     """Self-attention of some layers: `take()` gives each layer's maps (branch, image, head, pixel, key pixel) in the storage dtype."""
 
     def __init__(self, unet: nn.Module, layers: dict[str, tuple[int, int]], images: int, called: Sequence[str], branches: Sequence[str], dtype: str):
-        modules = self_attention(unet)
-        self._modules = {path: modules[path] for path in layers}
-        self.layers, self._images, self._dtype, self._batch = layers, images, dtype, len(called) * images
-        self._rows = [called.index(branch) * images + image for branch in branches for image in range(images)]
-        self._tray = Tray(list(layers))
-        self._queries: dict[str, torch.Tensor] = {}
-        self._watched: dict[str, Any] = {}
-        self.resting = False
-        self._witness = Witness(self._modules, self._rows, lambda: self.resting)
-        for path, module in self._modules.items():
-            refuse_unreadable(path, module)
+        super().__init__(self_attention(unet), layers, images, called, branches, dtype)
 
-    def watches(self) -> list[Watch]:
-        found: list[Watch] = []
-        for path, module in self._modules.items():
-            self._watched[path] = module.to_q, module.to_k
-            found += [(module.to_q, "output", self._query(path)), (module.to_k, "output", self._key(path, module))]
-        return found + self._witness.watches()
-
-    def take(self) -> dict[str, torch.Tensor]:
-        if self.resting:
-            return {}
-        found = self._tray.take()
-        self._witness.take()
-        return found
-
-    def _query(self, path: str) -> Callable[[Any], None]:
-        def hook(query: torch.Tensor) -> None:
-            if not self.resting:
-                self._queries[path] = query.detach()
-
-        return hook
-
-    def _key(self, path: str, module: Any) -> Callable[[Any], None]:
-        def hook(key: torch.Tensor) -> None:
-            if not self.resting:
-                query = self._queries.pop(path)
-                check_watched(path, module, self._watched[path], (query, key), self._batch, prod(self.layers[path]))
-                q = query[self._rows].float().unflatten(-1, (module.heads, -1)).transpose(1, 2)
-                k = key.detach()[self._rows].float().unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1)
-                maps = torch.matmul(q * module.scale, k).softmax(dim=-1)
-                self._tray.put(path, to_storage(maps, self._dtype).unflatten(0, (-1, self._images)))
-
-        return hook
+    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        module = self._modules[path]
+        q = query[self._all_rows].float().unflatten(-1, (module.heads, -1)).transpose(1, 2)
+        k = key[self._all_rows].float().unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1)
+        maps: torch.Tensor = to_storage(torch.matmul(q * module.scale, k).softmax(dim=-1), self._dtype).unflatten(0, (-1, self._images))
+        return maps

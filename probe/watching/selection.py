@@ -1,0 +1,69 @@
+"""Which layers, modules and tokens a request selects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from probe.diffusion.models import StableDiffusion
+from probe.errors import ExperimentError
+from probe.schema import near
+from probe.watching.rehearsal import Rehearsal
+
+STATISTIC_CLASSES = frozenset(
+    {
+        *("ResnetBlock2D", "Transformer2DModel", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
+        *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The token positions whose maps are kept, 0 to `end`; the others are summed into one `rest`, if there are any."""
+
+    end: int
+    tokens: int
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The `token` coordinate: positions, then -1 for `rest`."""
+        return (*range(self.end + 1), *([-1] if self.end + 1 < self.tokens else []))
+
+
+def attention_layers(layers: dict[str, tuple[int, int]], patterns: Sequence[str], field: str = "layers") -> dict[str, tuple[int, int]]:
+    """Those of `layers` (paths and grids) that `patterns` select. Raises ExperimentError if one selects nothing."""
+    chosen: dict[str, tuple[int, int]] = {}
+    grids = {path: f"{y}x{x}" for path, (y, x) in layers.items()}
+    kind = "self-attention" if field == "self_attention" else "cross-attention"
+    for pattern in patterns:
+        found = [path for path, grid in grids.items() if grid == pattern or fnmatchcase(path, pattern)]
+        if not found:
+            options = [*dict.fromkeys([*grids.values(), *(f"{path.split('.')[0]}.*" for path in grids)]), *grids]
+            raise ExperimentError(f"capture.{field}: {pattern!r} matches no {kind} layer.", near(pattern, options))
+        chosen.update({path: layers[path] for path in found})
+    return {path: grid for path, grid in layers.items() if path in chosen}
+
+
+def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]:
+    """The modules that `patterns` select ("unet.mid_block", "vae.decoder.*", ...)."""
+    chosen: dict[str, None] = {}
+    for pattern in patterns:
+        found = [path for path in rehearsal.outputs if fnmatchcase(path, pattern)]
+        once = [path for path in found if rehearsal.calls[path] == 1]
+        if not once:
+            if found:
+                raise ExperimentError(
+                    f"capture.activations: {found[0]} runs {rehearsal.calls[found[0]]} times a call.", "Name the modules around it."
+                )
+            raise ExperimentError(f"capture.activations: {pattern!r} matches no module.", near(pattern, list(rehearsal.outputs)))
+        chosen.update(dict.fromkeys(once))
+    return list(chosen)
+
+
+def statistic_paths(model: StableDiffusion, component: str, rehearsal: Rehearsal) -> list[str]:
+    """Blocks, resnets and transformers of a component that run once a call, in the order in which they run."""
+    module = getattr(model, component)
+    kinds = {f"{component}.{path}": type(part).__name__ for path, part in module.named_modules()}
+    return [path for path in rehearsal.outputs if kinds.get(path) in STATISTIC_CLASSES and rehearsal.calls[path] == 1]
