@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -74,6 +75,7 @@ def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = 
         fail(error.cause, error.remedy)
         code = error.exit_code
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses it again gets no traceback of how Python ends
         if debug:
             traceback.print_exc()
         print("\nStopped.", file=sys.stderr)

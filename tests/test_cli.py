@@ -49,8 +49,9 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """A folder of its own for each test, no terminal to ask, and the environment as it was."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    kept = dict(os.environ)
+    kept, handler = dict(os.environ), signal.getsignal(signal.SIGINT)
     yield
+    signal.signal(signal.SIGINT, handler)  # a command that was stopped is deaf to a second Ctrl-C
     for name in set(os.environ) - set(kept):
         del os.environ[name]
     os.environ.update(kept)
@@ -561,6 +562,25 @@ def test_ctrl_c_in_the_middle_keeps_what_was_recorded(tmp_path: Path, durability
         and made.attention().sizes["step"] == min(5, made.steps.size)
     )
     assert [file.name for file in (tmp_path / "out").iterdir()] == [found[0].name], "no lock is left"
+
+
+@needs_the_bundled_model
+def test_ctrl_c_pressed_again_and_again(tmp_path: Path) -> None:
+    """No traceback of how Python ends, and the recording is there."""
+    running = process("probe.run", "--steps", 900, "--output", tmp_path / "out", "--capture.steps", "0:5", preexec_fn=interruptible)
+    deadline = time.monotonic() + 90
+    found: list[Path] = []
+    while not (found and Run(found[0]).steps.size >= 3):
+        assert time.monotonic() < deadline and running.poll() is None, running.communicate()
+        time.sleep(0.05)
+        found = list((tmp_path / "out").glob("[!.]*.zarr"))
+    while running.poll() is None:
+        assert time.monotonic() < deadline
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    _, err = running.communicate()
+    assert running.returncode == 130 and "Traceback" not in err and err.count("\nStopped.\n") == 1, err
+    assert Run(found[0]).status == "interrupted" and Run(found[0]).steps.size >= 3
 
 
 def test_ctrl_c_before_anything_was_written(model: Path, tmp_path: Path) -> None:
