@@ -14,16 +14,19 @@ import tiny
 import torch
 from PIL import Image
 
+from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import Schedule, denoise, first_call
 from probe.errors import ExperimentError, StoreError
 from probe.experiment import Experiment, load_experiment
 from probe.fields import SCHEDULERS
+from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.forward import begin, encode
 from probe.running.planning import plan
 from probe.running.recorder import record, resume
 from probe.source import read_picture
+from probe.verify import verify
 
 # Building a pipeline around a scheduler whose class clips by default; the pipeline turns that off, and so do we.
 pytestmark = pytest.mark.filterwarnings("ignore:(?s)The configuration file of this scheduler.*clip_sample:FutureWarning")
@@ -268,6 +271,21 @@ def test_resumed_to_the_same_bits_without_the_file(tmp_path: Path, picture: Path
         "source/picture",
     ):
         assert np.array_equal(run.variable(name).values, whole.variable(name).values), name
+
+
+def test_the_bundled_model_goes_on_from_a_picture_and_is_proven(tmp_path: Path) -> None:
+    """Its VAE leaves the latents with the channels last in memory, on which the last bits of every convolution depend."""
+    asked = {"prompt": "a cat", "image": "experiments/fox-and-penguin.png", "strength": 1.0, "steps": 4, "guidance_rescale": 0.5, "decode_every": 2}
+    asked["image"] = str(Path(__file__).parent.parent / str(asked["image"]))
+    whole = record({**asked, "output": str(tmp_path / "whole")}, progress=False)
+    assert whole.attributes["memory_format"] == {"clean": "channels_last"}
+    part = interrupted(load_experiment({**asked, "output": str(tmp_path / "part")}), load("emojiworld").with_scheduler("default", {}), after=2)
+    found = compare(whole, resume(part, progress=False))
+    assert found.same and found.variables > 60, found.differences
+    verdicts = {check.name: check.verdict for check in verify(whole, True)}
+    assert {name: verdicts[name] for name in ("guidance", "scheduler", "predictions", "inside", "decode", "encode")} == dict.fromkeys(
+        ("guidance", "scheduler", "predictions", "inside", "decode", "encode"), "exact"
+    )
 
 
 def test_resumed_before_its_first_step(tmp_path: Path, picture: Path) -> None:

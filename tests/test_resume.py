@@ -6,6 +6,7 @@ Most interruptions here are made from a whole recording: `cut` takes away what a
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -190,6 +191,15 @@ def test_whatever_is_recorded_goes_on_to_the_same_bits(what: str, tmp_path: Path
     assert calls == (whole.tree.sizes["step"] - 2) * per_step
     assert_as_if_nothing_had_happened(resumed, whole)
     assert not failed_checks(resumed)
+
+
+def test_a_model_that_computes_with_the_channels_last(tmp_path: Path) -> None:
+    pipe = copy.deepcopy(pipeline())
+    pipe.unet.to(memory_format=torch.channels_last)
+    whole = take(tmp_path, pipe, guidance_rescale=0.4)
+    resumed = assert_resumes(whole, tmp_path, 2, pipe)
+    verdicts = {check.name: check.verdict for check in verify(resumed, pipe)}
+    assert [verdicts[name] for name in ("guidance", "scheduler", "predictions", "inside", "decode")] == ["exact"] * 5
 
 
 @pytest.fixture(scope="module")

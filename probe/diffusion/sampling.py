@@ -159,6 +159,17 @@ def draw(generators: list[torch.Generator], shape: tuple[int, ...], dtype: torch
     return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generators])
 
 
+def memory_format(tensor: torch.Tensor) -> str:
+    """How a tensor lies in memory: "contiguous", or "channels_last". The last bits of convolutions and sums depend on it."""
+    last = not tensor.is_contiguous() and tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return "channels_last" if last else "contiguous"
+
+
+def arranged(tensor: torch.Tensor, how: str) -> torch.Tensor:
+    """The same values, lying in memory as `memory_format` said."""
+    return tensor.contiguous(memory_format=torch.channels_last if how == "channels_last" and tensor.ndim == 4 else torch.contiguous_format)
+
+
 def guide(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, w = guidance_scale - 1), rescaled as in Lin et al. 2023, section 3.4.
 

@@ -16,7 +16,7 @@ from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import noise
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative
-from probe.proof.replay import conditions, numbers, run_dtype, tensor
+from probe.proof.replay import clean_of, conditions, numbers, run_dtype
 from probe.reading.recording import Run
 from probe.running.forward import encode, psnr, restart, sampled
 
@@ -25,7 +25,7 @@ ROUNDED = 1e-4  # of the greatest value: one float32 formula, computed by torch 
 
 def check_forward(run: Run) -> Check:
     """The true noise, and all that is measured by it."""
-    clean = tensor(run, run.variable("forward/clean").values)
+    clean = clean_of(run)
     if "noising" in run.attributes:
         tally = Tally("forward", "noise is that of the seeds; differences, losses and the round trip follow", ROUNDED, ("rounding", *conditions(run)))
         eps = noise(run.experiment.seed, tuple(clean.shape), run_dtype(run))[0]

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from probe.diffusion.sampling import Schedule, first_call, guide, noise, started, step_options
+from probe.diffusion.sampling import Schedule, arranged, first_call, guide, memory_format, noise, started, step_options
 from probe.errors import RecordingDamaged
 from probe.fields import SCHEDULERS
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
-from probe.running.forward import restart
+from probe.running.forward import memory_formats, restart
 
 # Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding grows some fifteenfold.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}
@@ -66,36 +66,37 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
         pure, generators = noise(asked.seed, shape, run_dtype(run))
         came = pure.to(device) * scheduler.init_noise_sigma
     else:
-        clean = tensor(run, run.variable("forward/clean").values).to(device)
+        clean = clean_of(run).to(device)
         start = restart(asked, clean, encoded=int(run.attributes["model"]["f"]) > 1)
         came, generators = started(scheduler, start, begin), start.generators
     options = step_options(scheduler, asked.eta, generators)
     for index, t in enumerate(scheduler.timesteps[begin:][: len(run.steps)]):
         values = stored.isel(step=index).values
-        latents = tensor(run, values).to(device)
+        latents = arranged(tensor(run, values).to(device), memory_format(came))
         with torch.no_grad():
             model_input = scheduler.scale_model_input(torch.cat([latents] * branches), t)
         yield Call(index, t, came, latents, values, model_input)
         with torch.no_grad():
-            prediction = tensor(run, run.prediction().isel(step=index).values).to(device)
+            prediction = prediction_of(run, index).to(device)
             came = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
     if run.status == "complete":
         values = run.variable("latents/final_latents").values
-        yield Call(len(run.steps), None, came, tensor(run, values).to(device), values, None)
+        yield Call(len(run.steps), None, came, arranged(tensor(run, values).to(device), memory_format(came)), values, None)
 
 
 def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
     """The timesteps of a noising: the noise of its seeds, mixed into its clean latents."""
     scheduler, stored = rebuild_scheduler(run), run.latents
-    clean = tensor(run, run.variable("forward/clean").values).to(device)
+    clean = clean_of(run).to(device)
     eps = noise(run.experiment.seed, tuple(clean.shape), run_dtype(run))[0].to(device)
     for index, timestep in enumerate(run.attributes["noising"]["timesteps"][: len(run.steps)]):
         values, t = stored.isel(step=index).values, torch.tensor(int(timestep), device=device)
-        latents = tensor(run, values).to(device)
-        yield Call(index, t, scheduler.add_noise(clean, eps, t.repeat(len(clean))), latents, values, latents)
+        came = scheduler.add_noise(clean, eps, t.repeat(len(clean)))
+        latents = arranged(tensor(run, values).to(device), memory_format(came))
+        yield Call(index, t, came, latents, values, latents)
     if run.status == "complete":
         values = run.variable("latents/final_latents").values
-        yield Call(len(run.steps), None, clean, tensor(run, values).to(device), values, None)
+        yield Call(len(run.steps), None, clean, arranged(tensor(run, values).to(device), memory_format(clean)), values, None)
 
 
 def _begin(run: Run, scheduler: Any) -> int:
@@ -134,6 +135,16 @@ def tensor(run: Run, value: np.ndarray) -> torch.Tensor:
     if not np.array_equal(numbers(made), value, equal_nan=True):
         raise ValueError(f"it holds a value that {run.attributes['model']['dtype']} does not have")
     return made
+
+
+def clean_of(run: Run) -> torch.Tensor:
+    """The picture's latents, lying in memory as they did."""
+    return arranged(tensor(run, run.variable("forward/clean").values), memory_formats(run.attributes)["clean"])
+
+
+def prediction_of(run: Run, index: int, branch: str | None = None) -> torch.Tensor:
+    """What the model said at a step, or what the scheduler got (None), lying in memory as it did."""
+    return arranged(tensor(run, run.prediction(branch).isel(step=index).values), memory_formats(run.attributes)["prediction"])
 
 
 def numbers(value: torch.Tensor) -> np.ndarray:
@@ -210,9 +221,9 @@ def check_guidance(run: Run) -> Check:
     tally = Tally("guidance", what, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
     for index, step in enumerate(run.steps):
         given = run.prediction().isel(step=index).values
-        cond = tensor(run, run.prediction("cond").isel(step=index).values)
+        cond = prediction_of(run, index, "cond")
         if asked.guidance_scale > 1:
-            uncond = tensor(run, run.prediction("uncond").isel(step=index).values)
+            uncond = prediction_of(run, index, "uncond")
             with torch.no_grad():
                 made = guide(uncond, cond, asked.guidance_scale, asked.guidance_rescale)
         else:

@@ -28,7 +28,7 @@ from probe.diffusion.sampling import Step, guide
 from probe.proof.checks import Check, Tally, variables
 from probe.proof.forward_checks import check_encoded
 from probe.proof.map_checks import BOUND, ROUNDED, apart, head_statistics_of, moments_of, relative, rounding
-from probe.proof.replay import Call, numbers, replayed, run_dtype, tensor, threads_of
+from probe.proof.replay import Call, numbers, prediction_of, replayed, run_dtype, threads_of
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
 from probe.running.forward import replan
@@ -291,7 +291,7 @@ class Again:
 
     def _step(self, call: Call) -> Step:
         schedule = self._plan.schedule
-        given = tensor(self._run, self._run.prediction().isel(step=call.index).values).to(call.latents.device)
+        given = prediction_of(self._run, call.index).to(call.latents.device)
         levels = (schedule.timesteps[call.index], schedule.sigmas[call.index], schedule.alpha_bars[call.index])
         kind = self._model.prediction_type
         return Step(call.index, *levels, call.latents, None, given, given, call.latents, kind, schedule.variance_exploding)

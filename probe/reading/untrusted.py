@@ -169,6 +169,8 @@ WHERE_PRESENT: dict[str, Callable[[object], bool]] = {
     "prediction_type": lambda value: value in ("epsilon", "v_prediction"),
     "latent_convention": lambda value: value in ("variance_preserving", "variance_exploding"),
     "parent_run": _none_or_text,
+    "memory_format": lambda value: isinstance(value, dict) and all(how in ("contiguous", "channels_last") for how in value.values()),
+    "resumed": lambda value: isinstance(value, list),
 }
 
 

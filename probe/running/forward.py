@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from probe.conversions import target
 from probe.diffusion.models import Conditioning, StableDiffusion
-from probe.diffusion.sampling import Schedule, Start, Step, draw, fresh, noise
+from probe.diffusion.sampling import Schedule, Start, Step, arranged, draw, fresh, memory_format, noise
 from probe.errors import NotFinite
 from probe.experiment import Experiment
-from probe.reading.recording import Run
+from probe.reading.recording import Run, root_attributes
 from probe.running.planning import Plan, plan
 from probe.schema import array
 from probe.store import RunWriter
@@ -54,6 +55,7 @@ def begin(model: StableDiffusion, asked: Experiment, writer: RunWriter) -> Start
         return None
     if writer.committed:
         clean = torch.from_numpy(writer.read("forward/clean")).to(model.device, model.dtype)
+        clean = arranged(clean, memory_formats(root_attributes(writer.path))["clean"])
         return restart(asked, clean, encoded=model.vae is not None)
     mean, deviation = encode(model, writer.read("source/picture"))
     clean, eps, generators = sampled(model, asked, mean, deviation)
@@ -61,6 +63,19 @@ def begin(model: StableDiffusion, asked: Experiment, writer: RunWriter) -> Start
     writer.write("forward/clean", _numpy(start.clean))
     writer.write("forward/noise", _numpy(start.noise))
     return start
+
+
+def note_memory_formats(clean: torch.Tensor | None, prediction: torch.Tensor, writer: RunWriter) -> None:
+    """Write down what does not lie in memory as it will come from the disk: a resumed run and a proof have to arrange it."""
+    tensors = {"prediction": prediction} if clean is None else {"prediction": prediction, "clean": clean}
+    found = {name: how for name, tensor in tensors.items() if (how := memory_format(tensor)) != "contiguous"}
+    if found != root_attributes(writer.path).get("memory_format", {}):
+        writer.annotate(memory_format=found)
+
+
+def memory_formats(attributes: Mapping[str, Any]) -> dict[str, str]:
+    """How `clean` latents and each `prediction` of a run lay in memory; what its attributes do not say was contiguous."""
+    return {"clean": "contiguous", "prediction": "contiguous", **attributes.get("memory_format", {})}
 
 
 def sampled(

@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from probe.analysis.maps import maps_of, probabilities, resize
 from probe.diffusion.models import Conditioning, StableDiffusion
-from probe.diffusion.sampling import Predictions, Step, denoise
+from probe.diffusion.sampling import Predictions, Step, arranged, denoise
 from probe.errors import NotFinite, RecordingDamaged, StoreError
-from probe.running.forward import Noised, begin
+from probe.reading.recording import root_attributes
+from probe.running.forward import Noised, begin, memory_formats, note_memory_formats
 from probe.running.planning import ENCODER, Plan, grid_group
 from probe.store import RunWriter
 from probe.watching.capture import AttentionCapture, OutputCapture, TextCapture, hooked
@@ -48,11 +49,13 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
     text_side = TextSide(model.unet, list(run.layers), run.kept, asked.images, run.called, run.branches)
     outputs = OutputCapture("unet", model.unet, run.statistics["unet"], run.activations)
     decoded_in_float32 = False
+    clean: torch.Tensor | None
     if forward is not None:
-        steps = forward.steps(conditioning, run.schedule)
+        clean, steps = forward.clean, forward.steps(conditioning, run.schedule)
     else:
         how: dict[str, Any] = {name: getattr(asked, name) for name in SAMPLING}
-        steps = denoise(model, conditioning, **how, known=_recorded(writer, run, model), start=begin(model, asked, writer))
+        start = begin(model, asked, writer)
+        clean, steps = None if start is None else start.clean, denoise(model, conditioning, **how, known=_recorded(writer, run, model), start=start)
     masked = embeddings_without(model, run.prompts["cond"], run.words) if run.words else None
     watching = (attention, text_side, selves, outputs, clock)
     begun = writer.committed
@@ -73,6 +76,8 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
                     step = next(steps)
                     if index == begun:
                         _write_text_side(text_side, run, writer)
+                    if index == 0:
+                        note_memory_formats(clean, step.prediction, writer)
                     extra = forward.measures(step) if forward else {}
                     if masked is not None and index in run.recorded:
                         with _resting(*watching):
@@ -116,9 +121,10 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
 
 def _recorded(writer: RunWriter, run: Plan, model: StableDiffusion) -> Iterator[Predictions]:
     """The predictions of the steps that were committed before."""
+    how = memory_formats(root_attributes(writer.path))["prediction"]
     for index in range(writer.committed):
         uncond, cond, prediction = (
-            None if name is None else torch.from_numpy(_read_step(writer, run, f"latents/{name}", index)).to(model.device, model.dtype)
+            None if name is None else arranged(torch.from_numpy(_read_step(writer, run, f"latents/{name}", index)).to(model.device, model.dtype), how)
             for name in ("prediction_uncond" if "uncond" in run.called else None, "prediction_cond", "prediction")
         )
         assert cond is not None and prediction is not None
