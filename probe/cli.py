@@ -15,6 +15,7 @@ RUN is a path, the beginning of a name, or latest. `probe VERB --help` tells mor
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, RecordingNotFound
+from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.strict_yaml import printable
 from probe.terminal import Parser, fail, guarded, harmless, quieten, rows, without_home
 
@@ -77,7 +78,6 @@ def ask(arguments: list[str]) -> int:
 
 def rerun(arguments: list[str]) -> int:
     """Record a run again from its own record, and compare. Exit code 0: the same bits; 1: something differs."""
-    from probe.experiment import load_experiment
     from probe.reading.compare import compare
     from probe.reading.recording import open_run
 
@@ -86,13 +86,10 @@ def rerun(arguments: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     before = open_run(options.run, options.runs)
-    if "noising" in before.attributes:
-        raise ExperimentError(f"{before.name} is a noising, which probe rerun cannot record.", "Record it again: python -m probe.noising FILE.")
-    asked = load_experiment(before.experiment, output=str(before.path.parent))
     quieten(options.quiet)
-    from probe.running.recorder import record
+    from probe.running import recorder
 
-    after = record(asked, progress=not options.quiet, parent=before.name)
+    after = recorder.rerun(before, progress=not options.quiet)
     print(f"Recorded {without_home(str(after.path))}")
     return _tell(compare(before, after), before.name, after.name)
 
@@ -128,7 +125,9 @@ def _tell(found: Comparison, one: str, other: str) -> int:
         )
         for d in found.differences
     ]
-    print(f"  values      {len(found.differences)} of {found.variables} variables differ\n")
+    apart = sum(d.problem.startswith("only in") for d in found.differences)
+    shared = sum(d.variable != "committed" for d in found.differences) - apart
+    print(f"  values      {shared} of {found.variables} variables differ{f', and {apart} are not in both' if apart else ''}\n")
     print(rows(table, ("variable", "", "values", "by at most", "first at step")))
     return 1
 
@@ -139,7 +138,7 @@ def gc(arguments: list[str]) -> int:
     parser.add_argument("runs", nargs="?", default="runs", help="folder of recordings [runs]")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(arguments)
-    from probe.store import clear_orphans
+    from probe.upkeep import clear_orphans
 
     found = clear_orphans(Path(options.runs), options.dry_run)
     print(*(printable(str(path)) for path in found), sep="\n", end="\n" if found else "")
@@ -219,31 +218,34 @@ def show(arguments: list[str]) -> int:
 def rm(arguments: list[str]) -> int:
     """Remove recordings. Asks first, unless --yes is given; never removes one that is being written."""
     from probe.reading.recording import Run, find_run, list_runs
+    from probe.upkeep import held
 
     parser = Parser(prog="probe rm", description=rm.__doc__)
     parser.add_argument("run", nargs="+", help="paths, or the beginnings of names")
     parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
-    paths: list[Path] = list(dict.fromkeys(find_run(name, options.runs) for name in options.run))
+    paths: list[Path] = list({path.absolute(): path for path in (find_run(name, options.runs) for name in options.run)}.values())
     for path in paths:
         try:
-            if Run(path).status == "running":
-                raise RecordingBusy(f"{path.name} is being written.", "Stop its writer first.")
+            Run(path)
         except (RecordingDamaged, RecordingNotFound):
             here = {listed.absolute() for listed, _ in list_runs(options.runs)}
             if path.absolute() not in here:  # a damaged recording may go, somebody else's data may not
                 raise
-    print("\n".join(printable(str(path)) for path in paths))
-    if not options.yes:
-        if not sys.stdin.isatty():
-            fail("Nothing was removed: there is nobody to ask.", "Give --yes to remove without asking.")
-            return 2
-        if input(f"Remove {'these' if len(paths) > 1 else 'this'}? [y/N] ").strip().lower() not in ("y", "yes"):
-            print("Nothing was removed.")
-            return 0
-    for path in paths:
-        shutil.rmtree(path)
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(held(path))
+        print("\n".join(printable(str(path)) for path in paths))
+        if not options.yes:
+            if not sys.stdin.isatty():
+                fail("Nothing was removed: there is nobody to ask.", "Give --yes to remove without asking.")
+                return 2
+            if input(f"Remove {'these' if len(paths) > 1 else 'this'}? [y/N] ").strip().lower() not in ("y", "yes"):
+                print("Nothing was removed.")
+                return 0
+        for path in paths:
+            shutil.rmtree(path)
     print(f"Removed {len(paths)}.")
     return 0
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
-from probe.terminal import Parser, add_fields, guarded, overrides, quieten, rows, without_home
+from probe.terminal import Parser, add_fields, guarded, overrides, quieten, rows, shell_path, without_home
 
 if TYPE_CHECKING:
     from probe.reading.recording import Run
@@ -77,8 +77,8 @@ def say_where(run: Run, quiet: bool) -> int:
         print(run.path)
         return 0
     pictures = ", ".join(sorted(file.name for file in run.path.glob("*.png")))
-    path, folder = without_home(str(run.path)), without_home(str(run.path.parent))
-    print(f"\n{run!r}\n\nRecording  {path}\nPictures   {pictures} (inside it)\n")
+    path, folder = shell_path(run.path), shell_path(run.path.parent)
+    print(f"\n{run!r}\n\nRecording  {without_home(str(run.path))}\nPictures   {pictures} (inside it)\n")
     where = "" if run.path.parent == Path("runs") else f" --runs {folder}"
     print(f"Look       probe show {run.name}{where}\nCheck      probe verify {run.name}{where}")
     print(f"Read       python -c 'import probe, sys; print(probe.open_run(sys.argv[1]).tree)' {path}")  # the shell knows what ~ is

@@ -123,6 +123,7 @@ class RunWriter:
                 self._status, late = "failed", error
             if self._status != "complete":
                 with contextlib.suppress(OSError) if kind or late else contextlib.nullcontext():
+                    (self.path / MANIFEST).unlink(missing_ok=True)  # only what is complete has one
                     self.annotate(status=self._status)
         finally:
             self._unlock()
@@ -318,32 +319,3 @@ def _sync_file(file: Path) -> None:
 
 
 _sync_directory = _sync_file
-
-
-def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
-    """Remove what dead writers left in a folder of recordings: half-made hidden folders, lock files, parts of files.
-
-    Whatever belongs to a living writer holds its lock, and stays. Returns what was removed; with `dry_run` nothing is.
-    """
-    found: dict[str, list[Path]] = {}
-    for path in (*folder.glob(".*.zarr.lock"), *folder.glob(".*.zarr.*.partial"), *folder.glob("[!.]*.zarr/**/*.partial")):
-        name = re.sub(r"^\.(.*\.zarr)\.(lock|[0-9a-f]+\.partial)$", r"\1", path.relative_to(folder).parts[0])
-        found.setdefault(name, []).append(path)
-    removed: list[Path] = []
-    for name, paths in sorted(found.items()):
-        lock = filelock.FileLock(folder / f".{name}.lock")
-        new = not Path(lock.lock_file).exists()
-        with storing(folder):
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                continue
-            try:
-                removed += sorted(paths)
-                for path in () if dry_run else paths:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            finally:
-                if new:
-                    Path(lock.lock_file).unlink(missing_ok=True)
-                lock.release()
-    return removed

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -48,6 +49,13 @@ def without_home(text: str) -> str:
     """A text for a log, in which paths in the home folder begin with ~: a shell still takes them, and nobody's name is told."""
     home = str(Path.home())
     return re.sub(rf"(?<![^\s\"'(=:]){re.escape(home)}(?=/)", "~", text) if len(home) > 1 else text
+
+
+def shell_path(path: Path) -> str:
+    """A path as a shell takes it, in a command that people copy: quoted where it must be, with ~ for the home folder."""
+    text = without_home(str(path))
+    start = "~/" if text.startswith("~/") else ""
+    return start + shlex.quote(text[len(start) :])
 
 
 def harmless(text: str) -> str:

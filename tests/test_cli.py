@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -724,6 +725,25 @@ def test_diff_of_unlike_runs(call: Command, runs: Path) -> None:
     assert code == 1 and "  conditions  dtype: float32 and float16\n" in out and "types float32 and float16" in out
 
 
+def test_diff_counts_shared_variables_apart_from_the_others(call: Command, runs: Path) -> None:
+    record({"name": "queries", "prompt": "a cat on\nthe hat", "steps": 3, "output": str(runs), "capture": {"attention": "queries"}}, tiny.pipeline())
+    code, out, _ = call(cli.dispatch, "diff", "small", "queries")
+    (counted,) = re.findall(r"^  values      (\d+) of (\d+) variables differ, and (\d+) are not in both$", out, re.MULTILINE)
+    differ, shared, alone = map(int, counted)
+    assert code == 1 and 0 < differ <= shared and alone == len(re.findall(r"^/\S+ +only in the (?:first|second)$", out, re.MULTILINE))
+    assert differ + alone + 1 == len(re.findall(r"^/", out, re.MULTILINE)), "and one row for the steps that are committed"
+
+
+@pytest.mark.parametrize("gone", ["environment", "model"])
+def test_diff_of_one_that_does_not_say_where_it_ran(call: Command, runs: Path, gone: str) -> None:
+    root = copied(runs, "odd-11111111") / "zarr.json"
+    content = json.loads(root.read_text())
+    del content["attributes"][gone]
+    root.write_text(json.dumps(content))
+    cause, remedy = refused(call, "diff", "small", "odd", main=cli.dispatch)
+    assert cause.endswith(f"odd-11111111.zarr is damaged: its {gone} is missing.") and remedy == "Record it again, or remove it."
+
+
 def test_diff_names_what_it_cannot_find(call: Command, runs: Path) -> None:
     damaged(runs)
     assert "begins with 'samll'" in refused(call, "diff", "samll", "small", main=cli.dispatch)[0]
@@ -910,6 +930,16 @@ def test_rm_removes_several_once_each_and_damaged_ones_too(call: Command, runs: 
     broken = damaged(runs)
     code, out, err = call(cli.dispatch, "rm", broken.absolute(), "--yes")
     assert (code, err) == (0, "") and list(runs.iterdir()) == [kept], "by its absolute path too"
+
+
+def test_rm_asks_the_lock_and_not_the_status(call: Command, runs: Path) -> None:
+    """A killed writer's number may be somebody else's by now, and a copy's writer is on another machine."""
+    for name, writer in (("reused-11111111", {"pid": os.getpid(), "host": socket.gethostname()}), ("away-22222222", {"pid": 1, "host": "elsewhere"})):
+        copied(runs, name, status="running", writer=writer)
+    reused = runs / "reused-11111111.zarr"
+    assert Run(reused).status == "running"
+    code, out, err = call(cli.dispatch, "rm", "reused", reused.absolute(), "away", "--yes")
+    assert (code, err) == (0, "") and out.endswith("Removed 2.\n") and len(list(runs.iterdir())) == 1
 
 
 def test_rm_takes_only_recordings(call: Command, runs: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from probe.proof.checks import variables
 from probe.reading.compare import compare
 from probe.reading.recording import Run, list_runs
 from probe.running.recorder import record, resume
-from probe.store import MANIFEST, clear_orphans
+from probe.store import MANIFEST
+from probe.upkeep import clear_orphans
 from probe.verify import verify
 from probe.watching import hooks
 

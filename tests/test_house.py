@@ -35,6 +35,7 @@ LAYERS = [
     ("probe.experiment",),
     ("probe.background", "probe.chunks"),
     ("probe.store",),
+    ("probe.upkeep",),
     ("probe.analysis.maps", "probe.reading.sample"),
     ("probe.analysis.recomputed", "probe.analysis.averages", "probe.analysis.heads", "probe.analysis.masks"),
     ("probe.analysis",),

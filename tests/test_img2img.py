@@ -24,7 +24,7 @@ from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.forward import begin, encode
 from probe.running.planning import plan
-from probe.running.recorder import record, resume
+from probe.running.recorder import record, rerun, resume
 from probe.source import read_picture
 from probe.verify import verify
 
@@ -286,6 +286,14 @@ def test_the_bundled_model_goes_on_from_a_picture_and_is_proven(tmp_path: Path) 
     assert {name: verdicts[name] for name in ("guidance", "scheduler", "predictions", "inside", "decode", "encode")} == dict.fromkeys(
         ("guidance", "scheduler", "predictions", "inside", "decode", "encode"), "exact"
     )
+
+
+def test_a_rerun_begins_from_the_recorded_picture(tmp_path: Path, picture: Path) -> None:
+    whole = record(ask(tmp_path, picture), base(), progress=False)
+    Image.fromarray(photograph()[::-1]).save(picture)
+    assert compare(whole, rerun(whole, base(), progress=False)).same, "not from what is in the file now"
+    picture.unlink()
+    assert compare(whole, rerun(whole, base(), progress=False)).same
 
 
 def test_resumed_before_its_first_step(tmp_path: Path, picture: Path) -> None:

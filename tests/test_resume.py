@@ -26,7 +26,7 @@ import zarr
 from diffusers import StableDiffusionPipeline
 from test_recorder import FULL, OFF, at_call, only, pipeline, take, throw
 
-from probe.diffusion.loading import BUNDLED
+from probe.diffusion.loading import BUNDLED, load
 from probe.diffusion.models import StableDiffusion
 from probe.errors import ModelError, NotFinite, ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.experiment import load_experiment
@@ -34,9 +34,9 @@ from probe.fields import SCHEDULERS
 from probe.proof.checks import variables
 from probe.reading.compare import compare
 from probe.reading.recording import Run
-from probe.running import planning
+from probe.running import planning, recorder
 from probe.running.planning import plan
-from probe.running.recorder import record, resume
+from probe.running.recorder import record, rerun, resume
 from probe.store import MANIFEST, RunWriter
 from probe.verify import verify
 from probe.watching import hooks
@@ -275,6 +275,25 @@ def test_a_complete_run_is_returned_as_it_is(whole: Run, capsys: pytest.CaptureF
     assert resume(Run(whole.path)).path == whole.path  # with no pipeline: nothing is loaded
     assert capsys.readouterr().err == f"{whole.name} is complete already.\n"
     assert {file: file.stat().st_mtime_ns for file in whole.path.rglob("*")} == before
+
+
+def test_the_model_is_loaded_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the number format that "auto" was then, and of the commit that "main" was: by resume and by rerun."""
+    whole = take(tmp_path, load("emojiworld", dtype="bfloat16", device="cpu"), steps=3, guidance_scale=1, capture=OFF)
+    assert whole.experiment.dtype == "auto" and whole.attributes["model"]["dtype"] == "bfloat16"
+    assert_as_if_nothing_had_happened(resume(cut(whole, tmp_path, 2), progress=False), whole)
+    assert compare(whole, rerun(whole, progress=False)).same
+    left = change_root(cut(whole, tmp_path, 1), lambda attributes: attributes["model"].update(revision="0123abc"))
+    asked: list[Any] = []
+    monkeypatch.setattr(recorder, "load", lambda _, *, revision, dtype, **__: asked.append((revision, dtype)) or load("emojiworld", dtype=dtype))
+    for again in (resume, rerun):
+        again(left, progress=False)
+    assert asked == [("0123abc", "bfloat16")] * 2
+
+
+def test_another_number_format_is_not_called_other_weights(whole: Run, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"was begun in float32, and this model is in bfloat16\.$"):
+        resume(cut(whole, tmp_path, 2), pipeline(torch.bfloat16), progress=False)
 
 
 # --- what is said, and what is refused -------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from probe.experiment import Experiment
 from probe.reading.recording import Run, find_run, list_runs, open_run
 from probe.schema import Array, array
 from probe.store import MANIFEST, RunWriter, manifest
+from probe.upkeep import clear_orphans
 
 ROOT = Path(__file__).parent.parent
 CALLS = 5
@@ -700,16 +701,16 @@ def test_orphans_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path
     alone.mkdir()
 
     everything = files(tmp_path)
-    assert store.clear_orphans(tmp_path, dry_run=True) == [alone] and files(tmp_path) == everything and alone.exists()
-    assert store.clear_orphans(tmp_path) == [alone] and files(tmp_path) == everything and not alone.exists()
+    assert clear_orphans(tmp_path, dry_run=True) == [alone] and files(tmp_path) == everything and alone.exists()
+    assert clear_orphans(tmp_path) == [alone] and files(tmp_path) == everything and not alone.exists()
 
     holder.kill()
     holder.communicate()
-    assert sorted(store.clear_orphans(tmp_path, dry_run=True)) == sorted(left) and files(tmp_path) == everything
-    assert sorted(store.clear_orphans(tmp_path)) == sorted(left) and not any(path.exists() for path in left)
+    assert sorted(clear_orphans(tmp_path, dry_run=True)) == sorted(left) and files(tmp_path) == everything
+    assert sorted(clear_orphans(tmp_path)) == sorted(left) and not any(path.exists() for path in left)
     gone = {str(path.relative_to(tmp_path)) for path in left}
     assert files(tmp_path) == {name: content for name, content in everything.items() if name not in gone}
-    assert store.clear_orphans(tmp_path) == store.clear_orphans(tmp_path / "nowhere") == []
+    assert clear_orphans(tmp_path) == clear_orphans(tmp_path / "nowhere") == []
     assert all(check_prefix(tmp_path / name) == 1 for name in names)
 
 

@@ -280,8 +280,16 @@ def test_what_is_done_to_a_file_is_caught(what: str, copy: Run) -> None:
 def test_pictures_and_the_status_are_not_in_the_manifest(copy: Run) -> None:
     (copy.path / "picture-0.png").unlink()
     (copy.path / "contact-sheet.png").write_bytes(b"mine")
-    edit(copy.path / "zarr.json", ["attributes", "status"], "failed")
+    edit(copy.path / "zarr.json", ["attributes", "status"], "running")  # as a writer leaves it that dies at the very end
     assert found(Run(copy.path), "manifest").verdict == "exact"
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
+def test_a_whole_recording_whose_status_was_edited(copy: Run, status: str) -> None:
+    """A writer that ends so takes the manifest away, so this is somebody's doing, and it hides what only a complete run is asked."""
+    edit(copy.path / "zarr.json", ["attributes", "status"], status)
+    check = found(Run(copy.path), "manifest")
+    assert (check.verdict, check.detail) == ("failed", f"there is one, as a complete run has; the status is {status}")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"zarr.json": 3}'])

@@ -103,6 +103,8 @@ def check_manifest(run: Run) -> Check:
     if not os.path.lexists(run.path / MANIFEST):
         told = f"the run is {run.status}: its manifest is written at the end; the checksums of {read_all(run)} variables hold"
         return Check("manifest", "not checked" if run.status != "complete" else "failed", told)
+    if (said := run.attributes["status"]) in ("failed", "interrupted"):  # a writer that ends so takes the manifest away
+        return Check("manifest", "failed", f"there is one, as a complete run has; the status is {said}")
     written, present = read_json(run.path, MANIFEST, MAX_MANIFEST), files_of(run.path)
     if not isinstance(written, dict):
         raise refuse(run.path, f"{MANIFEST} is not a list of files")

@@ -142,12 +142,12 @@ class Run(Attention):
             raise ValueError(f"branch is {branch!r}; it may be None (guided), 'cond' or 'uncond'")
         sigma, alpha_bar = (self.variable(place).isel(step=self.steps) for place in ("sigma", "alpha_bar"))
         x = self.latents.astype("float32")
-        if self._said("latent_convention") == "variance_exploding":
+        if self.said("latent_convention") == "variance_exploding":
             x = variance_preserving(x, sigma)
-        found: xr.DataArray = formula(self.prediction(branch).astype("float32"), x, alpha_bar, self._said("prediction_type"))
+        found: xr.DataArray = formula(self.prediction(branch).astype("float32"), x, alpha_bar, self.said("prediction_type"))
         return found.astype("float32").rename(name)
 
-    def _said(self, *place: str) -> Any:
+    def said(self, *place: str) -> Any:
         """An attribute that every recording has. Raises RecordingDamaged where this one has it not."""
         found: Any = self.attributes
         for name in place:
@@ -160,7 +160,7 @@ class Run(Attention):
         """The run in a few labelled words."""
         asked = self.attributes["experiment"]
         guidance = f", guidance {asked['guidance_scale']:g}" if asked["guidance_scale"] > 1 else ""
-        sampling = f"{self._said('scheduler', 'class')}, {asked['steps']} steps{guidance}, seed {asked['seed']}"
+        sampling = f"{self.said('scheduler', 'class')}, {asked['steps']} steps{guidance}, seed {asked['seed']}"
         if asked.get("image"):
             sampling += f", strength {asked.get('strength', 1):g}"
         if "noising" in self.attributes:
@@ -168,7 +168,7 @@ class Run(Attention):
         lines = {
             "prompt": asked["prompt"],
             "negative prompt": asked["negative_prompt"],
-            "model": f"{self._said('model', 'name')} ({self._said('model', 'dtype')}, {self._said('environment', 'device')})",
+            "model": f"{self.said('model', 'name')} ({self.said('model', 'dtype')}, {self.said('environment', 'device')})",
             "picture": str((self.attributes.get("noising") or {}).get("picture") or asked.get("image") or ""),
             "sampling": sampling,
             "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} model calls",

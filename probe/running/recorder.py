@@ -3,6 +3,7 @@
     run = record("experiments/astronaut.yaml")                  # or an Experiment, or a dict of its fields
     run = record(Experiment(prompt="a cat"), pipeline=pipe)     # an in-memory diffusers StableDiffusionPipeline
     run = resume(open_run("latest"))                            # the same bits as if it had never been interrupted
+    again = rerun(run)                                          # recorded once more, from its own record
 
 Recording changes nothing: the pictures have the same bits with and without it.
 """
@@ -35,7 +36,7 @@ from probe.running.perform import Say, perform
 from probe.running.planning import Plan, free_room, plan, size_text
 from probe.schema import FORMAT_VERSION
 from probe.store import RunWriter, storing
-from probe.terminal import without_home
+from probe.terminal import shell_path, without_home
 
 
 def record(
@@ -44,7 +45,6 @@ def record(
     *,
     max_bytes: int | None = None,
     progress: bool = True,
-    parent: str | None = None,
 ) -> Run:
     """Run an experiment, record it, and return the finished recording.
 
@@ -53,21 +53,40 @@ def record(
     RunFailed after (the recording then opens and holds every committed step).
     """
     asked = load_experiment(experiment)
-    room = free_room(place(asked.output))
-    say = sayer(progress)
+    room, say = free_room(place(asked.output)), sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say)
         if pipeline is not None:
             asked = load_experiment(asked, model=model.name)
-        run = plan(model, asked)
-        run.check_size(max_bytes, room)
-        created = datetime.now(UTC).isoformat(timespec="milliseconds")
-        key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
-        path = place(asked.output) / f"{asked.run_name}-{key}.zarr"
-        attributes = {**describe(model, run), "created": created, "parent_run": parent}
-        say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
-        with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
-            _see_through(path, model, run, writer, say, progress)
+        settled = plan(model, asked)
+        settled.check_size(max_bytes, room)
+        return _record(model, settled, say, progress)
+
+
+def rerun(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
+    """Record a run again, beside it, from its own record: experiment, commit and number format of the weights, and picture.
+
+    Raises as `record` does, and ExperimentError for a noising.
+    """
+    if "noising" in run.attributes:
+        raise ExperimentError(f"{run.name} is a noising, which probe rerun cannot record.", "Record it again: python -m probe.noising FILE.")
+    asked = load_experiment(run.experiment, output=str(run.path.parent))
+    room, say = free_room(run.path.parent), sayer(progress)
+    with out_of_memory(asked):
+        model = model_for(asked, pipeline, say, run)
+        settled = plan(model, asked, None if run.source is None else run.source.values)
+        settled.check_size(None, room)
+        return _record(model, settled, say, progress, parent=run.name)
+
+
+def _record(model: StableDiffusion, run: Plan, say: Say, progress: bool, parent: str | None = None) -> Run:
+    asked, created = run.experiment, datetime.now(UTC).isoformat(timespec="milliseconds")
+    key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
+    path = place(asked.output) / f"{asked.run_name}-{key}.zarr"
+    attributes = {**describe(model, run), "created": created, "parent_run": parent}
+    say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
+    with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
+        _see_through(path, model, run, writer, say, progress)
     return Run(path)
 
 
@@ -88,10 +107,15 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
         raise ExperimentError(f"{run.name} is a noising, and those are not resumed: each is short.", "Record it again: python -m probe.noising.")
     asked = run.experiment
     with out_of_memory(asked):
-        model = model_for(asked, pipeline, say)
+        model = model_for(asked, pipeline, say, run)
         settled = replan(model, run)
         here, there = describe(model, settled), run.attributes
-        if here["model"]["weights"] != there["model"]["weights"]:
+        if here["model"]["dtype"] != (dtype := run.said("model", "dtype")):
+            raise ModelError(
+                f"{run.name} was begun in {dtype}, and this model is in {here['model']['dtype']}.",
+                "Bring the model in that number format, or leave the model out: probe run --resume loads it so.",
+            )
+        if here["model"]["weights"] != run.said("model", "weights"):
             raise ModelError(f"{run.name} was begun with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
         if here["identity"] != there["identity"] and here["experiment"] == there["experiment"]:  # else an older version began it, with fewer fields
             raise RecordingDamaged(f"The experiment in {run.name} is not the one it was begun with.", "Record it again: probe run.")
@@ -111,11 +135,17 @@ def sayer(progress: bool) -> Say:
     return (lambda line: print(without_home(line), file=sys.stderr, flush=True)) if progress else (lambda _: None)
 
 
-def model_for(asked: Experiment, pipeline: Any | None, say: Say) -> StableDiffusion:
-    """The experiment's model, or that of a `pipeline` in memory, with the experiment's scheduler."""
+def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run | None = None) -> StableDiffusion:
+    """The experiment's model, or that of a `pipeline` in memory, with the experiment's scheduler.
+
+    Of a `recorded` run it is loaded as it was: its commit, where "main" may have moved on, and what an "auto" dtype became.
+    """
     if pipeline is None:
         say(f"Loading {asked.model} ...")
-        model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device)
+        revision, dtype = asked.revision, asked.dtype
+        if recorded is not None:
+            revision, dtype = recorded.said("model", "revision") or revision, recorded.said("model", "dtype")
+        model = load(asked.model, revision=revision, variant=asked.variant, dtype=dtype, device=asked.device)
     else:
         model = pipeline if isinstance(pipeline, StableDiffusion) else StableDiffusion.of(pipeline)
     return model.with_scheduler(asked.scheduler, asked.scheduler_options)
@@ -128,7 +158,7 @@ def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWrite
             pictures.save(Run(path))
         writer.complete()
     except BaseException:
-        say(f"The run ended early. What it had recorded is in {path}; go on with it: probe run --resume {path}")
+        say(f"The run ended early. What it had recorded is in {path}; go on with it: probe run --resume {shell_path(path)}")
         raise
 
 
