@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from probe.analysis.averages import by_sigma, combined
+from probe.analysis.heads import overlap
 from probe.analysis.maps import (
     Method,
     against_others,
@@ -27,7 +28,7 @@ from probe.analysis.maps import (
     steps_of,
     word_maps,
 )
-from probe.errors import PromptError, RecordingNotFound
+from probe.errors import ExperimentError, PromptError, RecordingNotFound
 from probe.reading.recording import Run
 from probe.watching.measures import to_storage
 
@@ -234,6 +235,22 @@ def test_grids_that_do_not_belong_together() -> None:
         combined([maps[0], maps[1].isel(step=[0, 1])])
     with pytest.raises(ValueError, match="different layers"):
         combined(maps, over=("head",))
+
+
+def test_a_misspelt_setting_is_not_passed_over() -> None:
+    maps = recorded()
+    words = sentence("a cat")
+    for setting, choices, misspelt in (
+        ("over", "step, image, layer, head", lambda: combined(maps, over=("layer", "heads"))),
+        ("method", "bilinear, bicubic, area", lambda: resize(np.ones((2, 2)), (2, 2), "nearest")),  # type: ignore[arg-type]
+        ("normalise", "none, min-max, words, space", lambda: normalised(words, "minmax")),  # type: ignore[arg-type]
+        ("merge", "sum, mean", lambda: word_maps(token_maps("token", "y", "x"), merge="max")),  # type: ignore[arg-type]
+        ("how", "cosine, iou", lambda: overlap(words, "dice")),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ExperimentError) as caught:
+            misspelt()
+        assert caught.value.cause.startswith(f"{setting} is '") and caught.value.cause.endswith("', which is no choice.")
+        assert caught.value.remedy == f"Choose from: {choices}."
 
 
 @pytest.mark.parametrize("dtype", ["float16", "sqrt_u8"])

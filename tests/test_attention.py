@@ -13,7 +13,7 @@ import xarray as xr
 
 from probe.analysis import against_others, by_kind, by_sigma, combined, content_words, contribution, normalised, phrase, word_maps
 from probe.cli import dispatch
-from probe.errors import PromptError, RecordingNotFound
+from probe.errors import ExperimentError, PromptError, RecordingNotFound
 from probe.reading.recording import Run
 from probe.running.recorder import record
 from probe.terminal import guarded
@@ -85,6 +85,16 @@ def test_a_choice_is_a_part(of: Any, run: Run) -> None:
     np.testing.assert_allclose(one.values, expected.values, rtol=1e-5)
     np.testing.assert_array_equal(run.token_maps(of=of, images=[1]).values, run.token_maps(of=of).isel(image=[1]).values)
     assert run.token_maps(of=of, layers=["mid_block.*", "up_blocks.*"]).sizes == run.token_maps(of=of).sizes
+
+
+def test_one_number_is_a_list_of_one(run: Run) -> None:
+    wanted = run.token_maps(heads=[1], images=[0], steps=[2], over="layer")
+    for kind in (int, np.int64, np.uint8):
+        xr.testing.assert_identical(run.token_maps(heads=kind(1), images=kind(0), steps=kind(2), over=("layer",)), wanted)
+    xr.testing.assert_identical(run.word_maps(steps=0), run.word_maps(steps=[0]))
+    xr.testing.assert_identical(run.word_maps(bands=np.int64(2)), run.word_maps(bands=2))
+    edges = run.word_maps(bands=np.array([0.01, 1, 100]))
+    xr.testing.assert_identical(edges, run.word_maps(bands=[0.01, 1, 100]))
 
 
 def test_contribution_is_attention_times_what_is_written(run: Run, others: dict[str, Run]) -> None:
@@ -209,6 +219,72 @@ REFUSED: dict[str, tuple[str, Callable[[Run], object], str, str]] = {
     "a head": ("cond", lambda run: run.word_maps(heads=[0, 9]), "{name} has no head 9 at 6x12.", "It has heads 0 to "),
     "an image": ("cond", lambda run: run.word_maps(images=[2]), "{name} has no image 2 at 6x12.", "It has images 0 to 1."),
     "a step": ("cond", lambda run: run.word_maps(steps=[1]), "{name} has no attention maps of step 1.", "It has steps 0, 2; see capture.steps."),
+    "no step of those there are": (
+        "queries",
+        lambda run: run.word_maps(steps=slice(10, 20)),
+        "{name} has attention maps of none of these steps.",
+        "It has steps 0 to 3; see capture.steps.",
+    ),
+    "no step": (
+        "cond",
+        lambda run: run.word_maps(steps=[]),
+        "{name} has attention maps of none of these steps.",
+        "It has steps 0, 2; see capture.steps.",
+    ),
+    "no layer": (
+        "cond",
+        lambda run: run.mass(layers=[]),
+        "layers is []: there is nothing to take the mean of.",
+        "Leave layers out for all of them.",
+    ),
+    "no image": (
+        "cond",
+        lambda run: run.mass(images=[]),
+        "images is []: there is nothing to take the mean of.",
+        "Leave images out for all of them.",
+    ),
+    "what is read": (
+        "cond",
+        lambda run: run.word_maps(of="contributions"),  # type: ignore[arg-type]
+        "of is 'contributions', which is no choice.",
+        "Choose from: attention, contribution.",
+    ),
+    "what a phrase reads": (
+        "cond",
+        lambda run: run.phrase("cat", of="value"),  # type: ignore[arg-type]
+        "of is 'value', which is no choice.",
+        "Choose from: attention, contribution.",
+    ),
+    "what the mean is over": (
+        "cond",
+        lambda run: run.word_maps(over=("heads", "steps")),
+        "over is 'heads', which is no choice.",
+        "Choose from: step, image, layer, head.",
+    ),
+    "a way to resize": (
+        "cond",
+        lambda run: run.word_maps(method="nearest"),  # type: ignore[arg-type]
+        "method is 'nearest', which is no choice.",
+        "Choose from: bilinear, bicubic, area.",
+    ),
+    "a scale": (
+        "cond",
+        lambda run: run.phrase("cat", normalise="minmax"),  # type: ignore[arg-type]
+        "normalise is 'minmax', which is no choice.",
+        "Choose from: none, min-max, words, space.",
+    ),
+    "a way to merge": (
+        "cond",
+        lambda run: run.word_maps(merge="max"),  # type: ignore[arg-type]
+        "merge is 'max', which is no choice.",
+        "Choose from: sum, mean.",
+    ),
+    "noise levels of all steps at once": (
+        "cond",
+        lambda run: run.word_maps(bands=4, over=("step", "layer", "head")),
+        'bands and "step" in over exclude each other: either takes the mean over steps.',
+        'Leave out bands, or "step" in over.',
+    ),
     "what words did": (
         "cond",
         lambda run: run.counterfactual(),
@@ -222,7 +298,7 @@ REFUSED: dict[str, tuple[str, Callable[[Run], object], str, str]] = {
 def test_one_line_of_cause_and_one_of_remedy(what: str, others: dict[str, Run]) -> None:
     which, question, cause, remedy = REFUSED[what]
     run = others[which]
-    with pytest.raises((PromptError, RecordingNotFound)) as caught:
+    with pytest.raises((ExperimentError, PromptError, RecordingNotFound)) as caught:
         question(run)
     assert caught.value.cause.startswith(cause.format(name=run.name, path=run.path))
     assert caught.value.remedy.startswith(remedy.format(name=run.name, path=run.path))

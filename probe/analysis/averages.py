@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import xarray as xr
 
-from probe.analysis.maps import Method, missing, on_grid, stacked, steps_of, unrecorded
+from probe.analysis.maps import Method, missing, on_grid, one_of, stacked, steps_of, unrecorded
 
 
 def combined(
@@ -34,8 +34,11 @@ def combined(
     steps and before all others, as DAAM's code does it (which also leaves out grids an eighth of the latents' size).
 
     A step that was not recorded stays NaN, and does not count where "step" is in `over`. Raises RecordingNotFound when no step
-    was recorded, and ValueError for grids of unlike steps or with their layers apart.
+    was recorded, ExperimentError for another dimension, and ValueError for grids of unlike steps or with their layers apart.
     """
+    over = (over,) if isinstance(over, str) else over
+    for dim in over:
+        one_of("over", dim, ("step", "image", "layer", "head"))
     grids = [maps] if isinstance(maps, xr.DataArray) else list(maps)
     if len(grids) > 1 and "layer" not in over:
         raise ValueError("maps of several grids have different layers: give one grid, or take the mean over 'layer' too")
@@ -112,7 +115,7 @@ def by_sigma(maps: xr.DataArray, bands: int | Sequence[float] = 3, sigma: xr.Dat
 
 def _edges(levels: np.ndarray, bands: int | Sequence[float]) -> np.ndarray:
     """The edges of the bands, rising; 0 and infinity, which have no logarithm, are in the outermost."""
-    if isinstance(bands, int) and bands >= 1:
+    if isinstance(bands, int | np.integer) and bands >= 1:
         between = levels[np.isfinite(levels) & (levels > 0)]
         if not between.size:
             raise ValueError("no step has a noise level between 0 and infinity")

@@ -18,7 +18,7 @@ import xarray as xr
 from xarray.backends.common import BackendArray
 from xarray.core import indexing
 
-from probe.analysis.maps import missing, normalised, numbers, stacked, steps_of, stepwise
+from probe.analysis.maps import missing, normalised, numbers, one_of, stacked, steps_of, stepwise
 from probe.schema import REST
 
 END = "<|endoftext|>"
@@ -72,8 +72,9 @@ def overlap(words: xr.DataArray, how: Literal["cosine", "iou"] = "cosine") -> xr
 
     "cosine": of the angle between them; high for any two maps that are nearly even. "iou": both from 0 at their least to 1 at
     their greatest value, the sum of the lesser over the sum of the greater (the Jaccard index of fuzzy sets). NaN where a map
-    is 0 everywhere, or for "iou" where both are constant.
+    is 0 everywhere, or for "iou" where both are constant. Raises ExperimentError for another measure.
     """
+    one_of("how", how, ("cosine", "iou"))
 
     def of_step(one: xr.DataArray) -> xr.DataArray:
         maps = (normalised(one, "min-max") if how == "iou" else one).transpose("word", ..., "y", "x")

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from probe.errors import PromptError, RecordingNotFound
+from probe.errors import ExperimentError, PromptError, RecordingNotFound
 
 Method = Literal["bilinear", "bicubic", "area"]
 Normalisation = Literal["none", "min-max", "words", "space"]
@@ -32,6 +32,13 @@ FUNCTION_WORDS = frozenset(
     "is are was were be been being it its his her their my your our he she they we you i who which there some any no not very while during "
     "between behind before after through across around against along up down off out".split()
 )
+
+
+def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ExperimentError, which names the choices, for a value that is none of them."""
+    if not isinstance(value, str) or value not in choices:
+        raise ExperimentError(f"{setting} is {value!r}, which is no choice.", f"Choose from: {', '.join(choices)}.")
+
 
 # --- plain arrays ----------------------------------------------------------------------------------------------------
 
@@ -61,8 +68,10 @@ def resize(maps: np.ndarray, grid: tuple[int, int], method: Method = "bilinear")
     """The last two axes brought to `grid`, in float32. Every method's weights sum to one, so that maps that sum to one still do.
 
     "bilinear" and "bicubic" interpolate between pixel centres as torch does (align_corners=False, no antialiasing; bicubic can
-    over- and undershoot); "area" is the mean over what each new pixel covers, with parts of pixels counted as parts.
+    over- and undershoot); "area" is the mean over what each new pixel covers, with parts of pixels counted as parts. Raises
+    ExperimentError for another method.
     """
+    one_of("method", method, list(_WEIGHTS))
     if maps.shape[-2:] == tuple(grid):
         return maps.astype(np.float32)
     rows, columns = (_WEIGHTS[method](source, target) for source, target in zip(maps.shape[-2:], grid, strict=True))
@@ -169,8 +178,9 @@ def word_maps(
     without a word (BOS, EOS, punctuation, `rest`) are left out; `heads.by_kind` says how much they hold. `cut`: the end of the
     prompt that the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so.
 
-    Raises ValueError for maps of two branches, whose tokens differ: choose one with .sel(branch=...).
+    Raises ValueError for maps of two branches, whose tokens differ: choose one with .sel(branch=...), and ExperimentError for another `merge`.
     """
+    one_of("merge", merge, ("sum", "mean"))
     if words is None or numbers is None:
         labels = {name: maps.coords[name] for name in ("word", "word_index")}
         if "branch" in labels["word"].dims:
@@ -244,7 +254,9 @@ def normalised(maps: xr.DataArray, how: Normalisation) -> xr.DataArray:
     "none": as they are, of a pixel's attention the share of a word. "min-max": each map from 0 at its least to 1 at its greatest
     value; a constant map is 0. "words": each pixel's shares over the words given sum to 1 (give `content_words`, or the common
     words take part). "space": each map sums to 1. Where there is nothing to share, the shares are equal. NaN stays NaN.
+    Raises ExperimentError for another scale.
     """
+    one_of("normalise", how, ("none", "min-max", "words", "space"))
     found = numbers(maps)
     if how == "none":
         return found

@@ -17,18 +17,19 @@ import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, get_args
 
 import numpy as np
 import xarray as xr
 
 from probe import analysis
-from probe.analysis.maps import Method, Normalisation
+from probe.analysis.maps import Method, Normalisation, one_of
 from probe.analysis.recomputed import recomputed
-from probe.errors import RecordingNotFound
+from probe.errors import ExperimentError, RecordingNotFound
 from probe.schema import BRANCHES, near
 
 Read = Literal["attention", "contribution"]
+Some = TypeVar("Some")
 
 
 class Choice(TypedDict, total=False):
@@ -36,10 +37,10 @@ class Choice(TypedDict, total=False):
 
     of: Read
     branch: str
-    steps: slice | Sequence[int]
+    steps: slice | int | Sequence[int]
     layers: str | Sequence[str]
     heads: int | Sequence[int]
-    images: Sequence[int]
+    images: int | Sequence[int]
     over: Sequence[str]
     grid: tuple[int, int]
     method: Method
@@ -126,10 +127,10 @@ class Attention:
         *,
         of: Read = "attention",
         branch: str = "cond",
-        steps: slice | Sequence[int] = slice(None),
+        steps: slice | int | Sequence[int] = slice(None),
         layers: str | Sequence[str] = "*",
         heads: int | Sequence[int] | None = None,
-        images: Sequence[int] | None = None,
+        images: int | Sequence[int] | None = None,
         over: Sequence[str] = ("layer", "head"),
         grid: tuple[int, int] | None = None,
         method: Method = "bilinear",
@@ -139,10 +140,14 @@ class Attention:
         *Shape:* (step, token, image, y, x) float32, with "layer" and "head" where they are not in `over`, without "step" where it is.
         `of` is attention or contribution, `branch` cond (the prompt's tokens) or uncond (the negative prompt's). `layers` are globs
         or grids as in capture.layers, `steps` indices of model calls. BOS, EOS and `rest` are tokens like any other. Raises
-        RecordingNotFound, which names the setting, for what was not recorded.
+        RecordingNotFound, which names the setting, for what was not recorded, and ExperimentError for a setting that has no such choice.
         """
-        numbers = {"head": [heads] if isinstance(heads, int) else heads, "image": images}
-        chosen = [self._chosen(name, paths, of, branch, steps, numbers) for name, paths in self._layers(layers).items()]
+        one_of("of", of, get_args(Read))
+        numbers = {"head": _several(heads), "image": _several(images)}
+        for setting, given in (("layers", layers), ("heads", numbers["head"]), ("images", numbers["image"])):
+            if given is not None and not len(given):
+                raise ExperimentError(f"{setting} is {given!r}: there is nothing to take the mean of.", f"Leave {setting} out for all of them.")
+        chosen = [self._chosen(name, paths, of, branch, _several(steps), numbers) for name, paths in self._layers(layers).items()]
         return analysis.combined(chosen, over, grid, method).rename(of)
 
     def word_maps(
@@ -155,8 +160,13 @@ class Attention:
         `analysis.normalised`. What was cut from a prompt that is too long is the attribute `cut_from_prompt`. With
         over=("step", "layer", "head"), method="bicubic", merge="mean" it is the global map of DAAM.
         """
+        banded = bool(np.any(bands))
+        if banded and "step" in choice.get("over", ()):
+            raise ExperimentError(
+                'bands and "step" in over exclude each other: either takes the mean over steps.', 'Leave out bands, or "step" in over.'
+            )
         maps = self.token_maps(**choice)
-        if bands:
+        if banded:
             maps = analysis.by_sigma(maps, bands, self.variable("sigma"))
         cut = str(self.attributes.get("cut_from_prompt", {}).get(choice.get("branch", "cond"), ""))
         return analysis.normalised(analysis.word_maps(maps, merge=merge, cut=cut), normalise)
@@ -225,6 +235,8 @@ class Attention:
         absent = [step for step in wanted if step not in there]
         if absent and not isinstance(steps, slice):
             raise RecordingNotFound(f"{self.name} has no attention maps of step {absent[0]}.", f"It has steps {_told(there)}; see capture.steps.")
+        if there and not set(there) & set(wanted):
+            raise RecordingNotFound(f"{self.name} has attention maps of none of these steps.", f"It has steps {_told(there)}; see capture.steps.")
         kept = {"step": [there.index(step) for step in wanted if step in there], "layer": [paths.index(path) for path in layers]}
         for dim, chosen in numbers.items():
             if chosen is None:
@@ -254,6 +266,11 @@ class Attention:
         if "query" in self.tree[f"attention/{self.grids[0]}"].data_vars:
             return f"probe ask {shlex.quote(str(self.path))} {word}"
         return f"record with capture.attention: queries, then probe ask latest {word}"
+
+
+def _several(chosen: int | Some) -> list[int] | Some:
+    """One index, also numpy's, as a list of one."""
+    return [int(chosen)] if isinstance(chosen, int | np.integer) else chosen
 
 
 def places(indices: np.ndarray) -> np.ndarray | slice:
