@@ -36,7 +36,7 @@ from probe.reading.recording import Run, list_runs
 from probe.running import recorder
 from probe.running.recorder import record
 from probe.store import RunWriter
-from probe.terminal import guarded, overrides, rows, without_home
+from probe.terminal import guarded, overrides, rows, shell_path, without_home
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n"
@@ -723,6 +723,14 @@ def test_diff_of_unlike_runs(call: Command, runs: Path) -> None:
     assert code == 1 and "  asked       steps: 2 and 3\n" in out and "sizes {'step': 3, " in out and "/committed " in out
     code, out, _ = call(cli.dispatch, "diff", "small", "dtype")
     assert code == 1 and "  conditions  dtype: float32 and float16\n" in out and "types float32 and float16" in out
+
+
+@pytest.mark.parametrize("folder", ["runs", "two words", "~not-home", "it's", "漢"])
+def test_paths_in_commands_to_copy_are_what_a_shell_takes(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home of mine"))
+    for path in (tmp_path / folder / "a.zarr", tmp_path / "home of mine" / folder / "a.zarr", Path(folder) / "a.zarr"):
+        said = subprocess.run(["bash", "-c", f"printf %s {shell_path(path)}"], capture_output=True, text=True, check=True).stdout
+        assert said == str(path) and ("home of mine" not in shell_path(path))
 
 
 def test_diff_counts_shared_variables_apart_from_the_others(call: Command, runs: Path) -> None:

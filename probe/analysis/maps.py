@@ -40,6 +40,10 @@ def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
         raise ExperimentError(f"{setting} is {value!r}, which is no choice.", f"Choose from: {', '.join(choices)}.")
 
 
+WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]*)*")
+STUMP = "\u2026"  # after what was read of a word that the cut went through
+REMEDY_OF_A_CUT = "Shorten the prompt and record it again."
+
 # --- plain arrays ----------------------------------------------------------------------------------------------------
 
 
@@ -169,14 +173,21 @@ def on_grid(maps: xr.DataArray, grid: tuple[int, int], method: Method = "bilinea
 
 
 def word_maps(
-    maps: xr.DataArray, words: np.ndarray | None = None, numbers: np.ndarray | None = None, *, merge: Literal["sum", "mean"] = "sum", cut: str = ""
+    maps: xr.DataArray,
+    words: np.ndarray | None = None,
+    numbers: np.ndarray | None = None,
+    *,
+    merge: Literal["sum", "mean"] = "sum",
+    cut: str = "",
+    split: bool = False,
 ) -> xr.DataArray:
     """Token maps merged to words: each word the sum of its tokens (DAAM takes their mean). Repeated words stay apart.
 
     *Shape:* (token, ...) -> (word, ...), labelled by `word`, its text, and `word_index`, its place in the prompt, which tells
     "cat" from "cat". `words` and `numbers` say of each token which word it belongs to; default: the maps' own labels. Tokens
     without a word (BOS, EOS, punctuation, `rest`) are left out; `heads.by_kind` says how much they hold. `cut`: the end of the
-    prompt that the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so.
+    prompt that the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so. `split`: the cut went
+    through the last word (`splits_a_word`), of which only a stump was read: it is called "su\u2026", as it is no word of the prompt.
 
     Raises ValueError for maps of two branches, whose tokens differ: choose one with .sel(branch=...), and ExperimentError for another `merge`.
     """
@@ -200,6 +211,8 @@ def word_maps(
 
     found = stepwise(merged, maps).transpose(*("word" if d == "token" else d for d in maps.dims))
     texts = np.array([str(words[place[0]]) for place in places], dtype=object)
+    if split and len(texts):
+        texts[-1] += STUMP
     found = found.assign_coords(word=texts, word_index=("word", np.array([int(numbers[place[0]]) for place in places], int)))
     return found.assign_attrs({"cut_from_prompt": cut} if cut else {})
 
@@ -224,12 +237,17 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
     """
     spelt = [str(word) for word in words["word"].values]
     places = words["word_index"].values
-    wanted = _spelt(text)
+    wanted = spelt_words(text)
     starts = [i for i in _runs(wanted, [word.casefold() for word in spelt]) if places[i + len(wanted) - 1] - places[i] == len(wanted) - 1]
     if not starts:
         cut = str(words.attrs.get("cut_from_prompt", ""))
-        if cut and _runs(wanted, [word.casefold() for word in spelt] + _spelt(cut)):
-            raise PromptError(f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", "Shorten the prompt and record it again.")
+        *read, last = [word.casefold() for word in spelt] or [""]
+        stump = last.removesuffix(STUMP)
+        written = [*read, *spelt_words(stump + cut)] if stump != last else [*read, last, *spelt_words(cut)]
+        if stump != last and (_runs(wanted, [*read, stump]) or written[len(read)] in wanted and _runs(wanted, written)):
+            raise PromptError(f"{written[len(read)]!r} was cut in its middle: the model read only {stump!r} of it.", REMEDY_OF_A_CUT)
+        if cut and _runs(wanted, written):
+            raise PromptError(f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", REMEDY_OF_A_CUT)
         meant = difflib.get_close_matches(text, spelt, n=1)
         there = f"Its words: {', '.join(dict.fromkeys(spelt))}." if spelt else "The prompt has no words."
         raise PromptError(f"{text!r} is not in the prompt.", f"{f'Did you mean {meant[0]}? ' if meant else ''}{there} For any other word: {asking}")
@@ -239,9 +257,15 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
     return whole.copy(data=values).assign_coords(word=np.array([" ".join(spelt[i : i + len(wanted)]) for i in starts], dtype=object))
 
 
-def _spelt(text: str) -> list[str]:
-    """The words of a text as a recording has them: letters and digits, and what an apostrophe joins."""
-    return re.findall(r"[^\W_]+(?:['\u2019][^\W_]*)*", text.casefold())
+def spelt_words(text: str) -> list[str]:
+    """The words of a text as a recording has them, in small letters: letters and digits, and what an apostrophe joins."""
+    return WORD.findall(text.casefold())
+
+
+def splits_a_word(prompt: str, cut: str) -> bool:
+    """Whether what was cut from the end of a prompt begins in the middle of a word."""
+    at = len(prompt) - len(cut)
+    return any(word.start() < at < word.end() for word in WORD.finditer(prompt))
 
 
 def _runs(wanted: list[str], words: list[str]) -> list[int]:
