@@ -18,7 +18,7 @@ import xarray as xr
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from probe.analysis import by_kind, by_sigma, word_maps
-from probe.analysis.maps import word_names
+from probe.analysis.maps import STUMP, word_names
 from probe.errors import RecordingNotFound
 from probe.reading.recording import Run
 
@@ -109,7 +109,8 @@ def word_sheet(run: Run, bands: int = 4, image: int = 0) -> Image.Image:
     for branch in reversed([str(name) for name in run.attention()["branch"].values]):
         which, field = ("prompt", "prompt") if branch == "cond" else ("negative prompt", "negative_prompt")
         tokens = [run.token_maps(of=of, branch=branch, images=[image]).isel(image=0) for of in reads]
-        blocks = [word_maps(_columns(maps, bands, sigma)) for maps in tokens]
+        cut, split = run.cut(branch)
+        blocks = [word_maps(_columns(maps, bands, sigma), cut=cut, split=split) for maps in tokens]
         if blocks[0].sizes["word"]:
             if branch == "cond" and "counterfactual" in run.tree.children:
                 change = run.counterfactual().isel(image=image).sel(step=tokens[0]["step"])
@@ -119,7 +120,10 @@ def word_sheet(run: Run, bands: int = 4, image: int = 0) -> Image.Image:
             masses = by_kind(maps.mean(("step", "y", "x"), skipna=False))
             shares = ", ".join(f"{kind} {float(mass / masses.sum()):.1%}" for kind, mass in zip(masses["kind"].values, masses, strict=True))
             notes.append(f"Of all {of} to the {which}: {shares}" if of == "attention" else f"Of all {of} of the {which}: {shares}")
-        if cut := run.attributes["cut_from_prompt"].get(branch):
+        if split:
+            stump = str(blocks[0]["word"].values[-1])
+            notes.append(f"Cut in its middle: {_shorten(split, 60)}, of which the model read only {_shorten(stump, 60)}")
+        if cut:
             notes.append(f"Cut from it, never read by the model: {_shorten(cut, 90)}")
     return sheet_of_maps(_shown(run, image), sections, notes)
 
@@ -207,8 +211,9 @@ def _columns(maps: xr.DataArray, bands: int, sigma: xr.DataArray) -> xr.DataArra
 def _of_words(change: xr.DataArray, words: xr.DataArray) -> xr.DataArray:
     """Counterfactual maps in the rows of `words`; NaN for a word without one. *Shape:* (masked_word, ...) -> (word, ...)."""
     there = [str(word) for word in change["masked_word"].values]
+    texts = [str(word).removesuffix(STUMP) for word in words["word"].values]
     first = change.isel(masked_word=0, drop=True)
-    rows = [change.isel(masked_word=there.index(word), drop=True) if word in there else first * np.nan for word in map(str, words["word"].values)]
+    rows = [change.isel(masked_word=there.index(word), drop=True) if word in there else first * np.nan for word in texts]
     made: xr.DataArray = xr.concat(rows, "word", coords="minimal", compat="override")
     return made.assign_coords(word=words["word"].values).rename("counterfactual")
 

@@ -25,6 +25,7 @@ from probe.analysis.maps import (
     phrase,
     probabilities,
     resize,
+    split_word,
     steps_of,
     word_maps,
 )
@@ -426,6 +427,24 @@ def test_a_phrase_that_is_not_there() -> None:
         phrase(cut, "hat of a")  # read in part
     with pytest.raises(PromptError, match="is not in the prompt"):
         phrase(words.isel(word=[]), "cat")
+
+
+def test_a_word_that_was_cut_in_its_middle_is_no_word_of_the_prompt() -> None:
+    prompt = "a, cat. a catfish's hat"
+    for cut, split in (("fish's hat", "catfish's"), ("'s hat", "catfish's"), ("catfish's hat", ""), (" hat", ""), ("at", "hat"), ("", "")):
+        assert split_word(prompt, cut) == split
+    found = word_maps(token_maps("token", "y", "x"), cut="let of a dog", split="Catfishlet")
+    assert found["word"].values.tolist() == ["a", "cat", "a", "catfish\u2026"]
+    for text in ("catfishlet", "CATFISH", "a catfish", "a catfishlet of"):
+        with pytest.raises(PromptError) as caught:
+            phrase(found, text)
+        assert caught.value.cause == "'catfishlet' was cut in its middle: the model read only 'catfish' of it."
+        assert caught.value.remedy == "Shorten the prompt and record it again."
+    with pytest.raises(PromptError, match="'a dog' was cut from the prompt: the model never read 'let of a dog'"):
+        phrase(found, "a dog")
+    with pytest.raises(PromptError, match="'let of' is not in the prompt"):
+        phrase(found, "let of")
+    assert phrase(found, "a").sizes["word"] == 2
 
 
 def test_content_words() -> None:

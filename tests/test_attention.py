@@ -43,6 +43,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         "cond": take(folder / "cond", {"branches": "cond", "steps": "0,2"}),
         "unguided": take(folder / "unguided", {"branches": "cond"}, guidance_scale=1),
         "empty": take(folder / "empty", prompt="", steps=1, images=1),
+        "split": take(folder / "split", prompt="cat " * 73 + "zebra of a hat", over_long="cut", steps=1, images=1),
         "cut": take(folder / "cut", prompt="a cat " * 40 + "hat", over_long="cut", steps=1, images=1),
     }
 
@@ -146,6 +147,20 @@ def test_what_was_cut_is_said_aloud(others: dict[str, Run]) -> None:
     with pytest.raises(PromptError, match="'hat' was cut from the prompt: the model never read") as caught:
         run.phrase("hat")
     assert caught.value.remedy == "Shorten the prompt and record it again."
+
+
+def test_a_word_that_was_cut_in_its_middle_is_said_aloud(others: dict[str, Run]) -> None:
+    run = others["split"]
+    assert run.cut() == ("bra of a hat", "zebra") and run.cut("uncond") == ("", "")
+    for words in (run.word_maps(), run.word_maps(of="contribution"), run.words()):
+        assert words["word"].values.tolist() == ["cat"] * 73 + ["ze\u2026"]
+    for text in ("zebra", "ze", "cat zebra"):
+        with pytest.raises(PromptError, match="'zebra' was cut in its middle: the model read only 'ze' of it") as caught:
+            run.phrase(text)
+        assert caught.value.remedy == "Shorten the prompt and record it again."
+    with pytest.raises(PromptError, match="'a hat' was cut from the prompt: the model never read 'bra of a hat'"):
+        run.phrase("a hat")
+    assert others["cut"].cut()[1] == "" and others["cut"].word_maps()["word"].values[-1] == "a", "cut between two words"
 
 
 # --- what is not there -----------------------------------------------------------------------------------------------

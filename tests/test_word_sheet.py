@@ -104,6 +104,17 @@ def test_what_was_cut_takes_a_line(tmp_path: Path) -> None:
     assert word_sheet(run, bands=1).height == MARGIN + (HEAD + words * (CELL // 2 + 26) + 16) + FOOT + 5 * LINE
 
 
+def test_a_word_that_was_cut_in_its_middle_takes_a_line_and_keeps_its_maps(tmp_path: Path) -> None:
+    capture = {"layers": ["3x6"], "counterfactual": ["ze"]}
+    asked = {"over_long": "cut", "images": 1, "steps": 1, "guidance_scale": 1, "capture": capture}
+    run = drawn(tmp_path, prompt="cat " * 73 + "zebra", **asked)
+    assert run.cut() == ("bra", "zebra")
+    sheet = word_sheet(run, bands=1)
+    words, row = run.words().sizes["word"], CELL // 2 + 26
+    assert sheet.height == MARGIN + (HEAD + words * row + 16) + FOOT + 7 * LINE, "three units, of two reads how much goes where, and two of the cut"
+    assert (cell(sheet, 4, MARGIN + HEAD + (words - 1) * row, CELL // 2, 2) != PAPER).any(), "what the stump did"
+
+
 def test_a_run_that_was_stopped_is_drawn_over_its_last_preview(tmp_path: Path) -> None:
     pipeline = tiny.pipeline()
     original, calls = pipeline.unet.conv_in.forward, []

@@ -33,16 +33,15 @@ FUNCTION_WORDS = frozenset(
     "between behind before after through across around against along up down off out".split()
 )
 
+WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]*)*")  # letters and digits, and what an apostrophe joins
+STUMP = "\u2026"  # after what was read of a word that the cut went through
+
 
 def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
     """Raises ExperimentError, which names the choices, for a value that is none of them."""
     if not isinstance(value, str) or value not in choices:
         raise ExperimentError(f"{setting} is {value!r}, which is no choice.", f"Choose from: {', '.join(choices)}.")
 
-
-WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]*)*")
-STUMP = "\u2026"  # after what was read of a word that the cut went through
-REMEDY_OF_A_CUT = "Shorten the prompt and record it again."
 
 # --- plain arrays ----------------------------------------------------------------------------------------------------
 
@@ -179,15 +178,15 @@ def word_maps(
     *,
     merge: Literal["sum", "mean"] = "sum",
     cut: str = "",
-    split: bool = False,
+    split: str = "",
 ) -> xr.DataArray:
     """Token maps merged to words: each word the sum of its tokens (DAAM takes their mean). Repeated words stay apart.
 
     *Shape:* (token, ...) -> (word, ...), labelled by `word`, its text, and `word_index`, its place in the prompt, which tells
     "cat" from "cat". `words` and `numbers` say of each token which word it belongs to; default: the maps' own labels. Tokens
     without a word (BOS, EOS, punctuation, `rest`) are left out; `heads.by_kind` says how much they hold. `cut`: the end of the
-    prompt that the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so. `split`: the cut went
-    through the last word (`splits_a_word`), of which only a stump was read: it is called "su\u2026", as it is no word of the prompt.
+    prompt that the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so. `split`: the word that
+    the cut went through, if any (`split_word`); of it only a stump was read, which is called "su…", as it is no word of the prompt.
 
     Raises ValueError for maps of two branches, whose tokens differ: choose one with .sel(branch=...), and ExperimentError for another `merge`.
     """
@@ -241,13 +240,14 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
     starts = [i for i in _runs(wanted, [word.casefold() for word in spelt]) if places[i + len(wanted) - 1] - places[i] == len(wanted) - 1]
     if not starts:
         cut = str(words.attrs.get("cut_from_prompt", ""))
-        *read, last = [word.casefold() for word in spelt] or [""]
-        stump = last.removesuffix(STUMP)
-        written = [*read, *spelt_words(stump + cut)] if stump != last else [*read, last, *spelt_words(cut)]
-        if stump != last and (_runs(wanted, [*read, stump]) or written[len(read)] in wanted and _runs(wanted, written)):
-            raise PromptError(f"{written[len(read)]!r} was cut in its middle: the model read only {stump!r} of it.", REMEDY_OF_A_CUT)
+        read = [word.casefold() for word in spelt]
+        stump = read.pop().removesuffix(STUMP) if read and read[-1].endswith(STUMP) else ""
+        written = [*read, *spelt_words(stump + cut)]
+        shorten = "Shorten the prompt and record it again."
+        if stump and (_runs(wanted, [*read, stump]) or (written[len(read)] in wanted and _runs(wanted, written))):
+            raise PromptError(f"{written[len(read)]!r} was cut in its middle: the model read only {stump!r} of it.", shorten)
         if cut and _runs(wanted, written):
-            raise PromptError(f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", REMEDY_OF_A_CUT)
+            raise PromptError(f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", shorten)
         meant = difflib.get_close_matches(text, spelt, n=1)
         there = f"Its words: {', '.join(dict.fromkeys(spelt))}." if spelt else "The prompt has no words."
         raise PromptError(f"{text!r} is not in the prompt.", f"{f'Did you mean {meant[0]}? ' if meant else ''}{there} For any other word: {asking}")
@@ -258,14 +258,14 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
 
 
 def spelt_words(text: str) -> list[str]:
-    """The words of a text as a recording has them, in small letters: letters and digits, and what an apostrophe joins."""
+    """The words of a text as a recording has them, in small letters; without letters and digits there are none."""
     return WORD.findall(text.casefold())
 
 
-def splits_a_word(prompt: str, cut: str) -> bool:
-    """Whether what was cut from the end of a prompt begins in the middle of a word."""
+def split_word(prompt: str, cut: str) -> str:
+    """The word in whose middle begins what was cut from the end of a prompt; "" where it begins between two words."""
     at = len(prompt) - len(cut)
-    return any(word.start() < at < word.end() for word in WORD.finditer(prompt))
+    return next((word[0] for word in WORD.finditer(prompt) if word.start() < at < word.end()), "")
 
 
 def _runs(wanted: list[str], words: list[str]) -> list[int]:

@@ -23,7 +23,7 @@ import numpy as np
 import xarray as xr
 
 from probe import analysis
-from probe.analysis.maps import Method, Normalisation, one_of
+from probe.analysis.maps import Method, Normalisation, one_of, split_word
 from probe.analysis.recomputed import recomputed
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.schema import BRANCHES, near
@@ -120,6 +120,11 @@ class Attention:
                     return [str(text) for text in labels.sel(branch=branch).values]
         raise RecordingNotFound(f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true.")
 
+    def cut(self, branch: str = "cond") -> tuple[str, str]:
+        """What was cut from the end of a prompt that is too long, and the word, whole, that the cut went through; "" where there is none."""
+        cut = str(self.attributes["cut_from_prompt"].get(branch, ""))
+        return cut, split_word(self.attributes["experiment"]["prompt" if branch == "cond" else "negative_prompt"], cut)
+
     # --- as few ---
 
     def token_maps(
@@ -157,7 +162,8 @@ class Attention:
 
         *Shape:* (step, word, image, y, x) float32, as `token_maps`; with `bands`, their number or edges, (band, word, image, y, x):
         means over noise levels, the noisiest first (`analysis.by_sigma`). `normalise`: "min-max", "words" or "space", see
-        `analysis.normalised`. What was cut from a prompt that is too long is the attribute `cut_from_prompt`. With
+        `analysis.normalised`. What was cut from a prompt that is too long is the attribute `cut_from_prompt`; a word that was cut in
+        its middle is labelled by what was read of it and "…". With
         over=("step", "layer", "head"), method="bicubic", merge="mean" it is the global map of DAAM.
         """
         banded = bool(np.any(bands))
@@ -168,8 +174,8 @@ class Attention:
         maps = self.token_maps(**choice)
         if banded:
             maps = analysis.by_sigma(maps, bands, self.variable("sigma"))
-        cut = str(self.attributes.get("cut_from_prompt", {}).get(choice.get("branch", "cond"), ""))
-        return analysis.normalised(analysis.word_maps(maps, merge=merge, cut=cut), normalise)
+        cut, split = self.cut(choice.get("branch", "cond"))
+        return analysis.normalised(analysis.word_maps(maps, merge=merge, cut=cut, split=split), normalise)
 
     def phrase(self, text: str, *, normalise: Normalisation = "none", bands: int | Sequence[float] = 0, **choice: Unpack[Choice]) -> xr.DataArray:
         """A word, or words that follow one another, together: one map for each time that they are there.
@@ -205,7 +211,8 @@ class Attention:
     def words(self) -> xr.DataArray:
         """The overview, averaged over steps and merged to words. *Shape:* (word, y, x) float32."""
         word, number = (self.variable(f"attention/{self.grids[0]}/{name}").isel(branch=-1) for name in ("word", "word_index"))
-        return analysis.word_maps(self.overview().mean("step"), word.values, number.values)
+        cut, split = self.cut(str(word["branch"].item()))
+        return analysis.word_maps(self.overview().mean("step"), word.values, number.values, cut=cut, split=split)
 
     # --- inside ---
 
