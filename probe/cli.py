@@ -48,7 +48,7 @@ def ask(arguments: list[str]) -> int:
 
     The word did not influence the picture; the text encoder and the layers' key projections run, the UNet does not.
     """
-    from probe.pictures import ask_sheet, keep
+    from probe.pictures import ask_name, ask_sheet, keep
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe ask", description=ask.__doc__)
@@ -62,8 +62,7 @@ def ask(arguments: list[str]) -> int:
     from probe.running.ask import read_out
 
     maps = read_out(found, options.word, options.context)
-    slug = "".join(c if c.isalnum() else "-" for c in options.word.lower())
-    picture = keep(ask_sheet(found, maps), found, f"ask-{slug}.png", **maps.attrs)
+    picture = keep(ask_sheet(found, maps), found, ask_name(maps), **maps.attrs)
     print(f"{options.word!r}, read in {maps.attrs['context']!r} ({maps.attrs['read_out']})\n")
     thirds = [part for part in np.array_split(np.arange(maps.sizes["step"]), 3) if len(part)]
     table = []

@@ -8,6 +8,7 @@ recorded. Every PNG that is saved carries the run's resolved experiment in its m
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import xarray as xr
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from probe.analysis import by_kind, by_sigma, word_maps
-from probe.analysis.maps import STUMP, word_names
+from probe.analysis.maps import STUMP, spelt_words, word_names
 from probe.errors import RecordingNotFound
 from probe.reading.recording import Run
 
@@ -132,7 +133,19 @@ def ask_sheet(run: Run, maps: xr.DataArray, bands: int = 4) -> Image.Image:
     """A word that was asked after the run, by noise level. *Shape:* maps (step, y, x), as `probe.running.ask.read_out` gives them."""
     section = _columns(maps, bands, maps["sigma"]).expand_dims(word=[maps.attrs["word"]]).rename("attention")
     notes = [f"Read in: {_shorten(maps.attrs['context'], 90)}", f"A {maps.attrs['read_out']}"]
-    return sheet_of_maps(_shown(run, 0), {f"Asked afterwards: {maps.attrs['word']}": [section]}, notes)
+    return sheet_of_maps(_shown(run, 0), {f"Asked afterwards: {_shorten(maps.attrs['word'], 80)}": [section]}, notes)
+
+
+def ask_name(maps: xr.DataArray) -> str:
+    """The file name for `ask_sheet`: the words, shortened, and where they do not tell the whole question, a digest of it.
+
+    The same question has the same name; capital letters make no other one, as the text encoder reads small letters.
+    """
+    words, context = spelt_words(maps.attrs["word"]), " ".join(maps.attrs["context"].lower().split())
+    slug = "-".join(words)[:40]
+    if context == f"a {slug.replace('-', ' ')}":
+        return f"ask-{slug}.png"
+    return f"ask-{slug}-{hashlib.sha256(f'{words} {context}'.encode()).hexdigest()[:8]}.png"
 
 
 def sheet_of_maps(picture: Image.Image, sections: Mapping[str, Sequence[xr.DataArray]], notes: Sequence[str] = ()) -> Image.Image:

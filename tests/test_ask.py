@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import tiny
 import torch
 import xarray as xr
 from PIL import Image
+from test_loading import COMMIT, hub_cache
 from test_recorder import PROMPT, pipeline, take
 from test_recorder import ask as ask_experiment
 
 from probe.analysis import combined, word_maps
 from probe.cli import dispatch
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
+from probe.pictures import ask_name
 from probe.reading.recording import Run
 from probe.running.ask import READ_OUT, ask, read_out
 from probe.running.recorder import record
@@ -80,6 +83,47 @@ def test_asked_words_merge_as_recorded_ones(run: Run) -> None:
     assert both["word"].values.tolist() == "a hat in a hat".split(), "words that are there twice stay apart"
 
 
+def test_words_are_spelt_as_in_a_prompt(run: Run) -> None:
+    wanted = read_out(run, "scuba diving", "a cat scuba-diving!", pipeline())
+    for text in ("scuba-diving", "Scuba diving!", "(scuba) diving"):
+        np.testing.assert_array_equal(read_out(run, text, "a cat scuba-diving!", pipeline()).values, wanted.values)
+    for text in ("scuba-diving", "hat!", "the cat's hat"):  # in the sentence that is made of it
+        assert read_out(run, text, pipeline=pipeline()).attrs["context"] == f"a {text}"
+
+
+def test_a_word_that_was_cut_from_the_sentence(tmp_path: Path) -> None:
+    run = take(tmp_path, capture=QUERIES, steps=1, over_long="cut")
+    with pytest.raises(ExperimentError) as caught:
+        read_out(run, "hat", "a cat " * 40 + "hat", pipeline())
+    assert caught.value.cause.startswith("'hat' was not read: the sentence was cut before 'cat a cat a")
+    assert caught.value.remedy == "Ask in a shorter one, with --context." and len(caught.value.cause) < 200
+
+
+def test_each_question_has_a_picture_of_its_own() -> None:
+    def name(word: str, context: str | None = None) -> str:
+        return ask_name(xr.DataArray(0, attrs={"word": word, "context": context or f"a {word}"}))
+
+    assert name("fish") == name("Fish") == name("fish", "A  fish") == "ask-fish.png" and name("scuba diving") == "ask-scuba-diving.png"
+    long = "fish and " * 400
+    others = [("fish", "a fish on a cat"), ("fish", "one fish"), ("cat", "a fish on a cat"), ("fish!", None), ("scuba-diving", None)]
+    others += [(long, None), (long + "cat", None), ("stra\u00dfe", None), ("strasse", None), ("\U00010400" * 90, None), ("\u732b" * 90, None)]
+    names = [name(*other) for other in others]
+    assert len({"ask-fish.png", "ask-scuba-diving.png", *names}) == len(names) + 2
+    assert max(len(one.encode()) for one in names) < 200 and not any("/" in one for one in names)
+    assert name("FISH", "One fish") == name("fish", "one fish")
+
+
+def test_a_model_of_the_hub_is_read_at_the_commit_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    hub_cache(tmp_path / "hub", tmp_path / "model", {"main": COMMIT})
+    asked = {"model": "somebody/tiny", "revision": "main", "device": "cpu", "steps": 1, "capture": QUERIES}
+    run = record(ask_experiment(tmp_path / "runs", **asked), progress=False)
+    (main,) = (tmp_path / "hub").rglob("refs/main")
+    main.write_text("f" * 40)  # where main has moved to since
+    np.testing.assert_array_equal(read_out(run, "cat").values, read_out(run, "cat", pipeline=pipeline()).values)
+
+
 def test_the_unet_is_never_called(run: Run) -> None:
     pipe, calls = pipeline(), []
     with Hooks([(pipe.unet, "input", calls.append)]):
@@ -91,6 +135,10 @@ def test_what_cannot_be_asked(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="'catt' is not in 'a cat on the hat'") as caught:
         read_out(run, "catt", PROMPT, pipeline())
     assert "cat" in caught.value.remedy
+    for nothing in ("\U0001f41f", "...", "_", " '"):
+        with pytest.raises(ExperimentError) as empty:
+            read_out(run, nothing, pipeline=pipeline())
+        assert (empty.value.cause, empty.value.remedy) == (f"{nothing!r} is no word: there are no letters in it.", "Name one: probe ask latest fish")
     for nothing in ("", " "):
         with pytest.raises(ExperimentError, match="There is no word to ask for") as empty:
             read_out(run, nothing, pipeline=pipeline())
@@ -110,8 +158,13 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert dispatch(["ask", str(made.path), "astronaut", "--context", "an astronaut in the hat"]) == 0
     told = capsys.readouterr().out
     assert READ_OUT in told and "'an astronaut in the hat'" in told and "sigma" in told
-    with Image.open(made.path / "ask-astronaut.png") as picture:
+    (drawn,) = made.path.glob("ask-astronaut-*.png")
+    assert told.strip().endswith(str(drawn))
+    with Image.open(drawn) as picture:
         assert picture.text["context"] == "an astronaut in the hat" and picture.text["read_out"] == READ_OUT
+    for word in ("astronaut", "a cat on " * 20):
+        assert dispatch(["ask", str(made.path), word]) == 0
+    assert len([*made.path.glob("ask-*.png")]) == 3, "a question in another sentence is another question"
     assert dispatch(["show", str(made.path), "--words"]) == 0
     with Image.open(made.path / "words.png") as picture:
         assert np.asarray(picture).std() > 5, "a blank sheet"

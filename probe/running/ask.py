@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from probe.analysis.maps import resize
+from probe.analysis.maps import resize, spelt_words
 from probe.analysis.recomputed import recomputed
 from probe.diffusion.loading import load
 from probe.diffusion.models import Prompt, StableDiffusion
@@ -33,9 +33,8 @@ def ask(run: Run, context: str, pipeline: Any | None = None) -> dict[str, xr.Dat
     """Maps of every token of a new sentence, by grid, the largest first; computed when they are looked at.
 
     *Shape:* (step, token, image, layer, head, y, x), labelled like recorded maps, so that `analysis.word_maps` merges them; each with
-    the attributes `read_out` and `context`. `pipeline` is the
-    model if it is in memory. Raises RecordingNotFound for a recording without queries, ModelError if the weights are not
-    those of the run.
+    the attributes `read_out` and `context`. `pipeline` is the model if it is in memory. Raises RecordingNotFound for a recording
+    without queries, ModelError if the weights are not those of the run.
     """
     return _maps(run, *_read(run, context, pipeline))
 
@@ -44,14 +43,20 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
     """Where the picture would have looked at `word`: its tokens' share, mean over layers of all grids, heads and images.
 
     *Shape:* (step, y, x) float32 on the largest grid. `context` is the sentence that the text encoder reads (default: "a
-    <word>"), and has to contain the word.
+    <word>"), and has to contain the word. Raises ExperimentError for a text without letters or digits, and for a word that is not
+    in the context; else as `ask`.
     """
-    wanted = word.casefold().split()
+    wanted = spelt_words(word)
     if not wanted:
-        raise ExperimentError("There is no word to ask for.", "Name one: probe ask latest fish")
+        problem = f"{word!r} is no word: there are no letters in it." if word.strip() else "There is no word to ask for."
+        raise ExperimentError(problem, "Name one: probe ask latest fish")
     model, prompt = _read(run, f"a {word}" if context is None else context, pipeline)
     words = [w.casefold() for w in prompt.words]
     starts = [i for i in range(len(words) - len(wanted) + 1) if words[i : i + len(wanted)] == wanted]
+    if not starts and prompt.cut:
+        raise ExperimentError(
+            f"{word[:80]!r} was not read: the sentence was cut before {prompt.cut[:80]!r}.", "Ask in a shorter one, with --context."
+        )
     if not starts:
         raise ExperimentError(f"{word!r} is not in {prompt.text!r}.", near(word, list(prompt.words) or ["a fish"]))
     tokens = [t for t, of in enumerate(prompt.word_of) if any(start <= of < start + len(wanted) for start in starts)]
@@ -84,7 +89,8 @@ def _read(run: Run, context: str, pipeline: Any | None) -> tuple[StableDiffusion
     if pipeline is not None:
         model = StableDiffusion.of(pipeline)
     else:
-        model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=run.attributes["model"]["dtype"], device="cpu")
+        revision = run.attributes["model"]["revision"] or asked.revision  # a name like main may have moved on since
+        model = load(asked.model, revision=revision, variant=asked.variant, dtype=run.attributes["model"]["dtype"], device="cpu")
     if model.digest() != run.attributes["model"]["weights"]:
         raise ModelError(f"{run.name} was recorded with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
     return model, model.read(context, asked.over_long)
