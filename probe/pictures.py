@@ -116,6 +116,8 @@ def word_sheet(run: Run, bands: int = 4, image: int = 0) -> Image.Image:
             if branch == "cond" and "counterfactual" in run.tree.children:
                 change = run.counterfactual().isel(image=image).sel(step=tokens[0]["step"])
                 blocks.append(_of_words(_columns(change, bands, sigma), blocks[0]))
+                if again := _again(blocks[-1]):
+                    notes.append(f"Counterfactual: left out at all its places at once, and the same map in each of its rows: {', '.join(again)}")
             sections[f"{which.capitalize()}: {_shorten(run.attributes['experiment'][field], 80)}"] = blocks
         for of, maps in zip(reads, tokens, strict=True):
             masses = by_kind(maps.mean(("step", "y", "x"), skipna=False))
@@ -223,12 +225,24 @@ def _columns(maps: xr.DataArray, bands: int, sigma: xr.DataArray) -> xr.DataArra
 
 def _of_words(change: xr.DataArray, words: xr.DataArray) -> xr.DataArray:
     """Counterfactual maps in the rows of `words`; NaN for a word without one. *Shape:* (masked_word, ...) -> (word, ...)."""
-    there = [str(word) for word in change["masked_word"].values]
-    texts = [str(word).removesuffix(STUMP) for word in words["word"].values]
+    there = [str(word).casefold() for word in change["masked_word"].values]
+    texts = _read_alike(words)
     first = change.isel(masked_word=0, drop=True)
     rows = [change.isel(masked_word=there.index(word), drop=True) if word in there else first * np.nan for word in texts]
     made: xr.DataArray = xr.concat(rows, "word", coords="minimal", compat="override")
     return made.assign_coords(word=words["word"].values).rename("counterfactual")
+
+
+def _read_alike(words: xr.DataArray) -> list[str]:
+    """The texts of words by which the text encoder cannot tell them apart. *Shape:* (word, ...) -> one for each word."""
+    return [str(word).removesuffix(STUMP).casefold() for word in words["word"].values]
+
+
+def _again(changes: xr.DataArray) -> list[str]:
+    """The words with counterfactual maps that have several rows. *Shape:* (word, ...)."""
+    texts = _read_alike(changes)
+    shown = np.isfinite(changes.transpose("word", ...).values).reshape(len(texts), -1).any(axis=1)
+    return [text for text in dict.fromkeys(texts) if texts.count(text) > 1 and shown[texts.index(text)]]
 
 
 def _shown(run: Run, image: int) -> Image.Image:

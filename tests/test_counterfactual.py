@@ -49,6 +49,11 @@ def test_words_are_chosen_by_text(tmp_path: Path) -> None:
     prompt = model_for(pipeline(), ask(tmp_path)).read("a cat in the hat of a cat")
     assert list(chosen_words(prompt, ("*",))) == ["a", "cat", "in", "the", "hat", "of"]
     assert [len(places) for places in chosen_words(prompt, ("Cat", "hat")).values()] == [2, 1]
+    capital = model_for(pipeline(), ask(tmp_path)).read("A cat in the hat of a Cat")
+    for wanted in (("*",), ("a", "CAT", "in", "the", "hat", "of"), ("cat", "Cat", "*")):
+        assert sorted(chosen_words(capital, wanted).items()) == sorted(
+            {"A": [1, 7], "cat": [2, 8], "in": [3], "the": [4], "hat": [5], "of": [6]}.items()
+        ), "the same tokens are the same word"
     with pytest.raises(ExperimentError, match=r"capture\.counterfactual: 'bat' is not a word of") as caught:
         chosen_words(prompt, ("bat",))
     assert "cat" in caught.value.remedy and "hat" in caught.value.remedy

@@ -11,6 +11,7 @@ import tiny
 import xarray as xr
 from PIL import Image
 
+from probe import pictures
 from probe.analysis.averages import by_sigma, combined
 from probe.analysis.maps import word_maps, word_names
 from probe.errors import RecordingNotFound
@@ -96,6 +97,23 @@ def test_what_words_did_stands_beside_where_they_were_looked_at(tmp_path: Path) 
         assert np.abs(found - pixels(overlay(final, values, (float(np.min(shown)), float(np.max(shown)))))).max() <= 2
     other = cell(sheet, 7, MARGIN + HEAD + 4 * row, high, 2)
     assert (other == PAPER).all(), "for `hat` it was not recorded, and no map is drawn"
+
+
+def test_a_word_that_was_left_out_at_all_its_places_has_one_map_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(pictures, "sheet_of_maps", lambda *given: notes.extend(given[2]) or sheet_of_maps(*given))
+    asked: dict[str, Any] = {"prompt": "A cat on a Cat on a hat", "images": 1, "steps": 1, "guidance_scale": 1}
+    run = drawn(tmp_path / "a", **asked, capture={"counterfactual": ["cat", "a", "hat"]})
+    sheet = word_sheet(run, bands=1)
+    high, row = CELL // 2, CELL // 2 + 26
+    maps = [cell(sheet, 4, MARGIN + HEAD + index * row, high, 2) for index in range(8)]
+    for one, other in ((0, 3), (0, 6), (1, 4)):
+        assert (maps[one] == maps[other]).all() and (maps[one] != PAPER).any(), "A, a and a; cat and Cat"
+    assert (maps[0] != maps[1]).any() and (maps[2] == PAPER).all(), "and `on` was not left out"
+    assert notes[0] == "Counterfactual: left out at all its places at once, and the same map in each of its rows: a, cat"
+    notes.clear()
+    word_sheet(drawn(tmp_path / "b", **asked, capture={"counterfactual": ["hat"]}), bands=1)
+    assert notes and not any("places" in note for note in notes), "`a` and `cat` have no maps, `hat` is there once"
 
 
 def test_what_was_cut_takes_a_line(tmp_path: Path) -> None:
