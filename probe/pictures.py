@@ -117,8 +117,12 @@ def word_sheet(run: Run, bands: int = 4, image: int = 0) -> Image.Image:
                 change = run.counterfactual().isel(image=image).sel(step=tokens[0]["step"])
                 blocks.append(_of_words(_columns(change, bands, sigma), blocks[0]))
                 if again := _again(blocks[-1]):
-                    notes.append(f"Counterfactual: left out at all its places at once, and the same map in each of its rows: {', '.join(again)}")
+                    notes.append(
+                        f"Counterfactual: {', '.join(again)}: left out at all places at once, so that all rows of such a word show the same map"
+                    )
             sections[f"{which.capitalize()}: {_shorten(run.attributes['experiment'][field], 80)}"] = blocks
+        else:
+            notes.append(f"The {which} has no words: there is no map to draw.")
         for of, maps in zip(reads, tokens, strict=True):
             masses = by_kind(maps.mean(("step", "y", "x"), skipna=False))
             shares = ", ".join(f"{kind} {float(mass / masses.sum()):.1%}" for kind, mass in zip(masses["kind"].values, masses, strict=True))

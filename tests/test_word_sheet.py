@@ -76,13 +76,25 @@ def test_it_is_written_on(run: Run) -> None:
 
 def test_without_words_without_guidance_and_from_other_ways_of_recording(tmp_path: Path, run: Run) -> None:
     empty = word_sheet(drawn(tmp_path / "a", prompt="", images=1))
-    assert empty.height == MARGIN + FOOT + 3 * LINE, "the shares of BOS, EOS and rest remain"
+    assert empty.height == MARGIN + FOOT + 4 * LINE, "the shares of BOS, EOS and rest remain"
     plain = word_sheet(drawn(tmp_path / "b", guidance_scale=1, capture={"dtype": "sqrt_u8"}), bands=1)
     for mode in ("queries", "summary"):
         other = word_sheet(drawn(tmp_path / mode, guidance_scale=1, capture={"attention": mode}), bands=1)
         assert other.width == plain.width if mode == "queries" else other.width < plain.width, "means over heads have no contribution"
         top, high = MARGIN + HEAD, CELL // 2
         assert np.abs(cell(other, 0, top, high).astype(int) - cell(plain, 0, top, high)).mean() < 12, "the same map, but for storage"
+
+
+def test_a_prompt_without_words_is_said_on_the_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(pictures, "sheet_of_maps", lambda *given: notes.extend(given[2]) or sheet_of_maps(*given))
+    for number, (prompt, negative) in enumerate((("", ""), ("!?", "a hat"), ("a cat", "..."))):
+        notes.clear()
+        word_sheet(drawn(tmp_path / str(number), prompt=prompt, negative_prompt=negative, images=1, steps=1, capture={"branches": "both"}))
+        said = [note for note in notes if note.endswith("has no words: there is no map to draw.")]
+        assert len(notes) == 4 + len(said), "how much goes where stays"
+        wanted = {"The prompt": not any(map(str.isalpha, prompt)), "The negative prompt": not any(map(str.isalpha, negative))}
+        assert said == [f"{which} has no words: there is no map to draw." for which, none in wanted.items() if none]
 
 
 def test_what_words_did_stands_beside_where_they_were_looked_at(tmp_path: Path) -> None:
@@ -106,11 +118,11 @@ def test_a_word_that_was_left_out_at_all_its_places_has_one_map_and_a_note(tmp_p
     run = drawn(tmp_path / "a", **asked, capture={"counterfactual": ["cat", "a", "hat"]})
     sheet = word_sheet(run, bands=1)
     high, row = CELL // 2, CELL // 2 + 26
-    maps = [cell(sheet, 4, MARGIN + HEAD + index * row, high, 2) for index in range(8)]
+    maps = [cell(sheet, 5, MARGIN + HEAD + index * row, high, 2) for index in range(8)]
     for one, other in ((0, 3), (0, 6), (1, 4)):
         assert (maps[one] == maps[other]).all() and (maps[one] != PAPER).any(), "A, a and a; cat and Cat"
     assert (maps[0] != maps[1]).any() and (maps[2] == PAPER).all(), "and `on` was not left out"
-    assert notes[0] == "Counterfactual: left out at all its places at once, and the same map in each of its rows: a, cat"
+    assert notes[0] == "Counterfactual: a, cat: left out at all places at once, so that all rows of such a word show the same map"
     notes.clear()
     word_sheet(drawn(tmp_path / "b", **asked, capture={"counterfactual": ["hat"]}), bands=1)
     assert notes and not any("places" in note for note in notes), "`a` and `cat` have no maps, `hat` is there once"
