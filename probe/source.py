@@ -81,13 +81,24 @@ def _read(path: str | Path, field: str) -> Image.Image:
                     f"{field}: {where} is {opened.height} x {opened.width} pixels.",
                     f"At least {LEAST} a side and at most {MOST:,} in all can be used.",
                 )
-            return ImageOps.exif_transpose(opened)
+            return _in_8_bits(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
         raise ExperimentError(f"{field}: {where} does not exist.", "Name a PNG or JPEG file; a path is relative to the folder you are in.") from None
     except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as problem:
         if isinstance(problem, ExperimentError):
             raise
         raise ExperimentError(f"{field}: {where} is not a PNG or JPEG picture that can be read.", "Save it as one.") from None
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """Greys of 16 bits as greys of 8, which Pillow's `convert` would cut off at 255; with the grey that is transparent, if there is one."""
+    if not picture.mode.startswith("I"):
+        return picture
+    greys = np.asarray(picture)
+    made = Image.fromarray((greys / 257).round().astype(np.uint8))
+    if "transparency" in picture.info:
+        made.putalpha(Image.fromarray(np.where(greys == picture.info["transparency"], 0, 255).astype(np.uint8)))
+    return made
 
 
 def _arrays(path: Path) -> list[tuple[str, np.ndarray]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from probe.noising import Noising, load_noising, perform_noising, record_noising
 from probe.reading.recording import Run
 from probe.running.forward import psnr
 from probe.running.recorder import record, resume
+from probe.source import read_masks, read_picture
 from probe.terminal import guarded
 from probe.verify import verify
 from probe.watching import hooks
@@ -383,6 +385,21 @@ def test_from_a_file_on_the_command_line(tmp_path: Path, call: Command) -> None:
             (path / "zarr.json").write_text(json.dumps(changed))
         code, out, err = call(cli.dispatch, verb, *(("--resume",) if verb == "run" else ()), path)
         assert code == 2 and said in err
+
+
+def test_greys_of_16_bits_are_those_of_8(tmp_path: Path) -> None:
+    """For pictures and masks alike, and with the one grey that a PNG may call transparent."""
+    greys = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(greys.astype(np.uint16) * 257).save(tmp_path / "cat.png")
+    with Image.open(tmp_path / "cat.png") as saved:
+        assert saved.mode == "I;16"
+    assert np.array_equal(read_picture(tmp_path / "cat.png", 16, 16), greys[..., None].repeat(3, axis=-1))
+    assert np.array_equal(read_masks([tmp_path / "cat.png"], 16, 16)["cat"], greys > 127)
+    plain = (tmp_path / "cat.png").read_bytes()
+    key = b"tRNS" + (40 * 257).to_bytes(2, "big")
+    before = plain.index(b"IDAT") - 4
+    (tmp_path / "clear.png").write_bytes(plain[:before] + (2).to_bytes(4, "big") + key + zlib.crc32(key).to_bytes(4, "big") + plain[before:])
+    assert np.array_equal(read_picture(tmp_path / "clear.png", 16, 16)[..., 0], np.where(greys == 40, 255, greys))
 
 
 @pytest.mark.parametrize(
