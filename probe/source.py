@@ -73,18 +73,17 @@ def checked_masks(masks: Mapping[str, np.ndarray], height: int, width: int) -> d
 
 def _read(path: str | Path, field: str) -> Image.Image:
     """The picture in a file, upright. Raises ExperimentError."""
-    where = printable(str(path))
+    where, sizes = printable(str(path)), f"At least {LEAST} a side and at most {MOST:,} in all can be used."
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(place(path), formats=FORMATS) as opened:
             if min(opened.size) < LEAST or opened.width * opened.height > MOST:
-                raise ExperimentError(
-                    f"{field}: {where} is {opened.height} x {opened.width} pixels.",
-                    f"At least {LEAST} a side and at most {MOST:,} in all can be used.",
-                )
+                raise ExperimentError(f"{field}: {where} is {opened.height} x {opened.width} pixels.", sizes)
             return _in_8_bits(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
         raise ExperimentError(f"{field}: {where} does not exist.", "Name a PNG or JPEG file; a path is relative to the folder you are in.") from None
-    except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as problem:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # Pillow's own limit, from 89 million on, comes before ours
+        raise ExperimentError(f"{field}: {where} has more than {MOST:,} pixels.", sizes) from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as problem:
         if isinstance(problem, ExperimentError):
             raise
         raise ExperimentError(f"{field}: {where} is not a PNG or JPEG picture that can be read.", "Save it as one.") from None

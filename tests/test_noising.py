@@ -402,6 +402,18 @@ def test_greys_of_16_bits_are_those_of_8(tmp_path: Path) -> None:
     assert np.array_equal(read_picture(tmp_path / "clear.png", 16, 16)[..., 0], np.where(greys == 40, 255, greys))
 
 
+@pytest.mark.parametrize(("height", "width"), [(9000, 7500), (9000, 12000), (20000, 20000)])
+def test_a_picture_too_large_to_use_is_told_so(tmp_path: Path, height: int, width: int) -> None:
+    """Whether our limit is passed, or one of the two of Pillow. Only the first bytes are read: the rest of the file is not there."""
+    header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    ended = b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
+    parts = (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") + bytes(4) + ended
+    (tmp_path / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    with pytest.raises(ExperimentError, match=r"large.png (is 9000 x 7500|has more than 67,108,864) pixels") as error:
+        read_picture(tmp_path / "large.png", 32, 32)
+    assert error.value.remedy == "At least 8 a side and at most 67,108,864 in all can be used."
+
+
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
