@@ -34,18 +34,24 @@ def read_picture(path: str | Path, height: int, width: int, field: str = "image"
     return np.asarray(_fitted(upright.convert("RGB"), height, width, Image.Resampling.LANCZOS))
 
 
-def read_masks(paths: Sequence[str | Path], height: int, width: int) -> dict[str, np.ndarray]:
+def read_masks(paths: Sequence[str | Path], height: int, width: int, field: str = "masks") -> dict[str, np.ndarray]:
     """Masks by their words, (y, x) uint8, 1 inside: every array of an .npz file by its name, or a .png by the file's name.
 
-    Of an array, inside is what is not 0; of a .png, what is brighter than half. Raises ExperimentError.
+    Of an array, inside is what is not 0; of a .png, what is brighter than half. Raises ExperimentError, which names `field`;
+    also for a mask that has nothing inside.
     """
     found: dict[str, np.ndarray] = {}
     for path in map(Path, paths):
+        where = printable(str(path))
         if path.suffix == ".npz":
-            found |= {word: np.asarray(_fitted(Image.fromarray(mask), height, width, Image.Resampling.NEAREST)) for word, mask in _arrays(path)}
+            masks = [(word, f"{word!r} in {where}", Image.fromarray(mask)) for word, mask in _arrays(path)]
         else:
-            grey = _fitted(_read(path, "masks").convert("L"), height, width, Image.Resampling.NEAREST)
-            found[path.stem] = (np.asarray(grey) > 127).astype(np.uint8)
+            masks = [(path.stem, where, _read(path, field).convert("L").point(lambda grey: grey > 127))]
+        for word, told, mask in masks:
+            found[word] = np.asarray(_fitted(mask, height, width, Image.Resampling.NEAREST))
+            if not found[word].any():
+                remedy = "A mask is white (255; in an array not 0) where its word is, and what is outside the model's size is cut off."
+                raise ExperimentError(f"{field}: {told} has nothing inside.", remedy)
     return found
 
 

@@ -289,7 +289,7 @@ def wrong(folder: Path, kind: str) -> None:
         ("no caption", "p3.png has no caption", "p3.txt"),
         ("no mask", "p3.png has no mask", "p3.WORD.png"),
         ("another word", "p3.dog.png: 'dog' is not in the caption 'a cat and a hat'", "a word of the caption"),
-        ("empty mask", "p3.cat.png has nothing inside", "white where its word is"),
+        ("empty mask", "p3.cat.png has nothing inside", "white (255; in an array not 0) where its word is"),
         ("mask alone", "q.cat.png is a mask of no picture", "no dot"),
         ("no picture", "p3.png is not a PNG or JPEG picture", "Save it as one"),
         ("too few", "has 5 pictures", "At least 6"),

@@ -402,6 +402,19 @@ def test_greys_of_16_bits_are_those_of_8(tmp_path: Path) -> None:
     assert np.array_equal(read_picture(tmp_path / "clear.png", 16, 16)[..., 0], np.where(greys == 40, 255, greys))
 
 
+def test_a_mask_with_nothing_inside_is_refused(tmp_path: Path) -> None:
+    """A .png of 0 and 1, which looks black, an array of zeros, and what lies where the picture is cut off."""
+    edge = np.zeros((16, 48), np.uint8)
+    edge[:, :16] = 255
+    Image.fromarray(edge).save(tmp_path / "edge.png")
+    Image.fromarray(np.eye(16, dtype=np.uint8)).save(tmp_path / "faint.png")
+    np.savez(tmp_path / "masks.npz", cat=np.eye(16, dtype=np.uint8), hat=np.zeros((16, 16), bool))
+    for name, told in (("edge.png", "edge.png"), ("faint.png", "faint.png"), ("masks.npz", "'hat' in .*masks.npz")):
+        with pytest.raises(ExperimentError, match=f"masks: .*{told} has nothing inside") as error:
+            read_masks([tmp_path / name], 16, 16)
+        assert "white (255" in error.value.remedy
+
+
 @pytest.mark.parametrize(("height", "width"), [(9000, 7500), (9000, 12000), (20000, 20000)])
 def test_a_picture_too_large_to_use_is_told_so(tmp_path: Path, height: int, width: int) -> None:
     """Whether our limit is passed, or one of the two of Pillow. Only the first bytes are read: the rest of the file is not there."""
