@@ -26,6 +26,7 @@ A third of the pictures (drawn with --seed) ranks heads, a third chooses thresho
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -95,18 +96,22 @@ def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
     height, width = (model.f * side for side in latents)
     if not folder.is_dir():
         raise ExperimentError(f"folder: {folder} is no folder.", "Name one with NAME.png, NAME.txt and NAME.WORD.png; --help describes it.")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg")), key=lambda file: (file.stem, file.suffix))
     shown, pictures = [], [file for file in files if "." not in file.stem]
     if lonely := [file.name for file in files if file.stem.split(".")[0] not in {picture.stem for picture in pictures}]:
         raise ExperimentError(
             f"folder: {lonely[0]} is a mask of no picture.", "A picture's name has no dot: NAME.png, and NAME.WORD.png for its masks."
         )
+    if blurred := [file.name for file in files if "." in file.stem and file.suffix.lower() != ".png"]:
+        raise ExperimentError(f"folder: {blurred[0]} is a mask as JPEG, which blurs its edge.", "Save it as PNG: NAME.WORD.png.")
+    if twice := [two.name for one, two in itertools.pairwise(files) if one.stem == two.stem]:
+        raise ExperimentError(f"folder: {twice[0]} is there under another suffix too.", "Leave one of the two files.")
     for file in pictures:
         told = file.with_suffix(".txt")
         if not told.is_file():
             raise ExperimentError(f"folder: {file.name} has no caption.", f"Write what it shows into {told.name}, in one line.")
         caption = " ".join(told.read_text(encoding="utf-8", errors="replace").split())
-        masks = {mask.stem.partition(".")[2]: mask for mask in files if mask.suffix == ".png" and mask.stem.startswith(f"{file.stem}.")}
+        masks = {mask.stem.partition(".")[2]: mask for mask in files if mask.stem.startswith(f"{file.stem}.")}
         if not masks:
             raise ExperimentError(f"folder: {file.name} has no mask.", f"Add {file.stem}.WORD.png for a word of its caption, white where it is.")
         prompt = model.read(caption)

@@ -244,8 +244,11 @@ def fill(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def test_a_folder_is_read_as_it_lies(tmp_path: Path) -> None:
-    read = read_folder(fill(tmp_path / "own"), model())
+@pytest.mark.parametrize("suffix", [".png", ".PNG"])
+def test_a_folder_is_read_as_it_lies(tmp_path: Path, suffix: str) -> None:
+    for file in fill(tmp_path / "own").glob("p?*.png"):
+        file.rename(file.with_suffix(suffix))
+    read = read_folder(tmp_path / "own", model())
     assert [one.name for one in read] == [f"p{i}" for i in range(6)]
     for index, one in enumerate(read):
         expected = shown(index)
@@ -276,6 +279,8 @@ def wrong(folder: Path, kind: str) -> None:
         "no mask": lambda: [(folder / f"p3.{word}.png").unlink() for word in ("cat", "hat")],
         "another word": lambda: white.save(folder / "p3.dog.png"),
         "empty mask": lambda: Image.new("L", (32, 32)).save(folder / "p3.cat.png"),
+        "mask as JPEG": lambda: white.save(folder / "p3.dog.jpg"),
+        "picture twice": lambda: white.save(folder / "p3.jpg"),
         "mask alone": lambda: white.save(folder / "q.cat.png"),
         "no picture": lambda: (folder / "p3.png").write_bytes(b"not a picture"),
         "too few": lambda: [file.unlink() for file in folder.glob("p3*")],
@@ -290,6 +295,8 @@ def wrong(folder: Path, kind: str) -> None:
         ("no mask", "p3.png has no mask", "p3.WORD.png"),
         ("another word", "p3.dog.png: 'dog' is not in the caption 'a cat and a hat'", "a word of the caption"),
         ("empty mask", "p3.cat.png has nothing inside", "white (255; in an array not 0) where its word is"),
+        ("mask as JPEG", "p3.dog.jpg is a mask as JPEG", "Save it as PNG"),
+        ("picture twice", "p3.png is there under another suffix too", "Leave one of the two"),
         ("mask alone", "q.cat.png is a mask of no picture", "no dot"),
         ("no picture", "p3.png is not a PNG or JPEG picture", "Save it as one"),
         ("too few", "has 5 pictures", "At least 6"),
