@@ -194,6 +194,8 @@ def show(arguments: list[str]) -> int:
         from probe.pictures import keep, word_sheet
 
         print(keep(word_sheet(found), found, "words.png"))
+        if not found.words().sizes["word"]:
+            print("The prompt has no words: there is no map to draw.")
         return 0
     print(harmless(f"{found!r}\n"))
     table = []

@@ -801,6 +801,13 @@ def copied(runs: Path, name: str, **attributes: Any) -> Path:
     return path
 
 
+def test_words_of_a_prompt_without_any(call: Command, runs: Path) -> None:
+    record({"name": "wordless", "prompt": "", "steps": 1, "output": str(runs)}, tiny.pipeline(), progress=False)
+    code, out, err = call(cli.dispatch, "show", "wordless", "--words")
+    assert (code, err) == (0, "") and out.endswith("words.png\nThe prompt has no words: there is no map to draw.\n")
+    assert call(cli.dispatch, "show", "small", "--words")[1].endswith("words.png\n")
+
+
 def test_ls_of_nothing_says_how_to_begin(call: Command, tmp_path: Path) -> None:
     for folder in ("nowhere", str(tmp_path)):
         code, out, err = call(cli.dispatch, "ls", folder)
