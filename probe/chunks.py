@@ -31,7 +31,9 @@ class StepFiles:
             self._index = checked(np.stack([np.arange(self._count, dtype="<u8") * lengths, lengths], axis=1).tobytes())
 
     def file(self, step: int) -> Path:
-        """Where a step's values are."""
+        """Where a step's values are: of one number a step, all are in one file."""
+        if not self._shape:
+            return self._folder / "c.0"
         return self._folder / ".".join(["c", str(step), *["0"] * len(self._shape)])
 
     def write(self, step: int, value: np.ndarray) -> None:

@@ -182,9 +182,6 @@ def perform_noising(
                 for name, value in loop.stored().items():
                     writer.write(name, value)
                 perform(model, run, writer, say, progress, loop)
-                loss = writer.read("forward/loss").astype(np.float64)
-                writer.write("forward/loss_mean", loss.mean(axis=1))
-                writer.write("forward/loss_spread", loss.std(axis=1, ddof=1) if asked.noises > 1 else np.full(len(loss), np.nan))
                 writer.write("source/psnr", psnr(pixels, writer.read("images/final")[0]))
                 if sheet:
                     save_sheet(Run(path))

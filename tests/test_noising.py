@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from probe import cli, noising, store
+from probe.chunks import StepFiles
 from probe.diffusion.loading import BUNDLED, load
 from probe.diffusion.models import StableDiffusion
 from probe.errors import ExperimentError, PromptError, TooLarge
@@ -259,7 +260,8 @@ def test_image_to_image_is_verified_too(tmp_path: Path) -> None:
 # --- stopped ---------------------------------------------------------------------------------------------------------
 
 
-def test_stopped_on_the_way_it_opens_and_is_not_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("durability", ["none", "step"])
+def test_stopped_on_the_way_it_opens_and_is_not_resumed(tmp_path: Path, durability: str) -> None:
     pipe, calls = tiny.pipeline(), itertools.count()
 
     def stop(*_: Any) -> None:
@@ -267,14 +269,25 @@ def test_stopped_on_the_way_it_opens_and_is_not_resumed(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     pipe.unet.register_forward_pre_hook(stop)
+    asked = {"timesteps": list(TIMESTEPS), "noises": 2, "output": str(tmp_path), "capture": LIGHT, "durability": durability}
     with pytest.raises(KeyboardInterrupt):
-        record_noising(picture(), CAPTION, pipeline=pipe, progress=False, timesteps=list(TIMESTEPS), output=str(tmp_path), capture=LIGHT)
+        record_noising(picture(), CAPTION, pipeline=pipe, progress=False, **asked)
     (path,) = tmp_path.glob("*.zarr")
     run = Run(path)
     assert run.status == "interrupted" and list(run.steps) == [0, 1] and run.denoised().sizes["step"] == 2
+    loss = run.variable("forward/loss").values.astype(np.float64)
+    for name, wanted in (("mean", loss.mean(axis=1)), ("spread", loss.std(axis=1, ddof=1))):
+        found = run.variable(f"forward/loss_{name}").values
+        np.testing.assert_allclose(found, wanted)
+        assert np.isfinite(found[:2]).all() and np.isnan(found[2:]).all(), "every committed step has its own"
+        held = zarr.open_group(path, mode="r+")[f"forward/loss_{name}"]
+        assert StepFiles(path, held).file(1).is_file(), "which is what goes to the disk with the step"
     assert not [check for check in verify(run) if check.verdict == "failed"]
     with pytest.raises(ExperimentError, match="is a noising, and those are not resumed"):
         resume(run, pipe, progress=False)
+    held = zarr.open_group(path, mode="r+")["forward/loss_mean"]
+    held[1] = held[1] * 1.01
+    assert [check.name for check in verify(Run(path)) if check.verdict == "failed"] == ["forward"]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

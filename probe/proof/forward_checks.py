@@ -69,11 +69,10 @@ def _measured(run: Run, tally: Tally, clean: torch.Tensor, eps: torch.Tensor) ->
             "loss": ((prediction - target(true_clean, true_eps, alpha_bar, kind)) ** 2).mean(axis=axes),
             "noise_loss": (difference**2).mean(axis=axes),
         }
+        loss = run.variable("forward/loss").isel(step=step).values.astype(np.float64)
+        made |= {"loss_mean": loss.mean(), "loss_spread": loss.std(ddof=1) if count > 1 else np.array(np.nan)}
         for name, value in made.items():
             tally.add(relative(value, run.variable(f"forward/{name}").isel(step=step).values), f"forward/{name}, step {step}")
     if run.status == "complete":
-        loss = run.variable("forward/loss").values.astype(np.float64)
-        spread = loss.std(axis=1, ddof=1) if count > 1 else np.full(len(loss), np.nan)
         trip = np.array(psnr(run.variable("source/picture").values, run.images.values[0]))
-        for path, value in (("forward/loss_mean", loss.mean(axis=1)), ("forward/loss_spread", spread), ("source/psnr", trip)):
-            tally.add(relative(value, run.variable(path).values), path)
+        tally.add(relative(trip, run.variable("source/psnr").values), "source/psnr")

@@ -170,16 +170,20 @@ class Noised:
         return {"forward/clean": _numpy(self.clean), "forward/noise": _numpy(self.noise)}
 
     def measures(self, step: Step) -> dict[str, torch.Tensor]:
-        """What the prediction of a step is worth, in float32, by the schema's paths: denoised, difference, losses."""
+        """What the prediction of a step is worth, in float32, by the schema's paths: denoised, difference, losses; their mean in float64."""
         exact = Step(**{**vars(step), **{name: getattr(step, name).float() for name in ("latents", "prediction_cond", "prediction")}})
         clean, eps = self.clean.float(), self.noise.float()
         wanted = target(clean, eps, step.alpha_bar, step.prediction_type)
         difference = exact.eps - eps
+        loss = (exact.prediction - wanted).square().mean(dim=(1, 2, 3))
+        each = loss.to("cpu" if loss.device.type == "mps" else loss.device).double()  # Apple's GPUs have no float64
         return {
             "forward/denoised": exact.denoised,
             "forward/difference": difference,
-            "forward/loss": (exact.prediction - wanted).square().mean(dim=(1, 2, 3)),
+            "forward/loss": loss,
             "forward/noise_loss": difference.square().mean(dim=(1, 2, 3)),
+            "forward/loss_mean": each.mean(),
+            "forward/loss_spread": each.std() if len(each) > 1 else torch.full_like(each[0], torch.nan),
         }
 
 
