@@ -175,7 +175,7 @@ def perform_noising(
         key = hashlib.sha256(json.dumps([told, created]).encode() + pixels.tobytes()).hexdigest()[:8]
         path = place(asked.output) / f"{run.experiment.run_name}-{key}.zarr"
         attributes = {**describe(model, run), "created": created, "parent_run": None, "noising": told}
-        say(f"Recording {run.calls} timesteps to {path} (about {size_text(sum(run.forecast().values()))})")
+        say(f"Recording {run.calls} timestep{'s' if run.calls > 1 else ''} to {path} (about {size_text(sum(run.forecast().values()))})")
         with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
             try:
                 loop = Noised.of(model, pixels, asked.noises, asked.seed)
@@ -267,14 +267,15 @@ def told_losses(run: Run) -> str:
     from probe.terminal import rows
 
     root, forward = run.tree.to_dataset(), run.tree["forward"].dataset
+    columns = ("timestep", "sigma", "loss", "spread")[: 4 if run.experiment.images > 1 else 3]  # one draw of noise has no spread
     lines = [
-        (f"{t:.0f}", f"{sigma:.3g}", f"{mean:.4f}", "" if np.isnan(spread) else f"{spread:.4f}")
+        (f"{t:.0f}", f"{sigma:.3g}", f"{mean:.4f}", f"{spread:.4f}")[: len(columns)]
         for t, sigma, mean, spread in zip(
             root["timestep"].values, root["sigma"].values, forward["loss_mean"].values, forward["loss_spread"].values, strict=True
         )
     ]
     trip = float(run.variable("source/psnr"))
-    return f"{rows(lines, ('timestep', 'sigma', 'loss', 'spread'))}\n\nThe VAE's round trip: {trip:.1f} dB"
+    return f"{rows(lines, columns)}\n\nThe VAE's round trip: {trip:.1f} dB"
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import tiny
 import torch
 import xarray as xr
 import zarr
+from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from probe import cli, noising, store
 from probe.chunks import StepFiles
@@ -27,6 +28,7 @@ from probe.diffusion.models import StableDiffusion
 from probe.errors import ExperimentError, PromptError, TooLarge
 from probe.experiment import load_experiment
 from probe.noising import Noising, load_noising, perform_noising, record_noising
+from probe.noising_sheet import CELL, GAP, MARGIN, PALE, noising_sheet
 from probe.reading.recording import Run
 from probe.running.forward import psnr
 from probe.running.recorder import record, resume
@@ -341,6 +343,77 @@ def test_timesteps_in_any_order_are_the_noisiest_first(found: list[int]) -> None
 def test_a_range_of_timesteps() -> None:
     assert load_noising({"timesteps": "100:400:100"}).timesteps == (300, 200, 100)
     assert load_noising({"timesteps": "0:3"}).timesteps == (2, 1, 0)
+
+
+# --- the sheet -------------------------------------------------------------------------------------------------------
+
+
+def written_on(run: Run) -> tuple[np.ndarray, list[str]]:
+    """The sheet's pixels, and all that is written on it, in its order."""
+    real, said = ImageDraw.ImageDraw.text, []
+
+    def text(draw: ImageDraw.ImageDraw, at: tuple[float, float], words: str, *rest: Any, **more: Any) -> None:
+        said.append(words)
+        real(draw, at, words, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageDraw.ImageDraw, "text", text)
+        return np.asarray(noising_sheet(run)), said
+
+
+def sheet_of(folder: Path, timesteps: list[int], noises: int, shown: int, pipeline: Any = None) -> tuple[np.ndarray, list[str], Run]:
+    """One with that many masks, each a stripe of its own."""
+    stripes = {f"w{i}": np.arange(32)[:, None].repeat(32, 1) // 2 == i for i in range(shown)}
+    asked = {"timesteps": timesteps, "noises": noises, "output": str(folder), "capture": LIGHT}
+    run = record_noising(picture(), CAPTION, stripes, pipeline=pipeline or base(), progress=False, **asked)
+    return *written_on(run), run
+
+
+@pytest.mark.parametrize(("timesteps", "shown", "left"), [(1, 4, ""), (3, 6, "2 more masks, without room here: w4, w5"), (10, 9, "1 more mask, ")])
+def test_masks_have_the_whole_width_of_the_sheet(tmp_path: Path, timesteps: int, shown: int, left: str) -> None:
+    sheet, said, _ = sheet_of(tmp_path, list(range(0, 100 * timesteps, 100)), 1, shown)
+    room = max(timesteps, 6) - 2
+    assert [words for words in said if words.startswith("mask: ")] == [f"mask: w{i}" for i in range(min(shown, room))]
+    told = [words for words in said if "without room" in words]
+    assert len(told) == bool(left) and all(words.startswith(left) for words in told)
+    top = MARGIN + 64
+    for index in range(min(shown, room)):
+        x = MARGIN + (2 + index) * (CELL + GAP)
+        assert sheet[top + int(CELL * (2 * index + 1) / 32), x + CELL // 2].min() > 200 > sheet[top + CELL - 4, x + CELL // 2].min()
+
+
+@pytest.mark.parametrize("noises", [1, 3])
+@pytest.mark.parametrize("timesteps", [[500], [501, 500], [0]])
+def test_losses_can_be_read_however_few_there_are(tmp_path: Path, timesteps: list[int], noises: int) -> None:
+    sheet, said, run = sheet_of(tmp_path, timesteps, noises, 0)
+    heading = next(index for index, words in enumerate(said) if words.startswith("Loss:"))
+    mean, spread = (run.variable(f"forward/loss_{name}").values for name in ("mean", "spread"))
+    ticks = [float(words) for words in said[heading + 1 : heading + 4]]
+    assert ticks == sorted(ticks) and ticks[0] < mean.min() <= mean.max() < ticks[2], "numbers on either side of every loss"
+    assert ("band" in said[heading]) == ("spread" in said[heading]) == (noises > 1)
+    count = len(timesteps)
+    assert any(
+        words.startswith(f"{run.attributes['model']['name']}   the forward process at {count} timestep{'s' * (count > 1)}   ") for words in said
+    )
+    if count == 1:
+        assert said[heading + 4] == (f"{mean[0]:.3g} \u00b1 {spread[0]:.2g}" if noises > 1 else f"{mean[0]:.3g}")
+        assert ((sheet == PALE).all(axis=-1).sum() > 100) == (noises > 1), "the spread is a band of one timestep too"
+    assert ("spread" in noising.told_losses(run)) == (noises > 1)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_what_is_not_defined_is_said_and_not_shown_black(tmp_path: Path, decode: bool) -> None:
+    """Where nothing is left of the picture (alpha_bar 0), predicted noise says nothing of what is clean."""
+    pipe = tiny.pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=True)
+    asked = {"timesteps": [999, 500], "output": str(tmp_path), "capture": LIGHT, "decode": decode}
+    run = record_noising(picture(), CAPTION, pipeline=pipe, progress=False, **asked)
+    assert run.tree["alpha_bar"].values[0] == 0 and not np.isfinite(run.variable("forward/denoised").values[0]).all()
+    sheet, said = written_on(run)
+    assert said.count("not defined") == 1
+    top = MARGIN + 64 + CELL + 40 + 3 * (CELL + 46) + 22  # the last row of pictures
+    empty, full = (sheet[top + 1 : top + CELL - 1, x + 1 : x + CELL - 1] for x in (MARGIN, MARGIN + CELL + GAP))
+    assert (empty == 255).mean() > 0.8 and (full == 255).mean() < 0.5
 
 
 # --- files and the command -------------------------------------------------------------------------------------------
