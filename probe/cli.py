@@ -86,9 +86,12 @@ def rerun(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     before = open_run(options.run, options.runs)
     quieten(options.quiet)
-    from probe.running import recorder
+    if "noising" in before.attributes:
+        from probe.noising import rerun_noising as again
+    else:
+        from probe.running.recorder import rerun as again
 
-    after = recorder.rerun(before, progress=not options.quiet)
+    after = again(before, progress=not options.quiet)
     print(f"Recorded {without_home(str(after.path))}")
     return _tell(compare(before, after), before.name, after.name)
 
@@ -154,6 +157,7 @@ def _add_run(parser: Parser) -> None:
 def ls(arguments: list[str]) -> int:
     """List recordings, the newest first."""
     from probe.reading.recording import list_runs
+    from probe.schema import counted
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
     parser.add_argument("runs", nargs="?", default="runs", help="folder of recordings [runs]")
@@ -168,9 +172,9 @@ def ls(arguments: list[str]) -> int:
             table.append((path.name.removesuffix(".zarr"), "damaged", "", "", "", ""))
             continue
         asked = attributes["experiment"]
-        sampling = f"{asked['steps']} steps, guidance {asked['guidance_scale']:g}, seed {asked['seed']}"
+        sampling = f"{counted(asked['steps'], 'step')}, guidance {asked['guidance_scale']:g}, seed {asked['seed']}"
         if "noising" in attributes:
-            sampling = f"noised at {asked['steps']} timesteps, seed {asked['seed']}"
+            sampling = f"noised at {counted(asked['steps'], 'timestep')}, seed {asked['seed']}"
         when = attributes.get("created", "")[:16].replace("T", " ")
         table.append(
             (path.name.removesuffix(".zarr"), attributes["status"], _shorten(asked["model"], 40), sampling, _shorten(asked["prompt"], 40), when)

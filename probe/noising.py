@@ -154,6 +154,7 @@ def perform_noising(
     max_bytes: int | None = None,
     progress: bool = True,
     sheet: bool = True,
+    parent: str | None = None,
 ) -> Run:
     """As `record_noising`, with everything asked in one `Noising`; an array takes the place of its `picture`."""
     from probe.noising_sheet import save_sheet
@@ -174,7 +175,7 @@ def perform_noising(
         told = asked.model_dump(mode="json")
         key = hashlib.sha256(json.dumps([told, created]).encode() + pixels.tobytes()).hexdigest()[:8]
         path = place(asked.output) / f"{run.experiment.run_name}-{key}.zarr"
-        attributes = {**describe(model, run), "created": created, "parent_run": None, "noising": told}
+        attributes = {**describe(model, run), "created": created, "parent_run": parent, "noising": told}
         say(f"Recording {run.calls} timestep{'s' if run.calls > 1 else ''} to {path} (about {size_text(sum(run.forecast().values()))})")
         with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
             try:
@@ -190,6 +191,17 @@ def perform_noising(
                 say(f"It ended early. What was recorded is in {path}")
                 raise
     return Run(path)
+
+
+def rerun_noising(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
+    """Noise a picture again, from its recording alone: settings, picture and masks, with the model loaded as it was. Raises as `record_noising`."""
+    from probe.running.forward import recorded_masks
+    from probe.running.recorder import model_for, sayer
+
+    asked = load_noising(run.said("noising"), output=str(run.path.parent))
+    model = model_for(run.experiment, pipeline, sayer(progress), run)
+    picture = None if run.source is None else run.source.values
+    return perform_noising(asked, picture, recorded_masks(run), model, progress=progress, parent=run.name)
 
 
 def plan_noising(

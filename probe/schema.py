@@ -216,6 +216,11 @@ def _find(group: str, name: str) -> Variable:
     raise KeyError(f"the schema has no variable {name!r} in group {group!r}")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: "1 step", "30 steps"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def near(wrong: str, options: Sequence[str]) -> str:
     """A remedy that names the options nearest to a wrong name."""
     found = difflib.get_close_matches(wrong, options, n=3, cutoff=0.4)

@@ -464,13 +464,17 @@ def test_from_a_file_on_the_command_line(tmp_path: Path, call: Command) -> None:
     assert code == 0 and "noised at 2 timesteps, seed 0" in out
     code, out, _ = call(cli.dispatch, "show", path)
     assert code == 0 and "/forward/loss_mean" in out and "contact-sheet.png" in out
-    for verb, said in (("rerun", "is a noising, which probe rerun cannot record"), ("run", "those are not resumed")):
-        if verb == "run":
-            changed = json.loads((path / "zarr.json").read_text())
-            changed["attributes"]["status"] = "interrupted"
-            (path / "zarr.json").write_text(json.dumps(changed))
-        code, out, err = call(cli.dispatch, verb, *(("--resume",) if verb == "run" else ()), path)
-        assert code == 2 and said in err
+    for file in ("wide.png", "masks.npz", "hat.png"):
+        (tmp_path / file).unlink()
+    code, out, err = call(cli.dispatch, "rerun", path)
+    assert code == 0 and "the same bits in all" in out, err
+    (again,) = (Run(other) for other in (tmp_path / "runs").glob("*.zarr") if other != path)
+    assert again.attributes["parent_run"] == run.name and again.attributes["noising"] == run.attributes["noising"]
+    changed = json.loads((path / "zarr.json").read_text())
+    changed["attributes"]["status"] = "interrupted"
+    (path / "zarr.json").write_text(json.dumps(changed))
+    code, out, err = call(cli.dispatch, "run", "--resume", path)
+    assert code == 2 and "those are not resumed" in err
 
 
 def test_greys_of_16_bits_are_those_of_8(tmp_path: Path) -> None:

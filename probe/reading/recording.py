@@ -29,7 +29,7 @@ from probe.reading import sample
 from probe.reading.attention import Attention, places
 from probe.reading.lazy import open_tree
 from probe.reading.untrusted import read_file, read_root, refuse
-from probe.schema import BRANCHES, FORMAT_VERSION, near
+from probe.schema import BRANCHES, FORMAT_VERSION, counted, near
 from probe.strict_yaml import printable
 
 MAX_PICTURE = 32 * 2**20
@@ -160,11 +160,12 @@ class Run(Attention):
         """The run in a few labelled words."""
         asked = self.attributes["experiment"]
         guidance = f", guidance {asked['guidance_scale']:g}" if asked["guidance_scale"] > 1 else ""
-        sampling = f"{self.said('scheduler', 'class')}, {asked['steps']} steps{guidance}, seed {asked['seed']}"
+        sampling = f"{self.said('scheduler', 'class')}, {counted(asked['steps'], 'step')}{guidance}, seed {asked['seed']}"
         if asked.get("image"):
             sampling += f", strength {asked.get('strength', 1):g}"
         if "noising" in self.attributes:
-            sampling = f"no sampling: noised at {asked['steps']} timesteps, {asked.get('images', 1)} draws of noise, seed {asked['seed']}"
+            often = f"{counted(asked['steps'], 'timestep')}, {counted(asked.get('images', 1), 'draw')} of noise"
+            sampling = f"no sampling: noised at {often}, seed {asked['seed']}"
         lines = {
             "prompt": asked["prompt"],
             "negative prompt": asked["negative_prompt"],

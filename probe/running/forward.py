@@ -120,8 +120,14 @@ def replan(model: StableDiffusion, run: Run) -> Plan:
     picture = None if run.source is None else run.source.values
     if picture is None or "noising" not in run.attributes:
         return plan(model, run.experiment, picture)
-    masks = {str(mask["masked"].item()): mask.values for mask in run.variable("source/mask")} if "mask" in run.tree["source"].dataset else {}
-    return plan_forward(model, run.experiment, picture, tuple(run.attributes["noising"]["timesteps"]), masks)
+    return plan_forward(model, run.experiment, picture, tuple(run.attributes["noising"]["timesteps"]), recorded_masks(run))
+
+
+def recorded_masks(run: Run) -> dict[str, np.ndarray]:
+    """The masks that a noising holds, (y, x) uint8 by word."""
+    if run.source is None or "mask" not in run.tree["source"].dataset:
+        return {}
+    return {str(mask["masked"].item()): mask.values for mask in run.variable("source/mask")}
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,8 @@ def record(
 def rerun(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
     """Record a run again, beside it, from its own record: experiment, commit and number format of the weights, and picture.
 
-    Raises as `record` does, and ExperimentError for a noising.
+    Raises as `record` does. A noising has its own: `probe.noising.rerun_noising`.
     """
-    if "noising" in run.attributes:
-        raise ExperimentError(f"{run.name} is a noising, which probe rerun cannot record.", "Record it again: python -m probe.noising FILE.")
     asked = load_experiment(run.experiment, output=str(run.path.parent))
     room, say = free_room(run.path.parent), sayer(progress)
     with out_of_memory(asked):
