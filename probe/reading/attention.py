@@ -122,7 +122,7 @@ class Attention:
 
     def cut(self, branch: str = "cond") -> tuple[str, str]:
         """What was cut from the end of a prompt that is too long, and the word, whole, that the cut went through; "" where there is none."""
-        cut = str(self.attributes["cut_from_prompt"].get(branch, ""))
+        cut = str(self.attributes.get("cut_from_prompt", {}).get(branch, ""))
         return cut, split_word(self.attributes["experiment"]["prompt" if branch == "cond" else "negative_prompt"], cut)
 
     # --- as few ---

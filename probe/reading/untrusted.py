@@ -172,6 +172,7 @@ WHERE_PRESENT: dict[str, Callable[[object], bool]] = {
     "latent_convention": lambda value: value in ("variance_preserving", "variance_exploding"),
     "parent_run": _none_or_text,
     "memory_format": lambda value: isinstance(value, dict) and all(how in ("contiguous", "channels_last") for how in value.values()),
+    "cut_from_prompt": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
     "resumed": lambda value: isinstance(value, list),
 }
 
