@@ -114,8 +114,8 @@ def _line(sheet: Image.Image, top: int, tall: int, cells: list[Cell]) -> None:
     draw = ImageDraw.Draw(sheet)
     for index, (picture, label, note) in enumerate(cells):
         x = MARGIN + index * (CELL + GAP)
+        draw.rectangle((x - 1, top - 1, x + CELL, top + tall), outline=FAINT)  # where a mask is white, so is the sheet
         if picture is None:
-            draw.rectangle((x, top, x + CELL - 1, top + tall - 1), outline=FAINT)
             draw.text((x + CELL // 2, top + tall // 2), "not defined", FAINT, font=_font(12), anchor="mm")
         else:
             resample = Image.Resampling.NEAREST if picture.width < CELL / 2 else Image.Resampling.LANCZOS
