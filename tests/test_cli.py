@@ -537,24 +537,30 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def after_three_steps(running: subprocess.Popen[str], folder: Path) -> Path:
+    """Wait until a process has recorded three steps; returns the recording."""
+    deadline = time.monotonic() + 90
+    while True:
+        for path in folder.glob("[!.]*.zarr"):
+            if Run(path).steps.size >= 3:
+                return path
+        assert time.monotonic() < deadline and running.poll() is None, running.communicate()
+        time.sleep(0.05)
+
+
 @needs_the_bundled_model
 @pytest.mark.parametrize("durability", ["run", "step"])
 def test_ctrl_c_in_the_middle_keeps_what_was_recorded(tmp_path: Path, durability: str) -> None:
     arguments = ["--steps", 900, "--output", tmp_path / "out", "--durability", durability, "--capture.steps", "0:5"]
     running = process("probe.run", *arguments, preexec_fn=interruptible)
-    deadline = time.monotonic() + 90
-    found: list[Path] = []
-    while not (found and Run(found[0]).steps.size >= 3):
-        assert time.monotonic() < deadline and running.poll() is None, running.communicate()
-        time.sleep(0.05)
-        found = list((tmp_path / "out").glob("[!.]*.zarr"))
-    assert Run(found[0]).status == "running"
+    path = after_three_steps(running, tmp_path / "out")
+    assert Run(path).status == "running"
     start = time.monotonic()
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
     assert running.returncode == 130 and time.monotonic() - start < 10, "it went on with its 900 steps"
-    assert "Traceback" not in err and err.endswith("\nStopped.\n") and str(found[0]) in err and out == ""
-    made = Run(found[0])
+    assert "Traceback" not in err and err.endswith("\nStopped.\n") and str(path) in err and out == ""
+    made = Run(path)
     assert made.status == made.attributes["status"] == "interrupted"
     assert made.steps.tolist() == list(range(len(made.steps))) and 3 <= made.steps.size < 900
     assert (
@@ -562,26 +568,21 @@ def test_ctrl_c_in_the_middle_keeps_what_was_recorded(tmp_path: Path, durability
         and np.isfinite(made.denoised().values).all()
         and made.attention().sizes["step"] == min(5, made.steps.size)
     )
-    assert [file.name for file in (tmp_path / "out").iterdir()] == [found[0].name], "no lock is left"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [path.name], "no lock is left"
 
 
 @needs_the_bundled_model
 def test_ctrl_c_pressed_again_and_again(tmp_path: Path) -> None:
     """No traceback of how Python ends, and the recording is there."""
     running = process("probe.run", "--steps", 900, "--output", tmp_path / "out", "--capture.steps", "0:5", preexec_fn=interruptible)
-    deadline = time.monotonic() + 90
-    found: list[Path] = []
-    while not (found and Run(found[0]).steps.size >= 3):
-        assert time.monotonic() < deadline and running.poll() is None, running.communicate()
-        time.sleep(0.05)
-        found = list((tmp_path / "out").glob("[!.]*.zarr"))
+    path, deadline = after_three_steps(running, tmp_path / "out"), time.monotonic() + 30
     while running.poll() is None:
         assert time.monotonic() < deadline
         running.send_signal(signal.SIGINT)
         time.sleep(0.01)
     _, err = running.communicate()
     assert running.returncode == 130 and "Traceback" not in err and err.count("\nStopped.\n") == 1, err
-    assert Run(found[0]).status == "interrupted" and Run(found[0]).steps.size >= 3
+    assert Run(path).status == "interrupted" and Run(path).steps.size >= 3
 
 
 def test_ctrl_c_before_anything_was_written(model: Path, tmp_path: Path) -> None:
