@@ -5,6 +5,7 @@
     python3 tasks.py test [pytest arguments]              run the quick tests, or those you name
     python3 tasks.py check                                format, lint, types and the quick tests: what CI asks of a change
     python3 tasks.py check --all                          the same with the slow and the browser tests; only gpu tests stay out
+    python3 tasks.py check --no-tests                     format, lint and types alone
 
 The first call makes an environment in .venv and installs this checkout there, in the versions of constraints.txt. That
 takes minutes and gigabytes, most of them torch's. Later calls start at once; when pyproject.toml or constraints.txt has
@@ -96,8 +97,10 @@ def side_by_side() -> list[str]:
 
 
 def check(arguments: list[str]) -> int:
-    if arguments not in ([], ["--all"]):
-        stop(f"check takes --all or nothing, not {arguments}.", "To run some tests only: python3 tasks.py test <pytest arguments>.", code=2)
+    if arguments not in ([], ["--all"], ["--no-tests"]):
+        stop(
+            f"check takes --all, --no-tests or nothing, not {arguments}.", "To run some tests only: python3 tasks.py test <pytest arguments>.", code=2
+        )
     python = install("record", "test")
     steps = {
         "format": ["ruff", "format", "--check"],
@@ -105,6 +108,8 @@ def check(arguments: list[str]) -> int:
         "types": ["mypy"],
         "tests": ["pytest", *side_by_side(), *(["-m", "not gpu"] if arguments else [])],
     }
+    if arguments == ["--no-tests"]:
+        del steps["tests"]
     failed = []
     for name, step in steps.items():
         say(name + ": " + " ".join(step))

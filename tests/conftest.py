@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", STREAMLIT_BROWSER_GATHER_USAGE_STATS="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores are several times slower than one
 
 import pytest
 from hypothesis import settings
+from PIL import ImageFont, features
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, database=None)
 settings.load_profile("ci")
@@ -24,3 +28,20 @@ def _one_thread() -> None:
     """A plugin may have imported torch before this file was read; then only this call reaches it."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_fonts() -> Iterator[None]:
+    """Hide what a bare machine does not have: fonts in files, and raqm. Pillow's own font remains."""
+    truetype, check = ImageFont.truetype, features.check
+
+    def refuse(font: Any = None, *args: Any, **settings: Any) -> ImageFont.FreeTypeFont:
+        if isinstance(font, str | bytes | Path):
+            raise OSError(f"a bare machine has no font of the system, so tests do without: {font}")
+        return truetype(font, *args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFont, "truetype", refuse)
+        patch.setattr(ImageFont.core, "HAVE_RAQM", False)
+        patch.setattr(features, "check", lambda feature: feature != "raqm" and check(feature))
+        yield

@@ -11,28 +11,27 @@ The masks of a scene never overlap, and together they cover it: a pixel belongs 
 last. (A picture of a subject without a setting has a plain backdrop, which belongs to no noun.) That makes them the
 ground truth for attention maps.
 
-Some subject x setting pairs are never drawn in training: see `HELD_OUT`. The pictures come from the font Noto Color
-Emoji (Debian: fonts-noto-color-emoji), which only training needs.
+Some subject x setting pairs are never drawn in training: see `HELD_OUT`. The emoji lie in `glyphs.webp`, so a seed is the
+same scene on every machine. No font is needed. `glyphs.py` made that sheet from Noto Color Emoji; LICENSES has its terms.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw
 
 SIZE = 128
-FONT_PATHS = (
-    Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"),
-    Path("/usr/share/fonts/noto/NotoColorEmoji.ttf"),
-    Path("/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf"),
-)
-FONT_SIZE = 109  # the one size at which this bitmap font can be drawn
+GLYPHS = Path(__file__).with_name("glyphs.webp")  # every emoji in its own colours, cropped to its ink, never rescaled
+GLYPH_NAMES = Path(__file__).with_name("glyphs.json")  # the emoji of each cell, row by row, by their code points
+GLYPH_CELL = 128  # a cell's side; the ink begins in its upper left corner
+GLYPH_COLUMNS = 10
 
 SUBJECTS = {
     "astronaut": "\U0001f9d1\u200d\U0001f680",
@@ -70,6 +69,21 @@ SETTINGS = {
     "beach": "on the beach",
     "city": "in the city",
     "party": "at a party",
+}
+
+DECORATIONS = {  # what stands about in the settings; no noun of its own
+    "herb": "\U0001f33f",
+    "earth": "\U0001f30d",
+    "fir": "\U0001f332",
+    "tree": "\U0001f333",
+    "snowflake": "\u2744\ufe0f",
+    "sun": "\u2600\ufe0f",
+    "cactus": "\U0001f335",
+    "palm": "\U0001f334",
+    "parasol": "\u26f1\ufe0f",
+    "office": "\U0001f3e2",
+    "store": "\U0001f3ec",
+    "popper": "\U0001f389",
 }
 
 RELATIONS = ("next to", "above")
@@ -119,24 +133,28 @@ class Scene:
 
 
 @functools.cache
-def _font() -> ImageFont.FreeTypeFont:
-    if not features.check("raqm"):
-        raise RuntimeError("Pillow has no raqm, which joins emoji such as the astronaut: install libraqm0.")
-    for path in FONT_PATHS:
-        if path.exists():
-            return ImageFont.truetype(str(path), FONT_SIZE)
-    raise FileNotFoundError("Noto Color Emoji is not installed: apt-get install fonts-noto-color-emoji.")
+def _sheet() -> dict[str, Image.Image]:
+    """Return every emoji of the sheet as an RGBA image, cropped to its ink."""
+    with Image.open(GLYPHS) as file:
+        sheet = file.convert("RGBA")
+    inks = {}
+    for index, name in enumerate(json.loads(GLYPH_NAMES.read_text(encoding="utf-8"))):
+        row, column = divmod(index, GLYPH_COLUMNS)
+        corner = column * GLYPH_CELL, row * GLYPH_CELL
+        cell = sheet.crop((*corner, corner[0] + GLYPH_CELL, corner[1] + GLYPH_CELL))
+        inks["".join(chr(int(point, 16)) for point in name.split())] = cell.crop(cell.getbbox())
+    return inks
 
 
 @functools.cache
 def glyph(text: str, size: int) -> Image.Image:
-    """The emoji `text` as an RGBA image, cropped to its ink, its longer side `size` pixels."""
-    canvas = Image.new("RGBA", (300, 200), (0, 0, 0, 0))
-    ImageDraw.Draw(canvas).text((20, 20), text, font=_font(), embedded_color=True)
-    box = canvas.getbbox()
-    if box is None:
-        raise RuntimeError(f"the emoji font draws nothing for {text!r}")
-    ink = canvas.crop(box)
+    """Return the emoji `text` as an RGBA image, cropped to its ink, its longer side `size` pixels.
+
+    Raise KeyError if the sheet does not have it.
+    """
+    if text not in _sheet():
+        raise KeyError(f"{GLYPHS.name} has no {text!r}: list it in glyphs.py's `wanted`, then run python -m experiments.emojiworld.glyphs")
+    ink = _sheet()[text]
     scale = size / max(ink.size)
     return ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.LANCZOS)
 
@@ -191,7 +209,7 @@ class _Canvas:
 def _scuba_diving(canvas: _Canvas, noun: int) -> None:
     bands = [(i / 8, f"#{20 + 8 * (7 - i):02x}{90 + 13 * (7 - i):02x}{170 + 8 * (7 - i):02x}") for i in range(8)]
     canvas.backdrop(*bands, (0.9, "#c9b27c"), noun=noun)
-    canvas.scatter("\U0001f33f", (1, 4), (18, 30), (0.92, 1.0), noun)
+    canvas.scatter(DECORATIONS["herb"], (1, 4), (18, 30), (0.92, 1.0), noun)
 
 
 def _moon(canvas: _Canvas, noun: int) -> None:
@@ -201,43 +219,43 @@ def _moon(canvas: _Canvas, noun: int) -> None:
     for _ in range(int(canvas.rng.integers(3, 7))):
         x, y, r = canvas.rng.uniform(0, SIZE), canvas.rng.uniform(0.72, 0.98) * SIZE, canvas.rng.uniform(4, 10)
         draw.ellipse((x - r, y - r / 2.5, x + r, y + r / 2.5), fill="#6f6f78")
-    canvas.scatter("\U0001f30d", (1, 1), (18, 26), (0.2, 0.4), noun)
+    canvas.scatter(DECORATIONS["earth"], (1, 1), (18, 26), (0.2, 0.4), noun)
 
 
 def _forest(canvas: _Canvas, noun: int) -> None:
     canvas.backdrop((0, "#7fb069"), (0.55, "#2f5d34"), noun=noun)
-    canvas.scatter("\U0001f332", (4, 7), (30, 46), (0.55, 0.75), noun)
-    canvas.scatter("\U0001f333", (1, 3), (28, 40), (0.6, 0.95), noun)
+    canvas.scatter(DECORATIONS["fir"], (4, 7), (30, 46), (0.55, 0.75), noun)
+    canvas.scatter(DECORATIONS["tree"], (1, 3), (28, 40), (0.6, 0.95), noun)
 
 
 def _snow(canvas: _Canvas, noun: int) -> None:
     canvas.backdrop((0, "#b9d6ee"), (0.65, "#f4f8fc"), noun=noun)
-    canvas.scatter("\u2744\ufe0f", (3, 6), (12, 20), (0.15, 0.95), noun)
+    canvas.scatter(DECORATIONS["snowflake"], (3, 6), (12, 20), (0.15, 0.95), noun)
     canvas.dots(("#ffffff",), (15, 30), (1.0, 2.2), (0, 0.65))
 
 
 def _desert(canvas: _Canvas, noun: int) -> None:
     canvas.backdrop((0, "#f7d58a"), (0.6, "#dd9a4a"), noun=noun)
-    canvas.scatter("\u2600\ufe0f", (1, 1), (22, 30), (0.22, 0.32), noun)
-    canvas.scatter("\U0001f335", (2, 4), (22, 36), (0.65, 0.98), noun)
+    canvas.scatter(DECORATIONS["sun"], (1, 1), (22, 30), (0.22, 0.32), noun)
+    canvas.scatter(DECORATIONS["cactus"], (2, 4), (22, 36), (0.65, 0.98), noun)
 
 
 def _beach(canvas: _Canvas, noun: int) -> None:
     canvas.backdrop((0, "#9fdcff"), (0.42, "#2f8fd0"), (0.66, "#f3dca0"), noun=noun)
-    canvas.scatter("\U0001f334", (1, 3), (36, 50), (0.7, 0.85), noun)
-    canvas.scatter("\u26f1\ufe0f", (1, 2), (22, 32), (0.85, 1.0), noun)
+    canvas.scatter(DECORATIONS["palm"], (1, 3), (36, 50), (0.7, 0.85), noun)
+    canvas.scatter(DECORATIONS["parasol"], (1, 2), (22, 32), (0.85, 1.0), noun)
 
 
 def _city(canvas: _Canvas, noun: int) -> None:
     canvas.backdrop((0, "#f2b48c"), (0.78, "#5a5a62"), noun=noun)
-    canvas.scatter("\U0001f3e2", (3, 5), (38, 56), (0.76, 0.8), noun)
-    canvas.scatter("\U0001f3ec", (1, 2), (34, 46), (0.76, 0.82), noun)
+    canvas.scatter(DECORATIONS["office"], (3, 5), (38, 56), (0.76, 0.8), noun)
+    canvas.scatter(DECORATIONS["store"], (1, 2), (34, 46), (0.76, 0.82), noun)
 
 
 def _party(canvas: _Canvas, noun: int) -> None:
     canvas.backdrop((0, "#e58fc4"), (0.8, "#8e4aa8"), noun=noun)
     canvas.dots(("#ffe14d", "#5ad1ff", "#7dff8a", "#ffffff", "#ff5a5a"), (14, 22), (2.0, 3.5), (0, 1))
-    canvas.scatter("\U0001f389", (1, 3), (20, 30), (0.2, 1.0), noun)
+    canvas.scatter(DECORATIONS["popper"], (1, 3), (20, 30), (0.2, 1.0), noun)
 
 
 _PAINTERS: dict[str, Callable[[_Canvas, int], None]] = {
