@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probe.errors import RecordingDamaged, RecordingNotFound
+from probe.errors import RecordingDamaged, RecordingLinked, RecordingNotFound, RecordingUnreadable
 from probe.strict_yaml import printable
 from probe.terminal import Parser, fail, guarded, harmless, quieten, rows, without_home
 
@@ -156,20 +156,25 @@ def _add_run(parser: Parser) -> None:
 
 def ls(arguments: list[str]) -> int:
     """List recordings, the newest first."""
-    from probe.reading.recording import list_runs
+    from probe.reading.recording import listing
     from probe.schema import counted
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
     parser.add_argument("runs", nargs="?", default="runs", help="folder of recordings [runs]")
     folder = parser.parse_args(arguments).runs
-    found = list_runs(folder)
+    found = listing(folder)
     if not found:
         print(f"No recording in {printable(folder)} yet. Make one: python -m probe.run experiments/astronaut.yaml")
         return 0
     table = []
-    for path, attributes in found:
+    troubles = []
+    for row in found:
+        path, attributes = row.path, row.attributes
         if attributes is None:
-            table.append((path.name.removesuffix(".zarr"), "damaged", "", "", "", ""))
+            state = "unreadable" if isinstance(row.error, RecordingUnreadable) else "links" if isinstance(row.error, RecordingLinked) else "damaged"
+            table.append((path.name.removesuffix(".zarr"), state, "", "", "", ""))
+            if row.error is not None and state != "damaged":
+                troubles.append(f"{row.error.cause} {row.error.remedy}")
             continue
         asked = attributes["experiment"]
         sampling = f"{counted(asked['steps'], 'step')}, guidance {asked['guidance_scale']:g}, seed {asked['seed']}"
@@ -180,6 +185,8 @@ def ls(arguments: list[str]) -> int:
             (path.name.removesuffix(".zarr"), attributes["status"], _shorten(asked["model"], 40), sampling, _shorten(asked["prompt"], 40), when)
         )
     print(rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
+    if troubles:
+        print("\n" + "\n".join(printable(without_home(line)) for line in troubles))
     return 0
 
 

@@ -8,7 +8,9 @@ ProbeError
 |   |-- PromptError                (ValueError)           words the model cannot take
 |   |-- TooLarge                   (ValueError)           a recording over --max-bytes or over the disk's room
 |   |-- RecordingNotFound          (FileNotFoundError)    no such recording, or no such variable in it
-|   |-- RecordingDamaged           (ValueError)           a recording that cannot be read
+|   |-- RecordingDamaged           (ValueError)           a recording that is not what was written
+|   |   `-- RecordingLinked                             its files are links, which are not followed
+|   |-- RecordingUnreadable        (OSError)              the system did not read a recording, which is probably whole
 |   `-- RecordingBusy              (RuntimeError)         someone else is writing it
 `-- RunFailed                      a run that began and could not go on: exit code 1
     |-- CaptureError               (RuntimeError)         a hook that fired 0 or 2 times in a step
@@ -63,6 +65,14 @@ class RecordingNotFound(UserError, FileNotFoundError):
 
 class RecordingDamaged(UserError, ValueError):
     pass
+
+
+class RecordingLinked(RecordingDamaged):
+    pass
+
+
+class RecordingUnreadable(UserError, OSError):
+    """The system did not read a recording. Nothing is known to be wrong with the recording: never remove it for this."""
 
 
 class RecordingBusy(UserError, RuntimeError):

@@ -25,14 +25,16 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from probe.errors import ExperimentError, ProbeError
+from probe.errors import ExperimentError, ProbeError, RecordingUnreadable
 from probe.proof.checks import Check, check_committed, check_manifest, check_picture
 from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_labels, check_schema
 from probe.reading.recording import Run, open_run
 from probe.strict_yaml import printable
+from probe.system import reading
 from probe.terminal import Parser, guarded, quieten, without_home
 
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # whatever a damaged file makes of itself
@@ -44,21 +46,26 @@ def verify(run: Run, model: Any = None, steps: Sequence[int] | None = None) -> l
 
     `model` is a diffusers StableDiffusionPipeline, or True to load the experiment's own: then the UNet predicts again from
     the recorded latents of `steps` (indices of model calls; None: every committed one). Raises ExperimentError for a step that
-    was not committed, ModelError where the model cannot be had.
+    was not committed, ModelError where the model cannot be had, RecordingUnreadable where the system does not read the recording.
     """
+    with reading(run.path):
+        return _verify(run, model, steps)
+
+
+def _verify(run: Run, model: Any, steps: Sequence[int] | None) -> list[Check]:
     found = [
-        _guarded("manifest", lambda: check_manifest(run)),
-        _guarded("committed", lambda: check_committed(run)),
-        _guarded("schema", lambda: check_schema(run)),
-        _guarded("labels", lambda: check_labels(run)),
-        _guarded("softmax", lambda: check_softmax(run)),
-        _guarded("moments", lambda: check_moments(run)),
-        _guarded("sums", lambda: check_sums(run)),
-        _guarded("picture", lambda: check_picture(run)),
-        *(_guarded(name, lambda name=name: _replay(name, run)) for name in ("schedule", "guidance", "scheduler")),  # type: ignore[misc]
+        _guarded(run.path, "manifest", lambda: check_manifest(run)),
+        _guarded(run.path, "committed", lambda: check_committed(run)),
+        _guarded(run.path, "schema", lambda: check_schema(run)),
+        _guarded(run.path, "labels", lambda: check_labels(run)),
+        _guarded(run.path, "softmax", lambda: check_softmax(run)),
+        _guarded(run.path, "moments", lambda: check_moments(run)),
+        _guarded(run.path, "sums", lambda: check_sums(run)),
+        _guarded(run.path, "picture", lambda: check_picture(run)),
+        *(_guarded(run.path, name, lambda name=name: _replay(name, run)) for name in ("schedule", "guidance", "scheduler")),  # type: ignore[misc]
     ]
     if (run.path / "source").is_dir():  # a picture that it began from
-        found.append(_guarded("forward", lambda: _replay("forward", run)))
+        found.append(_guarded(run.path, "forward", lambda: _replay("forward", run)))
     if model is not None and model is not False:
         found += _ask_again(run, None if model is True else model, steps)
     return [replace(check, detail=printable(without_home(check.detail)), because=tuple(map(printable, check.because))) for check in found]
@@ -82,16 +89,22 @@ def _ask_again(run: Run, pipeline: Any, steps: Sequence[int] | None) -> list[Che
     model = repredict.model_of(run, pipeline)
     found: list[Check] = []
     try:
-        found.extend(repredict.check_model(run, model, chosen))
+        with reading(run.path):
+            found.extend(repredict.check_model(run, model, chosen))
+    except RecordingUnreadable:
+        raise
     except DAMAGE as error:
         missing = next(name for name in WITH_MODEL if name not in {check.name for check in found})
         found.append(Check(missing, "failed", _told(error, "the model cannot be asked")))
     return found
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
+def _guarded(path: Path, name: str, check: Callable[[], Check]) -> Check:
     try:
-        return check()
+        with reading(path):
+            return check()
+    except RecordingUnreadable:
+        raise
     except ImportError as missing:
         return Check(name, "not checked", f"needs {missing.name}: pip install 'diffusion-probe[record]'")
     except DAMAGE as error:

@@ -32,72 +32,19 @@ import zarr
 from numcodecs import Zstd
 from PIL import Image
 
-from probe.errors import RecordingDamaged, RecordingNotFound
-from probe.experiment import Experiment
+from probe.errors import RecordingDamaged, RecordingNotFound, RecordingUnreadable
 from probe.proof.checks import check_picture
+from probe.reading.files import UNLINKED
 from probe.reading.lazy import UNBACKED
 from probe.reading.recording import Run, list_runs
-from probe.reading.untrusted import REMEDY
 from probe.schema import array
 from probe.store import MANIFEST, RunWriter
 from probe.verify import DAMAGE
+from tests.recordings import ATTRIBUTES, CALLS, GRID, recording
 
 ROOT = Path(__file__).parent.parent
 MEGABYTES, SECONDS = 512, 5
-CALLS = 3
-GRID = "attention/4x4"
 SECRET = b"the words of somebody else" * 40
-ATTRIBUTES: dict[str, Any] = {
-    "format_version": 1,
-    "experiment": Experiment(steps=CALLS).resolved(),
-    "environment": {"device": "cpu"},
-    "model": {"name": "emojiworld", "dtype": "float32"},
-    "scheduler": {"class": "DPMSolverMultistepScheduler", "config": {"lambda_min_clipped": "-inf"}},
-    "prediction_type": "epsilon",
-    "latent_convention": "variance_preserving",
-    "created": "2026-01-02T03:04:05.678+00:00",
-}
-
-
-def recording(path: Path) -> Path:
-    """A small recording with one variable of every kind."""
-    draw = np.random.default_rng(5)
-    words = {"token_text": [["<|startoftext|>", "cat", ""]], "word": [["", "cat", ""]]}
-    step = [
-        array("latents", "latents", (CALLS, 1, 4, 8, 8), "float32"),
-        array("latents", "prediction", (CALLS, 1, 4, 8, 8), "float32"),
-        array(GRID, "cross", (CALLS, 3, 1, 1, 2, 2, 4, 4), "float16"),
-    ]
-    arrays = [
-        array("", "step", value=np.arange(CALLS)),
-        array("", "timestep", value=np.linspace(999, 1, CALLS)),
-        array("", "sigma", value=np.linspace(14.6, 0.03, CALLS)),
-        array("", "alpha_bar", value=np.linspace(0.01, 0.99, CALLS)),
-        array("", "committed", (CALLS,)),
-        *step,
-        array("images", "final", value=draw.integers(0, 255, (1, 6, 9, 3), dtype=np.uint8)),
-        array("preview", "latent_to_rgb", value=draw.random((4, 3), dtype=np.float32)),
-        array("preview", "bias", value=draw.random(3, dtype=np.float32)),
-        array(GRID, "branch", value=["cond"]),
-        array(GRID, "token", value=np.array([0, 1, -1])),
-        array(GRID, "layer", value=["down_blocks.0", "up_blocks.0"]),
-        *(array(GRID, name, value=value) for name, value in words.items()),
-        array(GRID, "word_index", value=np.array([[-1, 0, -1]])),
-        array(GRID, "recorded", value=np.ones(CALLS, np.uint8)),
-        array(GRID, "overview", (3, CALLS, 4, 4)),
-        array("cost", "component", value=["text_encoder", "unet", "vae"]),
-        array("cost", "seconds", value=np.array([1.0, 2.0, 3.0])),
-        array("cost", "flops", value=np.array([1, 2, 3])),
-        array("cost", "peak_memory", value=np.array(7)),
-    ]
-    with RunWriter(path, arrays, ATTRIBUTES, "none") as writer:
-        for index in range(CALLS):
-            values = {a.path: draw.random(a.shape[1:]).astype(a.dtype) for a in step}
-            writer.write_step(index, lambda values=values: values, 1)
-        writer.flush()
-        writer.write(f"{GRID}/overview", draw.random((3, CALLS, 4, 4), dtype=np.float32))
-        writer.complete()
-    return path
 
 
 # --- reading all of it, in a process of its own ----------------------------------------------------------------------
@@ -143,7 +90,7 @@ def look(path: Path) -> dict[str, Any]:
         try:
             with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(told):
                 read()
-        except (RecordingDamaged, RecordingNotFound) as error:
+        except (RecordingDamaged, RecordingNotFound, RecordingUnreadable) as error:
             said[way] = [error.cause, error.remedy]
         except BaseException:
             said[way] = traceback.format_exc()
@@ -333,13 +280,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a group is a link": (replaced("latents", link), "behind a link"),
     "the root file is a link": (replaced("zarr.json", link), "behind a link"),
     "a node's file is a link": (replaced("images/final/zarr.json", link), "behind a link"),
-    "a group goes round in circles": (lambda path: (path / "attention" / "loop").symlink_to("."), "attention/loop is a link"),
+    "a group goes round in circles": (lambda path: (path / "attention" / "loop").symlink_to("."), "attention/loop is behind a link"),
     "a listed group goes round in circles": (all_of(lambda path: (path / "again").symlink_to("."), listed("again")), "behind a link"),
-    "a link to a secret": (lambda path: (path / "contact-sheet.png").symlink_to("/proc/self/environ"), "contact-sheet.png is a link"),
+    "a link to a secret": (lambda path: (path / "contact-sheet.png").symlink_to("/proc/self/environ"), "contact-sheet.png is behind a link"),
     "a chunk is a pipe": (replaced(CHUNK, os.mkfifo), "is not a file"),
     "a chunk of labels is a pipe": (replaced("step/c.0", os.mkfifo), "is not a file"),
     "the root file is a pipe": (replaced("zarr.json", os.mkfifo), "is not a file"),
-    "a pipe among the groups": (lambda path: os.mkfifo(path / "latents" / "pipe"), "latents/pipe is a link, a pipe"),
+    "a pipe among the groups": (lambda path: os.mkfifo(path / "latents" / "pipe"), "latents/pipe is a pipe"),
     "a chunk is a folder": (replaced(CHUNK, Path.mkdir), "is not a file"),
     "a root file of 100 GB": (replaced("zarr.json", sparse(100 * 10**9)), "100000000000 bytes"),
     "a node's file of 100 GB": (replaced("images/final/zarr.json", sparse(100 * 10**9)), "100000000000 bytes"),
@@ -525,7 +472,7 @@ HOSTILE_TO_VERIFY: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "a manifest of two million names": (
         content(MANIFEST, lambda raw: b'{"":0' + b"".join(b',"%x":""' % i for i in range(1_400_000)) + b"}"),
         "manifest",
-        "files missing",
+        "too many parts",
     ),
     "a manifest 100,000 deep": (content(MANIFEST, lambda raw: b"[" * 10**5), "manifest", "is not JSON"),
     "a manifest that is a list": (content(MANIFEST, lambda raw: b"[1]"), "manifest", "is not a list of files"),
@@ -534,9 +481,9 @@ HOSTILE_TO_VERIFY: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "a manifest with a name that moves the cursor": (tells(lambda written: written.update({"\x1b[2J": "0"})), "manifest", "files missing: ?[2J"),
     "a file with a name that moves the cursor": (lambda path: (path / "latents/\x1b[2J\n\u202e").touch(), "manifest", "files new: latents/?[2J??"),
     "a file with a name that is no text": (lambda path: Path(os.fsdecode(bytes(path / "latents") + b"/\xff")).touch(), "manifest", "files new"),
-    "a link among the chunks": (lambda path: (path / LATE).symlink_to("/proc/self/environ"), "manifest", "late is a link"),
-    "a pipe among the chunks": (lambda path: os.mkfifo(path / LATE), "manifest", "late is a link, a pipe"),
-    "a round of folders among the chunks": (lambda path: (path / LATE).symlink_to("."), "manifest", "late is a link"),
+    "a link among the chunks": (lambda path: (path / LATE).symlink_to("/proc/self/environ"), "manifest", "late is behind a link"),
+    "a pipe among the chunks": (lambda path: os.mkfifo(path / LATE), "manifest", "late is a pipe"),
+    "a round of folders among the chunks": (lambda path: (path / LATE).symlink_to("."), "manifest", "late is behind a link"),
     "a hundred folders in each other": (lambda path: (path / LATE / "/".join("x" * 100)).mkdir(parents=True), "manifest", "too deep"),
     "a hole of a terabyte among the chunks": (lambda path: sparse(2**40)(path / LATE), "manifest", "files new"),
     "a hole of a terabyte, as listed": (
@@ -596,7 +543,7 @@ def test_no_reader_follows_a_link_out(copy: Path, tmp_path: Path) -> None:
     (copy / "contact-sheet.png").symlink_to(tmp_path / "secret")
     with pytest.raises(RecordingDamaged) as caught:
         _ = latents.values
-    assert caught.value.remedy == REMEDY and "behind a link" in caught.value.cause
+    assert caught.value.remedy == UNLINKED and "behind a link" in caught.value.cause
     assert "<img" not in run._repr_html_()
 
 

@@ -29,6 +29,7 @@ LAYERS = [
     # below the torch line: what reads recordings, and what a viewer needs
     ("probe.errors", "probe.conversions", "probe.reading", "probe.proof"),
     ("probe.strict_yaml",),
+    ("probe.system",),
     ("probe.schema",),
     ("probe.fields",),
     ("probe.source",),
@@ -39,6 +40,7 @@ LAYERS = [
     ("probe.analysis.maps", "probe.reading.sample"),
     ("probe.analysis.recomputed", "probe.analysis.averages", "probe.analysis.heads", "probe.analysis.masks"),
     ("probe.analysis",),
+    ("probe.reading.files",),
     ("probe.reading.untrusted",),
     ("probe.reading.shards",),
     ("probe.reading.lazy", "probe.reading.attention"),

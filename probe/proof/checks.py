@@ -26,11 +26,13 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
+from probe.reading.files import entry_is_link, opened, read_file, read_json, refuse, refuse_link
 from probe.reading.lazy import is_hole
 from probe.reading.recording import Run
-from probe.reading.untrusted import MAX_DEPTH, opened, read_file, read_json, read_root, refuse
+from probe.reading.untrusted import MAX_DEPTH, read_root
 from probe.store import MANIFEST, NOT_HASHED
 from probe.strict_yaml import printable
+from probe.system import exists
 
 MAX_MANIFEST, MAX_SAID = 16 * 2**20, 2**20  # bytes of a manifest, 150,000 files; of what is said in a picture
 
@@ -100,7 +102,7 @@ class Tally:
 
 def check_manifest(run: Run) -> Check:
     """Digests of files, and the checksum of every chunk."""
-    if not os.path.lexists(run.path / MANIFEST):
+    if not exists(run.path / MANIFEST):
         told = f"the run is {run.status}: its manifest is written at the end; the checksums of {read_all(run)} variables hold"
         return Check("manifest", "not checked" if run.status != "complete" else "failed", told)
     if (said := run.attributes["status"]) in ("failed", "interrupted"):  # a writer that ends so takes the manifest away
@@ -124,10 +126,12 @@ def files_of(path: Path) -> set[str]:
         with os.scandir(path / folder) as entries:
             for entry in entries:
                 name = f"{folder}/{entry.name}".strip("/")
+                if entry_is_link(entry):
+                    raise refuse_link(path, name)
                 if entry.is_dir(follow_symlinks=False) and name.count("/") < MAX_DEPTH:
                     folders.append(name)
                 elif not entry.is_file(follow_symlinks=False):
-                    raise refuse(path, f"{printable(name)} is a link, a pipe or a device, or too deep")
+                    raise refuse(path, f"{printable(name)} is a pipe or a device, or too deep")
                 elif Path(name).suffix not in NOT_HASHED and name != MANIFEST:
                     found.add(name)
     return found
@@ -191,7 +195,7 @@ def check_picture(run: Run) -> Check:
         return Check("picture", "not checked", f"the run is {run.status}")
     finals = run.images.values
     names = ["picture.png"] if len(finals) == 1 else [f"picture-{index}.png" for index in range(len(finals))]
-    there = [(name, pixels) for name, pixels in zip(names, finals, strict=True) if os.path.lexists(run.path / name)]
+    there = [(name, pixels) for name, pixels in zip(names, finals, strict=True) if exists(run.path / name)]
     if not there:
         return Check("picture", "not checked", f"{names[0]} is not there")
     for name, pixels in there:

@@ -31,10 +31,12 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 
-from probe.errors import RecordingDamaged
+from probe.errors import RecordingDamaged, RecordingUnreadable
+from probe.reading.files import read_file, refuse
 from probe.reading.shards import read_shards
-from probe.reading.untrusted import Stored, nodes_of, read_file, read_root, refuse
+from probe.reading.untrusted import Stored, nodes_of, read_root
 from probe.strict_yaml import printable
+from probe.system import reading, trouble_in, unreadable
 
 MAX_TEXT = 4 * 2**20  # bytes of a variable of text
 UNBACKED = 256 * 2**20
@@ -68,7 +70,8 @@ def check_chunk(root: Path, stored: Stored, found: os.stat_result) -> None:
 
 def is_hole(found: os.stat_result) -> bool:
     """Whether a large file takes next to no room on the disk, because nothing was ever written into it."""
-    return found.st_size > LARGE and found.st_blocks * 512 * MOST_HOLES < found.st_size
+    blocks = getattr(found, "st_blocks", found.st_size)  # Windows does not say
+    return found.st_size > LARGE and blocks * 512 * MOST_HOLES < found.st_size
 
 
 def _check_text(root: Path, stored: Stored, raw: bytes) -> None:
@@ -196,9 +199,11 @@ class Values(BackendArray):
                 if any(isinstance(which, np.ndarray) for which in key):
                     return self._array.oindex[key]
                 return self._array[key]
-        except RecordingDamaged:
+        except (RecordingDamaged, RecordingUnreadable):
             raise
         except FAULTS as error:
+            if (trouble := trouble_in(error)) is not None:
+                raise unreadable(self._store.root, trouble) from error
             why = printable(" ".join(str(error).split())) or type(error).__name__
             name = printable(self._store.root.name)
             raise RecordingDamaged(f"{name}: {self._stored.path} cannot be read: {why}", "Take it from a copy, or record it again.") from error
@@ -225,12 +230,17 @@ class Values(BackendArray):
 
     def _largest(self) -> int:
         """The size of the largest chunk that there is: another may well be as large."""
-        with os.scandir(self._store.root / self._stored.path) as entries:
+        with reading(self._store.root), os.scandir(self._store.root / self._stored.path) as entries:
             return max((entry.stat(follow_symlinks=False).st_size for entry in entries if entry.name.startswith("c.")), default=0)
 
 
 def open_tree(path: Path) -> xr.DataTree:
-    """A recording as stock `xr.open_datatree(path, engine="zarr")` gives it. Raises RecordingNotFound or RecordingDamaged."""
+    """A recording as stock `xr.open_datatree(path, engine="zarr")` gives it. Raises what `read_root` and `nodes_of` raise."""
+    with reading(path):
+        return _tree(path)
+
+
+def _tree(path: Path) -> xr.DataTree:
     root = read_root(path)
     groups, arrays = nodes_of(path, root)
     store = Untrusting(path, arrays)

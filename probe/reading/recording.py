@@ -23,21 +23,26 @@ import numpy as np
 import xarray as xr
 
 from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
-from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
+from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
 from probe.experiment import Experiment, load_experiment
 from probe.reading import sample
 from probe.reading.attention import Attention, places
+from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
-from probe.reading.untrusted import read_file, read_root, refuse
+from probe.reading.untrusted import read_root
 from probe.schema import BRANCHES, FORMAT_VERSION, counted, near
 from probe.strict_yaml import printable
+from probe.system import exists, lives, reading
 
 MAX_PICTURE = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Run(Attention):
-    """A recording, opened. Nothing is read until it is asked for. Raises RecordingNotFound or RecordingDamaged."""
+    """A recording, opened. Nothing is read until it is asked for.
+
+    Raises RecordingNotFound; RecordingDamaged; RecordingUnreadable where the system does not read it.
+    """
 
     path: Path
 
@@ -191,7 +196,7 @@ class Run(Attention):
 
         rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self.summary().items())
         picture = ""
-        with contextlib.suppress(OSError, RecordingDamaged):
+        with contextlib.suppress(OSError, RecordingDamaged):  # a picture less, in a notebook
             sheet = read_file(self.path, "contact-sheet.png", self._picture)
             if sheet.startswith(b"\x89PNG\r\n"):
                 code = base64.b64encode(sheet).decode()
@@ -215,34 +220,48 @@ def root_attributes(path: Path) -> dict[str, Any]:
 def _status(attributes: dict[str, Any]) -> str:
     status, writer = str(attributes["status"]), attributes.get("writer")
     if status == "running" and isinstance(writer, dict) and writer.get("host") == socket.gethostname():
-        try:
-            os.kill(int(writer["pid"]), 0)
-        except ProcessLookupError:
-            return "interrupted"
-        except (PermissionError, ValueError, KeyError, TypeError, OverflowError):
-            pass
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+            return status if lives(int(writer["pid"])) else "interrupted"
     return status
 
 
-def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | None]]:
-    """Every recording in a folder, the newest first, with its attributes (None for one that is damaged)."""
-    found: list[tuple[Path, dict[str, Any] | None]] = []
-    if Path(folder).is_dir():
+@dataclass(frozen=True)
+class Listed:
+    """A recording in a folder: its attributes, or why it has none to show."""
+
+    path: Path
+    attributes: dict[str, Any] | None
+    error: RecordingDamaged | RecordingUnreadable | None = None
+
+
+def listing(folder: str | Path = "runs") -> list[Listed]:
+    """Every recording in a folder, the newest first. Raises RecordingUnreadable where the system does not list the folder."""
+    found: list[Listed] = []
+    with reading(folder):
+        if not Path(folder).is_dir():
+            return []
         with os.scandir(folder) as entries:
             paths = [Path(entry.path) for entry in entries if entry.is_dir() and entry.name.endswith(".zarr") and not entry.name.startswith(".")]
-        for path in paths:
-            try:
-                attributes = root_attributes(path)
-                found.append((path, {**attributes, "status": _status(attributes)}))
-            except (RecordingNotFound, RecordingDamaged):
-                found.append((path, None))
-    return sorted(found, key=lambda row: (row[1] or {}).get("created", ""), reverse=True)
+    for path in paths:
+        try:
+            attributes = root_attributes(path)
+            found.append(Listed(path, {**attributes, "status": _status(attributes)}))
+        except RecordingNotFound:
+            found.append(Listed(path, None, refuse(path, "its zarr.json is missing")))
+        except (RecordingDamaged, RecordingUnreadable) as error:
+            found.append(Listed(path, None, error))
+    return sorted(found, key=lambda row: (row.attributes or {}).get("created", ""), reverse=True)
+
+
+def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | None]]:
+    """Every recording in a folder, the newest first, with its attributes (None for one that cannot be read: see `listing`)."""
+    return [(row.path, row.attributes) for row in listing(folder)]
 
 
 def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     """The path of a recording: a path itself, "latest", "sample", or the beginning of a name in `runs`. Raises RecordingNotFound."""
     path = Path(name)
-    if os.path.lexists(path / "zarr.json"):
+    if exists(path / "zarr.json"):
         return path
     if str(name) == sample.NAME:
         return sample.unpacked()

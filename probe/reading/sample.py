@@ -9,6 +9,7 @@ It is shipped as one zip file and unpacked once into the user's cache folder, wh
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -17,13 +18,15 @@ import zipfile
 from pathlib import Path
 
 from probe.errors import RecordingNotFound
+from probe.system import trouble_in, unreadable
 
 ARCHIVE = Path(__file__).parent.parent / "sample.zip"
 NAME = "sample"
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def unpacked() -> Path:
-    """The path of the sample recording, unpacked on first use. Raises RecordingNotFound where it cannot be."""
+    """The path of the sample recording, unpacked on first use. Raises RecordingNotFound where there is no place for it."""
     try:
         content = ARCHIVE.read_bytes()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-probe"
@@ -39,6 +42,8 @@ def unpacked() -> Path:
                         raise
         return target
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and error.errno not in NO_PLACE and (trouble := trouble_in(error)) is not None:
+            raise unreadable(ARCHIVE, trouble) from error
         raise RecordingNotFound(f"The sample recording cannot be unpacked: {error}", "Set XDG_CACHE_HOME to a folder that can be written.") from error
 
 

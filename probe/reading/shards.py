@@ -14,7 +14,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from probe.reading.untrusted import Stored, opened
+from probe.reading.files import opened
+from probe.reading.untrusted import Stored
 
 ENTRY, CHECKSUM = 16, 4  # bytes: where a chunk begins and how long it is; a CRC-32C
 

@@ -9,27 +9,23 @@ never waited for. Chunks are looked at when they are read (`probe.reading.lazy`)
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
-import json
 import os
 import re
-import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from probe.errors import RecordingDamaged, RecordingNotFound
+from probe.errors import RecordingNotFound
+from probe.reading.files import entry_is_link, read_json, refuse, refuse_link
 from probe.schema import STATUSES, array
 from probe.strict_yaml import UNCLEAN, printable, shorten
+from probe.system import reading
 
-REMEDY = "Record it again, or remove it."
-MAX_ROOT, MAX_NODE, MAX_PARTS = 8 * 2**20, 2**20, 200_000  # bytes of the root file, of any other zarr.json, lists and objects in one
+MAX_ROOT, MAX_NODE = 8 * 2**20, 2**20  # bytes of the root file, of any other zarr.json
 MAX_NODES, MAX_DEPTH, MAX_CHUNKS, MAX_LABELS = 4000, 8, 10_000, 100_000
 
 DTYPES = {name: np.dtype(name) for name in "uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split()}
@@ -40,83 +36,7 @@ GRIDDED = re.compile(r"(?:self_)?attention/(?![0-9]{1,5}x[0-9]{1,5}$)[^/]*")
 NODE_KEYS = frozenset("zarr_format node_type attributes shape data_type chunk_grid chunk_key_encoding fill_value codecs dimension_names".split())
 
 
-def refuse(path: Path, what: str) -> RecordingDamaged:
-    """The error for a recording that is not to be trusted; `what` ends its sentence."""
-    return RecordingDamaged(f"{printable(str(path))} is damaged: {what}.", REMEDY)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def read_file(root: Path, name: str, check: Callable[[os.stat_result], None], part: slice = slice(None)) -> bytes:
-    """The bytes of a plain file below `root`, or a part of them; see `opened`."""
-    with opened(root, name, check) as file:
-        start, end, _ = part.indices(os.fstat(file.fileno()).st_size)
-        file.seek(start)
-        return file.read(max(0, end - start))
-
-
-@contextlib.contextmanager
-def opened(root: Path, name: str, check: Callable[[os.stat_result], None]) -> Iterator[io.BufferedReader]:
-    """A plain file below `root`, to be read. No part of `name` may be a link.
-
-    `check` is given what the file is before a byte of it is read. Raises FileNotFoundError, or RecordingDamaged for a link,
-    a pipe or a device.
-    """
-    *folders, last = name.split("/")
-    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for folder in folders:
-            below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-            os.close(at)
-            at = below
-        descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
-            raise refuse(root, f"{printable(name)} is behind a link, or no file") from error
-        raise
-    finally:
-        os.close(at)
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise refuse(root, f"{printable(name)} is not a file")
-        check(found)
-        with open(descriptor, "rb", closefd=False) as file:
-            yield file
-    finally:
-        os.close(descriptor)
-
-
-def read_json(root: Path, name: str, most: int) -> Any:
-    """A small JSON file below `root`. NaN and Infinity, which are no JSON, only where an older version wrote a scheduler's settings."""
-
-    def check(found: os.stat_result) -> None:
-        if found.st_size > most:
-            raise refuse(root, f"{name} has {found.st_size} bytes, where {most} would be many")
-
-    not_finite: list[float] = []
-
-    def constant(word: str) -> float:
-        not_finite.append(float(word))
-        return not_finite[-1]
-
-    try:
-        raw = read_file(root, name, check)
-        if raw.count(b"{") + raw.count(b"[") > MAX_PARTS:
-            raise refuse(root, f"{name} has too many parts")
-        found = json.loads(raw.decode(), parse_constant=constant)
-        if not_finite:
-            settings = found["attributes"]["scheduler"]["config"].values()
-            if len(not_finite) != sum(isinstance(value, float) and not isfinite(value) for value in settings):
-                raise ValueError
-        return found
-    except RecordingDamaged:
-        raise
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise refuse(root, f"{name} is not JSON that can be read") from error
+# --- the root ---------------------------------------------------------------------------------------------------------
 
 
 def read_root(path: Path) -> dict[str, Any]:
@@ -125,8 +45,6 @@ def read_root(path: Path) -> dict[str, Any]:
         root = read_json(path, "zarr.json", MAX_ROOT)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RecordingNotFound(f"{printable(str(path))} is not a recording.", "probe ls lists the recordings there are.") from error
-    except OSError as error:
-        raise refuse(path, f"its zarr.json cannot be read ({error.strerror})") from error
     if not isinstance(root, dict) or root.get("zarr_format") != 3 or root.get("node_type") != "group" or not isinstance(root.get("attributes"), dict):
         raise refuse(path, "its zarr.json is not that of a recording")
     _check_attributes(path, root["attributes"])
@@ -229,7 +147,7 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
             raise refuse(path, f"it lists {said!r}, which is no name of a variable or group, or is in no group")
         try:
             own = read_json(path, f"{name}/zarr.json", MAX_NODE)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise refuse(path, f"{said} has no zarr.json that can be read") from error
         if not (isinstance(node, dict) and isinstance(own, dict)) or _bare(own) != _bare(node):
             raise refuse(path, f"{said}/zarr.json and the root's zarr.json disagree")
@@ -250,10 +168,13 @@ def _bare(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _no_links(path: Path, group: str) -> None:
-    with os.scandir(path / group) as entries:
+    with reading(path), os.scandir(path / group) as entries:
         for entry in entries:
+            name = f"{group}/{entry.name}".strip("/")
+            if entry_is_link(entry):
+                raise refuse_link(path, name)
             if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
-                raise refuse(path, f"{printable(f'{group}/{entry.name}'.strip('/'))} is a link, a pipe or a device")
+                raise refuse(path, f"{printable(name)} is a pipe or a device")
 
 
 def _stored(path: Path, name: str, node: dict[str, Any]) -> Stored:

@@ -1,0 +1,159 @@
+"""Files that somebody else made: opened without following a link or waiting for a pipe, and read no further than they may be long.
+
+    read_file(root, "latents/zarr.json", check)     # `check` sees the size before a byte is read
+    read_json(root, "zarr.json", most=2**20)
+
+A file that is not what it should be is a RecordingDamaged; a system that does not read it, a RecordingUnreadable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from probe.errors import RecordingDamaged, RecordingLinked
+from probe.strict_yaml import printable
+from probe.system import OF_THE_FILE, reading
+
+REMEDY = "Record it again, or remove it."
+UNLINKED = "Its files are links: copy it with cp -rL, and read the copy."
+MAX_PARTS = 400_000  # values in a JSON file
+READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+FOLDER, NO_LINK, NO_WAIT = (getattr(os, f"O_{name}", 0) for name in ("DIRECTORY", "NOFOLLOW", "NONBLOCK"))
+GUARDED = bool(FOLDER and NO_LINK and NO_WAIT) and os.open in os.supports_dir_fd  # else, as on Windows: looked at before and after
+Check = Callable[[os.stat_result], None]
+
+
+def refuse(path: Path, what: str, remedy: str = REMEDY) -> RecordingDamaged:
+    """The error for a recording that is not to be trusted; `what` ends its sentence."""
+    return RecordingDamaged(f"{printable(str(path))} is damaged: {what}.", remedy)
+
+
+def refuse_link(root: Path, name: str) -> RecordingLinked:
+    """The error for a recording with a link in it: nothing is followed out of a recording."""
+    return RecordingLinked(f"{printable(str(root))} is not read: {printable(name)} is behind a link.", UNLINKED)
+
+
+@contextlib.contextmanager
+def opened(root: Path, name: str, check: Check) -> Iterator[io.BufferedReader]:
+    """Open a plain file below `root`. No part of `name` may be a link.
+
+    `check` sees what the file is before a byte of it is read. Raises FileNotFoundError, RecordingDamaged for a link, a pipe
+    or a device, RecordingUnreadable.
+    """
+    with reading(root):
+        descriptor = (_descend if GUARDED else _look_twice)(root, name)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise refuse(root, f"{printable(name)} is not a file")
+            check(found)
+            with open(descriptor, "rb", closefd=False) as file:
+                yield file
+        finally:
+            os.close(descriptor)
+
+
+def _descend(root: Path, name: str) -> int:
+    """Open each folder inside the one before: whatever is moved meanwhile, no link is followed."""
+    *folders, last = name.split("/")
+    at = os.open(root, READ | FOLDER)
+    try:
+        for part in folders:
+            below = os.open(part, READ | FOLDER | NO_LINK, dir_fd=at)
+            os.close(at)
+            at = below
+        part = last
+        return os.open(last, READ | NO_LINK | NO_WAIT, dir_fd=at)
+    except OSError as error:
+        if error.errno not in OF_THE_FILE or error.errno == errno.ENOENT:
+            raise
+        with contextlib.suppress(OSError):
+            if stat.S_ISLNK(os.lstat(part, dir_fd=at).st_mode):
+                raise refuse_link(root, name) from error
+        raise refuse(root, f"{printable(name)} is not a file") from error
+    finally:
+        os.close(at)
+
+
+def _look_twice(root: Path, name: str) -> int:
+    """Look at each part before the file is opened, and whether it is still the same file afterwards."""
+    at, found = Path(root), Path(root).stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
+    for part in name.split("/"):
+        if not stat.S_ISDIR(found.st_mode):
+            raise refuse(root, f"{printable(name)} is not a file")
+        at /= part
+        found = os.lstat(at)
+        if is_link(found):
+            raise refuse_link(root, name)
+    if not stat.S_ISREG(found.st_mode):
+        raise refuse(root, f"{printable(name)} is not a file")
+    descriptor = os.open(at, READ | NO_WAIT)
+    if not os.path.samestat(found, os.fstat(descriptor)):
+        os.close(descriptor)
+        raise refuse_link(root, name)
+    return descriptor
+
+
+def entry_is_link(entry: os.DirEntry[str]) -> bool:
+    """`is_link` of what `os.scandir` found."""
+    return entry.is_symlink() or (os.name == "nt" and is_link(entry.stat(follow_symlinks=False)))
+
+
+def is_link(found: os.stat_result) -> bool:
+    """Whether `lstat` found a link, or what Windows has for one."""
+    return stat.S_ISLNK(found.st_mode) or bool(getattr(found, "st_file_attributes", 0) & 0x400)  # FILE_ATTRIBUTE_REPARSE_POINT
+
+
+def read_file(root: Path, name: str, check: Check, part: slice = slice(None)) -> bytes:
+    """The bytes of a plain file below `root`, or a part of them; see `opened`."""
+    with opened(root, name, check) as file:
+        start, end, _ = part.indices(os.fstat(file.fileno()).st_size)
+        file.seek(start)
+        return file.read(max(0, end - start))
+
+
+def no_longer(root: Path, name: str, most: int) -> Check:
+    """A check for `opened`: refuse a file of more than `most` bytes."""
+
+    def check(found: os.stat_result) -> None:
+        if found.st_size > most:
+            raise refuse(root, f"{printable(name)} has {found.st_size} bytes, where {most} would be many")
+
+    return check
+
+
+def read_json(root: Path, name: str, most: int) -> Any:
+    """A small JSON file below `root`. NaN and Infinity, which are no JSON, only where an older version wrote a scheduler's settings."""
+    return parse_json(root, name, read_file(root, name, no_longer(root, name, most)))
+
+
+def parse_json(root: Path, name: str, raw: bytes) -> Any:
+    """What a JSON file says. Raises RecordingDamaged for one with too many values, or none that can be read."""
+    not_finite: list[float] = []
+
+    def constant(word: str) -> float:
+        not_finite.append(float(word))
+        return not_finite[-1]
+
+    if sum(map(raw.count, (b"{", b"[", b","))) > MAX_PARTS:
+        raise refuse(root, f"{printable(name)} has too many parts")
+    try:
+        found = json.loads(raw.decode(), parse_constant=constant)
+        if not_finite:
+            settings = found["attributes"]["scheduler"]["config"].values()
+            if len(not_finite) != sum(isinstance(value, float) and not isfinite(value) for value in settings):
+                raise ValueError
+        return found
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise refuse(root, f"{printable(name)} is not JSON that can be read") from error

@@ -1,0 +1,113 @@
+"""What the operating system says, in words: why it did not read a recording, and what helps; whether a process lives.
+
+with reading(path):          # an error of the system becomes a RecordingUnreadable: the recording is probably whole
+    os.scandir(path)
+trouble_in(error)            # the system's error that another error was made from, or None
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from probe.errors import ProbeError, RecordingUnreadable
+from probe.strict_yaml import printable
+
+# Errors that a file itself makes, by what it is or is not: whoever asked for it says what that means.
+OF_THE_FILE = frozenset(
+    getattr(errno, name)
+    for name in "ENOENT ENOTDIR EISDIR ELOOP ENXIO ENODEV ENAMETOOLONG EINVAL EMLINK EEXIST EPIPE".split()
+    if hasattr(errno, name)
+)
+REMEDIES = {
+    "Ask its owner, or change its permissions: chmod -R u+rX.": "EACCES EPERM",
+    "Copy it to another disk, and check this one.": "EIO EUCLEAN EBADMSG EFAULT EREMOTEIO ENOMEDIUM",
+    "Mount the network share again, then try again.": "ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOTCONN ECONNRESET ECONNREFUSED "
+    "ECONNABORTED ENOLINK ECOMM EPROTO",
+    "Close some files or recordings, or allow more: ulimit -n 4096.": "EMFILE",
+    "Close other programs: the system has no open files left.": "ENFILE",
+    "Close other programs, or read fewer steps at once.": "ENOMEM",
+    "Try again in a moment: something else is using it.": "EBUSY EAGAIN ETXTBSY EDEADLK ENOLCK EINTR",
+}
+REMEDY = {getattr(errno, name): remedy for remedy, names in REMEDIES.items() for name in names.split() if hasattr(errno, name)}
+
+
+def trouble_in(error: BaseException | None) -> OSError | None:
+    """The system's error in an error, or in what it was made from; None where a file is to blame, or nobody."""
+    for _ in range(20):
+        if error is None:
+            return None
+        if isinstance(error, MemoryError) and not isinstance(error, ProbeError):
+            return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        if isinstance(error, RuntimeError) and (said := re.search(r"\(os error (\d+)\)", str(error))):  # as zarrs says it
+            error = OSError(int(said[1]), os.strerror(int(said[1])))
+        if isinstance(error, OSError) and isinstance(error.errno, int) and error.errno not in OF_THE_FILE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def unreadable(path: str | Path, trouble: OSError) -> RecordingUnreadable:
+    """The error for a recording that the system did not read."""
+    said = trouble.strerror or (os.strerror(trouble.errno) if trouble.errno else type(trouble).__name__)
+    remedy = REMEDY.get(trouble.errno or 0, "Check the disk, then try again.")
+    made = RecordingUnreadable(f"{printable(str(path))} could not be read: {printable(said)}. The recording is probably whole.", remedy)
+    made.errno, made.strerror = trouble.errno, said
+    return made
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn the system's errors into RecordingUnreadable. Let every other error through."""
+    try:
+        yield
+    except RecordingUnreadable:
+        raise
+    except Exception as error:
+        if (trouble := trouble_in(error)) is None:
+            raise
+        raise unreadable(path, trouble) from error
+
+
+def exists(path: str | Path) -> bool:
+    """Whether something is at `path`, a broken link included. Raises RecordingUnreadable where the system cannot tell."""
+    with reading(path):
+        try:
+            os.lstat(path)
+        except OSError as error:
+            if error.errno in OF_THE_FILE:
+                return False
+            raise
+        except ValueError:  # a null character
+            return False
+    return True
+
+
+def lives(process: int) -> bool:
+    """Whether a process of this machine lives; True where nobody can tell."""
+    if os.name == "nt":  # os.kill(process, 0) would end it
+        return _lives_on_windows(process)
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _lives_on_windows(process: int) -> bool:
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined,unused-ignore]
+    handle = kernel.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
+    if not handle:
+        return bool(ctypes.get_last_error() != 87)  # type: ignore[attr-defined,unused-ignore]  # ERROR_INVALID_PARAMETER: there is none
+    try:
+        code = ctypes.c_ulong()
+        return not kernel.GetExitCodeProcess(handle, ctypes.byref(code)) or code.value == 259  # STILL_ACTIVE
+    finally:
+        kernel.CloseHandle(handle)
