@@ -10,25 +10,36 @@
     probe rm RUN ...              remove recordings
     probe gc                      remove what killed writers left behind
 
-RUN is a path, the beginning of a name, or latest. `probe VERB --help` tells more.
+RUN is a path, the beginning of a name, latest, or sample (which comes with probe). `probe VERB --help` tells more,
+`probe --version` which version this is. Exit codes: 0 done, 1 failed or something differs, 2 a request that cannot be
+met, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from probe import stopping
+
+    stopping.begin()  # before the slow imports
+
 import contextlib
+import shlex
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from probe.errors import RecordingDamaged, RecordingLinked, RecordingNotFound, RecordingUnreadable
+from probe import output, stopping
+from probe.errors import ExperimentError, RecordingDamaged, RecordingLinked, RecordingNotFound, RecordingUnreadable, StoreError
+from probe.output import rows, say
 from probe.strict_yaml import printable
-from probe.terminal import Parser, fail, guarded, harmless, quieten, rows, without_home
+from probe.terminal import Parser, fail, folder, guarded, quieten, without_home
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from probe.reading.compare import Comparison
+    from probe.reading.recording import Run
 
 
 def run(arguments: list[str]) -> int:
@@ -48,22 +59,25 @@ def ask(arguments: list[str]) -> int:
 
     The word did not influence the picture; the text encoder and the layers' key projections run, the UNet does not.
     """
-    from probe.pictures import ask_name, ask_sheet, keep
+    import numpy as np
+
+    from probe.pictures import ask_name, ask_sheet
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe ask", description=ask.__doc__)
     parser.add_argument("run", help="a path, the beginning of a name, or latest")
     parser.add_argument("word", help="a word or a phrase")
     parser.add_argument("--context", help='the sentence that is read, which has to contain the word ["a WORD"]')
-    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    _add_runs(parser)
+    _add_save(parser)
     options = parser.parse_args(arguments)
     found = open_run(options.run, options.runs)
     quieten(True)
     from probe.running.ask import read_out
 
     maps = read_out(found, options.word, options.context)
-    picture = keep(ask_sheet(found, maps), found, ask_name(maps), **maps.attrs)
-    print(f"{options.word!r}, read in {maps.attrs['context']!r} ({maps.attrs['read_out']})\n")
+    picture = _keep(lambda: ask_sheet(found, maps), found, ask_name(maps), options.save, maps.attrs)
+    say(f"{options.word!r}, read in {maps.attrs['context']!r} ({maps.attrs['read_out']})", "")
     thirds = [part for part in np.array_split(np.arange(maps.sizes["step"]), 3) if len(part)]
     table = []
     for part in thirds:
@@ -71,7 +85,7 @@ def ask(arguments: list[str]) -> int:
         y, x = np.unravel_index(int(one.mean("step").values.argmax()), one.shape[1:])
         sigma = one["sigma"].values
         table.append((f"{sigma.max():.2f} to {sigma.min():.2f}", f"{float(one.mean()):.2%}", f"{float(one.mean('step').max()):.2%}", f"({y}, {x})"))
-    print(rows(table, ("sigma", "mean share", "greatest", "at (y, x)")) + f"\n\n{picture}")
+    say(*rows(table, ("sigma", "mean share", "greatest", "at (y, x)")), "", str(picture))
     return 0
 
 
@@ -92,7 +106,7 @@ def rerun(arguments: list[str]) -> int:
         from probe.running.recorder import rerun as again
 
     after = again(before, progress=not options.quiet)
-    print(f"Recorded {without_home(str(after.path))}")
+    say(f"Recorded {without_home(str(after.path))}")
     return _tell(compare(before, after), before.name, after.name)
 
 
@@ -104,54 +118,62 @@ def diff(arguments: list[str]) -> int:
     parser = Parser(prog="probe diff", description=diff.__doc__)
     parser.add_argument("a", help="a path, the beginning of a name, or latest")
     parser.add_argument("b", help="another")
-    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    _add_runs(parser)
     options = parser.parse_args(arguments)
     one, other = (open_run(name, options.runs) for name in (options.a, options.b))
     return _tell(compare(one, other), one.name, other.name)
 
 
 def _tell(found: Comparison, one: str, other: str) -> int:
-    print(harmless(f"{one}  and  {other}"))
-    for title, lines in (("asked", found.asked), ("conditions", found.conditions)):
-        print(f"  {title:11} {'the same' if not lines else lines[0]}", *(f"              {line}" for line in lines[1:]), sep="\n")
-    if found.same:
-        print(f"  values      the same bits in all {found.variables} variables")
-        return 0
-    table = [
-        (
-            f"/{d.variable}",
-            d.problem,
-            f"{d.count} of {d.total}" if d.count else "",
-            f"{d.greatest:.3g}" if d.greatest else "",
-            "" if d.at is None else str(d.at),
-        )
-        for d in found.differences
-    ]
-    apart = sum(d.problem.startswith("only in") for d in found.differences)
-    shared = sum(d.variable != "committed" for d in found.differences) - apart
-    print(f"  values      {shared} of {found.variables} variables differ{f', and {apart} are not in both' if apart else ''}\n")
-    print(rows(table, ("variable", "", "values", "by at most", "first at step")))
-    return 1
+    say(f"{one}  and  {other}", *found.lines())
+    return 0 if found.same else 1
 
 
 def gc(arguments: list[str]) -> int:
     """Remove what killed writers left behind: half-made folders, lock files, parts of files. Recordings stay."""
     parser = Parser(prog="probe gc", description=gc.__doc__)
-    parser.add_argument("runs", nargs="?", default="runs", help="folder of recordings [runs]")
+    parser.add_argument("runs", nargs="?", type=folder, default="runs", help="folder of recordings [runs]")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(arguments)
     from probe.upkeep import clear_orphans
 
-    found = clear_orphans(Path(options.runs), options.dry_run)
-    print(*(printable(str(path)) for path in found), sep="\n", end="\n" if found else "")
+    with stopping.cleanly():
+        found = clear_orphans(Path(options.runs), options.dry_run)
+    say(*map(str, found))
     done = "Would remove" if options.dry_run else "Removed"
-    print(f"{done} {len(found)} left by writers that died." if found else f"Nothing to remove in {options.runs}.")
+    say(f"{done} {len(found)} left by writers that died." if found else f"Nothing to remove in {options.runs}.")
     return 0
 
 
 def _add_run(parser: Parser) -> None:
-    parser.add_argument("run", nargs="?", default="latest", help="a path, the beginning of a name, or latest")
-    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    parser.add_argument("run", nargs="?", default="latest", help="a path, the beginning of a name, latest, or sample [latest]")
+    _add_runs(parser)
+
+
+def _add_runs(parser: Parser) -> None:
+    parser.add_argument("--runs", type=folder, default="runs", help="folder of recordings [runs]")
+
+
+def _add_save(parser: Parser) -> None:
+    parser.add_argument("--save", metavar="FILE", type=Path, help="write the picture there [into the recording]")
+
+
+def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, notes: dict[str, Any] | None = None) -> Path:
+    """Draw a picture, and write it into the recording or to a place that was named."""
+    from probe.pictures import keep
+
+    target = run.path / name if place is None else place
+    if target.is_dir():
+        target = target / name
+    if target.suffix.lower() != ".png":
+        raise ExperimentError(f"--save: {target} is no PNG file.", f"Name one: --save {shlex.quote(str(target.with_suffix('.png')))}")
+    picture = draw()
+    try:
+        return keep(picture, run, name, target, notes)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = f"Name another place: --save {name}" if place is None else "Name a folder that exists and can be written."
+        raise StoreError(f"{target} could not be written: {reason}.", remedy) from error
 
 
 def ls(arguments: list[str]) -> int:
@@ -160,11 +182,11 @@ def ls(arguments: list[str]) -> int:
     from probe.schema import counted
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
-    parser.add_argument("runs", nargs="?", default="runs", help="folder of recordings [runs]")
-    folder = parser.parse_args(arguments).runs
-    found = listing(folder)
+    parser.add_argument("runs", nargs="?", type=folder, default="runs", help="folder of recordings [runs]")
+    where = parser.parse_args(arguments).runs
+    found = listing(where)
     if not found:
-        print(f"No recording in {printable(folder)} yet. Make one: python -m probe.run experiments/astronaut.yaml")
+        say(f"No recording in {where} yet. Make one: python -m probe.run experiments/astronaut.yaml")
         return 0
     table = []
     troubles = []
@@ -184,9 +206,9 @@ def ls(arguments: list[str]) -> int:
         table.append(
             (path.name.removesuffix(".zarr"), attributes["status"], _shorten(asked["model"], 40), sampling, _shorten(asked["prompt"], 40), when)
         )
-    print(rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
+    say(*rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
     if troubles:
-        print("\n" + "\n".join(printable(without_home(line)) for line in troubles))
+        say("", *map(without_home, troubles))
     return 0
 
 
@@ -199,31 +221,33 @@ def show(arguments: list[str]) -> int:
     parser.add_argument(
         "--words", action="store_true", help="draw where the picture looked at each word and what was written there, by noise level, into words.png"
     )
+    _add_save(parser)
     options = parser.parse_args(arguments)
+    if options.save and not options.words:
+        raise ExperimentError("--save says where the sheet of words goes, and no sheet is asked for.", "Add --words.")
     found = open_run(options.run, options.runs)
     if options.words:
-        from probe.pictures import keep, word_sheet
+        from probe.pictures import word_sheet
 
-        print(keep(word_sheet(found), found, "words.png"))
+        say(str(_keep(lambda: word_sheet(found), found, "words.png", options.save)))
         if not found.words().sizes["word"]:
-            print("The prompt has no words: there is no map to draw.")
+            say("The prompt has no words: there is no map to draw.")
         return 0
-    print(harmless(f"{found!r}\n"))
+    say(*f"{found!r}".split("\n"), "")
     table = []
     for group in found.tree.subtree:
         for name, variable in group.to_dataset(inherit=False).data_vars.items():
             shape = " x ".join(f"{dim} {size}" for dim, size in variable.sizes.items())
             table.append((f"{group.path.rstrip('/')}/{name}", str(variable.dtype), shape, str(variable.attrs.get("long_name", ""))))
-    print(rows(table, ("variable", "type", "shape", "what it is")) + "\n")
+    say(*rows(table, ("variable", "type", "shape", "what it is")), "")
     cost = found.tree["cost"].dataset if "cost" in found.tree.children else {}
     if found.status == "complete" and all(name in cost for name in ("component", "seconds", "flops", "peak_memory")):
         parts = [
             (str(c), f"{float(cost['seconds'].sel(component=c)):.2f} s", f"{int(cost['flops'].sel(component=c)) / 1e9:.2f} GFLOP a call")
             for c in cost["component"].values
         ]
-        print(rows([*parts, ("peak memory", f"{int(cost['peak_memory']) / 1e6:.0f} MB", "")], ("component", "in all", "")) + "\n")
-    for picture in sorted(found.path.glob("*.png")):
-        print(printable(str(picture)))
+        say(*rows([*parts, ("peak memory", f"{int(cost['peak_memory']) / 1e6:.0f} MB", "")], ("component", "in all", "")), "")
+    say(*map(str, sorted(found.path.glob("*.png"))))
     return 0
 
 
@@ -234,7 +258,7 @@ def rm(arguments: list[str]) -> int:
 
     parser = Parser(prog="probe rm", description=rm.__doc__)
     parser.add_argument("run", nargs="+", help="paths, or the beginnings of names")
-    parser.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    _add_runs(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
     paths: list[Path] = list({path.absolute(): path for path in (find_run(name, options.runs) for name in options.run)}.values())
@@ -245,20 +269,24 @@ def rm(arguments: list[str]) -> int:
             here = {listed.absolute() for listed, _ in list_runs(options.runs)}
             if path.absolute() not in here:  # a damaged recording may go, somebody else's data may not
                 raise
-    with contextlib.ExitStack() as stack:
+    with stopping.cleanly(), contextlib.ExitStack() as stack:
         for path in paths:
             stack.enter_context(held(path))
-        print("\n".join(printable(str(path)) for path in paths))
+        say(*map(str, paths))
         if not options.yes:
-            if not sys.stdin.isatty():
+            with stopping.breakable():
+                answer = output.ask(f"Remove {'these' if len(paths) > 1 else 'this'}? [y/N] ")
+            if answer is None:
                 fail("Nothing was removed: there is nobody to ask.", "Give --yes to remove without asking.")
                 return 2
-            if input(f"Remove {'these' if len(paths) > 1 else 'this'}? [y/N] ").strip().lower() not in ("y", "yes"):
-                print("Nothing was removed.")
+            if answer.strip().lower() not in ("y", "yes"):
+                say("Nothing was removed.")
                 return 0
         for path in paths:
+            with stopping.breakable():
+                pass  # between two recordings is a good moment to stop
             shutil.rmtree(path)
-    print(f"Removed {len(paths)}.")
+    say(f"Removed {len(paths)}.")
     return 0
 
 
@@ -266,8 +294,13 @@ VERBS = {"run": run, "ls": ls, "show": show, "ask": ask, "verify": verify, "reru
 
 
 def dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("--version", "-V", "version"):
+        say(_version())
+        return 0
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(__doc__)
+        say(*(__doc__ or "").rstrip("\n").split("\n"))
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
@@ -278,7 +311,20 @@ def dispatch(arguments: list[str]) -> int:
     return VERBS[verb](rest)
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from probe.schema import FORMAT_VERSION
+
+    try:
+        own = version("diffusion-probe")
+    except PackageNotFoundError:  # a checkout that was not installed
+        own = "(not installed)"
+    return f"probe {own}, which writes and reads recordings of format {FORMAT_VERSION}"
+
+
 def main() -> None:
+    stopping.begin()
     guarded(dispatch)
 
 

@@ -26,6 +26,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from probe.errors import ExperimentError
 from probe.fields import SCHEDULERS, Globs, Line, Option, Place, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words
+from probe.output import say
 from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, printable, read_text, read_yaml, shorten, shown
 
 Settings = TypeVar("Settings", bound=Strict)
@@ -277,4 +278,4 @@ def table(kind: type[Strict] = Experiment) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    say(*table().split("\n"))

@@ -96,16 +96,41 @@ def _revision(name: str | None) -> str | None:
     return name
 
 
+def home() -> Path | None:
+    """The home folder of whoever asks; None in a container that gives them none."""
+    try:
+        found = Path.home()
+    except RuntimeError:  # no HOME, and an account that is in no list
+        return None
+    return found if found.is_absolute() and len(found.parts) > 1 else None
+
+
 def from_home(text: str) -> str:
-    """A path as it is recorded: one in the home folder begins with ~, for whose home it was is nobody's business."""
-    home = str(Path.home())
-    return f"~{text[len(home) :]}" if len(home) > 1 and (text == home or text.startswith(f"{home}/")) else text
+    """Record the home folder as ~: a shared recording hides whose it was."""
+    own = home()
+    if own is None or not Path(text).is_absolute():
+        return text
+    path = Path(re.sub("^/+", "/", text))
+    if not path.is_relative_to(own):
+        return text
+    return "/".join(("~", *path.relative_to(own).parts))
 
 
 def place(text: str | Path) -> Path:
-    """The path that a text names; a leading ~ is the home folder of whoever asks."""
+    """The path that a text names; a leading ~ is the home folder of whoever asks, ~name that of somebody else.
+
+    Raise ExperimentError where there is no home.
+    """
     first, _, rest = str(text).partition("/")
-    return Path.home() / rest if first == "~" else Path(text)
+    if not first.startswith("~"):
+        return Path(text)
+    try:
+        found = home() if first == "~" else Path(first).expanduser()
+    except RuntimeError:  # nobody of that name: a folder is called so
+        return Path(text)
+    if found is None:
+        raise ExperimentError(f"{shown(str(text))}: you have no home folder here.", "Write the whole path, without ~.")
+    return found / rest.lstrip("/")
 
 
 Text: TypeAlias = Annotated[str, AfterValidator(_clean)]

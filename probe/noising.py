@@ -15,6 +15,11 @@ axis `image` counts the draws of noise, and its steps are the timesteps, the noi
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from probe import stopping
+
+    stopping.begin()  # before the slow imports
+
 import argparse
 import hashlib
 import json
@@ -30,6 +35,7 @@ from probe.errors import ExperimentError
 from probe.experiment import CaptureOptions, Experiment, load_settings
 from probe.experiment import table as fields_table
 from probe.fields import Line, Place, Places, Prompt, Revision, Strict, place
+from probe.output import rows, say, say_json
 from probe.reading.recording import Run
 from probe.run import say_where, size, tell_forecast
 from probe.source import checked_masks, checked_picture, read_masks, read_picture
@@ -162,6 +168,7 @@ def perform_noising(
     from probe.running.perform import perform
     from probe.running.planning import free_room, size_text
     from probe.running.recorder import describe, out_of_memory, sayer
+    from probe.stopping import breakable, cleanly
     from probe.store import RunWriter
 
     room, say = free_room(place(asked.output)), sayer(progress)
@@ -177,16 +184,17 @@ def perform_noising(
         path = place(asked.output) / f"{run.experiment.run_name}-{key}.zarr"
         attributes = {**describe(model, run), "created": created, "parent_run": parent, "noising": told}
         say(f"Recording {run.calls} timestep{'s' if run.calls > 1 else ''} to {path} (about {size_text(sum(run.forecast().values()))})")
-        with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
+        with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
             try:
-                loop = Noised.of(model, pixels, asked.noises, asked.seed)
-                for name, value in loop.stored().items():
-                    writer.write(name, value)
-                perform(model, run, writer, say, progress, loop)
-                writer.write("source/psnr", psnr(pixels, writer.read("images/final")[0]))
-                if sheet:
-                    save_sheet(Run(path))
-                writer.complete()
+                with breakable():
+                    loop = Noised.of(model, pixels, asked.noises, asked.seed)
+                    for name, value in loop.stored().items():
+                        writer.write(name, value)
+                    perform(model, run, writer, say, progress, loop)
+                    writer.write("source/psnr", psnr(pixels, writer.read("images/final")[0]))
+                    if sheet:
+                        save_sheet(Run(path))
+                    writer.complete()
             except BaseException:
                 say(f"It ended early. What was recorded is in {path}")
                 raise
@@ -266,18 +274,16 @@ def main(arguments: list[str]) -> int:
     quieten(options.quiet)
     if options.dry_run:
         run, _ = plan_noising(_model(asked, None, weights=False), asked)
-        print(json.dumps(asked.model_dump(mode="json"), indent=2, ensure_ascii=False))
+        say_json(asked.model_dump(mode="json"))
         return tell_forecast(run, options.max_bytes)
     run_made = perform_noising(asked, max_bytes=options.max_bytes, progress=not options.quiet)
     if not options.quiet:
-        print(f"\n{told_losses(run_made)}")
+        say("", *told_losses(run_made))
     return say_where(run_made, options.quiet)
 
 
-def told_losses(run: Run) -> str:
+def told_losses(run: Run) -> list[str]:
     """The losses as a table, and the VAE's round trip."""
-    from probe.terminal import rows
-
     root, forward = run.tree.to_dataset(), run.tree["forward"].dataset
     columns = ("timestep", "sigma", "loss", "spread")[: 4 if run.experiment.images > 1 else 3]  # one draw of noise has no spread
     lines = [
@@ -287,7 +293,7 @@ def told_losses(run: Run) -> str:
         )
     ]
     trip = float(run.variable("source/psnr"))
-    return f"{rows(lines, columns)}\n\nThe VAE's round trip: {trip:.1f} dB"
+    return [*rows(lines, columns), "", f"The VAE's round trip: {trip:.1f} dB"]
 
 
 if __name__ == "__main__":

@@ -42,13 +42,14 @@ def save(run: Run) -> list[Path]:
     return [keep(image, run, name) for name, image in named]
 
 
-def keep(picture: Image.Image, run: Run, name: str, **notes: str) -> Path:
-    """Write a picture into the recording's folder, with the experiment and `notes` in its metadata; returns its path."""
+def keep(picture: Image.Image, run: Run, name: str, target: Path | None = None, notes: Mapping[str, str] | None = None) -> Path:
+    """Write a picture, with the experiment and `notes` in its metadata; return its path: `target`, or `name` in the recording."""
     information = PngImagePlugin.PngInfo()
-    for key, text in {"experiment": json.dumps(run.attributes["experiment"], ensure_ascii=False), "Software": "probe", **notes}.items():
+    for key, text in {"experiment": json.dumps(run.attributes["experiment"], ensure_ascii=False), "Software": "probe", **(notes or {})}.items():
         information.add_itxt(key, text)
-    picture.save(run.path / name, pnginfo=information)
-    return run.path / name
+    path = target or run.path / name
+    picture.save(path, pnginfo=information)
+    return path
 
 
 def contact_sheet(run: Run, columns: int = 8) -> Image.Image:

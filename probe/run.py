@@ -10,15 +10,19 @@ What is asked is a YAML file (see experiments/astronaut.yaml), and every field c
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from probe import stopping
+
+    stopping.begin()  # before the slow imports
+
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
-from probe.terminal import Parser, add_fields, guarded, overrides, quieten, rows, shell_path, without_home
+from probe.output import rows, say, say_json
+from probe.terminal import Parser, add_fields, guarded, overrides, quieten, shell_path, without_home
 
 if TYPE_CHECKING:
     from probe.reading.recording import Run
@@ -74,14 +78,14 @@ def _resume(options: argparse.Namespace) -> int:
 def say_where(run: Run, quiet: bool) -> int:
     """The last words of a run that was recorded: where it is, and how to look at it."""
     if quiet:
-        print(run.path)
+        say(str(run.path))
         return 0
     pictures = ", ".join(sorted(file.name for file in run.path.glob("*.png")))
     path, folder = shell_path(run.path), shell_path(run.path.parent)
-    print(f"\n{run!r}\n\nRecording  {without_home(str(run.path))}\nPictures   {pictures} (inside it)\n")
     where = "" if run.path.parent == Path("runs") else f" --runs {folder}"
-    print(f"Look       probe show {run.name}{where}\nCheck      probe verify {run.name}{where}")
-    print(f"Read       python -c 'import probe, sys; print(probe.open_run(sys.argv[1]).tree)' {path}")  # the shell knows what ~ is
+    say("", *f"{run!r}".split("\n"), "", f"Recording  {without_home(str(run.path))}", f"Pictures   {pictures} (inside it)", "")
+    say(f"Look       probe show {run.name}{where}", f"Check      probe verify {run.name}{where}")
+    say(f"Read       python -c 'import probe, sys; print(probe.open_run(sys.argv[1]).tree)' {path}")  # the shell knows what ~ is
     return 0
 
 
@@ -91,7 +95,7 @@ def _forecast(asked: Experiment, limit: int | None) -> int:
 
     model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device, weights=False)
     settled = plan(model.with_scheduler(asked.scheduler, asked.scheduler_options), asked)
-    print(json.dumps(asked.resolved(), indent=2, ensure_ascii=False))
+    say_json(asked.resolved())
     return tell_forecast(settled, limit)
 
 
@@ -103,12 +107,13 @@ def tell_forecast(settled: Plan, limit: int | None) -> int:
     shapes = {a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True)) for a in settled.arrays}
     kinds = {a.path: a.dtype for a in settled.arrays}
     large = sorted((path for path in sizes if sizes[path] >= 1000), key=lambda path: -sizes[path])
-    print(f"\n{settled.calls} model calls, latents {' x '.join(map(str, settled.latent_shape))}, branches: {', '.join(settled.called)}\n")
-    print(rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))
+    latents = " x ".join(map(str, settled.latent_shape))
+    say("", f"{settled.calls} model calls, latents {latents}, branches: {', '.join(settled.called)}", "")
+    say(*rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))
     rest = sum(sizes[path] for path in sizes if path not in large)
     total = sum(sizes.values())
-    print(f"\nand {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(total)} ({total} bytes).")
-    settled.check_size(limit, sys.maxsize)
+    say("", f"and {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(total)} ({total} bytes).")
+    settled.check_size(limit, None)
     return 0
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from probe.output import say
+
 FORMAT_VERSION = 1
 STATUSES = ("running", "complete", "interrupted", "failed")
 BRANCHES = ("uncond", "cond")
@@ -235,4 +237,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    say(*table().split("\n"))

@@ -1,33 +1,37 @@
 """How the commands speak: one line of cause and one of remedy, exit codes, and command lines made from the schema of an experiment.
 
-Exit codes: 0 done, 1 a run that failed, 2 a request that cannot be met, 130 stopped with Ctrl-C. A traceback is shown
-only with --debug.
+Exit codes: 0 done, 1 failed or something differs, 2 a request that cannot be met, 130 stopped with Ctrl-C. A traceback
+is shown only with --debug.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from probe import output, stopping
 from probe.errors import ProbeError
 from probe.experiment import CaptureOptions, Experiment
-from probe.fields import Strict
-from probe.strict_yaml import printable, read_yaml
+from probe.fields import Strict, home
+from probe.output import say, tell
+from probe.strict_yaml import read_yaml
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with a guess at what a misspelled option meant."""
 
     def __init__(self, **options: Any):
+        if sys.version_info >= (3, 14):
+            options["color"] = False
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -37,18 +41,28 @@ class Parser(argparse.ArgumentParser):
         fail(message, f"Did you mean {guess[0]}?" if guess else f"See {self.prog} --help.")
         raise SystemExit(2)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (tell if file is not None and file is sys.stderr else say)(*message.removesuffix("\n").split("\n"))
+
+
+def folder(text: str) -> str:
+    """A folder's name, for argparse."""
+    if not text:
+        raise argparse.ArgumentTypeError("no folder is named; write --runs FOLDER, or leave it out for runs")
+    return text
+
 
 def fail(cause: str, remedy: str = "") -> None:
     """Print a cause and a remedy, each as one line, whatever is in them."""
     for head, text in (("error:", cause), ("      ", remedy)):
         if text:
-            print(head, printable(without_home(" ".join(text.split()))), file=sys.stderr)
+            tell(f"{head} {without_home(' '.join(text.split()))}")
 
 
 def without_home(text: str) -> str:
     """A text for a log, in which paths in the home folder begin with ~: a shell still takes them, and nobody's name is told."""
-    home = str(Path.home())
-    return re.sub(rf"(?<![^\s\"'(=:]){re.escape(home)}(?=/)", "~", text) if len(home) > 1 else text
+    own = home()
+    return re.sub(rf"(?<![^\s\"'(=:]){re.escape(str(own))}(?=/)", "~", text) if own else text
 
 
 def shell_path(path: Path) -> str:
@@ -56,11 +70,6 @@ def shell_path(path: Path) -> str:
     text = without_home(str(path))
     start = "~/" if text.startswith("~/") else ""
     return start + shlex.quote(text[len(start) :])
-
-
-def harmless(text: str) -> str:
-    """Lines without characters that would move the cursor or turn the direction of text, wherever they come from."""
-    return "\n".join(map(printable, text.split("\n")))
 
 
 def quieten(quiet: bool) -> None:
@@ -74,29 +83,78 @@ def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = 
     """Run a command's `main`, turn its errors into lines and exit codes, and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    with output.harmless_streams():
+        try:
+            code = _code_of(main, [word for word in given if word != "--debug"], debug)
+        except KeyboardInterrupt:
+            if debug:
+                _show_traceback()
+            tell("", "Stopped.")
+            code = 130
+    stopping.end(code)
+
+
+def _code_of(main: Callable[[list[str]], int], arguments: list[str], debug: bool) -> int:
     try:
-        code = main([word for word in given if word != "--debug"])
-        sys.stdout.flush()
+        try:
+            code = main(arguments)
+        except SystemExit as done:  # argparse's, after --help or a wrong option
+            code = done.code if isinstance(done.code, int) else 0
+        output.flush(sys.stdout)
+        return code
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        output.mute()
+        return 0
     except ProbeError as error:
         if debug:
-            traceback.print_exc()
+            _show_traceback()
         fail(error.cause, error.remedy)
         code = error.exit_code
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses it again gets no traceback of how Python ends
-        if debug:
-            traceback.print_exc()
-        print("\nStopped.", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough; Python would complain of what is left at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except Exception as error:
         if debug:
-            traceback.print_exc()
-        fail(f"{type(error).__name__}: {error}", "This is a fault of probe itself: run again with --debug, and report what it prints.")
+            _show_traceback()
+        fail(*_condition(error))
         code = 1
-    raise SystemExit(code)
+    try:
+        output.flush(sys.stdout)
+    except OSError:  # said already, or nobody is there to be told
+        output.mute()
+    return code
+
+
+def _show_traceback() -> None:
+    tell(*traceback.format_exc().rstrip("\n").split("\n"))
+
+
+def _condition(error: Exception) -> tuple[str, str]:
+    """Cause and remedy of an error that is none of ours: of the system, of a package that is missing, or a fault of probe."""
+    needed = ("torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "scipy", "tqdm")
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in needed:
+        return f"This needs {(error.name or '').partition('.')[0]}, which is not installed.", "pip install 'diffusion-probe[record]'"
+    if isinstance(error, MemoryError):
+        return "The machine has no memory left.", "Close other programs, or take a smaller recording."
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{shown_path(error.filename)}: " if error.filename is not None else ""
+        return f"{where}{os.strerror(error.errno)}.", SYSTEM.get(error.errno, "Check the disk and its permissions, then try again.")
+    return f"{type(error).__name__}: {error}", "This is a fault of probe itself: run again with --debug, and report what it prints."
+
+
+SYSTEM = {
+    errno.ENOSPC: "Free some room on that disk.",
+    errno.EDQUOT: "Free some room on that disk.",
+    errno.EROFS: "Nothing can be written there: name another place.",
+    errno.EACCES: "Ask its owner for permission, or name another place.",
+    errno.EPERM: "Ask its owner for permission, or name another place.",
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.EMFILE: "Close other programs, or allow more open files: ulimit -n 1024.",
+    errno.ENOENT: "Check that it exists, and that the folder you are in still does.",
+}
+
+
+def shown_path(path: object) -> str:
+    """A path as it may stand in a message: short."""
+    text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
+    return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"
 
 
 # --- an experiment's fields as options -------------------------------------------------------------------------------
@@ -154,10 +212,3 @@ def _metavar(annotation: Any) -> str:
         if (annotation.__class__ is type and annotation.__name__ == kind) or f"{kind}[" in text or f"{kind} " in text or text.startswith(kind):
             return word
     return "TEXT"
-
-
-def rows(table: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """A plain table with aligned columns, of printable characters."""
-    lines = [list(header), *([printable(cell) for cell in line] for line in table)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

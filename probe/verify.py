@@ -18,8 +18,12 @@ where. What cannot be checked says why. Exit code 1 if anything failed.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from probe import stopping
+
+    stopping.begin()  # before the slow imports
+
 import argparse
-import json
 import shutil
 import sys
 import textwrap
@@ -29,13 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from probe.errors import ExperimentError, ProbeError, RecordingUnreadable
+from probe.output import say, say_json
 from probe.proof.checks import Check, check_committed, check_manifest, check_picture
 from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_labels, check_schema
 from probe.reading.recording import Run, open_run
 from probe.strict_yaml import printable
 from probe.system import reading
-from probe.terminal import Parser, guarded, quieten, without_home
+from probe.terminal import Parser, folder, guarded, quieten, without_home
 
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # whatever a damaged file makes of itself
 WITH_MODEL = "weights plan text predictions maps attention inside decode encode".split()
@@ -122,7 +127,7 @@ def _told(error: Exception, what: str = "cannot be read") -> str:
 def parser() -> argparse.ArgumentParser:
     made = Parser(prog="python -m probe.verify", description=__doc__)
     made.add_argument("run", nargs="?", default="latest", help="a recording: a path, the beginning of its name, or latest")
-    made.add_argument("--runs", default="runs", help="folder of recordings [runs]")
+    made.add_argument("--runs", type=folder, default="runs", help="folder of recordings [runs]")
     made.add_argument("--model", action="store_true", help="load the recording's model, and let it predict again from the recorded latents")
     made.add_argument("--steps", default="all", help='with --model, at which steps: all, "start:stop:step", or "0,5,-1" [all]')
     made.add_argument("--json", action="store_true", help="the findings as JSON")
@@ -138,10 +143,10 @@ def main(arguments: list[str]) -> int:
     quieten(True)
     found = verify(run, model=options.model, steps=_steps(run, options.steps))
     if options.json:
-        print(json.dumps(as_json(run, found), indent=2, ensure_ascii=False))
+        say_json(as_json(run, found))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000  # in a pipe, a finding is a line
-        print(told(run, found, width, options.model))
+        say(*told(run, found, width, options.model).split("\n"))
     return 1 if any(check.verdict == "failed" for check in found) else 0
 
 

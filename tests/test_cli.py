@@ -31,12 +31,13 @@ from probe import cli, run
 from probe.chunks import StepFiles
 from probe.diffusion.loading import BUNDLED
 from probe.experiment import CaptureOptions, Experiment, load_experiment
+from probe.output import rows
 from probe.reading.compare import compare
 from probe.reading.recording import Run, list_runs
 from probe.running import recorder
 from probe.running.recorder import record
 from probe.store import RunWriter
-from probe.terminal import guarded, overrides, rows, shell_path, without_home
+from probe.terminal import guarded, overrides, shell_path, without_home
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n"
@@ -1012,4 +1013,4 @@ def test_a_reader_that_has_seen_enough_is_no_error(runs: Path) -> None:
 
 
 def test_tables_are_aligned() -> None:
-    assert rows([("a", "long one", "x"), ("bbb", "", "")], ("1", "2", "3")) == "1    2         3\na    long one  x\nbbb"
+    assert rows([("a", "long one", "x"), ("bbb", "", "")], ("1", "2", "3")) == ["1    2         3", "a    long one  x", "bbb"]

@@ -27,9 +27,9 @@ MAX_LINES = 350
 # from nothing else in probe. Modules on one line do not know each other.
 LAYERS = [
     # below the torch line: what reads recordings, and what a viewer needs
-    ("probe.errors", "probe.conversions", "probe.reading", "probe.proof"),
+    ("probe.errors", "probe.conversions", "probe.stopping", "probe.reading", "probe.proof"),
     ("probe.strict_yaml",),
-    ("probe.system",),
+    ("probe.system", "probe.output"),
     ("probe.schema",),
     ("probe.fields",),
     ("probe.source",),
@@ -261,6 +261,30 @@ def constants_of_models(root: Path) -> list[str]:
     return findings
 
 
+def words_beside_the_door(root: Path) -> list[str]:
+    """What is printed below probe/ goes through probe/output.py, which makes it harmless."""
+    findings = []
+    for path in sources(root, "probe"):
+        if module_of(root, path) == "probe.output":
+            continue
+        for node in ast.walk(parse(path)):
+            match node:
+                case ast.Call(func=ast.Name(id="print" | "input" as name)):
+                    found = name
+                case ast.Attribute(
+                    value=ast.Attribute(value=ast.Name(id="sys"), attr="stdout" | "stderr" as stream), attr="write" | "writelines" | "buffer"
+                ):
+                    found = f"sys.{stream}"
+                case ast.Attribute(value=ast.Name(id="traceback"), attr="print_exc" | "print_exception" | "print_stack" | "print_tb" as name):
+                    found = f"traceback.{name}"
+                case ast.ImportFrom(module="sys", names=names) if {"stdout", "stderr"} & {alias.name for alias in names}:
+                    found = "sys.stdout"
+                case _:
+                    continue
+            findings.append(f"{at(root, path, node.lineno)}: {found} goes past the door: say it with probe.output")
+    return findings
+
+
 def shapeless_modules(root: Path) -> list[str]:
     findings = []
     for path in sources(root, "probe", "dashboard", "experiments", "benchmarks", "tests"):
@@ -329,6 +353,7 @@ RULES = [
     torch_below_the_line,
     hooks_elsewhere,
     constants_of_models,
+    words_beside_the_door,
     shapeless_modules,
     undocumented_modules,
     untyped_packages,
@@ -466,6 +491,11 @@ BREAKS = [
         "probe/analysis/maps.py:1: alphas_cumprod belongs into probe/diffusion/sampling.py",
     ),
     (constants_of_models, "dashboard/data.py", '""""""\nx = 1 / 0.18215', "dashboard/data.py:2: 0.18215 is vae.config.scaling_factor"),
+    (words_beside_the_door, "probe/cli.py", '""""""\nprint(x)', "probe/cli.py:2: print goes past the door"),
+    (words_beside_the_door, "probe/cli.py", '""""""\ninput("x")', "probe/cli.py:2: input goes past the door"),
+    (words_beside_the_door, "probe/cli.py", '""""""\nimport sys\nsys.stdout.write(x)', "probe/cli.py:3: sys.stdout goes past the door"),
+    (words_beside_the_door, "probe/cli.py", '""""""\nfrom sys import stderr', "probe/cli.py:2: sys.stdout goes past the door"),
+    (words_beside_the_door, "probe/cli.py", '""""""\ntraceback.print_exc()', "probe/cli.py:2: traceback.print_exc goes past the door"),
     (shapeless_modules, "probe/utils.py", "", "probe/utils.py:1: this name says nothing"),
     (shapeless_modules, "dashboard/helpers.py", "", "dashboard/helpers.py:1: this name says nothing"),
     (shapeless_modules, "experiments/common/x.py", "", "experiments/common/x.py:1: this name says nothing"),

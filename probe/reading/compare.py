@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from probe.output import rows
 from probe.reading.recording import Run
 
 CONDITIONS = ("device", "device_name", "threads", "attention_backend", "branches_batched", "torch", "diffusers", "transformers")
@@ -50,6 +51,28 @@ class Comparison:
     @property
     def same(self) -> bool:
         return not self.differences
+
+    def lines(self) -> list[str]:
+        """The comparison for people."""
+        told = []
+        for title, parts in (("asked", self.asked), ("conditions", self.conditions)):
+            told += [f"  {title:11} {'the same' if not parts else parts[0]}", *(f"              {part}" for part in parts[1:])]
+        if self.same:
+            return [*told, f"  values      the same bits in all {self.variables} variables"]
+        table = [
+            (
+                f"/{d.variable}",
+                d.problem,
+                f"{d.count} of {d.total}" if d.count else "",
+                f"{d.greatest:.3g}" if d.greatest else "",
+                "" if d.at is None else str(d.at),
+            )
+            for d in self.differences
+        ]
+        apart = sum(d.problem.startswith("only in") for d in self.differences)
+        shared = sum(d.variable != "committed" for d in self.differences) - apart
+        told += [f"  values      {shared} of {self.variables} variables differ{f', and {apart} are not in both' if apart else ''}", ""]
+        return told + rows(table, ("variable", "", "values", "by at most", "first at step"))
 
 
 def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

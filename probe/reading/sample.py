@@ -13,11 +13,14 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import zipfile
 from pathlib import Path
 
 from probe.errors import RecordingNotFound
+from probe.fields import home
+from probe.stopping import cleanly
 from probe.system import trouble_in, unreadable
 
 ARCHIVE = Path(__file__).parent.parent / "sample.zip"
@@ -29,11 +32,11 @@ def unpacked() -> Path:
     """The path of the sample recording, unpacked on first use. Raises RecordingNotFound where there is no place for it."""
     try:
         content = ARCHIVE.read_bytes()
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-probe"
+        folder = _cache() / "diffusion-probe"
         target = folder / f"{NAME}-{hashlib.sha256(content).hexdigest()[:8]}.zarr"
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as partial, zipfile.ZipFile(ARCHIVE) as archive:
+            with cleanly(), tempfile.TemporaryDirectory(dir=folder) as partial, zipfile.ZipFile(ARCHIVE) as archive:
                 archive.extractall(partial)
                 try:
                     (Path(partial) / f"{NAME}.zarr").rename(target)
@@ -45,6 +48,20 @@ def unpacked() -> Path:
         if isinstance(error, OSError) and error.errno not in NO_PLACE and (trouble := trouble_in(error)) is not None:
             raise unreadable(ARCHIVE, trouble) from error
         raise RecordingNotFound(f"The sample recording cannot be unpacked: {error}", "Set XDG_CACHE_HOME to a folder that can be written.") from error
+
+
+def _cache() -> Path:
+    """The user's folder for what can be made again; in a container that gives no home, one for this account among temporary files."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    if (own := home()) is not None:
+        return own / ".cache"
+    folder = Path(tempfile.gettempdir()) / f"probe-cache-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
+        raise OSError(f"{folder} belongs to somebody else")
+    return folder
 
 
 def pack(recording: Path, archive: Path = ARCHIVE) -> None:

@@ -5,6 +5,7 @@ A plan needs the model's configs only; `probe run --dry-run` makes one without w
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,8 +69,8 @@ class Plan:
         partial = ("cross", "moments", "head_statistics", "query", "self", "change", "statistics", "activation")
         return {a.path: round(a.nbytes * (share if a.variable.name in partial and a.dims[0] == "step" else 1)) for a in self.arrays}
 
-    def check_size(self, limit: int | None, free: int) -> None:
-        """Raises TooLarge when the recording would not fit."""
+    def check_size(self, limit: int | None, free: int | None) -> None:
+        """Raises TooLarge when the recording would not fit; `free` is None where nobody knows the room."""
         total = sum(self.forecast().values())
         largest = max(self.forecast().items(), key=lambda item: item[1])
         for most, what in ((limit, "--max-bytes"), (free, "the room on the disk")):
@@ -84,14 +85,20 @@ def _by_grid(layers: dict[str, tuple[int, int]]) -> dict[tuple[int, int], list[s
     return {grid: [path for path, at in layers.items() if at == grid] for grid in sorted(set(layers.values()), reverse=True)}
 
 
-def free_room(folder: Path) -> int:
-    """Bytes free where `folder` is or will be. Raises ExperimentError if a file is in the way."""
-    folder = folder.absolute()
-    while not folder.exists():
+def free_room(folder: Path) -> int | None:
+    """Bytes free where `folder` is or will be; None where the disk does not say. Raises ExperimentError if no folder can be there."""
+    wanted = folder = folder.absolute()
+    while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
         raise ExperimentError(f"output: {folder} is a file, not a folder.", "Name a folder: --output runs.")
-    return shutil.disk_usage(folder).free
+    if (longest := max(len(os.fsencode(part)) for part in wanted.parts)) > 255:  # bytes of one name, on nearly every disk
+        raise ExperimentError(f"output: a name in it has {longest} bytes; 255 is the most.", "Name another folder: --output runs.")
+    try:
+        room = shutil.disk_usage(folder)
+    except OSError:  # some mounts have no answer
+        return None
+    return room.free if room.total else None
 
 
 def grid_group(grid: tuple[int, int]) -> str:

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import platform
-import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,12 +28,14 @@ from probe.diffusion.models import StableDiffusion
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
 from probe.experiment import Experiment, load_experiment
 from probe.fields import place
+from probe.output import tell
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
 from probe.running.forward import replan
 from probe.running.perform import Say, perform
 from probe.running.planning import Plan, free_room, plan, size_text
 from probe.schema import FORMAT_VERSION
+from probe.stopping import breakable, cleanly
 from probe.store import RunWriter, storing
 from probe.terminal import shell_path, without_home
 
@@ -83,7 +84,7 @@ def _record(model: StableDiffusion, run: Plan, say: Say, progress: bool, parent:
     path = place(asked.output) / f"{asked.run_name}-{key}.zarr"
     attributes = {**describe(model, run), "created": created, "parent_run": parent}
     say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
-    with RunWriter(path, run.arrays, attributes, asked.durability) as writer:
+    with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
         _see_through(path, model, run, writer, say, progress)
     return Run(path)
 
@@ -122,7 +123,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
             say(f"Not as it was when the run began, so the last bits may differ: {'; '.join(changed)}")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         attributes = {"resumed": [*there.get("resumed", []), {"at": now, "environment": here["environment"], "changed": changed}]}
-        with RunWriter(run.path, settled.arrays, attributes, asked.durability, resume=True) as writer:
+        with cleanly(), RunWriter(run.path, settled.arrays, attributes, asked.durability, resume=True) as writer:
             say(f"Resuming {run.path}: {writer.committed} of {settled.calls} model calls are there")
             _see_through(run.path, model, settled, writer, say, progress)
     return Run(run.path)
@@ -130,7 +131,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
 
 def sayer(progress: bool) -> Say:
     """What tells people on stderr how far a run is, or nobody."""
-    return (lambda line: print(without_home(line), file=sys.stderr, flush=True)) if progress else (lambda _: None)
+    return (lambda line: tell(without_home(line))) if progress else (lambda _: None)
 
 
 def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run | None = None) -> StableDiffusion:
@@ -151,10 +152,11 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run |
 
 def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
     try:
-        perform(model, run, writer, say, progress)
-        with storing(path):
-            pictures.save(Run(path))
-        writer.complete()
+        with breakable():
+            perform(model, run, writer, say, progress)
+            with storing(path):
+                pictures.save(Run(path))
+            writer.complete()
     except BaseException:
         say(f"The run ended early. What it had recorded is in {path}; go on with it: probe run --resume {shell_path(path)}")
         raise

@@ -1,0 +1,153 @@
+"""The one door to the terminal. What passes it has no escape sequence, control character or mark that turns text around.
+
+    say("one line", "another")       # stdout; a line that was not asked for cannot come in
+    tell("how far it is")            # stderr; nobody need hear it
+    say_json(findings)               # JSON, whatever is in it
+    with harmless_streams(): ...     # the same for what libraries print
+
+Characters that a terminal's encoding lacks are written as \\u4e2d. A closed stdout hears nothing, and that is no error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO, cast
+
+from probe.errors import StoreError
+from probe.strict_yaml import printable
+
+CURSOR_UP = re.compile(r"(\n|\x1b\[A)*")  # what tqdm writes between several bars
+
+
+def say(*lines: str) -> None:
+    """Print lines on stdout. Raise StoreError if they cannot be written, BrokenPipeError if the reader has gone."""
+    _say("".join(f"{printable(line)}\n" for line in lines))
+
+
+def say_json(value: Any) -> None:
+    """Print a value as JSON. Whatever a terminal could not show is written as an escape of JSON's own."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = json.dumps(value, indent=2, ensure_ascii=not encoding.lower().startswith("utf"))
+    if encoding.lower().startswith("utf"):
+        text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in json.dumps(value, indent=2, ensure_ascii=False))
+    _say(f"{text}\n")
+
+
+def tell(*lines: str) -> None:
+    """Print lines on stderr, where anybody hears it: a run does not end because its terminal went away."""
+    with contextlib.suppress(OSError, ValueError):
+        _put(sys.stderr, "".join(f"{printable(line)}\n" for line in lines))
+        flush(sys.stderr)
+
+
+def ask(question: str) -> str | None:
+    """Ask on the terminal. Return the answer, or None if there is nobody to ask."""
+    if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
+        return None
+    try:
+        return input(printable(question))
+    except EOFError:  # Ctrl-D
+        _say("\n")
+        return ""
+
+
+def rows(table: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
+    """The lines of a plain table with aligned columns, of printable characters."""
+    lines = [list(header), *([printable(cell) for cell in line] for line in table)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def flush(stream: TextIO | None) -> None:
+    """Write out what waits in a stream. Raise as `say`."""
+    with _heard():
+        if stream is not None and not stream.closed:
+            stream.flush()
+
+
+def mute() -> None:
+    """Send what is left for stdout nowhere, so that Python has nothing to complain of at its exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def harmless_streams() -> Iterator[None]:
+    """Let whatever is printed meanwhile, also by libraries, pass the door."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast(TextIO, _Door(before[0])), cast(TextIO, _Door(before[1], must_arrive=False))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Door:
+    """A text stream, or none, behind which no text steers a terminal."""
+
+    def __init__(self, stream: TextIO | None, must_arrive: bool = True):
+        self._stream, self._must_arrive = stream, must_arrive
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+        self.errors = "backslashreplace"
+        self.closed = False
+
+    def write(self, text: str) -> int:
+        if not (self.isatty() and CURSOR_UP.fullmatch(text)):
+            kept = text.replace("\t", "    ")
+            text = "".join(c if c.isprintable() or c in "\n\r" else "?" for c in kept)
+        try:
+            _put(self._stream, text)
+        except (OSError, ValueError):
+            if self._must_arrive:
+                raise
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        if self._stream is not None and not self._stream.closed:
+            with contextlib.nullcontext() if self._must_arrive else contextlib.suppress(OSError, ValueError):
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream is not None and not self._stream.closed and self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise OSError("this stream is closed")
+        return self._stream.fileno()
+
+
+def _say(text: str) -> None:
+    with _heard():
+        _put(sys.stdout, text)
+
+
+def _put(stream: TextIO | None, text: str) -> None:
+    if stream is not None and not stream.closed:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"What was to be printed could not be written: {error.strerror or error}.", "Free some room there, or send it to another place."
+        ) from error

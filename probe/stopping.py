@@ -1,0 +1,103 @@
+"""Ctrl-C, from a command's first line to its last: exit code 130, no traceback, nothing half made.
+
+    begin()                      # a command's first line, before its slow imports
+    with cleanly():              # what begins here has to be ended in order: a press waits,
+        with breakable():        # and stops the work here, as KeyboardInterrupt
+            ...
+
+Outside of `cleanly` a press ends the process at once. A second press changes nothing, and LIMIT seconds after the first
+the process ends in any case. Without `begin`, as in a notebook, Python's own Ctrl-C stays and these do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+LIMIT = 20.0  # seconds to end in order, for a disk that does not answer
+
+_begun = _breakable = _pressed = _raised = False
+_depth = 0
+
+
+def begin() -> None:
+    """Take over Ctrl-C for this process. Where it is ignored, as in a job in the background, it stays ignored."""
+    global _begun
+    for number in (0, 1, 2):  # what is opened next must not become the standard output
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _press)
+        _begun = True
+
+
+def end(code: int) -> NoReturn:
+    """Exit. After Ctrl-C at once: torch takes seconds to shut down, and there is nothing left to do."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if _begun and code == 130:
+        os._exit(code)
+    raise SystemExit(code)
+
+
+class cleanly:
+    """What begins in this block is ended in order: a press of Ctrl-C waits for the block's end, or for `breakable`."""
+
+    def __enter__(self) -> None:
+        global _depth, _breakable
+        self._outer = _breakable
+        _breakable = False
+        _depth += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        global _depth, _breakable, _raised
+        _depth -= 1
+        _breakable = self._outer
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if _pressed and not interrupted and (_depth == 0 or (_breakable and not _raised)):
+            _raised = True
+            raise KeyboardInterrupt
+
+
+class breakable:
+    """In this block inside of `cleanly`, Ctrl-C stops the work at once, as KeyboardInterrupt."""
+
+    def __enter__(self) -> None:
+        global _breakable, _raised
+        if _pressed and not _raised:
+            _raised = True
+            raise KeyboardInterrupt
+        _breakable = _depth > 0
+
+    def __exit__(self, *_: object) -> None:
+        global _breakable
+        _breakable = False
+
+
+def _press(_number: int, frame: FrameType | None) -> None:
+    global _pressed, _raised
+    if not _depth:
+        _stop(frame)
+    if not _pressed:
+        _pressed = True
+        last = threading.Timer(LIMIT, _stop, (frame,))
+        last.daemon = True
+        last.start()
+        if _breakable:
+            _raised = True
+            raise KeyboardInterrupt
+
+
+def _stop(frame: FrameType | None) -> NoReturn:
+    where = "".join(traceback.format_stack(frame)) if "--debug" in sys.argv else ""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{where}\nStopped.\n".encode(errors="replace"))
+    os._exit(130)
