@@ -24,6 +24,7 @@ from probe.experiment import CaptureOptions, Experiment
 from probe.fields import Strict, home
 from probe.output import say, tell
 from probe.strict_yaml import read_yaml
+from probe.system import REMEDY
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,15 +140,16 @@ def _condition(error: Exception) -> tuple[str, str]:
     return f"{type(error).__name__}: {error}", "This is a fault of probe itself: run again with --debug, and report what it prints."
 
 
-SYSTEM = {
+SYSTEM = REMEDY | {
     errno.ENOSPC: "Free some room on that disk.",
     errno.EDQUOT: "Free some room on that disk.",
     errno.EROFS: "Nothing can be written there: name another place.",
     errno.EACCES: "Ask its owner for permission, or name another place.",
     errno.EPERM: "Ask its owner for permission, or name another place.",
     errno.ENAMETOOLONG: "Give a shorter name.",
-    errno.EMFILE: "Close other programs, or allow more open files: ulimit -n 1024.",
     errno.ENOENT: "Check that it exists, and that the folder you are in still does.",
+    errno.ENOTDIR: "A file is where a folder should be: name another place.",
+    errno.EISDIR: "A folder is where a file should be: name another place.",
 }
 
 
