@@ -33,6 +33,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,27 @@ LOG = "probe-install.log"
 
 # Tests compare with it; it asks for torchvision, whose usual build breaks a CPU torch, and runs without.
 WITHOUT_REQUIREMENTS = {"test": "attention-map-diffusers==1.0.0"}
+
+# Settings of pip that would send packages elsewhere, or leave some out, and of Python that would show it those of another.
+NOT_FOR_PIP = "PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_DRY_RUN PIP_NO_DEPS PIP_PYTHON PYTHONPATH PYTHONHOME".split()
+
+# Prints what the package and its extras ask for and the environment does not have.
+WHAT_IS_MISSING = r"""
+import re, sys
+from importlib.metadata import PackageNotFoundError, requires, version
+asked, missing = ["diffusion-probe"], []
+for name in asked:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        missing.append(name)
+        continue
+    for line in requires(name) or [] if name == asked[0] else []:
+        extra = re.search(r"extra *== *.([\w-]+)", line)
+        if (extra and extra[1] in sys.argv[1:]) or ";" not in line:
+            asked.append(re.match(r"[\w.-]+", line)[0])
+print(*missing)
+"""
 
 REMEDIES = (  # (what pip said, what to do), the first that matches
     (
@@ -155,6 +177,13 @@ def install(*extras: str) -> str:
     pip_install(python, venv / LOG, ["-e", f"{ROOT}[{listed}]", "-c", str(ROOT / "constraints.txt")])
     for package in [package for extra, package in WITHOUT_REQUIREMENTS.items() if extra in wanted]:
         pip_install(python, venv / LOG, ["--no-deps", package])
+    ask_for = [str(python), "-c", WHAT_IS_MISSING, *wanted]
+    missing = subprocess.run(ask_for, stdout=subprocess.PIPE, text=True, env=environment_of_pip(), check=True).stdout.split()
+    if missing:
+        stop(
+            f"pip ended well, but {venv} lacks {', '.join(missing[:5])}{' and more' if missing[5:] else ''}.",
+            "Remove target, prefix, root, dry-run and no-deps from pip's settings (see `pip config list`), then call again.",
+        )
     write_stamp(venv, dict(now, extras=wanted, finished=True))
     say(f"Installed in {time.monotonic() - began:.0f} s.")
     return str(python)
@@ -177,7 +206,7 @@ def create(venv: Path, python: Path) -> str:
     """Make the environment, or mend one that was left half made: `venv` keeps what is already there."""
     if venv.exists() and not (venv.is_dir() and ((venv / "pyvenv.cfg").exists() or not any(venv.iterdir()))):
         stop(f"{venv} exists and is not a Python environment.", "Name an empty or a new folder with PROBE_VENV.")
-    remedy = f"On Debian or Ubuntu: apt install python3-venv. Or, with uv: uv venv --seed {venv}. Then call again."
+    remedy = f"On Debian or Ubuntu: apt install python3-venv. Or, with uv: uv venv --seed {shlex.quote(str(venv))}. Then call again."
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         stop("This Python cannot make environments: its venv or ensurepip module is missing.", remedy)
     say(f"Making a Python environment in {venv}: some seconds.")
@@ -200,9 +229,9 @@ def pip_install(python: Path, log: Path, arguments: list[str]) -> None:
     """Run pip: all it says goes to `log`, its last line to the terminal; when it fails, its last lines and a remedy."""
     terminal = sys.stdout.isatty()
     tail: deque[str] = deque(maxlen=15)
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-user", *arguments]
     with log.open("w", encoding="utf-8") as file, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", env=environment_of_pip()
     ) as pip:
         assert pip.stdout
         try:
@@ -225,6 +254,11 @@ def pip_install(python: Path, log: Path, arguments: list[str]) -> None:
         said = log.read_text(encoding="utf-8")
         remedy = next((remedy for signs, remedy in REMEDIES if any(sign in said for sign in signs)), f"Its whole output is in {log}.")
         stop(f"pip could not install into the environment (exit {pip.returncode}).", remedy)
+
+
+def environment_of_pip() -> dict[str, str]:
+    """Return our environment without what would make pip install elsewhere or less. Index, proxy and certificates stay."""
+    return {name: value for name, value in os.environ.items() if name not in NOT_FOR_PIP}
 
 
 def read_stamp(venv: Path) -> dict[str, Any]:
