@@ -5,13 +5,15 @@
     python -m experiments.attention_truth --model DIRECTORY --folder PICTURES    # any Stable Diffusion 1.x or 2.x, your own pictures
 
 Scenes with known masks are encoded, noised to each timestep with known noise, and the UNet is asked once. The map of each subject's
-word is scored against its mask: average precision (AP, needs no threshold), IoU and pixel accuracy. Beside it stand maps that know
+word is scored against its mask: average precision (AP, needs no threshold) and IoU. Beside it stand maps that know
 nothing (uniform, a centred Gaussian, the other subject's word, a UNet with random weights), one that knows everything (the true mask
 at the grid of the maps), and other ways to ask the same model (contribution, counterfactual, a word's map less that of the others).
 
 Three sets of pictures that share none: one ranks the heads, one chooses how many of them to use and each map's threshold, and only
 the third is scored. Intervals are 95%, from resampling pictures. Everything is of one checkpoint: it says how results vary with
-pictures, not with training. Scenes have half one subject, half two; their seeds (see SEEDS) are none that training used.
+pictures, not with training. The bundled model was trained to bind nouns to words (half of its last training hid start, end and
+padding tokens): do not expect its figures of a model that was not. Scenes have half one subject, half two; their seeds (see SEEDS)
+are none that training used.
 
 Generated pictures (DDIM, 30 steps, guidance 3) have no masks. There the truth is what a small segmenter sees, which is trained first
 (about 5 minutes; experiments/emojiworld/segmenter.py) and whose own mIoU is printed.
@@ -179,7 +181,7 @@ def chosen(found: Iterable[Found], heads: Sequence[str], counts: Sequence[int]) 
 
 
 def scores_of(found: Iterable[Found], heads: Sequence[str], levels: xr.DataArray) -> xr.Dataset:
-    """AP, IoU and accuracy of every map of every picture, (scene, map, step); `things` (scene): how many words have a truth."""
+    """AP and IoU of every map of every picture, (scene, map, step); `things` (scene): how many words have a truth."""
     parts, names, things, captions = [], [], [], []
     for shown, maps, truth in found:
         whole = xr.concat([maps, best_of(maps, heads, "best heads")], "map")

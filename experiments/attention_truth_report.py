@@ -16,9 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 from experiments.drawing import Colour
 from experiments.emojiworld.judge import table
 from probe.analysis.masks import interval
+from probe.diffusion.loading import BUNDLED
 from probe.pictures import heat
 
 INK, FAINT, RULE, PAPER = (24, 26, 32), (110, 114, 124), (226, 228, 232), (255, 255, 255)
+BOUND = "trained to bind nouns to words"  # the bundled model's condition, said beside every figure of it
 METHODS = {
     "best heads": "attention, best heads",
     "attention": "attention, all heads",
@@ -67,13 +69,13 @@ def over_steps(scores: xr.Dataset, step: Any = None) -> xr.Dataset:
 
 
 def by_method(scores: xr.Dataset, step: Any = None) -> list[dict[str, Any]]:
-    """A row for each map: AP, mIoU and accuracy of each group."""
+    """A row for each map: AP and mIoU of each group."""
     rows = []
     for name, label in labels(scores).items():
         row = {"map": label}
         for group, part in groups(scores).items():
             found = over_steps(part, step).sel(map=name)
-            row |= {f"{kind}, {group}": cell(found[of]) for kind, of in (("AP", "AP"), ("mIoU", "IoU"), ("accuracy", "accuracy"))}
+            row |= {f"{kind}, {group}": cell(found[of]) for kind, of in (("AP", "AP"), ("mIoU", "IoU"))}
         rows.append(row)
     return rows
 
@@ -88,7 +90,7 @@ def by_step(scores: xr.Dataset, of: str) -> list[dict[str, Any]]:
 
 
 def by_layer(scores: xr.Dataset) -> list[dict[str, Any]]:
-    """A row for each grid and layer: AP at each noise level, then mIoU and accuracy, all scenes together; mean over heads."""
+    """A row for each grid and layer: AP at each noise level, then mIoU, all scenes together; mean over heads."""
     rows = []
     for name in map(str, scores["map"].values):
         kind, _, place = name.partition("/")
@@ -97,7 +99,7 @@ def by_layer(scores: xr.Dataset) -> list[dict[str, Any]]:
             found = scores.sel(map=name)
             row = {"layer": short(path) if path else f"all of {grid}", "grid": grid}
             row |= {f"AP, t = {step}": f"{float(found.AP.sel(step=step).mean()):.2f}" for step in scores["step"].values}
-            rows.append(row | {head: cell(found[of].mean("step")) for head, of in (("AP", "AP"), ("mIoU", "IoU"), ("accuracy", "accuracy"))})
+            rows.append(row | {head: cell(found[of].mean("step")) for head, of in (("AP", "AP"), ("mIoU", "IoU"))})
     return rows
 
 
@@ -130,11 +132,11 @@ def section(found: dict[str, xr.Dataset]) -> str:
     """The README's part between its markers: what was done, one table, and where attention fails."""
     scores, pictures = found["scenes"], found.get("pictures")
     parts = groups(scores)
+    head = f"map ({BOUND})" if scores.attrs["model"] in BUNDLED else "map"
     rows = []
     for name, label in labels(scores).items():
-        row = {"map": label} | {f"AP, {group}": cell(over_steps(part).AP.sel(map=name)) for group, part in parts.items()}
+        row = {head: label} | {f"AP, {group}": cell(over_steps(part).AP.sel(map=name)) for group, part in parts.items()}
         row |= {f"mIoU, {group}": cell(over_steps(part).IoU.sel(map=name)) for group, part in parts.items()}
-        row |= {"accuracy": cell(over_steps(scores).accuracy.sel(map=name))}
         if pictures is not None:
             there = name in pictures["map"].values
             row |= {
@@ -149,11 +151,17 @@ def section(found: dict[str, xr.Dataset]) -> str:
     )
 
 
+def asked(scores: xr.Dataset) -> str:
+    """The model's name; of the bundled one also how it was trained, as its maps are no example of what others have."""
+    name = str(scores.attrs["model"])
+    return f"{name}, {BOUND}" if name in BUNDLED else name
+
+
 def how(scores: xr.Dataset) -> str:
     """How many pictures did what."""
     sets = scores.attrs["sets"]
     return (
-        f"{sets['scored']} pictures are scored, with one checkpoint ({scores.attrs['model']}); {sets['ranking']} others ranked the heads, and "
+        f"{sets['scored']} pictures are scored, with one checkpoint ({asked(scores)}); {sets['ranking']} others ranked the heads, and "
         f"{sets['choosing']} more chose how many to use and each threshold, one for a map and noise level. Intervals come from resampling pictures."
     )
 
@@ -225,7 +233,7 @@ def draw_figure(scores: xr.Dataset) -> Image.Image:
     draw = ImageDraw.Draw(page)
     sets = scores.attrs["sets"]
     write(draw, (48, 28), "How good are attention maps? A word's map against the true mask of its subject", 44)
-    note = f"{scores.attrs['model']}, {sets['scored']} scenes that chose nothing; bands: 95%, from resampling scenes"
+    note = f"{asked(scores)}; {sets['scored']} scenes that chose nothing; bands: 95%, from resampling scenes"
     write(draw, (48, 90), note, 28, FAINT)
     shown = [name for name in COLOURS if name in scores["map"].values]
     ceiling = next(str(name) for name in scores["map"].values if str(name).startswith("ceiling/"))

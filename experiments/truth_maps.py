@@ -3,7 +3,7 @@
     seen = look(model, shown, timesteps, seed=0)               # the picture noised, the UNet asked, its maps captured
     maps = candidates(seen, shown, truth)                      # (map, step, word, y, x), all on one grid
     levels = best_levels([level_scores(maps, truth), ...])     # from pictures that are not scored
-    scored(maps, truth, levels)                                # AP, IoU and accuracy of each map
+    scored(maps, truth, levels)                                # AP and IoU of each map
 
 Maps and truth meet on `SIDE` x `SIDE` places: there a place is inside when the mask covers at least half of it. Maps are brought to it
 bilinearly, as `probe.analysis` does it. A threshold is a level of the map scaled from 0 to 1, so that one level fits pictures of all kinds.
@@ -22,7 +22,7 @@ import xarray as xr
 from probe.analysis.averages import combined
 from probe.analysis.heads import contribution
 from probe.analysis.maps import FUNCTION_WORDS, against_others, normalised, on_grid, word_maps
-from probe.analysis.masks import average_precision, iou, pixel_accuracy, threshold
+from probe.analysis.masks import average_precision, iou, threshold
 from probe.diffusion.models import Prompt, StableDiffusion
 from probe.diffusion.sampling import Schedule
 from probe.reading.recording import Run
@@ -233,10 +233,10 @@ def of_scenes(parts: Sequence[Scores]) -> Scores:
 
 
 def scored(maps: xr.DataArray, truth: xr.DataArray, levels: xr.DataArray) -> xr.Dataset:
-    """AP, and IoU and pixel accuracy at levels that were chosen elsewhere, mean over words. *Shape:* as `precision` -> each (map, step)."""
+    """AP, and IoU at levels that were chosen elsewhere, mean over words. *Shape:* as `precision` -> each (map, step)."""
     inside = truth >= 0.5
     masks = threshold(normalised(maps, "min-max"), levels.sel(map=maps["map"], step=maps["step"]))
-    parts = {"AP": average_precision(maps, inside), "IoU": iou(masks, inside), "accuracy": pixel_accuracy(masks, inside)}
+    parts = {"AP": average_precision(maps, inside), "IoU": iou(masks, inside)}
     return xr.Dataset({name: part.mean("word") for name, part in parts.items()})
 
 

@@ -129,7 +129,13 @@ SCHEMA: tuple[Variable, ...] = (
         "float32",
         "length of what a token writes, v W_O; of rest, the mean",
     ),
-    Variable("attention/{grid}", "overview", ("token", "step", "y", "x"), "float32", "mean over images, all layers and heads; last branch"),
+    Variable(
+        "attention/{grid}",
+        "overview",
+        ("token", "step", "y", "x"),
+        "float32",
+        "maps of the last branch: mean over images and the heads of each layer, then over the layers of all grids",
+    ),
     Variable("attention/{grid}", "time_sum", ("token", *_MAP), "float32", "sum of the maps over the recorded steps"),
     _coordinate("counterfactual", "masked_word", ("masked_word",), "str", "the word without which the UNet predicted again"),
     Variable(

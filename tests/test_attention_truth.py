@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 from experiments import attention_truth as truth_of
 from experiments.attention_truth import SEEDS, Found, chosen, drawn, main, ranked, read_folder, scenes, scores_of, split, study
-from experiments.attention_truth_report import by_method, draw_figure, told
+from experiments.attention_truth_report import BOUND, by_method, draw_figure, section, told
 from experiments.emojiworld import judge, report, segmenter, world
 from experiments.emojiworld.report import Asked
 from experiments.truth_maps import (
@@ -42,6 +43,7 @@ from probe.noising import record_noising
 from probe.running.recorder import record
 from probe.terminal import guarded
 
+ROOT = Path(__file__).resolve().parent.parent
 TIMESTEPS = (100, 900)
 CAPTION = "a cat and a hat"
 
@@ -96,7 +98,7 @@ def test_a_perfect_map_reaches_the_ceiling_and_an_even_one_is_chance() -> None:
     levels = best_levels([level_scores(maps, truth)])
     scores = scored(maps, truth, levels)
     for name in ("attention", "grid/8x8", "layer/8x8/b", "head/8x8/a/2", "contribution"):
-        for kind in ("AP", "IoU", "accuracy"):
+        for kind in ("AP", "IoU"):
             np.testing.assert_allclose(scores[kind].sel(map=name), scores[kind].sel(map="ceiling/8x8"), atol=1e-5)
     assert (scores.AP.sel(map="ceiling/8x8") > 0.8).all() and (scores.AP.sel(map="ceiling/8x8") < 1).all()
     share = np.mean([mask.mean() for mask in one.masks.values()])
@@ -392,3 +394,30 @@ def test_a_short_training_finds_subjects_in_scenes_and_in_round_trips(tmp_path: 
     bundled = load("emojiworld", dtype="float32", device="cpu")
     own = segmenter.own_scores(segmenter.train(bundled, scenes=400, steps=200, folder=tmp_path), bundled, 30)
     assert all(float(one["mean"]) > 0.25 for one in own.values())
+
+
+# --- said with its condition -----------------------------------------------------------------------------------------
+
+
+def test_figures_of_the_bundled_model_stand_beside_how_it_was_trained() -> None:
+    sets = {"ranking": [shown(0)], "choosing": [shown(2)], "scored": [shown(4), shown(6, words=("hat",))]}
+    own = study(model(), sets, TIMESTEPS)
+    bundled = own.assign_attrs(model="emojiworld")
+    for tell in (told, section):
+        assert BOUND in tell({"scenes": bundled}) and BOUND not in tell({"scenes": own}), "another model was not trained like this"
+    assert f"| map ({BOUND}) |" in section({"scenes": bundled})
+    assert "accuracy" not in told({"scenes": own}) + section({"scenes": own}), "an empty mask has a high one"
+    ink = [(np.asarray(draw_figure(one).convert("L"))[40:66] < 200).sum() for one in (own.assign_attrs(model="another"), bundled)]
+    assert ink[1] > 1.3 * ink[0], "it is below the figure's title"
+
+
+def test_the_readme_and_the_card_say_it_where_they_show_maps() -> None:
+    readme, card = ((ROOT / path).read_text() for path in ("README.md", "probe/emojiworld/README.md"))
+    plain = " ".join(readme.replace("**", "").split())
+    assert BOUND in " ".join(card.replace("**", "").split())[:200]
+    top, measured = plain.split("## Start")[0], plain.split("## How good are attention maps?")[1].split("## ")[0]
+    assert BOUND in top and measured.count(BOUND) >= 4  # below the picture, before the table, in its first sentence and its head
+    for picture in re.findall(r"!\[([^\]]*)\]\(experiments/attention_truth.png\)", plain):
+        assert BOUND in picture
+    table = measured.split("<!-- attention_truth -->")[1]
+    assert f"({BOUND}) |" in table and "accuracy" not in table

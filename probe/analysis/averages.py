@@ -5,19 +5,28 @@
     by_sigma(tokens, 4, run.variable("sigma"))               # (band, token, branch, image, y, x): at which noise level
     word_maps(tokens.sel(branch="cond"))                     # (step, word, image, y, x)
 
-The global map of DAAM (Tang et al. 2022, arXiv:2210.04885), a sum over steps, layers and heads of maps brought to one grid, is
-    word_maps(combined(maps, over=("step", "layer", "head"), method="bicubic").sel(branch="cond"), merge="mean")
+The mean over layers and heads is one definition everywhere: first over the heads in each layer, then over the layers of all grids.
+
+DAAM's global map (Tang et al. 2022, arXiv:2210.04885) weighs every head alike. Its code (castorini/daam) leaves out the mid block, and
+grids an eighth of the latents' size. Given the maps of the other layers, it is
+    word_maps(combined(maps, over=("step", "layer", "head"), method="bicubic", weigh="heads").sel(branch="cond"), merge="mean")
+for each step; the code sums over steps, the paper also over layers and heads: multiply by their number. It needs the maps of every
+head, which a `summary` recording has not: each is clipped where bicubic interpolation undershoots.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 import xarray as xr
 
 from probe.analysis.maps import Method, missing, on_grid, one_of, stacked, steps_of, unrecorded
+from probe.errors import ExperimentError
+
+Weigh = Literal["layers", "heads"]
 
 
 def combined(
@@ -25,39 +34,69 @@ def combined(
     over: Sequence[str] = ("layer", "head"),
     grid: tuple[int, int] | None = None,
     method: Method = "bilinear",
+    weigh: Weigh = "layers",
 ) -> xr.DataArray:
     """Maps of all grids as one: each brought to `grid`, (y, x), default the largest given; then the mean over `over`.
 
     *Shape:* (step, token, branch, image, layer, head, y, x) -> the same without what is in `over` ("step", "image", "layer",
-    "head"), float32. Every map counts the same, so that a layer with more heads counts more. The attribute `terms` is their
-    number: the sum, which is what DAAM's paper has, is this times `terms`. Bicubic maps are clipped at 0 after the sum over
-    steps and before all others, as DAAM's code does it (which also leaves out grids an eighth of the latents' size).
+    "head"), float32. A step that was not recorded stays NaN, and does not count where "step" is in `over`.
 
-    A step that was not recorded stays NaN, and does not count where "step" is in `over`. Raises RecordingNotFound when no step
-    was recorded, ExperimentError for another dimension, and ValueError for grids of unlike steps or with their layers apart.
+    `weigh` says what counts the same. "layers": each layer, as the mean over its heads. "heads": each head, so that a layer with
+    more heads counts more. They are the same where all layers have as many heads. The maps of a `summary` recording are means
+    over heads already: their coordinate `heads` says of how many.
+
+    The attribute `terms` is the number of maps: mean times `terms` is the sum, which DAAM's paper has. It is left out where layers
+    have unlike numbers of heads and `weigh` is "layers": no multiple of that mean is the sum. Bicubic maps are clipped at 0
+    after the sum over steps and before all others, as DAAM's code does it; of a `summary`, after the mean over heads.
+
+    Raises RecordingNotFound when no step was recorded, and ExperimentError for another dimension or weight, for grids of unlike
+    steps, and for grids whose layers or heads cannot be kept apart, since they differ.
     """
     over = (over,) if isinstance(over, str) else over
     for dim in over:
         one_of("over", dim, ("step", "image", "layer", "head"))
+    one_of("weigh", weigh, get_args(Weigh))
     grids = [maps] if isinstance(maps, xr.DataArray) else list(maps)
-    if len(grids) > 1 and "layer" not in over:
-        raise ValueError("maps of several grids have different layers: give one grid, or take the mean over 'layer' too")
-    if len({tuple(one["step"].values) for one in grids if "step" in one.dims}) > 1:
-        raise ValueError("these grids were recorded at different steps: select the steps that they share")
+    _check_grids(grids, over)
     size = grid or max(((one.sizes["y"], one.sizes["x"]) for one in grids), key=math.prod)
+    heads = [_heads(found, weigh) if "head" in over else 1 for found in grids]
+    added = [found.sizes.get("head", 1) if "head" in over else 1 for found in grids]
+    shares = [(real if weigh == "heads" else 1) / there for real, there in zip(heads, added, strict=True)]
     total: list[np.ndarray] = []
     made: list[xr.DataArray] = []
-    terms = 0
-    for found in grids:
+    weight, terms = 0.0, 0
+    for found, number, share in zip(grids, heads, shares, strict=True):
         inner = [dim for dim in over if dim != "step" and dim in found.dims]
         steps, count = _over_steps(found, inner if method != "bicubic" else []) if "step" in over else (steps_of(found), 1)
         made = [_brought(one, size, method, inner) for one in steps]
         made = [one.transpose(*(dim for dim in grids[0].dims if dim in one.dims)) for one in made]
-        total = [a + b.values for a, b in zip(total, made, strict=True)] if total else [one.values for one in made]
-        terms += math.prod(found.sizes[dim] for dim in inner) * count
-    parts = [one.copy(data=values / np.float32(terms)) for one, values in zip(made, total, strict=True)]
+        part = np.float32(share / max(shares))  # 1 for all grids where all layers have as many heads
+        total = [a + part * b.values for a, b in zip(total, made, strict=True)] if total else [part * one.values for one in made]
+        weight += float(part) * math.prod(found.sizes[dim] for dim in inner) * count
+        terms += number * math.prod(found.sizes[dim] for dim in inner if dim != "head") * count
+    parts = [one.copy(data=values / np.float32(weight)) for one, values in zip(made, total, strict=True)]
     whole = parts[0] if "step" in over else stacked(parts, grids[0])
-    return whole.rename(grids[0].name).assign_attrs(units="1", terms=terms)
+    whole = whole.rename(grids[0].name).assign_attrs(units="1")
+    whole.attrs.pop("terms", None)
+    return whole.assign_attrs(terms=terms) if weigh == "heads" or len(set(heads)) == 1 else whole
+
+
+def _check_grids(grids: Sequence[xr.DataArray], over: Sequence[str]) -> None:
+    """Whether maps of several grids can become one."""
+    if len(grids) > 1 and "layer" not in over:
+        raise ExperimentError("These maps are of several grids, which have different layers.", 'Choose one grid, or add "layer" to over.')
+    if len({one.sizes.get("head", 1) for one in grids}) > 1 and "head" not in over:
+        raise ExperimentError("These grids have different numbers of heads.", 'Choose one grid, choose heads, or add "head" to over.')
+    if len({tuple(one["step"].values) for one in grids if "step" in one.dims}) > 1:
+        raise ExperimentError("These grids were recorded at different steps.", "Select the steps that they share.")
+
+
+def _heads(maps: xr.DataArray, weigh: Weigh) -> int:
+    """How many heads each layer has: those there are, times those that each is the mean of."""
+    behind = np.unique(maps["heads"].values) if "heads" in maps.coords else np.array([1])
+    if len(behind) > 1 and weigh == "heads":
+        raise ExperimentError("These maps are means over different numbers of heads in one array.", "Give one array for each number of heads.")
+    return int(behind[-1]) * maps.sizes.get("head", 1)
 
 
 def _brought(one: xr.DataArray, size: tuple[int, int], method: Method, inner: Sequence[str]) -> xr.DataArray:

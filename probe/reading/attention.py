@@ -23,6 +23,7 @@ import numpy as np
 import xarray as xr
 
 from probe import analysis
+from probe.analysis.averages import Weigh
 from probe.analysis.maps import Method, Normalisation, one_of, split_word
 from probe.analysis.recomputed import recomputed
 from probe.errors import ExperimentError, RecordingNotFound
@@ -44,6 +45,7 @@ class Choice(TypedDict, total=False):
     over: Sequence[str]
     grid: tuple[int, int]
     method: Method
+    weigh: Weigh
 
 
 class Attention:
@@ -77,7 +79,7 @@ class Attention:
 
         *Shape:* (step, token, branch, image, layer, head, y, x). Of a pixel's attention, each token's share; use
         `probe.analysis.probabilities` on the values of a `sqrt_u8` recording. Maps of a `queries` recording are computed when they
-        are read, in float32; those of a `summary` recording are the mean over heads, with a head axis of 1.
+        are read, in float32; those of a `summary` recording are the mean over heads, with a head axis of 1 and their number as `heads`.
         """
         if not self.grids:
             raise RecordingNotFound(f"{self.name} has no attention maps.", "Record with capture.attention: maps.")
@@ -89,6 +91,9 @@ class Attention:
             maps = recomputed(self.variable(f"{group}/query"), self.variable(f"{group}/key"))
         else:
             maps = self.variable(f"{group}/cross")
+        if "head_statistics" in self.tree[group].data_vars:
+            heads = self.variable(f"{group}/head_statistics").sizes["each_head"]
+            maps = maps.assign_coords(heads=("layer", np.full(maps.sizes["layer"], heads)))
         recorded = np.flatnonzero(self.variable(f"{group}/recorded").values)
         return maps.isel(step=places(np.intersect1d(recorded, self.steps)))  # the same steps at each call, also while more are being written
 
@@ -139,12 +144,14 @@ class Attention:
         over: Sequence[str] = ("layer", "head"),
         grid: tuple[int, int] | None = None,
         method: Method = "bilinear",
+        weigh: Weigh = "layers",
     ) -> xr.DataArray:
         """Maps of every token, each brought to `grid`, (y, x), default the largest recorded; then the mean `over` what is named.
 
         *Shape:* (step, token, image, y, x) float32, with "layer" and "head" where they are not in `over`, without "step" where it is.
         `of` is attention or contribution, `branch` cond (the prompt's tokens) or uncond (the negative prompt's). `layers` are globs
-        or grids as in capture.layers, `steps` indices of model calls. BOS, EOS and `rest` are tokens like any other. Raises
+        or grids as in capture.layers, `steps` indices of model calls. BOS, EOS and `rest` are tokens like any other. The mean is first
+        over the heads in a layer, then over layers; with weigh="heads" every head counts the same (`analysis.combined`). Raises
         RecordingNotFound, which names the setting, for what was not recorded, and ExperimentError for a setting that has no such choice.
         """
         one_of("of", of, get_args(Read))
@@ -153,7 +160,7 @@ class Attention:
             if given is not None and not len(given):
                 raise ExperimentError(f"{setting} is {given!r}: there is nothing to take the mean of.", f"Leave {setting} out for all of them.")
         chosen = [self._chosen(name, paths, of, branch, _several(steps), numbers) for name, paths in self._layers(layers).items()]
-        return analysis.combined(chosen, over, grid, method).rename(of)
+        return analysis.combined(chosen, over, grid, method, weigh).rename(of)
 
     def word_maps(
         self, *, normalise: Normalisation = "none", bands: int | Sequence[float] = 0, merge: Literal["sum", "mean"] = "sum", **choice: Unpack[Choice]
@@ -163,8 +170,8 @@ class Attention:
         *Shape:* (step, word, image, y, x) float32, as `token_maps`; with `bands`, their number or edges, (band, word, image, y, x):
         means over noise levels, the noisiest first (`analysis.by_sigma`). `normalise`: "min-max", "words" or "space", see
         `analysis.normalised`. What was cut from a prompt that is too long is the attribute `cut_from_prompt`; a word that was cut in
-        its middle is labelled by what was read of it and "…". With
-        over=("step", "layer", "head"), method="bicubic", merge="mean" it is the global map of DAAM.
+        its middle is labelled by what was read of it and "…". With layers=("down_blocks.*", "up_blocks.*"),
+        over=("step", "layer", "head"), method="bicubic", weigh="heads", merge="mean" it is DAAM's global map, for each step.
         """
         banded = bool(np.any(bands))
         if banded and "step" in choice.get("over", ()):
@@ -196,12 +203,13 @@ class Attention:
     # --- at a glance ---
 
     def overview(self) -> xr.DataArray:
-        """Where each token was looked at: mean over images, layers of all grids and heads of the last branch.
+        """Where each token was looked at in the last branch: mean over images and heads, then over the layers of all grids.
 
         *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run did not come to it.
         """
         maps = self.attention()
-        stored = self.variable(f"attention/{self.grids[0]}/overview").transpose("step", ...).sel(step=maps.step).load()
+        stored = self.variable(f"attention/{self.grids[0]}/overview").isel(step=places(maps["step"].values))
+        stored = stored.load().transpose("step", ...)  # in this order: zarr reads what is transposed lazily 60 times slower
         if np.isfinite(stored.values).all():
             return stored
         branch = str(maps["branch"].values[-1])
