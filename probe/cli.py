@@ -253,6 +253,7 @@ def show(arguments: list[str]) -> int:
 
 def rm(arguments: list[str]) -> int:
     """Remove recordings. Asks first, unless --yes is given; never removes one that is being written."""
+    from probe.files import check_no_link
     from probe.reading.recording import Run, find_run, list_runs
     from probe.upkeep import held
 
@@ -263,6 +264,7 @@ def rm(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     paths: list[Path] = list({path.absolute(): path for path in (find_run(name, options.runs) for name in options.run)}.values())
     for path in paths:
+        check_no_link(path)
         try:
             Run(path)
         except (RecordingDamaged, RecordingNotFound):

@@ -137,7 +137,8 @@ class Experiment(Strict):
     decode_every: int = Field(default=0, ge=0, le=10_000, description="Decode the latents to a picture every so many steps; 0: never.")
     on_nan: Literal["stop", "record"] = Field(default="stop", description="When a latent is not finite: stop the run, or record it and go on.")
     durability: Literal["step", "run", "none"] = Field(
-        default="run", description="When the recording is forced to disk: after each step, once after the run, or none (the system decides)."
+        default="run",
+        description="What stays after a power cut: step, every step once it is written; run, a complete recording; none, what the system likes.",
     )
     output: Place = Field(default="runs", description="Folder that recordings are written to.")
 

@@ -104,7 +104,8 @@ class Noising(Strict):
     capture: CaptureOptions = Field(default_factory=CaptureOptions, description="What else is recorded.")
     on_nan: Literal["stop", "record"] = Field(default="stop", description="When a prediction is not finite: stop, or record it and go on.")
     durability: Literal["step", "run", "none"] = Field(
-        default="run", description="When the recording is forced to disk: after each timestep, once at the end, or none (the system decides)."
+        default="run",
+        description="What stays after a power cut: step, every timestep once it is written; run, a complete recording; none, what the system likes.",
     )
     output: Place = Field(default="runs", description="Folder that recordings are written to.")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 
-from probe.pictures import FAINT, INK, PAPER, heat
+from probe.pictures import FAINT, INK, PAPER, heat, keep_png
 from probe.reading.recording import Run
 
 CELL, GAP, MARGIN, CURVE = 116, 10, 28, 190
@@ -27,12 +27,8 @@ Cell = tuple[Image.Image | None, str, str]  # a picture, or none where there is 
 
 def save_sheet(run: Run) -> Path:
     """Write the sheet into the recording's folder, with what was asked in its metadata."""
-    information = PngImagePlugin.PngInfo()
-    information.add_itxt("noising", json.dumps(run.attributes["noising"], ensure_ascii=False))
-    information.add_text("Software", "probe")
-    file = run.path / "contact-sheet.png"
-    noising_sheet(run).save(file, pnginfo=information)
-    return file
+    told = json.dumps(run.attributes["noising"], ensure_ascii=False)
+    return keep_png(noising_sheet(run), run, run.path / "contact-sheet.png", {"noising": told})
 
 
 def noising_sheet(run: Run, columns: int = 10) -> Image.Image:

@@ -9,6 +9,7 @@ recorded. Every PNG that is saved carries the run's resolved experiment in its m
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ import numpy as np
 import xarray as xr
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from probe import files
 from probe.analysis import by_kind, by_sigma, word_maps
 from probe.analysis.maps import STUMP, spelt_words, word_names
+from probe.digests import sealed
 from probe.errors import RecordingNotFound
 from probe.reading.recording import Run
 
@@ -43,12 +46,24 @@ def save(run: Run) -> list[Path]:
 
 
 def keep(picture: Image.Image, run: Run, name: str, target: Path | None = None, notes: Mapping[str, str] | None = None) -> Path:
-    """Write a picture, with the experiment and `notes` in its metadata; return its path: `target`, or `name` in the recording."""
+    """Write a picture, with the experiment and `notes` in its metadata; return its path: `target`, or `name` in the recording.
+
+    Raises OSError, RecordingLinked for a recording that is a link.
+    """
+    told = {"experiment": json.dumps(run.attributes["experiment"], ensure_ascii=False), **(notes or {})}
+    return keep_png(picture, run, target or run.path / name, told)
+
+
+def keep_png(picture: Image.Image, run: Run, path: Path, notes: Mapping[str, str]) -> Path:
+    """As `keep`, with `notes` alone in its metadata, and a digest of all its bytes, which `probe verify` looks at."""
+    if path.parent == run.path:
+        files.check_no_link(run.path)
     information = PngImagePlugin.PngInfo()
-    for key, text in {"experiment": json.dumps(run.attributes["experiment"], ensure_ascii=False), "Software": "probe", **(notes or {})}.items():
+    for key, text in {**notes, "Software": "probe"}.items():
         information.add_itxt(key, text)
-    path = target or run.path / name
-    picture.save(path, pnginfo=information)
+    made = io.BytesIO()
+    picture.save(made, "PNG", pnginfo=information)
+    files.replace(path, [sealed(made.getvalue())], False)
     return path
 
 

@@ -4,41 +4,47 @@ A run is one zarr v3 hierarchy, `<runs>/<name>-<id>.zarr`, that stock `xarray.op
 opens while it is being written, after a crash, and when it is complete.
 
 How it is written (`RunWriter`): a lock beside it; everything created and preallocated in a hidden folder, metadata
-consolidated once, then renamed into place; at each step first the bulk, then the small arrays, then `committed[step] =
-1`, the only truth about what is there; at the end a manifest of every file's digest, then `status = complete`. Steps
-go through a background thread whose queue is bounded in bytes; an error in it stops the run with its cause.
+consolidated once, then renamed into place; at each step first the bulk, then the small arrays, then the step's digest, then
+`committed[step] = 1`, the only truth about what is there; at the end a manifest of every file's digest, then `status =
+complete`. Every file is written whole under another name and moved into its place (`probe.files`). Steps go through a
+background thread whose queue is bounded in bytes; an error in it stops the run with its cause.
+
+What has reached the disk, and stays after a power cut: with durability "step" everything of a step, before its flag, and its
+flag, before the step counts as written; with "run" everything, before the status says complete; with "none" nothing for sure.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
+from probe import files
 from probe.background import Queue
 from probe.chunks import StepFiles, checked
-from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
+from probe.digests import DIGESTS, Ledger, flags_are_lost, line, marks, of_a_step, read_lines, step_of
+from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound
+from probe.files import storing
+from probe.locks import Lock
 from probe.schema import Array
 
 MANIFEST = "manifest.json"
 QUEUE_BYTES = 48 * 2**20
+PATIENCE = 20.0  # seconds for a killed writer to die: it frees its memory first, and its lock last
 NOT_HASHED = (".png", ".partial")  # pictures for people, and what a killed writer left
 
 
@@ -51,47 +57,55 @@ class RunWriter:
     """
 
     def __init__(self, path: Path, arrays: Sequence[Array], attributes: Mapping[str, Any], durability: str = "run", *, resume: bool = False):
-        self.path, self._durability = Path(path), durability
-        self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        self.path, self._at_end, self._at_once = Path(path), durability != "none", durability == "step"
+        self._lock = Lock(self.path)
         with storing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folders(self.path.parent, self._at_end)
+            self._lock.acquire("Wait for it, or give the run another name.", PATIENCE if resume else 0)
             try:
-                self._lock.acquire(timeout=0)
-            except filelock.Timeout as busy:
-                raise RecordingBusy(f"{self.path.name} is being written {_owner(self.path)}.", "Wait for it, or give the run another name.") from busy
-            try:
-                writer = {"pid": os.getpid(), "host": socket.gethostname()}
-                if not resume:
-                    self._begin(arrays, {**attributes, "status": "running", "writer": writer})
-                elif not (self.path / "zarr.json").is_file():
-                    raise RecordingNotFound(f"{self.path} is not a recording.", "probe ls lists the recordings there are.")
-                self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
-                self._steps = {a.path: StepFiles(self.path, self._arrays[a.path]) for a in arrays if a.dims[:1] == ("step",)}
-                self._committed = self.read("committed") if "committed" in self._arrays else np.zeros(0, np.uint8)
+                told = {**attributes, "status": "running", "writer": {"pid": os.getpid(), "host": socket.gethostname()}}
                 if resume:
-                    self._take_over(arrays, {**attributes, "status": "running", "writer": writer})
+                    self._check_own()
+                else:
+                    self._begin(arrays, told)
+                self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
+                self._files = {a.path: StepFiles(self.path, self._arrays[a.path], self._at_once) for a in arrays if a.dtype != "str"}
+                self._committed = self.read("committed") if "committed" in self._arrays else np.zeros(0, np.uint8)
+                self._ledger: Ledger | None = None if resume else Ledger(self.path)
+                if resume:
+                    self._take_over(arrays, told)
             except BaseException:
-                self._unlock()
+                self._lock.release()
                 raise
         self._queue = Queue(self._write_step, QUEUE_BYTES)
         self._status = "interrupted"
 
     def _begin(self, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
-        if self.path.exists():
+        if os.path.lexists(self.path):
             raise RecordingBusy(
                 f"{self.path.name} exists already, and a recording is never overwritten.", "Give the run another name, or remove it: probe rm."
             )
-        hidden = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
+        hidden = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}{files.PARTIAL}")
         try:
-            _create(hidden, arrays, attributes)
+            hidden.mkdir()
+            _create(hidden, arrays, {**attributes, "digests": DIGESTS})
+            if self._at_once:
+                files.sync_all(hidden)
             hidden.rename(self.path)
         except BaseException:
             for pause in (0, 0.05):  # zarr's threads may still be writing into it
                 time.sleep(pause)
                 shutil.rmtree(hidden, ignore_errors=True)
             raise
-        if self._durability != "none":
-            _sync_directory(self.path.parent)
+        if self._at_end:
+            files.sync_folder(self.path.parent)
+
+    def _check_own(self) -> None:
+        """Look at a recording before it is taken over. Nothing is written into one that shares a file with anybody."""
+        files.check_no_link(self.path)
+        if not (self.path / "zarr.json").is_file():
+            raise RecordingNotFound(f"{self.path} is not a recording.", "probe ls lists the recordings there are.")
+        files.check_own(self.path)
 
     def _take_over(self, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
         """Go on with a recording that its writer left: what is committed stays, everything after it is written anew."""
@@ -99,10 +113,37 @@ class RunWriter:
             there = self._arrays[a.path]
             if there.shape != a.shape or (a.dtype != "str" and there.dtype != np.dtype(a.dtype)):
                 raise RecordingDamaged(f"{self.path.name}: {a.path} is not what its experiment asks for.", "Record it again.")
-        self._committed[self.committed :] = 0
-        for left in [*self.path.rglob("*.partial"), self.path / MANIFEST]:
-            left.unlink(missing_ok=True)
+        lines = self._lines()
+        for left in [*files.partials(self.path), self.path / MANIFEST]:
+            files.remove(left, self._at_once)
+        if lines is not None:
+            labels = {a.path for a in arrays if a.value is not None}
+            kept = {what: told for what, told in lines.items() if what in labels or (step_of(what) in range(self.committed))}
+            files.replace(self.path / DIGESTS, [f"{told} {what}\n".encode() for what, told in kept.items()], self._at_once)
+            self._ledger = Ledger(self.path, kept)
+        if self._committed[self.committed :].any():
+            self._committed[self.committed :] = 0
+            self._flag()
+        if self._at_once:  # its first writer may not have been so careful
+            files.sync_all(self.path)
         self.annotate(**attributes)
+
+    def _lines(self) -> dict[str, str] | None:
+        """Its digests so far; None where an older version began it, which kept none. Raises RecordingDamaged."""
+        attributes = json.loads((self.path / "zarr.json").read_text())["attributes"]
+        try:
+            if flags_are_lost(self.path, attributes):
+                raise ValueError("committed/c.0, which says what is committed, is missing")
+            if "digests" not in attributes:
+                return None
+            if not (self.path / DIGESTS).exists():
+                raise ValueError(f"{DIGESTS} is missing")
+            lines = read_lines((self.path / DIGESTS).read_bytes())
+            if lost := [step for step in range(self.committed) if f"step {step}" not in lines]:
+                raise ValueError(f"{DIGESTS} has no line of step {lost[0]}")
+            return lines
+        except ValueError as error:
+            raise RecordingDamaged(f"{self.path.name} is damaged: {error}.", "Record it again: probe rerun.") from error
 
     @property
     def committed(self) -> int:
@@ -123,24 +164,29 @@ class RunWriter:
                 self._status, late = "failed", error
             if self._status != "complete":
                 with contextlib.suppress(OSError) if kind or late else contextlib.nullcontext():
-                    (self.path / MANIFEST).unlink(missing_ok=True)  # only what is complete has one
+                    files.remove(self.path / MANIFEST, False)  # only what is complete has one
                     self.annotate(status=self._status)
         finally:
-            self._unlock()
+            self._lock.release()
         if late and not kind:
             raise late
-
-    def _unlock(self) -> None:
-        try:
-            with contextlib.suppress(OSError):
-                Path(self._lock.lock_file).unlink(missing_ok=True)  # before the release: whoever waits for the old file then sees that it is gone
-        finally:
-            self._lock.release()
 
     def write(self, path: str, value: Any, at: Any = ...) -> None:
         """Write a variable, or a part of it, now."""
         with storing(self.path):
-            self._arrays[path][at] = np.asarray(value)
+            own, what = self._files[path], path if at is ... else f"{path}[{at}]"
+            if self._ledger:
+                self._ledger.take_back(path)
+                self._ledger.take_back(what)
+            if at is ...:
+                told = own.write_all(value)
+            else:
+                whole = np.array(self.read(path))
+                whole[at] = value
+                own.write_all(whole)
+                told = marks(whole[at], None, own.fill) if isinstance(at, int) else b""
+            if self._ledger and (at is ... or isinstance(at, int)):
+                self._ledger.add(what, {path: told})
 
     def read(self, path: str, at: Any = ...) -> np.ndarray:
         """Read back what was written. Raises RecordingDamaged where it is not what was written any more."""
@@ -167,18 +213,17 @@ class RunWriter:
             file = self.path / "zarr.json"
             root = json.loads(file.read_text())
             root["attributes"].update(attributes)
-            write_atomically(file, json.dumps(root).encode(), self._durability != "none")
+            files.replace(file, [json.dumps(root).encode()], self._at_end)
 
     def complete(self) -> None:
         """Flush, write the manifest of every file's digest, and declare the recording complete."""
         self.flush()
         with storing(self.path):
-            for left in self.path.rglob("*.partial"):
-                left.unlink()
-            write_atomically(self.path / MANIFEST, json.dumps(manifest(self.path), indent=0).encode(), self._durability != "none")
-            if self._durability != "none":
-                for file in self.path.rglob("*"):
-                    _sync_file(file)
+            for left in files.partials(self.path):
+                files.remove(left, False)
+            if self._at_end:
+                files.sync_all(self.path)
+            files.replace(self.path / MANIFEST, [json.dumps(manifest(self.path), indent=0).encode()], self._at_end)
         self.annotate(status="complete")
         self._status = "complete"
 
@@ -186,14 +231,16 @@ class RunWriter:
         step, values = item
         with storing(self.path):
             written = values()
-            for path in sorted(written, key=lambda p: -written[p].nbytes):  # the bulk first
-                self._steps[path].write(step, written[path])
-                if self._durability == "step":
-                    _sync_file(self._steps[path].file(step))
+            bulk_first = sorted(written, key=lambda p: -written[p].nbytes)
+            told = {path: self._files[path].write(step, written[path]) for path in bulk_first}
+            if self._ledger:
+                own = {path: found for path, found in told.items() if of_a_step(path, ("step",))}
+                self._ledger.add(f"step {step}", own, self._at_once)
             self._committed[step] = 1
-            write_atomically(self.path / "committed" / "c.0", checked(self._committed.tobytes()), False)
-            if self._durability == "step":
-                _sync_file(self.path / "committed" / "c.0")
+            self._flag()
+
+    def _flag(self) -> None:
+        files.replace(self.path / "committed" / "c.0", [checked(self._committed.tobytes())], self._at_once)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -214,22 +261,9 @@ def manifest(path: Path) -> dict[str, str]:
     return digests
 
 
-def write_atomically(file: Path, content: bytes, sync: bool = True) -> None:
-    """Replace a file in one move, so that a reader sees the old content or the new, never a part."""
-    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with partial.open("wb") as handle:
-            handle.write(content)
-            if sync:
-                handle.flush()
-                os.fsync(handle.fileno())
-        partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
+    told: list[bytes] = []
+    flags = b""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")  # a draft of the v3 specification; xarray reads it
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")  # variable-length text
@@ -245,7 +279,14 @@ def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -
             made = root.create_array(a.path, **_layout(a), dimension_names=a.dims, attributes=described)
             if a.value is not None:
                 made[...] = a.value
+                value = np.asarray(a.value, None if a.dtype == "str" else a.dtype)
+                told.append(line(a.path, {a.path: marks(value, made.chunks, made.fill_value)}))
+            elif a.path == "committed":
+                flags = checked(bytes(made.shape[0]))
         zarr.consolidate_metadata(LocalStore(folder))
+    if flags:  # as zarr would not write it: zeros are its fill value, and a missing file is to be damage
+        files.replace(folder / "committed" / "c.0", [flags], False)
+    files.replace(folder / DIGESTS, told, False)
 
 
 def _layout(a: Array) -> dict[str, Any]:
@@ -276,46 +317,3 @@ def _open(path: Path, a: Array) -> Any:
     with zarr.config.set({"codec_pipeline.path": pipeline}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
         return zarr.open_array(LocalStore(path), path=a.path, mode="r+")
-
-
-def _owner(path: Path) -> str:
-    try:
-        writer = json.loads((path / "zarr.json").read_text())["attributes"]["writer"]
-        return f"by process {int(writer['pid'])} on {writer['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "by another process"
-
-
-@contextlib.contextmanager
-def storing(path: Path) -> Iterator[None]:
-    """Turn the disk's errors into ours."""
-    try:
-        yield
-    except ProbeError:
-        raise
-    except (OSError, RuntimeError) as error:
-        number = error.errno if isinstance(error, OSError) else _rust_error_number(error)
-        if number is None and isinstance(error, RuntimeError):
-            raise
-        reason = os.strerror(number) if number else str(error) or type(error).__name__
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "Free some room, or record less (probe run --dry-run shows what takes how much)." if full else "Check the disk and its permissions."
-        raise StoreError(f"{path} could not be written: {reason}.", remedy) from error
-
-
-def _rust_error_number(error: RuntimeError) -> int | None:
-    """zarrs raises the disk's errors as RuntimeError("No space left on device (os error 28)")."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
-
-
-def _sync_file(file: Path) -> None:
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a chunk that holds only fill values has no file
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-_sync_directory = _sync_file

@@ -3,57 +3,81 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
+from probe import files
+from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, StoreError
+from probe.files import storing
+from probe.locks import Lock
 
-from probe.errors import RecordingBusy
-from probe.store import storing
+LEFT = re.compile(r"\.(.+\.zarr)\.(?:lock|[0-9a-f]+\.partial)", re.DOTALL)
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a recording's lock, as its writer does: nobody else writes it, whatever its status says. Raises RecordingBusy."""
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    """Hold a recording's lock, as its writer does: nobody else writes it, whatever its status says.
+
+    Raises RecordingBusy, RecordingDamaged where the recording or its lock is a link.
+    """
+    files.check_no_link(path)
+    lock = Lock(path)
     with storing(path):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as busy:
-            raise RecordingBusy(f"{path.name} is being written.", "Stop its writer first.") from busy
+        lock.acquire()
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
     """Remove what dead writers left in a folder of recordings: half-made hidden folders, lock files, parts of files.
 
-    Whatever belongs to a living writer holds its lock, and stays. Returns what was removed; with `dry_run` nothing is.
+    Whatever belongs to a living writer holds its lock, and stays. A link among them goes; what it leads to stays as it is, and
+    a recording that is itself a link is passed over. Returns what was removed; with `dry_run` nothing is. What cannot be removed
+    keeps nothing else from going: its StoreError comes at the end.
     """
     found: dict[str, list[Path]] = {}
-    for path in (*folder.glob(".*.zarr.lock"), *folder.glob(".*.zarr.*.partial"), *folder.glob("[!.]*.zarr/**/*.partial")):
-        name = re.sub(r"^\.(.*\.zarr)\.(lock|[0-9a-f]+\.partial)$", r"\1", path.relative_to(folder).parts[0])
-        found.setdefault(name, []).append(path)
+    with storing(folder):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            own_folder = path.is_dir() and not path.is_symlink()
+            if left := LEFT.fullmatch(path.name):
+                if not (own_folder and path.name.endswith(".lock")):  # a folder is no lock of ours
+                    found.setdefault(left[1], []).append(path)
+            elif own_folder and path.name.endswith(".zarr") and not path.name.startswith("."):
+                found[path.name] = [*found.get(path.name, []), *files.partials(path)]
     removed: list[Path] = []
-    for name, paths in sorted(found.items()):
-        lock = filelock.FileLock(folder / f".{name}.lock")
-        new = not Path(lock.lock_file).exists()
-        with storing(folder):
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                continue
-            try:
-                removed += sorted(paths)
-                for path in () if dry_run else paths:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            finally:
-                if new:
-                    Path(lock.lock_file).unlink(missing_ok=True)
-                lock.release()
+    problem: ProbeError | None = None
+    for name, paths in sorted((name, paths) for name, paths in found.items() if paths):
+        try:
+            with storing(folder):
+                removed += _clear(Lock(folder / name), sorted(paths), dry_run)
+        except RecordingBusy:
+            continue
+        except (StoreError, RecordingDamaged) as error:
+            problem = problem or error
+    if problem:
+        raise problem
     return removed
+
+
+def _clear(lock: Lock, paths: list[Path], dry_run: bool) -> list[Path]:
+    """Remove what the dead writer of one recording left, under its lock."""
+    new = not os.path.lexists(lock.file)
+    if lock.file.is_symlink() or (lock.file.is_file() and lock.file.stat().st_nlink > 1):  # no writer made it, and none can hold it
+        if dry_run:
+            return paths
+        lock.file.unlink()
+    lock.acquire()
+    try:
+        for path in () if dry_run else paths:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != lock.file:
+                path.unlink(missing_ok=True)
+    finally:
+        lock.release(keep=dry_run and not new)
+    return paths

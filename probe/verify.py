@@ -2,7 +2,8 @@
 
 From the recording alone:
 
-    manifest, committed, picture      files and flags (probe.proof.checks)
+    manifest, digests                 files, and what was written step by step (probe.proof.checks)
+    committed, picture                flags, and the pictures for people (probe.proof.checks)
     schema, labels                    what there is, and what it is called (probe.proof.schema_checks)
     softmax, moments, sums            attention maps (probe.proof.map_checks)
     schedule, guidance, scheduler     every number that follows from another (probe.proof.replay)
@@ -34,7 +35,7 @@ from typing import Any
 
 from probe.errors import ExperimentError, ProbeError, RecordingUnreadable
 from probe.output import say, say_json
-from probe.proof.checks import Check, check_committed, check_manifest, check_picture
+from probe.proof.checks import Check, check_committed, check_digests, check_manifest, check_picture
 from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_labels, check_schema
 from probe.reading.recording import Run, open_run
@@ -60,6 +61,7 @@ def verify(run: Run, model: Any = None, steps: Sequence[int] | None = None) -> l
 def _verify(run: Run, model: Any, steps: Sequence[int] | None) -> list[Check]:
     found = [
         _guarded(run.path, "manifest", lambda: check_manifest(run)),
+        _guarded(run.path, "digests", lambda: check_digests(run)),
         _guarded(run.path, "committed", lambda: check_committed(run)),
         _guarded(run.path, "schema", lambda: check_schema(run)),
         _guarded(run.path, "labels", lambda: check_labels(run)),

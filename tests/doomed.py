@@ -239,9 +239,9 @@ def _watch_files(folder: str, fault: Fault | Torn | None, reports: Connection, a
 
     real_write = StepFiles.write
 
-    def write(own: StepFiles, step: int, value: np.ndarray) -> None:
+    def write(own: StepFiles, step: int, value: np.ndarray) -> bytes:
         operation(f"write {own.path}")
-        real_write(own, step, value)
+        return real_write(own, step, value)
 
     StepFiles.write = write  # type: ignore[method-assign, assignment]
     sys.addaudithook(audit)
@@ -253,10 +253,10 @@ def _tear(fault: Torn) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     real_write, parts = StepFiles.write, itertools.count()
 
-    def write(own: StepFiles, step: int, value: np.ndarray) -> None:
+    def write(own: StepFiles, step: int, value: np.ndarray) -> bytes:
         if step == fault.step and next(parts) == fault.part:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, resource.RLIM_INFINITY))
-        real_write(own, step, value)
+        return real_write(own, step, value)
 
     StepFiles.write = write  # type: ignore[method-assign, assignment]
 

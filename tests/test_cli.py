@@ -489,12 +489,12 @@ def test_nan_ends_a_run_and_what_came_before_is_kept(call: Command, tmp_path: Pa
 def test_a_full_disk_ends_a_run_and_what_came_before_is_kept(call: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, count = StepFiles.write, 0
 
-    def write(own: Any, at: Any, value: Any) -> None:
+    def write(own: Any, at: Any, value: Any) -> bytes:
         nonlocal count
         count += own.path == "latents/latents"
         if count > 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(own, at, value)
+        return real(own, at, value)
 
     monkeypatch.setattr(StepFiles, "write", write)
     cause, remedy = refused(call, "--model", model, "--prompt", "a cat", "--output", "out", code=1)
@@ -915,7 +915,7 @@ def test_a_damaged_recording_is_said_to_be(call: Command, runs: Path, verb: str)
 def test_verify_is_0_for_a_good_one_and_1_for_a_changed_one(call: Command, runs: Path) -> None:
     code, out, err = call(cli.dispatch, "verify")
     assert (code, err) == (0, "") and "failed" not in out
-    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["manifest", "committed", "schema", "labels"]
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["manifest", "digests", "committed", "schema"]
     chunk = next(runs.glob("*.zarr/latents/latents/c.1.*"))
     chunk.unlink()
     code, out, err = call(cli.dispatch, "verify")
@@ -974,7 +974,7 @@ def test_rm_refuses_one_that_is_being_written_and_all_that_go_with_it(call: Comm
     attributes = {"format_version": 1, "created": "2026-01-01", "experiment": Experiment().resolved()}
     with RunWriter(runs / "live-11111111.zarr", [array("", "committed", (2,))], attributes):
         cause, remedy = refused(call, "rm", "small", "live", "--yes", main=cli.dispatch)
-        assert cause == "live-11111111.zarr is being written." and remedy == "Stop its writer first."
+        assert cause.startswith("live-11111111.zarr is being written by") and remedy == "Stop its writer first."
         assert len(list(runs.glob("*.zarr"))) == 2
     assert call(cli.dispatch, "rm", "live", "--yes")[0] == 0
 

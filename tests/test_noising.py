@@ -289,7 +289,7 @@ def test_stopped_on_the_way_it_opens_and_is_not_resumed(tmp_path: Path, durabili
         resume(run, pipe, progress=False)
     held = zarr.open_group(path, mode="r+")["forward/loss_mean"]
     held[1] = held[1] * 1.01
-    assert [check.name for check in verify(Run(path)) if check.verdict == "failed"] == ["forward"]
+    assert [check.name for check in verify(Run(path)) if check.verdict == "failed"] == ["digests", "forward"]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore
 
-from probe import store
+from probe import files, store
 from probe.background import Queue
-from probe.chunks import StepFiles
 from probe.errors import NotFinite, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.experiment import Experiment
 from probe.reading.recording import Run, find_run, list_runs, open_run
@@ -96,7 +95,7 @@ def check_prefix(path: Path, least: int = 0, maps: str = "float16") -> int:
     return steps
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
@@ -279,10 +278,10 @@ def test_kill_minus_9_frees_the_lock_and_leaves_what_was_committed(tmp_path: Pat
     holder.communicate()
     assert Run(path).status == "interrupted", "its writer is no more"
     assert check_prefix(path) == 3
-    before = files(path)
+    before = contents(path)
     with pytest.raises(RecordingBusy, match="exists already, and a recording is never overwritten"):
         RunWriter(path, layout(), ATTRIBUTES)
-    assert files(path) == before
+    assert contents(path) == before
     path.rename(tmp_path / "b.zarr")
     recorded(path)
     assert check_prefix(path) == CALLS
@@ -290,11 +289,11 @@ def test_kill_minus_9_frees_the_lock_and_leaves_what_was_committed(tmp_path: Pat
 
 def test_a_recording_is_never_overwritten(tmp_path: Path) -> None:
     path = recorded(tmp_path / "a.zarr")
-    before = files(tmp_path)
+    before = contents(tmp_path)
     with pytest.raises(RecordingBusy) as caught:
         RunWriter(path, layout(), ATTRIBUTES)
     assert caught.value.remedy == "Give the run another name, or remove it: probe rm."
-    assert {name: content for name, content in files(tmp_path).items() if not name.endswith(".lock")} == before
+    assert {name: content for name, content in contents(tmp_path).items() if not name.endswith(".lock")} == before
 
 
 # --- the queue -------------------------------------------------------------------------------------------------------
@@ -391,35 +390,60 @@ def test_ctrl_c_between_any_two_instructions_leaves_a_queue_that_ends() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_a_step_is_written_as_zarr_would(tmp_path: Path) -> None:
-    """Byte for byte: as chunks and as shards, of every type, with values that are nothing but fill, here and there or all over."""
-    arrays = [
+def test_what_is_written_are_the_bytes_that_zarr_would_write(tmp_path: Path) -> None:
+    """As chunks and as shards, of every type, with values that are nothing but fill, here and there or all over; whole and in part."""
+    steps = [
         array("latents", "latents", (6, 1, 4, 8, 8), "float32"),
         array("latents", "prediction", (6, 1, 4, 8, 8), "float16"),
         *(array(f"attention/4x{n}", "cross", (6, 3, 1, 1, 2, 2, 4, n), dtype) for n, dtype in ((4, "float16"), (5, "float32"), (6, "uint8"))),
         array("attention/4x4", "moments", (6, 3, 1, 1, 2, 2, 3)),
+        array("forward", "loss_mean", (6,)),
         array("unet", "statistics", (6, 4, 2, 1, 0)),
     ]
+    whole = [
+        array("latents", "final_latents", (1, 4, 8, 8), "float32"),
+        array("attention/4x4", "overview", (3, 6, 4, 4)),
+        array("decoded", "picture", (3, 1, 6, 9, 3)),
+        array("cost", "flops", (3,)),
+        array("cost", "peak_memory", ()),
+        array("source", "psnr", ()),
+    ]
     rng = np.random.default_rng(3)
-    files: dict[str, dict[str, bytes]] = {}
-    with RunWriter(tmp_path / "ours.zarr", arrays, ATTRIBUTES) as ours, RunWriter(tmp_path / "zarrs.zarr", arrays, ATTRIBUTES) as theirs:
-        for a in arrays:
-            fill = theirs._arrays[a.path].fill_value
+    both = (RunWriter(tmp_path / name, [*steps, *whole], ATTRIBUTES) for name in ("ours.zarr", "zarr"))
+    with next(both) as ours, next(both) as theirs:
+        stock = zarr.open_group(theirs.path, mode="r+")
+        for a in steps:
+            fill = stock[a.path].fill_value
             for step in range(6):
                 value = np.asarray(rng.integers(1, 250, a.shape[1:]) / 8).astype(a.dtype)
-                if step == 1:  # one chunk of a shard is nothing but fill values, or almost
+                if step == 1 and value.ndim:  # one chunk of a shard is nothing but fill values, or almost
                     value[..., :1] = fill
                     value[:1] = fill
-                if step == 2:
+                if step in (2, 5):
                     value[...] = fill
-                if step == 3:  # as a view, and of another type
+                if step == 3 and value.ndim:  # as a view, and of another type
                     value = np.moveaxis(np.moveaxis(value, -1, 0).copy(), 0, -1).astype(np.float64)
-                ours._steps[a.path].write(step, value)
-                theirs._arrays[a.path][step] = value
-        files = {
-            root.name: {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("c*.*")} for root in (ours.path, theirs.path)
+                if step == 5:  # after a first writer, who was killed
+                    ours._files[a.path].write(step, np.ones_like(value))
+                ours._files[a.path].write(step, value)
+                stock[a.path][step] = value
+        for a in whole:
+            value = np.asarray(rng.integers(1, 250, a.shape)).astype(a.dtype)
+            parts = {"overview": (slice(None), 2), "picture": 1, "flops": slice(1, 3)}
+            for at in (..., parts.get(a.variable.name, ...)):
+                ours.write(a.path, value[at], at)
+                stock[a.path][at] = value[at]
+                value = value + (0 if a.variable.name == "overview" else 1)
+        for path in ("decoded/picture", "cost/flops", "attention/4x4/overview"):  # nothing again
+            ours.write(path, stock[path].fill_value)
+            stock[path][...] = stock[path].fill_value
+            ours.write(path, 7, at=0)
+            stock[path][0] = 7
+        found = {
+            root.name: {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("c*") if file.is_file()}
+            for root in (ours.path, theirs.path)
         }
-    assert files["ours.zarr"] == files["zarrs.zarr"] and len(files["ours.zarr"]) == 28
+    assert found["ours.zarr"] == found["zarr"] and len(found["zarr"]) == 29
 
 
 # --- a disk that does not take it ------------------------------------------------------------------------------------
@@ -431,7 +455,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.count, self.at, self.forever, self.number = 0, 0, False, errno.ENOSPC
         self._lock = threading.Lock()
-        real_set, real_item, real_write, real_step = LocalStore._set, zarr.Array.__setitem__, store.write_atomically, StepFiles.write
+        real_set, real_item, real_write = LocalStore._set, zarr.Array.__setitem__, files.replace
 
         async def set_(own: LocalStore, key: str, value: Any, exclusive: bool = False) -> None:
             self.operation()
@@ -445,14 +469,9 @@ class Disk:
             self.operation()
             real_write(*arguments)
 
-        def step(*arguments: Any) -> None:
-            self.operation()
-            real_step(*arguments)
-
         monkeypatch.setattr(LocalStore, "_set", set_)
         monkeypatch.setattr(zarr.Array, "__setitem__", item)
-        monkeypatch.setattr(store, "write_atomically", write)
-        monkeypatch.setattr(StepFiles, "write", step)
+        monkeypatch.setattr(files, "replace", write)
 
     def operation(self) -> None:
         with self._lock:
@@ -535,8 +554,8 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 def test_the_manifest_sees_every_change(tmp_path: Path) -> None:
     path = recorded(tmp_path / "a.zarr")
     listed = json.loads((path / MANIFEST).read_text())
-    assert set(listed) == {name for name in files(path) if name != MANIFEST}
-    for name, content in files(path).items():
+    assert set(listed) == {name for name in contents(path) if name != MANIFEST}
+    for name, content in contents(path).items():
         if name == MANIFEST:
             continue
         flipped = bytearray(content)
@@ -565,7 +584,7 @@ def test_pictures_and_leftovers_are_not_in_the_manifest_and_leftovers_are_remove
         (path / "latents" / "zarr.json.0123.partial").write_bytes(b"half")
         (path / "zarr.json.4567.partial").write_bytes(b"half")
         writer.complete()
-    names = files(path)
+    names = contents(path)
     assert not [name for name in names if name.endswith(".partial")] and "picture.png" in names
     listed = json.loads((path / MANIFEST).read_text())
     assert not [name for name in listed if name.endswith(store.NOT_HASHED)]
@@ -609,65 +628,30 @@ def test_a_flipped_bit_in_a_chunk_is_an_error_when_it_is_read(tmp_path: Path) ->
     assert check_prefix(path) == CALLS
 
 
-# --- durability ------------------------------------------------------------------------------------------------------
-
-
-def test_durability_says_what_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    real = os.fsync
-
-    def fsync(handle: int) -> None:
-        synced.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
-        real(handle)
-
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("asks Linux which file a handle is")
-    monkeypatch.setattr(os, "fsync", fsync)
-    recorded(tmp_path / "none.zarr", durability="none")
-    assert synced == []
-
-    path = recorded(tmp_path / "run.zarr", durability="run")
-    everything = {str(file) for file in path.rglob("*") if file.is_file() and file.name not in ("zarr.json", MANIFEST)}
-    assert everything <= set(synced) and str(tmp_path) in synced
-    assert synced[-1].startswith(str(path / "zarr.json.")), "the status comes last"
-    chunks = [name for name in synced if "/c." in name]
-    assert len(chunks) == len(set(chunks)), "once, after the run"
-
-    synced.clear()
-    path = tmp_path / "step.zarr"
-    with RunWriter(path, layout(), ATTRIBUTES, "step") as writer:
-        for step in range(CALLS):
-            synced.clear()
-            put(writer, step)
-            writer.flush()
-            chunks = [str(file) for name in numbers(step) for file in (path / name).iterdir() if file.name.startswith(f"c.{step}.")]
-            assert len(chunks) == 3 and set(synced) == {*chunks, str(path / "committed" / "c.0")}
-            assert synced[-1] == str(path / "committed" / "c.0"), "it is committed after everything is there"
+# --- the order of a step ----------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_committed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[tuple[str, int]] = []
 
-    def noting(real: Callable[..., None]) -> Callable[..., None]:
-        def write(own: Any, at: Any, value: Any) -> None:
-            order.append((own.path, np.asarray(value).nbytes))
-            real(own, at, value)
+    real_replace, real_append = files.replace, files.append
 
-        return write
+    def replacing(file: Path, parts: Iterable[Any], sync: bool) -> None:
+        whole = [bytes(part) for part in parts]
+        order.append((file.parent.name, len(b"".join(whole))))
+        real_replace(file, whole, sync)
 
-    real_flag = store.write_atomically
-
-    def flagging(file: Path, content: bytes, sync: bool = True) -> None:
-        order.append((file.parent.name, len(content)))
-        real_flag(file, content, sync)
+    def appending(file: Path, content: bytes, sync: bool) -> None:
+        order.append((file.name, len(content)))
+        real_append(file, content, sync)
 
     with RunWriter(tmp_path / "a.zarr", layout(), ATTRIBUTES) as writer:
-        monkeypatch.setattr(StepFiles, "write", noting(StepFiles.write))
-        monkeypatch.setattr(store, "write_atomically", flagging)
+        monkeypatch.setattr(files, "replace", replacing)
+        monkeypatch.setattr(files, "append", appending)
         put(writer, 0)
         writer.flush()
     paths = [path for path, _ in order]
-    assert paths == ["latents/latents", "attention/4x4/cross", "attention/4x4/moments", "committed", "a.zarr"], "last the root: interrupted"
+    assert paths == ["latents", "cross", "moments", "digests.txt", "committed", "a.zarr"], "last the root: interrupted"
     sizes = [size for _, size in order[:3]]
     assert sizes == sorted(sizes, reverse=True), "the bulk first"
 
@@ -700,16 +684,16 @@ def test_orphans_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path
     alone = tmp_path / ".e-55555555.zarr.89abcdef.partial"  # of one that was killed before it had a name
     alone.mkdir()
 
-    everything = files(tmp_path)
-    assert clear_orphans(tmp_path, dry_run=True) == [alone] and files(tmp_path) == everything and alone.exists()
-    assert clear_orphans(tmp_path) == [alone] and files(tmp_path) == everything and not alone.exists()
+    everything = contents(tmp_path)
+    assert clear_orphans(tmp_path, dry_run=True) == [alone] and contents(tmp_path) == everything and alone.exists()
+    assert clear_orphans(tmp_path) == [alone] and contents(tmp_path) == everything and not alone.exists()
 
     holder.kill()
     holder.communicate()
-    assert sorted(clear_orphans(tmp_path, dry_run=True)) == sorted(left) and files(tmp_path) == everything
+    assert sorted(clear_orphans(tmp_path, dry_run=True)) == sorted(left) and contents(tmp_path) == everything
     assert sorted(clear_orphans(tmp_path)) == sorted(left) and not any(path.exists() for path in left)
     gone = {str(path.relative_to(tmp_path)) for path in left}
-    assert files(tmp_path) == {name: content for name, content in everything.items() if name not in gone}
+    assert contents(tmp_path) == {name: content for name, content in everything.items() if name not in gone}
     assert clear_orphans(tmp_path) == clear_orphans(tmp_path / "nowhere") == []
     assert all(check_prefix(tmp_path / name) == 1 for name in names)
 
@@ -724,18 +708,18 @@ def test_a_writer_that_goes_on_reads_what_is_there_and_nothing_else(tmp_path: Pa
         writer.complete()
     assert check_prefix(path) == CALLS and Run(path).status == "complete" and Run(path).attributes["note"] == "again"
     whole = recorded(tmp_path / "whole.zarr")
-    unlike = {name for name, content in files(whole).items() if files(path)[name] != content}
-    assert files(path).keys() == files(whole).keys() and unlike == {"zarr.json", MANIFEST}, "and in the manifest, that of zarr.json"
+    unlike = {name for name, content in contents(whole).items() if contents(path)[name] != content}
+    assert contents(path).keys() == contents(whole).keys() and unlike == {"zarr.json", MANIFEST}, "and in the manifest, that of zarr.json"
 
 
 @pytest.mark.parametrize("wrong", ["shape", "type"])
 def test_a_writer_that_goes_on_with_something_else_is_refused(tmp_path: Path, wrong: str) -> None:
     path = recorded(tmp_path / "a.zarr", steps=3)
     other = layout("float32") if wrong == "type" else [array("latents", "latents", (CALLS + 1, 1, 4, 8, 8), "float32")]
-    before = files(path)
+    before = contents(path)
     with pytest.raises(RecordingDamaged, match="is not what its experiment asks for"):
         RunWriter(path, other, {}, resume=True)
-    assert files(path) == before and list(tmp_path.iterdir()) == [path]
+    assert contents(path) == before and list(tmp_path.iterdir()) == [path]
 
 
 # --- finding recordings ----------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from probe.verify import WITH_MODEL, as_json, main, overall, told, verify
 from probe.watching import hooks
 from probe.watching.measures import to_storage
 
-NAMES = "manifest committed schema labels softmax moments sums picture schedule guidance scheduler".split()
+NAMES = "manifest digests committed schema labels softmax moments sums picture schedule guidance scheduler".split()
 TOLERANT = {"softmax", "moments"}  # maps are rounded when they are stored
 
 

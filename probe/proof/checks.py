@@ -1,8 +1,9 @@
 """What a check of a recording finds, and the checks of its files and flags. Without torch and without the model.
 
     manifest     every file is there, none is new, each has the digest it was written with; every chunk's checksum holds
+    digests      each committed step, and what is written once, has the digest that was written with it, also after an interruption
     committed    every step is there, or those up to an interruption; maps are where they were asked for
-    picture      the pictures for people show the pixels that were recorded
+    picture      the pictures for people show the pixels that were recorded, and no byte of them has changed
 
 A check gives one `Check`, whose verdict is one of four: exact; within a tolerance, for a reason that is named; failed, and
 where; or not checked, and why. `Tally` makes one of many comparisons.
@@ -14,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -26,15 +28,19 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
-from probe.reading.files import entry_is_link, opened, read_file, read_json, refuse, refuse_link
+from probe.digests import DIGESTS, marks, of_a_step, read_lines, seal_holds, step_of
+from probe.digests import digest as digest_of
+from probe.reading.files import entry_is_link, no_longer, opened, read_file, read_json, refuse, refuse_link
 from probe.reading.lazy import is_hole
 from probe.reading.recording import Run
-from probe.reading.untrusted import MAX_DEPTH, read_root
+from probe.reading.untrusted import MAX_DEPTH, Stored, nodes_of, read_root
 from probe.store import MANIFEST, NOT_HASHED
 from probe.strict_yaml import printable
 from probe.system import exists
 
 MAX_MANIFEST, MAX_SAID = 16 * 2**20, 2**20  # bytes of a manifest, 150,000 files; of what is said in a picture
+MAX_PICTURE = 64 * 2**20
+OURS = re.compile(r"(picture(-[0-9]+)?|contact-sheet|words|ask-.*)\.png", re.DOTALL)  # the pictures that are drawn of a recording
 
 Verdict = Literal["exact", "within tolerance", "failed", "not checked"]
 
@@ -189,32 +195,78 @@ def check_committed(run: Run) -> Check:
     return Check("committed", "exact", f"all {calls} steps" if done == calls else f"{done} of {calls} steps; the run is {run.status}")
 
 
+def check_digests(run: Run) -> Check:
+    """What was written, step by step, against the lines that its writer added: proof of a recording that has no manifest yet."""
+    if "digests" not in run.attributes:
+        return Check("digests", "not checked", "an older version wrote it, which kept no digests of steps")
+    steps = [int(step) for step in run.steps]  # first: a living writer adds the line, then the flag
+
+    if not exists(run.path / DIGESTS):
+        return Check("digests", "failed", f"{DIGESTS} is missing")
+    lines = read_lines(read_file(run.path, DIGESTS, no_longer(run.path, DIGESTS, MAX_MANIFEST)))
+    if lost := [step for step in steps if f"step {step}" not in lines]:
+        return Check("digests", "failed", f"{DIGESTS} has no line of step {lost[0]}")
+    arrays = nodes_of(run.path, read_root(run.path))[1]
+    of_steps = {path: stored for path, stored in arrays.items() if of_a_step(path, stored.dims)}
+    for step in steps:
+        found = {path: _marks(run, stored, step) for path, stored in of_steps.items()}
+        if digest_of(found) != lines[f"step {step}"]:
+            return Check("digests", "failed", f"step {step} is not what was written")
+    count = 0
+    for what, told in lines.items():
+        number = step_of(what)
+        if number is None:
+            name, _, index = what.removesuffix("]").partition("[")
+            count += 1
+            if name not in arrays or (index and not index.isdecimal()):
+                return Check("digests", "failed", f"{DIGESTS} has a line of {what!r}, which is not there")
+            if digest_of({name: _marks(run, arrays[name], int(index) if index else None)}) != told:
+                return Check("digests", "failed", f"{what} is not what was written")
+        elif number > len(steps) and run.status != "running":
+            return Check("digests", "failed", f"step {number} was written, and step {number - 1} is not committed")
+    return Check("digests", "exact", f"{len(steps)} steps and {count} other parts are what was written")
+
+
+def _marks(run: Run, stored: Stored, index: int | None) -> bytes:
+    """What a digest takes of a variable, or of one entry along its first dimension, which may be a step."""
+    variable, chunk = run.variable(stored.path).variable, stored.inner or stored.chunks
+    if index is None:
+        return marks(variable.values, chunk, stored.fill)
+    if variable.ndim == 1:
+        return marks(variable.values[index : index + 1], (1,), stored.fill)
+    return marks(variable[index].values, chunk[1:] if stored.dims[0] == "step" else None, stored.fill)
+
+
 def check_picture(run: Run) -> Check:
-    """The PNG beside the arrays: whoever looks at it sees what was recorded."""
+    """The PNGs beside the arrays: whoever looks at them sees what was recorded, and every byte is as it was written."""
+    names = sorted(path.name for path in run.path.iterdir() if OURS.fullmatch(path.name))
+    finals = [name for name in names if name.startswith("picture")]
+    sealed = [] if "digests" not in run.attributes else names
+    for name in sealed:
+        if not seal_holds(read_file(run.path, name, no_longer(run.path, name, MAX_PICTURE))):
+            return Check("picture", "failed", f"{name} is not as it was written")
     if run.status != "complete":
-        return Check("picture", "not checked", f"the run is {run.status}")
-    finals = run.images.values
-    names = ["picture.png"] if len(finals) == 1 else [f"picture-{index}.png" for index in range(len(finals))]
-    there = [(name, pixels) for name, pixels in zip(names, finals, strict=True) if exists(run.path / name)]
+        told = f"{', '.join(sealed)}: every byte as it was written; " if sealed else ""
+        return Check("picture", "not checked", f"{told}the run is {run.status}")
+    pixels = run.images.values
+    expected = ["picture.png"] if len(pixels) == 1 else [f"picture-{index}.png" for index in range(len(pixels))]
+    there = [(name, shown) for name, shown in zip(expected, pixels, strict=True) if name in finals]
     if not there:
-        return Check("picture", "not checked", f"{names[0]} is not there")
-    for name, pixels in there:
-        shown, experiment = _shown(run.path, name, pixels)
-        if not np.array_equal(shown, pixels):
+        return Check("picture", "not checked", f"{expected[0]} is not there")
+    for name, pixel in there:
+        shown, experiment = _shown(run.path, name, pixel)
+        if not np.array_equal(shown, pixel):
             return Check("picture", "failed", f"{name} does not show images/final")
         if json.loads(experiment) != run.attributes["experiment"]:
             return Check("picture", "failed", f"{name} was made from another experiment than the recording's")
-    return Check("picture", "exact", f"{', '.join(name for name, _ in there)}: as images/final, of this experiment")
+    told = f"; every byte as it was written: {', '.join(sealed)}" if sealed else ""
+    return Check("picture", "exact", f"{', '.join(name for name, _ in there)}: as images/final, of this experiment{told}")
 
 
 def _shown(path: Path, name: str, expected: np.ndarray) -> tuple[np.ndarray, str]:
     """What a PNG shows, and the experiment in it. Nothing is decoded that is not as large as what is expected."""
 
-    def check(found: os.stat_result) -> None:
-        if found.st_size > 2 * expected.nbytes + MAX_SAID:
-            raise refuse(path, f"{name} has {found.st_size} bytes")
-
-    raw = read_file(path, name, check)
+    raw = read_file(path, name, no_longer(path, name, 2 * expected.nbytes + MAX_SAID))
     bomb = Image.DecompressionBombWarning
     try:
         with warnings.catch_warnings(action="error", category=bomb), Image.open(io.BytesIO(raw), formats=("PNG",)) as picture:

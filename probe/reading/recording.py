@@ -23,6 +23,7 @@ import numpy as np
 import xarray as xr
 
 from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
+from probe.digests import flags_are_lost
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
 from probe.experiment import Experiment, load_experiment
 from probe.reading import sample
@@ -79,7 +80,9 @@ class Run(Attention):
 
     @functools.cached_property
     def steps(self) -> np.ndarray:
-        """Indices of the committed steps."""
+        """Indices of the committed steps. Raises RecordingDamaged where the file of their flags is gone."""
+        if flags_are_lost(self.path, self.attributes):
+            raise refuse(self.path, "committed/c.0, which says what is committed, is missing")
         return np.flatnonzero(self.variable("committed").values)
 
     def variable(self, path: str) -> xr.DataArray:

@@ -123,6 +123,11 @@ class Stored:
     metadata: dict[str, Any]
 
     @property
+    def fill(self) -> float:
+        """What is read where there is no file."""
+        return float(self.metadata.get("fill_value") or 0) if self.dtype is not None else 0.0
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes of the values of one chunk (0 for text, whose chunks have any size)."""
         return prod(self.chunks) * self.dtype.itemsize if self.dtype is not None else 0

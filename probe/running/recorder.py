@@ -28,6 +28,7 @@ from probe.diffusion.models import StableDiffusion
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
 from probe.experiment import Experiment, load_experiment
 from probe.fields import place
+from probe.files import storing
 from probe.output import tell
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
@@ -36,7 +37,7 @@ from probe.running.perform import Say, perform
 from probe.running.planning import Plan, free_room, plan, size_text
 from probe.schema import FORMAT_VERSION
 from probe.stopping import breakable, cleanly
-from probe.store import RunWriter, storing
+from probe.store import RunWriter
 from probe.terminal import shell_path, without_home
 
 

@@ -1,0 +1,175 @@
+"""The one way in which a file of a recording is written: under another name beside it, then moved into its place.
+
+    replace(file, [content], sync=True)      # whole or not at all; a link in its place goes, what it leads to stays as it is
+    check_own(recording)                     # before one is taken over: plain files and folders, and nobody else's
+
+Whoever reads sees the old content or the new. A writer that is killed leaves a name that ends in `.partial`, which no reader
+looks at. With `sync`, content and name have reached the disk when the call returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from probe.errors import ProbeError, RecordingLinked, StoreError
+from probe.strict_yaml import printable
+
+PARTIAL = ".partial"
+MORE = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR)  # of a folder: this system or this disk does not know that
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn the disk's errors into ours."""
+    try:
+        yield
+    except ProbeError:
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "Free some room, or record less (probe run --dry-run shows what takes how much)." if full else "Check the disk and its permissions."
+        raise StoreError(f"{path} could not be written: {reason}.", remedy) from error
+
+
+def replace(file: Path, parts: Iterable[Any], sync: bool) -> None:
+    """Write a file's parts under another name, then move it into its place. Raises OSError."""
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        with partial.open("xb") as handle:
+            for part in parts:
+                handle.write(part)
+            if sync:
+                handle.flush()
+                os.fsync(handle.fileno())
+        partial.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    if sync:
+        sync_folder(file.parent)
+
+
+def remove(file: Path, sync: bool) -> None:
+    """Remove a file, or the link in its place. It need not be there. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        file.unlink()
+        if sync:
+            sync_folder(file.parent)
+
+
+def append(file: Path, content: bytes, sync: bool) -> None:
+    """Add to the end of a plain file that is there. Raises OSError, RecordingLinked for a link."""
+    handle = os.open(file, MORE)
+    try:
+        if problem := _not_own(os.fstat(handle)):
+            raise foreign(file.parent, file.name, problem)
+        while content:
+            content = content[os.write(handle, content) :]
+        if sync:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- what reaches the disk -------------------------------------------------------------------------------------------
+
+
+def sync_file(file: str | Path) -> None:
+    """Force a file's content to the disk. Raises OSError."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Force a folder's names to the disk. A system or a disk that cannot do that keeps them in its own way."""
+    try:
+        sync_file(folder)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def sync_all(folder: Path) -> None:
+    """Force everything in a folder to the disk: contents first, then names from the deepest folder up."""
+    folders = [str(folder)]
+    for entry in entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            folders.append(entry.path)
+        elif entry.is_file(follow_symlinks=False):
+            sync_file(entry.path)
+    for path in sorted(folders, key=lambda path: -path.count(os.sep)):
+        sync_folder(path)
+
+
+def make_folders(folder: Path, sync: bool) -> None:
+    """Make a folder and those above it; with `sync`, the name of each that is new reaches the disk. Raises OSError."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new if sync else ():
+        sync_folder(path.parent)
+
+
+# --- whose files they are --------------------------------------------------------------------------------------------
+
+
+def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Everything below a folder, no link followed. Raises OSError."""
+    waiting = [str(folder)]
+    while waiting:
+        with os.scandir(waiting.pop()) as found:
+            for entry in found:
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+
+
+def partials(folder: Path) -> list[Path]:
+    """What killed writers left half-written below a folder: files, and links in their place, no link followed."""
+    return sorted(Path(e.path) for e in entries(folder) if e.name.endswith(PARTIAL) and not e.is_dir(follow_symlinks=False))
+
+
+def check_own(recording: Path) -> None:
+    """Raise RecordingLinked unless a recording is a folder of plain files and folders that have no other name anywhere."""
+    check_no_link(recording)
+    for entry in entries(recording):
+        if problem := _not_own(entry.stat(follow_symlinks=False)):
+            raise foreign(recording, os.path.relpath(entry.path, recording), problem)
+
+
+def check_no_link(recording: Path) -> None:
+    """Raise RecordingLinked for a recording that is itself a link: nothing is written or removed through one."""
+    if recording.is_symlink():
+        raise RecordingLinked(
+            f"{printable(str(recording))} is a link, and through a link nothing is written.",
+            f"Name the folder itself: {printable(os.path.realpath(recording))}",
+        )
+
+
+def foreign(recording: Path, name: str, problem: str) -> RecordingLinked:
+    """The error for a file of a recording that is somebody else's too."""
+    return RecordingLinked(
+        f"{printable(recording.name)}: {printable(name)} {problem}, so nothing is written there.",
+        "Make a copy with files of its own, cp -rL, and use that one.",
+    )
+
+
+def _not_own(found: os.stat_result) -> str:
+    """Why a file or folder is not a recording's own; empty for one that is."""
+    if stat.S_ISLNK(found.st_mode):
+        return "is a link"
+    if stat.S_ISREG(found.st_mode):
+        return "has another name elsewhere (a hard link)" if found.st_nlink > 1 else ""
+    return "" if stat.S_ISDIR(found.st_mode) else "is a pipe or a device"
