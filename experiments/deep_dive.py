@@ -99,7 +99,7 @@ print("by hand and by one line agree in every bit.")
 #
 # *Text encoder*, *UNet with its scheduler*, *VAE*. To know what is special to our small model and what is common to the family,
 # we put Stable Diffusion v1 beside it: its own configuration on the "meta" device, where tensors have a shape and no content.
-# That takes no weights, no memory and no time.
+# That takes no weights.
 
 # %%
 with torch.device("meta"):
@@ -165,7 +165,7 @@ show("3-embeddings", sheet("One vector for each token", note, [read.tokens[i] fo
 #
 # The **encoder** squeezes a picture into latents; the **decoder** paints a picture from latents. Something is lost. How much, the
 # PSNR tells (peak signal-to-noise ratio, in decibels; more is better). We try the picture that was just made, which is easy, as
-# this decoder painted it; and a drawing from outside of the model's world, with fine lines that no emoji has.
+# this decoder painted it; and a drawing from outside of the model's world, with fine lines.
 
 
 # %%
@@ -308,8 +308,8 @@ print(f"one step at t = {t}: loss {loss:.5f} -> {after:.5f} ({after / loss - 1:+
 # ### Backward: out of nothing but noise
 #
 # Now the other way. Begin with pure noise, pretend that a picture is in it, and ask the UNet which part is noise. It cannot
-# know, so it gives its best guess. The **scheduler** takes a little of that away, and we ask again. At first the guess is a
-# blur of everything that the words allow; with every step there are fewer pictures left that it could become.
+# know, so it gives its best guess. By squared error the best guess is a mean: at first of all pictures that the words allow, which
+# is a blur. The **scheduler** takes a little of the noise away, and we ask again. With every step fewer pictures are left.
 #
 # Each question is asked twice: with your prompt (*cond*) and with an empty one (*uncond*). The difference is what the words add, and
 # **guidance** exaggerates it $s$ times: $\varepsilon = \varepsilon_u + s\,(\varepsilon_c - \varepsilon_u)$. The whole loop, written out:
@@ -330,7 +330,7 @@ print(f"the loop written out: the same bits again, after {len(scheduler.timestep
 # %% [markdown]
 # Look at it from left to right. "Believed" is the picture that remains if all predicted noise is taken away at once. Without words
 # the model believes in some picture of its world; the words pull; guidance pulls harder. How far they move the believed latents $x_0$
-# (by $\sigma$ times the change in the noise) is written below: once enough is drawn, the latents themselves say what it is.
+# (by $\sigma$ times the change in the noise) is written below. Watch it shrink.
 
 # %%
 chosen = [steps[index] for index in np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))]
@@ -365,8 +365,9 @@ show("4-backward", sheet("Backward: from noise to a picture", note, [f"step {ste
 # proportion to the answers. That is **cross-attention**, and it can be watched: `probe.record` runs the same once more and writes
 # everything down. Watching changes nothing; this is checked here, too.
 #
-# Start, end and padding get their share as well: they are where a place looks that has no question. Mind what such a map is:
-# where the model *looked*. That may be the thing that the word names, and it need not be.
+# Start, end and padding get their share as well. Mind what such a map is: where the model *looked*. That may be the thing that the
+# word names, and it need not be. And mind whose it is: `emojiworld` was **trained to bind nouns to words**. Half of its last training
+# hid start, end and padding. Do not expect its maps, or its shares, of a model that was not trained like this.
 
 # %%
 asked = {"name": "deep-dive", "prompt": PROMPT, "seed": SEED, "steps": STEPS, "guidance_scale": GUIDANCE, "dtype": "float32", "device": "cpu"}
@@ -374,11 +375,12 @@ run = probe.record({**asked, "output": str(OUT)}, progress=False)
 assert np.array_equal(run.variable("latents/final_latents").values, latents.numpy()), "recording changed the picture"
 print(f"recorded: {run.path}")
 
-overview = run.overview()  # (step, token, y, x): of each place's attention, the share of each token; mean over layers and heads
+overview = run.overview()  # (step, token, y, x): of each place's attention, the share of each token; mean over heads, then layers
 labels = run.tree[f"attention/{run.grids[0]}"].dataset.isel(branch=-1)
 share, number = overview.mean(("step", "y", "x")).values, labels["word_index"].values
 ends = share[number < 0][1:].sum()
-print(f"of all attention, {share[0]:.0%} goes to the start token, {share[number >= 0].sum():.0%} to words, {ends:.0%} to the end and the padding.")
+print(f"of all attention, {share[0]:.0%} goes to the start token, {share[number >= 0].sum():.0%} to words, {ends:.0%} to the end and the padding,")
+print("in a model that was trained to bind nouns to words.")
 
 maps = word_maps(overview, labels["word"].values, number)  # (step, word, y, x)
 thirds = np.array_split(np.arange(maps.sizes["step"]), 3)
@@ -388,7 +390,7 @@ for index, word in enumerate(maps["word"].values):
     found = [maps.isel(word=index, step=span).mean("step").values for span in spans.values()]
     colours = Scale(float(np.min(found)), float(np.max(found)), form="{:.1%}")
     rows.append(Row(str(word), [colours.over(one_line, m) for m in found], [f"mean {m.mean():.1%}" for m in found], colours))
-note = "a word's share of each place's attention; mean over layers and heads; one scale a word"
+note = "a word's share of each place's attention, in a model trained to bind nouns to words; mean over heads, then layers; one scale a word"
 show("4-attention", sheet("Where the picture looked at each word", note, list(spans), rows, cell=160))
 
 # %% [markdown]
@@ -400,20 +402,36 @@ show("4-attention", sheet("Where the picture looked at each word", note, list(sp
 # How slow? We count the floating-point operations of one call of the *same* UNet on latents and on pixels: on the meta device, so
 # that nothing is estimated and nothing has to run. Convolutions grow with the number of places. Attention, in which every
 # place of a layer looks at every other, grows with its *square*.
+#
+# Nobody has to pay all of that: a model for pixels can do with attention on coarse grids (Ho et al. 2020). So a third UNet is counted:
+# the same on pixels, without attention on grids wider than the widest that Stable Diffusion v1 has on latents. Beside both stands how
+# many times as many places there are. The factors differ because the same UNet pays the square on its widest grids, where the third
+# UNet has no attention layer at all.
 
 
 # %%
-def same_unet(unet, channels, side):
-    """The same UNet for inputs of (channels, side, side), its weights drawn at random."""
+WIDEST = sd1["UNet"].config.sample_size
+
+
+def coarse(unet, side):
+    """The blocks of this UNet for inputs of (side, side), without attention on grids wider than `WIDEST`; and the widest grid that is left."""
+    levels = [side // 2**level for level in range(len(unet.config.down_block_types))]
+    down = ["DownBlock2D" if wide > WIDEST else kind for kind, wide in zip(unet.config.down_block_types, levels, strict=True)]
+    up = ["UpBlock2D" if wide > WIDEST else kind for kind, wide in zip(unet.config.up_block_types, levels[::-1], strict=True)]
+    return {"down_block_types": down, "up_block_types": up}, max(wide for wide in levels if wide <= WIDEST)
+
+
+def same_unet(unet, channels, side, **other):
+    """The same UNet for inputs of (channels, side, side), its weights drawn at random; `other`: what is configured otherwise."""
     own = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    return UNet2DConditionModel(**own | {"in_channels": channels, "out_channels": channels, "sample_size": side}).eval()
+    return UNet2DConditionModel(**own | {"in_channels": channels, "out_channels": channels, "sample_size": side} | other).eval()
 
 
-def operations(unet, channels, side):
+def operations(unet, channels, side, **other):
     """FLOPs of one call of this UNet for an input of (channels, side, side), and which share of them is attention's products."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         tokens = torch.zeros(1, len(read.tokens), unet.config.cross_attention_dim)
-        same_unet(unet, channels, side)(torch.zeros(1, channels, side, side), 500, encoder_hidden_states=tokens)
+        same_unet(unet, channels, side, **other)(torch.zeros(1, channels, side, side), 500, encoder_hidden_states=tokens)
     counts = counter.get_flop_counts()["Global"]
     total = sum(counts.values())
     # On the meta device attention falls into its two products, which are the only batched ones ("bmm") in a UNet.
@@ -428,25 +446,30 @@ for name, unet, f in (
     ("Stable Diffusion v1", sd1["UNet"], 2 ** (len(sd1["VAE"].config.block_out_channels) - 1)),
 ):
     channels, side = unet.config.in_channels, unet.config.sample_size
-    cheap, dear = operations(unet, channels, side), operations(unet, 3, side * f)
-    costs.append(
-        Cost(f"{name}: {dear[0] / cheap[0]:.0f} times", f"{cheap[0] / 1e9:,.1f} against {dear[0] / 1e9:,.1f} GFLOP", cheap[0], dear[0], dear[1])
+    blocks, widest = coarse(unet, side * f)
+    cheap, dear, fair = operations(unet, channels, side), operations(unet, 3, side * f), operations(unet, 3, side * f, **blocks)
+    times = [f"{total / cheap[0]:.0f}" for total, _ in (cheap, dear, fair)]
+    beside = f"{times[2]} times with attention only up to {WIDEST} x {WIDEST}; {f**2} times the places"
+    sizes = f"{cheap[0] / 1e9:,.1f} against {dear[0] / 1e9:,.1f} GFLOP"
+    costs.append(Cost(f"{name}: {times[1]} times", f"{sizes}\n{beside}", cheap[0], dear[0], dear[1]))
+    kinds = (
+        ("latents", channels, side, side, cheap, times[0], 1),
+        ("pixels", 3, side * f, side * f, dear, times[1], f**2),
+        ("pixels**", 3, side * f, widest, fair, times[2], f**2),
     )
-    for kind, depth, width, (total, part) in (("latents", channels, side, cheap), ("pixels", 3, side * f, dear)):
-        scores = unet.config.attention_head_dim * width**4 * 4 / 1e9  # heads x places x places, four bytes each
+    for kind, depth, width, grid, (total, part), often, places in kinds:
+        scores = unet.config.attention_head_dim * grid**4 * 4 / 1e9  # heads x places x places, four bytes each
         size = f"{depth * width**2 * 4 / 1e3:,.0f} kB"
-        rows.append(
-            (name, kind, f"{depth} x {width} x {width}", size, f"{scores:,.3f} GB", f"{total / 1e9:,.1f}", f"{part:.0%}", f"{total / cheap[0]:.0f}")
-        )
-print(table(["model", "on", "input", "its size", "scores*", "GFLOP a call", "attention", "times"], rows))
-print("  * of one self-attention layer of the finest grid (heads x places x places), if they were all kept at once")
+        figures = (f"{scores:,.3f} GB", f"{total / 1e9:,.1f}", f"{part:.0%}", often, places)
+        rows.append((name, kind, f"{depth} x {width} x {width}", size, *figures))
+print(table(["model", "on", "input", "its size", "scores*", "GFLOP a call", "attention", "times", "places, times"], rows))
+print("  * of one self-attention layer of its finest grid (heads x places x places), if they were all kept at once")
+print(f"  ** the same UNet, with attention only on grids of at most {WIDEST} x {WIDEST}")
 show("5-cost", areas("The cost of one call of the same UNet, as area", "on latents", "on pixels: attention", "on pixels: the rest", costs))
 
 # %% [markdown]
-# (A model made for pixels would do without attention on its finest grids. The pale area, the rest, it would still have to pay.)
-#
-# Counted is not measured, so we let the small one run for once: on latents, and on pixels, with weights drawn at random, which take
-# as long. Then a whole picture: all calls, with and without words, and for latents the painting on top.
+# Counted is not measured, so we let the small one run for once: on latents, and on pixels, with weights drawn at random. Then a whole
+# picture: all calls, with and without words, and for latents the painting on top.
 
 
 # %%
@@ -467,9 +490,9 @@ fast = seconds(lambda: model.unet(x0, 500, encoder_hidden_states=text), 7)
 slow = seconds(lambda: on_pixels(torch.zeros(1, 3, side, side), 500, encoder_hidden_states=text), 1)
 painting, calls = seconds(lambda: model.decode(latents), 3), 2 * len(steps)
 whole = calls * fast + painting
-print(f"one call on pixels has {costs[0].large / costs[0].small:.0f} times the operations of one on latents")
-print(f"and takes {slow / fast:.0f} times the processor time.")
-print(f"A whole picture takes {calls * slow / whole:.0f} times as much on pixels; on latents, painting is {painting / whole:.1%} of it.")
+print(f"one call of the same UNet on pixels has {costs[0].large / costs[0].small:.0f} times the operations of one on latents")
+print(f"({costs[0].note.splitlines()[1]}), and takes {slow / fast:.0f} times the processor time.")
+print(f"A whole picture takes that UNet {calls * slow / whole:.0f} times as much on pixels; on latents, painting is {painting / whole:.1%} of it.")
 easy, hard = score.values()
 print(f"The price: a round trip of {easy:.1f} dB for what the decoder can paint, and {hard:.1f} dB for what it never saw.")
 

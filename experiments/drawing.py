@@ -144,7 +144,7 @@ def chart(title: str, note: str, xlabel: str, ylabel: str, x: Sequence[float], l
 
 @dataclass(frozen=True)
 class Cost:
-    """Two costs in one unit, a small and a large one, and which share of the large one is `part`."""
+    """Two costs in one unit, a small and a large one, and which share of the large one is `part`. The note has up to two lines."""
 
     label: str
     note: str
@@ -155,7 +155,7 @@ class Cost:
 
 def areas(title: str, small: str, part: str, rest: str, costs: Sequence[Cost], edge: int = 400) -> Image.Image:
     """Each pair of costs as two squares whose areas are in proportion, the small one inside of the large one."""
-    page = Image.new("RGB", (24 + len(costs) * (edge + 36), edge + 156), PAPER)
+    page = Image.new("RGB", (24 + len(costs) * (edge + 36), edge + 176), PAPER)
     draw = ImageDraw.Draw(page)
     _write(draw, (24, 16), title, 22)
     x = 24.0

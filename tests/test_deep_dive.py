@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import probe
 
@@ -209,6 +211,49 @@ def test_what_it_prints_is_true_of_the_model(walk: Walk) -> None:
     for channels, side in ((unet.in_channels, unet.sample_size), (3, unet.sample_size * model.f)):
         total, part = walk.names["operations"](model.unet, channels, side)
         assert round(total * part) == attention_products(model, side)
+
+
+def test_no_factor_of_the_cost_stands_alone(walk: Walk) -> None:
+    """How many times the same UNet costs is said beside what one with coarse attention costs, and beside how many places there are."""
+    models = {"emojiworld": walk.names["model"].unet, "Stable Diffusion v1": walk.names["sd1"]["UNet"]}
+    factors = {}
+    for name, unet in models.items():
+        cheap, (whole, wide) = attention_layers(unet, unet.config.in_channels, 1)[0], attention_layers(unet, 3, 8)
+        factors[name] = [f"{n:.0f}" for n in (whole / cheap, (whole - wide) / cheap)]
+    for cost, (name, (same, coarse)) in zip(walk.names["costs"], factors.items(), strict=True):
+        assert cost.label == f"{name}: {same} times"
+        assert cost.note.endswith(f"\n{coarse} times with attention only up to 64 x 64; 64 times the places")
+        rows = [line.split() for line in walk.printed.splitlines() if line.startswith(f"  {name} ") and "GB" in line]
+        assert [row[-2:] for row in rows] == [["1", "1"], [same, "64"], [coarse, "64"]]
+    same, coarse = factors["emojiworld"]
+    said = walk.printed[walk.printed.index(f"one call of the same UNet on pixels has {same} times") :]
+    assert said.splitlines()[1].startswith(f"({coarse} times with attention only up to 64 x 64; 64 times the places)")
+
+
+def attention_layers(unet: Any, channels: int, times: int, widest: int = 64) -> tuple[int, int]:
+    """FLOPs of a call of the same UNet on inputs `times` as wide: of all of it, and of what is in transformers on wider grids than `widest`."""
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    side, wide = unet.config.sample_size * times, []
+    own = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    with torch.device("meta"), torch.no_grad():
+        made = type(unet)(**own | {"in_channels": channels, "out_channels": channels, "sample_size": side})
+        for path, part in made.named_modules():
+            if isinstance(part, Transformer2DModel):
+                part.register_forward_hook(lambda _, given, __, path=path: wide.append(path) if given[0].shape[-1] > widest else None)
+        with FlopCounterMode(display=False) as counter:
+            made(torch.zeros(1, channels, side, side), 500, encoder_hidden_states=torch.zeros(1, 77, unet.config.cross_attention_dim))
+    counts = counter.get_flop_counts()
+    of = {path: sum(counts[f"{type(unet).__name__}.{path}"].values()) for path in wide}
+    return sum(counts["Global"].values()), sum(of.values())
+
+
+def test_it_says_how_its_model_was_trained_where_it_shows_attention(walk: Walk) -> None:
+    attention = SOURCE[SOURCE.index("# ### How the words get in") : SOURCE.index("# ## 5.")]
+    assert "trained to bind nouns to words" in attention.split("# %%\n")[0].replace("\n# ", " ").replace("**", "")
+    assert re.search(r"of all attention, .*\nin a model that was trained to bind nouns to words", walk.printed)
+    assert all("trained to bind nouns to words" in note for note in re.findall(r"^note = .*", attention, re.M)), "in the picture"
+    assert "has no question" not in SOURCE
 
 
 def attention_products(model: Any, side: int) -> int:

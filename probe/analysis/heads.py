@@ -181,9 +181,9 @@ def contribution(maps: xr.DataArray, sizes: xr.DataArray) -> xr.DataArray:
     """Attention times |v W_O|, the size of what each token writes: how much of it a pixel is given. Lazy, as `maps`.
 
     *Shape:* maps (..., token, ..., layer, head, y, x), sizes (branch, token, layer, head) -> as maps, float32, in the units of the
-    layer's output. BOS, EOS and rest are there beside the words: BOS is often looked at most and writes little. The size of rest
-    is the mean over its tokens, so that its contribution is exact only where they write alike. What tokens write are vectors:
-    these lengths do not add up to the length of the sum. (Kobayashi et al. 2020, arXiv:2004.10102, for language models.)
+    layer's output. BOS, EOS and rest are there beside the words. The size of rest is the mean over its tokens, so that its
+    contribution is exact only where they write alike. What tokens write are vectors: these lengths do not add up to the length
+    of the sum. (Kobayashi et al. 2020, arXiv:2004.10102, for language models.)
 
     Raises ValueError for maps that have lost the layers, heads or tokens that `sizes` tell apart: multiply before the mean.
     """
