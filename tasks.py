@@ -28,11 +28,16 @@ Exit codes: 0 all went well; 1 an installation or a check failed; 2 a mistake in
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: nothing is begun yet
+
 import difflib
 import hashlib
 import importlib.util
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -292,4 +297,11 @@ def stop(cause: str, remedy: str, code: int = 1) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop("Stopped.", "Call it again to go on.", code=130)
+    sys.exit(code)

@@ -1,6 +1,7 @@
 """probe: see inside Stable Diffusion.
 
     probe run EXPERIMENT.yaml     record a run (the same as python -m probe.run)
+    probe noising NOISING.yaml    noise a real picture, and record what the model makes of it (python -m probe.noising)
     probe ls                      list recordings
     probe show [RUN]              what a recording holds, and where its pictures are; --words: a sheet of every word's maps
     probe ask RUN WORD            where the picture would have looked at any word, also one that was not in the prompt
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
 
 def run(arguments: list[str]) -> int:
     from probe.run import main
+
+    return main(arguments)
+
+
+def noising(arguments: list[str]) -> int:
+    from probe.noising import main
 
     return main(arguments)
 
@@ -132,9 +139,10 @@ def _tell(found: Comparison, one: str, other: str) -> int:
 def gc(arguments: list[str]) -> int:
     """Remove what killed writers left behind: half-made folders, lock files, parts of files. Recordings stay."""
     parser = Parser(prog="probe gc", description=gc.__doc__)
-    parser.add_argument("runs", nargs="?", type=folder, default="runs", help="folder of recordings [runs]")
+    _add_folder(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(arguments)
+    options.runs = options.folder or options.runs
     from probe.upkeep import clear_orphans
 
     with stopping.cleanly():
@@ -152,6 +160,11 @@ def _add_run(parser: Parser) -> None:
 
 def _add_runs(parser: Parser) -> None:
     parser.add_argument("--runs", type=folder, default="runs", help="folder of recordings [runs]")
+
+
+def _add_folder(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", type=folder, help="folder of recordings [runs]")
+    parser.add_argument("--runs", type=folder, default="runs", help="the same, as other commands name it [runs]")
 
 
 def _add_save(parser: Parser) -> None:
@@ -182,9 +195,9 @@ def ls(arguments: list[str]) -> int:
     from probe.schema import counted
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
-    parser.add_argument("runs", nargs="?", type=folder, default="runs", help="folder of recordings [runs]")
-    where = parser.parse_args(arguments).runs
-    found = listing(where)
+    _add_folder(parser)
+    options = parser.parse_args(arguments)
+    found = listing(where := options.folder or options.runs)
     if not found:
         say(f"No recording in {where} yet. Make one: python -m probe.run experiments/astronaut.yaml")
         return 0
@@ -292,7 +305,7 @@ def rm(arguments: list[str]) -> int:
     return 0
 
 
-VERBS = {"run": run, "ls": ls, "show": show, "ask": ask, "verify": verify, "rerun": rerun, "diff": diff, "rm": rm, "gc": gc}
+VERBS = {"run": run, "noising": noising, "ls": ls, "show": show, "ask": ask, "verify": verify, "rerun": rerun, "diff": diff, "rm": rm, "gc": gc}
 
 
 def dispatch(arguments: list[str]) -> int:

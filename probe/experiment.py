@@ -189,7 +189,9 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in changes.items():
         if not isinstance(name, str) or UNCLEAN.search(name):
             raise ExperimentError(f"{shown(name)}: this is not a field's name", "Fields are named by plain text.")
-        first, _, rest = name.partition(".")
+        first, dot, rest = name.partition(".")
+        if dot and not (first and rest):
+            raise ExperimentError(f"{shown(name)}: this is not a field's name", "Write the group and the field, such as capture.text.")
         nested = {rest: value} if rest else value
         if rest or (name == "capture" and isinstance(value, Mapping)):
             below = base.get(first)

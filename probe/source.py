@@ -9,6 +9,7 @@ covers the size asked for, and cut to its centre. A picture that has the size al
 
 from __future__ import annotations
 
+import os
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,13 @@ def _read(path: str | Path, field: str) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as problem:
         if isinstance(problem, ExperimentError):
             raise
+        if isinstance(problem, OSError) and problem.errno:  # the system's word, not the picture's fault
+            raise _unread(field, where, problem) from None
         raise ExperimentError(f"{field}: {where} is not a PNG or JPEG picture that can be read.", "Save it as one.") from None
+
+
+def _unread(field: str, where: str, problem: OSError) -> ExperimentError:
+    return ExperimentError(f"{field}: {where} cannot be read: {os.strerror(problem.errno or 0)}.", "Name a file that you may read.")
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:
@@ -114,6 +121,8 @@ def _arrays(path: Path) -> list[tuple[str, np.ndarray]]:
     except FileNotFoundError:
         raise ExperimentError(f"masks: {where} does not exist.", "Name an .npz or .png file; a path is relative to the folder you are in.") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+        if isinstance(problem, OSError) and problem.errno:
+            raise _unread("masks", where, problem) from None
         raise ExperimentError(f"masks: {where} cannot be read ({str(problem).splitlines()[0][:80]}).", "Save it with numpy.savez.") from None
     for word, mask in arrays:
         if mask.ndim != 2 or mask.dtype.kind not in "bui" or min(mask.shape) < 1:

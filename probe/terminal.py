@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 def folder(text: str) -> str:
     """A folder's name, for argparse."""
     if not text:
-        raise argparse.ArgumentTypeError("no folder is named; write --runs FOLDER, or leave it out for runs")
+        raise argparse.ArgumentTypeError("no folder is named; write one, or leave it out for runs")
     return text
 
 
