@@ -1,0 +1,195 @@
+"""Ctrl-C, from a command's first line to its last: exit code 130, no traceback, nothing left over, and soon.
+
+Each press goes to a process of its own, at a moment of its life: while it imports, loads, begins, records, ends. Then
+the same again with impatient presses after the first.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from probe import stopping
+from probe.diffusion.loading import BUNDLED
+from probe.reading.recording import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = ("probe.run", "--steps", "40", "--capture.steps", "0:5", "--output", "out")
+NOISING = ("probe.noising", str(ROOT / "experiments" / "noising.yaml"), "--output", "out")
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGINT is sent to a process, which needs POSIX")
+needs_the_bundled_model = pytest.mark.skipif(not (BUNDLED["emojiworld"] / "model_index.json").is_file(), reason="probe/emojiworld is not there")
+
+
+def begun(folder: Path, *command: str, wait: str = "") -> subprocess.Popen[str]:
+    """A command that runs in `folder`, which says on stderr that its first lines are done; then it has read a line like `wait`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    runner = [sys.executable, "-X", "importtime", "-m"] if wait else [sys.executable, "-m"]
+    running = subprocess.Popen(
+        [*runner, *command],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run as a background job, where it is ignored
+    )
+    assert running.stderr
+    while wait and wait not in (line := running.stderr.readline()):
+        assert line, f"it ended before {wait}"
+    return running
+
+
+def stopped(running: subprocess.Popen[str], folder: Path, again: int = 0, limit: float = 8) -> str:
+    """Press Ctrl-C, and `again` some more; everything that was promised then holds. Returns stderr."""
+    start = time.monotonic()
+    for _ in range(again + 1):
+        if running.poll() is None:
+            running.send_signal(signal.SIGINT)
+        time.sleep(0.03 if again else 0)
+    _, err = running.communicate(timeout=60)
+    took = time.monotonic() - start
+    assert running.returncode == 130, (running.returncode, err[-2000:])
+    assert "Traceback" not in err and err.count("Stopped.") == 1 and took < limit, (took, err[-2000:])
+    left = [path for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith((".partial", ".lock", ".tmp"))]
+    assert not left
+    for path in (folder / "out").glob("*.zarr") if (folder / "out").is_dir() else ():
+        made = Run(path)
+        assert made.status in ("interrupted", "complete") and made.tree is not None
+        assert made.steps.tolist() == list(range(len(made.steps)))
+    return err
+
+
+@pytest.mark.parametrize("again", [0, 4])
+@pytest.mark.parametrize("command", [("probe.run",), ("probe.noising",), ("probe.verify",), ("probe.cli", "ls"), ("probe", "ls")], ids=str)
+def test_during_the_imports(tmp_path: Path, command: tuple[str, ...], again: int) -> None:
+    """Its first line has run as soon as `argparse` is imported."""
+    stopped(begun(tmp_path, *command, wait=" argparse"), tmp_path, again)
+
+
+@needs_the_bundled_model
+def test_while_torch_is_imported(tmp_path: Path) -> None:
+    stopped(begun(tmp_path, *RUN, wait=" torch._C"), tmp_path)
+
+
+@needs_the_bundled_model
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [RUN, NOISING, ("probe", "verify", "sample"), ("probe", "show", "sample", "--words")], ids=["run", "noising", "verify", "show"]
+)
+def test_at_any_moment(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """At 12 moments from the first line to the end of an undisturbed call, each with a folder of its own."""
+    (tmp_path / "whole").mkdir()
+    start = time.monotonic()
+    assert begun(tmp_path / "whole", *command).wait(timeout=120) == 0
+    whole, dice = time.monotonic() - start, random.Random(0)
+    for index in range(12):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        running = begun(folder, *command)
+        time.sleep(max(0.3, whole * (index + dice.random()) / 13))
+        if running.poll() is None:
+            stopped(running, folder, again=dice.choice([0, 3]))
+
+
+def test_every_command_begins_with_it() -> None:
+    """The first thing that runs in each, before any other import: what comes earlier dies with a traceback."""
+    for name in ("run", "noising", "verify", "cli"):
+        body = ast.parse((ROOT / "probe" / f"{name}.py").read_text()).body
+        first = next(node for node in body if not isinstance(node, ast.Expr) and ast.unparse(node) != "from __future__ import annotations")
+        assert ast.unparse(first) == "if __name__ == '__main__':\n    from probe import stopping\n    stopping.begin()", name
+    assert 'probe = "probe.__main__:main"' in (ROOT / "pyproject.toml").read_text()
+    code = "import sys; before = set(sys.modules); import probe.stopping; print(*{m for m in set(sys.modules) - before if m.startswith('probe')})"
+    loaded = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    assert set(loaded.stdout.split()) == {"probe", "probe.stopping"}
+
+
+# --- the same in small: blocks that end in order -----------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys, time
+from probe import stopping
+from probe.stopping import breakable, cleanly
+stopping.begin()
+def press(): os.kill(os.getpid(), signal.SIGINT)
+def say(word): print(word, end=" ", flush=True)
+try:
+    {body}
+except KeyboardInterrupt:
+    say("interrupted")
+    stopping.end(130)
+say("end")
+"""
+
+
+def small(body: str) -> tuple[int, str, str]:
+    code = SCRIPT.format(body=body.replace("\n", "\n    "))
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+ORDERED = "ended in order interrupted"
+CASES = {
+    "press()\nsay('never')": "",  # nothing is begun: at once
+    "with cleanly(): pass\npress()\nsay('never')": "",
+    "with cleanly():\n  press()\n  say('ended in order')": ORDERED,
+    "with cleanly():\n  press(); press(); press()\n  say('ended in order')": ORDERED,
+    "with cleanly():\n  with breakable():\n    press()\n    say('never')": "interrupted",
+    "with cleanly():\n  press()\n  say('waits')\n  with breakable():\n    say('never')": "waits interrupted",
+    "with cleanly():\n  try:\n    with breakable(): press()\n  finally:\n    press()\n    say('ended in order')": ORDERED,
+    "with cleanly():\n  with breakable():\n    with cleanly():\n      press()\n      say('inner')\n    say('never')": "inner interrupted",
+    "with cleanly():\n  try:\n    press()\n    raise OSError('so')\n  finally:\n    say('ended in order')": ORDERED,
+}
+
+
+@pytest.mark.parametrize(("body", "said"), CASES.items(), ids=range(len(CASES)))
+def test_a_press_waits_for_what_must_end_in_order(body: str, said: str) -> None:
+    code, out, err = small(body)
+    assert (code, out) == (130, said) and "Traceback" not in err
+    assert err == ("" if said else "Stopped.")
+
+
+def test_who_cannot_end_in_order_ends_at_the_limit() -> None:
+    code, out, err = small("stopping.LIMIT = 0.2\nwith cleanly():\n    press()\n    time.sleep(20)\n    say('never')")
+    assert (code, out, err) == (130, "", "Stopped.")
+
+
+def test_where_it_is_ignored_it_stays_ignored() -> None:
+    code = "import os, signal; from probe import stopping; stopping.begin(); os.kill(os.getpid(), signal.SIGINT); print('went on')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+
+
+def test_a_notebook_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stopping.cleanly(), stopping.breakable():
+        assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_tasks_too(tmp_path: Path) -> None:
+    """While it works, and while it starts."""
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "x").write_text("")
+    script = "import runpy, sys; sys.argv = ['tasks.py', 'check']; import subprocess, os, signal\n"
+    script += "real = os.environ.get\ndef pressed(*a):\n    os.kill(os.getpid(), signal.SIGINT)\n    return real(*a)\nos.environ.get = pressed\n"
+    script += f"runpy.run_path({str(ROOT / 'tasks.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "Stopped.\nCall it again to go on.\n")
