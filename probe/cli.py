@@ -34,7 +34,7 @@ from probe import output, stopping
 from probe.errors import ExperimentError, RecordingDamaged, RecordingLinked, RecordingNotFound, RecordingUnreadable, StoreError
 from probe.output import rows, say
 from probe.strict_yaml import printable
-from probe.terminal import Parser, fail, folder, guarded, quieten, without_home
+from probe.terminal import Parser, add_folder, add_run, add_runs, add_save, fail, guarded, quieten, without_home
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,8 +75,8 @@ def ask(arguments: list[str]) -> int:
     parser.add_argument("run", help="a path, the beginning of a name, or latest")
     parser.add_argument("word", help="a word or a phrase")
     parser.add_argument("--context", help='the sentence that is read, which has to contain the word ["a WORD"]')
-    _add_runs(parser)
-    _add_save(parser)
+    add_runs(parser)
+    add_save(parser)
     options = parser.parse_args(arguments)
     found = open_run(options.run, options.runs)
     quieten(True)
@@ -102,7 +102,7 @@ def rerun(arguments: list[str]) -> int:
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe rerun", description=rerun.__doc__)
-    _add_run(parser)
+    add_run(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     before = open_run(options.run, options.runs)
@@ -125,7 +125,7 @@ def diff(arguments: list[str]) -> int:
     parser = Parser(prog="probe diff", description=diff.__doc__)
     parser.add_argument("a", help="a path, the beginning of a name, or latest")
     parser.add_argument("b", help="another")
-    _add_runs(parser)
+    add_runs(parser)
     options = parser.parse_args(arguments)
     one, other = (open_run(name, options.runs) for name in (options.a, options.b))
     return _tell(compare(one, other), one.name, other.name)
@@ -139,7 +139,7 @@ def _tell(found: Comparison, one: str, other: str) -> int:
 def gc(arguments: list[str]) -> int:
     """Remove what killed writers left behind: half-made folders, lock files, parts of files. Recordings stay."""
     parser = Parser(prog="probe gc", description=gc.__doc__)
-    _add_folder(parser)
+    add_folder(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(arguments)
     options.runs = options.folder or options.runs
@@ -151,24 +151,6 @@ def gc(arguments: list[str]) -> int:
     done = "Would remove" if options.dry_run else "Removed"
     say(f"{done} {len(found)} left by writers that died." if found else f"Nothing to remove in {options.runs}.")
     return 0
-
-
-def _add_run(parser: Parser) -> None:
-    parser.add_argument("run", nargs="?", default="latest", help="a path, the beginning of a name, latest, or sample [latest]")
-    _add_runs(parser)
-
-
-def _add_runs(parser: Parser) -> None:
-    parser.add_argument("--runs", type=folder, default="runs", help="folder of recordings [runs]")
-
-
-def _add_folder(parser: Parser) -> None:
-    parser.add_argument("folder", nargs="?", type=folder, help="folder of recordings [runs]")
-    parser.add_argument("--runs", type=folder, default="runs", help="the same, as other commands name it [runs]")
-
-
-def _add_save(parser: Parser) -> None:
-    parser.add_argument("--save", metavar="FILE", type=Path, help="write the picture there [into the recording]")
 
 
 def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, notes: dict[str, Any] | None = None) -> Path:
@@ -195,7 +177,7 @@ def ls(arguments: list[str]) -> int:
     from probe.schema import counted
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
-    _add_folder(parser)
+    add_folder(parser)
     options = parser.parse_args(arguments)
     found = listing(where := options.folder or options.runs)
     if not found:
@@ -230,11 +212,11 @@ def show(arguments: list[str]) -> int:
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe show", description=show.__doc__)
-    _add_run(parser)
+    add_run(parser)
     parser.add_argument(
         "--words", action="store_true", help="draw where the picture looked at each word and what was written there, by noise level, into words.png"
     )
-    _add_save(parser)
+    add_save(parser)
     options = parser.parse_args(arguments)
     if options.save and not options.words:
         raise ExperimentError("--save says where the sheet of words goes, and no sheet is asked for.", "Add --words.")
@@ -272,7 +254,7 @@ def rm(arguments: list[str]) -> int:
 
     parser = Parser(prog="probe rm", description=rm.__doc__)
     parser.add_argument("run", nargs="+", help="paths, or the beginnings of names")
-    _add_runs(parser)
+    add_runs(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
     paths: list[Path] = list({path.absolute(): path for path in (find_run(name, options.runs) for name in options.run)}.values())

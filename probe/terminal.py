@@ -53,6 +53,24 @@ def folder(text: str) -> str:
     return text
 
 
+def add_run(parser: Parser) -> None:
+    parser.add_argument("run", nargs="?", default="latest", help="a path, the beginning of a name, latest, or sample [latest]")
+    add_runs(parser)
+
+
+def add_runs(parser: Parser) -> None:
+    parser.add_argument("--runs", type=folder, default="runs", help="folder of recordings [runs]")
+
+
+def add_folder(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", type=folder, help="folder of recordings [runs]")
+    parser.add_argument("--runs", type=folder, default="runs", help="the same, as other commands name it [runs]")
+
+
+def add_save(parser: Parser) -> None:
+    parser.add_argument("--save", metavar="FILE", type=Path, help="write the picture there [into the recording]")
+
+
 def fail(cause: str, remedy: str = "") -> None:
     """Print a cause and a remedy, each as one line, whatever is in them."""
     for head, text in (("error:", cause), ("      ", remedy)):
