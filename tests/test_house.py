@@ -27,7 +27,7 @@ MAX_LINES = 350
 # from nothing else in probe. Modules on one line do not know each other.
 LAYERS = [
     # below the torch line: what reads recordings, and what a viewer needs
-    ("probe.errors", "probe.conversions", "probe.stopping", "probe.reading", "probe.proof"),
+    ("probe.errors", "probe.conversions", "probe.words", "probe.stopping", "probe.reading", "probe.proof"),
     ("probe.strict_yaml",),
     ("probe.system", "probe.output"),
     ("probe.schema",),
@@ -53,6 +53,7 @@ LAYERS = [
     # ================= the torch line =================
     ("probe.diffusion", "probe.watching", "probe.running"),  # their docstrings
     ("probe.watching.hooks",),
+    ("probe.diffusion.prompts",),
     ("probe.diffusion.models",),
     ("probe.diffusion.loading", "probe.watching.clock"),
     ("probe.watching.conditions", "probe.watching.measures"),

@@ -91,6 +91,8 @@ WHERE_PRESENT: dict[str, Callable[[object], bool]] = {
     "parent_run": _none_or_text,
     "memory_format": lambda value: isinstance(value, dict) and all(how in ("contiguous", "channels_last") for how in value.values()),
     "cut_from_prompt": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
+    "text_rules": lambda value: value in (1, 2) and not isinstance(value, bool),
+    "read_as": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
     "resumed": lambda value: isinstance(value, list),
 }
 
