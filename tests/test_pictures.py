@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from probe import pictures
 from probe.pictures import CELL, FAINT, GAP, HEAT, INK, MARGIN, PAPER, contact_sheet, heat, overlay
@@ -152,6 +152,22 @@ def test_the_sheet_is_written_on(run: Run) -> None:
 
     assert inked(MARGIN - 6, MARGIN + 30) and inked(MARGIN + 32, MARGIN + 50) and inked(HEAD, HEAD + 20)
     assert inked(HEAD + 28 + CELL + 2, HEAD + 28 + CELL + 30, MARGIN, MARGIN + CELL)
+
+
+def test_what_is_written_can_be_read_without_a_font_of_the_system(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own font is all that a bare machine has; what it lacks would be an empty box."""
+    font, write, written = ImageFont.load_default(40), ImageDraw.ImageDraw.text, set()
+
+    def noted(draw: ImageDraw.ImageDraw, at: Any, text: str, *args: Any, **settings: Any) -> None:
+        written.update(text)
+        write(draw, at, text, *args, **settings)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    contact_sheet(run)
+    pictures.word_sheet(run)
+    box = bytes(font.getmask("\uffff"))
+    assert len(written) > 30 and bytes(font.getmask("\u2192")) == box, "an arrow is one that it lacks"
+    assert {letter for letter in written if not letter.isspace() and bytes(font.getmask(letter)) == box} == set()
 
 
 def test_without_decoded_steps_the_preview_is_shown(tmp_path: Path) -> None:
