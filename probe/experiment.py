@@ -108,19 +108,14 @@ class Experiment(Strict):
     over_long: Literal["error", "cut"] = Field(
         default="error", description="A prompt with more tokens than the model reads: error, or cut what does not fit."
     )
-    seed: int = Field(
-        default=0,
-        ge=0,
-        le=LARGEST,
-        description="Seed of the first noise: the same seed and fields, the same picture. Of several, picture i (from 0) has seed + i.",
-    )
+    seed: int = Field(default=0, ge=0, le=LARGEST, description="Seed of the first noise: the same seed and fields, the same picture.")
     image: Place | None = Field(
         default=None, description="A picture to begin from (PNG or JPEG), scaled to cover the size and cut to its centre; none: pure noise."
     )
     strength: float = Field(
         default=0.8, ge=0, le=1, description="With an image: how much of it is given up to noise, and the share of the steps that are run; 1: all."
     )
-    images: int = Field(default=1, ge=1, le=64, description="How many pictures to draw from this prompt: picture i, counted from 0, with seed + i.")
+    images: int = Field(default=1, ge=1, le=64, description="How many pictures to draw from this prompt, each from its own noise.")
     height: int | None = Field(default=None, ge=8, le=4096, description="Height of the picture in pixels; none: the model's own.")
     width: int | None = Field(default=None, ge=8, le=4096, description="Width of the picture in pixels; none: the model's own.")
     scheduler: SchedulerName = Field(
@@ -222,6 +217,17 @@ def _validate(kind: type[Settings], data: Mapping[str, Any], where: str) -> Sett
         raise ExperimentError(f"{where}: {cause}{more}", remedy) from None
 
 
+# Arguments of a diffusers pipeline that no experiment has, and what to do instead.
+NOT_HERE = {
+    **dict.fromkeys(("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds"), "Write the text as prompt: embeddings have no words."),
+    **dict.fromkeys(("negative_prompt_embeds", "negative_pooled_prompt_embeds"), "Write the text as negative_prompt: embeddings have no words."),
+    **dict.fromkeys(("latents", "generator"), "Set seed: the noise is drawn from it."),
+    **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds"), "Leave it out: IP-Adapters are not recorded."),
+    **dict.fromkeys(("clip_skip", "cross_attention_kwargs", "sigmas"), "Leave it out: it is not supported."),
+    **dict.fromkeys(("callback_on_step_end", "callback", "output_type", "return_dict"), "Leave it out: every step is in the recording."),
+    "num_images_per_prompt": "Write images.",
+}
+
 KINDS = {
     "int_type": ("a whole number", "Write a whole number, without quotes or a point."),
     "float_type": ("a number", "Write a number, without quotes."),
@@ -248,6 +254,8 @@ def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tup
         inside = place[0] == "capture" and len(place) > 1
         spellings = {name.rpartition(".")[2]: name for name in sorted(names, key=lambda name: ("." in name) == inside)}
         here = (CaptureOptions if inside else settings).model_fields
+        if not inside and (instead := NOT_HERE.get(str(place[-1]))):
+            return f"{field}: this argument of diffusers' pipelines has no field here", instead
         elsewhere = {"num_inference_steps": "steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "sampler": "scheduler"}
         elsewhere = {word: name for word, name in elsewhere.items() if name in names}
         return f"{field}: unknown field", did_you_mean(str(place[-1]), elsewhere | spellings) or f"The fields here are {', '.join(here)}."

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
-from probe.output import rows, say, say_json, tell
+from probe.output import rows, say, say_json
 from probe.terminal import Parser, add_fields, guarded, overrides, quieten, shell_path, without_home
-from probe.words import read_plainly
 
 if TYPE_CHECKING:
     from probe.reading.recording import Run
@@ -94,8 +93,17 @@ def _forecast(asked: Experiment, limit: int | None) -> int:
     from probe.diffusion.loading import load
     from probe.running.planning import plan
 
-    model = load(asked.model, revision=asked.revision, variant=asked.variant, dtype=asked.dtype, device=asked.device, weights=False)
-    settled = plan(model.with_scheduler(asked.scheduler, asked.scheduler_options), asked)
+    model = load(
+        asked.model,
+        revision=asked.revision,
+        variant=asked.variant,
+        dtype=asked.dtype,
+        device=asked.device,
+        weights=False,
+        scheduler=asked.scheduler,
+        options=asked.scheduler_options,
+    )
+    settled = plan(model, asked)
     say_json(asked.resolved())
     return tell_forecast(settled, limit)
 
@@ -108,8 +116,6 @@ def tell_forecast(settled: Plan, limit: int | None) -> int:
     shapes = {a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True)) for a in settled.arrays}
     kinds = {a.path: a.dtype for a in settled.arrays}
     large = sorted((path for path in sizes if sizes[path] >= 1000), key=lambda path: -sizes[path])
-    if plainly := read_plainly([prompt.text for prompt in settled.prompts.values()]):
-        tell(plainly)
     latents = " x ".join(map(str, settled.latent_shape))
     say("", f"{settled.calls} model calls, latents {latents}, branches: {', '.join(settled.called)}", "")
     say(*rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))

@@ -238,10 +238,14 @@ def test_broken_json(copy: Path, file: str, content: bytes, weights: bool) -> No
     assert (error.cause, error.remedy) == (f"{copy}: {file} is not a valid JSON object.", "Fetch the model again.")
 
 
-@pytest.mark.parametrize(("file", "content"), [("words.json", "{"), *(("tokenizer/tokenizer.json", content) for content in ("{", "[]", "{}"))])
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize("file", ["words.json", "tokenizer/tokenizer.json"])
 def test_other_broken_files_are_a_model_error_too(copy: Path, file: str, content: str) -> None:
     (copy / file).write_text(content)
-    assert refused(lambda: load_cpu(copy)).remedy == "Is it a whole diffusers directory?"
+    if (file, content) == ("words.json", "[]"):
+        assert load_cpu(copy).vocabulary == frozenset()
+    else:
+        assert file.split("/")[0] in refused(lambda: load_cpu(copy)).cause
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -264,7 +268,7 @@ def test_weights_of_another_shape(copy: Path) -> None:
         ("StableDiffusionXLInpaintPipeline", "SDXL"),
         ("StableDiffusion3Pipeline", "SD 3"),
         ("StableDiffusionInpaintPipeline", "inpainting"),
-        ("StableDiffusionImg2ImgPipeline", "image to image"),
+        ("StableDiffusionControlNetPipeline", "ControlNet"),
         ("FluxPipeline", "Flux"),
         ("PixArtAlphaPipeline", "PixArt"),
         ("WuerstchenDecoderPipeline", "WuerstchenDecoderPipeline"),
@@ -278,9 +282,18 @@ def test_other_kinds_of_model_are_refused_by_name(copy: Path, kind: str, named: 
     assert (error.cause, error.remedy) == (f"{named} ({kind}) is not supported yet.", ONE_OF_OURS)
 
 
-def test_other_pipelines_in_memory_are_refused_by_name() -> None:
+def test_a_folder_of_an_image_to_image_pipeline_is_the_same_model(copy: Path) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionImg2ImgPipeline"}))
+    assert load_cpu(copy).digest() == memory().digest()
+
+
+def test_an_image_to_image_pipeline_in_memory_is_told_the_field_of_the_picture() -> None:
     other = diffusers.StableDiffusionImg2ImgPipeline(**tiny.pipeline().components, requires_safety_checker=False)
-    assert refused(lambda: StableDiffusion.of(other)).cause == "image to image (StableDiffusionImg2ImgPipeline) is not supported yet."
+    error = refused(lambda: StableDiffusion.of(other))
+    assert error.cause == "A StableDiffusionImg2ImgPipeline is recorded as an ordinary pipeline that is given a picture."
+    assert error.remedy == "Pass StableDiffusionPipeline.from_pipe(pipeline), and name the picture in the experiment: image: FILE."
+    assert StableDiffusion.of(diffusers.StableDiffusionPipeline.from_pipe(other)).digest() == memory().digest(), "the remedy helps"
 
 
 @pytest.mark.parametrize("scheduler", [["diffusers", "UNet2DConditionModel"], ["evil", "MyScheduler"], None, []])
@@ -429,7 +442,7 @@ def test_a_prompt_without_words(text: str) -> None:
         ("don't  stop", ("don't", "stop")),
         ("well-known 3.5", ("well", "known", "3", "5")),
         ("caf\u00e9 \u732b cat", ("caf\u00e9", "\u732b", "cat")),
-        ("a \U0001f642 cat", ("a", "\U0001f642", "cat")),
+        ("a \U0001f642 cat", ("a", "cat")),
         ("\u2019s hat \u2019", ("s", "hat")),
         ("(cat:1.2), [hat]", ("cat", "1", "2", "hat")),
     ],

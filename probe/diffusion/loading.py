@@ -6,18 +6,26 @@ the commit it came from.
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from probe.diffusion.models import FORCED, StableDiffusion, refuse_other_pipelines
+from probe.diffusion.model_configs import MOST_PARAMETERS, class_of, diffusers_config, text_config, words
+from probe.diffusion.model_files import ModelFolder, fill, fit
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.schedulers import another_scheduler, check_settings, is_supported, own_scheduler
+from probe.diffusion.support import refuse_other_kinds
+from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
 from probe.fields import from_home, place
+from probe.strict_yaml import printable, shorten, shown
 
-CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+PARTS = ("unet", "vae", "text_encoder")
+WHOLE_MODEL = "Is it a whole diffusers directory?"
 BUNDLED = {"emojiworld": Path(__file__).parent.parent / "emojiworld"}
 
 
@@ -41,62 +49,67 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     weights: bool = True,
+    scheduler: str = "default",
+    options: Mapping[str, Any] | None = None,
 ) -> StableDiffusion:
     """Load a bundled model, a local diffusers directory or a hub id. With `weights=False` the parts are on the meta device.
 
-    Raises ModelError when it is missing, unsafe (pickled weights only) or not a Stable Diffusion 1.x or 2.x model.
+    `scheduler` and its `options` are an experiment's: the model's own scheduler need not be a supported one if another is
+    named. Raises ModelError when the model is missing, unsafe, not whole, or not a Stable Diffusion 1.x or 2.x model.
     """
-    import diffusers
-    from safetensors import SafetensorError
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    folder, commit = _folder(name, revision, variant)
-    index = _json(folder, "model_index.json", name)
-    refuse_other_pipelines(str(index.get("_class_name")))
-    unet_config, vae_config, *_ = [_json(folder, file, name) for file in CONFIGS]
-    if not (folder / "tokenizer").is_dir():
-        raise ModelError(f"{name}: tokenizer/ is missing.", "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?")
+    path, commit = _folder(name, revision, variant)
+    folder = ModelFolder(path, name)
+    index = folder.json_object("model_index.json")
+    refuse_other_kinds(str(index.get("_class_name")))
+    configs = {part: folder.json_object(f"{part}/config.json") for part in PARTS}
+    settings = folder.json_object("scheduler/scheduler_config.json")
     target = torch.device("meta") if not weights else pick_device(device)
     if dtype == "auto":
         on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         dtype = "float16" if on_cuda else "float32"
     kind = getattr(torch, dtype)
-    scheduler_name = str((index.get("scheduler") or [None])[-1])
-    scheduler_class = getattr(diffusers, scheduler_name, None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
-        raise ModelError(f"{name}: its scheduler {scheduler_name!r} is not one of diffusers'.", "Name another: --scheduler DDIM.")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-        scheduler.register_to_config(**{key: value for key, value in FORCED.items() if key in scheduler.config})
-        if weights:
-            for part in ("unet", "vae", "text_encoder"):
-                _check_weights(folder / part, name, variant)
-            safe: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
-            unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=kind, low_cpu_mem_usage=False, **safe)
-            vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=kind, low_cpu_mem_usage=False, **safe)
-            text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=kind, **safe)
-        else:
-            with torch.device("meta"):
-                unet = diffusers.UNet2DConditionModel.from_config(unet_config)
-                vae = diffusers.AutoencoderKL.from_config(vae_config)
-                text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True))
-        words = folder / "words.json"
-        vocabulary = frozenset(json.loads(words.read_text())) if words.exists() else None
-    except ModelError:
-        raise
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, SafetensorError) as problem:
-        raise ModelError(f"{name}: {str(problem).splitlines()[0][:300]}", "Is it a whole diffusers directory?") from problem
-    return StableDiffusion(
+    model = StableDiffusion(
         name=from_home(name),
-        unet=torch.nn.Module.to(unet, target, kind).eval(),
-        vae=torch.nn.Module.to(vae, target, kind).eval(),
-        text_encoder=torch.nn.Module.to(text_encoder, target, kind).eval(),
-        tokenizer=tokenizer,
-        scheduler=scheduler,
+        tokenizer=read_tokenizer(folder, index, configs["text_encoder"]),
+        scheduler=None,
         revision=commit,
-        vocabulary=vocabulary,
-    ).checked()
+        vocabulary=words(folder.json("words.json"), folder.refuse) if (path / "words.json").exists() else None,
+        **{part: _part(folder, part, index, configs[part], variant, kind, target) for part in PARTS},
+    )
+    own = index.get("scheduler")
+    if scheduler == "default" or is_supported(own):
+        return replace(model, scheduler=own_scheduler(name, own, settings)).with_scheduler(scheduler, options or {})
+    check_settings(f"{name}: scheduler/scheduler_config.json", settings)
+    made = another_scheduler(name, scheduler, settings, shown(own), options or {}, latent=True)
+    return replace(model, scheduler=made).checked()
+
+
+def _part(
+    folder: ModelFolder, part: str, index: Mapping[str, Any], config: Mapping[str, Any], variant: str | None, kind: torch.dtype, target: torch.device
+) -> Any:
+    """Make one part on the meta device from its checked config, and give it its weights if the target is another device."""
+    import diffusers
+    from diffusers.models.modeling_utils import no_init_weights
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    name = class_of(part, index, config, folder.refuse)
+    weights = folder.weights(part, variant) if target.type != "meta" else None
+    try:
+        with torch.device("meta"), no_init_weights():
+            if part == "text_encoder":
+                made = CLIPTextModel._from_config(CLIPTextConfig(**text_config(config, folder.refuse)), attn_implementation="sdpa")
+            else:
+                made = getattr(diffusers, name)(**diffusers_config(part, config, getattr(diffusers, name), folder.refuse))
+    except (ModelError, MemoryError):
+        raise
+    except Exception as problem:  # of a library, about a config that it is given
+        why = shorten(printable(str(problem).splitlines()[0] if str(problem) else type(problem).__name__))
+        raise folder.refuse(f"{part}/config.json makes no {name}: {why}", WHOLE_MODEL) from problem
+    if (count := sum(weight.numel() for weight in made.parameters())) > MOST_PARAMETERS:
+        raise folder.refuse(f"{part}/config.json makes {count} weights, and {MOST_PARAMETERS} is the most.")
+    if weights is None:
+        return torch.nn.Module.to(made, kind).eval()
+    return fill(folder, part, made, fit(folder, part, weights, made), kind, target)
 
 
 def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path, str | None]:
@@ -125,36 +138,3 @@ def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path,
             "Check the name and the connection, give a local diffusers directory, or use the bundled model: --model emojiworld.",
         ) from problem
     return folder, folder.name
-
-
-def _check_weights(folder: Path, name: str, variant: str | None) -> None:
-    safe = [file.name for file in folder.glob("*.safetensors")]
-    variants = sorted({file.split(".")[1].split("-")[0] for file in safe if file.count(".") > 1})
-    plain = [file for file in safe if not (file.count(".") > 1)]
-    if plain if variant is None else variant in variants:
-        return
-    if safe:
-        wanted = "weights without a variant" if variant is None else f"weights of variant {variant!r}"
-        choices = [f"set variant: {there}" for there in variants] + ["leave variant out"] * bool(plain)
-        remedy = ", or ".join(choices)
-        raise ModelError(
-            f"{name}: {folder.name} has no {wanted} (variants there: {', '.join(variants) or 'none'}).", f"{remedy[0].upper()}{remedy[1:]}."
-        )
-    if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
-        raise ModelError(
-            f"{name}: {folder.name} has only pickled weights, which can run code when they are read.",
-            "Convert them once where you trust them: DiffusionPipeline.from_pretrained(...).save_pretrained(folder, safe_serialization=True).",
-        )
-    raise ModelError(f"{name}: {folder.name} has no weights.", "Fetch the model whole, or use the bundled one: --model emojiworld.")
-
-
-def _json(folder: Path, file: str, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / file).read_text())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-        return found
-    except FileNotFoundError as problem:
-        raise ModelError(f"{name}: {file} is missing.", "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?") from problem
-    except ValueError as problem:
-        raise ModelError(f"{name}: {file} is not a valid JSON object.", "Fetch the model again.") from problem

@@ -39,7 +39,6 @@ from probe.schema import FORMAT_VERSION
 from probe.stopping import breakable, cleanly
 from probe.store import RunWriter
 from probe.terminal import shell_path, without_home
-from probe.words import RULES, read_plainly
 
 
 def record(
@@ -48,14 +47,15 @@ def record(
     *,
     max_bytes: int | None = None,
     progress: bool = True,
+    **changes: Any,
 ) -> Run:
-    """Run an experiment, record it, and return the finished recording.
+    """Run an experiment, record it, and return the finished recording. `changes` are fields that differ from the experiment's.
 
     `pipeline` is a diffusers StableDiffusionPipeline, or a `StableDiffusion`, to use instead of loading `experiment.model`; it
     stays on its own device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError before anything is written, a
     RunFailed after (the recording then opens and holds every committed step).
     """
-    asked = load_experiment(experiment)
+    asked = load_experiment(experiment, **changes)
     room, say = free_room(place(asked.output)), sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say)
@@ -75,27 +75,16 @@ def rerun(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Ru
     room, say = free_room(run.path.parent), sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say, run)
-        weights = compare_weights(model, run, say)
         settled = plan(model, asked, None if run.source is None else run.source.values)
         settled.check_size(None, room)
-        return _record(model, settled, say, progress, run.name, weights)
+        return _record(model, settled, say, progress, parent=run.name)
 
 
-def compare_weights(model: StableDiffusion, run: Run, say: Say) -> str:
-    """The digest of a model's weights; that it is not the one of a recording is said."""
-    weights = model.digest()
-    if weights != (recorded := run.said("model", "weights")):
-        say(f"{run.name} was recorded with other weights (digest {recorded}) than {model.name} has here ({weights}): what comes will differ.")
-    return weights
-
-
-def _record(model: StableDiffusion, run: Plan, say: Say, progress: bool, parent: str | None = None, weights: str | None = None) -> Run:
+def _record(model: StableDiffusion, run: Plan, say: Say, progress: bool, parent: str | None = None) -> Run:
     asked, created = run.experiment, datetime.now(UTC).isoformat(timespec="milliseconds")
     key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
     path = place(asked.output) / f"{asked.run_name}-{key}.zarr"
-    attributes = {**describe(model, run, weights), "created": created, "parent_run": parent}
-    if plainly := read_plainly([prompt.text for prompt in run.prompts.values()]):
-        say(plainly)
+    attributes = {**describe(model, run), "created": created, "parent_run": parent}
     say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
     with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
         _see_through(path, model, run, writer, say, progress)
@@ -157,10 +146,11 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run |
         revision, dtype = asked.revision, asked.dtype
         if recorded is not None:
             revision, dtype = recorded.said("model", "revision") or revision, recorded.said("model", "dtype")
-        model = load(asked.model, revision=revision, variant=asked.variant, dtype=dtype, device=asked.device)
-    else:
-        model = pipeline if isinstance(pipeline, StableDiffusion) else StableDiffusion.of(pipeline)
-    return model.with_scheduler(asked.scheduler, asked.scheduler_options)
+        where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": asked.device}
+        return load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
+    if isinstance(pipeline, StableDiffusion):
+        return pipeline.with_scheduler(asked.scheduler, asked.scheduler_options)
+    return StableDiffusion.of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
 
 
 def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
@@ -175,8 +165,8 @@ def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWrite
         raise
 
 
-def describe(model: StableDiffusion, run: Plan, weights: str | None = None) -> dict[str, Any]:
-    """The recording's attributes: what was asked, of which model (`weights`: its digest, if it is known), and where it ran."""
+def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
+    """The recording's attributes: what was asked, of which model, and where it ran."""
     import diffusers
     import transformers
 
@@ -205,13 +195,11 @@ def describe(model: StableDiffusion, run: Plan, weights: str | None = None) -> d
             "f": model.f,
             "scaling_factor": model.scaling_factor,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": weights or model.digest(),
+            "weights": model.digest(),
         },
         "scheduler": {"class": type(model.scheduler).__name__, "config": scheduler_config(model.scheduler)},
         "prediction_type": model.prediction_type,
         "latent_convention": "variance_exploding" if run.schedule.variance_exploding else "variance_preserving",
-        "text_rules": RULES,
-        "read_as": {branch: prompt.read_as for branch, prompt in run.prompts.items() if prompt.read_as != prompt.text},
         "cut_from_prompt": {branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut},
         "decoded_in_float32": False,
     }

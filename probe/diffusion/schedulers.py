@@ -1,0 +1,101 @@
+"""Getting a scheduler: a model's own where it is supported, or another made from its betas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from probe.diffusion.model_configs import scheduler_config
+from probe.diffusion.support import SUPPORTED
+from probe.errors import ExperimentError, ModelError
+from probe.fields import SCHEDULERS
+from probe.strict_yaml import shown
+
+# What StableDiffusionPipeline forces on every scheduler it is given: x0 in latent space has no reason to lie in [-1, 1].
+FORCED = {"clip_sample": False, "steps_offset": 1}
+NEEDED = ("betas", "set_timesteps", "scale_model_input", "add_noise", "step")
+ANOTHER = "Name another: --scheduler DDIM."
+BETAS = "scheduler_options: {beta_start: 0.00085, beta_end: 0.012, beta_schedule: scaled_linear}"
+
+
+def class_name(entry: Any) -> str | None:
+    """Return the name of the scheduler's class by an entry of model_index.json: ["diffusers", name]."""
+    pair = isinstance(entry, list) and len(entry) == 2 and entry[0] == "diffusers" and isinstance(entry[1], str)
+    return entry[1] if pair and entry[1].endswith("Scheduler") else None
+
+
+def is_supported(entry: Any) -> bool:
+    """Whether an entry of model_index.json names a scheduler that we can make."""
+    return class_name(entry) in {kind for kind, _ in SCHEDULERS.values()}
+
+
+def own_scheduler(model: str, entry: Any, config: Mapping[str, Any]) -> Any:
+    """Make the scheduler that a model's folder names, as the pipeline would. Raises ModelError where it is not supported."""
+    import diffusers
+
+    name = class_name(entry)
+    kind = getattr(diffusers, name, None) if name else None
+    if not isinstance(kind, type):
+        told = entry[-1] if isinstance(entry, list) and entry else entry or None
+        raise ModelError(f"{model}: its scheduler {shown(told if isinstance(told, str) else str(told))} is not one of diffusers'.", ANOTHER)
+    if not issubclass(kind, diffusers.SchedulerMixin):  # a stand-in for one that needs another package
+        raise unsupported(model, kind.__name__)
+    check_settings(f"{model}: scheduler/scheduler_config.json", config)
+    try:
+        made = kind.from_config(dict(config))
+    except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, RuntimeError) as problem:
+        raise ModelError(f"{model}: {kind.__name__} refuses its config: {_line(problem)}", ANOTHER) from problem
+    made.register_to_config(**{key: value for key, value in FORCED.items() if key in made.config})
+    return made
+
+
+def check_own(model: str, scheduler: Any) -> None:
+    """Raises ModelError for a scheduler of a kind that is not supported, whose betas nobody can read."""
+    if scheduler is None:
+        raise ModelError(f"{model}: it has no scheduler.", ANOTHER)
+    name = type(scheduler).__name__
+    if "Inverse" in name or not all(hasattr(scheduler, need) for need in NEEDED) or "prediction_type" not in scheduler.config:
+        raise unsupported(model, name)
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ModelError(f"{model}: prediction type {scheduler.config.prediction_type!r} is not supported yet.", SUPPORTED)
+
+
+def unsupported(model: str, kind: str) -> ModelError:
+    return ModelError(f"{model}: its scheduler {kind} is not supported.", ANOTHER)
+
+
+def check_settings(where: str, config: Mapping[str, Any]) -> None:
+    scheduler_config(where, config, lambda cause: ModelError(cause, "Fetch the model again, or correct that file."))
+
+
+def another_scheduler(model: str, name: str, own: Mapping[str, Any], own_kind: type[Any] | str, options: Mapping[str, Any], latent: bool) -> Any:
+    """Make the scheduler `name` (`default`: of the model's own class) from the model's own settings plus `options`.
+
+    `latent` is whether the model works on latents. Raises ExperimentError for options that it has not, or refuses.
+    """
+    import diffusers
+
+    own_name = own_kind if isinstance(own_kind, str) else own_kind.__name__
+    kind, extra = (own_name, {}) if name == "default" else SCHEDULERS[name]
+    scheduler_class = getattr(diffusers, kind)
+    known = set(scheduler_class._get_init_keys(scheduler_class)) - {"self", "kwargs"}
+    if unknown := sorted(set(options) - known):
+        raise ExperimentError(f"scheduler_options: {kind} has no option {unknown[0]!r}.", f"It has: {', '.join(sorted(known))}.")
+    scheduler_config("scheduler_options", options, lambda cause: ExperimentError(cause, "Write a smaller value, or leave it out."))
+    if not any("beta_start" in config or config.get("trained_betas") is not None for config in (own, options)):
+        raise ModelError(
+            f"{model}: its scheduler {own_name} does not say with which betas the model was trained.",
+            f"Name a scheduler, and in the experiment's file the betas. Of Stable Diffusion they are {BETAS}.",
+        )
+    try:
+        # As diffusers' `from_config`: another class gets what was set here, but not this class's own defaults.
+        drop = set() if name == "default" else set(own.get("_use_default_values", ()))
+        config = {key: value for key, value in own.items() if key in known - drop}
+        forced = {key: value for key, value in FORCED.items() if key in known and name != "default" and latent}
+        return scheduler_class.from_config({**config, **forced, **extra, **options})
+    except (ValueError, NotImplementedError, TypeError, RuntimeError) as problem:
+        raise ExperimentError(f"scheduler: {kind} refuses these options: {_line(problem)}", "See its documentation in diffusers.") from problem
+
+
+def _line(problem: Exception) -> str:
+    return (str(problem) or type(problem).__name__).splitlines()[0][:300]

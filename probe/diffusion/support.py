@@ -1,0 +1,187 @@
+"""Which models are supported, and what is said of the others: the kind by name, and what to do about it.
+
+Everything is told before a recording is begun: a part that is missing or of another class, number formats or devices that
+do not fit together, a UNet that wants more than a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from probe.errors import ModelError
+from probe.strict_yaml import printable, shorten, shown
+
+SUPPORTED = "Stable Diffusion 1.x and 2.x text-to-image models are."
+LATER = {
+    "XL": "SDXL",
+    "3Pipeline": "SD 3",
+    "Flux": "Flux",
+    "PixArt": "PixArt",
+    "ControlNet": "ControlNet",
+    "Adapter": "T2I-Adapter",
+    "GLIGEN": "GLIGEN",
+    "AnimateDiff": "AnimateDiff",
+    "Inpaint": "inpainting",
+}
+ORDINARY = "StableDiffusionPipeline"
+# Pipelines of the same parts as the ordinary one: a folder of one is a model like any other.
+SAME_PARTS = (ORDINARY, "StableDiffusionImg2ImgPipeline")
+KINDS = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny"), "text_encoder": ("CLIPTextModel",)}
+PIPELINE = "Load the pipeline whole: StableDiffusionPipeline.from_pretrained(...)."
+
+
+def refuse_other_pipelines(pipeline: Any) -> None:
+    """Raises ModelError for a pipeline in memory that is not a StableDiffusionPipeline."""
+    kind = type(pipeline).__name__
+    if kind == ORDINARY:
+        return
+    if kind == "StableDiffusionImg2ImgPipeline":
+        cause = f"A {kind} is recorded as an ordinary pipeline that is given a picture."
+        raise ModelError(cause, f"Pass {ORDINARY}.from_pipe(pipeline), and name the picture in the experiment: image: FILE.")
+    if not hasattr(pipeline, "unet") and not hasattr(pipeline, "components"):
+        raise ModelError(f"pipeline: {kind} is not a pipeline of diffusers.", PIPELINE)
+    refuse_other_kinds(kind)
+
+
+def refuse_other_kinds(kind: str) -> None:
+    """Raises ModelError for the name of a pipeline's class whose parts are not those of Stable Diffusion 1.x and 2.x."""
+    if kind in SAME_PARTS:
+        return
+    kind = shorten(printable(kind))
+    named = next((label for part, label in LATER.items() if part in kind), kind)
+    raise ModelError(f"{named} ({kind}) is not supported yet.", SUPPORTED)
+
+
+def refuse_unsupported(name: str, parts: Mapping[str, Any], *, pixels: bool = False) -> None:
+    """Raises ModelError for parts that are missing, of another kind, do not fit together, or want more than a prompt.
+
+    A model of `pixels` has no VAE.
+    """
+    for part, value in parts.items():
+        if value is None and not (pixels and part == "vae"):
+            raise ModelError(f"{name}: the pipeline has no {part}.", PIPELINE)
+    modules = {part: value for part, value in parts.items() if part != "tokenizer" and value is not None}
+    _refuse_kinds(name, modules)
+    _refuse_unet(name, parts["unet"])
+    _refuse_widths(name, parts)
+    _refuse_tokenizer(name, parts["tokenizer"], parts["text_encoder"])
+    _refuse_mixtures(name, modules)
+    for part, module in modules.items():
+        if module.training and _drops(module):
+            raise ModelError(f"{name}: {part} is in training mode and drops values at random.", f"Call pipeline.{part}.eval().")
+
+
+def _refuse_kinds(name: str, modules: Mapping[str, Any]) -> None:
+    import diffusers
+    import transformers
+
+    for part, module in modules.items():
+        module = getattr(module, "_orig_mod", module)  # a compiled one is refused by name where hooks are looked for
+        named = KINDS[part]
+        library = transformers if part == "text_encoder" else diffusers
+        if not isinstance(module, tuple(getattr(library, kind) for kind in named)):
+            raise ModelError(f"{name}: its {part} is a {type(module).__name__}, which is not supported.", f"A {' or '.join(named)} is.")
+
+
+def _refuse_unet(name: str, unet: Any) -> None:
+    config = unet.config
+    problem, remedy = "", SUPPORTED
+    if config.get("time_cond_proj_dim") is not None:
+        problem = "a UNet that takes the guidance scale as an input (a distilled LCM)"
+    elif config.get("addition_embed_type") is not None:
+        problem = "a UNet with added conditions (SDXL)"
+    elif int(config.in_channels) != int(config.out_channels):
+        problem = "a UNet with extra input channels (inpainting or depth)"
+    elif getattr(unet, "class_embedding", None) is not None:
+        problem = "a UNet with class embeddings"
+    elif getattr(unet, "encoder_hid_proj", None) is not None:
+        problem = "a UNet whose text goes through another projection (an IP-Adapter, or Kandinsky)"
+        remedy = "Call pipeline.unload_ip_adapter() if an IP-Adapter is loaded."
+    elif config.get("attention_type", "default") != "default":
+        problem = "a UNet with gated attention (GLIGEN)"
+    elif not _is_size(config.get("sample_size")):
+        problem = f"a UNet whose config gives no size of its latents (sample_size: {shown(config.get('sample_size'))})"
+    if problem:
+        raise ModelError(f"{name}: {problem} is not supported yet.", remedy)
+
+
+def _refuse_widths(name: str, parts: Mapping[str, Any]) -> None:
+    unet, vae, text = (parts[part] if parts[part] is None else parts[part].config for part in ("unet", "vae", "text_encoder"))
+    wanted, width = unet.cross_attention_dim, text.hidden_size
+    if not isinstance(wanted, int) or wanted != width:
+        cause = f"{name}: its UNet reads text of width {shown(wanted)}, and its text encoder makes {width}."
+        raise ModelError(cause, "Bring the two that belong together.")
+    if vae is not None and int(vae.latent_channels) != int(unet.in_channels):
+        cause = f"{name}: its VAE has latents of {vae.latent_channels} channels, and its UNet {unet.in_channels}."
+        raise ModelError(cause, "Bring the two that belong together.")
+
+
+def refuse_pictures(name: str, vae: Any, picture: Any) -> None:
+    """Raises ModelError where there is a picture and a VAE that makes no distribution of it, from which a run could begin."""
+    if picture is not None and type(vae).__name__ == "AutoencoderTiny":
+        raise ModelError(
+            f"{name}: its VAE is an AutoencoderTiny, which makes no distribution of a picture's latents.",
+            "Use the model's AutoencoderKL, or leave the picture out.",
+        )
+
+
+def _is_size(size: Any) -> bool:
+    sides = [size] if isinstance(size, int) else size
+    return isinstance(sides, list | tuple) and len(sides) in (1, 2) and all(isinstance(side, int) and side > 0 for side in sides)
+
+
+def _refuse_tokenizer(name: str, tokenizer: Any, text_encoder: Any) -> None:
+    from transformers import CLIPTokenizer
+
+    if not isinstance(tokenizer, CLIPTokenizer) or not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{name}: its tokenizer is a {type(tokenizer).__name__}, which is not supported.", "A CLIPTokenizer is.")
+    most, length = int(text_encoder.config.max_position_embeddings), tokenizer.model_max_length
+    if length > 10**9:  # transformers' way to say that it does not know; the pipeline itself fails then
+        raise ModelError(
+            f"{name}: its tokenizer does not say how many tokens a prompt has (model_max_length).",
+            f"Set pipeline.tokenizer.model_max_length = {most}.",
+        )
+    if not 3 <= length <= most:
+        raise ModelError(
+            f"{name}: its tokenizer makes prompts of {length} tokens, and its text encoder takes 3 to {most}.",
+            f"Set pipeline.tokenizer.model_max_length = {most}.",
+        )
+    if tokenizer.padding_side != "right" or tokenizer.truncation_side != "right":
+        raise ModelError(f"{name}: its tokenizer pads or cuts prompts on the left, which is not supported.", 'Set its padding_side = "right".')
+    known = int(text_encoder.config.vocab_size)
+    special = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id, "pad_token": tokenizer.pad_token_id}
+    for token, number in special.items():
+        if number is None or not 0 <= number < known:
+            raise ModelError(
+                f"{name}: its tokenizer's {token} is number {number}, and its text encoder knows {known}.", "Bring the two that belong together."
+            )
+
+
+def _refuse_mixtures(name: str, modules: Mapping[str, Any]) -> None:
+    """Raises ModelError for number formats or devices that differ between parts: torch would stop in the middle of a run."""
+    if any({"_hf_hook", "_diffusers_hook"} & vars(owner).keys() for module in modules.values() for owner in module.modules()):
+        return  # weights that are moved or cast for each call: refused by name where hooks are looked for
+    formats: dict[str, list[str]] = {}
+    for part, module in modules.items():
+        found = {weight.dtype for key, weight in module.named_parameters() if "lora" not in key and weight.dtype.is_floating_point}
+        quantized = [key for key, weight in module.named_parameters() if not weight.dtype.is_floating_point]
+        if quantized:
+            raise ModelError(f"{name}: {part} is quantized ({quantized[0]}), which is not supported.", "Load it without a quantization_config.")
+        formats[part] = sorted(str(dtype).removeprefix("torch.") for dtype in found)
+    kinds = sorted({kind for each in formats.values() for kind in each})
+    if len(kinds) > 1:
+        told = ", ".join(f"{part} {' and '.join(each)}" for part, each in formats.items())
+        raise ModelError(f"{name}: its parts are of different number formats: {told}.", f"Call pipeline.to(dtype=torch.{kinds[-1]}).")
+    devices = {part: next(module.parameters()).device for part, module in modules.items()}
+    if len(set(devices.values())) > 1:
+        told = ", ".join(f"{part} on {device}" for part, device in devices.items())
+        raise ModelError(f"{name}: its parts are on different devices: {told}.", f'Call pipeline.to("{devices["unet"]}").')
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    if any(isinstance(owner, torch.nn.modules.dropout._DropoutNd) and owner.training and owner.p > 0 for owner in module.modules()):
+        return True
+    return bool(getattr(getattr(module, "config", None), "attention_dropout", 0))
