@@ -1,4 +1,4 @@
-"""Get a model safely: bundled, from a local diffusers directory, or from the Hugging Face hub.
+"""Get a model safely: bundled, from a local diffusers directory, a single file, or from the Hugging Face hub.
 
 Only safetensors are read, and no code that comes with a model is ever run. A hub model is fetched once and resolved to
 the commit it came from.
@@ -7,17 +7,18 @@ the commit it came from.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from probe.diffusion.model_configs import MOST_PARAMETERS, class_of, diffusers_config, text_config, words
-from probe.diffusion.model_files import ModelFolder, fill, fit
+from probe.diffusion.model_files import ModelFolder, Weight, fill, fit
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.schedulers import another_scheduler, check_settings, is_supported, own_scheduler
+from probe.diffusion.single_file import CONFIGS, INDEX, SETTINGS, clip_tokenizer, config_folder, is_single_file, split
 from probe.diffusion.support import refuse_other_kinds
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
@@ -52,17 +53,12 @@ def load(
     scheduler: str = "default",
     options: Mapping[str, Any] | None = None,
 ) -> StableDiffusion:
-    """Load a bundled model, a local diffusers directory or a hub id. With `weights=False` the parts are on the meta device.
+    """Load a bundled model, a local diffusers directory, a hub id or a single file. With `weights=False` the parts are on the meta device.
 
     `scheduler` and its `options` are an experiment's: the model's own scheduler need not be a supported one if another is
     named. Raises ModelError when the model is missing, unsafe, not whole, or not a Stable Diffusion 1.x or 2.x model.
     """
-    path, commit = _folder(name, revision, variant)
-    folder = ModelFolder(path, name)
-    index = folder.json_object("model_index.json")
-    refuse_other_kinds(str(index.get("_class_name")))
-    configs = {part: folder.json_object(f"{part}/config.json") for part in PARTS}
-    settings = folder.json_object("scheduler/scheduler_config.json")
+    what = _single_file(name, variant) if is_single_file(name) else _directory(name, revision, variant)
     target = torch.device("meta") if not weights else pick_device(device)
     if dtype == "auto":
         on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -70,30 +66,81 @@ def load(
     kind = getattr(torch, dtype)
     model = StableDiffusion(
         name=from_home(name),
-        tokenizer=read_tokenizer(folder, index, configs["text_encoder"]),
+        tokenizer=what.tokenizer,
         scheduler=None,
-        revision=commit,
-        vocabulary=words(folder.json("words.json"), folder.refuse) if (path / "words.json").exists() else None,
-        **{part: _part(folder, part, index, configs[part], variant, kind, target) for part in PARTS},
+        revision=what.commit,
+        vocabulary=words(what.folder.json("words.json"), what.folder.refuse) if (what.folder.path / "words.json").exists() else None,
+        **{part: _part(what, part, kind, target) for part in PARTS},
     )
-    own = index.get("scheduler")
+    own = what.index.get("scheduler")
     if scheduler == "default" or is_supported(own):
-        return replace(model, scheduler=own_scheduler(name, own, settings)).with_scheduler(scheduler, options or {})
-    check_settings(f"{name}: scheduler/scheduler_config.json", settings)
-    made = another_scheduler(name, scheduler, settings, shown(own), options or {}, latent=True)
+        return replace(model, scheduler=own_scheduler(name, own, what.settings)).with_scheduler(scheduler, options or {})
+    check_settings(f"{name}: scheduler/scheduler_config.json", what.settings)
+    made = another_scheduler(name, scheduler, what.settings, shown(own), options or {}, latent=True)
     return replace(model, scheduler=made).checked()
 
 
-def _part(
-    folder: ModelFolder, part: str, index: Mapping[str, Any], config: Mapping[str, Any], variant: str | None, kind: torch.dtype, target: torch.device
-) -> Any:
+@dataclass(frozen=True)
+class _Description:
+    """What a model's files say of it, before anything is made of it. `weights` reads the headers of a part's weights."""
+
+    folder: ModelFolder
+    index: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    tokenizer: Any
+    commit: str | None
+    weights: Callable[[str], Mapping[str, Weight]]
+
+
+def _directory(name: str, revision: str | None, variant: str | None) -> _Description:
+    """Describe a diffusers directory: bundled, local, or of the hub."""
+    path, commit = _folder(name, revision, variant)
+    folder = ModelFolder(path, name)
+    index, configs, settings = _configs(folder)
+    tokenizer = read_tokenizer(folder, index, text_config(configs["text_encoder"], folder.refuse))
+    return _Description(folder, index, configs, settings, tokenizer, commit, lambda part: folder.weights(part, variant))
+
+
+def _single_file(name: str, variant: str | None) -> _Description:
+    """Describe a checkpoint in one file, with the configs beside it or those of Stable Diffusion 1.x."""
+    if variant is not None:
+        raise ModelError(f"{name}: a single file has no variants.", "Leave variant out.")
+    beside = config_folder(name)
+    if beside is not None:
+        folder = ModelFolder(beside, name)
+        index, configs, settings = _configs(folder)
+        tokenizer = read_tokenizer(folder, index, text_config(configs["text_encoder"], folder.refuse))
+    else:
+        folder = ModelFolder(place(name).parent / place(name).stem, name)  # not there: no words.json
+        index, configs, settings = INDEX, CONFIGS, SETTINGS
+        tokenizers, inside = clip_tokenizer(name)
+        tokenizer = read_tokenizer(tokenizers, index, text_config(configs["text_encoder"], folder.refuse), inside)
+    parts: dict[str, dict[str, Weight]] = {}
+
+    def weights(part: str) -> dict[str, Weight]:
+        parts.update(parts or split(name, configs, beside is None))
+        return parts[part]
+
+    return _Description(folder, index, configs, settings, tokenizer, None, weights)
+
+
+def _configs(folder: ModelFolder) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
+    index = folder.json_object("model_index.json")
+    refuse_other_kinds(str(index.get("_class_name")))
+    configs = {part: folder.json_object(f"{part}/config.json") for part in PARTS}
+    return index, configs, folder.json_object("scheduler/scheduler_config.json")
+
+
+def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device) -> Any:
     """Make one part on the meta device from its checked config, and give it its weights if the target is another device."""
     import diffusers
     from diffusers.models.modeling_utils import no_init_weights
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    name = class_of(part, index, config, folder.refuse)
-    weights = folder.weights(part, variant) if target.type != "meta" else None
+    folder, config = what.folder, what.configs[part]
+    name = class_of(part, what.index, config, folder.refuse)
+    weights = what.weights(part) if target.type != "meta" else None
     try:
         with torch.device("meta"), no_init_weights():
             if part == "text_encoder":

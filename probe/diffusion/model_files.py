@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Weight:
     key: str
     shape: tuple[int, ...]
     dtype: str
+
+    def __getitem__(self, _: Any) -> Weight:
+        """Return a convolution of one pixel as a matrix; diffusers' tables for old layouts ask for it by an index."""
+        return replace(self, shape=self.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -282,7 +286,9 @@ def fill(folder: ModelFolder, part: str, skeleton: torch.nn.Module, weights: Map
     try:
         for path in dict.fromkeys(weight.path for weight in weights.values()):
             with safe_open(path, "pt") as opened:
-                tensors |= {name: opened.get_tensor(w.key).to(device, dtype, copy=True) for name, w in weights.items() if w.path == path}
+                tensors |= {
+                    name: opened.get_tensor(w.key).reshape(w.shape).to(device, dtype, copy=True) for name, w in weights.items() if w.path == path
+                }
     except (SafetensorError, OSError) as problem:
         raise folder.refuse(f"{part}: the weights could not be read ({shorten(str(problem).splitlines()[0])}).") from problem
     skeleton.load_state_dict(tensors, strict=True, assign=True)

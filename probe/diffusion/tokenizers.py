@@ -31,39 +31,39 @@ KINDS = {
 LONGEST = 10**9  # transformers writes 1e30 where it does not know how long a prompt may be
 
 
-def read_tokenizer(folder: ModelFolder, index: Mapping[str, Any], encoder: Mapping[str, Any]) -> Any:
+def read_tokenizer(folder: ModelFolder, index: Mapping[str, Any], encoder: Mapping[str, Any], inside: str = "tokenizer") -> Any:
     """Make the tokenizer of a model's folder. Without a length of its own it has that of the text encoder's config.
 
     Raises ModelError where its files are missing, too large, not plain, or make no CLIP tokenizer.
     """
     from transformers import CLIPTokenizer
 
-    there = folder.files("tokenizer")
+    there = folder.files(inside)
     entry = index.get("tokenizer", [None, "CLIPTokenizer"])
     if not (isinstance(entry, list) and entry and entry[-1] in CLASSES["tokenizer"]):
         raise folder.refuse(f"its tokenizer is {shown(entry)}, which is not supported.", "A CLIPTokenizer is.")
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= set(there):
-        raise folder.refuse("tokenizer/ has neither tokenizer.json, nor vocab.json and merges.txt.", "Fetch the model again, whole.")
-    settings = folder.json_object("tokenizer/tokenizer_config.json") if "tokenizer_config.json" in there else {}
+        raise folder.refuse(f"{inside}/ has neither tokenizer.json, nor vocab.json and merges.txt.", "Fetch the model again, whole.")
+    settings = folder.json_object(f"{inside}/tokenizer_config.json") if "tokenizer_config.json" in there else {}
     kept = {key: value for key, value in settings.items() if key in TOKENS or key in SETTINGS}
     for key, value in kept.items():
         if value is not None and not isinstance(
             value, (str, dict) if key in TOKENS else (SETTINGS[key], dict if key.endswith("tokens") else SETTINGS[key])
         ):
-            raise folder.refuse(f"tokenizer/tokenizer_config.json: {key} is {shown(value)}, which it cannot be.")
+            raise folder.refuse(f"{inside}/tokenizer_config.json: {key} is {shown(value)}, which it cannot be.")
     length = settings.get("model_max_length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int | float) or length < 1):
-        raise folder.refuse(f"tokenizer/tokenizer_config.json: model_max_length is {shown(length)}, which it cannot be.")
+        raise folder.refuse(f"{inside}/tokenizer_config.json: model_max_length is {shown(length)}, which it cannot be.")
     kept["model_max_length"] = int(length) if length is not None and length < LONGEST else int(encoder.get("max_position_embeddings") or 77)
     for file in FILES:
         if file in there:
-            folder.json_object(f"tokenizer/{file}", MOST)
+            folder.json_object(f"{inside}/{file}", MOST)
     if "merges.txt" in there:
-        folder.plain("tokenizer/merges.txt", MOST)
-    files = {kind: str(folder.path / "tokenizer" / file) if file in there else None for kind, file in KINDS.items()}
+        folder.plain(f"{inside}/merges.txt", MOST)
+    files = {kind: str(folder.path / inside / file) if file in there else None for kind, file in KINDS.items()}
     try:
         # What `from_pretrained` does once it has chosen the files and read the settings, and these are our choice.
-        made = CLIPTokenizer._from_pretrained(files, str(folder.path / "tokenizer"), kept, local_files_only=True, _is_local=True)
+        made = CLIPTokenizer._from_pretrained(files, str(folder.path / inside), kept, local_files_only=True, _is_local=True)
         largest, known = max(made.get_vocab().values(), default=0), int(encoder.get("vocab_size") or 49408)
         if largest >= known:
             raise folder.refuse(

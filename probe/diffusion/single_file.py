@@ -1,0 +1,128 @@
+"""Stable Diffusion in one file, in the original layout: `v1-5.safetensors`.
+
+Its configs come from the folder of the same name beside it (`v1-5/`, a diffusers directory without weights), or are those of
+Stable Diffusion 1.x, which are known; the tokenizer is then CLIP's from the hub's cache, or the hub. Nothing is unpickled:
+diffusers' own table translates the names of the tensors, and their shapes are held against the model as a folder's are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from probe.diffusion.model_files import ModelFolder, Weight, header
+from probe.errors import ModelError
+from probe.fields import place
+from probe.strict_yaml import shown
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+MOST_TENSORS, MOST_BLOCKS = 10_000, 64
+WIDTH = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+INPUT = "model.diffusion_model.input_blocks.0.0.weight"
+OURS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
+# Of the training: losses, moving averages.
+NOT_OURS = re.compile(r"first_stage_model\.(loss|model_ema)\..*|cond_stage_model\.(.*\.)?(position_ids|logit_scale)")
+INDEX = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"]}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "sample_size": 512,
+    },
+    "text_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    },
+}
+SETTINGS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+CLIP = (("openai/clip-vit-large-patch14", "."), ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer"))
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+
+
+def is_single_file(name: str) -> bool:
+    """Whether a model's name is that of one file with weights. Raises ModelError where these are pickled."""
+    path = place(name)
+    if path.suffix in PICKLED and path.is_file():
+        raise ModelError(
+            f"{name}: this checkpoint is pickled, and can run code when it is read.",
+            "Convert it once where you trust it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER).",
+        )
+    return path.suffix == ".safetensors" and path.exists() and not path.is_dir()
+
+
+def config_folder(name: str) -> Path | None:
+    """Return the folder with the configs of a single file, which has its name and lies beside it."""
+    beside = place(name).with_suffix("")
+    return beside if beside.is_dir() else None
+
+
+def split(name: str, configs: Mapping[str, Mapping[str, Any]], known: bool) -> dict[str, dict[str, Weight]]:
+    """Return the tensors of each part of a single file, by the names that diffusers has for them.
+
+    `known` says that the configs are ours, for Stable Diffusion 1.x. Raises ModelError for other kinds of checkpoints.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+
+    path = place(name)
+    folder = ModelFolder(path.parent, name)
+    found = header(folder, path.name)
+    blocks = {key.split(".")[3] for key in found if key.count(".") > 3 and key.startswith("model.diffusion_model.")}
+    if len(found) > MOST_TENSORS or len(blocks) > MOST_BLOCKS or INPUT not in found:
+        raise folder.refuse("this file is not laid out as Stable Diffusion's original checkpoints.", other_way(path))
+    width, channels = found[WIDTH].shape[-1:] if WIDTH in found else (), found[INPUT].shape[1:2]
+    if known and (width, channels) != ((768,), (4,)):
+        raise folder.refuse(f"this file is not Stable Diffusion 1.x (text of width {shown(width[0] if width else None)}).", other_way(path))
+    try:
+        parts = {
+            "unet": convert_ldm_unet_checkpoint(found, {"layers_per_block": 2, **configs["unet"]}),
+            "vae": convert_ldm_vae_checkpoint(found, configs["vae"]),
+            "text_encoder": convert_ldm_clip_checkpoint(found),
+        }
+    except Exception as problem:  # of a library, about keys that it was not made for
+        raise folder.refuse("this file is not laid out as Stable Diffusion's original checkpoints.", other_way(path)) from problem
+    used = {weight.key for part in parts.values() for weight in part.values()}
+    if over := [key for key in found if key.startswith(OURS) and key not in used and not NOT_OURS.fullmatch(key)]:
+        raise folder.refuse(f"it holds {shown(over[0])}, which has no place in the model.", other_way(path))
+    return parts
+
+
+def clip_tokenizer(name: str) -> tuple[ModelFolder, str]:
+    """Return the folder of CLIP's tokenizer, and where in it. Raises ModelError where it is neither here nor to be fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    for here, (repository, inside) in [*((True, each) for each in CLIP), (False, CLIP[0])]:
+        wanted = [file if inside == "." else f"{inside}/{file}" for file in TOKENIZER_FILES]
+        try:
+            folder = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=here))
+        except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError):
+            continue
+        if (folder / inside / "vocab.json").exists() or (folder / inside / "tokenizer.json").exists():
+            return ModelFolder(folder, name), inside
+    beside = place(name).with_suffix("")
+    raise ModelError(
+        f"{name}: CLIP's tokenizer is not on this machine and could not be fetched.",
+        f"Put the model's configs and tokenizer (a diffusers directory, without weights) into {beside}, or connect once.",
+    )
+
+
+def other_way(path: Path) -> str:
+    return f"In Python: pass StableDiffusionPipeline.from_single_file({path.name!r}) to probe.running.recorder.record as pipeline."
