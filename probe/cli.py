@@ -181,7 +181,7 @@ def ls(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     found = listing(where := options.folder or options.runs)
     if not found:
-        say(f"No recording in {where} yet. Make one: python -m probe.run experiments/astronaut.yaml")
+        say(f"No recording in {where} yet. Make one: python -m probe.run")
         return 0
     table = []
     troubles = []

@@ -813,7 +813,7 @@ def test_words_of_a_prompt_without_any(call: Command, runs: Path) -> None:
 def test_ls_of_nothing_says_how_to_begin(call: Command, tmp_path: Path) -> None:
     for folder in ("nowhere", str(tmp_path)):
         code, out, err = call(cli.dispatch, "ls", folder)
-        assert (code, err) == (0, "") and out == f"No recording in {folder} yet. Make one: python -m probe.run experiments/astronaut.yaml\n"
+        assert (code, err) == (0, "") and out == f"No recording in {folder} yet. Make one: python -m probe.run\n"
 
 
 def test_ls_has_a_row_for_each_also_for_a_damaged_one(call: Command, runs: Path) -> None:

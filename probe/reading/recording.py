@@ -270,7 +270,7 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
         return sample.unpacked()
     rows = list_runs(runs)
     if not rows:
-        raise RecordingNotFound(f"There is no recording in {runs}.", "Make one: python -m probe.run experiments/astronaut.yaml")
+        raise RecordingNotFound(f"There is no recording in {runs}.", "Make one: python -m probe.run")
     if str(name) == "latest":
         return next((path for path, attributes in rows if attributes), rows[0][0])
     start = str(path.relative_to(runs) if path.is_relative_to(runs) else path)

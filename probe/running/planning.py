@@ -92,7 +92,7 @@ def free_room(folder: Path) -> int | None:
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise ExperimentError(f"output: {folder} is a file, not a folder.", "Name a folder: --output runs.")
+        raise ExperimentError(f"output: {folder} is a file, not a folder.", f"Name a folder: --output {'runs' * (wanted.name != 'runs') or 'mine'}.")
     if (longest := max(len(os.fsencode(part)) for part in wanted.parts)) > 255:  # bytes of one name, on nearly every disk
         raise ExperimentError(f"output: a name in it has {longest} bytes; 255 is the most.", "Name another folder: --output runs.")
     try:
@@ -272,7 +272,7 @@ def _attention(run: Plan) -> list[Array]:
             features = {run.rehearsal.outputs[f"unet.{path}.to_q"][-1] // heads for path in layers}
             if len(features) > 1:
                 raise ExperimentError(
-                    f"capture.layers: the layers at {group} differ in their width.", "Choose layers of one kind, or attention: maps."
+                    f"capture.layers: the layers at {group} differ in their width.", "Choose layers of one kind, or capture.attention: maps."
                 )
             width = features.pop()
             exact = "float16" if code else dtype  # a query is no probability: it has a sign and no bound

@@ -105,7 +105,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
         say(f"{run.name} is complete already.")
         return run
     if "noising" in run.attributes:
-        raise ExperimentError(f"{run.name} is a noising, and those are not resumed: each is short.", "Record it again: python -m probe.noising.")
+        raise ExperimentError(f"{run.name} is a noising, and those are not resumed: each is short.", f"Record it again: probe rerun {run.name}.")
     asked = run.experiment
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say, run)
