@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 import zlib
@@ -28,6 +27,7 @@ import google_crc32c
 import numpy as np
 
 from probe import files
+from probe.system import exists, reading
 
 DIGESTS = "digests.txt"
 LINE = re.compile(r"([0-9a-f]{64}|-{64}) (.{1,2000})")
@@ -145,12 +145,13 @@ def step_of(what: str) -> int | None:
 
 def flags_are_lost(recording: Path, attributes: Mapping[str, Any]) -> bool:
     """Whether the file of a recording's flags is gone. An older version wrote none before the first step was committed."""
-    if os.path.lexists(recording / "committed" / "c.0"):
+    if exists(recording / "committed" / "c.0"):
         return False
     if "digests" in attributes:
         return True
     latents = recording / "latents" / "latents"
-    return latents.is_dir() and any(latents.glob("c.1.*"))
+    with reading(recording):
+        return latents.is_dir() and any(latents.glob("c.1.*"))
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

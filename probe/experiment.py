@@ -108,14 +108,19 @@ class Experiment(Strict):
     over_long: Literal["error", "cut"] = Field(
         default="error", description="A prompt with more tokens than the model reads: error, or cut what does not fit."
     )
-    seed: int = Field(default=0, ge=0, le=LARGEST, description="Seed of the first noise: the same seed and fields, the same picture.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=LARGEST,
+        description="Seed of the first noise: the same seed and fields, the same picture. Of several, picture i (from 0) has seed + i.",
+    )
     image: Place | None = Field(
         default=None, description="A picture to begin from (PNG or JPEG), scaled to cover the size and cut to its centre; none: pure noise."
     )
     strength: float = Field(
         default=0.8, ge=0, le=1, description="With an image: how much of it is given up to noise, and the share of the steps that are run; 1: all."
     )
-    images: int = Field(default=1, ge=1, le=64, description="How many pictures to draw from this prompt, each from its own noise.")
+    images: int = Field(default=1, ge=1, le=64, description="How many pictures to draw from this prompt: picture i, counted from 0, with seed + i.")
     height: int | None = Field(default=None, ge=8, le=4096, description="Height of the picture in pixels; none: the model's own.")
     width: int | None = Field(default=None, ge=8, le=4096, description="Width of the picture in pixels; none: the model's own.")
     scheduler: SchedulerName = Field(

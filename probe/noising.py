@@ -41,6 +41,7 @@ from probe.run import say_where, size, tell_forecast
 from probe.source import checked_masks, checked_picture, read_masks, read_picture
 from probe.strict_yaml import LARGEST, shown
 from probe.terminal import Parser, add_fields, guarded, overrides, quieten
+from probe.words import read_plainly
 
 if TYPE_CHECKING:
     from probe.diffusion.models import StableDiffusion
@@ -184,6 +185,8 @@ def perform_noising(
         key = hashlib.sha256(json.dumps([told, created]).encode() + pixels.tobytes()).hexdigest()[:8]
         path = place(asked.output) / f"{run.experiment.run_name}-{key}.zarr"
         attributes = {**describe(model, run), "created": created, "parent_run": parent, "noising": told}
+        if plainly := read_plainly([asked.caption]):
+            say(plainly)
         say(f"Recording {run.calls} timestep{'s' if run.calls > 1 else ''} to {path} (about {size_text(sum(run.forecast().values()))})")
         with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
             try:
@@ -205,10 +208,11 @@ def perform_noising(
 def rerun_noising(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
     """Noise a picture again, from its recording alone: settings, picture and masks, with the model loaded as it was. Raises as `record_noising`."""
     from probe.running.forward import recorded_masks
-    from probe.running.recorder import model_for, sayer
+    from probe.running.recorder import compare_weights, model_for, sayer
 
     asked = load_noising(run.said("noising"), output=str(run.path.parent))
     model = model_for(run.experiment, pipeline, sayer(progress), run)
+    compare_weights(model, run, sayer(progress))
     picture = None if run.source is None else run.source.values
     return perform_noising(asked, picture, recorded_masks(run), model, progress=progress, parent=run.name)
 
@@ -240,12 +244,16 @@ def plan_noising(
 def _model(asked: Noising, pipeline: Any | None, weights: bool = True) -> StableDiffusion:
     from probe.diffusion.loading import load
     from probe.diffusion.models import StableDiffusion
+    from probe.diffusion.support import refuse_pictures
 
     kind = "DDPM"  # the one that keeps variance one and has every schedule: the model's own betas
     if pipeline is None:
         where: dict[str, Any] = {"revision": asked.revision, "variant": asked.variant, "dtype": asked.dtype, "device": asked.device}
-        return load(asked.model, **where, weights=weights, scheduler=kind)
-    return pipeline.with_scheduler(kind, {}) if isinstance(pipeline, StableDiffusion) else StableDiffusion.of(pipeline, scheduler=kind)
+        model = load(asked.model, **where, weights=weights, scheduler=kind)
+    else:
+        model = pipeline.with_scheduler(kind, {}) if isinstance(pipeline, StableDiffusion) else StableDiffusion.of(pipeline, scheduler=kind)
+    refuse_pictures(model.name, model.vae, asked.picture)
+    return model
 
 
 def table() -> str:

@@ -21,10 +21,11 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from probe import files
 from probe.analysis import by_kind, by_sigma, word_maps
-from probe.analysis.maps import STUMP, spelt_words, word_names
+from probe.analysis.maps import word_names
 from probe.digests import sealed
 from probe.errors import RecordingNotFound
 from probe.reading.recording import Run
+from probe.words import STUMP, alike, spelt
 
 CELL, GAP, MARGIN = 152, 12, 28
 HEAD, BETWEEN = 78, 20  # of a section of maps: above its first row, and between what is side by side
@@ -163,7 +164,7 @@ def ask_name(maps: xr.DataArray) -> str:
 
     The same question has the same name; capital letters make no other one, as the text encoder reads small letters.
     """
-    words, context = spelt_words(maps.attrs["word"]), " ".join(maps.attrs["context"].lower().split())
+    words, context = spelt(maps.attrs["word"]), " ".join(maps.attrs["context"].lower().split())
     slug = "-".join(words)[:40]
     if context == f"a {slug.replace('-', ' ')}":
         return f"ask-{slug}.png"
@@ -245,7 +246,7 @@ def _columns(maps: xr.DataArray, bands: int, sigma: xr.DataArray) -> xr.DataArra
 
 def _of_words(change: xr.DataArray, words: xr.DataArray) -> xr.DataArray:
     """Counterfactual maps in the rows of `words`; NaN for a word without one. *Shape:* (masked_word, ...) -> (word, ...)."""
-    there = [str(word).casefold() for word in change["masked_word"].values]
+    there = [alike(str(word)) for word in change["masked_word"].values]
     texts = _read_alike(words)
     first = change.isel(masked_word=0, drop=True)
     rows = [change.isel(masked_word=there.index(word), drop=True) if word in there else first * np.nan for word in texts]
@@ -255,7 +256,7 @@ def _of_words(change: xr.DataArray, words: xr.DataArray) -> xr.DataArray:
 
 def _read_alike(words: xr.DataArray) -> list[str]:
     """The texts of words by which the text encoder cannot tell them apart. *Shape:* (word, ...) -> one for each word."""
-    return [str(word).removesuffix(STUMP).casefold() for word in words["word"].values]
+    return [alike(str(word).removesuffix(STUMP)) for word in words["word"].values]
 
 
 def _again(changes: xr.DataArray) -> list[str]:

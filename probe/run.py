@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
-from probe.output import rows, say, say_json
+from probe.output import rows, say, say_json, tell
 from probe.terminal import Parser, add_fields, guarded, overrides, quieten, shell_path, without_home
+from probe.words import read_plainly
 
 if TYPE_CHECKING:
     from probe.reading.recording import Run
@@ -116,6 +117,8 @@ def tell_forecast(settled: Plan, limit: int | None) -> int:
     shapes = {a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True)) for a in settled.arrays}
     kinds = {a.path: a.dtype for a in settled.arrays}
     large = sorted((path for path in sizes if sizes[path] >= 1000), key=lambda path: -sizes[path])
+    if plainly := read_plainly([prompt.text for prompt in settled.prompts.values()]):
+        tell(plainly)
     latents = " x ".join(map(str, settled.latent_shape))
     say("", f"{settled.calls} model calls, latents {latents}, branches: {', '.join(settled.called)}", "")
     say(*rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))

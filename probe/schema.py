@@ -78,7 +78,9 @@ SCHEMA: tuple[Variable, ...] = (
     Variable("preview", "bias", ("rgb",), "float32", "constant of that map"),
     _coordinate("text/{encoder}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
     _coordinate("text/{encoder}", "token", ("token",), "int64", "position in the 77 tokens"),
-    _coordinate("text/{encoder}", "token_text", ("branch", "token"), "str", "the token as text"),
+    _coordinate(
+        "text/{encoder}", "token_text", ("branch", "token"), "str", "the token as text; what is only part of a character as its bytes, \\xf0"
+    ),
     _coordinate("text/{encoder}", "word", ("branch", "token"), "str", "the word that the token belongs to"),
     _coordinate("text/{encoder}", "word_index", ("branch", "token"), "int64", "number of that word in the prompt, -1 for none"),
     Variable("text/{encoder}", "token_id", ("branch", "token"), "int64", "token ids"),
@@ -88,7 +90,9 @@ SCHEMA: tuple[Variable, ...] = (
     Variable("text/{encoder}", "attention", ("text_layer", "branch", "text_head", "token", "key"), "float16", "self-attention: token at key"),
     _coordinate("attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
     _coordinate("attention/{grid}", "token", ("token",), "int64", "token position; -1 is `rest`, the sum of all others"),
-    _coordinate("attention/{grid}", "token_text", ("branch", "token"), "str", "the token as text"),
+    _coordinate(
+        "attention/{grid}", "token_text", ("branch", "token"), "str", "the token as text; what is only part of a character as its bytes, \\xf0"
+    ),
     _coordinate("attention/{grid}", "word", ("branch", "token"), "str", "the word that the token belongs to"),
     _coordinate("attention/{grid}", "word_index", ("branch", "token"), "int64", "number of that word in the prompt, -1 for none"),
     _coordinate("attention/{grid}", "layer", ("layer",), "str", "dotted path of the cross-attention module"),

@@ -25,13 +25,13 @@ from probe.analysis.maps import (
     phrase,
     probabilities,
     resize,
-    split_word,
     steps_of,
     word_maps,
 )
 from probe.errors import ExperimentError, PromptError, RecordingNotFound
 from probe.reading.recording import Run
 from probe.watching.measures import to_storage
+from probe.words import split_word
 
 SIDES = st.integers(1, 40)
 

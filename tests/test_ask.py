@@ -135,7 +135,7 @@ def test_what_cannot_be_asked(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="'catt' is not in 'a cat on the hat'") as caught:
         read_out(run, "catt", PROMPT, pipeline())
     assert "cat" in caught.value.remedy
-    for nothing in ("\U0001f41f", "...", "_", " '"):
+    for nothing in ("+", "...", "_", " '"):
         with pytest.raises(ExperimentError) as empty:
             read_out(run, nothing, pipeline=pipeline())
         assert (empty.value.cause, empty.value.remedy) == (f"{nothing!r} is no word: there are no letters in it.", "Name one: probe ask latest fish")

@@ -32,6 +32,7 @@ import zarr
 from numcodecs import Zstd
 from PIL import Image
 
+from probe.digests import sealed
 from probe.errors import RecordingDamaged, RecordingNotFound, RecordingUnreadable
 from probe.proof.checks import check_picture
 from probe.reading.files import UNLINKED
@@ -447,8 +448,8 @@ def png(pixels: np.ndarray | tuple[int, int]) -> bytes:
 
 
 def shows(change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
-    """A picture beside the arrays that shows what was recorded, changed."""
-    return lambda path: (path / "picture.png").write_bytes(change(png(Run(path).images.values[0])))
+    """A picture beside the arrays that shows what was recorded, changed, and sealed again."""
+    return lambda path: (path / "picture.png").write_bytes(sealed(change(png(Run(path).images.values[0]))))
 
 
 def tells(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
@@ -485,7 +486,7 @@ HOSTILE_TO_VERIFY: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "a pipe among the chunks": (lambda path: os.mkfifo(path / LATE), "manifest", "late is a pipe"),
     "a round of folders among the chunks": (lambda path: (path / LATE).symlink_to("."), "manifest", "late is behind a link"),
     "a hundred folders in each other": (lambda path: (path / LATE / "/".join("x" * 100)).mkdir(parents=True), "manifest", "too deep"),
-    "a hole of a terabyte among the chunks": (lambda path: sparse(2**40)(path / LATE), "manifest", "files new"),
+    "a hole of a terabyte among the chunks": (lambda path: sparse(2**40)(path / LATE), "manifest", "is a hole"),
     "a hole of a terabyte, as listed": (
         all_of(lambda path: sparse(2**40)(path / LATE), tells(lambda written: written.update({LATE: "0"}))),
         "manifest",

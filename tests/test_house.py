@@ -27,7 +27,7 @@ MAX_LINES = 350
 # from nothing else in probe. Modules on one line do not know each other.
 LAYERS = [
     # below the torch line: what reads recordings, and what a viewer needs
-    ("probe.errors", "probe.conversions", "probe.stopping", "probe.reading", "probe.proof"),
+    ("probe.errors", "probe.conversions", "probe.words", "probe.stopping", "probe.reading", "probe.proof"),
     ("probe.strict_yaml",),
     ("probe.system", "probe.output"),
     ("probe.schema",),
@@ -44,7 +44,7 @@ LAYERS = [
     ("probe.analysis",),
     ("probe.reading.files",),
     ("probe.reading.untrusted",),
-    ("probe.reading.shards",),
+    ("probe.reading.shards", "probe.reading.limits"),
     ("probe.reading.lazy", "probe.reading.attention"),
     ("probe.reading.recording",),
     ("probe.pictures", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),
@@ -53,7 +53,7 @@ LAYERS = [
     # ================= the torch line =================
     ("probe.diffusion", "probe.watching", "probe.running"),  # their docstrings
     ("probe.watching.hooks",),
-    ("probe.diffusion.support", "probe.diffusion.model_configs", "probe.diffusion.model_files"),
+    ("probe.diffusion.prompts", "probe.diffusion.support", "probe.diffusion.model_configs", "probe.diffusion.model_files"),
     ("probe.diffusion.schedulers", "probe.diffusion.tokenizers", "probe.diffusion.single_file"),
     ("probe.diffusion.models",),
     ("probe.diffusion.loading", "probe.watching.clock"),

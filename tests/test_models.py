@@ -442,7 +442,7 @@ def test_a_prompt_without_words(text: str) -> None:
         ("don't  stop", ("don't", "stop")),
         ("well-known 3.5", ("well", "known", "3", "5")),
         ("caf\u00e9 \u732b cat", ("caf\u00e9", "\u732b", "cat")),
-        ("a \U0001f642 cat", ("a", "cat")),
+        ("a \U0001f642 cat", ("a", "\U0001f642", "cat")),
         ("\u2019s hat \u2019", ("s", "hat")),
         ("(cat:1.2), [hat]", ("cat", "1", "2", "hat")),
     ],

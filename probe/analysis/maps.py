@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
@@ -22,6 +21,7 @@ import numpy as np
 import xarray as xr
 
 from probe.errors import ExperimentError, PromptError, RecordingNotFound
+from probe.words import STUMP, alike, occurrences, runs, spelt
 
 Method = Literal["bilinear", "bicubic", "area"]
 Normalisation = Literal["none", "min-max", "words", "space"]
@@ -32,9 +32,6 @@ FUNCTION_WORDS = frozenset(
     "is are was were be been being it its his her their my your our he she they we you i who which there some any no not very while during "
     "between behind before after through across around against along up down off out".split()
 )
-
-WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]*)*")  # letters and digits, and what an apostrophe joins
-STUMP = "\u2026"  # after what was read of a word that the cut went through
 
 
 def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
@@ -234,42 +231,31 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
     *Shape:* (word, ...) -> (word, ...), one for each time. Raises PromptError when it does not occur, or was cut away: it lists the
     words that there are, and says by which command (`asking`) one looks for another.
     """
-    spelt = [str(word) for word in words["word"].values]
+    labels = [str(word) for word in words["word"].values]
     places = words["word_index"].values
-    wanted = spelt_words(text)
-    starts = [i for i in _runs(wanted, [word.casefold() for word in spelt]) if places[i + len(wanted) - 1] - places[i] == len(wanted) - 1]
-    if not starts:
-        cut = str(words.attrs.get("cut_from_prompt", ""))
-        read = [word.casefold() for word in spelt]
-        stump = read.pop().removesuffix(STUMP) if read and read[-1].endswith(STUMP) else ""
-        written = [*read, *spelt_words(stump + cut)]
-        shorten = "Shorten the prompt and record it again."
-        if stump and (_runs(wanted, [*read, stump]) or (written[len(read)] in wanted and _runs(wanted, written))):
-            raise PromptError(f"{written[len(read)]!r} was cut in its middle: the model read only {stump!r} of it.", shorten)
-        if cut and _runs(wanted, written):
-            raise PromptError(f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", shorten)
-        meant = difflib.get_close_matches(text, spelt, n=1)
-        there = f"Its words: {', '.join(dict.fromkeys(spelt))}." if spelt else "The prompt has no words."
-        raise PromptError(f"{text!r} is not in the prompt.", f"{f'Did you mean {meant[0]}? ' if meant else ''}{there} For any other word: {asking}")
-    found = [words.isel(word=slice(i, i + len(wanted))).sum("word", skipna=False) for i in starts]
-    whole = words.isel(word=starts)
-    values = np.stack([one.transpose(*(d for d in words.dims if d != "word")).values for one in found], axis=words.get_axis_num("word"))
-    return whole.copy(data=values).assign_coords(word=np.array([" ".join(spelt[i : i + len(wanted)]) for i in starts], dtype=object))
+    found = [at for at in occurrences(text, labels) if places[at[-1]] - places[at[0]] == len(at) - 1]
+    if not found:
+        raise _not_there(text, labels, str(words.attrs.get("cut_from_prompt", "")), asking)
+    sums = [words.isel(word=slice(at[0], at[-1] + 1)).sum("word", skipna=False) for at in found]
+    whole = words.isel(word=[at[0] for at in found])
+    values = np.stack([one.transpose(*(d for d in words.dims if d != "word")).values for one in sums], axis=words.get_axis_num("word"))
+    return whole.copy(data=values).assign_coords(word=np.array([" ".join(labels[i] for i in at) for at in found], dtype=object))
 
 
-def spelt_words(text: str) -> list[str]:
-    """The words of a text as a recording has them, in small letters; without letters and digits there are none."""
-    return WORD.findall(text.casefold())
-
-
-def split_word(prompt: str, cut: str) -> str:
-    """The word in whose middle begins what was cut from the end of a prompt; "" where it begins between two words."""
-    at = len(prompt) - len(cut)
-    return next((word[0] for word in WORD.finditer(prompt) if word.start() < at < word.end()), "")
-
-
-def _runs(wanted: list[str], words: list[str]) -> list[int]:
-    return [i for i in range(len(words) - len(wanted) + 1) if wanted and words[i : i + len(wanted)] == wanted]
+def _not_there(text: str, labels: list[str], cut: str, asking: str) -> PromptError:
+    """The error for a phrase that is not in a prompt, or was cut from it."""
+    wanted = spelt(text)
+    read = [alike(label) for label in labels]
+    stump = read.pop().removesuffix(STUMP) if read and read[-1].endswith(STUMP) else ""
+    written = [*read, *spelt(stump + cut)]
+    shorten = "Shorten the prompt and record it again."
+    if stump and (runs(wanted, [*read, stump]) or (written[len(read)] in wanted and runs(wanted, written))):
+        return PromptError(f"{written[len(read)]!r} was cut in its middle: the model read only {stump!r} of it.", shorten)
+    if cut and runs(wanted, written):
+        return PromptError(f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", shorten)
+    meant = difflib.get_close_matches(text, labels, n=1)
+    there = f"Its words: {', '.join(dict.fromkeys(labels))}." if labels else "The prompt has no words."
+    return PromptError(f"{text!r} is not in the prompt.", f"{f'Did you mean {meant[0]}? ' if meant else ''}{there} For any other word: {asking}")
 
 
 def normalised(maps: xr.DataArray, how: Normalisation) -> xr.DataArray:

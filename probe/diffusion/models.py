@@ -9,37 +9,22 @@ Constants (downsampling factor f, scaling factor, prediction type, grid size) co
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 
+from probe.diffusion.prompts import Convert, OverLong, Prompt, read_prompt, words_to_know
 from probe.diffusion.schedulers import another_scheduler, check_own
 from probe.diffusion.support import refuse_other_pipelines, refuse_unsupported
-from probe.errors import ExperimentError, PromptError
+from probe.errors import ExperimentError, ModelError, PromptError
 from probe.fields import from_home
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the model reads it: 77 tokens, their texts, and which word each belongs to (-1: none)."""
-
-    text: str
-    ids: torch.Tensor
-    tokens: tuple[str, ...]
-    words: tuple[str, ...]
-    word_of: tuple[int, ...]
-    end: int
-    cut: str = ""
-
-    @property
-    def spans(self) -> dict[int, list[int]]:
-        """Token positions of each word, by word index."""
-        return {w: [i for i, of in enumerate(self.word_of) if of == w] for w in range(len(self.words))}
+from probe.words import RULES
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,8 @@ class Conditioning:
 class StableDiffusion:
     """The components of a Stable Diffusion 1.x or 2.x model, and what their configs say.
 
-    `vae` is None for a model that works on pixels. A second text encoder (SDXL) will sit beside the first.
+    `vae` is None for a model that works on pixels. A second text encoder (SDXL) will sit beside the first. `pipeline` is the
+    one that the parts were taken from, which says how it reads a prompt.
     """
 
     name: str
@@ -76,6 +62,7 @@ class StableDiffusion:
     scheduler: Any
     revision: str | None = None
     vocabulary: frozenset[str] | None = None
+    pipeline: Any | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, pipeline: Any, name: str | None = None, *, scheduler: str = "default", options: Mapping[str, Any] | None = None) -> StableDiffusion:
@@ -84,10 +71,11 @@ class StableDiffusion:
         Raises ModelError for other pipelines, and for parts that are missing, of another kind or do not fit together.
         """
         refuse_other_pipelines(pipeline)
+        refuse_other_readers(pipeline)
         parts = {part: getattr(pipeline, part, None) for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
         name = name or from_home(str(pipeline.config.get("_name_or_path") or type(pipeline).__name__))
         refuse_unsupported(name, {part: value for part, value in parts.items() if part != "scheduler"})
-        return cls(name=name, **parts).with_scheduler(scheduler, options or {})
+        return cls(name=name, pipeline=pipeline, **parts).with_scheduler(scheduler, options or {})
 
     @property
     def device(self) -> torch.device:
@@ -134,44 +122,63 @@ class StableDiffusion:
         made = another_scheduler(self.name, name, {} if own is None else own.config, type(own), options, latent=self.vae is not None)
         return replace(self, scheduler=made).checked()
 
-    def read(self, text: str, over_long: Literal["error", "cut"] = "error") -> Prompt:
-        """Tokenize a prompt. Raises PromptError when it is too long, or has words that the model never saw."""
-        limit = int(self.tokenizer.model_max_length)
+    def read(self, text: str, over_long: OverLong = "error", rules: int = RULES) -> Prompt:
+        """Tokenize a prompt as the pipeline does. Raises PromptError when it is too long, or has words that the model never saw."""
         known = self.vocabulary
-        if known is not None and (unknown := [w for w in dict.fromkeys(re.findall(r"\w+", text.lower())) if w not in known]):
+        if known is not None and (unknown := [word for word in words_to_know(text, self.tokenizer) if word not in known]):
             raise PromptError(
                 f"{self.name} never saw {', '.join(map(repr, unknown))} in its training.",
                 f"Its words: {' '.join(sorted(known))}. Another model (model: ...) knows more.",
             )
-        whole = self.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
-        cut = ""
-        if len(whole.input_ids) > limit:
-            cut = text[whole["offset_mapping"][limit - 1][0] :]
-            if over_long == "error":
-                raise PromptError(
-                    f"The prompt has {len(whole.input_ids)} tokens, {limit} is the most; it would lose {cut[:80]!r}.",
-                    "Shorten it, or set over_long: cut.",
-                )
-        encoded = self.tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_offsets_mapping=True, return_tensors="pt")
-        offsets = encoded.pop("offset_mapping")[0].tolist()
-        end = min(len(whole.input_ids), limit) - 1
-        words, word_of = _words(text, offsets, end)
-        pieces = self.tokenizer.convert_ids_to_tokens(encoded.input_ids[0].tolist())
-        tokens = tuple(piece.removesuffix("</w>") for piece in pieces)
-        return Prompt(text, encoded.input_ids, tokens, words, word_of, end, cut)
+        return read_prompt(self.tokenizer, text, over_long, self._converter(), rules)
+
+    def text_mask(self, prompt: Prompt) -> torch.Tensor | None:
+        """The attention mask that the text encoder is given, (1, token); None for most models, whose config asks for none."""
+        return prompt.mask if getattr(self.text_encoder.config, "use_attention_mask", None) else None
 
     def encode(self, prompt: Prompt) -> torch.Tensor:
         """The text encoder's output, (1, token, feature)."""
-        mask = None
-        if getattr(self.text_encoder.config, "use_attention_mask", None):
-            mask = (torch.arange(prompt.ids.shape[1]) <= prompt.end)[None].long().to(self.device)
+        mask = self.text_mask(prompt)
         with torch.no_grad():
-            return cast(torch.Tensor, self.text_encoder(prompt.ids.to(self.device), attention_mask=mask)[0]).to(self.dtype)
+            encoded = self.text_encoder(prompt.ids.to(self.device), attention_mask=None if mask is None else mask.to(self.device))
+        return cast(torch.Tensor, encoded[0]).to(self.dtype)
 
-    def condition(self, prompt: str, negative_prompt: str = "", *, guided: bool = True, over_long: Literal["error", "cut"] = "error") -> Conditioning:
+    def condition(self, prompt: str, negative_prompt: str = "", *, guided: bool = True, over_long: OverLong = "error") -> Conditioning:
         """Encode the prompt and, for guidance, the negative prompt, each in a call of its own as diffusers does."""
         cond, uncond = self.read(prompt, over_long), self.read(negative_prompt, over_long)
+        self.check_reading({"cond": cond, "uncond": uncond} if guided else {"cond": cond})
         return Conditioning(cond, uncond, self.encode(cond), self.encode(uncond) if guided else None)
+
+    def check_reading(self, prompts: Mapping[str, Prompt]) -> None:
+        """Hold the embeddings of prompts, by branch, against those of the pipeline that this model is part of, if there is one.
+
+        Raises ModelError if a bit differs: the pipeline then reads text in a way of its own. Prompts that the first rules read are
+        not held against it.
+        """
+        pipeline = self.pipeline
+        if pipeline is None or pipeline.text_encoder is not self.text_encoder or pipeline.tokenizer is not self.tokenizer:
+            return
+        if self.device.type == "meta" or prompts["cond"].rules != RULES:
+            return
+        guided = "uncond" in prompts
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), _hushed(any(prompt.cut for prompt in prompts.values())):
+            cond, uncond = pipeline.encode_prompt(prompts["cond"].text, self.device, 1, guided, prompts["uncond"].text if guided else None)
+            for branch, prompt in prompts.items():
+                ours, theirs = self.encode(prompt), cond if branch == "cond" else uncond
+                if ours.shape != theirs.shape or not torch.allclose(ours, theirs.to(ours.dtype), rtol=0, atol=0, equal_nan=True):
+                    which = "prompt" if branch == "cond" else "negative prompt"
+                    raise ModelError(
+                        f"{self.name}: the pipeline makes another embedding of the {which} than its tokenizer and text encoder do here.",
+                        "Undo what was changed in them (attention masks, prompt weights, clip skip, dropout), or load the pipeline anew.",
+                    )
+
+    def _converter(self) -> Convert:
+        """What a pipeline makes of a prompt before it is tokenized: textual inversion writes a word once for each of its vectors."""
+        from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+
+        converter: Any = self.pipeline or TextualInversionLoaderMixin()
+        return cast(Convert, converter.maybe_convert_prompt)
 
     def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Latents to pixels, (image, y, x, rgb) uint8 on the CPU, and whether the VAE had to be run again in float32.
@@ -222,27 +229,34 @@ def _again(module: Any) -> Any:
     return kind(**{key: value for key, value in module.config.items() if key in known})
 
 
-def _words(text: str, offsets: list[list[int]], end: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The words that the tokens between BOS and EOS (at `end`) spell, and the word of each token; punctuation has none."""
-    words: list[str] = []
-    word_of = [-1] * len(offsets)
-    stop = None  # where the word being read ended, None after a space or punctuation
-    for position in range(1, end):
-        start, finish = offsets[position]
-        piece = text[start:finish].strip()
-        joined = stop is not None and start <= stop
-        if not any(c.isalnum() for c in piece) and not (joined and piece[:1] in ("'", "\u2019")):
-            stop = None
-            continue
-        if not joined:
-            words.append("")
-            stop = start
-        words[-1] += text[max(start, cast(int, stop)) : finish]
-        word_of[position], stop = len(words) - 1, max(finish, cast(int, stop))
-    return tuple(words), tuple(word_of)
+@contextlib.contextmanager
+def _hushed(hush: bool) -> Iterator[None]:
+    """What the libraries warn of a prompt that is too long is not said: it is told already, in the experiment's words."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers") if hush]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     """Pixels in [-1, 1], (image, rgb, y, x), to (image, y, x, rgb) uint8, rounded as diffusers' image processor does."""
     scaled = (pixels * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu()
     return (scaled * 255).round().nan_to_num(0).to(torch.uint8)
+
+
+def refuse_other_readers(pipeline: Any) -> None:
+    """Raises ModelError for a pipeline whose `encode_prompt` is not diffusers' own: it reads prompts in a way that is not known here."""
+    from diffusers import StableDiffusionPipeline
+
+    own = getattr(pipeline.encode_prompt, "__func__", pipeline.encode_prompt)
+    if own is not StableDiffusionPipeline.encode_prompt:
+        where = f"{own.__module__}.{own.__qualname__}" if hasattr(own, "__qualname__") else type(own).__name__
+        raise ModelError(
+            f"{type(pipeline).__name__}: its encode_prompt was replaced (by {where}), so it reads prompts in a way of its own.",
+            "Give a StableDiffusionPipeline with diffusers' own encode_prompt.",
+        )

@@ -31,7 +31,8 @@ from PIL import Image
 from probe.digests import DIGESTS, marks, of_a_step, read_lines, seal_holds, step_of
 from probe.digests import digest as digest_of
 from probe.reading.files import entry_is_link, no_longer, opened, read_file, read_json, refuse, refuse_link
-from probe.reading.lazy import is_hole
+from probe.reading.lazy import in_files
+from probe.reading.limits import LARGE, is_hole, takes_no_room
 from probe.reading.recording import Run
 from probe.reading.untrusted import MAX_DEPTH, Stored, nodes_of, read_root
 from probe.store import MANIFEST, NOT_HASHED
@@ -126,7 +127,7 @@ def check_manifest(run: Run) -> Check:
 
 def files_of(path: Path) -> set[str]:
     """What the manifest of a recording has to list, by relative path. Raises RecordingDamaged for a link, a pipe or a device."""
-    found, folders = set(), [""]
+    found, folders, roomless = set(), [""], 0
     while folders:
         folder = folders.pop()
         with os.scandir(path / folder) as entries:
@@ -140,6 +141,10 @@ def files_of(path: Path) -> set[str]:
                     raise refuse(path, f"{printable(name)} is a pipe or a device, or too deep")
                 elif Path(name).suffix not in NOT_HASHED and name != MANIFEST:
                     found.add(name)
+                    about = entry.stat(follow_symlinks=False)
+                    roomless += about.st_size if takes_no_room(path / name, about) else 0
+                    if roomless > LARGE:
+                        raise refuse(path, f"{printable(name)} is a hole, or shares its bytes", "Copy it with cp -r, and read the copy.")
     return found
 
 
@@ -167,7 +172,7 @@ def read_all(run: Run) -> int:
     for path, variable in variables(run):
         count += 1
         try:
-            for index in run.steps if "step" in variable.dims and variable.ndim > 1 else [None]:
+            for index in in_files(run.path, path, variable, run.steps) if "step" in variable.dims and variable.ndim > 1 else [None]:
                 _ = (variable if index is None else variable.isel(step=index)).values
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {error}") from error

@@ -68,10 +68,10 @@ def model_of(run: Run, pipeline: Any | None = None) -> StableDiffusion:
 def check_model(run: Run, model: StableDiffusion, steps: Sequence[int]) -> Iterator[Check]:
     """All checks that need the model, one after the other; the UNet predicts again at `steps`."""
     with threads_of(run):
+        weights = model.digest()
+        yield check_weights(run.attributes["model"].get("weights"), weights)
         settled = replan(model, run)
-        here = describe(model, settled)
-        because = tuple(differing_conditions(run.attributes, here))
-        yield check_weights(run.attributes["model"].get("weights"), here["model"]["weights"])
+        because = tuple(differing_conditions(run.attributes, describe(model, settled, weights)))
         yield check_plan(run, settled, because)
         again = Again(run, model, settled, because)
         yield again.text.check()
@@ -137,11 +137,13 @@ class Again:
         tally = self._tally("text", "the text encoder's inside and output")
         capture, inside = TextCapture(self._model.text_encoder, self._plan.activations), {}
         wholes: dict[str, dict[str, torch.Tensor]] = {}
-        with hooked(capture):
+        text = self._run.experiment.capture.text
+        with hooked(capture if text else capture.outputs):
             for branch in sorted(self._plan.called):
+                capture.mask = self._model.text_mask(self._plan.prompts[branch])
                 self._embeddings[branch] = self._model.encode(self._plan.prompts[branch])
-                inside[branch], wholes[branch] = capture.take(), capture.outputs.take()[1]
-        for name in ("embedding", "hidden", "output", "attention") if self._run.experiment.capture.text else ():
+                inside[branch], wholes[branch] = capture.take() if text else {}, capture.outputs.take()[1]
+        for name in ("embedding", "hidden", "output", "attention") if text else ():
             stacked = torch.stack([inside[branch][name] for branch in self._plan.called], dim=1 if name in ("hidden", "attention") else 0)
             self._compare(tally, f"text/{ENCODER}/{name}", numbers(stacked))
         for path in wholes["cond"]:

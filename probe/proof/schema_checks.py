@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,6 +19,7 @@ import xarray as xr
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
 from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, array
+from probe.words import spelt
 
 ALWAYS = ("", "latents", "images", "preview", "cost")  # groups that every recording has
 PER_MODE = {
@@ -168,7 +169,10 @@ def _unlike_labels(here: Labels, there: Labels, group: str, other: str) -> Itera
 
 
 def _misspelt(run: Run, group: str, labels: Labels) -> Iterator[str]:
-    prompts = {"cond": run.experiment.prompt, "uncond": run.experiment.negative_prompt}
+    first_rules = run.attributes.get("text_rules", 1) == 1
+    decode = _decode if first_rules else _together
+    is_word = str.__eq__ if first_rules else _reads
+    prompts = {"cond": run.read_as("cond"), "uncond": run.read_as("uncond")}
     for branch in dict.fromkeys(branch for branch, _ in labels):
         positions = [position for at, position in labels if at == branch]
         kept = [position for position in positions if position != REST]
@@ -183,16 +187,16 @@ def _misspelt(run: Run, group: str, labels: Labels) -> Iterator[str]:
         prompt = prompt[: len(prompt) - len(run.attributes["cut_from_prompt"].get(branch, ""))]
         if end is None:  # another tokenizer than CLIP's: only the model can say
             continue
-        spelt = _plain(_decode("".join(row[0] for row in rows[1:end])))
-        if spelt != _plain(prompt):
-            yield f"{group}: the tokens of {branch} spell {spelt[:60]!r}, not {_plain(prompt)[:60]!r}"
+        said = _plain(decode([row[0] for row in rows[1:end]]))
+        if said != _plain(_plain(prompt)):
+            yield f"{group}: the tokens of {branch} spell {said[:60]!r}, not {_plain(prompt)[:60]!r}"
         numbers = [row[2] for row in rows if row[2] >= 0]
         if list(dict.fromkeys(numbers)) != list(range(len(set(numbers)))) or sorted(numbers) != numbers:
             yield f"{group}: the words of {branch} are numbered {numbers}"
         for number, members in itertools.groupby((row for row in rows if row[2] >= 0), key=lambda row: row[2]):
             pieces = list(members)
-            word = _plain(_decode("".join(row[0] for row in pieces)))
-            if wrong := [row[1] for row in pieces if _plain(row[1]) != word]:
+            word = _plain(decode([row[0] for row in pieces]))
+            if wrong := [row[1] for row in pieces if not is_word(_plain(_plain(row[1])), word)]:
                 yield f"{group}: word {number} of {branch} is {wrong[0]!r}, its tokens spell {word!r}"
         if stray := [row[1] for row in rows if row[2] < 0 and row[1]]:
             yield f"{group}: {stray[0]!r} of {branch} is a word without a number"
@@ -203,8 +207,20 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", "", "".join(c.lower() for c in unicodedata.normalize("NFC", text)))
 
 
-def _decode(tokens: str) -> str:
-    """CLIP's tokens are made of bytes, each shown as a character (the byte alphabet of GPT-2)."""
+def _together(tokens: Sequence[str]) -> str:
+    """The text of some tokens; bytes of a character that is not there whole are left out."""
+    parts = [re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), token.encode()) for token in tokens]
+    return b"".join(parts).decode(errors="ignore")
+
+
+def _reads(label: str, tokens: str) -> bool:
+    """Whether tokens read a word: it, punctuation around it, or, of a word with several vectors, word, word_1, word_2."""
+    return (label in tokens and spelt(label) == spelt(tokens)) or bool(re.fullmatch(rf"{re.escape(label)}({re.escape(label)}_[0-9]+)*", tokens))
+
+
+def _decode(pieces: Sequence[str]) -> str:
+    """CLIP's tokens by the first rules are made of bytes, each shown as a character (the byte alphabet of GPT-2)."""
+    tokens = "".join(pieces)
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in shown]
     table = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -24,10 +24,11 @@ import xarray as xr
 
 from probe import analysis
 from probe.analysis.averages import Weigh
-from probe.analysis.maps import Method, Normalisation, one_of, split_word
+from probe.analysis.maps import Method, Normalisation, one_of
 from probe.analysis.recomputed import recomputed
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.schema import BRANCHES, near
+from probe.words import split_word
 
 Read = Literal["attention", "contribution"]
 Some = TypeVar("Some")
@@ -128,7 +129,12 @@ class Attention:
     def cut(self, branch: str = "cond") -> tuple[str, str]:
         """What was cut from the end of a prompt that is too long, and the word, whole, that the cut went through; "" where there is none."""
         cut = str(self.attributes.get("cut_from_prompt", {}).get(branch, ""))
-        return cut, split_word(self.attributes["experiment"]["prompt" if branch == "cond" else "negative_prompt"], cut)
+        return cut, split_word(self.read_as(branch), cut)
+
+    def read_as(self, branch: str = "cond") -> str:
+        """The prompt as the tokenizer got it: textual inversion writes a word once for each of its vectors."""
+        typed = self.attributes["experiment"]["prompt" if branch == "cond" else "negative_prompt"]
+        return str(self.attributes.get("read_as", {}).get(branch, typed))
 
     # --- as few ---
 

@@ -20,10 +20,11 @@ import numpy as np
 import xarray as xr
 
 from probe.output import rows
+from probe.reading.lazy import has_files, in_files
 from probe.reading.recording import Run
 
 CONDITIONS = ("device", "device_name", "threads", "attention_backend", "branches_batched", "torch", "diffusers", "transformers")
-AT_ONCE = 2**26  # bytes of a variable that are read together
+AT_ONCE, VALUES = 2**23, 2**20  # bytes of a variable that are read together, values that are compared together
 NEW_EACH_TIME = ("cost",)  # groups that are measured anew and never the same
 
 
@@ -107,7 +108,7 @@ def compare(a: Run, b: Run) -> Comparison:
     if len(a.steps) != len(b.steps):
         differences.append(Difference("committed", f"{len(a.steps)} steps and {len(b.steps)} steps"))
     for name in shared:
-        if (found := _difference(name, first[name], second[name], steps)) is not None:
+        if (found := _difference(a, b, name, first[name], second[name], steps)) is not None:
             differences.append(found)
     return Comparison(asked, differing_conditions(a.attributes, b.attributes), differences, len(shared))
 
@@ -122,27 +123,47 @@ def _variables(run: Run) -> dict[str, xr.Variable]:
     }
 
 
-def _difference(name: str, one: xr.Variable, other: xr.Variable, steps: int) -> Difference | None:
+def _difference(a: Run, b: Run, name: str, one: xr.Variable, other: xr.Variable, steps: int) -> Difference | None:
     if one.dims != other.dims or one.shape != other.shape:
         return Difference(name, f"sizes {dict(one.sizes)} and {dict(other.sizes)}")
     if one.dtype != other.dtype:
         return Difference(name, f"types {one.dtype} and {other.dtype}")
     stepped = "step" in one.dims and one.ndim > 1
+    same_fill = repr(one.encoding.get("fill_value")) == repr(other.encoding.get("fill_value"))
+    chosen = list(range(steps)) if stepped else [0]
+    if stepped and same_fill:  # a step that neither has a file of is the same in both
+        chosen = sorted({*in_files(a.path, name, one, range(steps)), *in_files(b.path, name, other, range(steps))})
+    elif same_fill and one.ndim and not has_files(a.path, name) and not has_files(b.path, name):
+        chosen = []
     block = max(1, AT_ONCE * one.sizes["step"] // max(1, one.nbytes)) if stepped else 1
-    count, total, greatest, at = 0, 0, 0.0, None
-    for begin in range(0, steps, block) if stepped else [0]:
-        part = {"step": slice(begin, min(begin + block, steps))} if stepped else {}
+    count, greatest, at = 0, 0.0, None
+    for begin in range(0, len(chosen), block):
+        part = {"step": chosen[begin : begin + block]} if stepped else {}
         left, right = (np.asarray(v.isel(part).values) for v in (one, other))
-        total += left.size
+        if stepped:
+            left, right = (np.moveaxis(values, one.get_axis_num("step"), 0) for values in (left, right))
+        for row, (mine, theirs) in enumerate(zip(left, right, strict=True) if stepped else [(left, right)]):
+            wrong, off = _unlike(mine, theirs)
+            if wrong and stepped and at is None:
+                at = chosen[begin + row]
+            count, greatest = count + wrong, max(greatest, off)
+    total = one.size // one.sizes["step"] * steps if stepped else one.size
+    return Difference(name, "values differ", count, total, greatest, at) if count else None
+
+
+def _unlike(one: np.ndarray, other: np.ndarray) -> tuple[int, float]:
+    """How many values differ in their bits, and by how much at most; some of them at a time, for they may be many."""
+    count, greatest = 0, 0.0
+    one, other = one.reshape(-1), other.reshape(-1)
+    for begin in range(0, one.size, VALUES):
+        left, right = one[begin : begin + VALUES], other[begin : begin + VALUES]
         unlike = left != right
         if left.dtype.kind == "f":
             unlike |= np.signbit(left) != np.signbit(right)  # 0 and -0 are equal numbers, and other bits
             unlike &= ~(np.isnan(left) & np.isnan(right))
         if wrong := int(unlike.sum()):
             count += wrong
-            if stepped and at is None:
-                at = begin + int(np.argwhere(unlike)[:, one.get_axis_num("step")].min())
             if left.dtype.kind in "fiu":
                 off = np.abs(left[unlike].astype(np.float64) - right[unlike].astype(np.float64))
                 greatest = max(greatest, float(np.nan_to_num(off, nan=np.inf).max()))
-    return Difference(name, "values differ", count, total, greatest, at) if count else None
+    return count, greatest

@@ -12,6 +12,7 @@ way: a few bytes could claim terabytes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import json
@@ -24,7 +25,6 @@ from typing import Any, NoReturn
 import numpy as np
 import xarray as xr
 import zarr
-from numcodecs import Zstd  # type: ignore[import-untyped]
 from xarray.backends.common import BackendArray
 from xarray.core import indexing
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
@@ -33,73 +33,21 @@ from zarr.core.sync import sync
 
 from probe.errors import RecordingDamaged, RecordingUnreadable
 from probe.reading.files import read_file, refuse
+from probe.reading.limits import LARGE, check_chunk, check_text, takes_no_room
 from probe.reading.shards import read_shards
 from probe.reading.untrusted import Stored, nodes_of, read_root
 from probe.strict_yaml import printable
-from probe.system import reading, trouble_in, unreadable
+from probe.system import exists, reading, trouble_in, unreadable
 
-MAX_TEXT = 4 * 2**20  # bytes of a variable of text
-UNBACKED = 256 * 2**20
+MAX_ALL_TEXT = 16 * 2**20  # bytes of all variables of text
+UNBACKED, MAX_ABSENT = 64 * 2**20, 4096  # bytes that are made up for one read; chunks without a file that are read at all
+CHOOSE = "Choose steps that were recorded: run.steps."
 FAULTS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError, MemoryError)  # what zarr makes of a damaged chunk
-SMALL = 10_000  # values of a variable that is kept once it was read, as stock xarray keeps every variable
+SMALL, MAX_KEPT = 10_000, 2**21  # values of a variable that is kept once it was read, as stock xarray keeps each; of all that are
 TEXT = np.dtypes.StringDType()
-LARGE, MOST_HOLES = 64 * 2**20, 64  # of a larger file, 1 byte in 64 must take room on the disk
 
 
-# --- chunks ----------------------------------------------------------------------------------------------------------
-
-
-def sizes_of(stored: Stored) -> tuple[int, int]:
-    """The least and the greatest size that a chunk's file can have, in bytes."""
-    if stored.dtype is None:
-        return 1, MAX_TEXT
-    if stored.inner is None:
-        return stored.chunk_bytes + 4, stored.chunk_bytes + 4
-    count = prod(stored.chunks) // prod(stored.inner)
-    return 16 * count + 4, 20 * count + 4 + stored.chunk_bytes
-
-
-def check_chunk(root: Path, stored: Stored, found: os.stat_result) -> None:
-    """Refuse a chunk's file that is not as large as its values are, or that is a hole."""
-    least, most = sizes_of(stored)
-    if not least <= found.st_size <= most:
-        raise refuse(root, f"a chunk of {stored.path} has {found.st_size} bytes, and not {least if least == most else f'{least} to {most}'}")
-    if is_hole(found):
-        raise refuse(root, f"a chunk of {stored.path} is a hole of {found.st_size} bytes")
-
-
-def is_hole(found: os.stat_result) -> bool:
-    """Whether a large file takes next to no room on the disk, because nothing was ever written into it."""
-    blocks = getattr(found, "st_blocks", found.st_size)  # Windows does not say
-    return found.st_size > LARGE and blocks * 512 * MOST_HOLES < found.st_size
-
-
-def _check_text(root: Path, stored: Stored, raw: bytes) -> None:
-    """Refuse a chunk of text that would grow beyond measure, or that says that it holds more texts than its shape has."""
-    names = [codec["name"] for codec in stored.metadata["codecs"]]
-    try:
-        if names[-1] == "crc32c":
-            raw = raw[:-4]
-        if "zstd" in names:
-            size = _zstd_size(raw)
-            if not 0 < size <= MAX_TEXT:
-                raise ValueError
-            raw = bytes(Zstd().decode(raw, np.empty(size, np.uint8)))
-        if int.from_bytes(raw[:4], "little") != prod(stored.chunks) or len(raw) < 4 + 4 * prod(stored.chunks):
-            raise ValueError
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise refuse(root, f"{stored.path} is not the text that it should be") from error
-
-
-def _zstd_size(raw: bytes) -> int:
-    """The size of what a zstd frame holds, as its header says it, or 0 (RFC 8878, section 3.1.1.1)."""
-    if raw[:4] != b"\x28\xb5\x2f\xfd":
-        return 0
-    flags = raw[4]
-    single = flags >> 5 & 1
-    start = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
-    length = (single, 2, 4, 8)[flags >> 6]
-    return int.from_bytes(raw[start : start + length], "little") + (256 if length == 2 else 0)
+# --- the store ------------------------------------------------------------------------------------------------------
 
 
 class Untrusting(Store):
@@ -110,6 +58,10 @@ class Untrusting(Store):
     def __init__(self, root: Path, arrays: Mapping[str, Stored]):
         super().__init__(read_only=True)
         self.root, self._arrays = root, arrays
+        self._absent: set[str] = set()
+        self._made_up = self._weight = self._files = self._bytes = 0
+        self._text: dict[str, int] = {}
+        self._roomless = 0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Untrusting) and self.root == other.root
@@ -128,13 +80,11 @@ class Untrusting(Store):
             try:
                 content = self._chunk(stored, key, byte_range)
             except FileNotFoundError:
+                self.absent(stored, key)
                 return None
         return (prototype or default_buffer_prototype()).buffer.from_bytes(content)
 
     def _chunk(self, stored: Stored, key: str, byte_range: ByteRequest | None) -> bytes:
-        def check(found: os.stat_result) -> None:
-            check_chunk(self.root, stored, found)
-
         part = slice(None)
         if isinstance(byte_range, RangeByteRequest):
             part = slice(byte_range.start, byte_range.end)
@@ -142,12 +92,37 @@ class Untrusting(Store):
             part = slice(byte_range.offset, None)
         elif isinstance(byte_range, SuffixByteRequest):
             part = slice(-byte_range.suffix, None)
-        content = read_file(self.root, key, check, part)
+        content = read_file(self.root, key, functools.partial(self.check, stored, key), part)
         if isinstance(byte_range, RangeByteRequest) and len(content) != byte_range.end - byte_range.start:
             raise refuse(self.root, f"a chunk of {stored.path} is cut off")
         if stored.dtype is None:
-            _check_text(self.root, stored, content)
+            self._text[key] = check_text(self.root, stored, content)
+            if sum(self._text.values()) > MAX_ALL_TEXT:
+                raise refuse(self.root, f"it has more than {MAX_ALL_TEXT} bytes of text")
         return content
+
+    def absent(self, stored: Stored, key: str, weight: int = 1) -> None:
+        """Count a chunk that is in no file: what is made up for such takes time, and no room. A few may be, for each file that is read."""
+        if key not in self._absent:
+            self._absent.add(key)
+            self._weight += weight
+            self._made_up += min(stored.chunk_bytes, UNBACKED)
+            if self._weight > MAX_ABSENT + 50 * self._files or self._made_up > 16 * UNBACKED + 50 * self._bytes:
+                raise RecordingDamaged(f"{printable(self.root.name)}: {len(self._absent)} chunks were asked for that are in no file.", CHOOSE)
+
+    def check(self, stored: Stored, key: str, found: os.stat_result) -> None:
+        """Refuse a chunk's file by what it is: of another size than its values, or room that is claimed and not there."""
+        check_chunk(self.root, stored, found)
+        self._files, self._bytes = self._files + 1, self._bytes + found.st_size
+        if takes_no_room(self.root / key, found):
+            self._roomless += found.st_size
+            if self._roomless > LARGE:
+                what = (
+                    f"a chunk of {stored.path} is a hole of {found.st_size} bytes"
+                    if found.st_size > LARGE
+                    else "its chunks share their bytes, or are holes"
+                )
+                raise refuse(self.root, what, "Copy it with cp -r, and read the copy.")
 
     async def get_partial_values(self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]) -> list[Buffer | None]:
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
@@ -192,9 +167,11 @@ class Values(BackendArray):
     def _read(self, key: tuple[Any, ...]) -> Any:
         try:
             self._check_size(key)
-            found = read_shards(self._store.root, self._stored, key, functools.partial(check_chunk, self._store.root, self._stored))
+            found = read_shards(self._store.root, self._stored, key, functools.partial(self._store.check, self._stored))
             if found is not None:
                 return found
+            if self._is_absent(key):
+                return np.full([_count(size, which) for size, which in zip(self.shape[1:], key[1:], strict=True) if not _is_one(which)], self._fill)
             with np.errstate(over="ignore"):  # zarr adds up what a shard's index says, whatever it says
                 if any(isinstance(which, np.ndarray) for which in key):
                     return self._array.oindex[key]
@@ -208,30 +185,62 @@ class Values(BackendArray):
             name = printable(self._store.root.name)
             raise RecordingDamaged(f"{name}: {self._stored.path} cannot be read: {why}", "Take it from a copy, or record it again.") from error
 
+    def _is_absent(self, key: tuple[Any, ...]) -> bool:
+        """Whether one step is asked for, and its file is not there: said without zarr, which takes a millisecond."""
+        if self._stored.dtype is None or self._stored.chunks != (1, *self.shape[1:]) or not _is_one(key[0]) or not 0 <= key[0] < self.shape[0]:
+            return False
+        name = ".".join(["c", str(int(key[0])), *["0"] * (len(self.shape) - 1)])
+        if exists(self._store.root / self._stored.path / name):
+            return False
+        self._store.absent(self._stored, f"{self._stored.path}/{name}", weight=2)  # one at a time
+        return True
+
+    @functools.cached_property
+    def _fill(self) -> Any:
+        return np.asarray(self._array.fill_value, self.dtype)
+
     def _check_size(self, key: tuple[Any, ...]) -> None:
         """Refuse to make up a large amount of values that no file holds."""
         stored = self._stored
-        rows = [np.unique(np.arange(size)[which] // part) for size, which, part in zip(stored.shape, key, stored.chunks, strict=True)]
-        asked = prod(np.size(np.arange(size)[which]) for size, which in zip(stored.shape, key, strict=True)) * self.dtype.itemsize
+        asked = prod(_count(size, which) for size, which in zip(stored.shape, key, strict=True)) * self.dtype.itemsize
         if asked <= UNBACKED:
             return
+        rows = [_chunks(size, which, part) for size, which, part in zip(stored.shape, key, stored.chunks, strict=True)]
         held = 0
         for place in itertools.product(*rows):
-            try:
-                found = (self._store.root / stored.path / ".".join(["c", *map(str, place)])).lstat()
-            except FileNotFoundError:
-                continue
-            check_chunk(self._store.root, stored, found)
-            held += found.st_size
-        missing = asked * (1 - held / (prod(map(len, rows)) * stored.chunk_bytes))
+            name = f"{stored.path}/{'.'.join(['c', *map(str, place)])}"
+            with contextlib.suppress(FileNotFoundError):
+                found = (self._store.root / name).lstat()
+                self._store.check(stored, name, found)
+                held += found.st_size
+        missing = asked * (1 - held / (prod(map(len, rows)) * max(1, stored.chunk_bytes)))
         if missing > UNBACKED and missing > self._largest():
             what = f"{missing / 1e6:.0f} MB of {stored.path} are claimed, and in no file"
-            raise RecordingDamaged(f"{printable(self._store.root.name)}: {what}.", "Choose steps that were recorded: run.steps.")
+            raise RecordingDamaged(f"{printable(self._store.root.name)}: {what}.", CHOOSE)
 
     def _largest(self) -> int:
         """The size of the largest chunk that there is: another may well be as large."""
         with reading(self._store.root), os.scandir(self._store.root / self._stored.path) as entries:
             return max((entry.stat(follow_symlinks=False).st_size for entry in entries if entry.name.startswith("c.")), default=0)
+
+
+def _count(size: int, which: Any) -> int:
+    """How many of `size` places an index selects, by arithmetic: `size` is what a stranger claims."""
+    return len(range(*which.indices(size))) if isinstance(which, slice) else int(np.size(which))
+
+
+def _is_one(which: Any) -> bool:
+    return not isinstance(which, slice) and np.ndim(which) == 0
+
+
+def _chunks(size: int, which: Any, part: int) -> Sequence[int]:
+    """The chunks of `part` places that an index selects."""
+    if not isinstance(which, slice):
+        places = np.atleast_1d(which)
+        return [int(chunk) for chunk in np.unique(np.where(places < 0, places + size, places) // part)]
+    chosen = range(*which.indices(size))
+    ends = sorted((chosen[0] // part, chosen[-1] // part)) if chosen else (0, -1)
+    return range(ends[0], ends[1] + 1) if abs(chosen.step) <= part else sorted({place // part for place in chosen})
 
 
 def open_tree(path: Path) -> xr.DataTree:
@@ -246,12 +255,15 @@ def _tree(path: Path) -> xr.DataTree:
     store = Untrusting(path, arrays)
     labels = _labels(store, [stored for name, stored in arrays.items() if stored.dims == (name.rpartition("/")[2],)])
     inside: dict[str, dict[str, xr.Variable]] = {group: {} for group in groups}
+    kept = 0
     for name, stored in arrays.items():
         group, _, last = name.rpartition("/")
         values: Any = labels[name] if name in labels else indexing.LazilyIndexedArray(Values(store, stored))
-        if name not in labels and prod(stored.shape) <= SMALL:
+        if name not in labels and prod(stored.shape) <= SMALL and kept + prod(stored.shape) <= MAX_KEPT:
+            kept += prod(stored.shape)
             values = indexing.MemoryCachedArray(indexing.CopyOnWriteArray(values))  # type: ignore[no-untyped-call]
-        inside[group][last] = xr.Variable(stored.dims, values, dict(stored.attributes))
+        layout = {"chunks": stored.chunks, "fill_value": stored.metadata.get("fill_value")}
+        inside[group][last] = xr.Variable(stored.dims, values, dict(stored.attributes), layout)
     try:
         return xr.DataTree.from_dict(
             {f"/{group}": _dataset(variables, root["attributes"] if not group else {}) for group, variables in inside.items()}
@@ -260,6 +272,20 @@ def _tree(path: Path) -> xr.DataTree:
         raise
     except (ValueError, TypeError, KeyError) as error:
         raise refuse(path, f"its variables do not fit together ({printable(str(error).splitlines()[0])})") from error
+
+
+def in_files(root: Path, name: str, variable: xr.Variable, steps: Iterable[int]) -> list[int]:
+    """Those of `steps` for which a variable of `open_tree` has a file: the others hold nothing but its fill value."""
+    if variable.dims[:1] != ("step",) or variable.encoding.get("chunks") != (1, *variable.shape[1:]):
+        return [int(step) for step in steps]
+    rest = ".0" * (variable.ndim - 1)
+    return [int(step) for step in steps if exists(root / name / f"c.{step}{rest}")]
+
+
+def has_files(root: Path, name: str) -> bool:
+    """Whether anything of a variable was written."""
+    with reading(root), os.scandir(root / name) as entries:
+        return any(entry.name[:1] == "c" for entry in entries)
 
 
 def _labels(store: Untrusting, which: Sequence[Stored]) -> dict[str, np.ndarray]:

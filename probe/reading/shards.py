@@ -5,6 +5,7 @@ Its values are zarr's. Whatever is laid out otherwise, is not there or does not 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from math import prod
@@ -20,10 +21,11 @@ from probe.reading.untrusted import Stored
 ENTRY, CHECKSUM = 16, 4  # bytes: where a chunk begins and how long it is; a CRC-32C
 
 
-def read_shards(root: Path, stored: Stored, key: tuple[Any, ...], check: Callable[[os.stat_result], None]) -> np.ndarray | None:
+def read_shards(root: Path, stored: Stored, key: tuple[Any, ...], check: Callable[[str, os.stat_result], None]) -> np.ndarray | None:
     """The values at `key` (an int, slice or array of indices for each axis) of a variable with one shard a step and one chunk a token.
 
-    `check` is given what each shard's file is before it is read. None where zarr has to read it. Raises OSError, RecordingDamaged.
+    `check` is given each shard's file, by name and by what it is, before it is read. None where zarr has to read it.
+    Raises RecordingDamaged, RecordingUnreadable.
     """
     steps, tokens, *rest = stored.shape if len(stored.shape) > 2 else (0, 0)
     if stored.dtype is None or stored.inner != (1, 1, *rest) or stored.chunks != (1, tokens, *rest):
@@ -34,7 +36,7 @@ def read_shards(root: Path, stored: Stored, key: tuple[Any, ...], check: Callabl
     for place, step in enumerate(asked[0]):
         name = ".".join([f"{stored.path}/c.{step}", *["0"] * (len(rest) + 1)])
         try:
-            with opened(root, name, check) as file:
+            with opened(root, name, functools.partial(check, name)) as file:
                 index = _checked(file.fileno(), ENTRY * tokens + CHECKSUM, os.fstat(file.fileno()).st_size - ENTRY * tokens - CHECKSUM)
                 for number, token in enumerate(asked[1]):
                     begin, length = np.frombuffer(index, "<u8").reshape(tokens, 2)[token].tolist() if index else (0, 0)
@@ -52,6 +54,13 @@ def read_shards(root: Path, stored: Stored, key: tuple[Any, ...], check: Callabl
 
 def _checked(file: int, length: int, begin: int) -> bytes:
     """A part of a file without the checksum at its end, or nothing where that does not hold."""
-    content = os.pread(file, length, begin) if begin >= 0 else b""
+    content = _part(file, length, begin) if begin >= 0 else b""
     whole = len(content) == length > CHECKSUM and google_crc32c.value(content[:-CHECKSUM]).to_bytes(CHECKSUM, "little") == content[-CHECKSUM:]
     return content[:-CHECKSUM] if whole else b""
+
+
+def _part(file: int, length: int, begin: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(file, length, begin)
+    os.lseek(file, begin, os.SEEK_SET)  # Windows has no pread; nobody else has this descriptor
+    return os.read(file, length)

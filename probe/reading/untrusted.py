@@ -20,13 +20,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from probe.errors import RecordingNotFound
-from probe.reading.files import entry_is_link, read_json, refuse, refuse_link
+from probe.reading.files import entry_is_link, no_longer, parse_json, read_file, read_json, refuse, refuse_link
 from probe.schema import STATUSES, array
 from probe.strict_yaml import UNCLEAN, printable, shorten
 from probe.system import reading
 
 MAX_ROOT, MAX_NODE = 8 * 2**20, 2**20  # bytes of the root file, of any other zarr.json
-MAX_NODES, MAX_DEPTH, MAX_CHUNKS, MAX_LABELS = 4000, 8, 10_000, 100_000
+MAX_ALL_NODES = 16 * 2**20  # bytes of all of them
+MAX_NODES, MAX_DEPTH, MAX_CHUNKS, MAX_LABELS, MAX_ALL_LABELS = 2000, 8, 10_000, 100_000, 300_000
 
 DTYPES = {name: np.dtype(name) for name in "uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split()}
 FLOATS = ("float16", "float32", "float64")
@@ -91,6 +92,8 @@ WHERE_PRESENT: dict[str, Callable[[object], bool]] = {
     "parent_run": _none_or_text,
     "memory_format": lambda value: isinstance(value, dict) and all(how in ("contiguous", "channels_last") for how in value.values()),
     "cut_from_prompt": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
+    "text_rules": lambda value: value in (1, 2) and not isinstance(value, bool),
+    "read_as": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
     "resumed": lambda value: isinstance(value, list),
 }
 
@@ -128,6 +131,11 @@ class Stored:
         return float(self.metadata.get("fill_value") or 0) if self.dtype is not None else 0.0
 
     @property
+    def is_labels(self) -> bool:
+        """Whether these are labels of a dimension, or other text."""
+        return self.dtype is None or self.dims == (self.path.rpartition("/")[2],)
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes of the values of one chunk (0 for text, whose chunks have any size)."""
         return prod(self.chunks) * self.dtype.itemsize if self.dtype is not None else 0
@@ -144,16 +152,18 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
         raise refuse(path, "its zarr.json does not list what is in it (zarr.consolidate_metadata does that)")
     if len(nodes) > MAX_NODES:
         raise refuse(path, f"it lists {len(nodes)} variables and groups")
-    groups, arrays = [""], {}
+    groups, arrays, left, labels = [""], {}, MAX_ALL_NODES, 0
     for name, node in sorted(nodes.items()):
         said = shorten(printable(name))
         parent, _, last = name.rpartition("/")
         if not SEGMENT.fullmatch(last) or GRIDDED.fullmatch(name) or name.count("/") >= MAX_DEPTH or parent not in groups or name[:1] == "/":
             raise refuse(path, f"it lists {said!r}, which is no name of a variable or group, or is in no group")
         try:
-            own = read_json(path, f"{name}/zarr.json", MAX_NODE)
+            raw = read_file(path, f"{name}/zarr.json", no_longer(path, f"{name}/zarr.json", min(MAX_NODE, left)))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise refuse(path, f"{said} has no zarr.json that can be read") from error
+        left -= len(raw)
+        own = parse_json(path, f"{name}/zarr.json", raw)
         if not (isinstance(node, dict) and isinstance(own, dict)) or _bare(own) != _bare(node):
             raise refuse(path, f"{said}/zarr.json and the root's zarr.json disagree")
         if node.get("zarr_format") != 3 or not isinstance(node.get("attributes"), dict):
@@ -161,7 +171,10 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
         if node.get("node_type") == "group":
             groups.append(name)
         else:
-            arrays[name] = _stored(path, name, node)
+            arrays[name] = stored = _stored(path, name, node)
+            labels += prod(stored.shape) if stored.is_labels else 0
+            if labels > MAX_ALL_LABELS:
+                raise refuse(path, f"it has more than {MAX_ALL_LABELS} labels")
     for group in groups:
         _no_links(path, group)
     return groups, arrays
@@ -222,9 +235,12 @@ def _stored(path: Path, name: str, node: dict[str, Any]) -> Stored:
             no(f"is {kind} ({', '.join(dims)}), and not {' or '.join(allowed)} ({', '.join(known.dims)})")
     except KeyError:  # a newer version's: nothing here reads it
         pass
-    if (dtype is None or tuple(dims) == (last,)) and prod(shape) > MAX_LABELS:
+    stored = Stored(name, shape, chunks, inner, tuple(dims), dtype, node["attributes"], node)
+    if stored.is_labels and prod(shape) > MAX_LABELS:
         no("has too many labels")
-    return Stored(name, shape, chunks, inner, tuple(dims), dtype, node["attributes"], node)
+    if dtype is None and prod(counts) > 1:
+        no("is text in more than one chunk")
+    return stored
 
 
 def _sizes(found: object, least: int = 1) -> tuple[int, ...] | None:

@@ -16,15 +16,17 @@ import numpy as np
 import torch
 import xarray as xr
 
-from probe.analysis.maps import resize, spelt_words
+from probe.analysis.maps import resize
 from probe.analysis.recomputed import recomputed
 from probe.diffusion.loading import load
-from probe.diffusion.models import Prompt, StableDiffusion
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.prompts import Prompt
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.reading.recording import Run
 from probe.schema import near
 from probe.watching.modes import scaled_keys
 from probe.watching.rehearsal import cross_attention
+from probe.words import occurrences, spelt
 
 READ_OUT = "read-out: this word did not influence the picture"
 
@@ -43,23 +45,23 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
     """Where the picture would have looked at `word`: its tokens' share, mean over layers of all grids, heads and images.
 
     *Shape:* (step, y, x) float32 on the largest grid. `context` is the sentence that the text encoder reads (default: "a
-    <word>"), and has to contain the word. Raises ExperimentError for a text without letters or digits, and for a word that is not
-    in the context; else as `ask`.
+    <word>"), and has to contain the word. Raises ExperimentError for a text without letters, digits or symbols, and for a word that
+    is not in the context; else as `ask`.
     """
-    wanted = spelt_words(word)
-    if not wanted:
-        problem = f"{word!r} is no word: there are no letters in it." if word.strip() else "There is no word to ask for."
-        raise ExperimentError(problem, "Name one: probe ask latest fish")
+    name_one = "Name one: probe ask latest fish"
+    if not word.strip():
+        raise ExperimentError("There is no word to ask for.", name_one)
     model, prompt = _read(run, f"a {word}" if context is None else context, pipeline)
-    words = [w.casefold() for w in prompt.words]
-    starts = [i for i in range(len(words) - len(wanted) + 1) if words[i : i + len(wanted)] == wanted]
-    if not starts and prompt.cut:
+    places = occurrences(word, prompt.words)
+    if not places and not spelt(word):
+        raise ExperimentError(f"{word!r} is no word: there are no letters in it.", name_one)
+    if not places and prompt.cut:
         raise ExperimentError(
             f"{word[:80]!r} was not read: the sentence was cut before {prompt.cut[:80]!r}.", "Ask in a shorter one, with --context."
         )
-    if not starts:
+    if not places:
         raise ExperimentError(f"{word!r} is not in {prompt.text!r}.", near(word, list(prompt.words) or ["a fish"]))
-    tokens = [t for t, of in enumerate(prompt.word_of) if any(start <= of < start + len(wanted) for start in starts)]
+    tokens = [t for t, of in enumerate(prompt.word_of) if any(of in place for place in places)]
     grids = _maps(run, model, prompt)
     largest = next(iter(grids.values()))
     size = (largest.sizes["y"], largest.sizes["x"])

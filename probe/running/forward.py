@@ -27,6 +27,7 @@ from probe.reading.recording import Run, root_attributes
 from probe.running.planning import Plan, plan
 from probe.schema import array
 from probe.store import RunWriter
+from probe.words import RULES
 
 
 def encode(model: StableDiffusion, picture: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,9 +101,16 @@ def _draws(asked: Experiment, shape: tuple[int, ...], dtype: torch.dtype, encode
     return sample, draw(generators, shape, dtype), generators
 
 
-def plan_forward(model: StableDiffusion, asked: Experiment, picture: np.ndarray, timesteps: tuple[int, ...], masks: Mapping[str, np.ndarray]) -> Plan:
+def plan_forward(
+    model: StableDiffusion,
+    asked: Experiment,
+    picture: np.ndarray,
+    timesteps: tuple[int, ...],
+    masks: Mapping[str, np.ndarray],
+    rules: int = RULES,
+) -> Plan:
     """What a noising records: as a run of `asked` whose steps are the timesteps, and what is measured. Raises as `plan` does."""
-    settled = plan(model, asked, picture, Schedule.at(model.scheduler, timesteps))
+    settled = plan(model, asked, picture, Schedule.at(model.scheduler, timesteps), rules)
     calls, shape = settled.calls, settled.latent_shape
     arrays = [
         array("source", "psnr", ()),
@@ -118,9 +126,10 @@ def plan_forward(model: StableDiffusion, asked: Experiment, picture: np.ndarray,
 def replan(model: StableDiffusion, run: Run) -> Plan:
     """The plan by which a recording was made, of whatever kind, with the picture and the masks that it holds."""
     picture = None if run.source is None else run.source.values
+    rules = int(run.attributes.get("text_rules", 1))
     if picture is None or "noising" not in run.attributes:
-        return plan(model, run.experiment, picture)
-    return plan_forward(model, run.experiment, picture, tuple(run.attributes["noising"]["timesteps"]), recorded_masks(run))
+        return plan(model, run.experiment, picture, rules=rules)
+    return plan_forward(model, run.experiment, picture, tuple(run.attributes["noising"]["timesteps"]), recorded_masks(run), rules)
 
 
 def recorded_masks(run: Run) -> dict[str, np.ndarray]:

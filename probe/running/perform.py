@@ -154,12 +154,14 @@ def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Condi
     inside: dict[str, dict[str, torch.Tensor]] = {}
     wholes: dict[str, dict[str, torch.Tensor]] = {}
     capture = TextCapture(model.text_encoder, run.activations)
-    with hooked(capture):
+    text = run.experiment.capture.text
+    with hooked(capture if text else capture.outputs):
         for branch in sorted(run.called):  # the prompt first, then the negative prompt, each alone, as diffusers does
+            capture.mask = model.text_mask(run.prompts[branch])
             embeddings[branch] = model.encode(run.prompts[branch])
-            inside[branch] = capture.take()
+            inside[branch] = capture.take() if text else {}
             wholes[branch] = capture.outputs.take()[1]
-    if run.experiment.capture.text:
+    if text:
         axis = {"hidden": 1, "attention": 1}
         for name in ("embedding", "hidden", "output", "attention"):
             stacked = torch.stack([inside[branch][name] for branch in run.called], dim=axis.get(name, 0))

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from probe.diffusion.models import Prompt, StableDiffusion
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.prompts import Prompt
 from probe.diffusion.sampling import Schedule, first_call, fresh
-from probe.diffusion.support import refuse_pictures
 from probe.errors import ExperimentError, TooLarge
 from probe.experiment import Experiment
 from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, STATISTICS, Array, array
@@ -25,6 +25,7 @@ from probe.source import read_picture
 from probe.watching.counterfactual import chosen_words
 from probe.watching.rehearsal import Rehearsal, rehearse
 from probe.watching.selection import Kept, activation_paths, attention_layers, statistic_paths
+from probe.words import RULES
 
 ENCODER = "text_encoder"
 
@@ -115,17 +116,16 @@ def size_text(n: float) -> str:
     return f"{n:.1f} TB"
 
 
-def plan(model: StableDiffusion, experiment: Experiment, picture: np.ndarray | None = None, schedule: Schedule | None = None) -> Plan:
+def plan(
+    model: StableDiffusion, experiment: Experiment, picture: np.ndarray | None = None, schedule: Schedule | None = None, rules: int = RULES
+) -> Plan:
     """Settle what a run of `experiment` on `model` records. Raises ExperimentError or PromptError if it cannot be.
 
-    `picture` is what a recording holds of `experiment.image`, which is then not read; `schedule` is another than the scheduler's.
+    A recording's `picture` is taken instead of reading `experiment.image`, `schedule` instead of the scheduler's; `rules` read its text.
     """
-    refuse_pictures(model.name, model.vae, experiment.image if picture is None else picture)
     capture = experiment.capture
-    guided = experiment.guidance_scale > 1.0
-    called = BRANCHES if guided else ("cond",)
-    texts = {"cond": experiment.prompt, "uncond": experiment.negative_prompt}
-    prompts = {branch: model.read(texts[branch], experiment.over_long) for branch in called}
+    called = BRANCHES if experiment.guidance_scale > 1.0 else ("cond",)
+    prompts = {b: model.read(experiment.prompt if b == "cond" else experiment.negative_prompt, experiment.over_long, rules) for b in called}
     branches = tuple(b for b in called if capture.branches in ("both", b))
     if not branches:
         raise ExperimentError(
@@ -154,12 +154,12 @@ def plan(model: StableDiffusion, experiment: Experiment, picture: np.ndarray | N
             f"height, width: {model.name} cannot run on {y} x {x} pixels ({str(problem).splitlines()[0][:120]}).",
             f"Use multiples of {model.f * 2 ** (len(model.unet.config.down_block_types) - 1)}.",
         ) from problem
+    model.check_reading(prompts)
     layers = attention_layers(rehearsal.grids, capture.layers) if capture.attention != "off" else {}
     selves = attention_layers(rehearsal.self_grids, capture.self_attention, "self_attention")
     kept = Kept(tokens - 1 if capture.tokens == "all" or capture.attention == "queries" else max(prompts[b].end for b in branches), tokens)
     statistics = {part: statistic_paths(model, part, rehearsal) if capture.statistics and getattr(model, part) else [] for part in ("unet", "vae")}
     activations = activation_paths(rehearsal, capture.activations)
-    every = experiment.decode_every
     settled = Plan(
         experiment=experiment,
         prompts=prompts,
@@ -175,7 +175,7 @@ def plan(model: StableDiffusion, experiment: Experiment, picture: np.ndarray | N
         statistics=statistics,
         activations=activations,
         recorded=capture.steps_of(calls),
-        decoded=tuple(sorted({*range(0, calls, every), calls - 1})) if every else (),
+        decoded=tuple(sorted({*range(0, calls, experiment.decode_every), calls - 1})) if experiment.decode_every else (),
         arrays=(),
     )
     arrays = (*_latents(model, settled, picture), *_text(model, settled), *_attention(settled), *_outputs(model, settled), *_cost(settled))

@@ -25,6 +25,7 @@ import torch
 from probe import pictures
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
+from probe.diffusion.support import refuse_pictures
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
 from probe.experiment import Experiment, load_experiment
 from probe.fields import place
@@ -39,6 +40,7 @@ from probe.schema import FORMAT_VERSION
 from probe.stopping import breakable, cleanly
 from probe.store import RunWriter
 from probe.terminal import shell_path, without_home
+from probe.words import RULES, read_plainly
 
 
 def record(
@@ -75,16 +77,27 @@ def rerun(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Ru
     room, say = free_room(run.path.parent), sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say, run)
+        weights = compare_weights(model, run, say)
         settled = plan(model, asked, None if run.source is None else run.source.values)
         settled.check_size(None, room)
-        return _record(model, settled, say, progress, parent=run.name)
+        return _record(model, settled, say, progress, run.name, weights)
 
 
-def _record(model: StableDiffusion, run: Plan, say: Say, progress: bool, parent: str | None = None) -> Run:
+def compare_weights(model: StableDiffusion, run: Run, say: Say) -> str:
+    """The digest of a model's weights; that it is not the one of a recording is said."""
+    weights = model.digest()
+    if weights != (recorded := run.said("model", "weights")):
+        say(f"{run.name} was recorded with other weights (digest {recorded}) than {model.name} has here ({weights}): what comes will differ.")
+    return weights
+
+
+def _record(model: StableDiffusion, run: Plan, say: Say, progress: bool, parent: str | None = None, weights: str | None = None) -> Run:
     asked, created = run.experiment, datetime.now(UTC).isoformat(timespec="milliseconds")
     key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
     path = place(asked.output) / f"{asked.run_name}-{key}.zarr"
-    attributes = {**describe(model, run), "created": created, "parent_run": parent}
+    attributes = {**describe(model, run, weights), "created": created, "parent_run": parent}
+    if plainly := read_plainly([prompt.text for prompt in run.prompts.values()]):
+        say(plainly)
     say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
     with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
         _see_through(path, model, run, writer, say, progress)
@@ -147,10 +160,13 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run |
         if recorded is not None:
             revision, dtype = recorded.said("model", "revision") or revision, recorded.said("model", "dtype")
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": asked.device}
-        return load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
-    if isinstance(pipeline, StableDiffusion):
-        return pipeline.with_scheduler(asked.scheduler, asked.scheduler_options)
-    return StableDiffusion.of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
+        model = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
+    elif isinstance(pipeline, StableDiffusion):
+        model = pipeline.with_scheduler(asked.scheduler, asked.scheduler_options)
+    else:
+        model = StableDiffusion.of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
+    refuse_pictures(model.name, model.vae, asked.image)
+    return model
 
 
 def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
@@ -165,8 +181,8 @@ def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWrite
         raise
 
 
-def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
-    """The recording's attributes: what was asked, of which model, and where it ran."""
+def describe(model: StableDiffusion, run: Plan, weights: str | None = None) -> dict[str, Any]:
+    """The recording's attributes: what was asked, of which model (`weights`: its digest, if it is known), and where it ran."""
     import diffusers
     import transformers
 
@@ -195,11 +211,13 @@ def describe(model: StableDiffusion, run: Plan) -> dict[str, Any]:
             "f": model.f,
             "scaling_factor": model.scaling_factor,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": model.digest(),
+            "weights": weights or model.digest(),
         },
         "scheduler": {"class": type(model.scheduler).__name__, "config": scheduler_config(model.scheduler)},
         "prediction_type": model.prediction_type,
         "latent_convention": "variance_exploding" if run.schedule.variance_exploding else "variance_preserving",
+        "text_rules": RULES,
+        "read_as": {branch: prompt.read_as for branch, prompt in run.prompts.items() if prompt.read_as != prompt.text},
         "cut_from_prompt": {branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut},
         "decoded_in_float32": False,
     }

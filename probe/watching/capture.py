@@ -265,7 +265,11 @@ class OutputCapture:
 
 
 class TextCapture:
-    """The text encoder's inside, one `take()` per call: embedding, hidden states, final output, attention of every layer."""
+    """The text encoder's inside, one `take()` per call: embedding, hidden states, final output, attention of every layer.
+
+    `mask` is the attention mask that the next call is given, (1, token), 0 for tokens that nobody looks at. Each layer's attention
+    is proven: softmax(q k^T) v has to be what it writes. Raises CaptureError where it is not.
+    """
 
     def __init__(self, text_encoder: nn.Module, activations: Sequence[str] = ()):
         root: Any = getattr(text_encoder, "text_model", text_encoder)
@@ -273,6 +277,9 @@ class TextCapture:
         names = ["embedding", "output", *(f"hidden {i}" for i in range(len(self._layers)))]
         self._tray = Tray([*names, *(f"attention {i}" for i in range(len(self._layers)))])
         self._queries: dict[int, torch.Tensor] = {}
+        self._values: dict[int, torch.Tensor] = {}
+        self._shares: dict[int, torch.Tensor] = {}
+        self.mask: torch.Tensor | None = None
         self.outputs = OutputCapture("text_encoder", text_encoder, (), activations)
 
     def watches(self) -> list[Watch]:
@@ -285,6 +292,8 @@ class TextCapture:
             found.append((layer, "output", self._hidden(index)))
             found.append((layer.self_attn.q_proj, "output", functools.partial(self._queries.__setitem__, index)))
             found.append((layer.self_attn.k_proj, "output", self._attention(index, layer.self_attn)))
+            found.append((layer.self_attn.v_proj, "output", functools.partial(self._values.__setitem__, index)))
+            found.append((layer.self_attn.out_proj, "input", self._prove(index)))
         return found + self.outputs.watches()
 
     def _hidden(self, index: int) -> Callable[[Any], None]:
@@ -292,13 +301,29 @@ class TextCapture:
 
     def _attention(self, index: int, module: Any) -> Callable[[Any], None]:
         def hook(key: torch.Tensor) -> None:
-            heads = module.num_heads
             with torch.no_grad():
-                q = self._queries.pop(index).float().unflatten(-1, (heads, -1)).transpose(1, 2)
-                k = key.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+                q, k = (_by_head(side, module.num_heads) for side in (self._queries.pop(index), key))
                 products = q @ k.transpose(-1, -2) * module.scale
-                future = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).triu(1)
-                self._tray.put(f"attention {index}", products.masked_fill(future, float("-inf")).softmax(-1))
+                hidden = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).triu(1)
+                if self.mask is not None:
+                    hidden = hidden | (self.mask.to(products.device) == 0)
+                self._shares[index] = products.masked_fill(hidden, float("-inf")).softmax(-1)
+                self._tray.put(f"attention {index}", self._shares[index])
+
+        return hook
+
+    def _prove(self, index: int) -> Callable[[Any], None]:
+        def hook(written: torch.Tensor) -> None:
+            shares, values = self._shares.pop(index), self._values.pop(index)
+            with torch.no_grad():
+                parts = _by_head(values, shares.shape[1])
+                expected, size = ((shares @ value).transpose(1, 2).flatten(2) for value in (parts, parts.abs()))
+                off = float((written.float() - expected).norm() / size.norm())
+            if not off <= max(1e-3, torch.finfo(written.dtype).eps / 2):
+                raise CaptureError(
+                    f"text_encoder: layer {index} does not attend to the tokens before each token (off by {off:.1%}), so its maps would be wrong.",
+                    "Load the text encoder anew, or leave it out: capture.text: false.",
+                )
 
         return hook
 
@@ -312,6 +337,12 @@ class TextCapture:
             "output": found["output"][0],
             "attention": torch.stack([found[f"attention {i}"][0] for i in layers]),
         }
+
+
+def _by_head(side: torch.Tensor, heads: int) -> torch.Tensor:
+    """(batch, token, feature) -> (batch, head, token, head_feature) float32."""
+    apart: torch.Tensor = side.float().unflatten(-1, (heads, -1))
+    return apart.transpose(1, 2)
 
 
 def hooked(*captures: Watching) -> Hooks:

@@ -15,30 +15,33 @@ from dataclasses import replace
 
 import torch
 
-from probe.diffusion.models import Prompt, StableDiffusion
+from probe.diffusion.models import StableDiffusion
+from probe.diffusion.prompts import Prompt
 from probe.diffusion.sampling import Step
 from probe.errors import ExperimentError
 from probe.schema import near
+from probe.words import STUMP, alike
 
 
 def chosen_words(prompt: Prompt, wanted: tuple[str, ...]) -> dict[str, list[int]]:
     """Token positions of the words of a prompt that are wanted ("*": every one), by their text; a word that is there twice is taken
     at all its places, also where one is in capital letters, which the text encoder does not see. Raises ExperimentError for a word
     that is not in the prompt."""
+    same = alike if prompt.rules > 1 else str.casefold
     first: dict[str, str] = {}
     places: dict[str, list[int]] = {}
     for position, of in enumerate(prompt.word_of):
         if of >= 0:
-            text = first.setdefault(prompt.words[of].casefold(), prompt.words[of])
+            text = first.setdefault(same(prompt.words[of]), prompt.words[of])
             places.setdefault(text, []).append(position)
     if wanted and not places:
         raise ExperimentError("capture.counterfactual: the prompt has no words to leave out.", "Write a prompt, or leave capture.counterfactual out.")
     found: dict[str, list[int]] = {}
     for word in wanted:
-        same = {text: at for text, at in places.items() if word == "*" or text.casefold() == word.casefold()}
-        if not same:
+        meant = {text: at for text, at in places.items() if word == "*" or same(text) == same(word.removesuffix(STUMP))}
+        if not meant:
             raise ExperimentError(f"capture.counterfactual: {word!r} is not a word of {prompt.text!r}.", near(word, list(places)))
-        found.update(same)
+        found.update(meant)
     return found
 
 

@@ -1,0 +1,211 @@
+"""A prompt as a model reads it: token ids, their texts, and the words that they spell.
+
+    prompt = read_prompt(tokenizer, "a cat's hat", convert=pipeline.maybe_convert_prompt)
+    prompt.words, prompt.spans                     # ("a", "cat's", "hat"), {0: [1], 1: [2, 3], 2: [4]}
+
+The words are those of `probe.words`, each with every token that reads a part of it. A token that was added to a tokenizer, as
+textual inversion does, is a word of its own, with all its vectors: `<toy> <toy>_1 <toy>_2` is the word `<toy>`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+
+from probe.errors import ModelError, PromptError
+from probe.words import APOSTROPHES, RULES, word_spans
+
+Convert = Callable[[str, Any], str]
+OverLong = Literal["error", "cut"]
+Token = tuple[int, int]  # of the text, where what it reads begins and ends
+
+MOST_TOKENS = 100_000  # transformers writes 1e30 where nobody said how many
+
+# The characters by which byte-level tokenizers show bytes (the alphabet of GPT-2).
+_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(byte): byte for byte in _SHOWN} | {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in _SHOWN)}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it: 77 tokens, their texts, and which word each belongs to (-1: none).
+
+    `text` is what was typed, `read_as` what the tokenizer got: textual inversion writes one word as several. `cut` is the end of
+    `read_as` that did not fit. `mask` is 1 for each token up to the end, `rules` are those by which words were found.
+
+    *Shape:* ids and mask (1, token).
+    """
+
+    text: str
+    ids: torch.Tensor
+    tokens: tuple[str, ...]
+    words: tuple[str, ...]
+    word_of: tuple[int, ...]
+    end: int
+    cut: str
+    read_as: str
+    mask: torch.Tensor
+    rules: int
+
+    @property
+    def spans(self) -> dict[int, list[int]]:
+        """Token positions of each word, by word index."""
+        return {w: [i for i, of in enumerate(self.word_of) if of == w] for w in range(len(self.words))}
+
+
+def read_prompt(tokenizer: Any, text: str, over_long: OverLong = "error", convert: Convert | None = None, rules: int = RULES) -> Prompt:
+    """Tokenize a prompt as a pipeline does, after its `convert`. Raises PromptError when it is too long or no text.
+
+    `rules` 1 gives tokens and words as the first recordings have them, which never converted a prompt. Raises ModelError for a
+    tokenizer without what is needed here.
+    """
+    limit = _limit(tokenizer)
+    _refuse_half_characters(text)
+    read_as = text if convert is None or rules == 1 else convert(text, tokenizer)
+    whole = tokenizer(read_as, return_offsets_mapping=True, truncation=False, verbose=False)
+    cut = ""
+    if len(whole.input_ids) > limit:
+        cut = read_as[whole["offset_mapping"][limit - 1][0] :]
+        if over_long == "error":
+            raise PromptError(
+                f"The prompt has {len(whole.input_ids)} tokens, {limit} is the most; it would lose {cut[:80]!r}.",
+                "Shorten it, or set over_long: cut.",
+            )
+    options = {"padding": "max_length", "max_length": limit, "truncation": True}
+    encoded = tokenizer(read_as, **options, return_offsets_mapping=True, return_attention_mask=True, return_tensors="pt")
+    offsets = encoded.pop("offset_mapping")[0].tolist()
+    end = min(len(whole.input_ids), limit) - 1
+    ids = encoded.input_ids[0].tolist()
+    pieces = [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
+    if rules == 1:
+        words, word_of = _first_words(read_as, offsets, end)
+    else:
+        added = tokenizer.added_tokens_decoder
+        inside = [position for position in range(1, end) if ids[position] in added]
+        words, word_of = _words(read_as[: len(read_as) - len(cut)], read_as, offsets, end, {position: pieces[position] for position in inside})
+        if _is_of_bytes(tokenizer):
+            pieces = [piece if id in added else token_text(piece) for id, piece in zip(ids, pieces, strict=True)]
+    return Prompt(text, encoded.input_ids, tuple(pieces), words, word_of, end, cut, read_as, encoded.attention_mask, rules)
+
+
+def token_text(piece: str) -> str:
+    r"""The text of a byte-level token. Bytes that are only part of a character are shown as Python does: \xf0\x9f."""
+    if not all(c in BYTES for c in piece):
+        return piece
+    return bytes(BYTES[c] for c in piece).decode(errors="backslashreplace")
+
+
+def words_to_know(text: str, tokenizer: Any) -> list[str]:
+    """The words of a text that have to be in a model's vocabulary, in small letters, each once: of "cat's", cat and s.
+
+    Words that were added to the tokenizer since are known.
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    if added:
+        text = re.sub("|".join(map(re.escape, sorted(added, key=len, reverse=True))), " ", text, flags=re.IGNORECASE)
+    words = [text[start:end].lower() for start, end in word_spans(text)]
+    return list(dict.fromkeys(part for word in words for part in re.split(f"[{APOSTROPHES}]", word)))
+
+
+def _refuse_half_characters(text: str) -> None:
+    if half := re.search("[\ud800-\udfff]", text):
+        raise PromptError(f"The prompt holds half a character, U+{ord(half[0]):04X}, which is no text.", "Delete it, or decode the prompt as UTF-8.")
+
+
+def _limit(tokenizer: Any) -> int:
+    """The most tokens of a prompt. Raises ModelError for a tokenizer that does not say it, or not where in a text its tokens are."""
+    kind = type(tokenizer).__name__
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"The tokenizer ({kind}) does not say where in a text its tokens are.", "Load the fast one: CLIPTokenizerFast.")
+    if int(tokenizer.model_max_length) > MOST_TOKENS:
+        raise ModelError(
+            f"The tokenizer ({kind}) has no greatest length, so that nobody knows how many tokens the text encoder reads.",
+            "Set tokenizer.model_max_length, or model_max_length in tokenizer_config.json: 77 for Stable Diffusion.",
+        )
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"The tokenizer ({kind}) has no padding token.", "Set tokenizer.pad_token, or pad_token in tokenizer_config.json.")
+    return int(tokenizer.model_max_length)
+
+
+def _is_of_bytes(tokenizer: Any) -> bool:
+    backend = tokenizer.backend_tokenizer
+    return "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}"
+
+
+def _trimmed(text: str, token: Sequence[int]) -> Token:
+    """Where a token's text begins and ends without the spaces around it."""
+    start, end = token
+    piece = text[start:end]
+    return start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
+
+
+def _words(read: str, text: str, offsets: Sequence[Sequence[int]], end: int, added: dict[int, str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The words that the tokens between BOS and EOS (at `end`) read, and the word of each token.
+
+    `read` is what was not cut from the end of `text`, `added` are the tokens that are words of their own. Words that one token
+    reads together are one word. A word of which no whole character was read is none.
+    """
+    tokens = {position: _trimmed(text, offsets[position]) for position in range(1, end)}
+    rest = list(text)
+    for position in added:
+        start, stop = tokens[position]
+        rest[start:stop] = " " * (stop - start)
+    spans = word_spans("".join(rest))
+    starts, ends = [start for start, _ in spans], [stop for _, stop in spans]
+    first = list(range(len(spans)))  # for each span, the first of those that are one word with it
+    last = list(range(len(spans)))  # and for a first one, the last of them
+    touched: dict[int, int] = {}
+    for position, (start, stop) in tokens.items():
+        together = range(bisect.bisect_right(ends, start), bisect.bisect_left(starts, stop))
+        if position not in added and start < stop and together:
+            touched[position] = together[0]
+            for span in together[1:]:
+                first[span] = first[together[0]]
+                last[first[span]] = max(span, last[first[span]])
+    words: list[str] = []
+    word_of = [-1] * len(offsets)
+    number: dict[int, int] = {}
+    vectors: list[str] = []  # of the word that the token before belongs to, if it was added
+    for position, (start, stop) in tokens.items():
+        if position in added:
+            if not vectors or added[position] != f"{vectors[0]}_{len(vectors)}":
+                words.append(text[start:stop])
+                vectors = []
+            vectors.append(added[position])
+            word_of[position] = len(words) - 1
+            continue
+        vectors = []
+        if position not in touched:
+            continue
+        whole = first[touched[position]]
+        label = read[starts[whole] : ends[last[whole]]]
+        if whole not in number and label:
+            number[whole] = len(words)
+            words.append(label)
+        word_of[position] = number.get(whole, -1)
+    return tuple(words), tuple(word_of)
+
+
+def _first_words(text: str, offsets: Sequence[Sequence[int]], end: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Words by the first version of the rules: what letters, digits and apostrophes spell without a gap between tokens."""
+    words: list[str] = []
+    word_of = [-1] * len(offsets)
+    stop = None  # where the word being read ended, None after a space or punctuation
+    for position in range(1, end):
+        start, finish = offsets[position]
+        piece = text[start:finish].strip()
+        joined = stop is not None and start <= stop
+        if not any(c.isalnum() for c in piece) and not (joined and piece[:1] in ("'", "\u2019")):
+            stop = None
+            continue
+        if not joined:
+            words.append("")
+            stop = start
+        words[-1] += text[max(start, cast(int, stop)) : finish]
+        word_of[position], stop = len(words) - 1, max(finish, cast(int, stop))
+    return tuple(words), tuple(word_of)
