@@ -158,13 +158,14 @@ def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, no
     from probe.pictures import keep
 
     target = run.path / name if place is None else place
-    if target.is_dir():
+    if place is not None and place.is_dir():
         target = target / name
     if target.suffix.lower() != ".png":
         raise ExperimentError(f"--save: {target} is no PNG file.", f"Name one: --save {shlex.quote(str(target.with_suffix('.png')))}")
     picture = draw()
     try:
-        return keep(picture, run, name, target, notes)
+        with stopping.cleanly():
+            return keep(picture, run, name, target, notes)
     except OSError as error:
         reason = error.strerror or str(error)
         remedy = f"Name another place: --save {name}" if place is None else "Name a folder that exists and can be written."

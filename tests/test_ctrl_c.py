@@ -24,7 +24,8 @@ from probe.reading.recording import Run
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 10  # seconds; on a machine that does nothing else it is 2
 RUN = ("probe.run", "--steps", "40", "--capture.steps", "0:5", "--output", "out")
-NOISING = ("probe.noising", str(ROOT / "experiments" / "noising.yaml"), "--output", "out")
+SCENE = str(ROOT / "experiments" / "fox-and-penguin")
+NOISING = ("probe.noising", "--picture", f"{SCENE}.png", "--caption", "A fox next to a penguin", "--masks", f"{SCENE}-masks.npz", "--output", "out")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGINT is sent to a process, which needs POSIX")
 needs_the_bundled_model = pytest.mark.skipif(not (BUNDLED["emojiworld"] / "model_index.json").is_file(), reason="probe/emojiworld is not there")
