@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probe.experiment import CaptureOptions, Experiment, load_experiment
     from probe.noising import record_noising
-    from probe.reading.recording import Run, list_runs, open_run
+    from probe.reading.listing import list_runs
+    from probe.reading.recording import Run, open_run
     from probe.running.recorder import record, resume
 
 _HOMES = {
@@ -24,7 +25,7 @@ _HOMES = {
     "Experiment": "probe.experiment",
     "load_experiment": "probe.experiment",
     "Run": "probe.reading.recording",
-    "list_runs": "probe.reading.recording",
+    "list_runs": "probe.reading.listing",
     "open_run": "probe.reading.recording",
     "record": "probe.running.recorder",
     "record_noising": "probe.noising",

@@ -174,7 +174,7 @@ def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, no
 
 def ls(arguments: list[str]) -> int:
     """List recordings, the newest first."""
-    from probe.reading.recording import listing
+    from probe.reading.listing import listing
     from probe.schema import counted
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
@@ -250,7 +250,8 @@ def show(arguments: list[str]) -> int:
 def rm(arguments: list[str]) -> int:
     """Remove recordings. Asks first, unless --yes is given; never removes one that is being written."""
     from probe.files import check_no_link
-    from probe.reading.recording import Run, find_run, list_runs
+    from probe.reading.listing import recordings_in
+    from probe.reading.recording import Run, find_run
     from probe.upkeep import held
 
     parser = Parser(prog="probe rm", description=rm.__doc__)
@@ -264,7 +265,7 @@ def rm(arguments: list[str]) -> int:
         try:
             Run(path)
         except (RecordingDamaged, RecordingNotFound):
-            here = {listed.absolute() for listed, _ in list_runs(options.runs)}
+            here = {listed.absolute() for listed in recordings_in(options.runs)}
             if path.absolute() not in here:  # a damaged recording may go, somebody else's data may not
                 raise
     with stopping.cleanly(), contextlib.ExitStack() as stack:

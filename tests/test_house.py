@@ -44,7 +44,7 @@ LAYERS = [
     ("probe.analysis",),
     ("probe.reading.files",),
     ("probe.reading.untrusted",),
-    ("probe.reading.shards", "probe.reading.limits"),
+    ("probe.reading.shards", "probe.reading.limits", "probe.reading.listing"),
     ("probe.reading.lazy", "probe.reading.attention"),
     ("probe.reading.recording",),
     ("probe.pictures", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),

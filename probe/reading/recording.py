@@ -14,7 +14,6 @@ import contextlib
 import functools
 import html
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,16 @@ import xarray as xr
 
 from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
 from probe.digests import flags_are_lost
-from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
+from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
 from probe.reading import sample
 from probe.reading.attention import Attention, places
 from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
-from probe.reading.untrusted import read_root
-from probe.schema import BRANCHES, FORMAT_VERSION, counted, near
+from probe.reading.listing import list_runs, recordings_in, root_attributes, status_of
+from probe.schema import BRANCHES, counted, near
 from probe.strict_yaml import printable
-from probe.system import exists, lives, reading
+from probe.system import exists
 
 MAX_PICTURE = 32 * 2**20
 
@@ -76,7 +75,7 @@ class Run(Attention):
     @property
     def status(self) -> str:
         """complete, interrupted, failed or running; a run whose writer died is interrupted."""
-        return _status(root_attributes(self.path))
+        return status_of(root_attributes(self.path))
 
     @functools.cached_property
     def steps(self) -> np.ndarray:
@@ -210,57 +209,6 @@ class Run(Attention):
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def root_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of a recording, from its root file alone. Raises RecordingNotFound or RecordingDamaged."""
-    attributes: dict[str, Any] = read_root(Path(path))["attributes"]
-    if (version := attributes["format_version"]) != FORMAT_VERSION:
-        raise RecordingDamaged(
-            f"{printable(str(path))} has format {version}, this version reads {FORMAT_VERSION}.", "Use the version of probe that wrote it."
-        )
-    return attributes
-
-
-def _status(attributes: dict[str, Any]) -> str:
-    status, writer = str(attributes["status"]), attributes.get("writer")
-    if status == "running" and isinstance(writer, dict) and writer.get("host") == socket.gethostname():
-        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
-            return status if lives(int(writer["pid"])) else "interrupted"
-    return status
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A recording in a folder: its attributes, or why it has none to show."""
-
-    path: Path
-    attributes: dict[str, Any] | None
-    error: RecordingDamaged | RecordingUnreadable | None = None
-
-
-def listing(folder: str | Path = "runs") -> list[Listed]:
-    """Every recording in a folder, the newest first. Raises RecordingUnreadable where the system does not list the folder."""
-    found: list[Listed] = []
-    with reading(folder):
-        if not Path(folder).is_dir():
-            return []
-        with os.scandir(folder) as entries:
-            paths = [Path(entry.path) for entry in entries if entry.is_dir() and entry.name.endswith(".zarr") and not entry.name.startswith(".")]
-    for path in paths:
-        try:
-            attributes = root_attributes(path)
-            found.append(Listed(path, {**attributes, "status": _status(attributes)}))
-        except RecordingNotFound:
-            found.append(Listed(path, None, refuse(path, "its zarr.json is missing")))
-        except (RecordingDamaged, RecordingUnreadable) as error:
-            found.append(Listed(path, None, error))
-    return sorted(found, key=lambda row: (row.attributes or {}).get("created", ""), reverse=True)
-
-
-def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | None]]:
-    """Every recording in a folder, the newest first, with its attributes (None for one that cannot be read: see `listing`)."""
-    return [(row.path, row.attributes) for row in listing(folder)]
-
-
 def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     """The path of a recording: a path itself, "latest", "sample", or the beginning of a name in `runs`. Raises RecordingNotFound."""
     path = Path(name)
@@ -268,16 +216,20 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
         return path
     if str(name) == sample.NAME:
         return sample.unpacked()
-    rows = list_runs(runs)
-    if not rows:
+    if str(name) == "latest":
+        rows = list_runs(runs)
+        paths = [path for path, attributes in rows if attributes] or [path for path, _ in rows]
+    else:
+        paths = recordings_in(runs)
+    if not paths:
         raise RecordingNotFound(f"There is no recording in {runs}.", "Make one: python -m probe.run")
     if str(name) == "latest":
-        return next((path for path, attributes in rows if attributes), rows[0][0])
+        return paths[0]
     start = str(path.relative_to(runs) if path.is_relative_to(runs) else path)
-    found = [row[0] for row in rows if row[0].name.startswith(start)]
+    found = sorted(path for path in paths if path.name.startswith(start))
     if len(found) == 1:
         return found[0]
-    names = [row[0].name.removesuffix(".zarr") for row in rows]
+    names = sorted(path.name.removesuffix(".zarr") for path in paths)
     if not found:
         raise RecordingNotFound(f"No recording in {runs} begins with {str(name)!r}.", near(str(name), names))
     raise RecordingNotFound(f"{len(found)} recordings begin with {str(name)!r}.", f"Say more of the name: {', '.join(p.name for p in found[:4])}.")

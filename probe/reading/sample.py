@@ -32,7 +32,7 @@ def unpacked() -> Path:
     """The path of the sample recording, unpacked on first use. Raises RecordingNotFound where there is no place for it."""
     try:
         content = ARCHIVE.read_bytes()
-        folder = _cache() / "diffusion-probe"
+        folder = cache_folder() / "diffusion-probe"
         target = folder / f"{NAME}-{hashlib.sha256(content).hexdigest()[:8]}.zarr"
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def unpacked() -> Path:
         raise RecordingNotFound(f"The sample recording cannot be unpacked: {error}", "Set XDG_CACHE_HOME to a folder that can be written.") from error
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """The user's folder for what can be made again; in a container that gives no home, one for this account among temporary files."""
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)

@@ -48,7 +48,7 @@ def read_root(path: Path) -> dict[str, Any]:
         raise RecordingNotFound(f"{printable(str(path))} is not a recording.", "probe ls lists the recordings there are.") from error
     if not isinstance(root, dict) or root.get("zarr_format") != 3 or root.get("node_type") != "group" or not isinstance(root.get("attributes"), dict):
         raise refuse(path, "its zarr.json is not that of a recording")
-    _check_attributes(path, root["attributes"])
+    check_attributes(path, root["attributes"])
     return root
 
 
@@ -98,14 +98,18 @@ WHERE_PRESENT: dict[str, Callable[[object], bool]] = {
 }
 
 
-def _check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
+PLACES = [(*place.partition(".")[::2], fits, place in WHERE_PRESENT) for place, fits in (REQUIRED | WHERE_PRESENT).items()]
+
+
+def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Refuse attributes that are not those of a recording. Raises RecordingDamaged."""
     absent, strange = object(), object()
-    for place, fits in (REQUIRED | WHERE_PRESENT).items():
-        first, _, second = place.partition(".")
+    for first, second, fits, optional in PLACES:
         value = attributes.get(first, absent)
         if second and value is not absent:
             value = value.get(second, absent) if isinstance(value, dict) else strange
-        if not fits(value) and not (value is absent and place in WHERE_PRESENT):
+        if not (optional and value is absent) and not fits(value):
+            place = f"{first}.{second}" if second else first
             raise refuse(path, f"its {place} is {'missing' if value is absent else 'not what a recording has there'}")
 
 

@@ -23,7 +23,8 @@ from probe.diffusion.models import Conditioning, StableDiffusion
 from probe.diffusion.sampling import Schedule, Start, Step, arranged, draw, fresh, memory_format, noise
 from probe.errors import NotFinite
 from probe.experiment import Experiment
-from probe.reading.recording import Run, root_attributes
+from probe.reading.listing import root_attributes
+from probe.reading.recording import Run
 from probe.running.planning import Plan, plan
 from probe.schema import array
 from probe.store import RunWriter

@@ -18,7 +18,7 @@ from probe.analysis.maps import maps_of, probabilities, resize
 from probe.diffusion.models import Conditioning, StableDiffusion
 from probe.diffusion.sampling import Predictions, Step, arranged, denoise
 from probe.errors import NotFinite, RecordingDamaged, StoreError
-from probe.reading.recording import root_attributes
+from probe.reading.listing import root_attributes
 from probe.running.forward import Noised, begin, memory_formats, note_memory_formats
 from probe.running.planning import ENCODER, Plan, grid_group
 from probe.store import RunWriter

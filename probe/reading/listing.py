@@ -1,0 +1,235 @@
+"""The recordings in a folder, thousands of them in a second: of each, only the attributes at the head of its root file are read.
+
+    list_runs("runs")      # [(path, attributes), ...], the newest first
+    listing("runs")        # the same, with the reason where a recording cannot be read
+
+What was read of a large folder is kept in the user's cache folder, by name, size, times and file number. It is never needed: a
+row of another size or time is read again, and each is checked like a root file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from probe.errors import ProbeError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
+from probe.files import replace
+from probe.reading.files import GUARDED, MAX_PARTS, NO_LINK, NO_WAIT, READ, no_longer, opened, read_file, refuse
+from probe.reading.sample import cache_folder
+from probe.reading.untrusted import MAX_ROOT, check_attributes, read_root
+from probe.schema import FORMAT_VERSION
+from probe.strict_yaml import printable
+from probe.system import lives, reading
+
+MANY, MAX_ROW, MAX_INDEX = 200, 2**16, 2**28  # recordings for which an index is kept; bytes of a row in it, and of all
+JUST_NOW = 2 * 10**9  # ns: a file that was written again so soon may have the same time
+HEAD, NEXT, TAIL = re.compile(rb'\s*\{\s*"attributes"\s*:\s*'), re.compile(r'\s*,\s*"zarr_format"\s*:\s*3\s*,'), re.compile(rb'"group"\s*\}\s*\Z')
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A recording in a folder: its attributes, or why it has none to show."""
+
+    path: Path
+    attributes: dict[str, Any] | None
+    error: RecordingDamaged | RecordingUnreadable | None = None
+
+
+def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | None]]:
+    """Every recording in a folder, the newest first, with its attributes (None for one that cannot be read: see `listing`)."""
+    return [(row.path, row.attributes) for row in listing(folder)]
+
+
+def listing(folder: str | Path = "runs") -> list[Listed]:
+    """Every recording in a folder, the newest first. Raises RecordingUnreadable where the system does not list the folder."""
+    paths = recordings_in(folder)
+    index = _Index(Path(folder)) if len(paths) >= MANY else None
+    with _uncollected():
+        found = [_listed(path, index) for path in paths]
+    if index is not None:
+        index.keep()
+    return sorted(found, key=lambda row: (row.attributes or {}).get("created", ""), reverse=True)
+
+
+def recordings_in(folder: str | Path) -> list[Path]:
+    """The paths of what should be recordings in a folder. Raises RecordingUnreadable where the system does not list it."""
+    with reading(folder):
+        if not Path(folder).is_dir():
+            return []
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.name.endswith(".zarr") and entry.name[0] != "." and entry.is_dir()]
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for circles of objects: a listing makes many objects, and no circle. A quarter of its time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def _listed(path: Path, index: _Index | None) -> Listed:
+    try:
+        attributes = _quickly(path, index)
+        if attributes is None:
+            attributes = root_attributes(path)
+    except RecordingNotFound:
+        return Listed(path, None, refuse(path, "its zarr.json is missing"))
+    except (RecordingDamaged, RecordingUnreadable) as error:
+        return Listed(path, None, error)
+    if attributes["status"] == "running":
+        attributes = {**attributes, "status": status_of(attributes)}
+    return Listed(path, attributes)
+
+
+def root_attributes(path: Path) -> dict[str, Any]:
+    """The attributes of a recording, from its root file alone. Raises RecordingNotFound or RecordingDamaged."""
+    attributes: dict[str, Any] = read_root(Path(path))["attributes"]
+    _check_version(path, attributes)
+    return attributes
+
+
+def _check_version(path: Path, attributes: dict[str, Any]) -> None:
+    if (version := attributes["format_version"]) != FORMAT_VERSION:
+        raise RecordingDamaged(
+            f"{printable(str(path))} has format {version}, this version reads {FORMAT_VERSION}.", "Use the version of probe that wrote it."
+        )
+
+
+def status_of(attributes: dict[str, Any]) -> str:
+    """The status that a recording gives, or interrupted where its writer died."""
+    status, writer = str(attributes["status"]), attributes.get("writer")
+    if status == "running" and isinstance(writer, dict) and writer.get("host") == socket.gethostname():
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+            return status if lives(int(writer["pid"])) else "interrupted"
+    return status
+
+
+# --- the head of a file ----------------------------------------------------------------------------------------------
+
+
+def _constant(word: str) -> float:
+    raise ValueError(word)
+
+
+DECODER = json.JSONDecoder(parse_constant=_constant)
+
+
+def _quickly(path: Path, index: _Index | None) -> dict[str, Any] | None:
+    """The attributes of a recording, from the index or the head of its root file; None where only the whole file can tell.
+
+    That the rest of the file is sound is found out when the recording is opened.
+    """
+    file = f"{path}/zarr.json"
+    try:
+        known = None if index is None else index.find(path.name, file)
+        attributes = _head(file, path, index) if known is None else from_json(known, allow_inf_nan=False)
+        if not isinstance(attributes, dict):
+            return None
+        check_attributes(path, attributes)
+        _check_version(path, attributes)
+    except (OSError, ValueError, RecursionError):  # whoever reads the whole file says what is wrong
+        return None
+    return attributes
+
+
+def _head(file: str, path: Path, index: _Index | None) -> Any:
+    """The attributes at the head of a root file as zarr writes it. Raises OSError or ValueError for any other."""
+    if GUARDED:
+        descriptor = os.open(file, READ | NO_LINK | NO_WAIT)
+        try:
+            found = os.fstat(descriptor)
+            raw = os.read(descriptor, found.st_size) if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_ROOT else b""
+        finally:
+            os.close(descriptor)
+    else:
+        with opened(path, "zarr.json", no_longer(path, "zarr.json", MAX_ROOT)) as plain:
+            found, raw = os.fstat(plain.fileno()), plain.read()
+    head = HEAD.match(raw)
+    if head is None or len(raw) != found.st_size or TAIL.search(raw, max(0, len(raw) - 40)) is None:
+        raise ValueError
+    text = raw.decode()
+    attributes, end = DECODER.raw_decode(text, head.end())
+    # A second "attributes" would count for a JSON parser. Those of a recording name its format, in plain letters or escaped.
+    if NEXT.match(text, end) is None or text.rfind("format_version", end) >= 0 or _is_escaped(text, end):
+        raise ValueError
+    if text.count("{", 0, end) + text.count("[", 0, end) + text.count(",", 0, end) > MAX_PARTS:
+        raise ValueError
+    if index is not None:
+        index.add(path.name, found, text[head.end() : end])
+    return attributes
+
+
+def _is_escaped(text: str, at: int) -> bool:
+    """Whether a letter is written by its number from `at` on. Looking for one character is several times as fast as for two."""
+    while (at := text.find("\\", at)) >= 0:
+        if text[at + 1 : at + 2] == "u":
+            return True
+        at += 2
+    return False
+
+
+# --- what was read before --------------------------------------------------------------------------------------------
+
+
+class _Index:
+    """What was read of a folder's root files. A line of it is a file's mark, a recording's name, and its attributes."""
+
+    def __init__(self, folder: Path):
+        self._now, self._new, self._rows = time.time_ns(), False, dict[str, tuple[str, str]]()
+        self._file: Path | None = None
+        self._kept: dict[str, tuple[str, str]] = {}
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # there is none, it cannot be read, or there is no place for one
+            name = f"listing-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.txt"
+            self._file = cache_folder() / "diffusion-probe" / name
+            raw = read_file(self._file.parent, name, no_longer(self._file.parent, name, MAX_INDEX))
+            for line in raw.decode().split("\n"):
+                mark, _, rest = line.partition("\t")
+                name, _, text = rest.partition("\t")
+                self._rows[name] = (mark, text)
+
+    def find(self, name: str, file: str) -> str | None:
+        """The attributes that a recording's root file had when it was as it is now."""
+        row = self._rows.get(name)
+        if row is None or row[0] != _mark(os.lstat(file)):
+            return None
+        self._kept[name] = row
+        return row[1]
+
+    def add(self, name: str, found: os.stat_result, text: str) -> None:
+        """Keep what was read, unless the file is so new that it could change without showing it."""
+        if self._now - max(found.st_mtime_ns, found.st_ctime_ns) < JUST_NOW or len(text) > MAX_ROW or not name.isprintable():
+            return
+        if "\n" in text or "\t" in text:
+            text = json.dumps(json.loads(text))
+        self._kept[name] = (_mark(found), text)
+        self._new = True
+
+    def keep(self) -> None:
+        """Write what is worth keeping, if anything is new. Where that cannot be, the next listing reads everything again."""
+        if self._file is None or not (self._new or len(self._kept) < len(self._rows)):
+            return
+        with contextlib.suppress(OSError, ProbeError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            replace(self._file, ["\n".join(f"{mark}\t{name}\t{text}" for name, (mark, text) in self._kept.items()).encode()], sync=False)
+
+
+def _mark(found: os.stat_result) -> str:
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
