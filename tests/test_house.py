@@ -43,6 +43,7 @@ LAYERS = [
     ("probe.analysis.recomputed", "probe.analysis.averages", "probe.analysis.heads", "probe.analysis.masks"),
     ("probe.analysis",),
     ("probe.reading.files",),
+    ("probe.reading.archives",),
     ("probe.reading.untrusted",),
     ("probe.reading.shards", "probe.reading.limits", "probe.reading.listing"),
     ("probe.reading.lazy", "probe.reading.attention"),

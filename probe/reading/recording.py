@@ -14,6 +14,9 @@ import contextlib
 import functools
 import html
 import os
+import re
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from probe.conversions import denoised_from, eps_from, v_from, variance_preservi
 from probe.digests import flags_are_lost
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
-from probe.reading import sample
+from probe.reading import archives, sample
 from probe.reading.attention import Attention, places
 from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
@@ -210,10 +213,19 @@ class Run(Attention):
 
 
 def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
-    """The path of a recording: a path itself, "latest", "sample", or the beginning of a name in `runs`. Raises RecordingNotFound."""
-    path = Path(name)
+    """The path of a recording: a path, "latest", "sample", or the beginning of a name in `runs`; a zip file's is that of a copy.
+
+    Raises RecordingNotFound, RecordingDamaged for a zip file that is not sound, RecordingUnreadable.
+    """
+    path = _as_path(str(name))
     if exists(path / "zarr.json"):
         return path
+    if path.name == "zarr.json" and exists(path):
+        return path.parent
+    if path.suffix == ".zip" and exists(path):
+        return archives.unpacked(path, sample.cache_folder())
+    if path.suffix == ".zarr" and exists(path / path.name / "zarr.json"):  # unpacked into a folder of its own name
+        return path / path.name
     if str(name) == sample.NAME:
         return sample.unpacked()
     if str(name) == "latest":
@@ -233,6 +245,17 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     if not found:
         raise RecordingNotFound(f"No recording in {runs} begins with {str(name)!r}.", near(str(name), names))
     raise RecordingNotFound(f"{len(found)} recordings begin with {str(name)!r}.", f"Say more of the name: {', '.join(p.name for p in found[:4])}.")
+
+
+def _as_path(name: str) -> Path:
+    """The path that a text names; also as file:///home/me/x.zarr. Raises RecordingNotFound for an address elsewhere."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", name)
+    if scheme is None:
+        return Path(name)
+    address = urllib.parse.urlsplit(name)
+    if address.scheme == "file" and address.netloc in ("", "localhost"):
+        return Path(urllib.request.url2pathname(address.path))
+    raise RecordingNotFound(f"{name!r} is an address, and recordings are read from a disk.", "Copy it here, and give the path of the copy.")
 
 
 def open_run(name: str | Path = "latest", runs: str | Path = "runs") -> Run:
