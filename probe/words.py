@@ -71,8 +71,15 @@ def runs(wanted: list[str], words: list[str]) -> list[int]:
 
 
 def split_word(prompt: str, cut: str) -> str:
-    """The word in whose middle begins what was cut from the end of a prompt; "" where it begins between two words."""
+    """The word in whose middle begins what was cut from the end of a prompt; "" where it begins between two words.
+
+    Between two vectors of one word, `<toy>_1` and `<toy>_2`, is in its middle.
+    """
     at = len(prompt) - len(cut)
+    if vector := re.match(r"\s*((\S+)_([1-9][0-9]*))", cut):
+        before = vector[2] if vector[3] == "1" else f"{vector[2]}_{int(vector[3]) - 1}"
+        if prompt[:at].rstrip().endswith(before):
+            return vector[2]
     return next((prompt[start:end] for start, end in word_spans(prompt) if start < at < end), "")
 
 

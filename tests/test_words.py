@@ -226,6 +226,13 @@ def test_cutting_inside_a_character(text: str, words: str, cut: str) -> None:
     assert prompt.words[-1] == words and prompt.cut == cut
 
 
+def test_cutting_between_the_vectors_of_a_word(tmp_path: Path) -> None:
+    run = take(tmp_path, toys(), "cat " * 72 + "bad_quality", over_long="cut", capture={"branches": "cond"})
+    assert run.words()["word"].values[-1] == f"bad_quality{STUMP}" and run.cut() == ("bad_quality_3", "bad_quality")
+    with pytest.raises(PromptError, match="was cut in its middle: the model read only some of its vectors"):
+        run.phrase("bad_quality")
+
+
 @pytest.mark.parametrize("text", ["a \ud800 cat", "\udfff"])
 def test_half_a_character_is_no_text(text: str) -> None:
     with pytest.raises(PromptError, match="half a character, U\\+D") as caught:
@@ -356,6 +363,18 @@ def test_whatever_else_makes_another_embedding_is_seen_before_anything_is_writte
     with pytest.raises(ModelError, match="another embedding of the negative prompt"):
         take(tmp_path, pipe, "a cat", negative_prompt="hat")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_that_knows_more_than_the_text_encoder(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    pipe.tokenizer = tiny.tokenizer.__wrapped__()
+    pipe.tokenizer.add_tokens(["<x>"])
+    with pytest.raises(ModelError, match="the token '<x>', and its text encoder no embedding of it") as caught:
+        take(tmp_path, pipe, "a <x>")
+    assert "load_textual_inversion" in caught.value.remedy
+    pipe.tokenizer.model_max_length = 100
+    with pytest.raises(ModelError, match="gives 100 tokens, and its text encoder reads 77"):
+        StableDiffusion.of(pipe).read("a cat")
 
 
 def test_looking_at_the_pipelines_own_embedding_changes_nothing(tmp_path: Path) -> None:

@@ -249,6 +249,8 @@ def _not_there(text: str, labels: list[str], cut: str, asking: str) -> PromptErr
     stump = read.pop().removesuffix(STUMP) if read and read[-1].endswith(STUMP) else ""
     written = [*read, *spelt(stump + cut)]
     shorten = "Shorten the prompt and record it again."
+    if stump and alike(text.strip()) == stump and wanted != [stump]:
+        return PromptError(f"{text!r} was cut in its middle: the model read only some of its vectors.", shorten)
     if stump and (runs(wanted, [*read, stump]) or (written[len(read)] in wanted and runs(wanted, written))):
         return PromptError(f"{written[len(read)]!r} was cut in its middle: the model read only {stump!r} of it.", shorten)
     if cut and runs(wanted, written):

@@ -26,6 +26,8 @@ from probe.errors import ExperimentError, ModelError, PromptError
 from probe.fields import from_home
 from probe.words import RULES
 
+UNDO = "Undo what was changed in its tokenizer or text encoder (prompt weights, clip skip, dropout), or load the pipeline anew."
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -130,7 +132,9 @@ class StableDiffusion:
                 f"{self.name} never saw {', '.join(map(repr, unknown))} in its training.",
                 f"Its words: {' '.join(sorted(known))}. Another model (model: ...) knows more.",
             )
-        return read_prompt(self.tokenizer, text, over_long, self._converter(), rules)
+        prompt = read_prompt(self.tokenizer, text, over_long, self._converter(), rules)
+        self._refuse_unknown(prompt)
+        return prompt
 
     def text_mask(self, prompt: Prompt) -> torch.Tensor | None:
         """The attention mask that the text encoder is given, (1, token); None for most models, whose config asks for none."""
@@ -163,15 +167,32 @@ class StableDiffusion:
         guided = "uncond" in prompts
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), _hushed(any(prompt.cut for prompt in prompts.values())):
-            cond, uncond = pipeline.encode_prompt(prompts["cond"].text, self.device, 1, guided, prompts["uncond"].text if guided else None)
+            try:
+                cond, uncond = pipeline.encode_prompt(prompts["cond"].text, self.device, 1, guided, prompts["uncond"].text if guided else None)
+            except (TypeError, ValueError, AttributeError, LookupError) as problem:
+                raise ModelError(f"{self.name}: its own encode_prompt fails ({type(problem).__name__}: {problem}).", UNDO) from problem
             for branch, prompt in prompts.items():
                 ours, theirs = self.encode(prompt), cond if branch == "cond" else uncond
                 if ours.shape != theirs.shape or not torch.allclose(ours, theirs.to(ours.dtype), rtol=0, atol=0, equal_nan=True):
                     which = "prompt" if branch == "cond" else "negative prompt"
                     raise ModelError(
                         f"{self.name}: the pipeline makes another embedding of the {which} than its tokenizer and text encoder do here.",
-                        "Undo what was changed in them (attention masks, prompt weights, clip skip, dropout), or load the pipeline anew.",
+                        UNDO,
                     )
+
+    def _refuse_unknown(self, prompt: Prompt) -> None:
+        """Raises ModelError for a token, or a number of tokens, that the text encoder has no embedding for."""
+        rows, places = self.text_encoder.get_input_embeddings().num_embeddings, int(self.text_encoder.config.max_position_embeddings)
+        if prompt.ids.shape[1] > places:
+            raise ModelError(
+                f"{self.name}: its tokenizer gives {prompt.ids.shape[1]} tokens, and its text encoder reads {places}.",
+                f"Set model_max_length of the tokenizer to {places}.",
+            )
+        if (position := int(prompt.ids.argmax())) and int(prompt.ids.max()) >= rows:
+            raise ModelError(
+                f"{self.name}: its tokenizer has the token {prompt.tokens[position]!r}, and its text encoder no embedding of it.",
+                "Load tokenizer and text encoder of one model; textual inversion, with pipeline.load_textual_inversion.",
+            )
 
     def _converter(self) -> Convert:
         """What a pipeline makes of a prompt before it is tokenized: textual inversion writes a word once for each of its vectors."""
