@@ -192,7 +192,8 @@ STOPS: dict[str, tuple[str, int, BaseException, type[BaseException], str, int]] 
     "exit": ("unet", 2, SystemExit(1), SystemExit, "interrupted", 2),
     "out of memory": ("unet", 7, MemoryError("no"), OutOfMemory, "failed", 7),
     "error at the first step": ("unet", 0, ValueError("no"), ValueError, "failed", 0),
-    "Ctrl-C in the text encoder": ("text_encoder", 1, KeyboardInterrupt(), KeyboardInterrupt, "interrupted", 0),
+    # the first four calls of the text encoder hold its embeddings against the pipeline's own, before anything is written
+    "Ctrl-C in the text encoder": ("text_encoder", 5, KeyboardInterrupt(), KeyboardInterrupt, "interrupted", 0),
     # the VAE's first call fits the preview, its second draws the picture
     "error in the last decoding": ("decoder", 1, RuntimeError("no"), RuntimeError, "failed", 12),
 }

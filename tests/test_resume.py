@@ -222,7 +222,7 @@ def test_what_was_interrupted_may_be_interrupted_again(whole: Run, tmp_path: Pat
     run, pipe, calls = cut(whole, tmp_path, 1), tiny.pipeline(), whole.tree.sizes["step"]
     stops: list[tuple[Any, int, BaseException, type[BaseException], str]] = [
         (pipe.unet, 1, KeyboardInterrupt(), KeyboardInterrupt, "interrupted"),
-        (pipe.text_encoder, 0, RuntimeError("no"), RuntimeError, "failed"),
+        (pipe.text_encoder, 4, RuntimeError("no"), RuntimeError, "failed"),  # four calls hold it against the pipeline's own reading
         (pipe.unet, 0, SystemExit(1), SystemExit, "interrupted"),
         (pipe.vae.decoder, 3, RuntimeError("no"), RuntimeError, "failed"),  # the preview, two decoded steps, the picture
     ]
