@@ -181,14 +181,9 @@ class StableDiffusion:
                     )
 
     def _refuse_unknown(self, prompt: Prompt) -> None:
-        """Raises ModelError for a token, or a number of tokens, that the text encoder has no embedding for."""
-        rows, places = self.text_encoder.get_input_embeddings().num_embeddings, int(self.text_encoder.config.max_position_embeddings)
-        if prompt.ids.shape[1] > places:
-            raise ModelError(
-                f"{self.name}: its tokenizer gives {prompt.ids.shape[1]} tokens, and its text encoder reads {places}.",
-                f"Set model_max_length of the tokenizer to {places}.",
-            )
-        if (position := int(prompt.ids.argmax())) and int(prompt.ids.max()) >= rows:
+        """Raises ModelError for a token that the text encoder has no embedding for."""
+        position = int(prompt.ids.argmax())
+        if int(prompt.ids[0, position]) >= self.text_encoder.get_input_embeddings().num_embeddings:
             raise ModelError(
                 f"{self.name}: its tokenizer has the token {prompt.tokens[position]!r}, and its text encoder no embedding of it.",
                 "Load tokenizer and text encoder of one model; textual inversion, with pipeline.load_textual_inversion.",

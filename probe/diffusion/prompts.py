@@ -17,14 +17,12 @@ from typing import Any, Literal, cast
 
 import torch
 
-from probe.errors import ModelError, PromptError
+from probe.errors import PromptError
 from probe.words import APOSTROPHES, RULES, word_spans
 
 Convert = Callable[[str, Any], str]
 OverLong = Literal["error", "cut"]
 Token = tuple[int, int]  # of the text, where what it reads begins and ends
-
-MOST_TOKENS = 100_000  # transformers writes 1e30 where nobody said how many
 
 # The characters by which byte-level tokenizers show bytes (the alphabet of GPT-2).
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -61,10 +59,9 @@ class Prompt:
 def read_prompt(tokenizer: Any, text: str, over_long: OverLong = "error", convert: Convert | None = None, rules: int = RULES) -> Prompt:
     """Tokenize a prompt as a pipeline does, after its `convert`. Raises PromptError when it is too long or no text.
 
-    `rules` 1 gives tokens and words as the first recordings have them, which never converted a prompt. Raises ModelError for a
-    tokenizer without what is needed here.
+    `rules` 1 gives tokens and words as the first recordings have them, which never converted a prompt.
     """
-    limit = _limit(tokenizer)
+    limit = int(tokenizer.model_max_length)
     _refuse_half_characters(text)
     read_as = text if convert is None or rules == 1 else convert(text, tokenizer)
     whole = tokenizer(read_as, return_offsets_mapping=True, truncation=False, verbose=False)
@@ -115,21 +112,6 @@ def words_to_know(text: str, tokenizer: Any) -> list[str]:
 def _refuse_half_characters(text: str) -> None:
     if half := re.search("[\ud800-\udfff]", text):
         raise PromptError(f"The prompt holds half a character, U+{ord(half[0]):04X}, which is no text.", "Delete it, or decode the prompt as UTF-8.")
-
-
-def _limit(tokenizer: Any) -> int:
-    """The most tokens of a prompt. Raises ModelError for a tokenizer that does not say it, or not where in a text its tokens are."""
-    kind = type(tokenizer).__name__
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"The tokenizer ({kind}) does not say where in a text its tokens are.", "Load the fast one: CLIPTokenizerFast.")
-    if int(tokenizer.model_max_length) > MOST_TOKENS:
-        raise ModelError(
-            f"The tokenizer ({kind}) has no greatest length, so that nobody knows how many tokens the text encoder reads.",
-            "Set tokenizer.model_max_length, or model_max_length in tokenizer_config.json: 77 for Stable Diffusion.",
-        )
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"The tokenizer ({kind}) has no padding token.", "Set tokenizer.pad_token, or pad_token in tokenizer_config.json.")
-    return int(tokenizer.model_max_length)
 
 
 def _is_of_bytes(tokenizer: Any) -> bool:
