@@ -7,6 +7,7 @@ values is left out: it has no file, and in a shard it begins at 2^64 - 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from probe import files
-from probe.digests import checksum, mark, pieces
+from probe.digests import EMPTY, checksum, mark, marks, pieces
 
 NOWHERE = 2**64 - 1
 
@@ -42,41 +43,49 @@ class StepFiles:
         if len(self._shape) == 1:
             if self._along is None:
                 self._along = np.array(self._array[...], self._dtype)
-            self._along[step] = value
-            self._put((0,), self._along, next(pieces(self._along, self._shape, self.fill))[2])
-            return mark(next(pieces(self._along[step : step + 1], (1,), self.fill))[2])
+            along = self._along
+            along[step] = value
+            self.write_all(along)
+            self._along = along
+            return marks(along[step : step + 1], None, self.fill)
         value = np.broadcast_to(np.asarray(value, self._dtype), self._shape[1:])
         if not value.size:
             return b""
-        found = [(part, crc) for _, part, crc in pieces(value, self._chunk[1:], self.fill)]
-        marks = b"".join(mark(crc) for _, crc in found)
-        if not self._sharded:
-            self._put((step, *[0] * value.ndim), *found[0])
-        elif any(crc for _, crc in found):
-            parts = [content for part, crc in found if crc for content in (part.data, crc)]
-            files.replace(self.file(step), [*parts, self._index_of([bool(crc) for _, crc in found])], self._sync)
-        else:
-            files.remove(self.file(step), self._sync)
-        return marks
+        found = [(part, full) for _, part, full in pieces(value, self._chunk[1:], self.fill)]
+        return self._put([step, *[0] * value.ndim], [part if full else None for part, full in found])
 
     def write_all(self, value: np.ndarray) -> bytes:
         """Write all of it, as `write` does a step."""
         value = np.broadcast_to(np.asarray(value, self._dtype), self._shape)
         if self._sharded:
             return b"".join(self.write(step, part) for step, part in enumerate(value))
-        self._along, marks = None, []
-        for index, part, crc in pieces(value, self._chunk, self.fill) if value.size else ():
-            self._put(index, part, crc)
-            marks.append(mark(crc))
-        return b"".join(marks)
+        self._along = None
+        parts = pieces(value, self._chunk, self.fill) if value.size else ()
+        return b"".join(self._put(index, [part if full else None]) for index, part, full in parts)
 
-    def _put(self, index: tuple[int, ...], part: np.ndarray, crc: bytes) -> None:
-        if crc:
-            files.replace(self._at(index), [part.data, crc], self._sync)
-        else:
-            files.remove(self._at(index), self._sync)
+    def _put(self, index: Sequence[int], parts: Sequence[np.ndarray | None]) -> bytes:
+        """Write one file with these chunks, of which None are empty; returns what a digest takes of them."""
+        found: list[bytes] = []
+        if any(part is not None for part in parts):
+            files.replace(self._at(index), self._content(parts, found), self._sync)
+            return b"".join(found)
+        files.remove(self._at(index), self._sync)
+        return EMPTY * len(parts)
 
-    def _at(self, index: tuple[int, ...]) -> Path:
+    def _content(self, parts: Sequence[np.ndarray | None], found: list[bytes]) -> Iterator[Any]:
+        """What goes into the file, and, into `found`, what a digest takes of it: each chunk is summed while it is at hand."""
+        for part in parts:
+            if part is None:
+                found.append(EMPTY)
+                continue
+            yield part.data
+            crc = checksum(part)
+            found.append(mark(crc))
+            yield crc
+        if self._sharded:
+            yield self._index_of([part is not None for part in parts])
+
+    def _at(self, index: Sequence[int]) -> Path:
         return self._folder / ".".join(["c", *map(str, index)])
 
     def _index_of(self, there: list[bool]) -> bytes:

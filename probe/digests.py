@@ -44,12 +44,12 @@ def of_a_step(path: str, dims: tuple[str, ...]) -> bool:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def pieces(value: np.ndarray, chunk: tuple[int, ...], fill: Any) -> Iterator[tuple[tuple[int, ...], np.ndarray, bytes]]:
-    """Each chunk of an array: where it is, its values, and their CRC-32C, which is empty for nothing but fill values."""
+def pieces(value: np.ndarray, chunk: tuple[int, ...], fill: Any) -> Iterator[tuple[tuple[int, ...], np.ndarray, bool]]:
+    """Each chunk of an array: where it is, its values, and whether they are anything but fill values."""
     for index in np.ndindex(*(size // part for size, part in zip(value.shape, chunk, strict=True))):
         where = tuple(slice(at * part, (at + 1) * part) for at, part in zip(index, chunk, strict=True))
         found = np.ascontiguousarray(value[where]).reshape(-1)
-        yield index, found, b"" if _is_empty(found, fill) else checksum(found)
+        yield index, found, not _is_empty(found, fill)
 
 
 def _is_empty(values: np.ndarray, fill: Any) -> bool:
@@ -63,9 +63,9 @@ def checksum(content: Any) -> bytes:
     return int(google_crc32c.value(content)).to_bytes(4, "little")
 
 
-def mark(checksum: bytes) -> bytes:
-    """What a digest takes of one chunk."""
-    return b"\1" + checksum if checksum else EMPTY
+def mark(crc: bytes) -> bytes:
+    """What a digest takes of one chunk, by its checksum; of one that is nothing but fill values, it is `EMPTY`."""
+    return b"\1" + crc
 
 
 def marks(value: np.ndarray, chunk: tuple[int, ...] | None, fill: Any) -> bytes:
@@ -74,7 +74,8 @@ def marks(value: np.ndarray, chunk: tuple[int, ...] | None, fill: Any) -> bytes:
         return mark(checksum(json.dumps(value.tolist()).encode()))
     if not prod(value.shape):
         return b""
-    return b"".join(mark(found) for _, _, found in pieces(value, value.shape if chunk is None else chunk, fill))
+    parts = pieces(value, value.shape if chunk is None else chunk, fill)
+    return b"".join(mark(checksum(found)) if full else EMPTY for _, found, full in parts)
 
 
 def digest(of: Mapping[str, bytes]) -> str:

@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 import zarr
+from recordings import with_its_digests
 from test_recorder import OFF, ROOT, ask, at_call, only, pipeline, take, throw
 
 from probe.analysis.maps import probabilities
@@ -66,7 +67,7 @@ def rewrite(run: Run, variable: str, change: Callable[[np.ndarray], Any], consis
     change(values)
     array[:] = values
     if consistent:
-        (run.path / MANIFEST).write_text(json.dumps(manifest(run.path)))
+        with_its_digests(run.path)
     return Run(run.path)
 
 
@@ -274,7 +275,7 @@ def test_what_is_done_to_a_file_is_caught(what: str, copy: Run) -> None:
     plant(copy.path)
     checks = {check.name: check for check in verify(Run(copy.path))}
     assert checks["manifest"].verdict == "failed" and checks["manifest"].detail.startswith(said)
-    assert [name for name, check in checks.items() if check.verdict == "failed" and name != "manifest"] == others
+    assert [name for name, check in checks.items() if check.verdict == "failed" and name not in ("manifest", "digests")] == others
 
 
 def test_pictures_and_the_status_are_not_in_the_manifest(copy: Run) -> None:
@@ -518,13 +519,13 @@ def test_the_expected_variables_are_those_that_are_there(intact: Run) -> None:
 def test_the_command_says_what_it_found(copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(copy.path)]) == main(["latest", "--runs", str(copy.path.parent)]) == main([copy.name[:12], "--runs", str(copy.path.parent)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{copy.name} (complete)" and [line.split()[0] for line in lines[1:12]] == NAMES
-    assert lines[12] == "Verified: 9 exact, 2 within tolerance. Add --model to let the model predict again."
+    assert lines[0] == f"{copy.name} (complete)" and [line.split()[0] for line in lines[1:13]] == NAMES
+    assert lines[13] == "Verified: 10 exact, 2 within tolerance. Add --model to let the model predict again."
     flip(copy.path / CHUNK, 7)
     assert main([str(copy.path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert f"  manifest   failed            1 files changed: {CHUNK}" in lines
-    assert lines[-1] == "FAILED: 3 of 11 checks: manifest, guidance, scheduler."
+    assert lines[-1] == "FAILED: 4 of 12 checks: manifest, digests, guidance, scheduler."
     with pytest.raises(RecordingNotFound):
         main(["no-such-run", "--runs", str(copy.path.parent)])
     with pytest.raises(ExperimentError, match="--steps says at which steps the model is asked"):

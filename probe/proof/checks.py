@@ -19,7 +19,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -212,24 +212,24 @@ def check_digests(run: Run) -> Check:
     if lost := [step for step in steps if f"step {step}" not in lines]:
         return Check("digests", "failed", f"{DIGESTS} has no line of step {lost[0]}")
     arrays = nodes_of(run.path, read_root(run.path))[1]
-    of_steps = {path: stored for path, stored in arrays.items() if of_a_step(path, stored.dims)}
-    for step in steps:
-        found = {path: _marks(run, stored, step) for path, stored in of_steps.items()}
-        if digest_of(found) != lines[f"step {step}"]:
-            return Check("digests", "failed", f"step {step} is not what was written")
-    count = 0
-    for what, told in lines.items():
-        number = step_of(what)
-        if number is None:
-            name, _, index = what.removesuffix("]").partition("[")
-            count += 1
-            if name not in arrays or (index and not index.isdecimal()):
-                return Check("digests", "failed", f"{DIGESTS} has a line of {what!r}, which is not there")
-            if digest_of({name: _marks(run, arrays[name], int(index) if index else None)}) != told:
-                return Check("digests", "failed", f"{what} is not what was written")
-        elif number > len(steps) and run.status != "running":
-            return Check("digests", "failed", f"step {number} was written, and step {number - 1} is not committed")
-    return Check("digests", "exact", f"{len(steps)} steps and {count} other parts are what was written")
+    told = sorted((step, what) for what in lines if (step := step_of(what)) is not None)
+    if told[len(steps) + 1 :] and run.status != "running":
+        return Check("digests", "failed", f"{told[-1][1]} was written, and {told[-2][1]} is not committed")
+    proved = [*(f"step {step}" for step in steps), *(what for what in lines if step_of(what) is None)]
+    for what in proved:
+        if digest_now(run, arrays, what) != lines[what]:
+            return Check("digests", "failed", f"{what} is not what was written")
+    return Check("digests", "exact", f"{len(steps)} steps and {len(proved) - len(steps)} other parts are what was written")
+
+
+def digest_now(run: Run, arrays: Mapping[str, Stored], what: str) -> str:
+    """The digest that a line would have if it was written now. Empty for what is not there."""
+    if (step := step_of(what)) is not None:
+        return digest_of({path: _marks(run, stored, step) for path, stored in arrays.items() if of_a_step(path, stored.dims)})
+    name, _, index = what.removesuffix("]").partition("[")
+    if name not in arrays or (index and not index.isdecimal()):
+        return ""
+    return digest_of({name: _marks(run, arrays[name], int(index) if index else None)})
 
 
 def _marks(run: Run, stored: Stored, index: int | None) -> bytes:
