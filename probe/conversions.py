@@ -13,6 +13,7 @@ Where both ends matter, go through the log-SNR (Kingma et al. 2021), which keeps
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,56 @@ def v_from(prediction: Any, x: Any, alpha_bar: Any, prediction_type: str) -> Any
     if prediction_type == "v_prediction":
         return prediction
     return target(denoised_from(prediction, x, alpha_bar, prediction_type), prediction, alpha_bar, "v_prediction")
+
+
+# --- what a scheduler does to x0 -------------------------------------------------------------------------------------
+
+CLIPS = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "LCMScheduler")  # both ways
+THRESHOLDS = (
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *("DEISMultistepScheduler", "SASolverScheduler"),
+)
+
+UNCLIPPED = "x0 as the model says it, without the scheduler's {}"
+
+
+def clipping(kind: str, config: Mapping[str, Any]) -> dict[str, float] | None:
+    """How a scheduler of diffusers' class `kind` limits x0 before it goes on with it, as `clipped` takes it; None where it does not.
+
+    Raises ValueError where the limits are no numbers, or none that limit.
+    """
+    if config.get("thresholding") and kind in (*CLIPS, *THRESHOLDS) and config.get("predict_x0", True):
+        how = {"quantile": config.get("dynamic_thresholding_ratio", 0.995), "most": config.get("sample_max_value", 1.0)}
+    elif config.get("clip_sample") and kind in (*CLIPS, "HeunDiscreteScheduler"):
+        how = {"range": config.get("clip_sample_range", 1.0)}
+    else:
+        return None
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in how.values()) or not 0 <= how.get("quantile", 0) <= 1:
+        raise ValueError(f"{how} are no limits of x0")
+    return {name: float(value) for name, value in how.items()}
+
+
+def clipping_text(how: Mapping[str, float]) -> str:
+    """What `clipping` found, for people."""
+    if "range" in how:
+        return f"clip_sample, to {-how['range']:g} to {how['range']:g}"
+    return f"dynamic thresholding, at quantile {how['quantile']:g} and at most {how['most']:g}"
+
+
+def clipped(denoised: np.ndarray, how: Mapping[str, float] | None) -> np.ndarray:
+    """x0 as a scheduler goes on with it. *Shape:* (..., channel, y, x), each image by itself.
+
+    Clipped to `range`, or by dynamic thresholding (Imagen, Saharia et al. 2022, arXiv:2205.11487, section 2.3; diffusers'
+    `_threshold_sample`): clipped to the `quantile` of its absolute values, no less than 1 and no more than `most`, and divided by that.
+    """
+    if how is None:
+        return denoised
+    if "range" in how:
+        return denoised.clip(-how["range"], how["range"])
+    sizes = np.abs(denoised).reshape(*denoised.shape[:-3], -1)
+    # As torch's clamp, whose upper limit wins.
+    limit = np.minimum(np.maximum(np.quantile(sizes, how["quantile"], axis=-1), 1), how["most"])[..., None, None, None].astype(denoised.dtype)
+    return np.asarray(denoised.clip(-limit, limit) / limit)
 
 
 def _check(prediction_type: str) -> None:

@@ -188,6 +188,8 @@ def perform_noising(
         if plainly := read_plainly([asked.caption]):
             say(plainly)
         say(f"Recording {run.calls} timestep{'s' if run.calls > 1 else ''} to {path} (about {size_text(sum(run.forecast().values()))})")
+        for remark in run.remarks:
+            say(remark)
         with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
             try:
                 with breakable():

@@ -301,7 +301,20 @@ def _steps(run: Run, columns: int) -> list[tuple[Image.Image, str, str]]:
     else:
         of, pictures = run.steps, run.preview().values[:, 0]
     chosen = np.unique(np.linspace(0, len(of) - 1, columns).round().astype(int))
-    return [(_fit(Image.fromarray(pictures[i]), CELL), f"step {of[i]}", f"sigma {sigmas[of[i]]:.2f}") for i in chosen]
+    clean = run.denoised().reindex(step=of[chosen]).isel(image=0).values
+    finite = np.isfinite(clean).reshape(len(chosen), -1).all(axis=1)
+    frames = [_fit(Image.fromarray(pictures[i]), CELL) for i in chosen]
+    shown = [frame if good else _not_defined(frame.size) for frame, good in zip(frames, finite, strict=True)]
+    return [(frame, f"step {of[i]}", f"sigma {sigmas[of[i]]:.2f}") for frame, i in zip(shown, chosen, strict=True)]
+
+
+def _not_defined(size: tuple[int, int]) -> Image.Image:
+    """A frame for a picture that there is not, where one of latents that are not finite would be black."""
+    frame = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(frame)
+    draw.rectangle((0, 0, size[0] - 1, size[1] - 1), outline=FAINT)
+    draw.multiline_text((size[0] // 2, size[1] // 2), "not defined\nat this step", FAINT, font=_font(12), anchor="mm", align="center")
+    return frame
 
 
 def _words(run: Run, final: Image.Image) -> list[tuple[Image.Image, str, str]]:

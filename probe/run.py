@@ -124,7 +124,7 @@ def tell_forecast(settled: Plan, limit: int | None) -> int:
     say(*rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))
     rest = sum(sizes[path] for path in sizes if path not in large)
     total = sum(sizes.values())
-    say("", f"and {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(total)} ({total} bytes).")
+    say("", f"and {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(total)} ({total} bytes).", *settled.remarks)
     settled.check_size(limit, None)
     return 0
 

@@ -62,6 +62,7 @@ LAYERS = [
     ("probe.watching.rehearsal",),
     ("probe.watching.selection",),
     ("probe.diffusion.sampling",),
+    ("probe.diffusion.schedule_check",),
     ("probe.watching.capture", "probe.edits", "probe.watching.counterfactual"),
     ("probe.watching.modes",),
     ("probe.running.planning",),

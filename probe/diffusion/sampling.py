@@ -66,13 +66,13 @@ class Step:
 
     @property
     def denoised(self) -> torch.Tensor:
-        """The guided prediction of the clean latent x0."""
+        """The guided prediction of the clean latent x0, before any clipping or thresholding by the scheduler."""
         return denoised_from(self.prediction, self.model_input, self.alpha_bar, self.prediction_type)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise level of every model call, each a tuple with one float per call.
+    """The noise level of every model call, each a tuple with one float per call: sigma as Karras et al. 2022 (arXiv:2206.00364) have it.
 
     There may be more calls than steps asked for (PNDM: one more; Heun and KDPM2: nearly twice as many), and timesteps
     may repeat or be fractional. `variance_exploding` tells whether latents grow with sigma or keep variance one.
@@ -83,10 +83,18 @@ class Schedule:
     alpha_bars: tuple[float, ...]
     variance_exploding: bool
 
+    def undefined(self, prediction_type: str) -> tuple[int, ...]:
+        """The calls at which x0 is not defined: without any signal, predicted noise says nothing of it (Lin et al. 2023, section 3.3)."""
+        return tuple(i for i, alpha_bar in enumerate(self.alpha_bars) if alpha_bar == 0 and prediction_type == "epsilon")
+
     @classmethod
     def of(cls, scheduler: Any, steps: int, begin: int = 0) -> Schedule:
         """The schedule of a diffusers scheduler for `steps` steps, from call `begin` on; the scheduler itself stays untouched."""
-        scheduler = fresh(scheduler)
+        return cls.read(fresh(scheduler), steps, begin)
+
+    @classmethod
+    def read(cls, scheduler: Any, steps: int, begin: int = 0) -> Schedule:
+        """As `of`, by setting the timesteps of a scheduler that is nobody else's."""
         scheduler.set_timesteps(steps)
         timesteps = [float(t) for t in scheduler.timesteps]
         ones = torch.ones(1)
@@ -128,7 +136,7 @@ def first_call(scheduler: Any, steps: int, strength: float) -> int:
     """
     if int(steps * strength) < 1:
         raise ExperimentError(f"strength: {strength:g} of {steps} steps is not one whole step.", "Use more steps, or a greater strength.")
-    return max(steps - min(int(steps * strength), steps), 0) * int(scheduler.order)
+    return max(steps - min(int(steps * strength), steps), 0) * int(getattr(scheduler, "order", 1))
 
 
 def started(scheduler: Any, start: Start, begin: int) -> torch.Tensor:
@@ -139,10 +147,11 @@ def started(scheduler: Any, start: Start, begin: int) -> torch.Tensor:
     return scheduler.add_noise(start.clean, start.noise, at)  # type: ignore[no-any-return]
 
 
-def fresh(scheduler: Any) -> Any:
-    """A scheduler of the same class and config without any state."""
+def fresh(scheduler: Any, **changes: Any) -> Any:
+    """A scheduler of the same class and config without any state; of `changes`, what its config has is set otherwise."""
     # Without this entry `from_config` would go back to the class's defaults where a pipeline has changed them (clip_sample).
-    return type(scheduler).from_config({key: value for key, value in scheduler.config.items() if key != "_use_default_values"})
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    return type(scheduler).from_config({**config, **{key: value for key, value in changes.items() if key in config}})
 
 
 def noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Generator]]:

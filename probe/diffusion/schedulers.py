@@ -93,8 +93,9 @@ def another_scheduler(model: str, name: str, own: Mapping[str, Any], own_kind: t
         config = {key: value for key, value in own.items() if key in known - drop}
         forced = {key: value for key, value in FORCED.items() if key in known and name != "default" and latent}
         return scheduler_class.from_config({**config, **forced, **extra, **options})
-    except (ValueError, NotImplementedError, TypeError, RuntimeError) as problem:
-        raise ExperimentError(f"scheduler: {kind} refuses these options: {_line(problem)}", "See its documentation in diffusers.") from problem
+    except Exception as problem:  # whatever diffusers raises of an option of the wrong kind
+        remedy = f"Change or leave out of scheduler_options: {', '.join(options)}." if options else ANOTHER
+        raise ExperimentError(f"scheduler: {kind} refuses these options: {_line(problem)}", remedy) from problem
 
 
 def _line(problem: Exception) -> str:

@@ -186,7 +186,10 @@ def check_schedule(run: Run) -> Check:
     scheduler = rebuild_scheduler(run)
     noising = run.attributes.get("noising")
     schedule = Schedule.at(scheduler, noising["timesteps"]) if noising else Schedule.of(scheduler, asked.steps, _begin(run, scheduler))
-    tally = Tally("schedule", f"timestep, sigma and alpha_bar of {type(scheduler).__name__}", 1e-4, conditions(run))
+    what = f"timestep, sigma and alpha_bar of {type(scheduler).__name__}"
+    if calls := schedule.undefined(str(run.attributes["prediction_type"])):
+        what += f"; denoised is not defined at step {', '.join(map(str, calls))}, where there is no signal"
+    tally = Tally("schedule", what, 1e-4, conditions(run))
     kind, options = SCHEDULERS.get(asked.scheduler, (type(scheduler).__name__, {}))
     if type(scheduler).__name__ != kind:
         tally.fail(f"{type(scheduler).__name__} was recorded, {asked.scheduler} was asked for")
@@ -248,6 +251,8 @@ def check_scheduler(run: Run) -> Check:
 
 def _image(found: np.ndarray, recorded: np.ndarray) -> str:
     """Which image, channel and place is off the most."""
-    off = np.where(np.isnan(found) & np.isnan(recorded), 0, np.abs(found.astype(np.float64) - recorded))
+    same = (found == recorded) | (np.isnan(found) & np.isnan(recorded))
+    with np.errstate(invalid="ignore"):  # on_nan: record leaves infinities
+        off = np.where(same, 0, np.abs(found.astype(np.float64) - recorded))
     image, channel, y, x = np.unravel_index(int(off.argmax()), off.shape)
     return f", image {image}, channel {channel}, y {y}, x {x}"

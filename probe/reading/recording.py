@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
+from probe.conversions import UNCLIPPED, clipping, clipping_text, denoised_from, eps_from, v_from, variance_preserving
+from probe.conversions import clipped as clip
 from probe.digests import flags_are_lost
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
@@ -115,9 +116,34 @@ class Run(Attention):
         """The predicted velocity."""
         return self._derive(v_from, branch, "v")
 
-    def denoised(self, branch: str | None = None) -> xr.DataArray:
-        """The predicted clean latents x0."""
-        return self._derive(denoised_from, branch, "denoised")
+    def denoised(self, branch: str | None = None, clipped: bool = False) -> xr.DataArray:
+        """The predicted clean latents x0: as the model says them, or `clipped` as the scheduler goes on with them, if it limits them.
+
+        Its attributes say so where these two are not the same, and at which steps x0 is not defined: where there is no signal
+        (alpha_bar 0), predicted noise says nothing of it (Lin et al. 2023, arXiv:2305.08891). Raises RecordingDamaged.
+        """
+        found = self._derive(denoised_from, branch, "denoised")
+        try:
+            how = clipping(str(self.said("scheduler", "class")), self.said("scheduler", "config"))
+        except ValueError as error:
+            raise refuse(self.path, f"the scheduler's settings are none ({error})") from error
+        notes: dict[str, Any] = {"long_name": "predicted clean latents", "units": "1"}
+        if how is not None and clipped:
+            axes = [["channel", "y", "x"]]
+            limited = xr.apply_ufunc(functools.partial(clip, how=how), found, input_core_dims=axes, output_core_dims=axes)
+            found = limited.transpose(*found.dims)
+            notes["clipped"] = f"x0 as the scheduler goes on with it: {clipping_text(how)}"
+        elif how is not None:
+            notes["unclipped"] = UNCLIPPED.format(clipping_text(how))
+        if len(steps := self.undefined_steps):
+            notes["not_defined_at_step"] = [int(step) for step in steps]
+        return found.assign_attrs(notes)
+
+    @property
+    def undefined_steps(self) -> np.ndarray:
+        """Indices of the committed steps at which `denoised` is not defined: no signal at all, and a model that predicts noise."""
+        without = self.variable("alpha_bar").isel(step=self.steps).values == 0
+        return self.steps[without] if self.said("prediction_type") == "epsilon" else self.steps[:0]
 
     def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
         """Clean latents as small pictures, by the linear map fitted for this VAE. *Shape:* (..., y, x, rgb) uint8."""

@@ -21,6 +21,7 @@ import torch
 from probe.conversions import target
 from probe.diffusion.models import Conditioning, StableDiffusion
 from probe.diffusion.sampling import Schedule, Start, Step, arranged, draw, fresh, memory_format, noise
+from probe.diffusion.schedule_check import recorded_schedule, unclipped_note
 from probe.errors import NotFinite
 from probe.experiment import Experiment
 from probe.reading.listing import root_attributes
@@ -115,7 +116,8 @@ def plan_forward(
     calls, shape = settled.calls, settled.latent_shape
     arrays = [
         array("source", "psnr", ()),
-        *(array("forward", name, (calls, *shape)) for name in ("denoised", "difference")),
+        array("forward", "denoised", (calls, *shape), **unclipped_note(model.scheduler)),
+        array("forward", "difference", (calls, *shape)),
         *(array("forward", name, (calls, shape[0])) for name in ("loss", "noise_loss")),
         *(array("forward", name, (calls,)) for name in ("loss_mean", "loss_spread")),
     ]
@@ -129,7 +131,7 @@ def replan(model: StableDiffusion, run: Run) -> Plan:
     picture = None if run.source is None else run.source.values
     rules = int(run.attributes.get("text_rules", 1))
     if picture is None or "noising" not in run.attributes:
-        return plan(model, run.experiment, picture, rules=rules)
+        return plan(model, run.experiment, picture, recorded_schedule(model, run.experiment), rules)
     return plan_forward(model, run.experiment, picture, tuple(run.attributes["noising"]["timesteps"]), recorded_masks(run), rules)
 
 

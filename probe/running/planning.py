@@ -18,6 +18,7 @@ import torch
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.prompts import Prompt
 from probe.diffusion.sampling import Schedule, first_call, fresh
+from probe.diffusion.schedule_check import held_schedule, remarks, unclipped_note
 from probe.errors import ExperimentError, TooLarge
 from probe.experiment import Experiment
 from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, STATISTICS, Array, array
@@ -50,6 +51,7 @@ class Plan:
     recorded: tuple[int, ...]
     decoded: tuple[int, ...]
     arrays: tuple[Array, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -121,7 +123,8 @@ def plan(
 ) -> Plan:
     """Settle what a run of `experiment` on `model` records. Raises ExperimentError or PromptError if it cannot be.
 
-    A recording's `picture` is taken instead of reading `experiment.image`, `schedule` instead of the scheduler's; `rules` read its text.
+    A recording's `picture` is taken instead of reading `experiment.image`; `rules` read its text. Without a `schedule`, it is the
+    scheduler's, held against what that does.
     """
     capture = experiment.capture
     called = BRANCHES if experiment.guidance_scale > 1.0 else ("cond",)
@@ -137,15 +140,8 @@ def plan(
     if experiment.image is not None and picture is None:
         picture = read_picture(experiment.image, latent_shape[2] * model.f, latent_shape[3] * model.f)
     begin = 0 if experiment.image is None else first_call(model.scheduler, experiment.steps, experiment.strength)
-    try:
-        schedule = schedule or Schedule.of(model.scheduler, experiment.steps, begin)
-        calls = len(schedule.timesteps)
-    except (ValueError, IndexError) as problem:
-        most = int(model.scheduler.config.num_train_timesteps)
-        raise ExperimentError(
-            f"steps: {type(model.scheduler).__name__} refuses {experiment.steps} ({problem}).",
-            f"Use fewer: this model was trained on {most} timesteps, and some schedulers need a few to spare.",
-        ) from problem
+    schedule = schedule or held_schedule(model, experiment, begin)
+    calls = len(schedule.timesteps)
     try:
         rehearsal = rehearse(model, latent_shape, len(called), tokens)
     except RuntimeError as problem:
@@ -177,6 +173,7 @@ def plan(
         recorded=capture.steps_of(calls),
         decoded=tuple(sorted({*range(0, calls, experiment.decode_every), calls - 1})) if experiment.decode_every else (),
         arrays=(),
+        remarks=remarks(model, schedule, begin),
     )
     arrays = (*_latents(model, settled, picture), *_text(model, settled), *_attention(settled), *_outputs(model, settled), *_cost(settled))
     return Plan(**{**settled.__dict__, "arrays": arrays})
@@ -211,7 +208,8 @@ def _latents(model: StableDiffusion, run: Plan, picture: np.ndarray | None) -> l
     if picture is not None:
         arrays += [array("source", "picture", value=picture), *(array("forward", name, shape, dtype, **note) for name in ("clean", "noise"))]
     if run.decoded:
-        arrays += [array("decoded", "decoded_step", value=np.array(run.decoded)), array("decoded", "picture", (len(run.decoded), *pixels))]
+        frames = array("decoded", "picture", (len(run.decoded), *pixels), **unclipped_note(model.scheduler))
+        arrays += [array("decoded", "decoded_step", value=np.array(run.decoded)), frames]
     return arrays
 
 

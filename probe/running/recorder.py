@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from probe import pictures
+from probe.conversions import clipping, clipping_text
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.support import refuse_pictures
@@ -99,6 +100,8 @@ def _record(model: StableDiffusion, run: Plan, say: Say, progress: bool, parent:
     if plainly := read_plainly([prompt.text for prompt in run.prompts.values()]):
         say(plainly)
     say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
+    for remark in run.remarks:
+        say(remark)
     with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
         _see_through(path, model, run, writer, say, progress)
     return Run(path)
@@ -218,9 +221,18 @@ def describe(model: StableDiffusion, run: Plan, weights: str | None = None) -> d
         "latent_convention": "variance_exploding" if run.schedule.variance_exploding else "variance_preserving",
         "text_rules": RULES,
         "read_as": {branch: prompt.read_as for branch, prompt in run.prompts.items() if prompt.read_as != prompt.text},
+        **_of_denoised(model, run),
         "cut_from_prompt": {branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut},
         "decoded_in_float32": False,
     }
+
+
+def _of_denoised(model: StableDiffusion, run: Plan) -> dict[str, Any]:
+    """Where denoised is not what the scheduler goes on with, and where it is not defined; nothing, in most runs."""
+    how = clipping(type(model.scheduler).__name__, model.scheduler.config)
+    undefined = list(run.schedule.undefined(model.prediction_type))
+    found: dict[str, Any] = {} if how is None else {"scheduler_clips": clipping_text(how)}
+    return {**found, **({"denoised_not_defined": undefined} if undefined else {})}
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
