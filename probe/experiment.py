@@ -94,7 +94,9 @@ class Experiment(Strict):
     name: str = Field(
         default="", pattern=r"^[a-z0-9-]{0,60}$", description="Name of the run: up to 60 of a-z, 0-9 and -; empty: made from the prompt."
     )
-    model: Place = Field(default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, or a local diffusers directory.")
+    model: Place = Field(
+        default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, a diffusers directory, or one .safetensors file."
+    )
     revision: Revision = Field(default=None, description="Commit, tag or branch of a Hugging Face model; none: its main branch.")
     variant: Line | None = Field(default=None, description="Which of a model's weight files, such as fp16; none: the plain ones.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(

@@ -69,7 +69,9 @@ class Noising(Strict):
     """What is asked of the forward process: the picture, its caption, and where and how often it is noised."""
 
     name: str = Field(default="", pattern=r"^[a-z0-9-]{0,60}$", description="Name of the recording: a-z, 0-9 and -; empty: made from the caption.")
-    model: Place = Field(default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, or a local diffusers directory.")
+    model: Place = Field(
+        default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, a diffusers directory, or one .safetensors file."
+    )
     revision: Revision = Field(default=None, description="Commit, tag or branch of a Hugging Face model; none: its main branch.")
     variant: Line | None = Field(default=None, description="Which of a model's weight files, such as fp16; none: the plain ones.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(

@@ -148,6 +148,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a class that is a list": (says("vae/config.json", _class_name=["os", "system"]), "its vae is ['os', 'system'], which is not supported"),
     "another class in the index": (says("model_index.json", vae=["evil", "Evil"]), "its vae is 'Evil', which is not supported"),
     "a setting nobody knows": (says("unet/config.json", evil={"a": 1}), "has 'evil', which UNet2DConditionModel does not know"),
+    "latents divided by zero": (says("vae/config.json", scaling_factor=0.0), "scaling_factor is zero, and latents are divided by it"),
     # schedulers
     "a pipeline as a scheduler": (says("model_index.json", scheduler=["diffusers", "StableDiffusionPipeline"]), "is not one of diffusers'"),
     "a scheduler that is text": (says("model_index.json", scheduler="DDIMScheduler"), "its scheduler 'DDIMScheduler' is not one of diffusers'"),
@@ -166,6 +167,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a tokenizer's setting of another type": (says("tokenizer/tokenizer_config.json", bos_token=[1]), "bos_token is [1], which it cannot be"),
     "prompts without end": (says("tokenizer/tokenizer_config.json", model_max_length=10**8), "makes prompts of 100000000 tokens"),
     "tokens beyond the text encoder": (says("text_encoder/config.json", vocab_size=100), "tokenizer/ has a token number"),
+    "tokens without end": (says(TOKENIZER, added_tokens=[{"id": 600 + i, "content": f"<{i}>"} for i in range(150_000)]), "at most 10000 tokens"),
     # words
     "words that are numbers": (holds("words.json", "[1, 2]"), "words.json is not a list of words"),
     "words nested without end": (holds("words.json", NEST), "words.json is nested too deeply"),

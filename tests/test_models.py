@@ -202,6 +202,12 @@ def test_a_name_that_is_nothing(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
     assert error.remedy == "Bundled: emojiworld. Try --model emojiworld."
 
 
+@pytest.mark.parametrize("name", ["n" * 1000, "a\0b", "models/v1-5.safetensors", "v1-5.ckpt"])
+def test_a_name_that_no_file_can_have_or_has(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refused(lambda: load_cpu(name)).cause.startswith(("model: ", f"model: {name!r}: there is no such file"))
+
+
 @pytest.mark.parametrize("revision", [None, "main"])
 def test_a_hub_id_without_a_network(revision: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

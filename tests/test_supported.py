@@ -279,3 +279,8 @@ def test_an_error_of_a_model_is_a_users(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load(str(tmp_path / "model"))
     assert caught.value.exit_code == 2
+
+
+def test_a_model_that_cannot_run_is_told_so_before_anything_is_written(ask: dict[str, Any]) -> None:
+    error = refused(ask, tiny.pipeline(conv_in_kernel=2))
+    assert ": its unet does not run on latents of 8 x 8: " in error.cause and error.remedy.startswith("Set another height and width")

@@ -50,7 +50,7 @@ TEXT_OTHERS: dict[str, tuple[type, ...]] = {
     "use_attention_mask": (bool,),
 }
 # Zero is allowed of these alone.
-FREE = ("freq_shift", "downsample_padding", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "latent_shift")
+FREE = ("freq_shift", "downsample_padding", "shift_factor", "latents_mean", "latents_std", "latent_shift")
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flex_attention")
 
 
@@ -87,6 +87,8 @@ def diffusers_config(part: str, config: Mapping[str, Any], kind: type[Any], refu
         for number in _numbers(value):
             if number < 0 and key not in FREE:
                 raise refuse(f"{where} is {shown(value)}, which is less than zero.")
+            if number == 0 and key == "scaling_factor":
+                raise refuse(f"{where} is zero, and latents are divided by it.")
             if number == 0 and isinstance(known[key].default, (int, tuple)) and key not in FREE and not isinstance(value, bool):
                 raise refuse(f"{where} is {shown(value)}, and zero is no size.")
         found[key] = value

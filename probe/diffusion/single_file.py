@@ -60,12 +60,22 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 def is_single_file(name: str) -> bool:
     """Whether a model's name is that of one file with weights. Raises ModelError where these are pickled."""
     path = place(name)
-    if path.suffix in PICKLED and path.is_file():
+    try:
+        there, folder = path.exists(), path.is_dir()
+    except (OSError, ValueError) as problem:  # a name that is too long, a folder that may not be read
+        raise ModelError(f"model: {shown(name)} cannot be looked up ({why_not(problem)}).", "Check the path and its permissions.") from problem
+    if not there and path.suffix in (".safetensors", ".ckpt"):
+        raise ModelError(f"model: {shown(name)}: there is no such file.", "Check the path, or name another model: --model emojiworld.")
+    if path.suffix in PICKLED and there and not folder:
         raise ModelError(
             f"{name}: this checkpoint is pickled, and can run code when it is read.",
             "Convert it once where you trust it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER).",
         )
-    return path.suffix == ".safetensors" and path.exists() and not path.is_dir()
+    return path.suffix == ".safetensors" and there and not folder
+
+
+def why_not(problem: Exception) -> str:
+    return (problem.strerror if isinstance(problem, OSError) else None) or "no path looks like this"
 
 
 def config_folder(name: str) -> Path | None:
@@ -125,4 +135,4 @@ def clip_tokenizer(name: str) -> tuple[ModelFolder, str]:
 
 
 def other_way(path: Path) -> str:
-    return f"In Python: pass StableDiffusionPipeline.from_single_file({path.name!r}) to probe.running.recorder.record as pipeline."
+    return f"In Python: pass StableDiffusionPipeline.from_single_file({path.name!r}) to probe.record(...) as pipeline."

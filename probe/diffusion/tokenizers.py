@@ -10,7 +10,7 @@ from probe.diffusion.model_files import ModelFolder
 from probe.errors import ModelError
 from probe.strict_yaml import printable, shorten, shown
 
-MOST = 16 << 20
+MOST, MOST_ADDED = 16 << 20, 10_000
 WHOLE_MODEL = "Is it a whole diffusers directory?"
 # Settings that a CLIP tokenizer has. Others are not for it, or decide which code runs and which files are opened.
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -57,7 +57,10 @@ def read_tokenizer(folder: ModelFolder, index: Mapping[str, Any], encoder: Mappi
     kept["model_max_length"] = int(length) if length is not None and length < LONGEST else int(encoder.get("max_position_embeddings") or 77)
     for file in FILES:
         if file in there:
-            folder.json_object(f"{inside}/{file}", MOST)
+            held = folder.json_object(f"{inside}/{file}", MOST)
+            added = held.get("added_tokens", ()) if file == "tokenizer.json" else held if file == "added_tokens.json" else ()
+            if not isinstance(added, list | tuple | dict) or len(added) > MOST_ADDED:
+                raise folder.refuse(f"{inside}/{file}: it adds no list of at most {MOST_ADDED} tokens.")
     if "merges.txt" in there:
         folder.plain(f"{inside}/merges.txt", MOST)
     files = {kind: str(folder.path / inside / file) if file in there else None for kind, file in KINDS.items()}
