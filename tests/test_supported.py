@@ -26,7 +26,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 @pytest.fixture
 def ask(tmp_path: Path) -> dict[str, Any]:
-    return {"prompt": "a cat", "steps": 2, "output": str(tmp_path / "runs"), "device": "cpu", "capture": {"attention": "off"}}
+    return {"prompt": "a cat", "steps": 1, "output": str(tmp_path / "runs"), "device": "cpu", "capture": {"attention": "off"}}
 
 
 def refused(asked: dict[str, Any], pipeline: Any, **changes: Any) -> UserError:
@@ -68,7 +68,7 @@ def test_where_nobody_knows_the_betas_they_are_asked_for(ask: dict[str, Any]) ->
     assert record({**ask, "scheduler": "DDIM", "scheduler_options": BETAS}, pipeline, progress=False).status == "complete"
 
 
-@pytest.mark.parametrize("entry", [["diffusers", "DPMSolverSDEScheduler"], ["evil", "Evil"], "DDIMScheduler", None])
+@pytest.mark.parametrize("entry", [["diffusers", "DPMSolverSDEScheduler"], "DDIMScheduler"])
 def test_a_folder_whose_own_scheduler_is_not_supported_runs_with_another(entry: Any, tmp_path: Path, ask: dict[str, Any]) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "model")
     index = tmp_path / "model/model_index.json"
@@ -243,7 +243,7 @@ def tiny_autoencoder() -> Any:
 def test_a_tiny_autoencoder_decodes_what_the_pipeline_decodes(ask: dict[str, Any], tmp_path: Path) -> None:
     pipeline = tiny_autoencoder()
     run = record(ask, pipeline, progress=False)
-    same = {"num_inference_steps": 2, "guidance_scale": run.experiment.guidance_scale, "generator": [torch.Generator().manual_seed(0)]}
+    same = {"num_inference_steps": 1, "guidance_scale": run.experiment.guidance_scale, "generator": [torch.Generator().manual_seed(0)]}
     theirs = pipeline("a cat", **same, output_type="np").images
     with Image.open(run.path / "picture.png") as picture:
         assert np.array_equal(np.asarray(picture), (theirs[0] * 255).round().astype(np.uint8))
