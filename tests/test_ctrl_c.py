@@ -89,20 +89,20 @@ def test_while_torch_is_imported(tmp_path: Path) -> None:
     "command", [RUN, NOISING, ("probe", "verify", "sample"), ("probe", "show", "sample", "--words")], ids=["run", "noising", "verify", "show"]
 )
 def test_at_any_moment(tmp_path: Path, command: tuple[str, ...]) -> None:
-    """At 12 moments from the first line to the end of an undisturbed call, each with a folder of its own."""
+    """At 8 moments from the first line to the end of an undisturbed call, each with a folder of its own."""
     (tmp_path / "whole").mkdir()
     running, start = begun(tmp_path / "whole", *command), time.monotonic()
     assert running.wait(timeout=200) == 0
     whole, dice, times = time.monotonic() - start, random.Random(0), []
-    for index in range(12):
+    for index in range(8):
         folder = tmp_path / str(index)
         folder.mkdir()
         running = begun(folder, *command)
-        time.sleep(whole * (index + dice.random()) / 13)
+        time.sleep(whole * (index + dice.random()) / 9)
         if running.poll() is None:
             times.append(stopped(running, folder, again=dice.choice([0, 3])))
     print(f"stopped {len(times)} times, the slowest in {max(times):.2f} s")
-    assert len(times) > 5
+    assert len(times) > 3
 
 
 def test_every_command_begins_with_it() -> None:
