@@ -242,7 +242,8 @@ def show(arguments: list[str]) -> int:
             (str(c), f"{float(cost['seconds'].sel(component=c)):.2f} s", f"{int(cost['flops'].sel(component=c)) / 1e9:.2f} GFLOP a call")
             for c in cost["component"].values
         ]
-        say(*rows([*parts, ("peak memory", f"{int(cost['peak_memory']) / 1e6:.0f} MB", "")], ("component", "in all", "")), "")
+        peak = [("peak memory", f"{int(cost['peak_memory']) / 1e6:.0f} MB", "")] if int(cost["peak_memory"]) else []  # 0: nobody told
+        say(*rows([*parts, *peak], ("component", "in all", "")), "")
     say(*map(str, sorted(found.path.glob("*.png"))))
     return 0
 

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,7 +87,7 @@ def append(file: Path, content: bytes, sync: bool) -> None:
 
 def sync_file(file: str | Path) -> None:
     """Force a file's content to the disk. Raises OSError."""
-    handle = os.open(file, os.O_RDONLY)
+    handle = os.open(file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)  # Windows syncs only what may be written
     try:
         os.fsync(handle)
     finally:
@@ -95,6 +96,8 @@ def sync_file(file: str | Path) -> None:
 
 def sync_folder(folder: str | Path) -> None:
     """Force a folder's names to the disk. A system or a disk that cannot do that keeps them in its own way."""
+    if sys.platform == "win32":
+        return
     try:
         sync_file(folder)
     except OSError as error:

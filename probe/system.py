@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def exists(path: str | Path) -> bool:
 
 def lives(process: int) -> bool:
     """Whether a process of this machine lives; True where nobody can tell."""
-    if os.name == "nt":  # os.kill(process, 0) would end it
+    if sys.platform == "win32":  # os.kill(process, 0) would end it
         return _lives_on_windows(process)
     try:
         os.kill(process, 0)
@@ -103,6 +104,8 @@ def lives(process: int) -> bool:
 
 def _lives_on_windows(process: int) -> bool:
     kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined,unused-ignore]
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    kernel.GetExitCodeProcess.argtypes, kernel.CloseHandle.argtypes = (ctypes.c_void_p, ctypes.c_void_p), (ctypes.c_void_p,)
     handle = kernel.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
     if not handle:
         return bool(ctypes.get_last_error() != 87)  # type: ignore[attr-defined,unused-ignore]  # ERROR_INVALID_PARAMETER: there is none
@@ -111,3 +114,30 @@ def _lives_on_windows(process: int) -> bool:
         return not kernel.GetExitCodeProcess(handle, ctypes.byref(code)) or code.value == 259  # STILL_ACTIVE
     finally:
         kernel.CloseHandle(handle)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return _peak_on_windows()
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _peak_on_windows() -> int:
+    class Counters(ctypes.Structure):
+        """PROCESS_MEMORY_COUNTERS of psapi.h."""
+
+        _fields_ = [("cb", ctypes.c_ulong), ("faults", ctypes.c_ulong), ("peak", ctypes.c_size_t), *((f"more{i}", ctypes.c_size_t) for i in range(7))]
+
+    counters = Counters()
+    counters.cb = ctypes.sizeof(counters)
+    kernel = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined,unused-ignore]
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    ask = kernel.K32GetProcessMemoryInfo
+    ask.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong)
+    return int(counters.peak) if ask(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb) else 0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from probe.system import peak_memory
 from probe.watching.hooks import Hooks
 
 
@@ -62,10 +61,5 @@ class Clock:
         pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
         unet = [b - a if self._cuda is None else a.elapsed_time(b) / 1000 for a, b in pairs]
         self._seconds["unet"] = sum(unet)
-        memory = torch.cuda.max_memory_allocated(self._cuda) if self._cuda else _process_memory()
+        memory = torch.cuda.max_memory_allocated(self._cuda) if self._cuda else peak_memory()
         return unet, self._steps, self._seconds, memory
-
-
-def _process_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
