@@ -167,6 +167,7 @@ def perform_noising(
     parent: str | None = None,
 ) -> Run:
     """As `record_noising`, with everything asked in one `Noising`; an array takes the place of its `picture`."""
+    from probe.files import storing
     from probe.noising_sheet import save_sheet
     from probe.running.forward import Noised, psnr
     from probe.running.perform import perform
@@ -201,7 +202,8 @@ def perform_noising(
                     perform(model, run, writer, say, progress, loop)
                     writer.write("source/psnr", psnr(pixels, writer.read("images/final")[0]))
                     if sheet:
-                        save_sheet(Run(path))
+                        with storing(path):
+                            save_sheet(Run(path))
                     writer.complete()
             except BaseException:
                 say(f"It ended early. What was recorded is in {path}")

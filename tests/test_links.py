@@ -9,8 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,7 @@ import tiny
 from recordings import ATTRIBUTES
 
 from probe.cli import dispatch
-from probe.errors import ProbeError, RecordingDamaged, RecordingLinked, StoreError
+from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingLinked, StoreError
 from probe.files import append, check_own, remove, replace
 from probe.locks import Lock
 from probe.pictures import ask_name, ask_sheet, keep, word_sheet
@@ -241,6 +246,36 @@ def test_a_lock_that_is_a_link_is_not_touched(how: Callable[[Path, Path], None],
         with pytest.raises(RecordingDamaged, match="is no lock: it is a link"):
             take()
     assert (tmp_path / "elsewhere").read_text() == "somebody else's" and path.is_dir()
+
+
+def test_a_killed_writer_has_a_moment_to_die(left: Path, tmp_path: Path) -> None:
+    """It frees its memory first and its lock last: whoever goes on at once waits for that, and for no writer that lives."""
+    path = Path(shutil.copytree(left, tmp_path / NAME))
+    hold = (
+        f"import sys, filelock; lock = filelock.FileLock({str(tmp_path / f'.{NAME}.lock')!r}); lock.acquire(); print(1, flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdin and holder.stdout and holder.stdout.readline()
+
+    def named(pid: int) -> None:
+        root = json.loads((path / "zarr.json").read_text())
+        root["attributes"]["writer"] = {"pid": pid, "host": socket.gethostname()}
+        (path / "zarr.json").write_text(json.dumps(root))
+
+    named(holder.pid)
+    with pytest.raises(RecordingBusy, match=f"by process {holder.pid} on"):
+        Lock(path).acquire(patience=20)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked how it ended: the system still knows it
+    named(dead.pid)
+    timer = threading.Timer(0.3, holder.stdin.close)
+    timer.start()
+    lock = Lock(path)
+    lock.acquire(patience=20)
+    lock.release()
+    assert holder.wait() == 0 == dead.wait()
+    holder.stdout.close()
+    timer.join()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])

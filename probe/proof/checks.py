@@ -40,7 +40,7 @@ from probe.strict_yaml import printable
 from probe.system import exists
 
 MAX_MANIFEST, MAX_SAID = 16 * 2**20, 2**20  # bytes of a manifest, 150,000 files; of what is said in a picture
-MAX_PICTURE = 64 * 2**20
+MAX_DIGESTS, MAX_PICTURES = 2 * 2**20, 256 * 2**20  # bytes: 20,000 lines; all pictures together
 OURS = re.compile(r"(picture(-[0-9]+)?|contact-sheet|words|ask-.*)\.png", re.DOTALL)  # the pictures that are drawn of a recording
 
 Verdict = Literal["exact", "within tolerance", "failed", "not checked"]
@@ -208,7 +208,7 @@ def check_digests(run: Run) -> Check:
 
     if not exists(run.path / DIGESTS):
         return Check("digests", "failed", f"{DIGESTS} is missing")
-    lines = read_lines(read_file(run.path, DIGESTS, no_longer(run.path, DIGESTS, MAX_MANIFEST)))
+    lines = read_lines(read_file(run.path, DIGESTS, no_longer(run.path, DIGESTS, MAX_DIGESTS)))
     if lost := [step for step in steps if f"step {step}" not in lines]:
         return Check("digests", "failed", f"{DIGESTS} has no line of step {lost[0]}")
     arrays = nodes_of(run.path, read_root(run.path))[1]
@@ -227,7 +227,7 @@ def digest_now(run: Run, arrays: Mapping[str, Stored], what: str) -> str:
     if (step := step_of(what)) is not None:
         return digest_of({path: _marks(run, stored, step) for path, stored in arrays.items() if of_a_step(path, stored.dims)})
     name, _, index = what.removesuffix("]").partition("[")
-    if name not in arrays or (index and not index.isdecimal()):
+    if name not in arrays or (index and not (re.fullmatch(r"0|[1-9][0-9]{0,8}", index) and int(index) < (*arrays[name].shape, 0)[0])):
         return ""
     return digest_of({name: _marks(run, arrays[name], int(index) if index else None)})
 
@@ -247,8 +247,11 @@ def check_picture(run: Run) -> Check:
     names = sorted(path.name for path in run.path.iterdir() if OURS.fullmatch(path.name))
     finals = [name for name in names if name.startswith("picture")]
     sealed = [] if "digests" not in run.attributes else names
+    room = MAX_PICTURES
     for name in sealed:
-        if not seal_holds(read_file(run.path, name, no_longer(run.path, name, MAX_PICTURE))):
+        png = read_file(run.path, name, no_longer(run.path, name, room))
+        room -= len(png)
+        if not seal_holds(png):
             return Check("picture", "failed", f"{name} is not as it was written")
     if run.status != "complete":
         told = f"{', '.join(sealed)}: every byte as it was written; " if sealed else ""
