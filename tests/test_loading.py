@@ -22,7 +22,7 @@ from PIL import Image
 
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
-from probe.errors import ModelError
+from probe.errors import ExperimentError, ModelError
 from probe.experiment import Experiment, load_experiment
 from probe.fields import from_home, place
 from probe.reading.recording import Run
@@ -212,7 +212,9 @@ def test_a_place_in_the_home_folder_begins_with_a_tilde(monkeypatch: pytest.Monk
     assert (asked.model, asked.output, asked.image) == ("~/sd", "~/runs", "~/cat.png")
     assert load_experiment(asked.resolved()) == asked
     monkeypatch.setenv("HOME", "/")
-    assert from_home("/etc/x") == "/etc/x" and place("~/x") == Path("/x")
+    assert from_home("/etc/x") == "/etc/x"
+    with pytest.raises(ExperimentError, match="you have no home folder here"):
+        place("~/x")
     monkeypatch.setenv("HOME", "/elsewhere/ben")
     assert load_experiment(asked.resolved()).identity() == asked.identity(), "the same was asked, whoever asked"
 
