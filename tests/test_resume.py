@@ -114,7 +114,8 @@ def cut(whole: Run, folder: Path, step: int) -> Run:
     for file in (*path.glob("*.png"), path / MANIFEST):
         file.unlink()
     lines = (path / DIGESTS).read_text().splitlines(keepends=True)
-    (path / DIGESTS).write_text("".join(lines[: next((at for at, line in enumerate(lines) if line.endswith(f" step {step}\n")), len(lines))]))
+    until = next((at for at, line in enumerate(lines) if line.endswith(f" step {step}\n")), len(lines))
+    (path / DIGESTS).write_text("".join(line for line in lines[:until] if not re.fullmatch(late, line[65:-1])))
     run = change_root(Run(path), lambda attributes: attributes.update(status="running", writer={"pid": nobody(), "host": socket.gethostname()}))
     flag(run, [1] * step + [0] * (calls - step))
     return run
