@@ -253,6 +253,7 @@ def rm(arguments: list[str]) -> int:
     from probe.files import check_no_link
     from probe.reading.listing import recordings_in
     from probe.reading.recording import Run, find_run
+    from probe.reading.sample import is_copy
     from probe.upkeep import held
 
     parser = Parser(prog="probe rm", description=rm.__doc__)
@@ -262,6 +263,10 @@ def rm(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     paths: list[Path] = list({path.absolute(): path for path in (find_run(name, options.runs) for name in options.run)}.values())
     for path in paths:
+        if is_copy(path):
+            raise ExperimentError(
+                f"{path.name} is read from a copy, and no recording of yours.", "Remove a zip file yourself: nothing else holds it."
+            )
         check_no_link(path)
         try:
             Run(path)

@@ -41,6 +41,7 @@ from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingN
 from probe.files import storing
 from probe.locks import Lock
 from probe.schema import Array
+from probe.system import trouble_in, unreadable
 
 MANIFEST = "manifest.json"
 QUEUE_BYTES = 48 * 2**20
@@ -189,10 +190,12 @@ class RunWriter:
                 self._ledger.add(what, {path: told})
 
     def read(self, path: str, at: Any = ...) -> np.ndarray:
-        """Read back what was written. Raises RecordingDamaged where it is not what was written any more."""
+        """Read back what was written. Raises RecordingDamaged where it is something else by now, RecordingUnreadable."""
         try:
             return np.asarray(self._arrays[path][at])
         except (OSError, ValueError, RuntimeError) as error:  # zarr-python and zarrs say it differently
+            if (trouble := trouble_in(error)) is not None:
+                raise unreadable(self.path, trouble) from error
             what = " ".join(str(error).split()) or type(error).__name__
             raise RecordingDamaged(f"{self.path.name}: {path} cannot be read: {what}", "Record it again: probe rerun.") from error
 

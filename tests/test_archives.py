@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from probe.cli import dispatch
-from probe.errors import ProbeError, RecordingDamaged, RecordingLinked, RecordingNotFound
+from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingLinked, RecordingNotFound
 from probe.reading.recording import find_run, open_run
+from probe.running.recorder import rerun, resume
 from probe.verify import verify
 from tests.recordings import recording
 
@@ -165,3 +166,18 @@ def test_every_way_to_name_a_path(good: Path, tmp_path: Path, monkeypatch: pytes
         with pytest.raises(RecordingNotFound, match="is an address") as caught:
             find_run(address)
         assert "Copy it here" in caught.value.remedy
+
+
+def test_nothing_is_added_to_the_copy_of_a_zip_or_removed_with_it(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shutil.copy(Path(__file__).parent / "format_1" / "interrupted.zip", tmp_path / "half.zip")
+    monkeypatch.chdir(tmp_path)
+    run = open_run(path)
+    with pytest.raises(ExperimentError, match=r"copy of a zip file(?s:.)*Unpack it"):
+        resume(run, progress=False)
+    with pytest.raises(ExperimentError, match=r"is read from a copy(?s:.)*Remove a zip file yourself"):
+        dispatch(["rm", str(path), "--yes"])
+    assert run.path.is_dir() and len(run.steps) == 2
+    again = rerun(run, progress=False)
+    assert again.path.parent == Path("runs") and again.status == "complete"
+    assert [found.name for found in cache.rglob("*.zarr")] == [run.path.name], "what was recorded again lies in runs, not in the cache"
+    assert open_run(path).path == run.path

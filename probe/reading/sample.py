@@ -50,6 +50,16 @@ def unpacked() -> Path:
         raise RecordingNotFound(f"The sample recording cannot be unpacked: {error}", "Set XDG_CACHE_HOME to a folder that can be written.") from error
 
 
+def is_copy(path: Path) -> bool:
+    """Whether a recording lies in the cache folder: the sample, or one that was unpacked from a zip file."""
+    return path.absolute().is_relative_to((cache_folder() / "diffusion-probe").absolute())
+
+
+def place_beside(path: Path) -> Path:
+    """The folder for what is made from a recording: its own, or `runs` where it is a copy in the cache folder."""
+    return Path("runs") if is_copy(path) else path.parent
+
+
 def cache_folder() -> Path:
     """The user's folder for what can be made again; in a container that gives no home, one for this account among temporary files."""
     if named := os.environ.get("XDG_CACHE_HOME"):

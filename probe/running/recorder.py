@@ -34,6 +34,7 @@ from probe.files import storing
 from probe.output import tell
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
+from probe.reading.sample import is_copy, place_beside
 from probe.running.forward import replan
 from probe.running.perform import Say, perform
 from probe.running.planning import Plan, free_room, plan, size_text
@@ -74,8 +75,9 @@ def rerun(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Ru
 
     Raises as `record` does. A noising has its own: `probe.noising.rerun_noising`.
     """
-    asked = load_experiment(run.experiment, output=str(run.path.parent))
-    room, say = free_room(run.path.parent), sayer(progress)
+    folder = place_beside(run.path)
+    asked = load_experiment(run.experiment, output=str(folder))
+    room, say = free_room(folder), sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say, run)
         weights = compare_weights(model, run, say)
@@ -120,6 +122,8 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
     if run.status == "complete":
         say(f"{run.name} is complete already.")
         return run
+    if is_copy(run.path):
+        raise ExperimentError(f"{run.name} is read from a copy of a zip file, and nothing is added to that.", "Unpack it, and resume the folder.")
     if "noising" in run.attributes:
         raise ExperimentError(f"{run.name} is a noising, and those are not resumed: each is short.", f"Record it again: probe rerun {run.name}.")
     asked = run.experiment
