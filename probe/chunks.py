@@ -29,6 +29,7 @@ class StepFiles:
         self._shape, self._chunk = tuple(array.shape), tuple(array.chunks)
         self.fill = np.asarray(array.fill_value, self._dtype)
         self._index = b""
+        self.by_step = len(self._shape) > 1 and (array.shards or self._chunk)[0] == 1  # whether `write` leaves other steps' files alone
         if self._sharded:
             lengths = np.full(prod(self._shape[1:]) // prod(self._chunk[1:]), prod(self._chunk) * self._dtype.itemsize + 4, "<u8")
             self._index = checked(np.stack([np.arange(len(lengths), dtype="<u8") * lengths, lengths], axis=1).tobytes())

@@ -45,7 +45,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
 
 def _clean(text: str) -> str:
     if found := UNCLEAN.search(text):
-        if "\ud800" <= found[0] <= "\udfff":  # bytes of a command line that the locale does not read
+        if "\udc80" <= found[0] <= "\udcff":  # bytes of a command line that the locale does not read, as Python keeps them
             raise ExperimentError("these bytes are no text in this terminal's encoding", "Set PYTHONUTF8=1, or write it in a UTF-8 file.")
         raise ExperimentError(f"the character U+{ord(found[0]):04X} is not allowed", "Delete it: such characters hide what a text says.")
     return text

@@ -181,6 +181,8 @@ class RunWriter:
                 self._ledger.take_back(what)
             if at is ...:
                 told = own.write_all(value)
+            elif isinstance(at, int) and own.by_step:
+                told = own.write(at, np.asarray(value))
             else:
                 whole = np.array(self.read(path))
                 whole[at] = value

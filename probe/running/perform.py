@@ -28,6 +28,7 @@ from probe.watching.counterfactual import embeddings_without, word_changes
 from probe.watching.modes import QueryCapture, SelfCapture, SummaryCapture, TextSide
 
 Say = Callable[[str], None]
+AT_ONCE = 2**25  # bytes of the overview that are in memory together
 SAMPLING = "steps guidance_scale guidance_rescale eta seed images height width".split()  # of an experiment, what the loop wants to know
 
 
@@ -277,13 +278,16 @@ def _summarise(run: Plan, writer: RunWriter) -> None:
         return
     largest = next(iter(run.grids))
     sums = {grid: np.zeros(_shape(run, f"{grid_group(grid)}/time_sum"), np.float32) for grid in run.grids}
-    for index in run.recorded:
-        overview = np.zeros((len(run.kept.positions), *largest), np.float32)
-        for grid in run.grids:
-            maps = _maps_at(writer, run, grid, index)
-            sums[grid] += maps
-            overview += resize(maps[:, -1].mean(axis=(1, 3)).sum(axis=1), largest)  # the last branch: cond where it was kept
-        writer.write(f"{grid_group(largest)}/overview", overview / len(run.layers), at=(slice(None), index))
+    together = max(1, AT_ONCE // (4 * len(run.kept.positions) * math.prod(largest)))  # a token's steps are one file: few writes of many
+    for first in range(0, len(run.recorded), together):
+        steps = list(run.recorded[first : first + together])
+        overview = np.zeros((len(run.kept.positions), len(steps), *largest), np.float32)
+        for place, index in enumerate(steps):
+            for grid in run.grids:
+                maps = _maps_at(writer, run, grid, index)
+                sums[grid] += maps
+                overview[:, place] += resize(maps[:, -1].mean(axis=(1, 3)).sum(axis=1), largest)  # the last branch: cond where it was kept
+        writer.write(f"{grid_group(largest)}/overview", overview / len(run.layers), at=(slice(None), steps))
     for grid, total in sums.items():
         writer.write(f"{grid_group(grid)}/time_sum", total)
 
