@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from probe.errors import ExperimentError
-from probe.fields import SCHEDULERS, Globs, Line, Option, Place, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words
+from probe.fields import SCHEDULERS, Globs, Line, Option, Place, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words, steps_in
 from probe.output import say
 from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, printable, read_text, read_yaml, shorten, shown
 
@@ -74,12 +74,8 @@ class CaptureOptions(Strict):
 
     def steps_of(self, calls: int) -> tuple[int, ...]:
         """The indices that `steps` chooses in a run of that many model calls, ascending, each once."""
-        if self.steps == "all":
-            chosen = list(range(calls))
-        elif ":" in self.steps:
-            chosen = list(range(calls))[slice(*(int(part) if part else None for part in self.steps.split(":")))]
-        else:
-            chosen = [int(part) for part in self.steps.split(",")]
+        parts = steps_in(self.steps)
+        chosen = list(range(calls))[parts] if isinstance(parts, slice) else parts
         allowed = f"This run calls its model {calls} times: write indices from 0 to {calls - 1}, or from -{calls} to -1."
         if outside := [index for index in chosen if not -calls <= index < calls]:
             raise ExperimentError(f"capture.steps: {outside[0]} is not a step of this run", allowed)

@@ -7,6 +7,8 @@ for diffusers' classes), `Strict` (the base of all settings), and the annotated 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -20,6 +22,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 
 from probe.errors import ExperimentError
@@ -51,6 +54,24 @@ def _clean(text: str) -> str:
     return text
 
 
+def _line(text: str) -> str:
+    if found := re.search(r"[\n\t]", text):
+        name = "newline" if found[0] == "\n" else "tab"
+        raise ExperimentError(f"{shown(text)} has a {name} (U+{ord(found[0]):04X}), which is not allowed here", f"Delete the {name}.")
+    if not text:
+        raise ExperimentError("the text is empty", "Write something, or leave the field out.")
+    return text
+
+
+def _plain(value: object, depth: int = 2) -> object:
+    """Whole numbers of other packages, such as numpy's, as Python's own: also in lists and in mappings of lists."""
+    if type(value) is not bool and isinstance(value, Integral):
+        return int(value)
+    if type(value) in (list, tuple) and depth:
+        return type(value)([_plain(item, depth - 1) for item in value])  # type: ignore[call-arg, attr-defined]
+    return {name: _plain(item, depth - 1) for name, item in value.items()} if isinstance(value, dict) and depth else value
+
+
 def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -77,6 +98,16 @@ def _steps_syntax(text: str) -> str:
     if not re.fullmatch(rf"all|{index}(,{index})*|({index})?:({index})?(:(-?(?!0+$)[0-9]{{1,6}})?)?", text):
         raise ExperimentError(f"{shown(text)} is not a choice of steps", 'Write all, a slice such as "0:50:5", or indices such as "0,5,-1".')
     return text
+
+
+def steps_in(text: str) -> slice | list[int]:
+    """What a choice of steps chooses: "all" and "0:50:5" as a slice, "0,5,-1" as indices. Raises ExperimentError."""
+    text = _steps_syntax(text)
+    if text == "all":
+        return slice(None)
+    if ":" in text:
+        return slice(*(int(part) if part else None for part in text.split(":")))
+    return [int(part) for part in text.split(",")]
 
 
 def _layer(text: str) -> str:
@@ -136,7 +167,7 @@ def place(text: str | Path) -> Path:
 
 
 Text: TypeAlias = Annotated[str, AfterValidator(_clean)]
-Line: TypeAlias = Annotated[Text, StringConstraints(pattern=r"^[^\n\t]+$", max_length=1000)]
+Line: TypeAlias = Annotated[Text, AfterValidator(_line), StringConstraints(max_length=1000)]
 Place: TypeAlias = Annotated[Line, AfterValidator(from_home)]
 Prompt: TypeAlias = Annotated[Text, Field(max_length=10_000)]
 Globs: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(_layer)], ...], BeforeValidator(_tuple)]
@@ -154,3 +185,8 @@ class Strict(BaseModel):
     """No field that nobody reads, no guess at a type; and a ValidationError never prints its input."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, data: object) -> object:
+        return {name: _plain(value) for name, value in data.items()} if isinstance(data, Mapping) else data

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from probe.arguments import check_options
 from probe.errors import ExperimentError
 from probe.experiment import CaptureOptions, Experiment, load_settings
 from probe.experiment import table as fields_table
@@ -41,7 +43,7 @@ from probe.run import say_where, size, tell_forecast
 from probe.source import checked_masks, checked_picture, read_masks, read_picture
 from probe.strict_yaml import LARGEST, shown
 from probe.terminal import Parser, add_fields, guarded, overrides, quieten
-from probe.words import read_plainly
+from probe.words import occurrences, read_plainly, word_spans
 
 if TYPE_CHECKING:
     from probe.diffusion.models import StableDiffusion
@@ -50,15 +52,23 @@ if TYPE_CHECKING:
 
 def _timesteps(value: object) -> object:
     """A list, a text of numbers ("100,500") or of a range ("100:1000:100"), as a tuple, the noisiest first."""
-    found = value
+    found: Any = value
+    remedy = "Write whole numbers from 0 up, such as 100,500,900, or a range that rises, such as 100:1000:100."
+    if isinstance(value, np.ndarray):
+        found = value.tolist()
+    elif isinstance(value, int) and not isinstance(value, bool):
+        found = [value]
     if isinstance(value, str):
-        parts = value.replace(" ", "").split(":" if ":" in value else ",")
+        spaceless = "".join(value.split())
+        if bracketed := re.fullmatch(r"\[([0-9,]*)\]", spaceless):  # as YAML writes a list
+            spaceless = bracketed[1]
+        parts = spaceless.split(":" if ":" in value else ",")
         if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts) or (":" in value and not 2 <= len(parts) <= 3):
-            raise ExperimentError(f"{shown(value)} is no choice of timesteps", 'Write a list, [100, 500, 900], or a range, "100:1000:100".')
+            raise ExperimentError(f"{shown(value)} is no choice of timesteps", remedy)
         numbers = [int(part) for part in parts]
         found = list(range(*numbers) if numbers[2:] != [0] else ()) if ":" in value else numbers
-    if not isinstance(found, list | tuple) or not found or not all(type(t) is int and 0 <= t < 10**5 for t in found):
-        raise ExperimentError(f"{shown(value)} is no choice of timesteps", 'Write whole numbers from 0 up: [100, 500, 900], or "100:1000:100".')
+    if not isinstance(found, list | tuple | range) or not found or not all(type(t) is int and 0 <= t < 10**5 for t in found):
+        raise ExperimentError(f"{shown(value)} is no choice of timesteps", remedy)
     return tuple(sorted(set(found), reverse=True))
 
 
@@ -97,7 +107,7 @@ class Noising(Strict):
     timesteps: Timesteps = Field(
         default=tuple(range(950, 0, -100)),
         max_length=1000,
-        description='How much noise, by the model\'s t: a list, or a range "50:1000:100"; 0 is the least.',
+        description='How much noise, by the model\'s t: a list in any order, or a range "50:1000:100"; 0 is the least.',
     )
     noises: int = Field(default=4, ge=1, le=64, description="How many draws of noise; the loss has a mean and a spread over them.")
     seed: int = Field(
@@ -151,6 +161,9 @@ def record_noising(
     a model. Raises ProbeError: a UserError before anything is written, a RunFailed after.
     """
     asked = load_noising({"caption": caption, **settings})
+    if not isinstance(picture, str | Path | np.ndarray):
+        raise ExperimentError(f"picture: a {type(picture).__name__} is neither a file nor an array.", "Give a path, or numpy.asarray(picture).")
+    max_bytes = check_options(max_bytes, progress=progress, sheet=sheet)
     if not isinstance(picture, np.ndarray):
         return perform_noising(load_noising(asked, picture=str(picture)), None, masks, pipeline, max_bytes, progress, sheet)
     return perform_noising(asked, picture, masks, pipeline, max_bytes, progress, sheet)
@@ -191,7 +204,7 @@ def perform_noising(
         if plainly := read_plainly([asked.caption]):
             say(plainly)
         say(f"Recording {run.calls} timestep{'s' if run.calls > 1 else ''} to {path} (about {size_text(sum(run.forecast().values()))})")
-        for remark in run.remarks:
+        for remark in (*run.remarks, *_masks_of_no_word(run, asked.caption)):
             say(remark)
         with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
             try:
@@ -246,6 +259,14 @@ def plan_noising(
         picture = read_picture(asked.picture, height, width, "picture")
     held = read_masks(asked.masks, height, width) if masks is None else checked_masks(masks, height, width)
     return plan_forward(model, asked.experiment(height, width), picture, asked.timesteps, held), picture
+
+
+def _masks_of_no_word(run: Plan, caption: str) -> list[str]:
+    """What to say of masks whose words the caption does not have: one line, or none."""
+    words = [caption[start:end] for start, end in word_spans(caption)]
+    masked = next((a.value for a in run.arrays if a.path == "source/masked"), ())
+    absent = [str(word) for word in masked if not occurrences(str(word), words)]
+    return [f"Masks of what is not in the caption: {', '.join(absent)}. They are kept beside the picture."] if absent else []
 
 
 def _model(asked: Noising, pipeline: Any | None, weights: bool = True) -> StableDiffusion:

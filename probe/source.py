@@ -69,13 +69,29 @@ def checked_picture(picture: np.ndarray, multiple: int) -> np.ndarray:
 
 
 def checked_masks(masks: Mapping[str, np.ndarray], height: int, width: int) -> dict[str, np.ndarray]:
-    """Masks that are to be taken as they are, as uint8, 1 inside. Raises ExperimentError for another size than the picture's."""
+    """Masks that are to be taken as they are, as uint8, 1 inside.
+
+    Raises ExperimentError for another size than the picture's, for one that has nothing inside, and for what is no mask by word.
+    """
+    if not isinstance(masks, Mapping):
+        raise ExperimentError(f"masks: a {type(masks).__name__} is not masks by word.", 'Give each mask with its word: {"cat": mask}.')
+    held: dict[str, np.ndarray] = {}
     for word, mask in masks.items():
-        if np.shape(mask) != (height, width):
+        if not isinstance(word, str) or not word.strip():
+            raise ExperimentError(f"masks: {word!r} is not a word.", 'Give each mask with its word, as text: {"cat": mask}.')
+        if not hasattr(mask, "__array__"):
+            raise ExperimentError(f"masks: that of {word!r} is a {type(mask).__name__}, not an array.", "Give a (y, x) array of truth values.")
+        array = np.asarray(mask)
+        if array.shape != (height, width):
             raise ExperimentError(
-                f"masks: that of {word!r} has shape {np.shape(mask)}, the picture is {height} x {width} pixels.", "Scale or cut it as the picture."
+                f"masks: that of {word!r} has shape {array.shape}, the picture is {height} x {width} pixels.", "Scale or cut it as the picture."
             )
-    return {str(word): (np.asarray(mask) != 0).astype(np.uint8) for word, mask in masks.items()}
+        if array.dtype.kind not in "bui":
+            raise ExperimentError(f"masks: that of {word!r} is {array.dtype}.", "A mask is of truth values or whole numbers: write mask > 0.5.")
+        held[word] = (array != 0).astype(np.uint8)
+        if not held[word].any():
+            raise ExperimentError(f"masks: that of {word!r} has nothing inside.", "Leave it out, or give one that is not 0 where its word is.")
+    return held
 
 
 def _read(path: str | Path, field: str) -> Image.Image:

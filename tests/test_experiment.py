@@ -125,7 +125,7 @@ def test_round_trip_of_everything() -> None:
         ("prompt: " + "x" * 10_001, f"prompt: '{'x' * 56}... is too long", "At most 10000 fit here."),
         ("name: Big Name", "name: 'Big Name' does not fit", "Name of the run: up to 60 of a-z, 0-9 and -; empty: made from the prompt."),
         ("device: gpu", "device: 'gpu' does not fit", "Where the model runs: auto, cpu, cuda, cuda:N or mps."),
-        ("output: ''", "output: '' does not fit", "Folder that recordings are written to."),
+        ("output: ''", "output: the text is empty", "Write something, or leave the field out."),
         ("dtype: float_16", "dtype: 'float_16' is not one of auto, float32, float16, bfloat16", "Did you mean float16?"),
         ("durability: x", "durability: 'x' is not one of step, run, none", "Write one of them."),
         ("revision: fp16", "revision: 'fp16' is not a revision any more", "Write variant: fp16 instead."),

@@ -32,7 +32,7 @@ LAYERS = [
     ("probe.system", "probe.output"),
     ("probe.schema",),
     ("probe.fields",),
-    ("probe.source",),
+    ("probe.source", "probe.arguments"),
     ("probe.experiment",),
     ("probe.background", "probe.files"),
     ("probe.digests", "probe.locks"),

@@ -16,6 +16,7 @@ head, which a `summary` recording has not: each is clipped where bicubic interpo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
@@ -23,10 +24,12 @@ from typing import Literal, get_args
 import numpy as np
 import xarray as xr
 
-from probe.analysis.maps import Method, missing, on_grid, one_of, stacked, steps_of, unrecorded
+from probe.analysis.maps import Method, missing, on_grid, stacked, steps_of, unrecorded
+from probe.arguments import grid_size, labelled, one_of, texts, told
 from probe.errors import ExperimentError
 
 Weigh = Literal["layers", "heads"]
+MOST_BANDS = 1000
 
 
 def combined(
@@ -52,13 +55,17 @@ def combined(
     Raises RecordingNotFound when no step was recorded, and ExperimentError for another dimension or weight, for grids of unlike
     steps, and for grids whose layers or heads cannot be kept apart, since they differ.
     """
-    over = (over,) if isinstance(over, str) else over
+    over = texts("over", over)
     for dim in over:
         one_of("over", dim, ("step", "image", "layer", "head"))
     one_of("weigh", weigh, get_args(Weigh))
-    grids = [maps] if isinstance(maps, xr.DataArray) else list(maps)
+    one_of("method", method, get_args(Method))
+    several = maps if isinstance(maps, Iterable) and not isinstance(maps, xr.DataArray | np.ndarray | str | bytes) else [maps]
+    grids = [labelled("maps", one, "y", "x") for one in several]
+    if not grids:
+        raise ExperimentError("maps is empty.", "Give the maps of at least one grid.")
     _check_grids(grids, over)
-    size = grid or max(((one.sizes["y"], one.sizes["x"]) for one in grids), key=math.prod)
+    size = grid_size(grid) if grid is not None else max(((one.sizes["y"], one.sizes["x"]) for one in grids), key=math.prod)
     heads = [_heads(found, weigh) if "head" in over else 1 for found in grids]
     added = [found.sizes.get("head", 1) if "head" in over else 1 for found in grids]
     shares = [(real if weigh == "heads" else 1) / there for real, there in zip(heads, added, strict=True)]
@@ -127,11 +134,14 @@ def by_sigma(maps: xr.DataArray, bands: int | Sequence[float] = 3, sigma: xr.Dat
     *Shape:* (step, ...) -> (band, ...), labelled by `sigma_from` and `sigma_to` (from <= sigma < to; the noisiest band has its
     upper end too) and by `steps`, the number of steps in it. `bands`: how many, of equal width in log sigma, or their edges,
     rising; a step outside of the edges is in no band. `sigma`: over `step`, where `maps` has no such coordinate. A band without
-    steps is NaN. Raises RecordingNotFound when no step was recorded, and ValueError for edges that do not rise, for maps without
+    steps is NaN. Raises RecordingNotFound when no step was recorded, and ExperimentError for edges that do not rise, for maps without
     a step axis, and for maps without noise levels.
     """
-    if "step" not in maps.dims or (sigma is None and "sigma" not in maps.coords):
-        raise ValueError("these maps have no noise levels: give maps with steps, and `sigma` over step")
+    if sigma is not None:
+        labelled("sigma", sigma, "step")
+    if "step" not in labelled("maps", maps).dims or (sigma is None and "sigma" not in maps.coords):
+        raise ExperimentError("These maps have no noise levels.", "Give maps with steps, and `sigma` over step.")
+    bands = checked_bands(bands)
     if not maps.sizes["step"]:
         raise unrecorded()
     levels = (maps["sigma"] if sigma is None else sigma.sel(step=maps["step"])).values.astype(float)
@@ -154,14 +164,28 @@ def by_sigma(maps: xr.DataArray, bands: int | Sequence[float] = 3, sigma: xr.Dat
 
 def _edges(levels: np.ndarray, bands: int | Sequence[float]) -> np.ndarray:
     """The edges of the bands, rising; 0 and infinity, which have no logarithm, are in the outermost."""
-    if isinstance(bands, int | np.integer) and bands >= 1:
+    if isinstance(bands, int):
         between = levels[np.isfinite(levels) & (levels > 0)]
         if not between.size:
-            raise ValueError("no step has a noise level between 0 and infinity")
+            raise ExperimentError("No step has a noise level between 0 and infinity.", "Give the edges of the bands.")
         edges = np.geomspace(between.min(), between.max(), bands + 1)
         edges[0], edges[-1] = np.nanmin(levels), np.nanmax(levels)
         return edges
-    edges = np.asarray(bands, float)
-    if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
-        raise ValueError(f"bands is {bands!r}: give a number of bands from 1, or at least two edges that rise")
-    return edges
+    return np.asarray(bands, float)
+
+
+def checked_bands(bands: int | Sequence[float]) -> int | list[float]:
+    """Bands as a number from 1, or as edges that rise. Raises ExperimentError for anything else."""
+    if isinstance(bands, int | np.integer) and not isinstance(bands, bool) and 1 <= bands <= MOST_BANDS:
+        return int(bands)
+    if isinstance(bands, list | tuple | range | np.ndarray):
+        values = np.asarray(bands, dtype=object)
+        if values.ndim == 1 and 2 <= len(values) <= MOST_BANDS + 1 and all(_is_number(edge) for edge in values):
+            edges = [float(edge) for edge in values]
+            if all(low < high for low, high in itertools.pairwise(edges)):
+                return edges
+    raise ExperimentError(f"bands is {told(bands)}.", f"Give a number of bands from 1 to {MOST_BANDS}, or at least two edges that rise.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)

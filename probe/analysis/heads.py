@@ -18,7 +18,9 @@ import xarray as xr
 from xarray.backends.common import BackendArray
 from xarray.core import indexing
 
-from probe.analysis.maps import missing, normalised, numbers, one_of, stacked, steps_of, stepwise
+from probe.analysis.maps import missing, normalised, numbers, stacked, steps_of, stepwise
+from probe.arguments import labelled, one_of, whole
+from probe.errors import ExperimentError
 from probe.schema import REST
 
 END = "<|endoftext|>"
@@ -39,6 +41,7 @@ def head_statistics(maps: xr.DataArray) -> xr.Dataset:
     """
     rows: dict[str, list[xr.DataArray]] = {"mass": [], "entropy": [], "concentration": [], "change": []}
     before: xr.DataArray | None = None
+    labelled("maps", maps, "y", "x")
     for one in steps_of(maps):
         mass = one.mean(("y", "x"), skipna=False)
         share = normalised(one, "space").where(mass > 0)
@@ -75,6 +78,7 @@ def overlap(words: xr.DataArray, how: Literal["cosine", "iou"] = "cosine") -> xr
     is 0 everywhere, or for "iou" where both are constant. Raises ExperimentError for another measure.
     """
     one_of("how", how, ("cosine", "iou"))
+    labelled("words", words, "word", "y", "x")
 
     def of_step(one: xr.DataArray) -> xr.DataArray:
         maps = (normalised(one, "min-max") if how == "iou" else one).transpose("word", ..., "y", "x")
@@ -99,6 +103,8 @@ def token_kinds(maps: xr.DataArray) -> xr.DataArray:
     BOS is the first token, EOS the first end of the text. "words" have a word; "other" is between BOS and EOS and has none, as
     punctuation. "rest" is all after EOS: the padding, kept one by one or as the one sum that a recording calls rest.
     """
+    if lost := [name for name in ("word_index", "token_text", "token") if name not in labelled("maps", maps, "token").coords]:
+        raise ExperimentError(f"maps has no label {lost[0]}: nothing says what its tokens are.", "Give maps as the methods of a run return them.")
     number = maps["word_index"].transpose(..., "token")
     texts, places = maps["token_text"].transpose(*number.dims).values, maps["token"].values
     kinds = np.full(number.shape, "other", dtype=object)
@@ -118,7 +124,10 @@ def by_kind(values: xr.DataArray, kinds: xr.DataArray | None = None) -> xr.DataA
 
     `kinds`: what each token is, where `values` has not the labels of tokens. Masses of all tokens sum to 1.
     """
+    labelled("values", values, "token")
     kinds = token_kinds(values) if kinds is None else kinds
+    if not isinstance(kinds, xr.DataArray) or "token" not in kinds.dims:
+        raise ExperimentError("kinds has no tokens.", "Give what token_kinds returned.")
 
     def added(one: xr.DataArray) -> xr.DataArray:
         parts = [one.where(kinds == kind, 0).sum("token", skipna=False).transpose(*(d for d in one.dims if d != "token")) for kind in KINDS]
@@ -141,10 +150,14 @@ def ranked_heads(scores: xr.DataArray, seed: int = 0) -> xr.Dataset:
     `head`; `reported_scores` (reported_scene, rank), from which an interval can be made. Every dimension but `scene` is ranked,
     the best first. `seed` draws the halves; the coordinates `chosen_scene` and `reported_scene` and the attribute `split` say how.
     NaN scores (a scene without the word) do not count; heads without any score in the choosing half are left out. Raises
-    ValueError for fewer than two scenes.
+    ExperimentError for fewer than two scenes, and for scores that are not joined as (scene, layer, head).
     """
+    if not isinstance(scores, xr.DataArray) or "scene" not in scores.dims:
+        raise ExperimentError("scores is no array over scenes.", 'Join the scores of each scene: xarray.concat([...], dim="scene").')
+    labelled("scores", scores)
+    seed = whole("seed", seed)
     if scores.sizes["scene"] < 2:
-        raise ValueError("with fewer than two scenes there are no two halves: one that chooses heads, one that reports on them")
+        raise ExperimentError("With fewer than two scenes there are no two halves.", "Give more: one half chooses heads, the other reports on them.")
     dims = [dim for dim in scores.dims if dim != "scene"]
     labels = {dim: scores[dim].values if dim in scores.coords else np.arange(size) for dim, size in scores.sizes.items()}
     rows = scores.transpose("scene", *dims).values.reshape(scores.sizes["scene"], -1)
@@ -185,17 +198,23 @@ def contribution(maps: xr.DataArray, sizes: xr.DataArray) -> xr.DataArray:
     contribution is exact only where they write alike. What tokens write are vectors: these lengths do not add up to the length
     of the sum. (Kobayashi et al. 2020, arXiv:2004.10102, for language models.)
 
-    Raises ValueError for maps that have lost the layers, heads or tokens that `sizes` tell apart: multiply before the mean.
+    Raises ExperimentError for maps that have lost the layers, heads or tokens that `sizes` tell apart: multiply before the mean.
     """
+    labelled("maps", maps)
+    labelled("sizes", sizes)
     chosen = sizes
     for dim in sizes.dims:
         if dim in maps.coords and dim in sizes.coords:
             try:
                 chosen = chosen.sel({dim: maps[dim].values if dim in maps.dims else maps[dim].item()})
             except KeyError as problem:
-                raise ValueError(f"the sizes have no {dim} {problem}: they are of another recording or grid") from problem
+                raise ExperimentError(
+                    f"The sizes have no {dim} {problem}: they are of another recording or grid.", "Give value_size of the grid of these maps."
+                ) from problem
         elif dim not in maps.dims or maps.sizes[dim] != sizes.sizes[dim]:
-            raise ValueError(f"these maps have not each {dim} that the sizes tell apart: multiply before the mean over {dim}s is taken")
+            raise ExperimentError(
+                f"These maps have not each {dim} that the sizes tell apart.", f"They have to be whole: multiply before the mean over {dim}s is taken."
+            )
     lazy = indexing.LazilyIndexedArray(_Product(maps, numbers(chosen).variable))
     what = "attention times the size of what a token writes"
     return xr.DataArray(xr.Variable(maps.dims, lazy), coords=maps.coords, name="contribution", attrs={"long_name": what})

@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
+from probe.arguments import grid_size, labelled, one_of, told
+from probe.arguments import text as text_of
 from probe.errors import ExperimentError, PromptError, RecordingNotFound
 from probe.words import STUMP, alike, occurrences, runs, spelt
 
@@ -33,18 +35,13 @@ FUNCTION_WORDS = frozenset(
     "between behind before after through across around against along up down off out".split()
 )
 
-
-def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
-    """Raises ExperimentError, which names the choices, for a value that is none of them."""
-    if not isinstance(value, str) or value not in choices:
-        raise ExperimentError(f"{setting} is {value!r}, which is no choice.", f"Choose from: {', '.join(choices)}.")
-
-
 # --- plain arrays ----------------------------------------------------------------------------------------------------
 
 
 def probabilities(stored: np.ndarray) -> np.ndarray:
     """Stored maps as float32 probabilities: floats as they are, uint8 as `sqrt_u8` codes, p = (code / 255)^2."""
+    if not isinstance(stored, np.ndarray | xr.DataArray) or stored.dtype.kind not in "buif":
+        raise ExperimentError(f"stored is {told(stored)}, which is no array of numbers.", "Give the values of maps: maps.values.")
     if stored.dtype == np.uint8:
         return np.square(stored.astype(np.float32) / 255)
     return stored.astype(np.float32)
@@ -160,7 +157,12 @@ def missing(one: xr.DataArray) -> bool:
 
 def on_grid(maps: xr.DataArray, grid: tuple[int, int], method: Method = "bilinear") -> xr.DataArray:
     """Maps (or masks: "area" gives each pixel's covered share) brought to another grid. *Shape:* (..., y, x), both sizes given as (y, x)."""
-    last = numbers(maps).transpose(..., "y", "x").drop_vars([name for name, value in maps.coords.items() if {"y", "x"} & set(value.dims)])
+    grid = grid_size(grid)
+    last = (
+        numbers(labelled("maps", maps, "y", "x"))
+        .transpose(..., "y", "x")
+        .drop_vars([name for name, value in maps.coords.items() if {"y", "x"} & set(value.dims)])
+    )
     made = xr.DataArray(resize(last.values, grid, method), dims=last.dims, coords=last.coords, name=maps.name, attrs=maps.attrs)
     return made.transpose(*maps.dims)
 
@@ -185,14 +187,17 @@ def word_maps(
     prompt that the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so. `split`: the word that
     the cut went through, if any (`split_word`); of it only a stump was read, which is called "su…", as it is no word of the prompt.
 
-    Raises ValueError for maps of two branches, whose tokens differ: choose one with .sel(branch=...), and ExperimentError for another `merge`.
+    Raises ExperimentError for maps of two branches, whose tokens differ: choose one with .sel(branch=...), and for another `merge`.
     """
     one_of("merge", merge, ("sum", "mean"))
+    labelled("maps", maps, "token")
     if words is None or numbers is None:
+        if lost := [name for name in ("word", "word_index") if name not in maps.coords]:
+            raise ExperimentError(f"These maps have no label {lost[0]}: nothing says which word a token belongs to.", "Give words and numbers.")
         labels = {name: maps.coords[name] for name in ("word", "word_index")}
         if "branch" in labels["word"].dims:
             if maps.sizes["branch"] > 1:
-                raise ValueError("the two branches have different tokens: choose one with .sel(branch=...)")
+                raise ExperimentError("The two branches have different tokens.", "Choose one with .sel(branch=...).")
             labels = {name: label.isel(branch=0) for name, label in labels.items()}
         words, numbers = labels["word"].values, labels["word_index"].values
     places = [np.flatnonzero(numbers == number) for number in sorted({int(number) for number in numbers if number >= 0})]
@@ -222,7 +227,15 @@ def word_names(words: xr.DataArray) -> list[str]:
 
 def content_words(words: xr.DataArray, leave_out: Collection[str] = FUNCTION_WORDS) -> xr.DataArray:
     """The words that mean something to the eye: all but articles, prepositions and their like. *Shape:* (word, ...) -> (word, ...)."""
+    _worded(words)
     return words.isel(word=[i for i, word in enumerate(words["word"].values) if str(word).casefold() not in leave_out])
+
+
+def _worded(words: xr.DataArray) -> xr.DataArray:
+    """Maps that have words, each with its label. Raises ExperimentError for others."""
+    if lost := [name for name in ("word", "word_index") if name not in labelled("words", words, "word").coords]:
+        raise ExperimentError(f"words has no label {lost[0]}.", "Give what word_maps returned.")
+    return words
 
 
 def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.DataArray:
@@ -231,7 +244,8 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
     *Shape:* (word, ...) -> (word, ...), one for each time. Raises PromptError when it does not occur, or was cut away: it lists the
     words that there are, and says by which command (`asking`) one looks for another.
     """
-    labels = [str(word) for word in words["word"].values]
+    text_of("text", text)
+    labels = [str(word) for word in _worded(words)["word"].values]
     places = words["word_index"].values
     found = [at for at in occurrences(text, labels) if places[at[-1]] - places[at[0]] == len(at) - 1]
     if not found:
@@ -269,6 +283,7 @@ def normalised(maps: xr.DataArray, how: Normalisation) -> xr.DataArray:
     Raises ExperimentError for another scale.
     """
     one_of("normalise", how, ("none", "min-max", "words", "space"))
+    labelled("maps", maps, *{"words": ("word",), "none": ()}.get(how, ("y", "x")))
     found = numbers(maps)
     if how == "none":
         return found
@@ -288,7 +303,7 @@ def against_others(words: xr.DataArray) -> xr.DataArray:
     *Shape:* (word, ...) -> (word, ...), sums to 0 over words. A word that is there twice has its other place among the others.
     Raises PromptError when there are fewer than two words.
     """
-    if words.sizes["word"] < 2:
+    if labelled("words", words, "word").sizes["word"] < 2:
         there = ", ".join(repr(str(word)) for word in words["word"].values) or "none"
         raise PromptError(f"A word is set against the others, and there are no two content words: {there}.", "Look at its own map.")
     found = numbers(words)

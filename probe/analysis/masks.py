@@ -17,6 +17,8 @@ import numpy as np
 import xarray as xr
 
 from probe.analysis.maps import numbers
+from probe.arguments import labelled, mask, text, texts, told, whole
+from probe.errors import ExperimentError
 
 SPACE = ("y", "x")
 BLOCK = 1 << 20  # values that are sorted at once, which takes 50 MB
@@ -26,9 +28,10 @@ BLOCK = 1 << 20  # values that are sorted at once, which takes 50 MB
 
 def threshold(maps: xr.DataArray, at: float | xr.DataArray) -> xr.DataArray:
     """Where a map reaches a level. *Shape:* maps (..., y, x), `at` a number or (...) -> bool (..., y, x). NaN reaches nothing."""
-    found = numbers(maps)
+    found = numbers(labelled("maps", maps, *SPACE))
+    _check_level("at", at)
     if isinstance(at, xr.DataArray):
-        found, at = xr.align(found, at, join="exact", copy=False)
+        found, at = _aligned(found, at)
     return (found >= at).transpose(..., *SPACE)
 
 
@@ -37,13 +40,24 @@ def argmax_masks(words: xr.DataArray, least: float | xr.DataArray | None = None)
 
     *Shape:* (word, ..., y, x) -> bool, as it was. `least`: a pixel where no word reaches it is nobody's. NaN is never greatest.
     """
-    found = numbers(words)
+    found = numbers(labelled("words", words, "word", *SPACE))
+    if least is not None:
+        _check_level("least", least)
     filled = found.fillna(-np.inf)
     axis = found.get_axis_num("word")
     first = np.expand_dims(filled.values.argmax(axis), axis) if words.sizes["word"] else np.zeros(1)
     place = np.arange(words.sizes["word"]).reshape([-1 if d == "word" else 1 for d in words.dims])
     mine = found.copy(data=(place == first) & np.isfinite(filled.values))
+    if isinstance(least, xr.DataArray):
+        found, least = _aligned(found, least)
     return (mine & (found >= least)).transpose(*words.dims) if least is not None else mine
+
+
+def _check_level(name: str, level: object) -> None:
+    if isinstance(level, xr.DataArray):
+        labelled(name, level)
+    elif not isinstance(level, int | float | np.integer | np.floating) or isinstance(level, bool):
+        raise ExperimentError(f"{name} is {told(level)}, which is no level.", "Give a number, or an array with labels.")
 
 
 def area_threshold(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
@@ -72,14 +86,15 @@ def iou(masks: xr.DataArray, truth: xr.DataArray, pool: Sequence[str] = ()) -> x
     objects count more); without it, every mask counts the same. NaN where both are empty.
     """
     a, b = _masks(masks, truth)
-    over = (*SPACE, *pool)
+    over = (*SPACE, *_dims("pool", pool, a, b))
     either = (a | b).sum(over)
     return ((a & b).sum(over) / either.where(either > 0)).rename("iou")
 
 
 def mean_iou(masks: xr.DataArray, truth: xr.DataArray, over: Sequence[str] = ("word",), pool: Sequence[str] = ()) -> xr.DataArray:
     """The mean of `iou` over some dimensions (mIoU); what is undefined, empty in both, does not count. *Shape:* (..., y, x) -> (...)."""
-    return iou(masks, truth, pool).mean(over, skipna=True).rename("mean_iou")
+    found = iou(masks, truth, pool)
+    return found.mean(_dims("over", over, found), skipna=True).rename("mean_iou")
 
 
 def pixel_accuracy(masks: xr.DataArray, truth: xr.DataArray, classes: str | None = None) -> xr.DataArray:
@@ -90,22 +105,44 @@ def pixel_accuracy(masks: xr.DataArray, truth: xr.DataArray, classes: str | None
     """
     a, b = _masks(masks, truth)
     same = a == b
+    if classes is not None:
+        _dims("classes", text("classes", classes), same)
     return (same.all(classes) if classes else same).mean(SPACE).rename("pixel_accuracy")
 
 
+def _dims(name: str, given: object, *arrays: xr.DataArray) -> list[str]:
+    """Names of dimensions that one of the arrays has."""
+    found = list(dict.fromkeys(texts(name, given)))
+    there = [str(dim) for dim in dict.fromkeys(dim for array in arrays for dim in array.dims) if dim not in SPACE]
+    if wrong := [dim for dim in found if dim not in there]:
+        raise ExperimentError(f"{name}: there is no dimension {wrong[0]!r}.", f"There are: {', '.join(there) or 'none'}.")
+    return found
+
+
 def _masks(masks: xr.DataArray, truth: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    truth = mask("truth", truth, labelled("masks", masks, *SPACE))
     for name, one in (("masks", masks), ("truth", truth)):
         if one.dtype != bool:
-            raise ValueError(f"{name} has the type {one.dtype}: make masks of it first, with threshold or argmax_masks")
+            raise ExperimentError(f"{name} has the type {one.dtype}: make masks of it first.", "Use threshold or argmax_masks, or write mask > 0.")
     _same_grid(masks, truth)
-    a, b = xr.align(masks, truth, join="exact", copy=False)
-    return a, b
+    return _aligned(masks, truth)
+
+
+def _aligned(a: xr.DataArray, b: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    """Both, whose labels have to be the same. Raises ExperimentError."""
+    try:
+        left, right = xr.align(a, b, join="exact", copy=False)
+    except xr.AlignmentError as problem:
+        raise ExperimentError(f"Two arrays do not fit together: {str(problem).splitlines()[0]}.", "Select the same labels of both.") from problem
+    return left, right
 
 
 def _same_grid(maps: xr.DataArray, truth: xr.DataArray) -> None:
     sizes = [tuple(one.sizes[d] for d in SPACE) for one in (maps, truth)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"maps of {sizes[0]} and truth of {sizes[1]} pixels (y, x) have no common grid: bring one to the other with on_grid")
+        raise ExperimentError(
+            f"maps of {sizes[0]} and truth of {sizes[1]} pixels (y, x) have no common grid.", "Bring one to the other with analysis.on_grid."
+        )
 
 
 # --- agreement of maps -----------------------------------------------------------------------------------------------
@@ -114,7 +151,7 @@ def _same_grid(maps: xr.DataArray, truth: xr.DataArray) -> None:
 def average_precision(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
     """Average precision of each map as a score of its pixels: the sum over levels of precision times the growth of recall.
 
-    *Shape:* (..., y, x) and bool (..., y, x) -> (...), float64. Exact and without interpolation, as scikit-learn's
+    *Shape:* (..., y, x) and bool (..., y, x) -> (...), float64. `truth` may be a plain (y, x) array. Exact, without interpolation, as scikit-learn's
     `average_precision_score`: equal values are one level, so their order does not matter, and a constant map scores the share of
     true pixels. Any rising function of a map scores the same. NaN where nothing is true, or the map is not finite.
     """
@@ -151,10 +188,11 @@ class _Rows:
 
 
 def _rows(maps: xr.DataArray, truth: xr.DataArray) -> tuple[_Rows, _Rows]:
+    truth = mask("truth", truth, labelled("maps", maps, *SPACE))
     if truth.dtype != bool:
-        raise ValueError(f"truth has the type {truth.dtype}: make masks of it first, with threshold")
+        raise ExperimentError(f"truth has the type {truth.dtype}: make masks of it first.", "Use threshold, or write mask > 0.")
     _same_grid(maps, truth)
-    a, b = xr.broadcast(*xr.align(numbers(maps), truth, join="exact", copy=False))
+    a, b = xr.broadcast(*_aligned(numbers(maps), truth))
     return _Rows(a), _Rows(b.transpose(*a.dims))
 
 
@@ -173,10 +211,12 @@ def interval(scores: xr.DataArray, over: str = "scene", level: float = 0.95, res
     (Efron and Tibshirani 1993, chapter 13). NaN scores do not count. Give the difference of two methods on the same scenes to
     compare them. It says how the result varies with the scenes, not with the seed of the training. Fewer than two scenes: NaN.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}: it lies between 0 and 1")
-    if not scores.sizes[over]:
-        raise ValueError(f"there is no {over} to take the mean of")
+    text("over", over)
+    resamples, seed = whole("resamples", resamples, 1, 10**6), whole("seed", seed)
+    if not isinstance(level, float | np.floating) or not 0 < level < 1:
+        raise ExperimentError(f"level is {told(level)}.", "It lies between 0 and 1: 0.95.")
+    if not labelled("scores", scores, over).sizes[over]:
+        raise ExperimentError(f"There is no {over} to take the mean of.", "Give scores of some.")
     rows = scores.transpose(over, ...)
     n = rows.sizes[over]
     values = rows.values.reshape(n, -1).astype(float)

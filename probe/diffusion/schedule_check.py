@@ -305,10 +305,11 @@ def recorded_schedule(model: StableDiffusion, experiment: Experiment) -> Schedul
 
 def too_many(scheduler: Any, steps: int, problem: Exception) -> ExperimentError:
     """What to say of a number of steps that a scheduler does not take."""
-    return ExperimentError(
-        f"steps: {type(scheduler).__name__} refuses {steps} ({problem}).",
-        f"Use fewer: this model was trained on {scheduler.config.get('num_train_timesteps')} timesteps, and some schedulers need a few to spare.",
-    )
+    trained, most = scheduler.config.get("num_train_timesteps"), scheduler.config.get("original_inference_steps") or steps
+    fewer = f"Use fewer: this model was trained on {trained} timesteps, and some schedulers need a few to spare."
+    at_most = f"Write at most {most}, or set scheduler_options: {{original_inference_steps: {steps}}}."  # LCM
+    why = problem if steps <= most else f"its original_inference_steps are {most}"
+    return ExperimentError(f"steps: {type(scheduler).__name__} refuses {steps} ({why}).", fewer if steps <= most else at_most)
 
 
 def _refuse_infinity(model: StableDiffusion, experiment: Experiment, schedule: Schedule) -> None:

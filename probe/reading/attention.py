@@ -17,21 +17,23 @@ import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 import xarray as xr
 
 from probe import analysis
-from probe.analysis.averages import Weigh
-from probe.analysis.maps import Method, Normalisation, one_of
+from probe.analysis.averages import Weigh, checked_bands
+from probe.analysis.maps import Method, Normalisation
 from probe.analysis.recomputed import recomputed
+from probe.arguments import branch_name, chosen, chosen_steps, grid_size, one_of, texts, told
+from probe.arguments import text as text_of
 from probe.errors import ExperimentError, RecordingNotFound
-from probe.schema import BRANCHES, near
+from probe.schema import near
 from probe.words import split_word
 
 Read = Literal["attention", "contribution"]
-Some = TypeVar("Some")
+Indices = slice | int | Sequence[int] | np.ndarray
 
 
 class Choice(TypedDict, total=False):
@@ -39,10 +41,10 @@ class Choice(TypedDict, total=False):
 
     of: Read
     branch: str
-    steps: slice | int | Sequence[int]
+    steps: Indices | str
     layers: str | Sequence[str]
-    heads: int | Sequence[int]
-    images: int | Sequence[int]
+    heads: Indices | None
+    images: Indices | None
     over: Sequence[str]
     grid: tuple[int, int]
     method: Method
@@ -84,9 +86,11 @@ class Attention:
         """
         if not self.grids:
             raise RecordingNotFound(f"{self.name} has no attention maps.", "Record with capture.attention: maps.")
-        grid = grid or self.grids[0]
+        grid = self.grids[0] if grid is None else grid
+        if not isinstance(grid, str):
+            raise ExperimentError(f"grid is {told(grid)}, which is no text.", f"Give one of: {', '.join(self.grids)}.")
         if grid not in self.grids:
-            raise RecordingNotFound(f"{self.name} has no attention maps at {grid}.", near(grid, self.grids))
+            raise RecordingNotFound(f"{self.name} has no attention maps at {told(grid)[1:-1]}.", near(grid, self.grids))
         group = f"attention/{grid}"
         if "query" in self.tree[group].data_vars:
             maps = recomputed(self.variable(f"{group}/query"), self.variable(f"{group}/key"))
@@ -104,7 +108,7 @@ class Attention:
         *Shape:* (step, token, branch, image, layer, head, y, x) float32, in the units of the layer's output.
         """
         maps = self.attention(grid)
-        grid = grid or self.grids[0]
+        grid = self.grids[0] if grid is None else grid
         self._check_heads(grid, "a contribution is that of each head")
         return analysis.contribution(maps, self.variable(f"attention/{grid}/value_size"))
 
@@ -119,6 +123,7 @@ class Attention:
 
     def tokens(self, branch: str = "cond") -> list[str]:
         """The 77 tokens of the prompt, as text."""
+        branch_name(branch)
         for group in ("text/text_encoder", *(f"attention/{grid}" for grid in self.grids)):
             if group in self.tree.groups or f"/{group}" in self.tree.groups:
                 labels = self.variable(f"{group}/token_text")
@@ -128,12 +133,12 @@ class Attention:
 
     def cut(self, branch: str = "cond") -> tuple[str, str]:
         """What was cut from the end of a prompt that is too long, and the word, whole, that the cut went through; "" where there is none."""
-        cut = str(self.attributes.get("cut_from_prompt", {}).get(branch, ""))
+        cut = str(self.attributes.get("cut_from_prompt", {}).get(branch_name(branch), ""))
         return cut, split_word(self.read_as(branch), cut)
 
     def read_as(self, branch: str = "cond") -> str:
         """The prompt as the tokenizer got it: textual inversion writes a word once for each of its vectors."""
-        typed = self.attributes["experiment"]["prompt" if branch == "cond" else "negative_prompt"]
+        typed = self.attributes["experiment"]["prompt" if branch_name(branch) == "cond" else "negative_prompt"]
         return str(self.attributes.get("read_as", {}).get(branch, typed))
 
     # --- as few ---
@@ -143,10 +148,10 @@ class Attention:
         *,
         of: Read = "attention",
         branch: str = "cond",
-        steps: slice | int | Sequence[int] = slice(None),
+        steps: Indices | str = slice(None),
         layers: str | Sequence[str] = "*",
-        heads: int | Sequence[int] | None = None,
-        images: int | Sequence[int] | None = None,
+        heads: Indices | None = None,
+        images: Indices | None = None,
         over: Sequence[str] = ("layer", "head"),
         grid: tuple[int, int] | None = None,
         method: Method = "bilinear",
@@ -156,17 +161,19 @@ class Attention:
 
         *Shape:* (step, token, image, y, x) float32, with "layer" and "head" where they are not in `over`, without "step" where it is.
         `of` is attention or contribution, `branch` cond (the prompt's tokens) or uncond (the negative prompt's). `layers` are globs
-        or grids as in capture.layers, `steps` indices of model calls. BOS, EOS and `rest` are tokens like any other. The mean is first
+        or grids as in capture.layers, `steps` indices of model calls, or text as in capture.steps. A mask of truth values, in an array as
+        long as there are of them, chooses steps, heads and images too. BOS, EOS and `rest` are tokens like any other. The mean is first
         over the heads in a layer, then over layers; with weigh="heads" every head counts the same (`analysis.combined`). Raises
         RecordingNotFound, which names the setting, for what was not recorded, and ExperimentError for a setting that has no such choice.
         """
         one_of("of", of, get_args(Read))
-        numbers = {"head": _several(heads), "image": _several(images)}
-        for setting, given in (("layers", layers), ("heads", numbers["head"]), ("images", numbers["image"])):
-            if given is not None and not len(given):
-                raise ExperimentError(f"{setting} is {given!r}: there is nothing to take the mean of.", f"Leave {setting} out for all of them.")
-        chosen = [self._chosen(name, paths, of, branch, _several(steps), numbers) for name, paths in self._layers(layers).items()]
-        return analysis.combined(chosen, over, grid, method, weigh).rename(of)
+        branch_name(branch)
+        grid = None if grid is None else grid_size(grid)
+        if not (patterns := texts("layers", layers)):
+            raise _nothing("layers", layers)
+        numbers = {"head": heads, "image": images}
+        maps = [self._chosen(name, paths, of, branch, steps, numbers) for name, paths in self._layers(patterns).items()]
+        return analysis.combined(maps, over, grid, method, weigh).rename(of)
 
     def word_maps(
         self, *, normalise: Normalisation = "none", bands: int | Sequence[float] = 0, merge: Literal["sum", "mean"] = "sum", **choice: Unpack[Choice]
@@ -179,8 +186,9 @@ class Attention:
         its middle is labelled by what was read of it and "…". With layers=("down_blocks.*", "up_blocks.*"),
         over=("step", "layer", "head"), method="bicubic", weigh="heads", merge="mean" it is DAAM's global map, for each step.
         """
-        banded = bool(np.any(bands))
-        if banded and "step" in choice.get("over", ()):
+        banded = not (type(bands) is int and bands == 0)
+        bands = checked_bands(bands) if banded else 0
+        if banded and "step" in texts("over", choice.get("over", ())):
             raise ExperimentError(
                 'bands and "step" in over exclude each other: either takes the mean over steps.', 'Leave out bands, or "step" in over.'
             )
@@ -195,6 +203,7 @@ class Attention:
 
         *Shape:* as `word_maps`. Raises PromptError, which lists the words, when it is not in the prompt or was cut from it.
         """
+        text_of("text", text)
         words = analysis.phrase(self.word_maps(bands=bands, **choice), text, self._asking(text))
         return analysis.normalised(words, normalise)
 
@@ -230,13 +239,13 @@ class Attention:
 
     # --- inside ---
 
-    def _layers(self, patterns: str | Sequence[str]) -> dict[str, list[str]]:
+    def _layers(self, patterns: Sequence[str]) -> dict[str, list[str]]:
         """The layers that globs and grids select, by grid."""
         self.attention()
         recorded = {grid: [str(path) for path in self.variable(f"attention/{grid}/layer").values] for grid in self.grids}
         every = [path for paths in recorded.values() for path in paths]
         chosen: set[str] = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for pattern in patterns:
             found = recorded.get(pattern) or [path for path in every if fnmatchcase(path, pattern)]
             if not found:
                 options = [*recorded, *dict.fromkeys(f"{path.split('.')[0]}.*" for path in every), *every]
@@ -246,27 +255,33 @@ class Attention:
         return {grid: paths for grid, paths in kept.items() if paths}
 
     def _chosen(
-        self, grid: str, layers: list[str], of: Read, branch: str, steps: slice | Sequence[int], numbers: Mapping[str, Sequence[int] | None]
+        self, grid: str, layers: list[str], of: Read, branch: str, steps: Indices | str, numbers: Mapping[str, Indices | None]
     ) -> xr.DataArray:
         maps = self.contribution(grid) if of == "contribution" else self.attention(grid)
         self._check_branch(branch, [str(name) for name in maps["branch"].values])
         calls = self.variable("committed").size
-        wanted = range(calls)[steps] if isinstance(steps, slice) else [step + calls if step < 0 else step for step in steps]
+        indices = chosen_steps(steps, calls)
+        wanted = range(calls)[indices] if isinstance(indices, slice) else [step + calls if step < 0 else step for step in indices]
         there, paths = [int(step) for step in maps["step"].values], [str(path) for path in maps["layer"].values]
         absent = [step for step in wanted if step not in there]
-        if absent and not isinstance(steps, slice):
-            raise RecordingNotFound(f"{self.name} has no attention maps of step {absent[0]}.", f"It has steps {_told(there)}; see capture.steps.")
+        if absent and not isinstance(indices, slice):
+            named = absent[0] if absent[0] >= 0 else absent[0] - calls
+            raise RecordingNotFound(f"{self.name} has no attention maps of step {named}.", f"It has steps {_told(there)}; see capture.steps.")
         if there and not set(there) & set(wanted):
             raise RecordingNotFound(f"{self.name} has attention maps of none of these steps.", f"It has steps {_told(there)}; see capture.steps.")
         kept = {"step": [there.index(step) for step in wanted if step in there], "layer": [paths.index(path) for path in layers]}
-        for dim, chosen in numbers.items():
-            if chosen is None:
+        for dim, given in numbers.items():
+            if given is None:
                 continue
+            wished = chosen(f"{dim}s", given, maps.sizes[dim])
+            several = [*range(maps.sizes[dim])[wished]] if isinstance(wished, slice) else wished
+            if not several:
+                raise _nothing(f"{dim}s", given)
             if dim == "head":
                 self._check_heads(grid, "single heads were asked for")
-            if wrong := [number for number in chosen if not 0 <= number < maps.sizes[dim]]:
+            if wrong := [number for number in several if not 0 <= number < maps.sizes[dim]]:
                 raise RecordingNotFound(f"{self.name} has no {dim} {wrong[0]} at {grid}.", f"It has {dim}s 0 to {maps.sizes[dim] - 1}.")
-            kept[dim] = [*chosen]
+            kept[dim] = several
         return maps.isel({dim: places(np.array(found, int)) for dim, found in kept.items()}).sel(branch=branch, drop=True)
 
     def _check_heads(self, grid: str, why: str) -> None:
@@ -276,27 +291,24 @@ class Attention:
     def _check_branch(self, branch: str, there: list[str]) -> None:
         if branch in there:
             return
-        if branch not in BRANCHES:
-            raise RecordingNotFound(f"There is no branch {branch!r}.", near(branch, BRANCHES))
         guided = "" if self.attributes["experiment"]["guidance_scale"] > 1 else " and guidance_scale above 1"
         raise RecordingNotFound(f"{self.name} has no attention maps of the {branch} branch.", f"Record with capture.branches: both{guided}.")
 
     def _asking(self, text: str) -> str:
         """The command that looks for a word that was not in the prompt."""
-        word = shlex.quote(text)
+        word = shlex.quote(" ".join(text.split()))
         if "query" in self.tree[f"attention/{self.grids[0]}"].data_vars:
             return f"probe ask {shlex.quote(str(self.path))} {word}"
         return f"record with capture.attention: queries, then probe ask latest {word}"
 
 
-def _several(chosen: int | Some) -> list[int] | Some:
-    """One index, also numpy's, as a list of one."""
-    return [int(chosen)] if isinstance(chosen, int | np.integer) else chosen
+def _nothing(setting: str, given: object) -> ExperimentError:
+    return ExperimentError(f"{setting} is {told(given)}: there is nothing to take the mean of.", f"Leave {setting} out for all of them.")
 
 
 def places(indices: np.ndarray) -> np.ndarray | slice:
     """Indices as a slice where they follow on one another, which zarr reads in a third of the time."""
-    whole = indices.size and indices[-1] - indices[0] + 1 == indices.size
+    whole = indices.size and bool((np.diff(indices) == 1).all())
     return slice(int(indices[0]), int(indices[-1]) + 1) if whole else indices
 
 

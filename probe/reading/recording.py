@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from xarray.core.treenode import NotFoundInTreeError
 
+from probe.arguments import branch_name, labelled, text, told, truth_value
 from probe.conversions import UNCLIPPED, clipping, clipping_text, denoised_from, eps_from, v_from, variance_preserving
 from probe.conversions import clipped as clip
 from probe.digests import flags_are_lost
@@ -34,11 +36,17 @@ from probe.reading.attention import Attention, places
 from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
 from probe.reading.listing import list_runs, recordings_in, root_attributes, status_of
-from probe.schema import BRANCHES, counted, near
+from probe.schema import counted, near
 from probe.strict_yaml import printable
 from probe.system import exists
 
 MAX_PICTURE = 32 * 2**20
+EVERY_RECORDING_SAYS = {
+    *((name,) for name in ("format_version", "created", "experiment", "environment", "model", "scheduler", "prediction_type", "latent_convention")),
+    *(("scheduler", name) for name in ("class", "config")),
+    *(("model", name) for name in ("name", "revision", "dtype", "weights")),
+    ("environment", "device"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class Run(Attention):
     path: Path
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike):
+            raise ExperimentError(f"path is {told(self.path)}, which is no path.", "Give the path of a recording.")
         object.__setattr__(self, "path", Path(self.path))
         _ = self.attributes
 
@@ -90,12 +100,12 @@ class Run(Attention):
 
     def variable(self, path: str) -> xr.DataArray:
         """One variable or coordinate, lazily: "latents/latents", "attention/16x16/cross". Raises RecordingNotFound."""
-        group, _, name = path.rpartition("/")
+        group, _, name = text("path", path).rpartition("/")
         try:
             return self.tree[group or "/"].dataset[name]
-        except KeyError as error:
+        except (KeyError, NotFoundInTreeError) as error:
             found = [f"{node.path}/{n}".strip("/") for node in self.tree.subtree for n in node.dataset.data_vars]
-            raise RecordingNotFound(f"{self.name} has no variable {path}.", near(path, found)) from error
+            raise RecordingNotFound(f"{self.name} has no variable {told(path)[1:-1]}.", near(path, found)) from error
 
     # --- latents and what follows from them ---
 
@@ -106,6 +116,7 @@ class Run(Attention):
 
     def prediction(self, branch: str | None = None) -> xr.DataArray:
         """The model's output for `branch` ("cond", "uncond"), or what the scheduler got (None). *Shape:* as latents."""
+        _check_branch(branch)
         return self._latent("prediction" if branch is None else f"prediction_{branch}")
 
     def eps(self, branch: str | None = None) -> xr.DataArray:
@@ -122,6 +133,7 @@ class Run(Attention):
         Its attributes say so where these two are not the same, and at which steps x0 is not defined: where there is no signal
         (alpha_bar 0), predicted noise says nothing of it (Lin et al. 2023, arXiv:2305.08891). Raises RecordingDamaged.
         """
+        truth_value("clipped", clipped)
         found = self._derive(denoised_from, branch, "denoised")
         try:
             how = clipping(str(self.said("scheduler", "class")), self.said("scheduler", "config"))
@@ -147,8 +159,10 @@ class Run(Attention):
 
     def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
         """Clean latents as small pictures, by the linear map fitted for this VAE. *Shape:* (..., y, x, rgb) uint8."""
-        latents = self.denoised() if latents is None else latents
+        latents = self.denoised() if latents is None else labelled("latents", latents, "channel", "y", "x")
         slope, bias = self.variable("preview/latent_to_rgb").load(), self.variable("preview/bias").load()
+        if latents.sizes["channel"] != slope.sizes["channel"]:
+            raise ExperimentError(f"latents has {latents.sizes['channel']} channels.", f"Give latents of {slope.sizes['channel']} channels.")
         colour: xr.DataArray = xr.dot(latents.astype("float32"), slope, dim="channel") + bias
         order = [d for d in latents.dims if d not in ("channel", "y", "x")]
         bright: xr.DataArray = (colour.fillna(0).clip(0, 1) * 255).round().astype("uint8")  # on_nan: record leaves NaN
@@ -174,8 +188,7 @@ class Run(Attention):
         return self.variable(f"latents/{name}").isel(step=places(self.steps))
 
     def _derive(self, formula: Any, branch: str | None, name: str) -> xr.DataArray:
-        if branch not in (None, *BRANCHES):
-            raise ValueError(f"branch is {branch!r}; it may be None (guided), 'cond' or 'uncond'")
+        _check_branch(branch)
         sigma, alpha_bar = (self.variable(place).isel(step=self.steps) for place in ("sigma", "alpha_bar"))
         x = self.latents.astype("float32")
         if self.said("latent_convention") == "variance_exploding":
@@ -184,12 +197,20 @@ class Run(Attention):
         return found.astype("float32").rename(name)
 
     def said(self, *place: str) -> Any:
-        """An attribute that every recording has. Raises RecordingDamaged where this one has it not."""
+        """An attribute, by its names from the outside in: said("scheduler", "class").
+
+        Raises RecordingDamaged where one is missing that every recording has, and RecordingNotFound for any other.
+        """
         found: Any = self.attributes
         for name in place:
-            if name not in found:
-                raise refuse(self.path, f"its {'.'.join(place)} is missing")
-            found = found[name]
+            there = found if isinstance(found, dict) else {}
+            if text("an attribute's name", name) not in there:
+                if place in EVERY_RECORDING_SAYS:
+                    raise refuse(self.path, f"its {'.'.join(place)} is missing")
+                raise RecordingNotFound(
+                    f"{self.name} has no attribute {told('.'.join(map(str, place)))}.", near(name, list(there) or [*self.attributes])
+                )
+            found = there[name]
         return found
 
     def summary(self) -> dict[str, str]:
@@ -233,6 +254,11 @@ class Run(Attention):
                 code = base64.b64encode(sheet).decode()
                 picture = f"<img alt='contact sheet' style='max-width:100%' src='data:image/png;base64,{code}'>"
         return f"<b>{html.escape(self.name)}</b><table>{rows}</table>{picture}"
+
+
+def _check_branch(branch: object) -> None:
+    if branch is not None:
+        branch_name(branch, "None (what the scheduler got), ")
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------

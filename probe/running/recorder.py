@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from probe import pictures
+from probe.arguments import check_options
 from probe.conversions import clipping, clipping_text
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
@@ -60,6 +61,7 @@ def record(
     RunFailed after (the recording then opens and holds every committed step).
     """
     asked = load_experiment(experiment, **changes)
+    max_bytes = check_options(max_bytes, progress=progress)
     room, say = free_room(place(asked.output)), sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say)
