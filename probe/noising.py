@@ -228,9 +228,9 @@ def rerun_noising(run: Run, pipeline: Any | None = None, *, progress: bool = Tru
     """Noise a picture again, from its recording alone: settings, picture and masks, with the model loaded as it was. Raises as `record_noising`."""
     from probe.reading.sample import place_beside
     from probe.running.forward import recorded_masks
-    from probe.running.recorder import compare_weights, model_for, sayer
+    from probe.running.recorder import compare_weights, model_for, opened, sayer
 
-    asked = load_noising(run.said("noising"), output=str(place_beside(run.path)))
+    asked = load_noising(opened(run).said("noising"), output=str(place_beside(run.path)))
     model = model_for(run.experiment, pipeline, sayer(progress), run)
     compare_weights(model, run, sayer(progress))
     picture = None if run.source is None else run.source.values

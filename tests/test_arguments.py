@@ -19,10 +19,11 @@ import xarray as xr
 from probe import analysis, noising
 from probe.errors import ExperimentError, ProbeError, PromptError, RecordingDamaged, RecordingNotFound
 from probe.experiment import load_experiment
-from probe.noising import load_noising, record_noising
+from probe.noising import load_noising, record_noising, rerun_noising
 from probe.reading.attention import places
-from probe.reading.recording import Run
-from probe.running.recorder import record
+from probe.reading.listing import list_runs
+from probe.reading.recording import Run, open_run
+from probe.running.recorder import record, rerun, resume
 from probe.terminal import overrides
 
 STEPS = 4  # PNDM calls the model once more
@@ -332,3 +333,12 @@ def test_a_mask_of_a_word_that_is_not_in_the_caption_is_said(tmp_path: Path, cap
     assert "Masks of what is not in the caption: dog, scuba diving." in capsys.readouterr().err
     record_noising(PICTURE, "a cat, a hat", {"cat": MASK}, **settings)
     assert "not in the caption" not in capsys.readouterr().err
+
+
+def test_what_is_no_recording_and_no_folder(tmp_path: Path) -> None:
+    for again in (resume, rerun, rerun_noising):
+        with pytest.raises(ExperimentError, match="Open it first"):
+            again("latest")  # type: ignore[arg-type]
+    for calls in (lambda: open_run("latest", 5), lambda: open_run("x", None), lambda: list_runs(5)):  # type: ignore[arg-type]
+        with pytest.raises(ExperimentError, match="is no folder"):
+            calls()

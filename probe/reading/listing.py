@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from probe.errors import ProbeError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
+from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
 from probe.files import replace
 from probe.reading.files import GUARDED, MAX_PARTS, NO_LINK, NO_WAIT, READ, no_longer, opened, read_file, refuse
 from probe.reading.sample import cache_folder
@@ -66,6 +66,8 @@ def listing(folder: str | Path = "runs") -> list[Listed]:
 
 def recordings_in(folder: str | Path) -> list[Path]:
     """The paths of what should be recordings in a folder. Raises RecordingUnreadable where the system does not list it."""
+    if not isinstance(folder, str | os.PathLike):
+        raise ExperimentError(f"runs: a {type(folder).__name__} is no folder.", 'Give the path of a folder: "runs".')
     with reading(folder):
         if not Path(folder).is_dir():
             return []

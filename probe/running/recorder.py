@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from probe import pictures
-from probe.arguments import check_options
+from probe.arguments import check_options, told
 from probe.conversions import clipping, clipping_text
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
@@ -77,7 +77,7 @@ def rerun(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Ru
 
     Raises as `record` does. A noising has its own: `probe.noising.rerun_noising`.
     """
-    folder = place_beside(run.path)
+    folder = place_beside(opened(run).path)
     asked = load_experiment(run.experiment, output=str(folder))
     room, say = free_room(folder), sayer(progress)
     with out_of_memory(asked):
@@ -86,6 +86,13 @@ def rerun(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Ru
         settled = plan(model, asked, None if run.source is None else run.source.values)
         settled.check_size(None, room)
         return _record(model, settled, say, progress, run.name, weights)
+
+
+def opened(run: object) -> Run:
+    """A recording that is open. Raises ExperimentError for its name."""
+    if not isinstance(run, Run):
+        raise ExperimentError(f"run is {told(run)}, which is no opened recording.", 'Open it first: probe.open_run("latest").')
+    return run
 
 
 def compare_weights(model: StableDiffusion, run: Run, say: Say) -> str:
@@ -121,7 +128,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
     read, StoreError where replaying does not give the recorded latents.
     """
     say = sayer(progress)
-    if run.status == "complete":
+    if opened(run).status == "complete":
         say(f"{run.name} is complete already.")
         return run
     if is_copy(run.path):
