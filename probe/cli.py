@@ -34,7 +34,7 @@ from probe import output, stopping
 from probe.errors import ExperimentError, RecordingDamaged, RecordingLinked, RecordingNotFound, RecordingUnreadable, StoreError
 from probe.output import rows, say
 from probe.strict_yaml import printable
-from probe.terminal import Parser, add_folder, add_run, add_runs, add_save, fail, guarded, quieten, without_home
+from probe.terminal import Parser, add_folder, add_run, add_runs, add_save, fail, folder, guarded, quieten, without_home
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,6 +103,7 @@ def rerun(arguments: list[str]) -> int:
 
     parser = Parser(prog="probe rerun", description=rerun.__doc__)
     add_run(parser)
+    parser.add_argument("--output", metavar="FOLDER", type=folder, help="write the new recording there [beside the old one]")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     before = open_run(options.run, options.runs)
@@ -112,7 +113,7 @@ def rerun(arguments: list[str]) -> int:
     else:
         from probe.running.recorder import rerun as again
 
-    after = again(before, progress=not options.quiet)
+    after = again(before, output=options.output, progress=not options.quiet)
     say(f"Recorded {without_home(str(after.path))}")
     return _tell(compare(before, after), before.name, after.name)
 
@@ -155,6 +156,7 @@ def gc(arguments: list[str]) -> int:
 
 def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, notes: dict[str, Any] | None = None) -> Path:
     """Draw a picture, and write it into the recording or to a place that was named."""
+    from probe.files import FULL, elsewhere
     from probe.pictures import keep
 
     target = run.path / name if place is None else place
@@ -168,7 +170,10 @@ def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, no
             return keep(picture, run, name, target, notes)
     except OSError as error:
         reason = error.strerror or str(error)
-        remedy = f"Name another place: --save {name}" if place is None else "Name a folder that exists and can be written."
+        where = f"--save {elsewhere(name)}"
+        remedy = f"Name another place: {where}" if place is None else f"Name a folder that exists and can be written: {where}"
+        if error.errno in FULL:
+            remedy = f"Free some room there, or name another disk: {where}" if place is None else "Free some room there, or name another disk."
         raise StoreError(f"{target} could not be written: {reason}.", remedy) from error
 
 

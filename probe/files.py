@@ -12,18 +12,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import stat
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from probe.errors import ProbeError, RecordingLinked, StoreError
+from probe.errors import ExperimentError, ProbeError, RecordingLinked, StoreError
 from probe.strict_yaml import printable
 
 PARTIAL = ".partial"
 MORE = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR)  # of a folder: this system or this disk does not know that
 
 
@@ -36,9 +40,20 @@ def storing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "Free some room, or record less (probe run --dry-run shows what takes how much)." if full else "Check the disk and its permissions."
+        remedy = "Check the disk and its permissions."
+        if error.errno in FULL:
+            remedy = "Free some room, or record less (probe run --dry-run shows what takes how much)."
+        elif error.errno in REFUSED and not os.path.lexists(path):  # a recording that was to begin
+            remedy = f"Name another folder: --output {elsewhere('runs')}"
         raise StoreError(f"{path} could not be written: {reason}.", remedy) from error
+
+
+def elsewhere(name: str) -> str:
+    """A place for a file or a folder that nearly always can be written, as a shell takes it."""
+    try:
+        return shlex.quote(str(Path(tempfile.gettempdir()) / name))
+    except OSError:  # nowhere on this machine
+        return f"FOLDER/{name}"
 
 
 def replace(file: Path, parts: Iterable[Any], sync: bool) -> None:
@@ -123,6 +138,23 @@ def make_folders(folder: Path, sync: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in new if sync else ():
         sync_folder(path.parent)
+
+
+def check_place(folder: Path) -> Path:
+    """The folder that is there already, of a folder for recordings and those above it.
+
+    Raises ExperimentError where no folder can be made, or nothing can be written.
+    """
+    wanted = folder = folder.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ExperimentError(f"output: {folder} is a file, not a folder.", f"Name a folder: --output {'runs' * (wanted.name != 'runs') or 'mine'}.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ExperimentError(f"output: nothing can be written in {folder}.", f"Name another folder: --output {elsewhere('runs')}")
+    if (longest := max(len(os.fsencode(part)) for part in wanted.parts)) > 255:  # bytes of one name, on nearly every disk
+        raise ExperimentError(f"output: a name in it has {longest} bytes; 255 is the most.", "Name another folder: --output runs.")
+    return folder
 
 
 # --- whose files they are --------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def perform_noising(
     from probe.running.forward import Noised, psnr
     from probe.running.perform import perform
     from probe.running.planning import free_room, size_text
-    from probe.running.recorder import describe, out_of_memory, sayer
+    from probe.running.recorder import describe, out_of_memory, refuse_contradiction, refuse_unread, sayer
     from probe.stopping import breakable, cleanly
     from probe.store import RunWriter
 
@@ -194,7 +194,11 @@ def perform_noising(
         if pipeline is None:
             say(f"Loading {asked.model} ...")
         model = _model(asked, pipeline)
-        run, pixels = plan_noising(model, load_noising(asked, model=model.name), picture, masks)
+        if pipeline is not None and parent is None:  # what is recorded again was held against it before
+            refuse_contradiction(asked.dtype, asked.device, model)
+            refuse_unread(asked.variant, asked.revision, model)
+        asked = load_noising(asked, model=model.name)
+        run, pixels = plan_noising(model, asked, picture, masks)
         run.check_size(max_bytes, room)
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         told = asked.model_dump(mode="json")
@@ -224,15 +228,18 @@ def perform_noising(
     return Run(path)
 
 
-def rerun_noising(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
-    """Noise a picture again, from its recording alone: settings, picture and masks, with the model loaded as it was. Raises as `record_noising`."""
+def rerun_noising(run: Run, pipeline: Any | None = None, *, output: str | Path | None = None, progress: bool = True) -> Run:
+    """Noise a picture again, from its recording alone, beside it or into the folder `output`. Raises as `record_noising`."""
     from probe.reading.sample import place_beside
     from probe.running.forward import recorded_masks
+    from probe.running.planning import free_room
     from probe.running.recorder import compare_weights, model_for, opened, sayer
 
-    asked = load_noising(opened(run).said("noising"), output=str(place_beside(run.path)))
+    asked = load_noising(opened(run).said("noising"), output=str(output or place_beside(run.path)))
+    free_room(place(asked.output))  # before the model is loaded
     model = model_for(run.experiment, pipeline, sayer(progress), run)
-    compare_weights(model, run, sayer(progress))
+    if compare_weights(model, run, sayer(progress)) != run.said("model", "weights") and pipeline is not None:
+        asked = load_noising(asked, model=model.name, revision=model.revision, variant=None)
     picture = None if run.source is None else run.source.values
     return perform_noising(asked, picture, recorded_masks(run), model, progress=progress, parent=run.name)
 

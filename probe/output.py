@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
@@ -128,6 +129,21 @@ class _Door:
         if self._stream is None:
             raise OSError("this stream is closed")
         return self._stream.fileno()
+
+
+@contextlib.contextmanager
+def unsaid(logger: str, text: str) -> Iterator[None]:
+    """One message of a library, by its logger and a part of its text, is not logged while this lasts. Every other one is."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    log = logging.getLogger(logger)
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
 
 
 def _say(text: str) -> None:

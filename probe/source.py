@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from probe.errors import ExperimentError
 from probe.fields import place
-from probe.strict_yaml import printable
+from probe.strict_yaml import first_line, printable
 
 FORMATS = ("PNG", "JPEG")
 LEAST, MOST = 8, 2**26  # pixels a side, pixels in all: 64 million
@@ -139,7 +139,7 @@ def _arrays(path: Path) -> list[tuple[str, np.ndarray]]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
         if isinstance(problem, OSError) and problem.errno:
             raise _unread("masks", where, problem) from None
-        raise ExperimentError(f"masks: {where} cannot be read ({str(problem).splitlines()[0][:80]}).", "Save it with numpy.savez.") from None
+        raise ExperimentError(f"masks: {where} cannot be read ({first_line(problem)[:80]}).", "Save it with numpy.savez.") from None
     for word, mask in arrays:
         if mask.ndim != 2 or mask.dtype.kind not in "bui" or min(mask.shape) < 1:
             raise ExperimentError(

@@ -25,6 +25,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from probe.schema import Array
 from probe.system import trouble_in, unreadable
 
 MANIFEST = "manifest.json"
+BLOCK = 4096  # of a file on nearly every disk: it takes a whole number of these
 QUEUE_BYTES = 48 * 2**20
 PATIENCE = 20.0  # seconds for a killed writer to die: it frees its memory first, and its lock last
 NOT_HASHED = (".png", ".partial")  # pictures for people, and what a killed writer left
@@ -314,6 +316,28 @@ def _layout(a: Array) -> dict[str, Any]:
     if a.value is None and not a.variable.coordinate:
         layout["fill_value"] = float("nan") if dtype.kind == "f" else 0
     return layout
+
+
+def room(arrays: Sequence[Array], sizes: Mapping[str, int]) -> int:
+    """Bytes that a recording takes on a disk, in whole blocks, with metadata and pictures; `sizes` are what is written of each variable."""
+    total = number = 0
+    for a in arrays:
+        layout = _layout(a)
+        chunks = prod(-(-n // most) for n, most in zip(a.shape, layout["chunks"], strict=True))
+        files_of = prod(-(-n // most) for n, most in zip(a.shape, layout.get("shards", layout["chunks"]), strict=True))
+        written = -(-files_of * sizes[a.path] // max(a.nbytes, 1))
+        number += written
+        total += written * _blocks(-(-a.nbytes // max(files_of, 1)) + 20 * -(-chunks // max(files_of, 1)))
+        if a.path == "images/final":
+            picture = a.nbytes // max(a.shape[0], 1)
+            words = {text for found in arrays if found.variable.name == "word" and found.value is not None for text in np.ravel(found.value)}
+            total += a.shape[0] * _blocks(picture + BLOCK) + _blocks(24_000 + 8 * min(picture, 70_000) + 40_000 * len(words))
+    folders = len(arrays) + len({"/".join(a.group.split("/")[:depth]) for a in arrays for depth in range(a.group.count("/") + 2)})
+    return total + folders * 2 * BLOCK + _blocks(700 * folders) + _blocks(120 * (number + folders)) + _blocks(100 * number)
+
+
+def _blocks(nbytes: int) -> int:
+    return -(-nbytes // BLOCK) * BLOCK
 
 
 def _open(path: Path, a: Array) -> Any:

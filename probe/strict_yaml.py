@@ -40,6 +40,11 @@ def shorten(text: str) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; the name of its class where it says nothing, as a MemoryError may."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 

@@ -33,13 +33,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from probe.errors import ExperimentError, ProbeError, RecordingUnreadable
+from probe.errors import ExperimentError, RecordingUnreadable
 from probe.output import say, say_json
 from probe.proof.checks import Check, check_committed, check_digests, check_manifest, check_picture
 from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_labels, check_schema
 from probe.reading.recording import Run, open_run
-from probe.strict_yaml import printable
+from probe.strict_yaml import first_line, printable
 from probe.system import reading
 from probe.terminal import Parser, folder, guarded, quieten, without_home
 
@@ -119,8 +119,7 @@ def _guarded(path: Path, name: str, check: Callable[[], Check]) -> Check:
 
 
 def _told(error: Exception, what: str = "cannot be read") -> str:
-    text = error.cause if isinstance(error, ProbeError) else str(error)
-    return f"{what}: {(text or type(error).__name__).splitlines()[0][:200]}"
+    return f"{what}: {first_line(error)[:200]}"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

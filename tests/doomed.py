@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from probe.chunks import StepFiles
 from probe.experiment import load_experiment
-from probe.running import planning
+from probe.running import planning, recorder
 from probe.running.planning import plan
 from probe.running.recorder import record
 from probe.store import RunWriter
@@ -83,10 +83,10 @@ class Ended:
 class Doomed:
     """A child that records. `pause` are seconds that each call of the UNet takes longer, so that there is time to look."""
 
-    def __init__(self, asked: dict[str, Any], fault: Fault | Torn | None = None, *, pause: float = 0.0, room: int = 0):
+    def __init__(self, asked: dict[str, Any], fault: Fault | Torn | None = None, *, pause: float = 0.0, room: int = 0, unseen: bool = False):
         self._reports, reporting = CONTEXT.Pipe(duplex=False)
         self._speech, speaking = CONTEXT.Pipe(duplex=False)
-        self.process = CONTEXT.Process(target=_live, args=(asked, fault, pause, room, reporting, speaking), daemon=True)
+        self.process = CONTEXT.Process(target=_live, args=(asked, fault, pause, room, unseen, reporting, speaking), daemon=True)
         self.process.start()
         reporting.close()
         speaking.close()
@@ -156,7 +156,9 @@ class Doomed:
 # --- inside the child ------------------------------------------------------------------------------------------------
 
 
-def _live(asked: dict[str, Any], fault: Fault | Torn | None, pause: float, room: int, reports: Connection, speech: Connection) -> NoReturn:
+def _live(
+    asked: dict[str, Any], fault: Fault | Torn | None, pause: float, room: int, unseen: bool, reports: Connection, speech: Connection
+) -> NoReturn:
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork of a process with threads may hang"
     planning.rehearse = rehearsed
     tqdm.set_lock(threading.RLock())  # else a killed child leaves one of the system's semaphores behind
@@ -168,6 +170,8 @@ def _live(asked: dict[str, Any], fault: Fault | Torn | None, pause: float, room:
     speech.close()
     if room:
         _small_disk(Path(asked["output"]), room)
+    if unseen:  # as where others fill the disk meanwhile
+        recorder.free_room = lambda _: None  # type: ignore[assignment]
     steps = _report_steps(reports)
     operations = _watch_files(asked["output"], fault, reports, steps)
     if isinstance(fault, Torn):

@@ -23,7 +23,7 @@ from probe.diffusion.support import refuse_other_kinds
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
 from probe.fields import from_home, place
-from probe.strict_yaml import printable, shorten, shown
+from probe.strict_yaml import first_line, printable, shorten, shown
 
 PARTS = ("unet", "vae", "text_encoder")
 WHOLE_MODEL = "Is it a whole diffusers directory?"
@@ -150,7 +150,7 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
     except (ModelError, MemoryError):
         raise
     except Exception as problem:  # of a library, about a config that it is given
-        why = shorten(printable(str(problem).splitlines()[0] if str(problem) else type(problem).__name__))
+        why = shorten(printable(first_line(problem)))
         raise folder.refuse(f"{part}/config.json makes no {name}: {why}", WHOLE_MODEL) from problem
     if (count := sum(weight.numel() for weight in made.parameters())) > MOST_PARAMETERS:
         raise folder.refuse(f"{part}/config.json makes {count} weights, and {MOST_PARAMETERS} is the most.")

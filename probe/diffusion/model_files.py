@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from probe.errors import ModelError
-from probe.strict_yaml import shorten, shown
+from probe.strict_yaml import first_line, shorten, shown
 
 AGAIN = "Fetch the model again."
 WHOLE = "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?"
@@ -290,7 +290,7 @@ def fill(folder: ModelFolder, part: str, skeleton: torch.nn.Module, weights: Map
                     name: opened.get_tensor(w.key).reshape(w.shape).to(device, dtype, copy=True) for name, w in weights.items() if w.path == path
                 }
     except (SafetensorError, OSError) as problem:
-        raise folder.refuse(f"{part}: the weights could not be read ({shorten(str(problem).splitlines()[0])}).") from problem
+        raise folder.refuse(f"{part}: the weights could not be read ({shorten(first_line(problem))}).") from problem
     skeleton.load_state_dict(tensors, strict=True, assign=True)
     for owner in skeleton.modules():
         if "position_ids" in dict(owner.named_buffers(recurse=False)):  # of the text encoder; it is in no file

@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 import torch
 
 from probe.errors import PromptError
+from probe.output import unsaid
 from probe.words import APOSTROPHES, RULES, word_spans
 
 Convert = Callable[[str, Any], str]
@@ -63,7 +64,9 @@ def read_prompt(tokenizer: Any, text: str, over_long: OverLong = "error", conver
     """
     limit = int(tokenizer.model_max_length)
     _refuse_half_characters(text)
-    read_as = text if convert is None or rules == 1 else convert(text, tokenizer)
+    # The conversion counts tokens, and warns of "indexing errors" where there are many: they are cut or refused below.
+    with unsaid("transformers.tokenization_utils_base", "Running this sequence through the model will result in indexing errors"):
+        read_as = text if convert is None or rules == 1 else convert(text, tokenizer)
     whole = tokenizer(read_as, return_offsets_mapping=True, truncation=False, verbose=False)
     cut = ""
     if len(whole.input_ids) > limit:

@@ -21,6 +21,7 @@ import torch
 
 from probe.conversions import alpha_bar_from_sigma, denoised_from, eps_from, sigma_from_alpha_bar, v_from, variance_preserving
 from probe.errors import ExperimentError
+from probe.output import unsaid
 
 if TYPE_CHECKING:
     from probe.diffusion.models import Conditioning, StableDiffusion
@@ -95,7 +96,7 @@ class Schedule:
     @classmethod
     def read(cls, scheduler: Any, steps: int, begin: int = 0) -> Schedule:
         """As `of`, by setting the timesteps of a scheduler that is nobody else's."""
-        scheduler.set_timesteps(steps)
+        set_steps(scheduler, steps)
         timesteps = [float(t) for t in scheduler.timesteps]
         ones = torch.ones(1)
         exploding = not torch.equal(scheduler.scale_model_input(ones, scheduler.timesteps[0]), ones)
@@ -152,6 +153,13 @@ def fresh(scheduler: Any, **changes: Any) -> Any:
     # Without this entry `from_config` would go back to the class's defaults where a pipeline has changed them (clip_sample).
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return type(scheduler).from_config({**config, **{key: value for key, value in changes.items() if key in config}})
+
+
+def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = None) -> None:
+    """Set a scheduler's timesteps, for `steps` steps."""
+    # DPM++2S says with an odd number of steps, each time, that it is as its recorded config says: "Changing scheduler {self.config} ..."
+    with unsaid("diffusers.schedulers.scheduling_dpmsolver_singlestep", "to handle uneven amount of inference steps"):
+        scheduler.set_timesteps(steps, **({} if device is None else {"device": device}))
 
 
 def noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Generator]]:
@@ -226,7 +234,7 @@ def denoise(
     scheduler = fresh(model.scheduler)
     begin = 0 if start is None else first_call(scheduler, steps, start.strength)
     schedule = Schedule.of(scheduler, steps, begin)
-    scheduler.set_timesteps(steps, device=model.device)
+    set_steps(scheduler, steps, model.device)
     timesteps = scheduler.timesteps[begin:]
     if start is None:
         latents, generators = noise(seed, model.latent_shape(images, height, width), model.dtype)

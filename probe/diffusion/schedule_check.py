@@ -28,9 +28,10 @@ import torch
 
 from probe.conversions import PREDICTION_TYPES, UNCLIPPED, clipped, clipping, clipping_text, eps_from_denoised, target
 from probe.diffusion.models import StableDiffusion
-from probe.diffusion.sampling import Schedule, Start, first_call, fresh, started, step_options
+from probe.diffusion.sampling import Schedule, Start, first_call, fresh, set_steps, started, step_options
 from probe.errors import ExperimentError
 from probe.experiment import Experiment
+from probe.strict_yaml import first_line
 
 SHAPE = (2, 4, 2, 2)  # two images with opposite x0, and all else alike: their difference is free of the noise that a step adds
 EXACT, ROUNDING = 1e-3, 1e-5  # what may differ: relative, and of the largest number in a formula (float32 has 6e-8)
@@ -53,14 +54,16 @@ class Disagrees(Exception):
     """How a scheduler is not what its schedule says."""
 
 
-def proven(scheduler: Any, steps: int, begin: int = 0, given: Collection[str] = ()) -> Schedule:
+def proven(scheduler: Any, steps: int, begin: int = 0, given: Collection[str] = (), finite: bool = True) -> Schedule:
     """The schedule of `steps` steps from call `begin` on, held against the scheduler. `given` are the options that were asked for.
+
+    With `finite`, what its steps make of finite predictions has to be finite too.
 
     Raises ExperimentError, which names the scheduler and, where one of them is the cause, its option.
     """
     kind = type(scheduler).__name__
     try:
-        return _held(scheduler, steps, begin)
+        return _held(scheduler, steps, begin, finite)
     except Disagrees as problem:
         found, cause = problem, problem.__cause__
     option = _culprit(scheduler, steps, begin, [name for name in given if name not in KEPT])
@@ -103,28 +106,23 @@ def _remedy(scheduler: Any, option: str | None, given: Collection[str]) -> str:
 def _holds(scheduler: Any, steps: int, begin: int, **changes: Any) -> bool:
     """Whether it would hold with other options. They may be ones that diffusers does not take together."""
     try:
-        changed = fresh(scheduler, **changes)
+        _held(fresh(scheduler, **changes), steps, begin)
     except Exception:
-        return False
-    try:
-        _held(changed, steps, begin)
-    except Disagrees:
         return False
     return True
 
 
-def _held(scheduler: Any, steps: int, begin: int) -> Schedule:
+def _held(scheduler: Any, steps: int, begin: int, finite: bool = True) -> Schedule:
     """The schedule, if it holds. Raises Disagrees, whatever it is that diffusers raises."""
     state = torch.get_rng_state()
     try:
         bare = fresh(scheduler, **OFF)
         schedule = Schedule.read(bare, steps, begin)
-        _compare(scheduler, bare, schedule, steps, begin)
+        _compare(scheduler, bare, schedule, steps, begin, finite)
     except Disagrees:
         raise
     except Exception as problem:  # any class of diffusers may come here, with whatever it raises
-        first = (str(problem).splitlines() or [""])[0][:200]
-        raise Disagrees(f"cannot run in Stable Diffusion's loop ({type(problem).__name__}: {first})") from problem
+        raise Disagrees(f"cannot run in Stable Diffusion's loop ({type(problem).__name__}: {first_line(problem)[:200]})") from problem
     finally:
         drawn = not torch.equal(state, torch.get_rng_state())
         torch.set_rng_state(state)
@@ -133,7 +131,7 @@ def _held(scheduler: Any, steps: int, begin: int) -> Schedule:
     return schedule
 
 
-def _compare(scheduler: Any, bare: Any, schedule: Schedule, steps: int, begin: int) -> None:
+def _compare(scheduler: Any, bare: Any, schedule: Schedule, steps: int, begin: int, finite: bool = False) -> None:
     """Raise Disagrees unless `schedule` is what the scheduler does; `bare` is a fresh one without clipping."""
     kind, sigmas = str(scheduler.config.get("prediction_type")), np.array(schedule.sigmas)
     if kind not in PREDICTION_TYPES:
@@ -146,6 +144,8 @@ def _compare(scheduler: Any, bare: Any, schedule: Schedule, steps: int, begin: i
 
     clean, eps = _latents()
     made = _stepped(bare, schedule, steps, begin, clean, eps)
+    if finite and not schedule.undefined(kind) and (lost := np.flatnonzero(~np.isfinite(made.after).all(axis=(1, 2)))).size:
+        raise Disagrees(f"does not work: its step {lost[0]} makes NaN or infinity of a finite prediction")
     scale = 1 / np.sqrt(sigmas**2 + 1) if exploding else np.ones(len(sigmas))
     _agree(schedule, np.abs(made.factors - scale) <= EXACT * scale, "scale_model_input multiplies by {:.4g}, not {:.4g}", made.factors, scale)
 
@@ -186,7 +186,7 @@ def _latents() -> tuple[torch.Tensor, torch.Tensor]:
 
 def _stepped(scheduler: Any, schedule: Schedule, steps: int, begin: int, clean: torch.Tensor, eps: torch.Tensor) -> Stepped:
     """Step a fresh scheduler through the calls of `schedule`, each from latents of its level, with the prediction that knows them."""
-    scheduler.set_timesteps(steps)
+    set_steps(scheduler, steps)
     if begin and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     generators = [torch.Generator().manual_seed(0) for _ in range(len(clean))]
@@ -245,15 +245,14 @@ def _marginal(scheduler: Any, schedule: Schedule, blind: np.ndarray, made: Stepp
     _agree(schedule, ~blind | ((unit <= EXACT) & (left <= EXACT)), "its step gives variance {:.4g} more or less than one", unit)
     for i in np.flatnonzero(blind):
         t = torch.tensor([int(schedule.timesteps[i])] * len(clean))
-        mixed = scheduler.add_noise(clean, eps, t).reshape(1, len(clean), -1).double().numpy()
-        signal = _parts(mixed, clean, eps)[0]
+        signal = _parts(scheduler.add_noise(clean, eps, t).reshape(1, len(clean), -1).double().numpy(), clean, eps)[0]
         wanted = np.array([schedule.alpha_bars[i] ** 0.5])
         _agree(schedule, np.abs(signal - wanted) <= EXACT * wanted + ROUNDING, "its add_noise keeps {:.4g} of x0, not {:.4g}", signal, wanted)
 
 
 def _begins(scheduler: Any, schedule: Schedule, steps: int, begin: int, clean: torch.Tensor, eps: torch.Tensor) -> None:
     """A picture with noise in it, from which a run begins, is at the level of its first call."""
-    scheduler.set_timesteps(steps)
+    set_steps(scheduler, steps)
     sigma, alpha_bar = np.array(schedule.sigmas[:1]), np.array(schedule.alpha_bars[:1])
     mixed = started(scheduler, Start(clean, eps, 1.0, []), begin).reshape(1, len(clean), -1).double().numpy()
     signal, noise, _ = _parts(mixed, clean, eps)
@@ -289,7 +288,7 @@ def _clips(scheduler: Any, schedule: Schedule, steps: int, begin: int, clean: to
 
 def held_schedule(model: StableDiffusion, experiment: Experiment, begin: int) -> Schedule:
     """The schedule of a run to come, held against its scheduler. Raises ExperimentError, also where the latents would be infinite."""
-    schedule = proven(model.scheduler, experiment.steps, begin, tuple(experiment.scheduler_options))
+    schedule = proven(model.scheduler, experiment.steps, begin, tuple(experiment.scheduler_options), experiment.on_nan == "stop")
     _refuse_infinity(model, experiment, schedule)
     return schedule
 
@@ -317,10 +316,11 @@ def _refuse_infinity(model: StableDiffusion, experiment: Experiment, schedule: S
     kind, config = type(model.scheduler).__name__, model.scheduler.config
     if experiment.on_nan == "record" or clipping(kind, config) or not (calls := schedule.undefined(model.prediction_type)):
         return
-    remedy = "Set rescale_betas_zero_snr: false in" if config.get("rescale_betas_zero_snr") else "Change trained_betas in"
+    given = [name for name in ("trained_betas", *KEPT[:4]) if name in experiment.scheduler_options]
+    remedy = "Set rescale_betas_zero_snr: false" if config.get("rescale_betas_zero_snr") else f"Change {' or '.join(given or ['trained_betas'])}"
     raise ExperimentError(
         f"scheduler: {kind} divides by 0 at step {calls[0]}: {UNDEFINED}",
-        f"{remedy} scheduler_options; on_nan: record writes the infinities down.",
+        f"{remedy} in scheduler_options; on_nan: record writes the infinities down.",
     )
 
 

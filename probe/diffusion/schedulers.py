@@ -9,7 +9,7 @@ from probe.diffusion.model_configs import scheduler_config
 from probe.diffusion.support import SUPPORTED
 from probe.errors import ExperimentError, ModelError
 from probe.fields import SCHEDULERS
-from probe.strict_yaml import shown
+from probe.strict_yaml import first_line, shown
 
 # What StableDiffusionPipeline forces on every scheduler it is given: x0 in latent space has no reason to lie in [-1, 1].
 FORCED = {"clip_sample": False, "steps_offset": 1}
@@ -99,4 +99,4 @@ def another_scheduler(model: str, name: str, own: Mapping[str, Any], own_kind: t
 
 
 def _line(problem: Exception) -> str:
-    return (str(problem) or type(problem).__name__).splitlines()[0][:300]
+    return first_line(problem)[:300]

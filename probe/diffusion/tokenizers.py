@@ -8,7 +8,7 @@ from typing import Any
 from probe.diffusion.model_configs import CLASSES
 from probe.diffusion.model_files import ModelFolder
 from probe.errors import ModelError
-from probe.strict_yaml import printable, shorten, shown
+from probe.strict_yaml import first_line, printable, shorten, shown
 
 MOST, MOST_ADDED = 16 << 20, 10_000
 WHOLE_MODEL = "Is it a whole diffusers directory?"
@@ -84,5 +84,5 @@ def read_tokenizer(folder: ModelFolder, index: Mapping[str, Any], encoder: Mappi
 
 
 def _no_tokenizer(folder: ModelFolder, problem: BaseException) -> Exception:
-    why = shorten(printable(str(problem).splitlines()[0] if str(problem) else type(problem).__name__))
+    why = shorten(printable(first_line(problem)))
     return folder.refuse(f"tokenizer/ holds no CLIP tokenizer: {why}", WHOLE_MODEL)

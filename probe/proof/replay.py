@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from probe.diffusion.sampling import Schedule, arranged, first_call, guide, memory_format, noise, started, step_options
+from probe.diffusion.sampling import Schedule, arranged, first_call, guide, memory_format, noise, set_steps, started, step_options
 from probe.errors import RecordingDamaged
 from probe.fields import SCHEDULERS
 from probe.proof.checks import Check, Tally
@@ -59,7 +59,7 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
     if not len(run.steps):
         return
     scheduler = rebuild_scheduler(run)
-    scheduler.set_timesteps(asked.steps, device=device)
+    set_steps(scheduler, asked.steps, device)
     stored, begin = run.latents, _begin(run, scheduler)
     if asked.image is None:
         shape = stored.isel(step=0).values.shape  # read first: sizes are claimed, and noise of that size would be made
@@ -200,7 +200,7 @@ def check_schedule(run: Run) -> Check:
     for name, expected in (("latent_convention", convention), ("prediction_type", scheduler.config.prediction_type)):
         if run.attributes[name] != expected:
             tally.fail(f"{name} is {run.attributes[name]}, the scheduler's is {expected}")
-    scheduler.set_timesteps(asked.steps)
+    set_steps(scheduler, asked.steps)
     table = [float(s) for s in getattr(scheduler, "sigmas", schedule.sigmas)]
     wanted = {"step": range(len(schedule.timesteps)), "timestep": schedule.timesteps, "sigma": schedule.sigmas, "alpha_bar": schedule.alpha_bars}
     for name, values in {**wanted, "latents/scheduler_sigmas": table}.items():

@@ -36,7 +36,7 @@ from probe.reading.files import read_file, refuse
 from probe.reading.limits import LARGE, check_chunk, check_text, takes_no_room
 from probe.reading.shards import read_shards
 from probe.reading.untrusted import Stored, nodes_of, read_root
-from probe.strict_yaml import printable
+from probe.strict_yaml import first_line, printable
 from probe.system import exists, reading, trouble_in, unreadable
 
 MAX_ALL_TEXT = 16 * 2**20  # bytes of all variables of text
@@ -271,7 +271,7 @@ def _tree(path: Path) -> xr.DataTree:
     except RecordingDamaged:
         raise
     except (ValueError, TypeError, KeyError) as error:
-        raise refuse(path, f"its variables do not fit together ({printable(str(error).splitlines()[0])})") from error
+        raise refuse(path, f"its variables do not fit together ({printable(first_line(error))})") from error
 
 
 def in_files(root: Path, name: str, variable: xr.Variable, steps: Iterable[int]) -> list[int]:

@@ -45,7 +45,8 @@ def encode(model: StableDiffusion, picture: np.ndarray) -> tuple[torch.Tensor, t
     with torch.no_grad():
         posterior = model.vae.encode(pixels).latent_dist
     if not bool(torch.isfinite(posterior.mean).all()):
-        raise NotFinite("What the VAE made of the picture is not finite.", "Try --dtype float32.")
+        remedy = "Try another picture, or another model." if model.dtype == torch.float32 else "Try --dtype float32."
+        raise NotFinite("What the VAE made of the picture is not finite.", remedy)
     return posterior.mean, posterior.std
 
 

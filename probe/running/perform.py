@@ -18,6 +18,7 @@ from probe.analysis.maps import maps_of, probabilities, resize
 from probe.diffusion.models import Conditioning, StableDiffusion
 from probe.diffusion.sampling import Predictions, Step, arranged, denoise
 from probe.errors import NotFinite, RecordingDamaged, StoreError
+from probe.experiment import Experiment
 from probe.reading.listing import root_attributes
 from probe.running.forward import Noised, begin, memory_formats, note_memory_formats
 from probe.running.planning import ENCODER, Plan, grid_group
@@ -95,7 +96,7 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
             bar.update()
     assert final is not None
     writer.flush()
-    check_finite("final_latents", run.calls - 1, _numpy(final), asked.on_nan)
+    check_finite("final_latents", run.calls - 1, _numpy(final), asked, final.dtype)
     writer.write("latents/final_latents", _numpy(final))
 
     say("Decoding the picture ...")
@@ -256,20 +257,18 @@ def _gather(
             stacked = np.stack([ready[f"self {path}"] for path in layers], axis=2)
             written[f"self_{grid_group(grid)}/self"] = stacked.reshape(*stacked.shape[:-2], *grid, *grid)
         for name in ("latents", *(f"prediction_{branch}" for branch in run.called), "prediction"):
-            check_finite(name, step.index, written[f"latents/{name}"], run.experiment.on_nan)
+            check_finite(name, step.index, written[f"latents/{name}"], run.experiment, step.latents.dtype)
         return written
 
     return values, sum(tensor.nbytes for tensor in tensors.values())
 
 
-def check_finite(name: str, step: int, value: np.ndarray, on_nan: str) -> None:
-    """Raises NotFinite for a NaN or an infinity, unless they are to be recorded."""
-    if on_nan == "stop" and not np.isfinite(value).all():
-        what = "NaN" if np.isnan(value).any() else "infinity"
-        raise NotFinite(
-            f"{name} holds {what} at step {step}.",
-            "Try --dtype float32 or a smaller guidance_scale; on_nan: record writes such values down instead of stopping.",
-        )
+def check_finite(name: str, step: int, value: np.ndarray, asked: Experiment, dtype: torch.dtype) -> None:
+    """Raises NotFinite for a NaN or an infinity, unless they are to be recorded; `dtype` is the run's."""
+    if asked.on_nan == "stop" and not np.isfinite(value).all():
+        tries = ["--dtype float32"] * (dtype != torch.float32) + ["a smaller guidance_scale"] * (asked.guidance_scale > 1)
+        remedy = f"Try {' or '.join(tries) or 'another model'}; on_nan: record writes such values down instead of stopping."
+        raise NotFinite(f"{name} holds {'NaN' if np.isnan(value).any() else 'infinity'} at step {step}.", remedy)
 
 
 def _summarise(run: Plan, writer: RunWriter) -> None:

@@ -5,7 +5,6 @@ A plan needs the model's configs only; `probe run --dry-run` makes one without w
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,15 @@ import torch
 
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.prompts import Prompt
-from probe.diffusion.sampling import Schedule, first_call, fresh
+from probe.diffusion.sampling import Schedule, first_call, fresh, set_steps
 from probe.diffusion.schedule_check import held_schedule, remarks, unclipped_note
 from probe.errors import ExperimentError, TooLarge
 from probe.experiment import Experiment
+from probe.files import check_place
 from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, STATISTICS, Array, array
 from probe.source import read_picture
+from probe.store import room
+from probe.strict_yaml import first_line
 from probe.watching.counterfactual import chosen_words
 from probe.watching.rehearsal import Rehearsal, rehearse
 from probe.watching.selection import Kept, activation_paths, attention_layers, statistic_paths
@@ -75,9 +77,10 @@ class Plan:
 
     def check_size(self, limit: int | None, free: int | None) -> None:
         """Raises TooLarge when the recording would not fit; `free` is None where nobody knows the room."""
-        total = sum(self.forecast().values())
-        largest = max(self.forecast().items(), key=lambda item: item[1])
-        for most, what in ((limit, "--max-bytes"), (free, "the room on the disk")):
+        sizes = self.forecast()
+        largest = max(sizes.items(), key=lambda item: item[1])
+        whole, on_disk = sum(sizes.values()), room(self.arrays, sizes)
+        for total, most, what in ((whole, limit, "--max-bytes"), (on_disk, free, "the room on the disk")):
             if most is not None and total > most:
                 raise TooLarge(
                     f"The recording would take {size_text(total)}, more than {what}: {size_text(most)}.",
@@ -90,19 +93,13 @@ def _by_grid(layers: dict[str, tuple[int, int]]) -> dict[tuple[int, int], list[s
 
 
 def free_room(folder: Path) -> int | None:
-    """Bytes free where `folder` is or will be; None where the disk does not say. Raises ExperimentError if no folder can be there."""
-    wanted = folder = folder.absolute()
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ExperimentError(f"output: {folder} is a file, not a folder.", f"Name a folder: --output {'runs' * (wanted.name != 'runs') or 'mine'}.")
-    if (longest := max(len(os.fsencode(part)) for part in wanted.parts)) > 255:  # bytes of one name, on nearly every disk
-        raise ExperimentError(f"output: a name in it has {longest} bytes; 255 is the most.", "Name another folder: --output runs.")
+    """Bytes free where `folder` is or will be; None where the disk does not say. Raises as `check_place` does."""
+    folder = check_place(folder)
     try:
-        room = shutil.disk_usage(folder)
+        found = shutil.disk_usage(folder)
     except OSError:  # some mounts have no answer
         return None
-    return room.free if room.total else None
+    return found.free if found.total else None
 
 
 def grid_group(grid: tuple[int, int]) -> str:
@@ -147,7 +144,7 @@ def plan(
     except RuntimeError as problem:
         y, x = latent_shape[2] * model.f, latent_shape[3] * model.f
         raise ExperimentError(
-            f"height, width: {model.name} cannot run on {y} x {x} pixels ({str(problem).splitlines()[0][:120]}).",
+            f"height, width: {model.name} cannot run on {y} x {x} pixels ({first_line(problem)[:120]}).",
             f"Use multiples of {model.f * 2 ** (len(model.unet.config.down_block_types) - 1)}.",
         ) from problem
     model.check_reading(prompts)
@@ -190,7 +187,7 @@ def _latents(model: StableDiffusion, run: Plan, picture: np.ndarray | None) -> l
     names = ["latents", *(f"prediction_{branch}" for branch in run.called), "prediction"]
     pixels = (shape[0], shape[2] * model.f, shape[3] * model.f, 3)
     scheduler = fresh(model.scheduler)
-    scheduler.set_timesteps(run.experiment.steps)
+    set_steps(scheduler, run.experiment.steps)
     table = np.array([float(s) for s in getattr(scheduler, "sigmas", run.schedule.sigmas)])
     arrays = [
         array("", "step", value=np.arange(run.calls)),

@@ -42,6 +42,7 @@ from probe.running.planning import Plan, free_room, plan, size_text
 from probe.schema import FORMAT_VERSION
 from probe.stopping import breakable, cleanly
 from probe.store import RunWriter
+from probe.strict_yaml import first_line, shown
 from probe.terminal import shell_path, without_home
 from probe.words import RULES, read_plainly
 
@@ -66,23 +67,27 @@ def record(
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say)
         if pipeline is not None:
+            refuse_unread(asked.variant, asked.revision, model)
+            if asked.model not in (Experiment().model, model.name):
+                say(f"{asked.model} is not loaded: the pipeline that was given is {model.name}, and is recorded as that.")
             asked = load_experiment(asked, model=model.name)
         settled = plan(model, asked)
         settled.check_size(max_bytes, room)
         return _record(model, settled, say, progress)
 
 
-def rerun(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
-    """Record a run again, beside it, from its own record: experiment, commit and number format of the weights, and picture.
+def rerun(run: Run, pipeline: Any | None = None, *, output: str | Path | None = None, progress: bool = True) -> Run:
+    """Record a run again, from its own record: experiment, commit and number format of the weights, and picture.
 
-    Raises as `record` does. A noising has its own: `probe.noising.rerun_noising`.
+    It is written beside the run, or into the folder `output`. Raises as `record` does. A noising has its own: `probe.noising.rerun_noising`.
     """
-    folder = place_beside(opened(run).path)
-    asked = load_experiment(run.experiment, output=str(folder))
-    room, say = free_room(folder), sayer(progress)
+    asked = load_experiment(opened(run).experiment, output=str(output or place_beside(run.path)))
+    room, say = free_room(place(asked.output)), sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say, run)
         weights = compare_weights(model, run, say)
+        if weights != run.said("model", "weights") and pipeline is not None:  # then they came from elsewhere
+            asked = load_experiment(asked, model=model.name, revision=model.revision, variant=None)
         settled = plan(model, asked, None if run.source is None else run.source.values)
         settled.check_size(None, room)
         return _record(model, settled, say, progress, run.name, weights)
@@ -181,8 +186,35 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run |
         model = pipeline.with_scheduler(asked.scheduler, asked.scheduler_options)
     else:
         model = StableDiffusion.of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
+    if pipeline is not None:
+        refuse_contradiction(asked.dtype, asked.device, model, recorded)
     refuse_pictures(model.name, model.vae, asked.image)
     return model
+
+
+def refuse_contradiction(dtype: str, device: str, model: StableDiffusion, recorded: Run | None = None) -> None:
+    """Raise ExperimentError where a pipeline is not in the number format or on the device that is asked for, or was."""
+    own, where = str(model.dtype).removeprefix("torch."), model.device
+    wanted = torch.device(where if device == "auto" else device)
+    elsewhere = wanted.type != where.type or (wanted.index is not None and wanted.index != (where.index or 0))
+    for field, value, found, differs in (
+        ("dtype", dtype, f"in {own}", dtype not in ("auto", own)),
+        ("device", device, f"on {where}", elsewhere),
+    ):
+        if differs:
+            to = f'pipeline.to("{value}")' if field == "device" else f"pipeline.to(torch.{value})"
+            instead = f"leave {field} out" if recorded is None else f'record it anew: probe.record(run.experiment, pipeline, {field}="auto")'
+            raise ExperimentError(f"{field}: {value} is asked for, and the pipeline is {found}.", f"Bring it there, {to}, or {instead}.")
+
+
+def refuse_unread(variant: str | None, revision: str | None, model: StableDiffusion) -> None:
+    """Raise ExperimentError for fields that say which files to load, where a pipeline in memory has its weights already."""
+    for field, value, own in (("variant", variant, None), ("revision", revision, model.revision)):
+        if value not in (None, own):
+            raise ExperimentError(
+                f"{field}: {shown(value)} says which files to load, and the pipeline has its weights already.",
+                f"Leave {field} out, or leave out the pipeline.",
+            )
 
 
 def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
@@ -262,9 +294,10 @@ def out_of_memory(asked: Experiment) -> Iterator[None]:
     except ProbeError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error) or "can't allocate" in str(error):
+        said = ("not enough memory", "can't allocate", "can't start new thread")
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said):
             raise OutOfMemory(
-                f"Out of memory on {asked.device}: {str(error).splitlines()[0][:120]}",
+                f"Out of memory on {asked.device}: {first_line(error)[:120]}",
                 "Fewer images, a smaller height and width, --dtype float16, or fewer capture.layers.",
             ) from error
         raise

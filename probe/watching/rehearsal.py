@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from probe.diffusion.models import StableDiffusion
 from probe.errors import ModelError, ProbeError
-from probe.strict_yaml import printable, shorten
+from probe.strict_yaml import first_line, printable, shorten
 from probe.watching.conditions import refuse_unwatchable
 from probe.watching.hooks import Hooks, Watch
 
@@ -79,7 +79,7 @@ def rehearse(model: StableDiffusion, latent_shape: Shape, branches: int, tokens:
             except ProbeError:
                 raise
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
-                why = shorten(printable(str(problem).splitlines()[0] if str(problem) else type(problem).__name__))
+                why = shorten(printable(first_line(problem)))
                 cause = f"{model.name}: its {component} does not run on latents of {latent_shape[2]} x {latent_shape[3]}: {why}"
                 raise ModelError(cause, "Set another height and width, or fetch the model again: its configs may not be whole.") from problem
         flops[component] = int(counter.get_total_flops())
