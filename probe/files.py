@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
 import stat
 import sys
@@ -21,13 +22,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from probe.errors import ExperimentError, ProbeError, RecordingLinked, StoreError
+from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingLinked, StoreError
 from probe.strict_yaml import printable
+from probe.system import kind_of
 
 PARTIAL = ".partial"
-MORE = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+MORE = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+A_FILE = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*")  # names that only files have in a recording
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR)  # of a folder: this system or this disk does not know that
 
 
@@ -177,11 +180,21 @@ def partials(folder: Path) -> list[Path]:
 
 
 def check_own(recording: Path) -> None:
-    """Raise RecordingLinked unless a recording is a folder of plain files and folders that have no other name anywhere."""
+    """Raise RecordingLinked unless a recording is a folder of plain files and folders that have no other name anywhere.
+
+    RecordingDamaged for a pipe or a device, and for a folder under the name of a file.
+    """
     check_no_link(recording)
     for entry in entries(recording):
-        if problem := _not_own(entry.stat(follow_symlinks=False)):
-            raise foreign(recording, os.path.relpath(entry.path, recording), problem)
+        found = entry.stat(follow_symlinks=False)
+        name, is_folder = os.path.relpath(entry.path, recording), stat.S_ISDIR(found.st_mode)
+        if problem := _not_own(found):
+            raise foreign(recording, name, problem)
+        if not stat.S_ISREG(found.st_mode) and (not is_folder or A_FILE.fullmatch(entry.name)):
+            raise RecordingDamaged(
+                f"{printable(recording.name)}: {printable(name)} is {kind_of(found)}, where only a file can be.",
+                f"Remove it, then try again: rm{' -r' * is_folder} {shlex.quote(printable(entry.path))}",
+            )
 
 
 def check_no_link(recording: Path) -> None:
@@ -202,9 +215,9 @@ def foreign(recording: Path, name: str, problem: str) -> RecordingLinked:
 
 
 def _not_own(found: os.stat_result) -> str:
-    """Why a file or folder is not a recording's own; empty for one that is."""
+    """Why a file is somebody else's too; empty for one that is not."""
     if stat.S_ISLNK(found.st_mode):
         return "is a link"
     if stat.S_ISREG(found.st_mode):
         return "has another name elsewhere (a hard link)" if found.st_nlink > 1 else ""
-    return "" if stat.S_ISDIR(found.st_mode) else "is a pipe or a device"
+    return ""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import socket
 import stat
 import time
@@ -15,7 +16,7 @@ import filelock
 
 from probe.errors import RecordingBusy, RecordingDamaged, StoreError
 from probe.strict_yaml import printable
-from probe.system import lives
+from probe.system import kind_of, lives
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 EXITING, KILLED = 0x4, 1 << 8  # Linux: in the flags of a process, and among its pending signals
@@ -33,7 +34,7 @@ class Lock:
         """Take it at once. A writer that was killed may need a moment to die: for that, wait up to `patience` seconds.
 
         Raises RecordingBusy with that remedy where somebody has it, StoreError where the disk has no locks, RecordingDamaged where
-        it is a link or a folder, OSError.
+        it is a link, a folder or a pipe, OSError.
         """
         until = time.monotonic() + patience
         while not self._take():
@@ -70,15 +71,16 @@ class Lock:
             self._lock.release()
 
     def _check(self) -> tuple[int, int] | None:
-        """Which file it is, or None. A link or a folder is not touched."""
+        """Which file it is, or None. What is no plain file of its own is not touched."""
         try:
             found = os.lstat(self.file)
         except FileNotFoundError:
             return None
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            what = "a link" if stat.S_ISREG(found.st_mode) else kind_of(found)  # a hard one
             raise RecordingDamaged(
-                f"{printable(str(self.file))} is no lock: it is {'a folder' if stat.S_ISDIR(found.st_mode) else 'a link'}.",
-                f"Remove it yourself, then try again: rm{' -r' if stat.S_ISDIR(found.st_mode) else ''} {printable(str(self.file))}",
+                f"{printable(str(self.file))} is no lock: it is {what}.",
+                f"Remove it yourself, then try again: rm{' -r' * stat.S_ISDIR(found.st_mode)} {shlex.quote(printable(str(self.file)))}",
             )
         return found.st_dev, found.st_ino
 

@@ -9,21 +9,30 @@ covers the size asked for, and cut to its centre. A picture that has the size al
 
 from __future__ import annotations
 
+import io
 import os
+import tokenize
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+from numpy.lib import format as npy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from probe.errors import ExperimentError
+from probe.errors import ExperimentError, ProbeError
 from probe.fields import place
+from probe.reading.archives import opened_zip
+from probe.reading.files import open_plain
 from probe.strict_yaml import first_line, printable
 
 FORMATS = ("PNG", "JPEG")
 LEAST, MOST = 8, 2**26  # pixels a side, pixels in all: 64 million
+MOST_MASKS, MOST_LISTED, MOST_BYTES = 1000, 2**20, 2**30  # of one .npz: masks; bytes of its list of them, of all of them unpacked
+HEADER = 1000  # bytes of what an .npz says of one mask: numpy writes 118
 
 
 def read_picture(path: str | Path, height: int, width: int, field: str = "image") -> np.ndarray:
@@ -45,7 +54,7 @@ def read_masks(paths: Sequence[str | Path], height: int, width: int, field: str 
     for path in map(Path, paths):
         where = printable(str(path))
         if path.suffix == ".npz":
-            masks = [(word, f"{word!r} in {where}", Image.fromarray(mask)) for word, mask in _arrays(path)]
+            masks: Iterable[tuple[str, str, Image.Image]] = ((word, f"{word!r} in {where}", Image.fromarray(mask)) for word, mask in _arrays(path))
         else:
             masks = [(path.stem, where, _read(path, field).convert("L").point(lambda grey: grey > 127))]
         for word, told, mask in masks:
@@ -98,12 +107,14 @@ def _read(path: str | Path, field: str) -> Image.Image:
     """The picture in a file, upright. Raises ExperimentError."""
     where, sizes = printable(str(path)), f"At least {LEAST} a side and at most {MOST:,} in all can be used."
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(place(path), formats=FORMATS) as opened:
+        with (
+            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+            _opened(path, field, "PNG or JPEG") as file,
+            Image.open(file, formats=FORMATS) as opened,
+        ):
             if min(opened.size) < LEAST or opened.width * opened.height > MOST:
                 raise ExperimentError(f"{field}: {where} is {opened.height} x {opened.width} pixels.", sizes)
             return _in_8_bits(ImageOps.exif_transpose(opened))
-    except FileNotFoundError:
-        raise ExperimentError(f"{field}: {where} does not exist.", "Name a PNG or JPEG file; a path is relative to the folder you are in.") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # Pillow's own limit, from 89 million on, comes before ours
         raise ExperimentError(f"{field}: {where} has more than {MOST:,} pixels.", sizes) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as problem:
@@ -129,23 +140,63 @@ def _in_8_bits(picture: Image.Image) -> Image.Image:
     return made
 
 
-def _arrays(path: Path) -> list[tuple[str, np.ndarray]]:
+def _opened(path: str | Path, field: str, kinds: str) -> io.BufferedReader:
+    """A plain file that somebody named. Raises ExperimentError for anything else, without waiting for a pipe; OSError."""
     where = printable(str(path))
     try:
-        with np.load(place(path), allow_pickle=False) as held:
-            arrays = [(str(word), held[word]) for word in held.files]
+        file = open_plain(place(path))
     except FileNotFoundError:
-        raise ExperimentError(f"masks: {where} does not exist.", "Name an .npz or .png file; a path is relative to the folder you are in.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+        raise ExperimentError(f"{field}: {where} does not exist.", f"Name a {kinds} file; a path is relative to the folder you are in.") from None
+    if isinstance(file, str):
+        raise ExperimentError(f"{field}: {where} is {file}, not a file.", f"Name a {kinds} file.")
+    return file
+
+
+def _arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The masks of an .npz file one after the other, as uint8. What each says of itself is looked at before it is unpacked."""
+    where = printable(str(path))
+    try:
+        with _opened(path, "masks", ".npz or .png") as file, opened_zip(file, MOST_LISTED) as held:
+            entries = held.infolist()
+            size = sum(entry.file_size for entry in entries)
+            if not entries:
+                raise ExperimentError(f"masks: {where} has no mask in it.", "Save each by its word: numpy.savez(file, cat=mask).")
+            if len(entries) > MOST_MASKS or size > MOST_BYTES:
+                told = f"{len(entries)} masks of {size} bytes together"
+                raise ExperimentError(f"masks: {where} has {told}.", f"At most {MOST_MASKS} of {MOST_BYTES} bytes can be used: save fewer.")
+            for entry in entries:
+                word = entry.filename.removesuffix(".npy")
+                with held.open(entry) as source:
+                    yield word, (_array(source, entry.file_size, f"{word[:60]!r} in {where}") != 0).astype(np.uint8)
+    except (OSError, ValueError, EOFError, RuntimeError, OverflowError, zipfile.BadZipFile, zlib.error) as problem:
+        if isinstance(problem, ProbeError):
+            raise
         if isinstance(problem, OSError) and problem.errno:
             raise _unread("masks", where, problem) from None
         raise ExperimentError(f"masks: {where} cannot be read ({first_line(problem)[:80]}).", "Save it with numpy.savez.") from None
-    for word, mask in arrays:
-        if mask.ndim != 2 or mask.dtype.kind not in "bui" or min(mask.shape) < 1:
-            raise ExperimentError(
-                f"masks: {word!r} in {where} is {mask.dtype} of shape {mask.shape}.", "A mask is (y, x), of truth values or whole numbers."
-            )
-    return [(word, (mask != 0).astype(np.uint8)) for word, mask in arrays]
+
+
+def _array(source: IO[bytes], size: int, told: str) -> np.ndarray:
+    """An array of truth values or whole numbers from an .npy file of `size` bytes. Raises ExperimentError, ValueError."""
+    start = io.BytesIO(source.read(HEADER + 12))
+    try:
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(start)]
+        shape, turned, dtype = read(start, max_header_size=HEADER)
+    except (ValueError, LookupError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError, tokenize.TokenError):
+        raise ExperimentError(f"masks: {told} is not an array that can be read.", "Save it with numpy.savez.") from None
+    if len(shape) != 2 or dtype.kind not in "bui" or min(shape) < 1:
+        raise ExperimentError(
+            f"masks: {told} is {str(dtype)[:60]} of shape {str(shape)[:60]}.", "A mask is (y, x), of truth values or whole numbers."
+        )
+    if shape[0] * shape[1] > MOST:
+        raise ExperimentError(f"masks: {told} is {shape[0]} x {shape[1]} pixels.", f"At most {MOST:,} in all can be used.")
+    wanted = shape[0] * shape[1] * dtype.itemsize
+    if size != start.tell() + wanted:
+        raise ExperimentError(f"masks: {told} is not as long as it says.", "Save it with numpy.savez.")
+    raw = start.read() + source.read(wanted)  # to its end: then its checksum is looked at
+    if len(raw) != wanted or source.read(1):
+        raise ExperimentError(f"masks: {told} is not as long as it says.", "Save it with numpy.savez.")
+    return np.frombuffer(raw, dtype).reshape(shape, order="F" if turned else "C")
 
 
 def _fitted(picture: Image.Image, height: int, width: int, resample: Image.Resampling) -> Image.Image:

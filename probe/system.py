@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,14 @@ def reading(path: str | Path) -> Iterator[None]:
         if (trouble := trouble_in(error)) is None:
             raise
         raise unreadable(path, trouble) from error
+
+
+KINDS = ((stat.S_ISLNK, "a link"), (stat.S_ISREG, "a file"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+def kind_of(found: os.stat_result) -> str:
+    """What lies at a path, in words: "a pipe"."""
+    return next((kind for is_it, kind in KINDS if is_it(found.st_mode)), "a device")
 
 
 def exists(path: str | Path) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def held(path: Path) -> Iterator[None]:
 def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
     """Remove what dead writers left in a folder of recordings: half-made hidden folders, lock files, parts of files.
 
-    Whatever belongs to a living writer holds its lock, and stays. A link among them goes; what it leads to stays as it is, and
-    a recording that is itself a link is passed over. Returns what was removed; with `dry_run` nothing is. What cannot be removed
+    Whatever belongs to a living writer holds its lock, and stays. A link or a pipe among them goes; what a link leads to stays
+    as it is, and a recording that is itself a link is passed over. Returns what was removed; with `dry_run` nothing is. What cannot be removed
     keeps nothing else from going: its StoreError comes at the end.
     """
     found: dict[str, list[Path]] = {}
@@ -64,10 +65,15 @@ def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
     return removed
 
 
+def _is_no_writers(lock: os.stat_result) -> bool:
+    """Whether a lock is a link or a pipe: no writer made that, and none can hold it. A folder is left to whoever made it."""
+    return not stat.S_ISDIR(lock.st_mode) and (not stat.S_ISREG(lock.st_mode) or lock.st_nlink > 1)
+
+
 def _clear(lock: Lock, paths: list[Path], dry_run: bool) -> list[Path]:
     """Remove what the dead writer of one recording left, under its lock."""
     new = not os.path.lexists(lock.file)
-    if lock.file.is_symlink() or (lock.file.is_file() and lock.file.stat().st_nlink > 1):  # no writer made it, and none can hold it
+    if not new and _is_no_writers(os.lstat(lock.file)):
         if dry_run:
             return paths
         lock.file.unlink()

@@ -333,7 +333,7 @@ def test_refused_before_anything_is_written(tmp_path: Path, picture: Path) -> No
     Image.new("L", (9000, 9000)).save(tmp_path / "large.png")
     assert "9000 x 9000 pixels" in refused(tmp_path, tmp_path / "large.png")
     (tmp_path / "folder.png").mkdir()
-    assert "not a PNG or JPEG picture" in refused(tmp_path, tmp_path / "folder.png")
+    assert refused(tmp_path, tmp_path / "folder.png").endswith("folder.png is a folder, not a file.")
     assert refused(tmp_path, picture, strength=0.1).startswith("strength: 0.1 of 5 steps is not one whole step")
     assert "not a multiple of f = 4" in refused(tmp_path, picture, height=30)
     for strength, said in ((1.5, "more than 1"), (-0.1, "less than 0")):

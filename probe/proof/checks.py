@@ -30,9 +30,9 @@ from PIL import Image
 
 from probe.digests import DIGESTS, marks, of_a_step, read_lines, seal_holds, step_of
 from probe.digests import digest as digest_of
-from probe.reading.files import entry_is_link, no_longer, opened, read_file, read_json, refuse, refuse_link
+from probe.reading.files import LARGE, entry_is_link, is_hole, no_longer, opened, read_file, read_json, refuse, refuse_link
 from probe.reading.lazy import in_files
-from probe.reading.limits import LARGE, is_hole, takes_no_room
+from probe.reading.limits import takes_no_room
 from probe.reading.recording import Run
 from probe.reading.untrusted import MAX_DEPTH, Stored, nodes_of, read_root
 from probe.store import MANIFEST, NOT_HASHED

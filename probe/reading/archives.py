@@ -1,31 +1,36 @@
 """A recording in a zip file, read from a copy that is unpacked once into the user's cache folder: whole, or not at all.
 
 The file is somebody else's: the names in it are relative and plain, it holds one recording, and the sizes it claims are checked
-before anything is written, and while it is.
+before anything is written, and while it is. What no recording has is left in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
+import re
 import shutil
 import stat
+import sys
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO
+from typing import IO
 
 from probe.errors import ProbeError, RecordingDamaged, RecordingNotFound, TooLarge
-from probe.reading.files import NO_WAIT, READ
+from probe.reading.files import is_hole, open_plain
 from probe.stopping import cleanly
 from probe.strict_yaml import printable
 from probe.system import trouble_in, unreadable
 
-MOST_ENTRIES, MOST_RATIO, SMALL = 200_000, 100, 64 * 2**20  # files; bytes for one packed byte, beyond this size
-MOST_LISTED, DEPTH = 32 * 2**20, 16  # bytes of the list of files; folders in each other
+MOST_ENTRIES, MOST_RATIO, SMALL = 50_000, 100, 64 * 2**20  # files, as of 5 variables at their longest; bytes for one packed byte, beyond this size
+MOST_LISTED, DEPTH = 16 * 2**20, 16  # bytes of the list of files; folders in each other
+OURS = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*|[^/]+\.png")  # the files that a recording has
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others, Python unpacks without a bound
 MANUALLY = "Unpack it yourself, and read the folder."
 
 
@@ -36,17 +41,21 @@ def unpacked(archive: Path, cache: Path) -> Path:
     not the room, RecordingUnreadable.
     """
     try:
-        with os.fdopen(os.open(archive, READ | NO_WAIT), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise RecordingNotFound(f"{printable(str(archive))} is not a file.", "probe ls lists the recordings there are.")
+        file = open_plain(archive)
+        if isinstance(file, str):
+            raise RecordingNotFound(f"{printable(str(archive))} is {file}, not a file.", "probe ls lists the recordings there are.")
+        with file:
+            if is_hole(os.fstat(file.fileno())):
+                raise RecordingDamaged(
+                    f"{printable(str(archive))} has next to nothing in it: nearly all of it was never written.", "Take it from a copy."
+                )
+            opened = opened_zip(file, MOST_LISTED)
             mark = hashlib.file_digest(file, "sha256").hexdigest()[:16]
             folder = cache / "diffusion-probe" / f"zip-{mark}"
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where the copy was removed
             if not folder.exists():
-                _check_list(archive, file)
-                with zipfile.ZipFile(file) as opened:
-                    _unpack(archive, opened, folder)
+                _unpack(archive, opened, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError, OverflowError) as error:
         raise RecordingDamaged(
             f"{printable(str(archive))} is not a zip file that can be read: {printable(str(error))}.", "Take it from a copy."
@@ -63,23 +72,34 @@ def unpacked(archive: Path, cache: Path) -> Path:
     return found
 
 
-def _check_list(archive: Path, file: BinaryIO) -> None:
-    """Refuse a zip whose list of files is too long to be read, before it is."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 2**17))
-    end = file.read()
-    at, large = end.rfind(b"PK\5\6"), end.rfind(b"PK\6\6")
-    listed = int.from_bytes(end[large + 40 : large + 48] if large >= 0 else end[at + 12 : at + 16], "little")
-    if at >= 0 and listed > MOST_LISTED:
-        raise RecordingDamaged(f"{printable(str(archive))} has a list of files of {listed} bytes.", MANUALLY)
+class _Listed(io.BufferedReader):
+    """A file from which no more than `most` bytes are read at once, as zipfile reads the list of what is in a zip."""
+
+    most = sys.maxsize
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.most:
+            raise zipfile.BadZipFile(f"its list of files has {size} bytes")
+        return super().read(size)
+
+
+def opened_zip(file: io.BufferedReader, most: int) -> zipfile.ZipFile:
+    """A zip file whose list of files has no more than `most` bytes. Raises BadZipFile, and what zipfile raises."""
+    listed = _Listed(io.FileIO(file.fileno(), closefd=False))
+    listed.most = most
+    opened = zipfile.ZipFile(listed)
+    listed.most = sys.maxsize
+    if unusual := [entry for entry in opened.infolist() if entry.compress_type not in PACKED]:
+        raise zipfile.BadZipFile(f"{unusual[0].filename[:60]!r} in it is packed in a way that is not read")
+    return opened
 
 
 def _unpack(archive: Path, opened: zipfile.ZipFile, folder: Path) -> None:
     entries = opened.infolist()
-    top = _top(archive, entries)
     total, packed = sum(entry.file_size for entry in entries), sum(entry.compress_size for entry in entries)
     if len(entries) > MOST_ENTRIES or total > max(SMALL, MOST_RATIO * packed):
         raise RecordingDamaged(f"{printable(str(archive))} would grow from {packed} to {total} bytes, in {len(entries)} files.", MANUALLY)
+    top = _top(archive, entries)
     folder.parent.mkdir(parents=True, exist_ok=True)
     room = shutil.disk_usage(folder.parent)
     if room.total and total > room.free:
@@ -92,7 +112,7 @@ def _unpack(archive: Path, opened: zipfile.ZipFile, folder: Path) -> None:
         root.mkdir(parents=True)
         for entry in entries:
             inside = PurePosixPath(entry.filename).relative_to(top) if _is_below(entry.filename, top) else None
-            if inside is None or entry.is_dir():
+            if inside is None or entry.is_dir() or not OURS.fullmatch(inside.name):
                 continue
             target = root.joinpath(*inside.parts)
             target.parent.mkdir(parents=True, exist_ok=True)

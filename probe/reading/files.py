@@ -21,7 +21,7 @@ from typing import Any
 
 from probe.errors import RecordingDamaged, RecordingLinked
 from probe.strict_yaml import printable
-from probe.system import OF_THE_FILE, reading
+from probe.system import OF_THE_FILE, kind_of, reading
 
 REMEDY = "Record it again, or remove it."
 UNLINKED = "Its files are links: copy it with cp -rL, and read the copy."
@@ -29,6 +29,7 @@ MAX_PARTS = 400_000  # values in a JSON file
 READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 FOLDER, NO_LINK, NO_WAIT = (getattr(os, f"O_{name}", 0) for name in ("DIRECTORY", "NOFOLLOW", "NONBLOCK"))
 GUARDED = bool(FOLDER and NO_LINK and NO_WAIT) and os.open in os.supports_dir_fd  # else, as on Windows: looked at before and after
+LARGE, MOST_HOLES = 16 * 2**20, 64  # of more, in one file or in many, 1 byte in 64 must take room on the disk
 Check = Callable[[os.stat_result], None]
 
 
@@ -103,6 +104,23 @@ def _look_twice(root: Path, name: str) -> int:
         os.close(descriptor)
         raise refuse_link(root, name)
     return descriptor
+
+
+def open_plain(path: Path) -> io.BufferedReader | str:
+    """Open a plain file, through links too; of anything else what it is, "a pipe", without waiting for it. Raises OSError."""
+    if not stat.S_ISREG((found := path.stat()).st_mode):
+        return kind_of(found)
+    descriptor = os.open(path, READ | NO_WAIT)
+    if not stat.S_ISREG((found := os.fstat(descriptor)).st_mode):
+        os.close(descriptor)
+        return kind_of(found)
+    return os.fdopen(descriptor, "rb")
+
+
+def is_hole(found: os.stat_result) -> bool:
+    """Whether a large file takes next to no room on the disk, because nothing was ever written into it."""
+    blocks = getattr(found, "st_blocks", found.st_size)  # Windows does not say
+    return found.st_size > LARGE and blocks * 512 * MOST_HOLES < found.st_size
 
 
 def entry_is_link(entry: os.DirEntry[str]) -> bool:

@@ -32,8 +32,8 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 
 from probe.errors import RecordingDamaged, RecordingUnreadable
-from probe.reading.files import read_file, refuse
-from probe.reading.limits import LARGE, check_chunk, check_text, takes_no_room
+from probe.reading.files import LARGE, read_file, refuse
+from probe.reading.limits import check_chunk, check_text, takes_no_room
 from probe.reading.shards import read_shards
 from probe.reading.untrusted import Stored, nodes_of, read_root
 from probe.strict_yaml import first_line, printable

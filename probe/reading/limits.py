@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from numcodecs import Zstd  # type: ignore[import-untyped]
 
-from probe.reading.files import NO_LINK, NO_WAIT, READ, refuse
+from probe.reading.files import MOST_HOLES, NO_LINK, NO_WAIT, READ, refuse
 from probe.reading.untrusted import Stored
 
 MAX_TEXT = 4 * 2**20  # bytes of a variable of text
-LARGE, MOST_HOLES = 16 * 2**20, 64  # of more, in one file or in many, 1 byte in 64 must take room on the disk
 
 
 def sizes_of(stored: Stored) -> tuple[int, int]:
@@ -31,12 +30,6 @@ def check_chunk(root: Path, stored: Stored, found: os.stat_result) -> None:
     least, most = sizes_of(stored)
     if not least <= found.st_size <= most:
         raise refuse(root, f"a chunk of {stored.path} has {found.st_size} bytes, and not {least if least == most else f'{least} to {most}'}")
-
-
-def is_hole(found: os.stat_result) -> bool:
-    """Whether a large file takes next to no room on the disk, because nothing was ever written into it."""
-    blocks = getattr(found, "st_blocks", found.st_size)  # Windows does not say
-    return found.st_size > LARGE and blocks * 512 * MOST_HOLES < found.st_size
 
 
 def takes_no_room(path: Path, found: os.stat_result) -> bool:
