@@ -492,7 +492,8 @@ painting, calls = seconds(lambda: model.decode(latents), 3), 2 * len(steps)
 whole = calls * fast + painting
 print(f"one call of the same UNet on pixels has {costs[0].large / costs[0].small:.0f} times the operations of one on latents")
 print(f"({costs[0].note.splitlines()[1]}), and takes {slow / fast:.0f} times the processor time.")
-print(f"A whole picture takes that UNet {calls * slow / whole:.0f} times as much on pixels; on latents, painting is {painting / whole:.1%} of it.")
+print(f"A whole picture takes {calls * slow / whole:.0f} times the processor time on pixels: {calls} calls of that UNet, against as many on latents")
+print(f"and the decoder's painting, which takes {painting / whole:.1%} of the processor time of the picture on latents.")
 easy, hard = score.values()
 print(f"The price: a round trip of {easy:.1f} dB for what the decoder can paint, and {hard:.1f} dB for what it never saw.")
 

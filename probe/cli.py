@@ -242,7 +242,8 @@ def show(arguments: list[str]) -> int:
             table.append((f"{group.path.rstrip('/')}/{name}", str(variable.dtype), shape, str(variable.attrs.get("long_name", ""))))
     say(*rows(table, ("variable", "type", "shape", "what it is")), "")
     cost = found.tree["cost"].dataset if "cost" in found.tree.children else {}
-    if found.status == "complete" and all(name in cost for name in ("component", "seconds", "flops", "peak_memory")):
+    timed = all(name in cost for name in ("component", "seconds", "flops", "peak_memory"))
+    if found.status == "complete" and timed and cost["seconds"].notnull().all():
         parts = [
             (str(c), f"{float(cost['seconds'].sel(component=c)):.2f} s", f"{int(cost['flops'].sel(component=c)) / 1e9:.2f} GFLOP a call")
             for c in cost["component"].values

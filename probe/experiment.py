@@ -138,7 +138,9 @@ class Experiment(Strict):
     eta: float = Field(default=0.0, ge=0, le=1, description="Fresh noise at each DDIM step: 0 none (deterministic), 1 as much as DDPM.")
     capture: CaptureOptions = Field(default_factory=CaptureOptions, description="What is recorded on the way.")
     decode_every: int = Field(default=0, ge=0, le=10_000, description="Decode the latents to a picture every so many steps; 0: never.")
-    on_nan: Literal["stop", "record"] = Field(default="stop", description="When a latent is not finite: stop the run, or record it and go on.")
+    on_nan: Literal["stop", "record"] = Field(
+        default="stop", description="When a latent or a pixel is not finite: stop and keep the steps, or record it (a pixel as 0)."
+    )
     durability: Literal["step", "run", "none"] = Field(
         default="run",
         description="What stays after a power cut: step, every step once it is written; run, a complete recording; none, what the system likes.",

@@ -115,7 +115,9 @@ class Noising(Strict):
     )
     decode: bool = Field(default=True, description="Decode what the model takes for the clean picture, at every timestep.")
     capture: CaptureOptions = Field(default_factory=CaptureOptions, description="What else is recorded.")
-    on_nan: Literal["stop", "record"] = Field(default="stop", description="When a prediction is not finite: stop, or record it and go on.")
+    on_nan: Literal["stop", "record"] = Field(
+        default="stop", description="When a prediction or a pixel is not finite: stop, or record it (a pixel as 0)."
+    )
     durability: Literal["step", "run", "none"] = Field(
         default="run",
         description="What stays after a power cut: step, every timestep once it is written; run, a complete recording; none, what the system likes.",

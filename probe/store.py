@@ -47,6 +47,7 @@ from probe.system import trouble_in, unreadable
 MANIFEST = "manifest.json"
 BLOCK = 4096  # of a file on nearly every disk: it takes a whole number of these
 QUEUE_BYTES = 48 * 2**20
+PICTURES = "decoded/picture["  # rows of it stay until they are drawn again, and so do their lines
 PATIENCE = 20.0  # seconds for a killed writer to die: it frees its memory first, and its lock last
 NOT_HASHED = (".png", ".partial")  # pictures for people, and what a killed writer left
 
@@ -121,7 +122,8 @@ class RunWriter:
             files.remove(left, self._at_once)
         if lines is not None:
             labels = {a.path for a in arrays if a.value is not None}
-            kept = {what: told for what, told in lines.items() if what in labels or (step_of(what) in range(self.committed))}
+            held = range(self.committed)
+            kept = {what: told for what, told in lines.items() if what in labels or what.startswith(PICTURES) or step_of(what) in held}
             files.replace(self.path / DIGESTS, [f"{told} {what}\n".encode() for what, told in kept.items()], self._at_once)
             self._ledger = Ledger(self.path, kept)
         if self._committed[self.committed :].any():

@@ -19,7 +19,7 @@ from probe.diffusion.model_files import ModelFolder, Weight, fill, fit
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.schedulers import another_scheduler, check_settings, is_supported, own_scheduler
 from probe.diffusion.single_file import CONFIGS, INDEX, SETTINGS, clip_tokenizer, config_folder, is_single_file, split
-from probe.diffusion.support import refuse_other_kinds
+from probe.diffusion.support import refuse_other_kinds, refuse_unet
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
 from probe.fields import from_home, place
@@ -140,7 +140,6 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
 
     folder, config = what.folder, what.configs[part]
     name = class_of(part, what.index, config, folder.refuse)
-    weights = what.weights(part) if target.type != "meta" else None
     try:
         with torch.device("meta"), no_init_weights():
             if part == "text_encoder":
@@ -154,9 +153,11 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
         raise folder.refuse(f"{part}/config.json makes no {name}: {why}", WHOLE_MODEL) from problem
     if (count := sum(weight.numel() for weight in made.parameters())) > MOST_PARAMETERS:
         raise folder.refuse(f"{part}/config.json makes {count} weights, and {MOST_PARAMETERS} is the most.")
-    if weights is None:
+    if part == "unet":
+        refuse_unet(folder.name, made)
+    if target.type == "meta":
         return torch.nn.Module.to(made, kind).eval()
-    return fill(folder, part, made, fit(folder, part, weights, made), kind, target)
+    return fill(folder, part, made, fit(folder, part, what.weights(part), made), kind, target)
 
 
 def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path, str | None]:

@@ -46,7 +46,7 @@ TEXT_OTHERS: dict[str, tuple[type, ...]] = {
     "initializer_factor": (int, float),
     "pad_token_id": (int,),
     "bos_token_id": (int,),
-    "eos_token_id": (int, list),
+    "eos_token_id": (int,),
     "use_attention_mask": (bool,),
 }
 # Zero is allowed of these alone.
@@ -129,8 +129,8 @@ def scheduler_config(where: str, config: Mapping[str, Any], refuse: Refuse) -> N
     for key, value in config.items():
         if key.startswith("_"):
             continue
-        if key == "num_train_timesteps" and not (type(value) is int and 1 <= value <= MOST_TIMESTEPS):
-            raise refuse(f"{where}: num_train_timesteps is {shown(value)}, not a whole number from 1 to {MOST_TIMESTEPS}.")
+        if key == "num_train_timesteps" and not (type(value) is int and 2 <= value <= MOST_TIMESTEPS):
+            raise refuse(f"{where}: num_train_timesteps is {shown(value)}, not a whole number from 2 to {MOST_TIMESTEPS}.")
         most = MOST_TIMESTEPS if key == "trained_betas" else MOST_SIZE
         flat = value if isinstance(value, list | tuple) else [value]
         if len(flat) > most or not all(item is None or isinstance(item, bool | int | float | str) for item in flat):
@@ -142,6 +142,22 @@ def scheduler_config(where: str, config: Mapping[str, Any], refuse: Refuse) -> N
                 raise refuse(f"{where}: {key} is not a number.")
         if any(isinstance(item, str) and len(item) > MOST_TEXT for item in flat):
             raise refuse(f"{where}: {key} is too long.")
+    betas(where, config, config.get("num_train_timesteps"), refuse)
+
+
+def betas(where: str, config: Mapping[str, Any], timesteps: Any, refuse: Refuse) -> None:
+    """Check the betas of a scheduler's settings: each from 0 to 1, and of `trained_betas` one for each timestep, if their number is known."""
+    for key in ("beta_start", "beta_end"):
+        value = config.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < 1:
+            raise refuse(f"{where}: {key} is {shown(value)}, not between 0 and 1.")
+    trained = config.get("trained_betas")
+    if not isinstance(trained, list | tuple):
+        return
+    if (wrong := next((beta for beta in trained if type(beta) not in (int, float) or not 0 <= beta <= 1), None)) is not None:
+        raise refuse(f"{where}: trained_betas holds {shown(wrong)}, not a number from 0 to 1.")
+    if type(timesteps) is int and len(trained) != timesteps:
+        raise refuse(f"{where}: trained_betas has {len(trained)} values, and num_train_timesteps is {timesteps}.")
 
 
 def words(value: Any, refuse: Refuse) -> frozenset[str]:

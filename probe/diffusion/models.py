@@ -22,7 +22,7 @@ import torch
 from probe.diffusion.prompts import Convert, OverLong, Prompt, read_prompt, words_to_know
 from probe.diffusion.schedulers import another_scheduler, check_own
 from probe.diffusion.support import refuse_other_pipelines, refuse_unsupported
-from probe.errors import ExperimentError, ModelError, PromptError
+from probe.errors import ExperimentError, ModelError, NotFinite, PromptError
 from probe.fields import from_home
 from probe.words import RULES
 
@@ -199,10 +199,18 @@ class StableDiffusion:
     def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Latents to pixels, (image, y, x, rgb) uint8 on the CPU, and whether the VAE had to be run again in float32.
 
+        What is not finite is 0 in them: `pixels` tells.
+        """
+        made, again = self.pixels(latents)
+        return to_uint8(made), again
+
+    def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """What the VAE makes of latents, (image, rgb, y, x), about -1 to 1, and whether it had to be run again in float32.
+
         Stable Diffusion's VAE overflows in float16 on some latents; they are decoded once more, never shown black.
         """
         if self.vae is None:
-            return to_uint8(latents), False
+            return latents, False
         with torch.no_grad():
             pixels = self.vae.decode(latents / self.scaling_factor, return_dict=False)[0]
             again = self.dtype == torch.float16 and not bool(torch.isfinite(pixels).all())
@@ -212,7 +220,7 @@ class StableDiffusion:
                     pixels = self.vae.decode(latents.float() / self.scaling_factor, return_dict=False)[0]
                 finally:
                     self.vae.to(self.dtype)
-        return to_uint8(pixels), again
+        return pixels, again
 
     def digest(self) -> str:
         """SHA-256 of every weight and buffer, 16 hex characters: two models with one digest have the same bits."""
@@ -257,6 +265,17 @@ def _hushed(hush: bool) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def count_not_finite(what: str, values: torch.Tensor, on_nan: str) -> int:
+    """How many values of what a part of the model makes are NaN or infinite. Raises NotFinite where a run stops at them."""
+    count = int((~torch.isfinite(values)).sum())
+    if count and on_nan == "stop":
+        raise NotFinite(
+            f"{what} holds {count} values of {values.numel()} that are not finite: the model's weights are not, or its number format is too small.",
+            "Fetch the model again, or try --dtype float32; on_nan: record goes on, and such a pixel is 0.",
+        )
+    return count
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:

@@ -66,13 +66,12 @@ def proven(scheduler: Any, steps: int, begin: int = 0, given: Collection[str] = 
         return _held(scheduler, steps, begin, finite)
     except Disagrees as problem:
         found, cause = problem, problem.__cause__
+    refused = cause if isinstance(cause, ValueError | IndexError) else None
+    if steps > int(scheduler.config.get("num_train_timesteps") or steps):
+        raise too_many(scheduler, steps, refused or found) from found
     option = _culprit(scheduler, steps, begin, [name for name in given if name not in KEPT])
-    if (
-        option is None
-        and isinstance(cause, ValueError | IndexError)
-        and any(_holds(scheduler, fewer, 0) for fewer in (steps // 2, 10, 2) if 0 < fewer < steps)
-    ):
-        raise too_many(scheduler, steps, cause) from found
+    if option is None and refused and any(_holds(scheduler, fewer, 0) for fewer in (steps // 2, 10, 2) if 0 < fewer < steps):
+        raise too_many(scheduler, steps, refused) from found
     if option is None:
         option = _culprit(scheduler, steps, begin, [name for name in _defaults(scheduler) if name not in (*given, *KEPT)])
     named = "" if option is None else f" with {option}: {json.dumps(scheduler.config[option], default=str)}"

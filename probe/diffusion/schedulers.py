@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from probe.diffusion.model_configs import scheduler_config
+from probe.diffusion.model_configs import betas, scheduler_config
 from probe.diffusion.support import SUPPORTED
 from probe.errors import ExperimentError, ModelError
 from probe.fields import SCHEDULERS
@@ -14,7 +14,9 @@ from probe.strict_yaml import first_line, shown
 # What StableDiffusionPipeline forces on every scheduler it is given: x0 in latent space has no reason to lie in [-1, 1].
 FORCED = {"clip_sample": False, "steps_offset": 1}
 NEEDED = ("betas", "set_timesteps", "scale_model_input", "add_noise", "step")
+TIMESTEPS = 1000  # of training, where a scheduler's settings do not say: as diffusers has it
 ANOTHER = "Name another: --scheduler DDIM."
+SD = "beta_start 0.00085 and beta_end 0.012 of Stable Diffusion"
 BETAS = "scheduler_options: {beta_start: 0.00085, beta_end: 0.012, beta_schedule: scaled_linear}"
 
 
@@ -58,6 +60,7 @@ def check_own(model: str, scheduler: Any) -> None:
         raise unsupported(model, name)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(f"{model}: prediction type {scheduler.config.prediction_type!r} is not supported yet.", SUPPORTED)
+    betas(f"{model}: {name}", scheduler.config, None, lambda cause: ModelError(cause, f"Make the scheduler with betas between 0 and 1, as {SD}."))
 
 
 def unsupported(model: str, kind: str) -> ModelError:
@@ -65,7 +68,9 @@ def unsupported(model: str, kind: str) -> ModelError:
 
 
 def check_settings(where: str, config: Mapping[str, Any]) -> None:
-    scheduler_config(where, config, lambda cause: ModelError(cause, "Fetch the model again, or correct that file."))
+    scheduler_config(
+        where, {"num_train_timesteps": TIMESTEPS, **config}, lambda cause: ModelError(cause, "Fetch the model again, or correct that file.")
+    )
 
 
 def another_scheduler(model: str, name: str, own: Mapping[str, Any], own_kind: type[Any] | str, options: Mapping[str, Any], latent: bool) -> Any:
@@ -81,7 +86,10 @@ def another_scheduler(model: str, name: str, own: Mapping[str, Any], own_kind: t
     known = set(scheduler_class._get_init_keys(scheduler_class)) - {"self", "kwargs"}
     if unknown := sorted(set(options) - known):
         raise ExperimentError(f"scheduler_options: {kind} has no option {unknown[0]!r}.", f"It has: {', '.join(sorted(known))}.")
-    scheduler_config("scheduler_options", options, lambda cause: ExperimentError(cause, "Write a smaller value, or leave it out."))
+    scheduler_config("scheduler_options", options, lambda cause: ExperimentError(cause, "Write a value that fits, or leave it out."))
+    if options.get("trained_betas") is not None or "num_train_timesteps" in options:
+        both = {"num_train_timesteps": TIMESTEPS, **own, **options}
+        betas("scheduler_options", both, both["num_train_timesteps"], lambda cause: ExperimentError(cause, "Give both, so that they fit."))
     if not any("beta_start" in config or config.get("trained_betas") is not None for config in (own, options)):
         raise ModelError(
             f"{model}: its scheduler {own_name} does not say with which betas the model was trained.",

@@ -65,7 +65,7 @@ def refuse_unsupported(name: str, parts: Mapping[str, Any], *, pixels: bool = Fa
             raise ModelError(f"{name}: the pipeline has no {part}.", PIPELINE)
     modules = {part: value for part, value in parts.items() if part != "tokenizer" and value is not None}
     _refuse_kinds(name, modules)
-    _refuse_unet(name, parts["unet"])
+    refuse_unet(name, parts["unet"])
     _refuse_widths(name, parts)
     _refuse_tokenizer(name, parts["tokenizer"], parts["text_encoder"])
     _refuse_mixtures(name, modules)
@@ -86,7 +86,8 @@ def _refuse_kinds(name: str, modules: Mapping[str, Any]) -> None:
             raise ModelError(f"{name}: its {part} is a {type(module).__name__}, which is not supported.", f"A {' or '.join(named)} is.")
 
 
-def _refuse_unet(name: str, unet: Any) -> None:
+def refuse_unet(name: str, unet: Any) -> None:
+    """Raises ModelError for a UNet that wants more than a prompt; it may be without weights."""
     config = unet.config
     problem, remedy = "", SUPPORTED
     if config.get("time_cond_proj_dim") is not None:

@@ -28,7 +28,7 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
-from probe.digests import DIGESTS, marks, of_a_step, read_lines, seal_holds, step_of
+from probe.digests import DIGESTS, EMPTY, marks, of_a_step, read_lines, seal_holds, step_of
 from probe.digests import digest as digest_of
 from probe.reading.files import LARGE, entry_is_link, is_hole, no_longer, opened, read_file, read_json, refuse, refuse_link
 from probe.reading.lazy import in_files
@@ -219,7 +219,30 @@ def check_digests(run: Run) -> Check:
     for what in proved:
         if digest_now(run, arrays, what) != lines[what]:
             return Check("digests", "failed", f"{what} is not what was written")
+    if run.status != "running" and (planted := _never_written(run, arrays, lines, len(steps))):
+        return Check("digests", "failed", planted)
     return Check("digests", "exact", f"{len(steps)} steps and {len(proved) - len(steps)} other parts are what was written")
+
+
+def _never_written(run: Run, arrays: Mapping[str, Stored], lines: Mapping[str, str], done: int) -> str:
+    """What holds values and has no line, of all that is written step by step; nothing, if all is as a writer leaves it.
+
+    One that was killed, or whose disk failed, may have been at the step after the last committed, and at one picture on the way.
+    """
+    for path, stored in arrays.items():
+        if of_a_step(path, stored.dims) and stored.chunks == (1, *stored.shape[1:]):
+            variable = run.variable(path).variable
+            for step in in_files(run.path, path, variable, range(done + 1, stored.shape[0])):
+                if _marks(run, stored, step).strip(EMPTY):
+                    return f"{path} has values at step {step}, and {done} steps were written"
+    pictures = arrays.get("decoded/picture")
+    rows = range(pictures.shape[0]) if pictures is not None else ()
+    bare = [row for row in rows if f"decoded/picture[{row}]" not in lines]
+    killed = run.attributes["status"] in ("running", "failed")
+    for row in bare[1 if killed else 0 :]:
+        if pictures is not None and _marks(run, pictures, row).strip(EMPTY):
+            return f"decoded/picture has values in row {row}, which was not written"
+    return ""
 
 
 def digest_now(run: Run, arrays: Mapping[str, Stored], what: str) -> str:

@@ -230,6 +230,7 @@ class Run(Attention):
             "picture": str((self.attributes.get("noising") or {}).get("picture") or asked.get("image") or ""),
             "sampling": sampling,
             "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} model calls",
+            "not finite": ", ".join(f"{count} values of {name}, shown as 0" for name, count in self.attributes.get("decoded_not_finite", {}).items()),
             "attention": ", ".join(self.grids) or "none",
             "created": self.attributes["created"],
         }

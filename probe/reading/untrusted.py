@@ -60,6 +60,10 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**64
 
 
+def _counts(value: object) -> bool:
+    return isinstance(value, dict) and all(_text(name) and type(count) is int and 0 < count < 2**48 for name, count in value.items())
+
+
 def _none_or_text(value: object) -> bool:
     return value is None or _text(value)
 
@@ -74,21 +78,26 @@ REQUIRED: dict[str, Callable[[object], bool]] = {
     "experiment.steps": _number,
     "experiment.seed": _number,
     "experiment.guidance_scale": _number,
+    "environment.device": _text,
+    "model.name": _text,
+    "model.dtype": _text,
+    "scheduler.class": _text,
+    "scheduler.config": lambda value: isinstance(value, dict),
+    "prediction_type": lambda value: value in ("epsilon", "v_prediction"),
+    "latent_convention": lambda value: value in ("variance_preserving", "variance_exploding"),
 }
 WHERE_PRESENT: dict[str, Callable[[object], bool]] = {
     "experiment.image": _none_or_text,
     "experiment.strength": _number,
     "experiment.images": _number,
-    "environment.device": _text,
-    "environment": lambda value: isinstance(value, dict),
-    "model.name": _text,
-    "model.dtype": _text,
-    "model": lambda value: isinstance(value, dict),
-    "scheduler.class": _text,
-    "scheduler.config": lambda value: isinstance(value, dict),
+    "environment.device_name": _none_or_text,
+    "model.revision": _none_or_text,
+    "model.weights": _text,
+    "model.f": _number,
+    "model.scaling_factor": _number,
+    "identity": _text,
     "noising.picture": _none_or_text,
-    "prediction_type": lambda value: value in ("epsilon", "v_prediction"),
-    "latent_convention": lambda value: value in ("variance_preserving", "variance_exploding"),
+    "decoded_not_finite": _counts,
     "parent_run": _none_or_text,
     "memory_format": lambda value: isinstance(value, dict) and all(how in ("contiguous", "channels_last") for how in value.values()),
     "cut_from_prompt": lambda value: isinstance(value, dict) and all(map(_text, value.values())),

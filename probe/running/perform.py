@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from probe.analysis.maps import maps_of, probabilities, resize
-from probe.diffusion.models import Conditioning, StableDiffusion
+from probe.diffusion.models import Conditioning, StableDiffusion, count_not_finite, to_uint8
 from probe.diffusion.sampling import Predictions, Step, arranged, denoise
 from probe.errors import NotFinite, RecordingDamaged, StoreError
 from probe.experiment import Experiment
@@ -50,7 +51,7 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
     selves = SelfCapture(model.unet, run.selves, asked.images, run.called, run.branches, asked.capture.dtype)
     text_side = TextSide(model.unet, list(run.layers), run.kept, asked.images, run.called, run.branches)
     outputs = OutputCapture("unet", model.unet, run.statistics["unet"], run.activations)
-    decoded_in_float32 = False
+    decoded_in_float32, spoilt = False, Counter[str]()
     clean: torch.Tensor | None
     if forward is not None:
         clean, steps = forward.clean, forward.steps(conditioning, run.schedule)
@@ -59,8 +60,7 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
         start = begin(model, asked, writer)
         clean, steps = None if start is None else start.clean, denoise(model, conditioning, **how, known=_recorded(writer, run, model), start=start)
     masked = embeddings_without(model, run.prompts["cond"], run.words) if run.words else None
-    watching = (attention, text_side, selves, outputs, clock)
-    begun = writer.committed
+    watching, begun = (attention, text_side, selves, outputs, clock), writer.committed
     final: torch.Tensor | None = None
     with (
         hooked(attention, text_side, selves, outputs),
@@ -84,13 +84,14 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
                     if masked is not None and index in run.recorded:
                         with _resting(*watching):
                             extra["counterfactual/change"] = word_changes(model, step, masked)
-                    values, nbytes = _gather(step, run, attention, selves, outputs, extra)
-                    writer.write_step(index, values, nbytes)
+                    writer.write_step(index, *_gather(step, run, attention, selves, outputs, extra))
             final = step.next_latents
             if index in run.decoded:
                 with clock.measure("vae"):
-                    pixels, again = model.decode(step.denoised.to(model.dtype))
-                writer.write("decoded/picture", pixels.numpy(), at=run.decoded.index(index))
+                    shown, again = model.pixels(step.denoised.to(model.dtype))
+                if torch.isfinite(step.denoised).all():
+                    spoilt["decoded/picture"] += count_not_finite(f"The VAE's picture at step {index}", shown, asked.on_nan)
+                writer.write("decoded/picture", to_uint8(shown).numpy(), at=run.decoded.index(index))
                 decoded_in_float32 |= again
             bar.set_postfix(sigma=f"{step.sigma:.2f}", refresh=False)
             bar.update()
@@ -102,8 +103,12 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
     say("Decoding the picture ...")
     inside = OutputCapture("vae", model.vae or torch.nn.Module(), run.statistics["vae"], run.activations, replace=True)
     with hooked(inside), clock.measure("vae"):
-        pixels, again = model.decode(final)
-    writer.write("images/final", pixels.numpy())
+        shown, again = model.pixels(final)
+    spoilt["images/final"] = count_not_finite("The VAE's picture", shown, asked.on_nan)
+    writer.write("images/final", to_uint8(shown).numpy())
+    if spoilt := +spoilt:  # those above 0
+        writer.annotate(decoded_not_finite=spoilt)
+        say(f"The VAE made {spoilt.total()} values that are not finite: they are 0 in the pictures.")
     statistics, activations = inside.take()
     if statistics is not None:
         writer.write("vae/statistics", _numpy(statistics))
@@ -161,6 +166,7 @@ def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Condi
         for branch in sorted(run.called):  # the prompt first, then the negative prompt, each alone, as diffusers does
             capture.mask = model.text_mask(run.prompts[branch])
             embeddings[branch] = model.encode(run.prompts[branch])
+            count_not_finite("text_encoder: its output", embeddings[branch], run.experiment.on_nan)
             inside[branch] = capture.take() if text else {}
             wholes[branch] = capture.outputs.take()[1]
     if text:
@@ -171,8 +177,7 @@ def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Condi
     for path in wholes["cond"]:
         stacked = torch.cat([wholes[branch][path] for branch in run.called])
         writer.write(f"{path.replace('.', '/', 1)}/activation", _numpy(stacked))
-    uncond = run.prompts.get("uncond")
-    return Conditioning(run.prompts["cond"], uncond or run.prompts["cond"], embeddings["cond"], embeddings.get("uncond"))
+    return Conditioning(run.prompts["cond"], run.prompts.get("uncond", run.prompts["cond"]), embeddings["cond"], embeddings.get("uncond"))
 
 
 @contextlib.contextmanager
@@ -276,7 +281,8 @@ def _summarise(run: Plan, writer: RunWriter) -> None:
     if not run.grids:
         return
     largest = next(iter(run.grids))
-    sums = {grid: np.zeros(_shape(run, f"{grid_group(grid)}/time_sum"), np.float32) for grid in run.grids}
+    shapes = {a.path: a.shape for a in run.arrays}
+    sums = {grid: np.zeros(shapes[f"{grid_group(grid)}/time_sum"], np.float32) for grid in run.grids}
     together = max(1, AT_ONCE // (4 * len(run.kept.positions) * math.prod(largest)))  # a token's steps are one file: few writes of many
     for first in range(0, len(run.recorded), together):
         steps = list(run.recorded[first : first + together])
@@ -342,7 +348,3 @@ def _to_host(tensors: dict[str, torch.Tensor]) -> Callable[[], dict[str, np.ndar
         return {name: _numpy(tensor) for name, tensor in tensors.items()}
 
     return arrays
-
-
-def _shape(run: Plan, path: str) -> tuple[int, ...]:
-    return next(a.shape for a in run.arrays if a.path == path)

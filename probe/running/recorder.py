@@ -30,7 +30,7 @@ from probe.diffusion.models import StableDiffusion
 from probe.diffusion.support import refuse_pictures
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
 from probe.experiment import Experiment, load_experiment
-from probe.fields import place
+from probe.fields import from_home, place
 from probe.files import storing
 from probe.output import tell
 from probe.reading.compare import differing_conditions
@@ -41,10 +41,14 @@ from probe.running.perform import Say, perform
 from probe.running.planning import Plan, free_room, plan, size_text
 from probe.schema import FORMAT_VERSION
 from probe.stopping import breakable, cleanly
-from probe.store import RunWriter
+from probe.store import MANIFEST, RunWriter
 from probe.strict_yaml import first_line, shown
+from probe.system import exists
 from probe.terminal import shell_path, without_home
 from probe.words import RULES, read_plainly
+
+LEVELS = ("step", "timestep", "sigma", "alpha_bar", "latents/scheduler_sigmas")
+RECORD_AGAIN = "Record it again: probe rerun."
 
 
 def record(
@@ -103,7 +107,7 @@ def opened(run: object) -> Run:
 def compare_weights(model: StableDiffusion, run: Run, say: Say) -> str:
     """The digest of a model's weights; that it is not the one of a recording is said."""
     weights = model.digest()
-    if weights != (recorded := run.said("model", "weights")):
+    if weights != (recorded := run.attributes["model"].get("weights", "unknown")):
         say(f"{run.name} was recorded with other weights (digest {recorded}) than {model.name} has here ({weights}): what comes will differ.")
     return weights
 
@@ -134,6 +138,9 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
     """
     say = sayer(progress)
     if opened(run).status == "complete":
+        if (done := len(run.steps)) < (calls := run.variable("committed").size) or not exists(run.path / MANIFEST):
+            told = f"only {done} of {calls} steps are committed" if done < calls else f"it has no {MANIFEST}"
+            raise RecordingDamaged(f"{run.name} says that it is complete, and {told}.", RECORD_AGAIN)
         say(f"{run.name} is complete already.")
         return run
     if is_copy(run.path):
@@ -150,11 +157,14 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
                 f"{run.name} was begun in {dtype}, and this model is in {here['model']['dtype']}.",
                 "Bring the model in that number format, or leave the model out: probe run --resume loads it so.",
             )
-        if here["model"]["weights"] != run.said("model", "weights"):
+        if here["model"]["weights"] != run.said("model", "weights"):  # every version wrote it
             raise ModelError(f"{run.name} was begun with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
-        if here["identity"] != there["identity"] and here["experiment"] == there["experiment"]:  # else an older version began it, with fewer fields
+        if (
+            here["identity"] != there.get("identity") and here["experiment"] == there["experiment"]
+        ):  # else an older version began it, with fewer fields
             raise RecordingDamaged(f"The experiment in {run.name} is not the one it was begun with.", "Record it again: probe run.")
         changed = differing_conditions(there, here)
+        _hold(run, settled, here, bool(changed))
         if changed:
             say(f"Not as it was when the run began, so the last bits may differ: {'; '.join(changed)}")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -163,6 +173,31 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
             say(f"Resuming {run.path}: {writer.committed} of {settled.calls} model calls are there")
             _see_through(run.path, model, settled, writer, say, progress)
     return Run(run.path)
+
+
+def _hold(run: Run, settled: Plan, here: Mapping[str, Any], changed: bool) -> None:
+    """Hold what a recording says of its model and its schedule against what would go on. Raises RecordingDamaged, by field.
+
+    Settings that only one version of diffusers has are passed over. Noise levels may differ by rounding where conditions `changed`.
+    """
+    there = run.attributes
+    pairs = {name: (there[name], here[name]) for name in ("prediction_type", "latent_convention")}
+    pairs["scheduler.class"] = there["scheduler"]["class"], here["scheduler"]["class"]
+    config, own = there["scheduler"]["config"], here["scheduler"]["config"]
+    shared = [key for key in own if key in config and not key.startswith("_")]
+    pairs |= {f"scheduler.config.{key}": (config[key], own[key]) for key in shared}
+    pairs |= {f"model.{key}": (there["model"][key], here["model"][key]) for key in ("f", "scaling_factor") if key in there["model"]}
+    pairs["model.name"] = from_home(there["model"]["name"]), from_home(run.experiment.model)
+    for field, (recorded, asked) in pairs.items():
+        if type(recorded) is not type(asked) or recorded != asked:
+            told = f"its {field} is {shown(recorded)}, and {shown(asked)} would go on"
+            raise RecordingDamaged(f"{run.name}: {told}.", RECORD_AGAIN)
+    for a in settled.arrays:
+        if a.value is None or a.path not in LEVELS:
+            continue
+        recorded, asked = run.variable(a.path).values, np.asarray(a.value, a.dtype)
+        if recorded.shape != asked.shape or not np.allclose(recorded, asked, rtol=1e-4 if changed else 0, atol=0, equal_nan=True):
+            raise RecordingDamaged(f"{run.name}: its {a.path} is not that of the {there['scheduler']['class']} that would go on.", RECORD_AGAIN)
 
 
 def sayer(progress: bool) -> Say:
@@ -179,7 +214,7 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run |
         say(f"Loading {asked.model} ...")
         revision, dtype = asked.revision, asked.dtype
         if recorded is not None:
-            revision, dtype = recorded.said("model", "revision") or revision, recorded.said("model", "dtype")
+            revision, dtype = recorded.attributes["model"].get("revision") or revision, recorded.said("model", "dtype")
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": asked.device}
         model = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
     elif isinstance(pipeline, StableDiffusion):

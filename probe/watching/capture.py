@@ -23,7 +23,7 @@ from torch import nn
 
 from probe.errors import CaptureError
 from probe.schema import MOMENTS
-from probe.watching.conditions import Witness
+from probe.watching.conditions import FINITE, NOT_FINITE, Witness
 from probe.watching.hooks import Hooks, Watch
 from probe.watching.measures import attention_maps, statistics_of, to_storage
 from probe.watching.rehearsal import cross_attention, first_tensor
@@ -320,10 +320,10 @@ class TextCapture:
                 expected, size = ((shares @ value).transpose(1, 2).flatten(2) for value in (parts, parts.abs()))
                 off = float((written.float() - expected).norm() / size.norm())
             if not off <= max(1e-3, torch.finfo(written.dtype).eps / 2):
-                raise CaptureError(
-                    f"text_encoder: layer {index} does not attend to the tokens before each token (off by {off:.1%}), so its maps would be wrong.",
-                    "Load the text encoder anew, or leave it out: capture.text: false.",
-                )
+                why = f"does not attend to the tokens before each token (off by {off:.1%}), so its maps would be wrong."
+                remedy = "Load the text encoder anew, or leave it out: capture.text: false."
+                why, remedy = (why, remedy) if off == off else (NOT_FINITE, FINITE)
+                raise CaptureError(f"text_encoder: layer {index} {why}", remedy)
 
         return hook
 

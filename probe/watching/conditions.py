@@ -21,6 +21,8 @@ from probe.watching.hooks import Watch
 # Of diffusers.models.attention_processor: each computes softmax(scale q k^T) v of what to_q, to_k and to_v put out.
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 PLACES = ("forward", "decode", "encode")
+NOT_FINITE = "computes what is not finite: its weights are not, or its number format is too small."
+FINITE = "Fetch the model again, or try --dtype float32."
 
 
 def refuse_unwatchable(model: Any) -> None:

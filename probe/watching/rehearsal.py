@@ -80,6 +80,9 @@ def rehearse(model: StableDiffusion, latent_shape: Shape, branches: int, tokens:
                 raise
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
                 why = shorten(printable(first_line(problem)))
+                if component == "text_encoder":
+                    cause = f"{model.name}: its text_encoder does not run on {tokens} tokens: {why}"
+                    raise ModelError(cause, "Fetch the model again: the config of its text_encoder may not be whole.") from problem
                 cause = f"{model.name}: its {component} does not run on latents of {latent_shape[2]} x {latent_shape[3]}: {why}"
                 raise ModelError(cause, "Set another height and width, or fetch the model again: its configs may not be whole.") from problem
         flops[component] = int(counter.get_total_flops())
