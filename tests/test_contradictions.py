@@ -155,7 +155,7 @@ def test_a_scheduler_that_makes_nan_is_refused_by_its_option(options: dict[str, 
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"beta_end": 2.0}, "Change beta_end in"),
+        ({"trained_betas": [0.01] * 400 + [1.0] * 600}, "Change trained_betas in"),
         ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "Set rescale_betas_zero_snr: false in"),
     ],
 )
