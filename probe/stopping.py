@@ -39,10 +39,15 @@ def begin() -> None:
         _begun = True
 
 
-def end(code: int) -> NoReturn:
-    """Exit. After Ctrl-C at once: torch takes seconds to shut down, and there is nothing left to do."""
+def ignore() -> None:
+    """Let no further press change anything: the end has begun, and is told once."""
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end(code: int) -> NoReturn:
+    """Exit. After Ctrl-C at once: torch takes seconds to shut down, and there is nothing left to do."""
+    ignore()
     if _begun and code == 130:
         os._exit(code)
     raise SystemExit(code)

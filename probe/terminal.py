@@ -106,6 +106,7 @@ def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = 
         try:
             code = _code_of(main, [word for word in given if word != "--debug"], debug)
         except KeyboardInterrupt:
+            stopping.ignore()
             if debug:
                 _show_traceback()
             tell("", "Stopped.")
