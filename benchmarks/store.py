@@ -59,7 +59,8 @@ def attributes(run: Plan) -> dict[str, Any]:
     """What a reader insists on."""
     return {
         **{"format_version": FORMAT_VERSION, "created": "2026-01-01T00:00:00.000+00:00", "experiment": run.experiment.resolved()},
-        **{"environment": {"device": "meta"}, "model": {"name": "benchmark"}, "scheduler": {"class": "PNDMScheduler"}},
+        **{"environment": {"device": "meta"}, "model": {"name": "benchmark", "dtype": "float32"}},
+        **{"scheduler": {"class": "PNDMScheduler", "config": {}}},
         **{"prediction_type": "epsilon", "latent_convention": "variance_preserving"},
     }
 

@@ -36,7 +36,16 @@ from probe.upkeep import clear_orphans
 
 ROOT = Path(__file__).parent.parent
 CALLS = 5
-ATTRIBUTES: dict[str, Any] = {"format_version": 1, "created": "2026-01-02T03:04:05.678+00:00", "experiment": Experiment().resolved()}
+ATTRIBUTES: dict[str, Any] = {
+    "format_version": 1,
+    "created": "2026-01-02T03:04:05.678+00:00",
+    "experiment": Experiment().resolved(),
+    "environment": {"device": "cpu"},
+    "model": {"name": "emojiworld", "dtype": "float32"},
+    "scheduler": {"class": "DDIMScheduler", "config": {}},
+    "prediction_type": "epsilon",
+    "latent_convention": "variance_preserving",
+}
 
 
 def layout(maps: str = "float16") -> list[Array]:
