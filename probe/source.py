@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from probe.errors import ExperimentError, ProbeError
 from probe.fields import place
-from probe.reading.archives import opened_zip
+from probe.reading.archives import Zip
 from probe.reading.files import open_plain
 from probe.strict_yaml import first_line, printable
 
@@ -156,7 +156,7 @@ def _arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The masks of an .npz file one after the other, as uint8. What each says of itself is looked at before it is unpacked."""
     where = printable(str(path))
     try:
-        with _opened(path, "masks", ".npz or .png") as file, opened_zip(file, MOST_LISTED) as held:
+        with _opened(path, "masks", ".npz or .png") as file, Zip(file, MOST_LISTED) as held:
             entries = held.infolist()
             size = sum(entry.file_size for entry in entries)
             if not entries:

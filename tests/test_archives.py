@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import struct
@@ -51,6 +52,21 @@ def test_a_zip_is_opened_as_the_folder_would_be(inside: str, good: Path, tmp_pat
     assert len(list(cache.iterdir())) == 1, "nothing else is left"
     shutil.rmtree(run.path)
     assert open_run(path).status == "complete", "unpacked again, where the copy was removed"
+
+
+def test_each_zip_has_a_copy_of_its_own(good: Path, tmp_path: Path, cache: Path) -> None:
+    """Also one that has the name of another, and one that is the same under another name."""
+    first, second = zipped(tmp_path / "mine.zip", good), tmp_path / "again" / "mine.zip"
+    second.parent.mkdir()
+    zipped(second, good, **{"mine.zarr/words.png": b"another"})
+    shutil.copy(second, tmp_path / "copy.zip")
+    marks = [f"zip-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in (first, second, tmp_path / "copy.zip")]
+    paths = [open_run(path).path for path in (first, second, tmp_path / "copy.zip")]
+    assert [path.parent.name for path in paths] == marks and marks[0] != marks[1] == marks[2]
+    for path, extra in zip(paths, ([], ["words.png"], ["words.png"]), strict=True):
+        there = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name not in extra}
+        assert there == {file.relative_to(good).as_posix(): file.read_bytes() for file in good.rglob("*") if file.is_file()}
+        assert [(path / name).read_bytes() for name in extra] == [b"another"] * len(extra)
 
 
 def entry(name: str, content: bytes = b"{}", mode: int = 0) -> Callable[[Path, Path], None]:

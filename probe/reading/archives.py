@@ -49,8 +49,8 @@ def unpacked(archive: Path, cache: Path) -> Path:
                 raise RecordingDamaged(
                     f"{printable(str(archive))} has next to nothing in it: nearly all of it was never written.", "Take it from a copy."
                 )
-            opened = opened_zip(file, MOST_LISTED)
-            mark = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            opened = Zip(file, MOST_LISTED)
+            mark = opened.digest()[:16]
             folder = cache / "diffusion-probe" / f"zip-{mark}"
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where the copy was removed
@@ -83,15 +83,21 @@ class _Listed(io.BufferedReader):
         return super().read(size)
 
 
-def opened_zip(file: io.BufferedReader, most: int) -> zipfile.ZipFile:
+class Zip(zipfile.ZipFile):
     """A zip file whose list of files has no more than `most` bytes. Raises BadZipFile, and what zipfile raises."""
-    listed = _Listed(io.FileIO(file.fileno(), closefd=False))
-    listed.most = most
-    opened = zipfile.ZipFile(listed)
-    listed.most = sys.maxsize
-    if unusual := [entry for entry in opened.infolist() if entry.compress_type not in PACKED]:
-        raise zipfile.BadZipFile(f"{unusual[0].filename[:60]!r} in it is packed in a way that is not read")
-    return opened
+
+    def __init__(self, file: io.BufferedReader, most: int):
+        self.whole = _Listed(io.FileIO(file.fileno(), closefd=False))  # read nothing from `file` beside: the two have one position
+        self.whole.most = most
+        super().__init__(self.whole)
+        self.whole.most = sys.maxsize
+        if unusual := [entry for entry in self.infolist() if entry.compress_type not in PACKED]:
+            raise zipfile.BadZipFile(f"{unusual[0].filename[:60]!r} in it is packed in a way that is not read")
+
+    def digest(self) -> str:
+        """The SHA-256 of the whole file."""
+        self.whole.seek(0)
+        return hashlib.file_digest(self.whole, "sha256").hexdigest()
 
 
 def _unpack(archive: Path, opened: zipfile.ZipFile, folder: Path) -> None:
