@@ -65,9 +65,9 @@ def copy(folder: Path, name: str, change: Callable[[dict[str, Any]], None]) -> P
 def of_the_environment(root: dict[str, Any]) -> None:
     """What a reader takes as it comes: conditions, and fields of an experiment that this version does not know."""
     attributes = root["attributes"]
-    attributes["environment"] = poisoned(attributes["environment"], ("device",))
+    attributes["environment"] = poisoned(attributes["environment"], ("device", "device_name"))
     attributes["experiment"]["unlisted"] = HOSTILE
-    attributes["model"] = poisoned(attributes["model"], ("name", "revision", "dtype"))
+    attributes["model"] = poisoned(attributes["model"], ("name", "revision", "dtype", "weights"))
 
 
 def of_the_nodes(root: dict[str, Any]) -> None:
@@ -100,8 +100,15 @@ def test_no_command_prints_what_a_recording_says_as_it_is(call: Command, tmp_pat
     if change is of_the_environment:
         assert "?[31mred" in heard, "the hostile text was shown, made harmless"
         _, out, _ = call("diff", "evil", "good")
-        assert "torch: x?[31mred" in out and "device_name: x?[31mred" in out and "unlisted: x?[31mred" in out
+        assert "torch: x?[31mred" in out and "diffusers: x?[31mred" in out and "unlisted: x?[31mred" in out
     assert evil.is_dir()
+
+
+@pytest.mark.parametrize(("part", "name"), [("environment", "device_name"), ("model", "weights")])
+def test_what_is_checked_on_opening_is_refused_by_its_name(call: Command, tmp_path: Path, part: str, name: str) -> None:
+    copy(tmp_path / "runs", "evil-11111111", lambda root: root["attributes"][part].update({name: HOSTILE}))
+    code, out, err = call("show", "evil")
+    assert code == 2 and out == "" and f"its {part}.{name} is not what a recording has there" in err
 
 
 def test_labels_and_file_names(call: Command, tmp_path: Path) -> None:
