@@ -132,7 +132,9 @@ def test_kill_minus_9_at_any_moment(number: int, whole: Run, unharmed: Ended, tm
                 child.signal(signal.SIGKILL)
             ended = child.end()
         what = f"{kind}, {fault or report} {delay}"
-        assert ended.code in (-signal.SIGKILL, -signal.SIGXFSZ) or (kind == "any moment" and ended.code == 0), (what, ended.said)
+        # How many operations there are differs with the durability and with the order of threads: the last may never come.
+        outlived = kind == "any moment" or (isinstance(fault, Fault) and len(ended.operations) < fault.at)
+        assert ended.code in (-signal.SIGKILL, -signal.SIGXFSZ) or (outlived and ended.code == 0), (what, ended.said)
         found = visible(folder)
         assert len(found) <= 1 and (found or not ended.acknowledged), what
         created += len(found)
