@@ -55,7 +55,10 @@ LAYERS = [
     ("probe.diffusion", "probe.watching", "probe.running"),  # their docstrings
     ("probe.watching.hooks",),
     ("probe.diffusion.prompts", "probe.diffusion.support", "probe.diffusion.model_configs", "probe.diffusion.model_files"),
-    ("probe.diffusion.schedulers", "probe.diffusion.tokenizers", "probe.diffusion.single_file"),
+    ("probe.diffusion.schedulers", "probe.diffusion.tokenizers", "probe.diffusion.single_file", "probe.diffusion.guidance"),
+    ("probe.diffusion.family",),
+    ("probe.diffusion.parts",),
+    ("probe.diffusion.sd",),
     ("probe.diffusion.models",),
     ("probe.diffusion.loading", "probe.watching.clock"),
     ("probe.watching.conditions", "probe.watching.measures"),

@@ -500,15 +500,17 @@ def test_embeddings_are_those_of_diffusers() -> None:
     cond, uncond = pipeline.encode_prompt(HAT, "cpu", 1, True, "cat")
     conditioning = model.condition(HAT, "cat")
     assert torch.equal(conditioning.cond_embedding, cond) and torch.equal(conditioning.uncond_embedding, uncond)
-    assert torch.equal(conditioning.embeddings(2, True), torch.cat([uncond, uncond, cond, cond]))
-    assert torch.equal(conditioning.embeddings(2, False), torch.cat([cond, cond]))
+    both, one = conditioning.rows(("uncond", "cond"), 2), conditioning.rows(("cond",), 2)
+    assert torch.equal(both["encoder_hidden_states"], torch.cat([uncond, uncond, cond, cond]))
+    assert torch.equal(one["encoder_hidden_states"], torch.cat([cond, cond]))
 
 
 def test_guidance_needs_its_branch() -> None:
     conditioning = memory().condition("cat", guided=False)
-    assert conditioning.uncond_embedding is None and conditioning.embeddings(1, False).shape == (1, 77, 16)
+    assert conditioning.uncond_embedding is None
+    assert conditioning.rows(("cond",), 1)["encoder_hidden_states"].shape == (1, 77, 16)
     with pytest.raises(ValueError, match="without its unconditional branch"):
-        conditioning.embeddings(1, True)
+        conditioning.rows(("uncond", "cond"), 1)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import tiny
 import torch
 
 from probe.conversions import sigma_from_alpha_bar
-from probe.diffusion import sampling
+from probe.diffusion import guidance, sampling
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import Schedule, Step, denoise
 from probe.errors import ExperimentError
@@ -213,14 +213,14 @@ def test_default_size_is_the_models_own_as_in_diffusers() -> None:
 def test_meta_one_ulp_in_the_guidance_is_noticed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in PRODUCT if case[0] == "DDIM")
     check(case)
-    right = sampling.guide
+    right = guidance.guide
 
     def wrong(*args: Any) -> torch.Tensor:
         guided = right(*args)
         nudged = torch.nextafter(guided, torch.tensor(math.inf))
         return nudged if how == "everywhere" else torch.cat([nudged.flatten()[:1], guided.flatten()[1:]]).reshape(guided.shape)
 
-    monkeypatch.setattr(sampling, "guide", wrong)
+    monkeypatch.setattr(guidance, "guide", wrong)
     with pytest.raises(AssertionError, match="latents differ"):
         check(case)
 

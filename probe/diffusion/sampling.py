@@ -1,4 +1,4 @@
-"""The denoising loop, by hand: UNet and scheduler, guidance included, as a generator that yields its state.
+"""The denoising loop, by hand: model and scheduler, as a generator that yields its state.
 
     for step in denoise(model, conditioning, steps=50, guidance_scale=7.5, seed=0):
         step.latents, step.sigma, step.eps, step.denoised, ...
@@ -6,36 +6,32 @@
 Nothing here knows of hooks, recordings or progress bars: the recorder, the tests and a notebook read the same
 iterator. With the same seed it gives the bits of diffusers' `StableDiffusionPipeline` (tests/test_parity.py).
 
-Inside: `Step`, `denoise`; `guide` (classifier-free guidance), `Schedule` (the noise levels of every call, known
-before the first one), `noise` (the starting latents) and `Start` (another beginning: a picture with noise in it).
+Inside: `sample`, the loop itself, over a scheduler and a `Predict` (`probe.diffusion.family`); `denoise`, the loop of a
+model; `Step`, what they yield; `Schedule` (the noise levels of every call, known before the first one), `noise` (the
+starting latents) and `Start` (another beginning: a picture with noise in it).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from probe.conversions import alpha_bar_from_sigma, denoised_from, eps_from, sigma_from_alpha_bar, v_from, variance_preserving
+from probe.diffusion.family import Conditioning, Family, Predict, Predictions, replaying
 from probe.errors import ExperimentError
 from probe.output import unsaid
-
-if TYPE_CHECKING:
-    from probe.diffusion.models import Conditioning, StableDiffusion
-
-
-Predictions = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]  # of one call: unconditional, conditional, what the scheduler got
 
 
 @dataclass(frozen=True)
 class Step:
     """One call of the model. Every tensor is (image, channel, y, x) in the run's dtype.
 
-    `latents` went in and `next_latents` is what the scheduler made of them; `prediction` is what the scheduler got
-    (guided and rescaled). Without guidance there is no unconditional call, and `prediction_uncond` is None.
+    `latents` went in and `next_latents` is what the scheduler made of them. `branches` holds the model's output for each
+    branch that it computed, `prediction` is what the scheduler got (guided and rescaled).
     """
 
     index: int
@@ -43,16 +39,49 @@ class Step:
     sigma: float
     alpha_bar: float
     latents: torch.Tensor
-    prediction_uncond: torch.Tensor | None
-    prediction_cond: torch.Tensor
+    branches: Mapping[str, torch.Tensor]
     prediction: torch.Tensor
     next_latents: torch.Tensor
     prediction_type: str
     variance_exploding: bool
 
+    @classmethod
+    def of(
+        cls,
+        schedule: Schedule,
+        index: int,
+        latents: torch.Tensor,
+        said: Predictions,
+        next_latents: torch.Tensor,
+        prediction_type: str,
+    ) -> Step:
+        """Put together call `index` of a schedule."""
+        return cls(
+            index=index,
+            timestep=schedule.timesteps[index],
+            sigma=schedule.sigmas[index],
+            alpha_bar=schedule.alpha_bars[index],
+            latents=latents,
+            branches=said.branches,
+            prediction=said.prediction,
+            next_latents=next_latents,
+            prediction_type=prediction_type,
+            variance_exploding=schedule.variance_exploding,
+        )
+
+    @property
+    def prediction_uncond(self) -> torch.Tensor | None:
+        """The unconditional prediction; None without guidance."""
+        return self.branches.get("uncond")
+
+    @property
+    def prediction_cond(self) -> torch.Tensor:
+        """The conditional prediction."""
+        return self.branches["cond"]
+
     @property
     def model_input(self) -> torch.Tensor:
-        """The latents as the UNet sees them: variance-preserving, whatever the scheduler's own convention."""
+        """The latents as the model sees them: variance-preserving, whatever the scheduler's own convention."""
         return variance_preserving(self.latents, self.sigma) if self.variance_exploding else self.latents
 
     @property
@@ -187,27 +216,34 @@ def arranged(tensor: torch.Tensor, how: str) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if how == "channels_last" and tensor.ndim == 4 else torch.contiguous_format)
 
 
-def guide(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, w = guidance_scale - 1), rescaled as in Lin et al. 2023, section 3.4.
-
-    *Shape:* all (image, channel, y, x). The order of operations is diffusers', so that bits agree.
-    """
-    guided = uncond + guidance_scale * (cond - uncond)
-    if guidance_rescale > 0.0:
-        dims = list(range(1, cond.ndim))
-        rescaled = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
-        guided = guidance_rescale * rescaled + (1 - guidance_rescale) * guided
-    return guided
-
-
 def step_options(scheduler: Any, eta: float, generators: list[torch.Generator]) -> dict[str, Any]:
     """The optional arguments that this scheduler's `step` understands."""
     accepted = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in (("eta", eta), ("generator", generators)) if name in accepted}
 
 
+def sample(
+    scheduler: Any,
+    schedule: Schedule,
+    latents: torch.Tensor,
+    predict: Predict,
+    **options: Any,
+) -> Iterator[Step]:
+    """Yield a `Step` after every call of `predict` and the scheduler, whose timesteps are set.
+
+    `schedule` has the noise levels of its last calls: those that are made. `options` are of the scheduler's `step`.
+    """
+    prediction_type = str(scheduler.config.prediction_type)
+    for index, t in enumerate(scheduler.timesteps[-len(schedule.timesteps) :]):
+        with torch.no_grad():  # never across the yield: the caller's gradient mode is the caller's
+            said = predict(index, scheduler.scale_model_input(latents, t), t)
+            made = scheduler.step(said.prediction, t, latents, **options, return_dict=False)[0]
+        yield Step.of(schedule, index, latents, said, made, prediction_type)
+        latents = made
+
+
 def denoise(
-    model: StableDiffusion,
+    model: Family,
     conditioning: Conditioning,
     *,
     steps: int = 50,
@@ -221,52 +257,26 @@ def denoise(
     known: Iterable[Predictions] = (),
     start: Start | None = None,
 ) -> Iterator[Step]:
-    """Draw `images` pictures, yielding a `Step` after every call of the UNet and the scheduler.
+    """Draw `images` pictures, yielding a `Step` after every call of the model and the scheduler.
 
-    `height` and `width` are in pixels (default: the model's own). Guidance is on when `guidance_scale > 1`, and then
-    the UNet sees both branches in one batch, unconditional first. The last step's `next_latents` are the result.
+    `height` and `width` are in pixels (default: the model's own). Guidance is on when `guidance_scale > 1`. The last
+    step's `next_latents` are the result.
 
-    `known` holds the predictions of the first calls, recorded earlier: for these the UNet is not called, and what they
-    make of a fresh scheduler (its history, its random numbers) is the state in which the interrupted run was.
+    `known` holds the predictions of the first calls, recorded earlier. The model is not asked for them; they give a
+    fresh scheduler the history and the random numbers that the interrupted run had.
 
-    With a `start`, the last steps are run, from its latents; it has the images and their size, and `seed` is not used.
+    With a `start`, the last steps are run, from its latents. It has the images and their size; `seed` is not used.
     """
     scheduler = fresh(model.scheduler)
     begin = 0 if start is None else first_call(scheduler, steps, start.strength)
     schedule = Schedule.of(scheduler, steps, begin)
     set_steps(scheduler, steps, model.device)
-    timesteps = scheduler.timesteps[begin:]
     if start is None:
-        latents, generators = noise(seed, model.latent_shape(images, height, width), model.dtype)
-        latents = latents.to(model.device) * scheduler.init_noise_sigma
+        pure, generators = noise(seed, model.latent_shape(images, height, width), model.dtype)
+        latents = pure.to(model.device) * scheduler.init_noise_sigma
     else:
-        images, generators = len(start.clean), [generator.clone_state() for generator in start.generators]
+        generators = [generator.clone_state() for generator in start.generators]
         latents = started(scheduler, start, begin)
+    asked = model.predictor(conditioning, len(latents), guidance_scale, guidance_rescale)
     options = step_options(scheduler, eta, generators)
-    guided = guidance_scale > 1.0
-    embeddings = conditioning.embeddings(images, guided)
-    recorded = iter(known)
-    for index, t in enumerate(timesteps):
-        with torch.no_grad():  # never across the yield: the caller's gradient mode is the caller's
-            model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-            if (replayed := next(recorded, None)) is not None:
-                uncond, cond, prediction = replayed
-            else:
-                output = model.unet(model_input, t, encoder_hidden_states=embeddings, return_dict=False)[0]
-                uncond, cond = output.chunk(2) if guided else (None, output)
-                prediction = cond if uncond is None else guide(uncond, cond, guidance_scale, guidance_rescale)
-            next_latents = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
-        yield Step(
-            index=index,
-            timestep=schedule.timesteps[index],
-            sigma=schedule.sigmas[index],
-            alpha_bar=schedule.alpha_bars[index],
-            latents=latents,
-            prediction_uncond=uncond,
-            prediction_cond=cond,
-            prediction=prediction,
-            next_latents=next_latents,
-            prediction_type=model.prediction_type,
-            variance_exploding=schedule.variance_exploding,
-        )
-        latents = next_latents
+    yield from sample(scheduler, schedule, latents, replaying(known, asked), **options)

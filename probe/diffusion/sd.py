@@ -10,8 +10,6 @@ Constants (downsampling factor f, scaling factor, prediction type, grid size) co
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,41 +17,35 @@ from typing import Any, cast
 
 import torch
 
+from probe.diffusion import parts
+from probe.diffusion.family import (
+    COND,
+    TEXT,
+    UNCOND,
+    Arguments,
+    Conditioning,
+    Predict,
+    Tokens,
+    batched,
+)
 from probe.diffusion.prompts import Convert, OverLong, Prompt, read_prompt, words_to_know
 from probe.diffusion.schedulers import another_scheduler, check_own
 from probe.diffusion.support import refuse_other_pipelines, refuse_unsupported
-from probe.errors import ExperimentError, ModelError, NotFinite, PromptError
+from probe.errors import ModelError, PromptError
 from probe.fields import from_home
 from probe.words import RULES
 
+ENCODER = "text_encoder"
+PARTS = ("unet", "vae", ENCODER, "tokenizer")
 UNDO = "Undo what was changed in its tokenizer or text encoder (prompt weights, clip skip, dropout), or load the pipeline anew."
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the text encoder made of the prompt, and of the negative prompt. *Shape:* each embedding (1, token, feature)."""
-
-    cond: Prompt
-    uncond: Prompt
-    cond_embedding: torch.Tensor
-    uncond_embedding: torch.Tensor | None
-
-    def embeddings(self, images: int, guided: bool) -> torch.Tensor:
-        """The UNet's text input, (branch x image, token, feature), the unconditional branch first."""
-        branches = [self.cond_embedding.repeat(images, 1, 1)]
-        if guided:
-            if self.uncond_embedding is None:
-                raise ValueError("this conditioning was made without its unconditional branch")
-            branches.insert(0, self.uncond_embedding.repeat(images, 1, 1))
-        return torch.cat(branches)
 
 
 @dataclass(frozen=True)
 class StableDiffusion:
     """The components of a Stable Diffusion 1.x or 2.x model, and what their configs say.
 
-    `vae` is None for a model that works on pixels. A second text encoder (SDXL) will sit beside the first. `pipeline` is the
-    one that the parts were taken from, which says how it reads a prompt.
+    `vae` is None for a model that works on pixels. `pipeline` is the one that the parts were taken from, which says how it
+    reads a prompt.
     """
 
     name: str
@@ -74,23 +66,23 @@ class StableDiffusion:
         """
         refuse_other_pipelines(pipeline)
         refuse_other_readers(pipeline)
-        parts = {part: getattr(pipeline, part, None) for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
+        found = {part: getattr(pipeline, part, None) for part in (*PARTS, "scheduler")}
         name = name or from_home(str(pipeline.config.get("_name_or_path") or type(pipeline).__name__))
-        refuse_unsupported(name, {part: value for part, value in parts.items() if part != "scheduler"})
-        return cls(name=name, pipeline=pipeline, **parts).with_scheduler(scheduler, options or {})
+        refuse_unsupported(name, {part: value for part, value in found.items() if part != "scheduler"})
+        return cls(name=name, pipeline=pipeline, **found).with_scheduler(scheduler, options or {})
 
     @property
     def device(self) -> torch.device:
-        return cast(torch.device, next(self.unet.parameters()).device)
+        return parts.device(self)
 
     @property
     def dtype(self) -> torch.dtype:
-        return cast(torch.dtype, next(self.unet.parameters()).dtype)
+        return parts.dtype(self)
 
     @property
     def f(self) -> int:
         """Downsampling factor: pixels per latent, along one side."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return parts.downsampling(self.vae)
 
     @property
     def scaling_factor(self) -> float:
@@ -101,20 +93,20 @@ class StableDiffusion:
     def prediction_type(self) -> str:
         return str(self.scheduler.config.prediction_type)
 
-    def latent_shape(self, images: int, height: int | None = None, width: int | None = None) -> tuple[int, int, int, int]:
-        """(image, channel, y, x) of the latents for a picture of `height` x `width` pixels."""
-        size = self.unet.config.sample_size
-        own = (size, size) if isinstance(size, int) else tuple(size)
-        sides = []
-        for name, pixels, default in (("height", height, own[0]), ("width", width, own[1])):
-            if pixels is not None and (pixels % self.f or pixels < 1):
-                below = max(pixels // self.f, 1) * self.f
-                raise ExperimentError(
-                    f"{name}: {pixels} is not a multiple of f = {self.f}, the pixels that one latent of {self.name} stands for.",
-                    f"Use {name}: {below} or {below + self.f}.",
-                )
-            sides.append(default if pixels is None else pixels // self.f)
-        return (images, int(self.unet.config.in_channels), sides[0], sides[1])
+    def components(self) -> dict[str, Any]:
+        """Return every module with weights, by name."""
+        vae = {} if self.vae is None else {"vae": self.vae}
+        return {"unet": self.unet, **vae, ENCODER: self.text_encoder}
+
+    def text_encoders(self) -> dict[str, tuple[Any, Any]]:
+        """Return the text encoder and its tokenizer, by name."""
+        return {ENCODER: (self.text_encoder, self.tokenizer)}
+
+    latent_shape = parts.latent_shape
+    attention_layers = parts.attention_layers
+    digest = parts.digest
+    skeleton = parts.skeleton
+    decode = parts.decode
 
     def with_scheduler(self, name: str, options: Mapping[str, Any]) -> StableDiffusion:
         """The same model with another scheduler (`default`: its own), built from its own schedule plus `options`."""
@@ -147,11 +139,48 @@ class StableDiffusion:
             encoded = self.text_encoder(prompt.ids.to(self.device), attention_mask=None if mask is None else mask.to(self.device))
         return cast(torch.Tensor, encoded[0]).to(self.dtype)
 
-    def condition(self, prompt: str, negative_prompt: str = "", *, guided: bool = True, over_long: OverLong = "error") -> Conditioning:
+    def tokens(self, text: str, over_long: OverLong = "error", rules: int = RULES) -> Tokens:
+        """Tokenize a text for the text encoder, as the pipeline does."""
+        return {ENCODER: self.read(text, over_long, rules)}
+
+    def encode_prompt(self, tokens: Tokens) -> dict[str, torch.Tensor]:
+        """Return the UNet's text input, `encoder_hidden_states`. *Shape:* (1, token, feature)."""
+        return {TEXT: self.encode(tokens[ENCODER])}
+
+    def condition(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        *,
+        guided: bool = True,
+        over_long: OverLong = "error",
+    ) -> Conditioning:
         """Encode the prompt and, for guidance, the negative prompt, each in a call of its own as diffusers does."""
-        cond, uncond = self.read(prompt, over_long), self.read(negative_prompt, over_long)
-        self.check_reading({"cond": cond, "uncond": uncond} if guided else {"cond": cond})
-        return Conditioning(cond, uncond, self.encode(cond), self.encode(uncond) if guided else None)
+        texts = {COND: prompt, UNCOND: negative_prompt} if guided else {COND: prompt}
+        tokens = {branch: self.tokens(text, over_long) for branch, text in texts.items()}
+        self.check_reading({branch: read[ENCODER] for branch, read in tokens.items()})
+        arguments = {branch: self.encode_prompt(read) for branch, read in tokens.items()}
+        return Conditioning(arguments, tokens)
+
+    def blank(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Return a text input of zeros, for texts of `tokens` tokens."""
+        width = int(self.unet.config.cross_attention_dim)
+        return {TEXT: torch.zeros((rows, tokens, width), dtype=self.dtype, device=self.device)}
+
+    def call(self, model_input: torch.Tensor, t: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """Call the UNet once. *Shape:* (row, channel, y, x), and as many rows of arguments."""
+        output: torch.Tensor = self.unet(model_input, t, **arguments, return_dict=False)[0]
+        return output
+
+    def predictor(
+        self,
+        conditioning: Conditioning,
+        images: int,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+    ) -> Predict:
+        """Return the model as a `Predict`: both branches in one batch, guided as its pipeline does."""
+        return batched(self, conditioning, images, guidance_scale, guidance_rescale)
 
     def check_reading(self, prompts: Mapping[str, Prompt]) -> None:
         """Hold the embeddings of prompts, by branch, against those of the pipeline that this model is part of, if there is one.
@@ -196,14 +225,6 @@ class StableDiffusion:
         converter: Any = self.pipeline or TextualInversionLoaderMixin()
         return cast(Convert, converter.maybe_convert_prompt)
 
-    def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Latents to pixels, (image, y, x, rgb) uint8 on the CPU, and whether the VAE had to be run again in float32.
-
-        What is not finite is 0 in them: `pixels` tells.
-        """
-        made, again = self.pixels(latents)
-        return to_uint8(made), again
-
     def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """What the VAE makes of latents, (image, rgb, y, x), about -1 to 1, and whether it had to be run again in float32.
 
@@ -222,35 +243,11 @@ class StableDiffusion:
                     self.vae.to(self.dtype)
         return pixels, again
 
-    def digest(self) -> str:
-        """SHA-256 of every weight and buffer, 16 hex characters: two models with one digest have the same bits."""
-        found = hashlib.sha256()
-        for part in ("unet", "vae", "text_encoder"):
-            for name, tensor in (getattr(self, part).state_dict() if getattr(self, part) is not None else {}).items():
-                found.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return found.hexdigest()[:16]
-
-    def skeleton(self) -> StableDiffusion:
-        """The same model on the meta device: shapes without weights or work."""
-        with torch.device("meta"):
-            unet = _again(self.unet)
-            vae = None if self.vae is None else _again(self.vae)
-            text_encoder = type(self.text_encoder)(self.text_encoder.config)
-        parts = {"unet": unet.eval(), "vae": vae and vae.eval(), "text_encoder": text_encoder.eval()}
-        return replace(self, **{name: part and torch.nn.Module.to(part, self.dtype) for name, part in parts.items()})
-
     def checked(self) -> StableDiffusion:
         """The model itself. Raises ModelError if it, or its scheduler, is of a kind that is not supported."""
-        refuse_unsupported(self.name, {part: getattr(self, part) for part in ("unet", "vae", "text_encoder", "tokenizer")}, pixels=self.vae is None)
+        refuse_unsupported(self.name, {part: getattr(self, part) for part in PARTS}, pixels=self.vae is None)
         check_own(self.name, self.scheduler)
         return self
-
-
-def _again(module: Any) -> Any:
-    """A module of the same class and config, without the entries that diffusers adds to a config for other classes."""
-    kind, known = type(module), inspect.signature(type(module).__init__).parameters
-    return kind(**{key: value for key, value in module.config.items() if key in known})
 
 
 @contextlib.contextmanager
@@ -265,23 +262,6 @@ def _hushed(hush: bool) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def count_not_finite(what: str, values: torch.Tensor, on_nan: str) -> int:
-    """How many values of what a part of the model makes are NaN or infinite. Raises NotFinite where a run stops at them."""
-    count = int((~torch.isfinite(values)).sum())
-    if count and on_nan == "stop":
-        raise NotFinite(
-            f"{what} holds {count} values of {values.numel()} that are not finite: the model's weights are not, or its number format is too small.",
-            "Fetch the model again, or try --dtype float32; on_nan: record goes on, and such a pixel is 0.",
-        )
-    return count
-
-
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels in [-1, 1], (image, rgb, y, x), to (image, y, x, rgb) uint8, rounded as diffusers' image processor does."""
-    scaled = (pixels * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu()
-    return (scaled * 255).round().nan_to_num(0).to(torch.uint8)
 
 
 def refuse_other_readers(pipeline: Any) -> None:

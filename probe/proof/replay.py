@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from probe.diffusion.sampling import Schedule, arranged, first_call, guide, memory_format, noise, set_steps, started, step_options
+from probe.diffusion.guidance import guided
+from probe.diffusion.sampling import Schedule, arranged, first_call, memory_format, noise, set_steps, started, step_options
 from probe.errors import RecordingDamaged
 from probe.fields import SCHEDULERS
 from probe.proof.checks import Check, Tally
@@ -38,6 +39,7 @@ MOST = 100_000  # of a scheduler's whole settings, which say how long its tables
 @dataclass(frozen=True)
 class Call:
     """A call of the model, replayed. `came` is what the scheduler made of everything before, `latents` what was recorded.
+    `model_input` is scaled and has one row an image.
 
     After the last call of a complete run comes one more, for the final latents, whose `model_input` is None.
     """
@@ -55,7 +57,7 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
     if "noising" in run.attributes:
         yield from _noised(run, device)
         return
-    asked, branches = run.experiment, 2 if run.experiment.guidance_scale > 1 else 1
+    asked = run.experiment
     if not len(run.steps):
         return
     scheduler = rebuild_scheduler(run)
@@ -74,7 +76,7 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
         values = stored.isel(step=index).values
         latents = arranged(tensor(run, values).to(device), memory_format(came))
         with torch.no_grad():
-            model_input = scheduler.scale_model_input(torch.cat([latents] * branches), t)
+            model_input = scheduler.scale_model_input(latents, t)
         yield Call(index, t, came, latents, values, model_input)
         with torch.no_grad():
             prediction = prediction_of(run, index).to(device)
@@ -224,13 +226,10 @@ def check_guidance(run: Run) -> Check:
     tally = Tally("guidance", what, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
     for index, step in enumerate(run.steps):
         given = run.prediction().isel(step=index).values
-        cond = prediction_of(run, index, "cond")
-        if asked.guidance_scale > 1:
-            uncond = prediction_of(run, index, "uncond")
-            with torch.no_grad():
-                made = guide(uncond, cond, asked.guidance_scale, asked.guidance_rescale)
-        else:
-            made = cond
+        names = ("uncond", "cond") if asked.guidance_scale > 1 else ("cond",)
+        with torch.no_grad():
+            branches = {branch: prediction_of(run, index, branch) for branch in names}
+            made = guided(branches, asked.guidance_scale, asked.guidance_rescale)
         tally.add(relative(numbers(made), given), f"step {step}{_image(numbers(made), given)}")
     return tally.check()
 

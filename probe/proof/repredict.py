@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from probe.analysis.maps import probabilities
+from probe.diffusion.family import TEXT, Conditioning, Predictions
 from probe.diffusion.loading import load, pick_device
 from probe.diffusion.models import StableDiffusion, to_uint8
-from probe.diffusion.sampling import Step, guide
+from probe.diffusion.sampling import Step
 from probe.proof.checks import Check, Tally, variables
 from probe.proof.forward_checks import check_encoded
 from probe.proof.map_checks import BOUND, ROUNDED, apart, head_statistics_of, moments_of, relative, rounding
@@ -169,7 +170,8 @@ class Again:
         outputs = OutputCapture("unet", unet, settled.statistics["unet"], settled.activations)
         sides = Sides({path: cross_attention(unet)[path] for path in settled.layers} | {path: self_attention(unet)[path] for path in settled.selves})
         text_side = TextSide(unet, list(settled.layers), settled.kept, images, settled.called, settled.branches)
-        embeddings = torch.cat([self._embeddings[branch].repeat(images, 1, 1) for branch in settled.called])
+        told = Conditioning({branch: {TEXT: self._embeddings[branch]} for branch in settled.called}, {})
+        predict = self._model.predictor(told, images, run.experiment.guidance_scale, run.experiment.guidance_rescale)
         masked = embeddings_without(self._model, settled.prompts["cond"], settled.words) if settled.words else None
         with hooked(outputs, sides, text_side):
             for call in replayed(run, self._model.device):
@@ -178,9 +180,10 @@ class Again:
                 outputs.resting = sides.resting = call.index not in settled.recorded
                 text_side.resting = call.index != steps[0]
                 with torch.no_grad():
-                    output = unet(call.model_input, call.t, encoder_hidden_states=embeddings, return_dict=False)[0]
-                for name, value in self._branches(output).items():
-                    self._compare(predictions, f"latents/{name}", numbers(value), call.index)
+                    said = predict(call.index, call.model_input, call.t)
+                for branch, value in said.branches.items():
+                    self._compare(predictions, f"latents/prediction_{branch}", numbers(value), call.index)
+                self._compare(predictions, "latents/prediction", numbers(said.prediction), call.index)
                 if not text_side.resting:
                     self._compare_text_side(text_side)
                 if call.index in settled.recorded:
@@ -190,13 +193,6 @@ class Again:
                     outputs.resting = sides.resting = text_side.resting = True
                     self._compare(self._inside, "counterfactual/change", numbers(word_changes(self._model, self._step(call), masked)), call.index)
         return [predictions, maps, attention, self._inside]
-
-    def _branches(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        asked = self._run.experiment
-        if "uncond" not in self._plan.called:
-            return {"prediction_cond": output, "prediction": output}
-        uncond, cond = output.chunk(2)
-        return {"prediction_uncond": uncond, "prediction_cond": cond, "prediction": guide(uncond, cond, asked.guidance_scale, asked.guidance_rescale)}
 
     def _compare_text_side(self, text_side: TextSide) -> None:
         found = text_side.take()
@@ -308,9 +304,8 @@ class Again:
     def _step(self, call: Call) -> Step:
         schedule = self._plan.schedule
         given = prediction_of(self._run, call.index).to(call.latents.device)
-        levels = (schedule.timesteps[call.index], schedule.sigmas[call.index], schedule.alpha_bars[call.index])
-        kind = self._model.prediction_type
-        return Step(call.index, *levels, call.latents, None, given, given, call.latents, kind, schedule.variance_exploding)
+        said = Predictions({"cond": given}, given)
+        return Step.of(schedule, call.index, call.latents, said, call.latents, self._model.prediction_type)
 
 
 class Sides:

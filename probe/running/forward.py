@@ -162,27 +162,15 @@ class Noised:
         return cls(model, clean, noise(seed, tuple(clean.shape), model.dtype)[0].to(model.device))
 
     def steps(self, conditioning: Conditioning, schedule: Schedule) -> Iterator[Step]:
-        """One `Step` a timestep of `schedule`, each on its own; the `next_latents` of all are the clean ones."""
+        """Yield one `Step` a timestep of `schedule`, each on its own; its `next_latents` are the clean ones."""
         scheduler, images = fresh(self.model.scheduler), len(self.clean)
-        embeddings = conditioning.embeddings(images, guided=False)
+        predict = self.model.predictor(conditioning, images)
         for index, timestep in enumerate(schedule.timesteps):
             t = torch.tensor(int(timestep), device=self.model.device)
             with torch.no_grad():
                 x = scheduler.add_noise(self.clean, self.noise, t.repeat(images))
-                prediction = self.model.unet(x, t, encoder_hidden_states=embeddings, return_dict=False)[0]
-            yield Step(
-                index=index,
-                timestep=timestep,
-                sigma=schedule.sigmas[index],
-                alpha_bar=schedule.alpha_bars[index],
-                latents=x,
-                prediction_uncond=None,
-                prediction_cond=prediction,
-                prediction=prediction,
-                next_latents=self.clean,
-                prediction_type=self.model.prediction_type,
-                variance_exploding=False,
-            )
+                said = predict(index, x, t)
+            yield Step.of(schedule, index, x, said, self.clean, self.model.prediction_type)
 
     def stored(self) -> dict[str, np.ndarray]:
         """Latents and noise by the schema's paths, as they are stored."""
@@ -190,7 +178,7 @@ class Noised:
 
     def measures(self, step: Step) -> dict[str, torch.Tensor]:
         """What the prediction of a step is worth, in float32, by the schema's paths: denoised, difference, losses; their mean in float64."""
-        exact = Step(**{**vars(step), **{name: getattr(step, name).float() for name in ("latents", "prediction_cond", "prediction")}})
+        exact = replace(step, latents=step.latents.float(), prediction=step.prediction.float())
         clean, eps = self.clean.float(), self.noise.float()
         wanted = target(clean, eps, step.alpha_bar, step.prediction_type)
         difference = exact.eps - eps

@@ -16,8 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from probe.analysis.maps import maps_of, probabilities, resize
-from probe.diffusion.models import Conditioning, StableDiffusion, count_not_finite, to_uint8
-from probe.diffusion.sampling import Predictions, Step, arranged, denoise
+from probe.diffusion.family import TEXT, Arguments, Conditioning, Predictions
+from probe.diffusion.models import StableDiffusion, count_not_finite, to_uint8
+from probe.diffusion.sampling import Step, arranged, denoise
 from probe.errors import NotFinite, RecordingDamaged, StoreError
 from probe.experiment import Experiment
 from probe.reading.listing import root_attributes
@@ -129,13 +130,14 @@ def perform(model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, prog
 def _recorded(writer: RunWriter, run: Plan, model: StableDiffusion) -> Iterator[Predictions]:
     """The predictions of the steps that were committed before."""
     how = memory_formats(root_attributes(writer.path))["prediction"]
+
+    def read(name: str, index: int) -> torch.Tensor:
+        value = torch.from_numpy(_read_step(writer, run, f"latents/{name}", index))
+        return arranged(value.to(model.device, model.dtype), how)
+
     for index in range(writer.committed):
-        uncond, cond, prediction = (
-            None if name is None else arranged(torch.from_numpy(_read_step(writer, run, f"latents/{name}", index)).to(model.device, model.dtype), how)
-            for name in ("prediction_uncond" if "uncond" in run.called else None, "prediction_cond", "prediction")
-        )
-        assert cond is not None and prediction is not None
-        yield uncond, cond, prediction
+        branches = {branch: read(f"prediction_{branch}", index) for branch in run.called}
+        yield Predictions(branches, read("prediction", index))
 
 
 def _read_step(writer: RunWriter, run: Plan, path: str, index: int) -> np.ndarray:
@@ -157,7 +159,7 @@ def _check_replay(step: Step, run: Plan, writer: RunWriter) -> None:
 
 
 def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Conditioning:
-    embeddings: dict[str, torch.Tensor] = {}
+    arguments: dict[str, Arguments] = {}
     inside: dict[str, dict[str, torch.Tensor]] = {}
     wholes: dict[str, dict[str, torch.Tensor]] = {}
     capture = TextCapture(model.text_encoder, run.activations)
@@ -165,8 +167,8 @@ def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Condi
     with hooked(capture if text else capture.outputs):
         for branch in sorted(run.called):  # the prompt first, then the negative prompt, each alone, as diffusers does
             capture.mask = model.text_mask(run.prompts[branch])
-            embeddings[branch] = model.encode(run.prompts[branch])
-            count_not_finite("text_encoder: its output", embeddings[branch], run.experiment.on_nan)
+            arguments[branch] = model.encode_prompt({ENCODER: run.prompts[branch]})
+            count_not_finite("text_encoder: its output", arguments[branch][TEXT], run.experiment.on_nan)
             inside[branch] = capture.take() if text else {}
             wholes[branch] = capture.outputs.take()[1]
     if text:
@@ -177,7 +179,7 @@ def _read_prompts(model: StableDiffusion, run: Plan, writer: RunWriter) -> Condi
     for path in wholes["cond"]:
         stacked = torch.cat([wholes[branch][path] for branch in run.called])
         writer.write(f"{path.replace('.', '/', 1)}/activation", _numpy(stacked))
-    return Conditioning(run.prompts["cond"], run.prompts.get("uncond", run.prompts["cond"]), embeddings["cond"], embeddings.get("uncond"))
+    return Conditioning(arguments, {branch: {ENCODER: run.prompts[branch]} for branch in run.called})
 
 
 @contextlib.contextmanager
@@ -228,9 +230,7 @@ def _gather(
 ) -> tuple[Callable[[], dict[str, np.ndarray]], int]:
     """What one step recorded, on its way to the host, as a function that the writing thread calls."""
     tensors: dict[str, torch.Tensor] = {"latents/latents": step.latents, "latents/prediction": step.prediction}
-    tensors["latents/prediction_cond"] = step.prediction_cond
-    if step.prediction_uncond is not None:
-        tensors["latents/prediction_uncond"] = step.prediction_uncond
+    tensors |= {f"latents/prediction_{branch}": said for branch, said in step.branches.items()}
     for name, tensor in list(tensors.items()):
         tensors[name] = tensor.clone()  # the caller may change what the loop yielded
     tensors.update(extra)

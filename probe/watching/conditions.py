@@ -26,10 +26,9 @@ FINITE = "Fetch the model again, or try --dtype float32."
 
 
 def refuse_unwatchable(model: Any) -> None:
-    """Raises ModelError for a `StableDiffusion` with a part whose hooks would stay silent or whose weights are elsewhere."""
-    for part in ("unet", "vae", "text_encoder"):
-        root = getattr(model, part)
-        for path, module in root.named_modules() if root is not None else ():
+    """Raises ModelError for a model with a part whose hooks would stay silent or whose weights are elsewhere."""
+    for part, root in model.components().items():
+        for path, module in root.named_modules():
             name = f"{part}.{path}" if path else part
             if _is_compiled(module):
                 raise ModelError(

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.family import TEXT, Arguments, Family, stacked
 from probe.diffusion.prompts import Prompt
 from probe.diffusion.sampling import Step
 from probe.errors import ExperimentError
@@ -52,18 +52,24 @@ def without(prompt: Prompt, positions: list[int], padding: int) -> Prompt:
     return replace(prompt, ids=ids)
 
 
-def embeddings_without(model: StableDiffusion, prompt: Prompt, words: Mapping[str, list[int]]) -> torch.Tensor:
-    """The text encoder's output for the prompt, then for the prompt without each word. *Shape:* (1 + word, token, feature)."""
-    masked = [without(prompt, positions, int(model.tokenizer.pad_token_id)) for positions in words.values()]
-    return torch.cat([model.encode(one) for one in (prompt, *masked)])
+def embeddings_without(model: Family, prompt: Prompt, words: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Return the denoiser's arguments for the prompt, then for the prompt without each word: 1 + word rows."""
+    ((encoder, (_, tokenizer)),) = model.text_encoders().items()
+    padding = int(tokenizer.pad_token_id)
+    masked = [without(prompt, positions, padding) for positions in words.values()]
+    return stacked([model.encode_prompt({encoder: one}) for one in (prompt, *masked)])
 
 
-def word_changes(model: StableDiffusion, step: Step, embeddings: torch.Tensor) -> torch.Tensor:
-    """|prediction(prompt) - prediction(prompt without the word)|, mean over channels. *Shape:* (word, image, y, x) float32."""
-    images = len(step.latents)
-    batch = step.model_input.to(model.dtype).repeat(len(embeddings), 1, 1, 1)
-    text = embeddings.repeat_interleave(images, dim=0)
+def word_changes(model: Family, step: Step, arguments: Arguments) -> torch.Tensor:
+    """|prediction(prompt) - prediction(prompt without the word)|, mean over channels.
+
+    *Shape:* (word, image, y, x) float32. `arguments` are those of `embeddings_without`.
+    """
+    rows, images = len(arguments[TEXT]), len(step.latents)
+    batch = step.model_input.to(model.dtype).repeat(rows, 1, 1, 1)
+    t = torch.tensor(step.timestep, device=model.device)
+    for_images = {name: value.repeat_interleave(images, dim=0) for name, value in arguments.items()}
     with torch.no_grad():
-        predictions = model.unet(batch, torch.tensor(step.timestep, device=model.device), encoder_hidden_states=text, return_dict=False)[0]
-    whole, *others = predictions.float().unflatten(0, (len(embeddings), images))
+        predictions = model.call(batch, t, for_images)
+    whole, *others = predictions.float().unflatten(0, (rows, images))
     return torch.stack([(whole - other).abs().mean(dim=1) for other in others])

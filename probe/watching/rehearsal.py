@@ -7,6 +7,7 @@ each output, the forecast of a recording's size and the cost of each component.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.family import Family
 from probe.errors import ModelError, ProbeError
 from probe.strict_yaml import first_line, printable, shorten
 from probe.watching.conditions import refuse_unwatchable
@@ -42,16 +43,16 @@ class Rehearsal:
     calls: dict[str, int]
 
 
-def rehearse(model: StableDiffusion, latent_shape: Shape, branches: int, tokens: int) -> Rehearsal:
+def rehearse(model: Family, latent_shape: Shape, branches: int, tokens: int) -> Rehearsal:
     """Run the skeleton of `model` once. `latent_shape` is (image, channel, y, x). Raises ModelError if hooks would not see what it does."""
     refuse_unwatchable(model)
     skeleton = model.skeleton()
+    encoders = skeleton.text_encoders()
     outputs: dict[str, Shape] = {}
     calls: dict[str, int] = {}
     grids: dict[str, tuple[int, int]] = {}
     flops: dict[str, int] = {}
-    selves = self_attention(skeleton.unet)
-    attention = {**cross_attention(skeleton.unet), **selves}
+    attention = skeleton.attention_layers()
     batch = (branches * latent_shape[0], *latent_shape[1:])
 
     def seen(name: str) -> Callable[[Any], None]:
@@ -80,9 +81,9 @@ def rehearse(model: StableDiffusion, latent_shape: Shape, branches: int, tokens:
                 raise
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
                 why = shorten(printable(first_line(problem)))
-                if component == "text_encoder":
-                    cause = f"{model.name}: its text_encoder does not run on {tokens} tokens: {why}"
-                    raise ModelError(cause, "Fetch the model again: the config of its text_encoder may not be whole.") from problem
+                if component in encoders:
+                    cause = f"{model.name}: its {component} does not run on {tokens} tokens: {why}"
+                    raise ModelError(cause, f"Fetch the model again: the config of its {component} may not be whole.") from problem
                 cause = f"{model.name}: its {component} does not run on latents of {latent_shape[2]} x {latent_shape[3]}: {why}"
                 raise ModelError(cause, "Set another height and width, or fetch the model again: its configs may not be whole.") from problem
         flops[component] = int(counter.get_total_flops())
@@ -92,20 +93,19 @@ def rehearse(model: StableDiffusion, latent_shape: Shape, branches: int, tokens:
         inside = [name for name in attention if name.startswith(path + ".")]
         if type(module).__name__ == "Transformer2DModel" and inside:
             parents.append((module, "input", entered(inside)))
-    text_width = int(skeleton.unet.config.cross_attention_dim)
     with torch.device("meta"):
         latents = torch.zeros(batch, dtype=model.dtype)
-        text = torch.zeros((batch[0], tokens, text_width), dtype=model.dtype)
         ids = torch.zeros((1, tokens), dtype=torch.long)
         t = torch.zeros((), dtype=torch.long)
-    run("text_encoder", skeleton.text_encoder, lambda: skeleton.text_encoder(ids), [])
-    run("unet", skeleton.unet, lambda: skeleton.unet(latents, t, encoder_hidden_states=text, return_dict=False), parents)
+    for name, (encoder, _) in encoders.items():
+        run(name, encoder, functools.partial(encoder, ids), [])
+    run("unet", skeleton.unet, lambda: skeleton.call(latents, t, skeleton.blank(batch[0], tokens)), parents)
     if skeleton.vae is not None:
         vae = skeleton.vae
         vars(vae).update({name: value for name, value in vars(model.vae).items() if name.startswith(("use_", "tile_"))})  # slicing and tiling
         run("vae", vae, lambda: vae.decode(latents[: latent_shape[0]], return_dict=False), [])
-    heads = {path: int(module.heads) for path, module in attention.items()}
-    crossing, own = ({path: grid for path, grid in grids.items() if (path in selves) == inward} for inward in (False, True))
+    heads = {path: layer.heads for path, layer in attention.items()}
+    crossing, own = ({path: grid for path, grid in grids.items() if attention[path].kind == kind} for kind in ("cross", "self"))
     return Rehearsal(outputs, heads, crossing, own, flops, calls)
 
 

@@ -1,0 +1,115 @@
+"""What follows from a model's parts alone, for every family: device, sizes, digest, skeleton, pictures.
+
+A family takes these functions as its methods.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+
+from probe.diffusion.family import AttentionLayer, Family
+from probe.errors import ExperimentError, NotFinite
+
+Model = TypeVar("Model", bound=Family)
+
+
+def device(model: Family) -> torch.device:
+    """Return the device of the denoiser."""
+    return cast(torch.device, next(model.unet.parameters()).device)
+
+
+def dtype(model: Family) -> torch.dtype:
+    """Return the number format of the denoiser."""
+    return cast(torch.dtype, next(model.unet.parameters()).dtype)
+
+
+def downsampling(vae: Any | None) -> int:
+    """Return f, the pixels per latent along one side; 1 without a VAE."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_shape(model: Family, images: int, height: int | None = None, width: int | None = None) -> tuple[int, int, int, int]:
+    """Return (image, channel, y, x) of the latents for a picture of `height` x `width` pixels.
+
+    Raise ExperimentError for a side that is not a multiple of f.
+    """
+    size = model.unet.config.sample_size
+    own = (size, size) if isinstance(size, int) else tuple(size)
+    sides = []
+    for name, pixels, default in (("height", height, own[0]), ("width", width, own[1])):
+        if pixels is not None and (pixels % model.f or pixels < 1):
+            below = max(pixels // model.f, 1) * model.f
+            raise ExperimentError(
+                f"{name}: {pixels} is not a multiple of f = {model.f}, the pixels that one latent of {model.name} stands for.",
+                f"Use {name}: {below} or {below + model.f}.",
+            )
+        sides.append(default if pixels is None else pixels // model.f)
+    return (images, int(model.unet.config.in_channels), sides[0], sides[1])
+
+
+def digest(model: Family) -> str:
+    """Return the SHA-256 of every weight and buffer, 16 hex characters: one digest, the same bits."""
+    found = hashlib.sha256()
+    for part, module in model.components().items():
+        for name, tensor in module.state_dict().items():
+            found.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def skeleton(model: Model) -> Model:
+    """Return the same model on the meta device: shapes without weights or work."""
+    with torch.device("meta"):
+        made = {name: _again(module) for name, module in model.components().items()}
+    bare = {name: torch.nn.Module.to(module.eval(), model.dtype) for name, module in made.items()}
+    return cast(Model, replace(cast(Any, model), **bare))
+
+
+def _again(module: Any) -> Any:
+    """Make a module of the same class and config, without its weights."""
+    if not hasattr(type(module), "load_config"):  # of transformers: its config is an object
+        return type(module)(module.config)
+    # A config of diffusers may hold entries for other classes.
+    known = inspect.signature(type(module).__init__).parameters
+    return type(module)(**{key: value for key, value in module.config.items() if key in known})
+
+
+def attention_layers(model: Family) -> dict[str, AttentionLayer]:
+    """Return the attention layers of a UNet by dotted path."""
+    found: dict[str, AttentionLayer] = {}
+    for path, module in model.unet.named_modules():
+        crossing = getattr(module, "is_cross_attention", None)
+        if crossing is not None:
+            found[path] = AttentionLayer("cross" if crossing else "self", module)
+    return found
+
+
+def decode(model: Family, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Decode latents to (image, y, x, rgb) uint8 on the CPU; and whether the VAE ran again in float32.
+
+    A value that is not finite becomes 0: `pixels` shows it.
+    """
+    pixels, again = model.pixels(latents)
+    return to_uint8(pixels), again
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1], (image, rgb, y, x), to (image, y, x, rgb) uint8, rounded as diffusers does."""
+    scaled = (pixels * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu()
+    return (scaled * 255).round().nan_to_num(0).to(torch.uint8)
+
+
+def count_not_finite(what: str, values: torch.Tensor, on_nan: str) -> int:
+    """Count the values of a part's output that are NaN or infinite. Raise NotFinite where a run stops at them."""
+    count = int((~torch.isfinite(values)).sum())
+    if count and on_nan == "stop":
+        raise NotFinite(
+            f"{what} holds {count} values of {values.numel()} that are not finite: the model's weights are not, or its number format is too small.",
+            "Fetch the model again, or try --dtype float32; on_nan: record goes on, and such a pixel is 0.",
+        )
+    return count
