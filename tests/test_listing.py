@@ -127,6 +127,14 @@ def test_a_file_that_changes_is_read_again(runs: Path, monkeypatch: pytest.Monke
     assert opened == 1 and len(rows) == COUNT - 1 and "dog-007.zarr" in {row.path.name for row in rows}
 
 
+@pytest.mark.parametrize("name", ["tab\tand\nline", "half \udcff", "café 🐱"], ids=["a tab and a line", "no text", "an emoji"])
+def test_any_name_and_any_layout_is_kept(name: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (runs / "cat-005.zarr").rename(path := runs / f"{name}.zarr")
+    (path / "zarr.json").write_text(json.dumps(json.loads((path / "zarr.json").read_text()), indent="\t"))
+    first, opened = reads(monkeypatch, runs)
+    assert opened == COUNT and reads(monkeypatch, runs) == (first, 0)
+
+
 def test_a_file_written_just_now_is_not_kept(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written again within a tick of the clock it could look the same."""
     monkeypatch.setattr(module, "JUST_NOW", 10**12)
@@ -148,6 +156,15 @@ def test_an_index_that_is_spoilt_changes_nothing(spoil: Callable[[Path], Any], r
     spoil(index_of(runs))
     assert listing(runs) == first
     assert listing(runs) == first
+
+
+def test_a_row_without_a_mark_is_no_recording(runs: Path) -> None:
+    listing(runs)
+    (runs / "cat-001.zarr" / "zarr.json").unlink()
+    row = index_of(runs).read_bytes().split(b"\n")[0].partition(b"\t")[2]
+    index_of(runs).write_bytes(b"\t" + row + b"\n" + b"None\t" + row + b"\n")
+    (missing,) = [found for found in listing(runs) if found.path.name == "cat-001.zarr"]
+    assert missing.attributes is None and missing.error is not None
 
 
 def test_where_no_index_can_be_kept_there_is_none(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import json
 import os
 import re
 import socket
@@ -27,7 +26,7 @@ from pydantic_core import from_json
 
 from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
 from probe.files import replace
-from probe.reading.files import GUARDED, MAX_PARTS, NO_LINK, NO_WAIT, READ, no_longer, opened, read_file, refuse
+from probe.reading.files import GUARDED, MAX_PARTS, NO_LINK, NO_WAIT, READ, no_longer, opened, refuse
 from probe.reading.sample import cache_folder
 from probe.reading.untrusted import MAX_ROOT, check_attributes, read_root
 from probe.schema import FORMAT_VERSION
@@ -36,7 +35,7 @@ from probe.system import lives, reading
 
 MANY, MAX_ROW, MAX_INDEX = 200, 2**16, 2**28  # recordings for which an index is kept; bytes of a row in it, and of all
 JUST_NOW = 2 * 10**9  # ns: a file that was written again so soon may have the same time
-HEAD, NEXT, TAIL = re.compile(rb'\s*\{\s*"attributes"\s*:\s*'), re.compile(r'\s*,\s*"zarr_format"\s*:\s*3\s*,'), re.compile(rb'"group"\s*\}\s*\Z')
+HEAD, NEXT, TAIL = re.compile(rb'\s*\{\s*"attributes"\s*:\s*'), re.compile(rb',\s*"zarr_format"\s*:\s*3\s*,'), re.compile(rb'"group"\s*\}\s*\Z')
 
 
 @dataclass(frozen=True)
@@ -46,33 +45,6 @@ class Listed:
     path: Path
     attributes: dict[str, Any] | None
     error: RecordingDamaged | RecordingUnreadable | None = None
-
-
-def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | None]]:
-    """Every recording in a folder, the newest first, with its attributes (None for one that cannot be read: see `listing`)."""
-    return [(row.path, row.attributes) for row in listing(folder)]
-
-
-def listing(folder: str | Path = "runs") -> list[Listed]:
-    """Every recording in a folder, the newest first. Raises RecordingUnreadable where the system does not list the folder."""
-    paths = recordings_in(folder)
-    index = _Index(Path(folder)) if len(paths) >= MANY else None
-    with _uncollected():
-        found = [_listed(path, index) for path in paths]
-    if index is not None:
-        index.keep()
-    return sorted(found, key=lambda row: (row.attributes or {}).get("created", ""), reverse=True)
-
-
-def recordings_in(folder: str | Path) -> list[Path]:
-    """The paths of what should be recordings in a folder. Raises RecordingUnreadable where the system does not list it."""
-    if not isinstance(folder, str | os.PathLike):
-        raise ExperimentError(f"runs: a {type(folder).__name__} is no folder.", 'Give the path of a folder: "runs".')
-    with reading(folder):
-        if not Path(folder).is_dir():
-            return []
-        with os.scandir(folder) as entries:
-            return [Path(entry.path) for entry in entries if entry.name.endswith(".zarr") and entry.name[0] != "." and entry.is_dir()]
 
 
 @contextlib.contextmanager
@@ -87,9 +59,39 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _listed(path: Path, index: _Index | None) -> Listed:
+@_uncollected()
+def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | None]]:
+    """Every recording in a folder, the newest first, with its attributes (None for one that cannot be read: see `listing`)."""
+    return [(row.path, row.attributes) for row in listing(folder)]
+
+
+@_uncollected()
+def listing(folder: str | Path = "runs") -> list[Listed]:
+    """Every recording in a folder, the newest first. Raises RecordingUnreadable where the system does not list the folder."""
+    paths = recordings_in(folder)
+    index = _Index(Path(folder)) if len(paths) >= MANY else None
+    known = [None] * len(paths) if index is None else index.find(paths)
+    found = [_listed(path, attributes, index) for path, attributes in zip(paths, known, strict=True)]
+    if index is not None:
+        index.keep()
+    return sorted(found, key=lambda row: (row.attributes or {}).get("created", ""), reverse=True)
+
+
+def recordings_in(folder: str | Path) -> list[Path]:
+    """The paths of what should be recordings in a folder. Raises RecordingUnreadable where the system does not list it."""
+    if not isinstance(folder, str | os.PathLike):
+        raise ExperimentError(f"runs: a {type(folder).__name__} is no folder.", 'Give the path of a folder: "runs".')
+    with reading(folder):
+        if not Path(folder).is_dir():
+            return []
+        with os.scandir(folder) as entries:
+            names = {entry.name for entry in entries if entry.name.endswith(".zarr") and entry.name[0] != "." and entry.is_dir()}
+        return [path for path in Path(folder).iterdir() if path.name in names]
+
+
+def _listed(path: Path, known: Any, index: _Index | None) -> Listed:
     try:
-        attributes = _quickly(path, index)
+        attributes = _quickly(path, known, index)
         if attributes is None:
             attributes = root_attributes(path)
     except RecordingNotFound:
@@ -127,35 +129,30 @@ def status_of(attributes: dict[str, Any]) -> str:
 # --- the head of a file ----------------------------------------------------------------------------------------------
 
 
-def _constant(word: str) -> float:
-    raise ValueError(word)
+def _quickly(path: Path, attributes: Any, index: _Index | None) -> dict[str, Any] | None:
+    """Check what the index or the head of the root file says. Return None if only the whole file can tell.
 
-
-DECODER = json.JSONDecoder(parse_constant=_constant)
-
-
-def _quickly(path: Path, index: _Index | None) -> dict[str, Any] | None:
-    """The attributes of a recording, from the index or the head of its root file; None where only the whole file can tell.
-
-    That the rest of the file is sound is found out when the recording is opened.
+    Whether the rest of the file is sound is found out when the recording is opened.
     """
-    file = f"{path}/zarr.json"
     try:
-        known = None if index is None else index.find(path.name, file)
-        attributes = _head(file, path, index) if known is None else from_json(known, allow_inf_nan=False)
+        if attributes is None:
+            found, text = _head(path)
+            attributes = from_json(text, allow_inf_nan=False)
+            if index is not None:
+                index.add(path.name, found, text)
         if not isinstance(attributes, dict):
             return None
         check_attributes(path, attributes)
         _check_version(path, attributes)
-    except (OSError, ValueError, RecursionError):  # whoever reads the whole file says what is wrong
+    except (OSError, ValueError):  # whoever reads the whole file says what is wrong
         return None
     return attributes
 
 
-def _head(file: str, path: Path, index: _Index | None) -> Any:
-    """The attributes at the head of a root file as zarr writes it. Raises OSError or ValueError for any other."""
+def _head(path: Path) -> tuple[os.stat_result, bytes]:
+    """Return what a root file is, and its attributes if it is laid out as zarr does; else raise OSError or ValueError."""
     if GUARDED:
-        descriptor = os.open(file, READ | NO_LINK | NO_WAIT)
+        descriptor = os.open(f"{path}/zarr.json", READ | NO_LINK | NO_WAIT)
         try:
             found = os.fstat(descriptor)
             raw = os.read(descriptor, found.st_size) if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_ROOT else b""
@@ -167,22 +164,20 @@ def _head(file: str, path: Path, index: _Index | None) -> Any:
     head = HEAD.match(raw)
     if head is None or len(raw) != found.st_size or TAIL.search(raw, max(0, len(raw) - 40)) is None:
         raise ValueError
-    text = raw.decode()
-    attributes, end = DECODER.raw_decode(text, head.end())
+    start = head.end()
+    end = raw.rfind(b",", start, raw.find(b'"zarr_format"', start))
     # A second "attributes" would count for a JSON parser. Those of a recording name its format, in plain letters or escaped.
-    if NEXT.match(text, end) is None or text.rfind("format_version", end) >= 0 or _is_escaped(text, end):
+    if NEXT.match(raw, end) is None or raw.find(b"format_version", end) >= 0 or _is_escaped(raw, end):
         raise ValueError
-    if text.count("{", 0, end) + text.count("[", 0, end) + text.count(",", 0, end) > MAX_PARTS:
+    if end - start > MAX_PARTS or (not raw.isascii() and not raw.decode()):
         raise ValueError
-    if index is not None:
-        index.add(path.name, found, text[head.end() : end])
-    return attributes
+    return found, raw[start:end]
 
 
-def _is_escaped(text: str, at: int) -> bool:
+def _is_escaped(text: bytes, at: int) -> bool:
     """Whether a letter is written by its number from `at` on. Looking for one character is several times as fast as for two."""
-    while (at := text.find("\\", at)) >= 0:
-        if text[at + 1 : at + 2] == "u":
+    while (at := text.find(b"\\", at)) >= 0:
+        if text[at + 1 : at + 2] == b"u":
             return True
         at += 2
     return False
@@ -192,46 +187,52 @@ def _is_escaped(text: str, at: int) -> bool:
 
 
 class _Index:
-    """What was read of a folder's root files. A line of it is a file's mark, a recording's name, and its attributes."""
+    """What was read of a folder's root files. A line is a file's mark, a tab, and the recording's attributes."""
 
     def __init__(self, folder: Path):
-        self._now, self._new, self._rows = time.time_ns(), False, dict[str, tuple[str, str]]()
+        self._now, self._new, self._rows, self._kept = time.time_ns(), False, dict[bytes | None, bytes](), list[bytes]()
         self._file: Path | None = None
-        self._kept: dict[str, tuple[str, str]] = {}
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # there is none, it cannot be read, or there is no place for one
             name = f"listing-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.txt"
             self._file = cache_folder() / "diffusion-probe" / name
-            raw = read_file(self._file.parent, name, no_longer(self._file.parent, name, MAX_INDEX))
-            for line in raw.decode().split("\n"):
-                mark, _, rest = line.partition("\t")
-                name, _, text = rest.partition("\t")
-                self._rows[name] = (mark, text)
+            with opened(self._file.parent, name, no_longer(self._file.parent, name, MAX_INDEX)) as lines:
+                self._rows = {line[: line.index(b"\t")]: line for line in lines if len(line) <= MAX_ROW}
 
-    def find(self, name: str, file: str) -> str | None:
-        """The attributes that a recording's root file had when it was as it is now."""
-        row = self._rows.get(name)
-        if row is None or row[0] != _mark(os.lstat(file)):
-            return None
-        self._kept[name] = row
-        return row[1]
+    def find(self, paths: list[Path]) -> list[Any]:
+        """Return what each root file said when it was as it is now, or None. One kind of work at a time is the quickest."""
+        rows = [self._rows.get(_mark_of(path)) for path in paths]
+        self._kept = [row for row in rows if row is not None]
+        return [None if row is None else _parsed(row) for row in rows]
 
-    def add(self, name: str, found: os.stat_result, text: str) -> None:
+    def add(self, name: str, found: os.stat_result, text: bytes) -> None:
         """Keep what was read, unless the file is so new that it could change without showing it."""
-        if self._now - max(found.st_mtime_ns, found.st_ctime_ns) < JUST_NOW or len(text) > MAX_ROW or not name.isprintable():
-            return
-        if "\n" in text or "\t" in text:
-            text = json.dumps(json.loads(text))
-        self._kept[name] = (_mark(found), text)
-        self._new = True
+        row = _mark(name, found) + b"\t" + text.replace(b"\n", b" ") + b"\n"
+        if self._now - max(found.st_mtime_ns, found.st_ctime_ns) >= JUST_NOW and len(row) <= MAX_ROW:
+            self._kept.append(row)
+            self._new = True
 
     def keep(self) -> None:
-        """Write what is worth keeping, if anything is new. Where that cannot be, the next listing reads everything again."""
+        """Write what is worth keeping, if anything is new. If that fails, the next listing reads everything again."""
         if self._file is None or not (self._new or len(self._kept) < len(self._rows)):
             return
         with contextlib.suppress(OSError, ProbeError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            replace(self._file, ["\n".join(f"{mark}\t{name}\t{text}" for name, (mark, text) in self._kept.items()).encode()], sync=False)
+            replace(self._file, self._kept, sync=False)
 
 
-def _mark(found: os.stat_result) -> str:
-    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+def _mark(name: str, found: os.stat_result) -> bytes:
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino} {name!a}".encode()
+
+
+def _mark_of(path: Path) -> bytes | None:
+    try:
+        return _mark(path.name, os.lstat(f"{path}/zarr.json"))
+    except (OSError, ValueError):
+        return None
+
+
+def _parsed(row: bytes) -> Any:
+    try:
+        return from_json(row[row.index(b"\t") :], allow_inf_nan=False)
+    except ValueError:
+        return None

@@ -53,11 +53,11 @@ def read_root(path: Path) -> dict[str, Any]:
 
 
 def _text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 20_000 and not UNCLEAN.search(value)
+    return isinstance(value, str) and len(value) <= 20_000 and (value.isprintable() or not UNCLEAN.search(value))
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**64
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**64
 
 
 def _counts(value: object) -> bool:
@@ -107,19 +107,24 @@ WHERE_PRESENT: dict[str, Callable[[object], bool]] = {
 }
 
 
-PLACES = [(*place.partition(".")[::2], fits, place in WHERE_PRESENT) for place, fits in (REQUIRED | WHERE_PRESENT).items()]
+ABSENT = object()
+PLACES: dict[str, list[tuple[str, Callable[[object], bool], bool]]] = {}  # by group, "" for the attributes themselves
+for place, fits in (REQUIRED | WHERE_PRESENT).items():
+    group, _, name = place.rpartition(".")
+    PLACES.setdefault(group, []).append((name, fits, place in WHERE_PRESENT))
 
 
 def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
     """Refuse attributes that are not those of a recording. Raises RecordingDamaged."""
-    absent, strange = object(), object()
-    for first, second, fits, optional in PLACES:
-        value = attributes.get(first, absent)
-        if second and value is not absent:
-            value = value.get(second, absent) if isinstance(value, dict) else strange
-        if not (optional and value is absent) and not fits(value):
-            place = f"{first}.{second}" if second else first
-            raise refuse(path, f"its {place} is {'missing' if value is absent else 'not what a recording has there'}")
+    for first, places in PLACES.items():
+        values = attributes.get(first, {}) if first else attributes
+        if not isinstance(values, dict):
+            raise refuse(path, f"its {first}.{places[0][0]} is not what a recording has there")
+        for second, fits, optional in places:
+            value = values.get(second, ABSENT)
+            if not (optional and value is ABSENT) and not fits(value):
+                place = f"{first}.{second}" if first else second
+                raise refuse(path, f"its {place} is {'missing' if value is ABSENT else 'not what a recording has there'}")
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
