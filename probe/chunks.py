@@ -24,7 +24,8 @@ class StepFiles:
     """A stored array's files. `array` is its zarr.Array; with `sync`, what is written has reached the disk when a call returns."""
 
     def __init__(self, root: Path, array: Any, sync: bool = False):
-        self.path, self._array, self._folder, self._sync = str(array.path), array, root / str(array.path), sync
+        self.path, self._array, self._sync = str(array.path), array, sync
+        self._start = str(root / self.path / "c")  # of the name of each of its files
         self._dtype, self._sharded = np.dtype(array.dtype).newbyteorder("<"), array.shards is not None
         self._shape, self._chunk = tuple(array.shape), tuple(array.chunks)
         self.fill = np.asarray(array.fill_value, self._dtype)
@@ -37,7 +38,9 @@ class StepFiles:
 
     def file(self, step: int) -> Path:
         """Where a step's values are: of one number a step, all are in one file."""
-        return self._at(() if not self._shape else (step if len(self._shape) > 1 else 0, *[0] * (len(self._shape) - 1)))
+        if not self._shape:
+            return Path(self._start)
+        return Path(self._at([step if len(self._shape) > 1 else 0, *[0] * len(self._shape[1:])]))
 
     def write(self, step: int, value: np.ndarray) -> bytes:
         """Write one step; returns what its digest takes of it (`probe.digests.mark`). Raises OSError."""
@@ -49,7 +52,9 @@ class StepFiles:
             self.write_all(along)
             self._along = along
             return marks(along[step : step + 1], None, self.fill)
-        value = np.broadcast_to(np.asarray(value, self._dtype), self._shape[1:])
+        value = np.asarray(value, self._dtype)
+        if value.shape != self._shape[1:]:
+            value = np.broadcast_to(value, self._shape[1:])
         if not value.size:
             return b""
         found = [(part, full) for _, part, full in pieces(value, self._chunk[1:], self.fill)]
@@ -73,21 +78,28 @@ class StepFiles:
         files.remove(self._at(index), self._sync)
         return EMPTY * len(parts)
 
-    def _content(self, parts: Sequence[np.ndarray | None], found: list[bytes]) -> Iterator[Any]:
-        """What goes into the file, and, into `found`, what a digest takes of it: each chunk is summed while it is at hand."""
+    def _content(
+        self,
+        parts: Sequence[np.ndarray | None],
+        found: list[bytes],
+    ) -> Iterator[bytes | memoryview]:
+        """Yield what goes into the file; add to `found` what a digest takes of each chunk.
+
+        A chunk is summed after it was written, while it is in the cache.
+        """
         for part in parts:
             if part is None:
                 found.append(EMPTY)
                 continue
-            yield part.data
+            yield part.view(np.uint8).data
             crc = checksum(part)
             found.append(mark(crc))
             yield crc
         if self._sharded:
             yield self._index_of([part is not None for part in parts])
 
-    def _at(self, index: Sequence[int]) -> Path:
-        return self._folder / ".".join(["c", *map(str, index)])
+    def _at(self, index: Sequence[int]) -> str:
+        return ".".join([self._start, *map(str, index)])
 
     def _index_of(self, there: list[bool]) -> bytes:
         """Where in a shard each of its chunks is."""

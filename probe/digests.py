@@ -14,6 +14,7 @@ A PNG carries its own: the last chunk before its end is the SHA-256 of everythin
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import threading
@@ -46,10 +47,24 @@ def of_a_step(path: str, dims: tuple[str, ...]) -> bool:
 
 def pieces(value: np.ndarray, chunk: tuple[int, ...], fill: Any) -> Iterator[tuple[tuple[int, ...], np.ndarray, bool]]:
     """Each chunk of an array: where it is, its values, and whether they are anything but fill values."""
-    for index in np.ndindex(*(size // part for size, part in zip(value.shape, chunk, strict=True))):
-        where = tuple(slice(at * part, (at + 1) * part) for at, part in zip(index, chunk, strict=True))
-        found = np.ascontiguousarray(value[where]).reshape(-1)
+    counts = [size // part for size, part in zip(value.shape, chunk, strict=True)]
+    places = itertools.product(*map(range, counts))
+    for index, found in zip(places, _parts(value, chunk, counts), strict=True):
         yield index, found, not _is_empty(found, fill)
+
+
+def _parts(value: np.ndarray, chunk: tuple[int, ...], counts: list[int]) -> Iterable[np.ndarray]:
+    """Each chunk of an array, as one row."""
+    behind = prod(chunk) * prod(counts) != value.size  # what no chunk holds
+    split = max((axis for axis, count in enumerate(counts) if count > 1), default=0)
+    if not behind and all(part == 1 for part in chunk[:split]):  # they lie one after the other
+        return np.ascontiguousarray(value).reshape(prod(counts), -1)
+    return (_part(value, chunk, place) for place in itertools.product(*map(range, counts)))
+
+
+def _part(value: np.ndarray, chunk: tuple[int, ...], place: tuple[int, ...]) -> np.ndarray:
+    where = tuple(slice(at * n, (at + 1) * n) for at, n in zip(place, chunk, strict=True))
+    return np.ascontiguousarray(value[where]).reshape(-1)
 
 
 def _is_empty(values: np.ndarray, fill: Any) -> bool:

@@ -17,16 +17,18 @@ import shlex
 import stat
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingLinked, StoreError
 from probe.strict_yaml import printable
 from probe.system import kind_of
 
 PARTIAL = ".partial"
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # which follows no link
+NEW |= getattr(os, "O_BINARY", 0)
+AT_ONCE = 2**17  # bytes that do not wait for more
+BUFFERS = 1024  # of one write: no system in use takes fewer
 MORE = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -59,27 +61,58 @@ def elsewhere(name: str) -> str:
         return f"FOLDER/{name}"
 
 
-def replace(file: Path, parts: Iterable[Any], sync: bool) -> None:
-    """Write a file's parts under another name, then move it into its place. Raises OSError."""
-    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+def replace(file: str | Path, parts: Iterable[bytes | memoryview], sync: bool) -> None:
+    """Write a file's parts under another name, then move it into its place. Raises OSError.
+
+    A part that is a memoryview is one of bytes.
+    """
+    file = os.fspath(file)  # a step has many small files, and a Path takes as long as a system call
+    partial = f"{file}.{os.urandom(4).hex()}{PARTIAL}"
     try:
-        with partial.open("xb") as handle:
-            for part in parts:
-                handle.write(part)
+        handle = os.open(partial, NEW, 0o666)
+        try:
+            _write(handle, parts)
             if sync:
-                handle.flush()
-                os.fsync(handle.fileno())
-        partial.replace(file)
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(partial, file)  # noqa: PTH105
     except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            Path(partial).unlink()
         raise
     if sync:
-        sync_folder(file.parent)
+        sync_folder(Path(file).parent)
 
 
-def remove(file: Path, sync: bool) -> None:
+def _write(handle: int, parts: Iterable[bytes | memoryview]) -> None:
+    """Write parts one after the other, small ones together.
+
+    A large one is written before the next is asked for: its checksum then finds it in the cache.
+    """
+    waiting: list[bytes | memoryview] = []
+    size = 0
+    for part in parts:
+        waiting.append(part)
+        size += len(part)
+        if size >= AT_ONCE or len(waiting) == BUFFERS:
+            _write_out(handle, waiting, size)
+            waiting, size = [], 0
+    _write_out(handle, waiting, size)
+
+
+def _write_out(handle: int, waiting: list[bytes | memoryview], size: int) -> None:
+    """Write all of these buffers. The system may take fewer bytes than it is given."""
+    written = os.writev(handle, waiting) if size and hasattr(os, "writev") else 0
+    if written < size:
+        left = memoryview(b"".join(waiting))[written:]
+        while left:
+            left = left[os.write(handle, left) :]
+
+
+def remove(file: str | Path, sync: bool) -> None:
     """Remove a file, or the link in its place. It need not be there. Raises OSError."""
+    file = Path(file)
     with contextlib.suppress(FileNotFoundError):
         file.unlink()
         if sync:

@@ -25,7 +25,7 @@ import builtins, io, contextlib, os, signal, sys
 import filelock, google_crc32c, numpy, PIL.Image, pydantic, xarray, zarr, zarrs, shutil, subprocess, tempfile, zipfile
 {libraries}
 for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY", "O_CLOEXEC", "pread", "pwrite", "preadv", "getuid", "geteuid", "getgid",
-             "uname", "mkfifo", "fork", "sysconf", "getpgid", "killpg", "sched_getaffinity", "posix_fallocate", "SEEK_HOLE"):
+             "writev", "uname", "mkfifo", "fork", "sysconf", "getpgid", "killpg", "sched_getaffinity", "posix_fallocate", "SEEK_HOLE"):
     delattr(os, name)
 for name in ("SIGKILL", "SIGHUP", "SIGALRM", "SIGUSR1", "alarm", "setitimer", "pthread_kill", "pthread_sigmask"):
     delattr(signal, name)

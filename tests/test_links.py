@@ -306,3 +306,43 @@ def test_a_link_goes_and_what_it_leads_to_stays(tmp_path: Path) -> None:
             assert not file.exists() or (file.read_bytes() == b"ab" and not file.is_symlink())
             file.unlink(missing_ok=True)
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("most", [None, 0, 3, 70_000])
+def test_every_byte_is_written_however_few_the_system_takes(
+    most: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most so many at once; None: on a system without writev."""
+    real = os.writev
+
+    def writev(handle: int, buffers: list[bytes]) -> int:
+        assert len(buffers) <= os.sysconf("SC_IOV_MAX")
+        return real(handle, [b"".join(buffers)[:most]])
+
+    if most is None:
+        monkeypatch.delattr(os, "writev")
+    elif most:
+        monkeypatch.setattr(os, "writev", writev)
+    large = os.urandom(300_000)
+    small = [bytes([number % 251]) for number in range(5_000)]
+    for parts in ([], [b""], [b"", b"a", b""], small, [large], [*small, large, b"end", large]):
+        replace(tmp_path / "file", [memoryview(part) for part in parts], False)
+        assert (tmp_path / "file").read_bytes() == b"".join(parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_name_that_is_taken_is_not_written_through(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody guessed the name under which a file is written first, and put a link there."""
+    monkeypatch.setattr(os, "urandom", lambda count: bytes(count))
+    for number, how in enumerate((symbolic, hard)):
+        elsewhere, file = tmp_path / f"elsewhere {number}", tmp_path / f"file {number}"
+        elsewhere.write_bytes(b"somebody else's")
+        how(Path(f"{file}.00000000.partial"), elsewhere)
+        with pytest.raises(FileExistsError):
+            replace(file, [b"ours"], False)
+        assert elsewhere.read_bytes() == b"somebody else's" and not file.exists()

@@ -646,9 +646,9 @@ def test_a_step_is_committed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     real_replace, real_append = files.replace, files.append
 
-    def replacing(file: Path, parts: Iterable[Any], sync: bool) -> None:
+    def replacing(file: str | Path, parts: Iterable[bytes | memoryview], sync: bool) -> None:
         whole = [bytes(part) for part in parts]
-        order.append((file.parent.name, len(b"".join(whole))))
+        order.append((Path(file).parent.name, len(b"".join(whole))))
         real_replace(file, whole, sync)
 
     def appending(file: Path, content: bytes, sync: bool) -> None:
