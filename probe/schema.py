@@ -19,13 +19,15 @@ import numpy as np
 
 from probe.output import say
 
-FORMAT_VERSION = 1
-STATUSES = ("running", "complete", "interrupted", "failed")
+FORMAT_VERSION = 2  # what is written
+FORMAT_STATUS = "draft"  # "final" once this version is frozen
+FORMATS_READ = (1, 2)
 BRANCHES = ("uncond", "cond")
 STATISTICS = ("mean", "std", "min", "max")
 MOMENTS = ("mass", "centroid_y", "centroid_x")
 HEAD_STATISTICS = (*MOMENTS, "entropy", "greatest")
 REST = -1  # the token coordinate of the sum of all tokens that are not kept one by one
+PICTURE = -2  # reserved: under joint attention, the token coordinate of the sum of all picture tokens
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "large and small numbers": lambda text: text.replace('"device": "cpu"', '"device": "cpu", "n": [12345678901234567890123, 0.1, 1e-320, -0.0]'),
     "a prompt that moves the cursor": lambda text: text.replace("caf", "\\u001b[2J"),
     "deep": lambda text: text.replace('"device": "cpu"', '"device": "cpu", "deep": ' + "[" * 500 + "]" * 500),
-    "another version": lambda text: text.replace('"format_version": 1', '"format_version": 2'),
+    "another version": lambda text: text.replace('"format_version": 1', '"format_version": 99'),
     "empty": lambda text: "",
     "the same key twice": lambda text: text.replace('"seed": 0', '"seed": 0, "seed": 7'),
 }

@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 import xarray as xr
@@ -28,6 +28,7 @@ from probe.analysis.maps import Method, Normalisation
 from probe.analysis.recomputed import recomputed
 from probe.arguments import branch_name, chosen, chosen_steps, grid_size, one_of, texts, told
 from probe.arguments import text as text_of
+from probe.attributes import Attributes
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.schema import near
 from probe.words import split_word
@@ -61,7 +62,7 @@ class Attention:
         @property
         def name(self) -> str: ...
         @property
-        def attributes(self) -> dict[str, Any]: ...
+        def attributes(self) -> Attributes: ...
         @property
         def tree(self) -> xr.DataTree: ...
         @property
@@ -133,13 +134,14 @@ class Attention:
 
     def cut(self, branch: str = "cond") -> tuple[str, str]:
         """What was cut from the end of a prompt that is too long, and the word, whole, that the cut went through; "" where there is none."""
-        cut = str(self.attributes.get("cut_from_prompt", {}).get(branch_name(branch), ""))
+        cut = self.attributes.cut_from_prompt.get(branch_name(branch), "")
         return cut, split_word(self.read_as(branch), cut)
 
     def read_as(self, branch: str = "cond") -> str:
         """The prompt as the tokenizer got it: textual inversion writes a word once for each of its vectors."""
-        typed = self.attributes["experiment"]["prompt" if branch_name(branch) == "cond" else "negative_prompt"]
-        return str(self.attributes.get("read_as", {}).get(branch, typed))
+        asked = self.attributes.experiment
+        typed = asked.prompt if branch_name(branch) == "cond" else asked.negative_prompt
+        return self.attributes.read_as.get(branch, typed)
 
     # --- as few ---
 
@@ -291,7 +293,7 @@ class Attention:
     def _check_branch(self, branch: str, there: list[str]) -> None:
         if branch in there:
             return
-        guided = "" if self.attributes["experiment"]["guidance_scale"] > 1 else " and guidance_scale above 1"
+        guided = "" if self.attributes.experiment.guidance_scale > 1 else " and guidance_scale above 1"
         raise RecordingNotFound(f"{self.name} has no attention maps of the {branch} branch.", f"Record with capture.branches: both{guided}.")
 
     def _asking(self, text: str) -> str:

@@ -29,8 +29,6 @@ from probe.files import replace
 from probe.reading.files import GUARDED, MAX_PARTS, NO_LINK, NO_WAIT, READ, no_longer, opened, refuse
 from probe.reading.sample import cache_folder
 from probe.reading.untrusted import MAX_ROOT, check_attributes, read_root
-from probe.schema import FORMAT_VERSION
-from probe.strict_yaml import printable
 from probe.system import lives, reading
 
 MANY, MAX_ROW, MAX_INDEX = 200, 2**16, 2**28  # recordings for which an index is kept; bytes of a row in it, and of all
@@ -106,15 +104,7 @@ def _listed(path: Path, known: Any, index: _Index | None) -> Listed:
 def root_attributes(path: Path) -> dict[str, Any]:
     """The attributes of a recording, from its root file alone. Raises RecordingNotFound or RecordingDamaged."""
     attributes: dict[str, Any] = read_root(Path(path))["attributes"]
-    _check_version(path, attributes)
     return attributes
-
-
-def _check_version(path: Path, attributes: dict[str, Any]) -> None:
-    if (version := attributes["format_version"]) != FORMAT_VERSION:
-        raise RecordingDamaged(
-            f"{printable(str(path))} has format {version}, this version reads {FORMAT_VERSION}.", "Use the version of probe that wrote it."
-        )
 
 
 def status_of(attributes: dict[str, Any]) -> str:
@@ -143,7 +133,6 @@ def _quickly(path: Path, attributes: Any, index: _Index | None) -> dict[str, Any
         if not isinstance(attributes, dict):
             return None
         check_attributes(path, attributes)
-        _check_version(path, attributes)
     except (OSError, ValueError):  # whoever reads the whole file says what is wrong
         return None
     return attributes

@@ -17,6 +17,7 @@ import os
 import re
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import xarray as xr
 from xarray.core.treenode import NotFoundInTreeError
 
 from probe.arguments import branch_name, labelled, text, told, truth_value
+from probe.attributes import Attributes, attributes_of
 from probe.conversions import UNCLIPPED, clipping, clipping_text, denoised_from, eps_from, v_from, variance_preserving
 from probe.conversions import clipped as clip
 from probe.digests import flags_are_lost
@@ -65,9 +67,9 @@ class Run(Attention):
         _ = self.attributes
 
     @functools.cached_property
-    def attributes(self) -> dict[str, Any]:
-        """The recording's attributes: experiment, environment, model, scheduler, status."""
-        return root_attributes(self.path)
+    def attributes(self) -> Attributes:
+        """Return the recording's attributes, typed: `run.attributes.model.dtype`; by key, they are as in the file."""
+        return attributes_of(root_attributes(self.path))
 
     @functools.cached_property
     def tree(self) -> xr.DataTree:
@@ -136,7 +138,7 @@ class Run(Attention):
         truth_value("clipped", clipped)
         found = self._derive(denoised_from, branch, "denoised")
         try:
-            how = clipping(str(self.said("scheduler", "class")), self.said("scheduler", "config"))
+            how = clipping(self.attributes.scheduler.kind, self.attributes.scheduler.config)
         except ValueError as error:
             raise refuse(self.path, f"the scheduler's settings are none ({error})") from error
         notes: dict[str, Any] = {"long_name": "predicted clean latents", "units": "1"}
@@ -155,7 +157,7 @@ class Run(Attention):
     def undefined_steps(self) -> np.ndarray:
         """Indices of the committed steps at which `denoised` is not defined: no signal at all, and a model that predicts noise."""
         without = self.variable("alpha_bar").isel(step=self.steps).values == 0
-        return self.steps[without] if self.said("prediction_type") == "epsilon" else self.steps[:0]
+        return self.steps[without] if self.attributes.prediction_type == "epsilon" else self.steps[:0]
 
     def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
         """Clean latents as small pictures, by the linear map fitted for this VAE. *Shape:* (..., y, x, rgb) uint8."""
@@ -191,9 +193,9 @@ class Run(Attention):
         _check_branch(branch)
         sigma, alpha_bar = (self.variable(place).isel(step=self.steps) for place in ("sigma", "alpha_bar"))
         x = self.latents.astype("float32")
-        if self.said("latent_convention") == "variance_exploding":
+        if self.attributes.latent_convention == "variance_exploding":
             x = variance_preserving(x, sigma)
-        found: xr.DataArray = formula(self.prediction(branch).astype("float32"), x, alpha_bar, self.said("prediction_type"))
+        found: xr.DataArray = formula(self.prediction(branch).astype("float32"), x, alpha_bar, self.attributes.prediction_type)
         return found.astype("float32").rename(name)
 
     def said(self, *place: str) -> Any:
@@ -203,7 +205,7 @@ class Run(Attention):
         """
         found: Any = self.attributes
         for name in place:
-            there = found if isinstance(found, dict) else {}
+            there = found if isinstance(found, Mapping) else {}
             if text("an attribute's name", name) not in there:
                 if place in EVERY_RECORDING_SAYS:
                     raise refuse(self.path, f"its {'.'.join(place)} is missing")
@@ -215,24 +217,25 @@ class Run(Attention):
 
     def summary(self) -> dict[str, str]:
         """The run in a few labelled words."""
-        asked = self.attributes["experiment"]
-        guidance = f", guidance {asked['guidance_scale']:g}" if asked["guidance_scale"] > 1 else ""
-        sampling = f"{self.said('scheduler', 'class')}, {counted(asked['steps'], 'step')}{guidance}, seed {asked['seed']}"
-        if asked.get("image"):
-            sampling += f", strength {asked.get('strength', 1):g}"
-        if "noising" in self.attributes:
-            often = f"{counted(asked['steps'], 'timestep')}, {counted(asked.get('images', 1), 'draw')} of noise"
-            sampling = f"no sampling: noised at {often}, seed {asked['seed']}"
+        told = self.attributes
+        asked, model = told.experiment, told.model
+        guidance = f", guidance {asked.guidance_scale:g}" if asked.guidance_scale > 1 else ""
+        sampling = f"{told.scheduler.kind}, {counted(asked.steps, 'step')}{guidance}, seed {asked.seed}"
+        if asked.image:
+            sampling += f", strength {asked.strength:g}"
+        if told.noising is not None:
+            often = f"{counted(asked.steps, 'timestep')}, {counted(asked.images, 'draw')} of noise"
+            sampling = f"no sampling: noised at {often}, seed {asked.seed}"
         lines = {
-            "prompt": asked["prompt"],
-            "negative prompt": asked["negative_prompt"],
-            "model": f"{self.said('model', 'name')} ({self.said('model', 'dtype')}, {self.said('environment', 'device')})",
-            "picture": str((self.attributes.get("noising") or {}).get("picture") or asked.get("image") or ""),
+            "prompt": asked.prompt,
+            "negative prompt": asked.negative_prompt,
+            "model": f"{model.name} ({model.dtype}, {told.environment.device})",
+            "picture": (told.noising and told.noising.picture) or asked.image or "",
             "sampling": sampling,
             "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} model calls",
-            "not finite": ", ".join(f"{count} values of {name}, shown as 0" for name, count in self.attributes.get("decoded_not_finite", {}).items()),
+            "not finite": ", ".join(f"{count} values of {name}, shown as 0" for name, count in told.decoded_not_finite.items()),
             "attention": ", ".join(self.grids) or "none",
-            "created": self.attributes["created"],
+            "created": told.created,
         }
         return {name: text for name, text in lines.items() if text}
 

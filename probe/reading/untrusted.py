@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from probe.errors import RecordingNotFound
+from probe.attributes import problem_of
+from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.reading.files import entry_is_link, no_longer, parse_json, read_file, read_json, refuse, refuse_link
-from probe.schema import STATUSES, array
+from probe.schema import FORMATS_READ, array
 from probe.strict_yaml import UNCLEAN, printable, shorten
 from probe.system import reading
 
@@ -52,79 +53,15 @@ def read_root(path: Path) -> dict[str, Any]:
     return root
 
 
-def _text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 20_000 and (value.isprintable() or not UNCLEAN.search(value))
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 2**64
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, dict) and all(_text(name) and type(count) is int and 0 < count < 2**48 for name, count in value.items())
-
-
-def _none_or_text(value: object) -> bool:
-    return value is None or _text(value)
-
-
-REQUIRED: dict[str, Callable[[object], bool]] = {
-    "format_version": _number,
-    "status": lambda value: value in STATUSES,
-    "created": _text,
-    "experiment.prompt": _text,
-    "experiment.negative_prompt": _text,
-    "experiment.model": _text,
-    "experiment.steps": _number,
-    "experiment.seed": _number,
-    "experiment.guidance_scale": _number,
-    "environment.device": _text,
-    "model.name": _text,
-    "model.dtype": _text,
-    "scheduler.class": _text,
-    "scheduler.config": lambda value: isinstance(value, dict),
-    "prediction_type": lambda value: value in ("epsilon", "v_prediction"),
-    "latent_convention": lambda value: value in ("variance_preserving", "variance_exploding"),
-}
-WHERE_PRESENT: dict[str, Callable[[object], bool]] = {
-    "experiment.image": _none_or_text,
-    "experiment.strength": _number,
-    "experiment.images": _number,
-    "environment.device_name": _none_or_text,
-    "model.revision": _none_or_text,
-    "model.weights": _text,
-    "model.f": _number,
-    "model.scaling_factor": _number,
-    "identity": _text,
-    "noising.picture": _none_or_text,
-    "decoded_not_finite": _counts,
-    "parent_run": _none_or_text,
-    "memory_format": lambda value: isinstance(value, dict) and all(how in ("contiguous", "channels_last") for how in value.values()),
-    "cut_from_prompt": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
-    "text_rules": lambda value: value in (1, 2) and not isinstance(value, bool),
-    "read_as": lambda value: isinstance(value, dict) and all(map(_text, value.values())),
-    "resumed": lambda value: isinstance(value, list),
-}
-
-
-ABSENT = object()
-PLACES: dict[str, list[tuple[str, Callable[[object], bool], bool]]] = {}  # by group, "" for the attributes themselves
-for place, fits in (REQUIRED | WHERE_PRESENT).items():
-    group, _, name = place.rpartition(".")
-    PLACES.setdefault(group, []).append((name, fits, place in WHERE_PRESENT))
-
-
 def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Refuse attributes that are not those of a recording. Raises RecordingDamaged."""
-    for first, places in PLACES.items():
-        values = attributes.get(first, {}) if first else attributes
-        if not isinstance(values, dict):
-            raise refuse(path, f"its {first}.{places[0][0]} is not what a recording has there")
-        for second, fits, optional in places:
-            value = values.get(second, ABSENT)
-            if not (optional and value is ABSENT) and not fits(value):
-                place = f"{first}.{second}" if first else second
-                raise refuse(path, f"its {place} is {'missing' if value is ABSENT else 'not what a recording has there'}")
+    """Refuse attributes that are not those of a recording, or of a format that this version does not read. Raises RecordingDamaged."""
+    version = attributes.get("format_version")
+    if type(version) is int and version not in FORMATS_READ:
+        known = " and ".join(map(str, FORMATS_READ))
+        cause = f"{printable(str(path))} has format {shorten(str(version))}, this version reads {known}."
+        raise RecordingDamaged(cause, "Use the version of probe that wrote it.")
+    if (problem := problem_of(attributes)) is not None:
+        raise refuse(path, problem)
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------

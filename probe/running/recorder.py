@@ -39,7 +39,7 @@ from probe.reading.sample import is_copy, place_beside
 from probe.running.forward import replan
 from probe.running.perform import Say, perform
 from probe.running.planning import Plan, free_room, plan, size_text
-from probe.schema import FORMAT_VERSION
+from probe.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.stopping import breakable, cleanly
 from probe.store import MANIFEST, RunWriter
 from probe.strict_yaml import first_line, shown
@@ -273,6 +273,9 @@ def describe(model: StableDiffusion, run: Plan, weights: str | None = None) -> d
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "format_version": FORMAT_VERSION,
+        "format_status": FORMAT_STATUS,
+        "family": "sd",
+        "guidance_rule": "classifier_free" if run.experiment.guidance_scale > 1 else "none",
         "experiment": run.experiment.resolved(),
         "identity": run.experiment.identity(),
         "environment": {

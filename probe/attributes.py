@@ -1,0 +1,222 @@
+"""A recording's root attributes: their names, their types and their meaning.
+
+    attributes = attributes_of(raw)       # raw: the attributes in the root's zarr.json
+    attributes.model.dtype                # typed
+    attributes["model"]["dtype"]          # as it is in the file, together with everything unknown
+
+Attributes that are not named here are kept: a newer version's, or a user's own notes.
+`python -m probe.attributes` prints the JSON Schema, `table()` is in docs/format.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+)
+from pydantic_core import SchemaValidator
+
+from probe.output import say
+from probe.strict_yaml import UNCLEAN, printable, shorten
+
+# Characters that hide what a text says, as pydantic and JSON Schema write them.
+# pydantic refuses lone surrogates itself.
+_HIDING = "".join(c if c == "-" else f"\\u{ord(c):04x}" for c in UNCLEAN.pattern[1:-1].replace("\ud800-\udfff", ""))
+Text = Annotated[str, StringConstraints(max_length=20_000, pattern=f"^[^{_HIDING}]*$")]
+Number = Annotated[float, Field(gt=-(2.0**64), lt=2.0**64, allow_inf_nan=False)]
+Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
+Count = Annotated[int, Field(gt=0, lt=2**48)]
+Texts = Annotated[dict[Text, Text], Field(max_length=1000)]
+List = Annotated[list[Any], Field(max_length=100_000)]
+
+
+class Part(BaseModel):
+    """Some attributes that belong together. All are strict; unknown ones are passed over."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class AskedFor(Part):
+    """The whole resolved experiment. Every reader needs these fields; opening one checks no others."""
+
+    prompt: Text = Field(description="what the picture shows")
+    negative_prompt: Text = Field(description="what guidance leads away from")
+    model: Text = Field(description="a bundled name, a hub id or a path")
+    steps: Whole = Field(description="number of inference steps, which is not the number of model calls")
+    seed: Whole = Field(description="seed of image 0; image i has seed + i")
+    guidance_scale: Number = Field(description="diffusers' s; no guidance at 1 and below")
+    image: Text | None = Field(None, description="file of the picture that it began from")
+    strength: Number = Field(1.0, description="share of that picture that noise replaced")
+    images: Whole = Field(1, description="number of images")
+
+
+class Environment(Part):
+    """What decides the last bits: also versions, threads and the attention backend."""
+
+    device: Text = Field(description="kind of device: cpu, cuda, ...")
+    device_name: Text | None = Field(None, description="the device's own name")
+
+
+class Model(Part):
+    """The model that ran."""
+
+    name: Text = Field(description="a bundled name, a hub id or a path")
+    dtype: Text = Field(description="number format of the weights; bfloat16 is stored as float32, which is exact")
+    revision: Text | None = Field(None, description="commit on the hub")
+    weights: Text = Field("unknown", description="digest of the weights")
+    f: Whole | None = Field(None, description="pixels per latent along one axis; 1 without a VAE")
+    scaling_factor: Number | None = Field(None, description="the VAE's factor of the latents")
+
+
+class Scheduler(Part):
+    """The scheduler that ran."""
+
+    kind: Text = Field(alias="class", description="its class in diffusers")
+    config: dict[str, Any] = Field(description="its settings; the only attribute that may hold infinity and NaN")
+
+
+class Noising(Part):
+    """What a noising was asked for: it mixes noise into a real picture, and samples nothing."""
+
+    picture: Text | None = Field(None, description="file of the picture")
+
+
+def _there(noising: Noising | None) -> Noising:
+    """Raise ValueError for null: readers take a recording with this attribute for a noising."""
+    if noising is None:
+        raise ValueError("null is no noising")
+    return noising
+
+
+class Attributes(Mapping[str, Any], Part):
+    """The root attributes of a recording: typed by name, and as in the file by key."""
+
+    format_version: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="version of this format")
+    format_status: Text = Field("final", description="`draft` while this version may still change")
+    status: Literal["running", "complete", "interrupted", "failed"] = Field(
+        description="as its writer left it; a writer that was killed leaves `running`"
+    )
+    created: Text = Field(description="when it was begun: ISO 8601, UTC")
+    experiment: AskedFor
+    environment: Environment
+    model: Model
+    scheduler: Scheduler
+    prediction_type: Literal["epsilon", "v_prediction"] = Field(description="what the model predicts")
+    latent_convention: Literal["variance_preserving", "variance_exploding"] = Field(
+        description="scale of the latents: divide exploding ones by sqrt(1 + sigma^2)"
+    )
+    family: Text = Field("sd", description="the model's family: which parts it has, and how they are called")
+    guidance_rule: Text | None = Field(None, description="how branches become the prediction: `none` or `classifier_free`")
+    identity: Text | None = Field(None, description="hash of the experiment: equal for equal questions")
+    noising: Annotated[Noising | None, AfterValidator(_there)] = None
+    parent_run: Text | None = Field(None, description="name of the recording that it was made from")
+    text_rules: Annotated[int, Field(ge=1, le=2)] = Field(1, description="version of the rules that split a text into words")
+    read_as: Texts = Field({}, description="by branch: the prompt as the tokenizer got it, where that differs")
+    cut_from_prompt: Texts = Field({}, description="by branch: the end of the prompt that did not fit")
+    decoded_not_finite: Annotated[dict[Text, Count], Field(max_length=1000)] = Field(
+        {}, description="by variable: how many values were not finite and are stored as 0"
+    )
+    memory_format: Annotated[dict[Text, Literal["contiguous", "channels_last"]], Field(max_length=1000)] = Field(
+        {}, description="by tensor: its layout in memory, where that decides bits"
+    )
+    resumed: List = Field([], description="one entry for each time that it was resumed")
+
+    _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._raw[name]
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]  # keys, as in a mapping
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+def attributes_of(raw: dict[str, Any]) -> Attributes:
+    """Return typed attributes. Raise pydantic's ValidationError."""
+    made = Attributes.model_validate(raw)
+    made._raw = raw
+    return made
+
+
+def _as_dicts(schema: Any) -> Any:
+    """Return a model's core schema with a plain dict in place of every model.
+
+    It accepts the same. Checking takes 4 us instead of 12, which counts in a listing of thousands.
+    """
+    if schema["type"] == "model":
+        return _as_dicts(schema["schema"])
+    if schema["type"] != "model-fields":
+        return {**schema, "schema": _as_dicts(schema["schema"])} if "schema" in schema else schema
+    fields = {}
+    for name, field in schema["fields"].items():
+        optional = field["schema"]["type"] == "default"
+        inner = field["schema"]["schema"] if optional else field["schema"]
+        entry = {"type": "typed-dict-field", "schema": _as_dicts(inner), "required": not optional}
+        fields[field.get("validation_alias", name)] = entry
+    return {"type": "typed-dict", "fields": fields, "extra_behavior": "ignore", "config": {"strict": True}}
+
+
+_CHECK = SchemaValidator(_as_dicts(Attributes.__pydantic_core_schema__))
+
+
+def problem_of(raw: object) -> str | None:
+    """Return what is wrong with a recording's attributes, as the end of a sentence, or None."""
+    try:
+        _CHECK.validate_python(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = shorten(printable(".".join(str(part) for part in first["loc"] if part != "[key]")))
+        if first["type"] == "missing":
+            return f"its {place} is missing"
+        why = first["msg"].removeprefix("Input should be ")
+        told = "" if why == first["msg"] else f", {why}"
+        return f"its {place} is not what a recording has there{told}"
+    return None
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the attributes."""
+    return Attributes.model_json_schema(by_alias=True)
+
+
+def table() -> str:
+    """Return the attributes as a Markdown table."""
+    return "\n".join(["| attribute | type | what it is |", "|---|---|---|", *_rows(Attributes, "")])
+
+
+def _rows(part: type[Part], above: str) -> Iterator[str]:
+    for name, field in part.model_fields.items():
+        place = f"{above}{field.alias or name}"
+        needed = "" if field.is_required() else ", optional"
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        inner = next((kind for kind in kinds if issubclass(kind, Part)), None)
+        if inner is not None:
+            told = " ".join((inner.__doc__ or "").split())
+            yield f"| `{place}` | object{needed} | {told} |"
+            yield from _rows(inner, f"{place}.")
+        else:
+            yield f"| `{place}` | {_kind(part, field.alias or name)}{needed} | {field.description} |"
+
+
+def _kind(part: type[Part], name: str) -> str:
+    """Return the type of an attribute, in JSON's words."""
+    schema = part.model_json_schema(by_alias=True)["properties"][name]
+    choices = [choice for choice in schema.get("anyOf", [schema]) if choice.get("type") != "null"]
+    if "enum" in choices[0]:
+        return " or ".join(f"`{value}`" for value in choices[0]["enum"])
+    return str(choices[0]["type"])
+
+
+if __name__ == "__main__":
+    say(*json.dumps(json_schema(), indent=2).split("\n"))
