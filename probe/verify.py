@@ -5,6 +5,7 @@ From the recording alone:
     manifest, digests                 files, and what was written step by step (probe.proof.checks)
     committed, picture                flags, and the pictures for people (probe.proof.checks)
     schema, labels                    what there is, and what it is called (probe.proof.schema_checks)
+    unknown                           what only another version knows, if anything (probe.proof.unknown)
     softmax, moments, sums            attention maps (probe.proof.map_checks)
     schedule, guidance, scheduler     every number that follows from another (probe.proof.replay)
     forward                           what a picture it began from, and noise in it, lead to (probe.proof.forward_checks)
@@ -38,6 +39,7 @@ from probe.output import say, say_json
 from probe.proof.checks import Check, check_committed, check_digests, check_manifest, check_picture
 from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_labels, check_schema
+from probe.proof.unknown import check_unknown
 from probe.reading.recording import Run, open_run
 from probe.strict_yaml import first_line, printable
 from probe.system import reading
@@ -73,6 +75,8 @@ def _verify(run: Run, model: Any, steps: Sequence[int] | None) -> list[Check]:
     ]
     if (run.path / "source").is_dir():  # a picture that it began from
         found.append(_guarded(run.path, "forward", lambda: _replay("forward", run)))
+    if (unknown := _guarded(run.path, "unknown", lambda: check_unknown(run))).verdict != "exact":
+        found.append(unknown)
     if model is not None and model is not False:
         found += _ask_again(run, None if model is True else model, steps)
     return [replace(check, detail=printable(without_home(check.detail)), because=tuple(map(printable, check.because))) for check in found]

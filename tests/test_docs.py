@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from probe import cli, experiment, noising, schema
+from probe import cli, experiment, noising
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,14 +21,38 @@ def between(marker: str, text: str = README) -> str:
     return found[1].strip()
 
 
-@pytest.mark.parametrize(("marker", "table"), [("schema", schema.table), ("fields", experiment.table), ("noising", noising.table)])
+@pytest.mark.parametrize(("marker", "table"), [("fields", experiment.table), ("noising", noising.table)])
 def test_tables_are_those_of_the_code(marker: str, table: object) -> None:
-    printed = {"schema": "-m probe.schema", "fields": "-m probe.experiment", "noising": "-c 'from probe import noising; print(noising.table())'"}
+    printed = {"fields": "-m probe.experiment", "noising": "-c 'from probe import noising; print(noising.table())'"}
     assert between(marker) == table(), f"paste the output of python {printed[marker]} between the markers"  # type: ignore[operator]
 
 
 def test_the_comparison_can_fail() -> None:
     assert between("fields").replace("steps", "stepss") != experiment.table()
+
+
+def docs_make() -> ModuleType:
+    """docs/make.py as a module."""
+    spec = importlib.util.spec_from_file_location("docs_make", ROOT / "docs" / "make.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("document", ["format.md"])
+def test_generated_parts_of_a_document_are_those_of_the_code(document: str) -> None:
+    make = docs_make()
+    text = (ROOT / "docs" / document).read_text()
+    assert make.made(document, text) == text, "run python docs/make.py"
+    assert document in make.PARTS and make.PARTS.keys() == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_a_document_that_is_out_of_date_is_found() -> None:
+    make, text = docs_make(), (ROOT / "docs" / "format.md").read_text()
+    assert make.made("format.md", text.replace("| `/sigma` |", "| `/sgima` |")) == text
+    with pytest.raises(ValueError, match="needs the markers <!-- schema -->"):
+        make.made("format.md", text.replace("<!-- schema -->", ""))
 
 
 def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +72,7 @@ def test_verbs_are_documented() -> None:
 
 
 def test_files_named_exist() -> None:
-    for path in re.findall(r"(?:experiments|tests|probe)/[\w./-]+\.(?:yaml|py|md|png)", README):
+    for path in re.findall(r"(?:experiments|tests|probe|docs)/[\w./-]+\.(?:yaml|py|md|png)", README):
         assert (ROOT / path).exists(), path
 
 

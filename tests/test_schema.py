@@ -12,13 +12,13 @@ import torch
 import xarray as xr
 import zarr
 
-from probe import schema
+from probe import dimensions, schema
+from probe.attributes import Attributes
 from probe.noising import record_noising
 from probe.reading.recording import Run
 from probe.running.recorder import record
 from probe.schema import SCHEMA, Variable, array
 
-ROOT = Path(__file__).parent.parent
 ACTIVATIONS = ["unet.mid_block", "unet.time_embedding", "vae.decoder.mid_block", "text_encoder.encoder.layers.0", "text_encoder.*embeddings"]
 EVERYTHING: dict[str, Any] = {
     "prompt": "An astronaut scuba diving, an astronaut",
@@ -134,21 +134,61 @@ def test_stored_types_and_chunks(full: Run) -> None:
             assert checked or member.dtype.kind in "TOU", f"{member.path} has no checksum"
 
 
-def test_the_readme_has_the_table() -> None:
-    file = ROOT / "README.md"
-    assert file.is_file(), "README.md is missing"
-    text = file.read_text(encoding="utf-8")
-    start, end = "<!-- schema -->", "<!-- /schema -->"
-    assert text.count(start) == text.count(end) == 1, f"README.md needs the markers {start} and {end}, once each"
-    held = text.split(start)[1].split(end)[0].strip()
-    assert held == schema.table().strip(), "README.md: put the output of `python -m probe.schema` between the markers"
-
-
 def test_the_table_has_a_row_for_every_variable() -> None:
     lines = schema.table().splitlines()
     assert len(lines) == len(SCHEMA) + 2 and len({line.count("|") for line in lines}) == 1
     for v, line in zip(SCHEMA, lines[2:], strict=True):
         assert line.startswith(f"| `/{v.group}/{v.name}` |" if v.group else f"| `/{v.name}` |") and v.long_name in line
+
+
+# --- dimensions, relations, reserved names ---------------------------------------------------------------------------
+
+
+def test_every_dimension_is_described_and_used() -> None:
+    used = {dim for v in SCHEMA for dim in v.dims} - {"..."} | {"position"}  # of a module's output
+    reserved = {r.name for r in dimensions.RESERVED if r.kind == "dimension"}
+    assert used - dimensions.DIMENSIONS.keys() - reserved == set()
+    assert dimensions.DIMENSIONS.keys() <= used
+
+
+def test_what_is_reserved_is_free_or_is_used_as_it_says() -> None:
+    for r in dimensions.RESERVED:
+        for v in SCHEMA:
+            if r.kind in ("coordinate", "variable") and v.name == r.name:
+                assert f"/{v.group} ({', '.join(v.dims)})" == r.where, r
+    tokens = [r.name for r in dimensions.RESERVED if r.kind == "token"]
+    assert tokens == [str(schema.REST), str(schema.PICTURE)] == ["-1", "-2"]
+    names = set(Attributes.model_fields)
+    assert {r.name for r in dimensions.RESERVED if r.kind == "attribute"} <= names
+
+
+def parts(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    nodes = {node.path.strip("/"): node.to_dataset(inherit=False) for node in run.tree.subtree}
+    sizes = {group: dict(data.sizes) for group, data in nodes.items()}
+    return sizes, {group: {name: c.values for name, c in data.coords.items()} for group, data in nodes.items()}
+
+
+def test_the_relations_hold_in_what_is_recorded(full: Run, modes: list[Run]) -> None:
+    for run in (full, *modes):
+        assert list(dimensions.broken(*parts(run), run.attributes.model.f or 1)) == []
+
+
+def test_a_relation_that_does_not_hold_is_named(full: Run) -> None:
+    told = []
+    for change in (
+        lambda sizes, labels: sizes["images"].update(y=3),
+        lambda sizes, labels: sizes["decoded"].update(x=3),
+        lambda sizes, labels: sizes["preview"].update(channel=3),
+        lambda sizes, labels: labels["text/text_encoder"].update(branch=["cond"]),
+        lambda sizes, labels: labels["attention/10x6"].update(token=[0, 78, -1]),
+        lambda sizes, labels: labels["attention/10x6"].update(layer=labels["attention/5x3"]["layer"]),
+    ):
+        sizes, labels = parts(full)
+        change(sizes, labels)
+        told += [next(iter(dimensions.broken(sizes, labels, full.attributes.model.f or 1)))]
+    assert [line.split(" ")[0] for line in told] == [
+        "/images", "/decoded", "/preview", "/attention/10x6/branch", "/attention/10x6/token", "/attention/10x6/layer",
+    ]  # fmt: skip
 
 
 # --- what any schema must keep ---------------------------------------------------------------------------------------

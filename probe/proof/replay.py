@@ -22,6 +22,7 @@ import torch
 
 from probe.diffusion.guidance import guided
 from probe.diffusion.sampling import Schedule, arranged, first_call, memory_format, noise, set_steps, started, step_options
+from probe.dimensions import GUIDANCE_RULES
 from probe.errors import RecordingDamaged
 from probe.fields import SCHEDULERS
 from probe.proof.checks import Check, Tally
@@ -218,7 +219,9 @@ def check_schedule(run: Run) -> Check:
 
 def check_guidance(run: Run) -> Check:
     """uncond + s (cond - uncond), computed with torch in the run's number format."""
-    asked = run.experiment
+    asked, rule = run.experiment, run.attributes.guidance_rule
+    if rule is not None and rule not in GUIDANCE_RULES:
+        return Check("guidance", "not checked", f"this version does not know the rule {rule}")
     what = "no guidance: the scheduler got the conditional prediction"
     if asked.guidance_scale > 1:
         rescaled = f", rescaled by {asked.guidance_rescale:g}" if asked.guidance_rescale else ""

@@ -1,0 +1,47 @@
+"""What a recording holds that this version does not know. It is kept, and nothing is said about its meaning.
+
+The manifest proves that its files are as they were written, whatever they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from probe.attributes import Attributes
+from probe.dimensions import FAMILIES, GUIDANCE_RULES
+from probe.proof.checks import Check, variables
+from probe.reading.recording import Run
+from probe.schema import array
+
+# Attributes that no reader relies on: notes of the writer.
+NOTES = {"writer", "digests", "decoded_in_float32", "scheduler_clips", "denoised_not_defined", "upgraded"}
+
+
+def check_unknown(run: Run) -> Check:
+    """Name the variables, attributes, family and rule of guidance that this version does not know."""
+    found = [*_variables(run), *_attributes(run)]
+    if not found:
+        return Check("unknown", "exact", "every variable and attribute is one that this version knows")
+    more = f" and {len(found) - 5} more" if found[5:] else ""
+    return Check("unknown", "not checked", f"this version does not know {', '.join(found[:5])}{more}")
+
+
+def _variables(run: Run) -> Iterator[str]:
+    for path, variable in variables(run):
+        group, _, name = path.rpartition("/")
+        try:
+            array(group, name, variable.shape)
+        except KeyError:
+            yield path
+
+
+def _attributes(run: Run) -> Iterator[str]:
+    named = {field.alias or name for name, field in Attributes.model_fields.items()} | NOTES
+    for name in run.attributes:
+        if name not in named:
+            yield f"the attribute {name}"
+    if run.attributes.family not in FAMILIES:
+        yield f"the family {run.attributes.family}"
+    rule = run.attributes.guidance_rule
+    if rule is not None and rule not in GUIDANCE_RULES:
+        yield f"the guidance rule {rule}"
