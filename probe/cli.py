@@ -8,6 +8,7 @@
     probe verify [RUN]            check a recording against itself
     probe rerun [RUN]             record the same again, and say what differs
     probe diff A B                what differs between two recordings
+    probe upgrade [RUN]           copy a recording of an older format into a new one in the newest
     probe rm RUN ...              remove recordings
     probe gc                      remove what killed writers left behind
 
@@ -24,6 +25,7 @@ if __name__ == "__main__":
     stopping.begin()  # before the slow imports
 
 import contextlib
+import importlib
 import shlex
 import shutil
 from collections.abc import Callable
@@ -43,22 +45,9 @@ if TYPE_CHECKING:
     from probe.reading.recording import Run
 
 
-def run(arguments: list[str]) -> int:
-    from probe.run import main
-
-    return main(arguments)
-
-
-def noising(arguments: list[str]) -> int:
-    from probe.noising import main
-
-    return main(arguments)
-
-
-def verify(arguments: list[str]) -> int:
-    from probe.verify import main
-
-    return main(arguments)
+def _door(module: str) -> Callable[[list[str]], int]:
+    """Return a command that is a module of its own, which is imported when it is called."""
+    return lambda arguments: int(importlib.import_module(module).main(arguments))
 
 
 def ask(arguments: list[str]) -> int:
@@ -301,7 +290,10 @@ def rm(arguments: list[str]) -> int:
     return 0
 
 
-VERBS = {"run": run, "noising": noising, "ls": ls, "show": show, "ask": ask, "verify": verify, "rerun": rerun, "diff": diff, "rm": rm, "gc": gc}
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    **{"run": _door("probe.run"), "noising": _door("probe.noising"), "ls": ls, "show": show, "ask": ask, "verify": _door("probe.verify")},
+    **{"rerun": rerun, "diff": diff, "upgrade": _door("probe.upgrade"), "rm": rm, "gc": gc},
+}
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -325,13 +317,15 @@ def dispatch(arguments: list[str]) -> int:
 def _version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    from probe.schema import FORMAT_VERSION
+    from probe.schema import FORMAT_STATUS, FORMAT_VERSION, FORMATS_READ
 
     try:
         own = version("diffusion-probe")
     except PackageNotFoundError:  # a checkout that was not installed
         own = "(not installed)"
-    return f"probe {own}, which writes and reads recordings of format {FORMAT_VERSION}"
+    read = " and ".join(map(str, FORMATS_READ))
+    status = "" if FORMAT_STATUS == "final" else f" ({FORMAT_STATUS})"
+    return f"probe {own}, which writes recordings of format {FORMAT_VERSION}{status} and reads {read}"
 
 
 def main() -> None:

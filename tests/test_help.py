@@ -47,7 +47,7 @@ def test_the_overview_teaches(said: object) -> None:
 def test_the_version(said: object) -> None:
     for word in ("--version", "-V", "version"):
         code, out, err = said(word)  # type: ignore[operator]
-        assert (code, err) == (0, "") and re.fullmatch(rf"probe \S+.*format {FORMAT_VERSION}\n", out)
+        assert (code, err) == (0, "") and re.fullmatch(rf"probe \S+.*format {FORMAT_VERSION} \(draft\) and reads 1 and 2\n", out)
 
 
 @pytest.mark.parametrize("arguments", [("helpp",), ("help", "lss"), ("--halp",), ("lss", "--help")])

@@ -1,0 +1,181 @@
+"""probe upgrade RUN: verify a recording of an older format, and copy it into a new one in the newest.
+
+The old recording is only read. The copy lies beside it under a name of its own, names the old one as
+its parent, and has the same values, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from probe import files
+from probe.digests import seal_holds
+from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, TooLarge
+from probe.files import check_place, storing
+from probe.locks import Lock
+from probe.output import say, tell
+from probe.proof.checks import MAX_MANIFEST, MAX_PICTURES, files_of
+from probe.reading.files import is_hole, no_longer, opened, read_file, read_json, refuse
+from probe.reading.recording import Run, open_run
+from probe.reading.sample import place_beside
+from probe.reading.untrusted import read_root
+from probe.schema import FORMAT_STATUS, FORMAT_VERSION
+from probe.stopping import breakable, cleanly
+from probe.store import MANIFEST
+from probe.terminal import Parser, add_run, folder, quieten, without_home
+from probe.verify import verify
+
+BLOCK = 2**20
+
+
+def upgrade(run: Run, output: str | Path | None = None, *, progress: bool = True) -> Run:
+    """Copy a recording into one of the newest format, beside it or into the folder `output`, and return that.
+
+    A recording of the newest format is returned as it is. Raises ExperimentError for one that is not complete,
+    RecordingDamaged for one that does not verify, RecordingBusy if its copy is there already, TooLarge, StoreError.
+    """
+    step = _steps(progress)
+    if run.attributes.format_version == FORMAT_VERSION:
+        step(f"{run.name} has format {FORMAT_VERSION} already.")
+        return run
+    if run.status != "complete":
+        remedy = "Finish it first: probe run --resume." if run.status == "interrupted" else "Record it again: probe rerun."
+        raise ExperimentError(f"{run.name} is {run.status}, and only what is complete can be upgraded.", remedy)
+    step(f"Verifying {run.name} ...")
+    for check in verify(run):
+        if check.verdict == "failed":
+            told = f"{run.name} does not verify: {check.name}: {check.detail}."
+            raise RecordingDamaged(told, "Take it from a copy, or record it again: probe rerun.")
+    target = check_target(run, Path(output) if output is not None else place_beside(run.path))
+    _copy(run, target, step)
+    return Run(target)
+
+
+def check_target(run: Run, where: Path) -> Path:
+    """Return the path of the copy: named after the old recording's content, so that there is one copy of each."""
+    manifest = json.dumps(read_json(run.path, MANIFEST, MAX_MANIFEST), sort_keys=True)
+    key = hashlib.sha256(f"{FORMAT_VERSION}\n{manifest}".encode()).hexdigest()[:8]
+    target = where / f"{run.experiment.run_name}-{key}.zarr"
+    room = shutil.disk_usage(check_place(where)).free
+    size = sum((run.path / name).stat().st_size for name in files_of(run.path))
+    if size > room:
+        told = f"{run.name} has {size / 1e6:.0f} MB, and {room / 1e6:.0f} MB are free in {where}."
+        raise TooLarge(told, "Free some room, or name another disk: --output FOLDER.")
+    return target
+
+
+def _copy(run: Run, target: Path, step: Callable[[str], None]) -> None:
+    with storing(target), cleanly():
+        files.make_folders(target.parent, True)
+        lock = Lock(target)
+        lock.acquire()
+        try:
+            if os.path.lexists(target):
+                told = f"{run.name} was upgraded before: {target}."
+                raise RecordingBusy(told, "Read that one. To make it anew, remove it first: probe rm.")
+            hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{files.PARTIAL}")
+            try:
+                hidden.mkdir()
+                _fill(run, hidden, step)
+                files.sync_all(hidden)
+                hidden.rename(target)
+            except BaseException:
+                shutil.rmtree(hidden, ignore_errors=True)
+                raise
+            files.sync_folder(target.parent)
+        finally:
+            lock.release()
+
+
+def _fill(run: Run, hidden: Path, step: Callable[[str], None]) -> None:
+    """Copy every file, hold each against the manifest, and write the new attributes and manifest."""
+    written = read_json(run.path, MANIFEST, MAX_MANIFEST)
+    names = sorted(written.keys() - {"zarr.json"})
+    for number, name in enumerate(names, 1):
+        with breakable():
+            pass  # between two files is a good moment to stop
+        place = hidden / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if _copied(run.path, name, place) != written[name]:
+            raise refuse(run.path, f"{name} changed while it was copied")
+        if number % 1000 == 0:
+            step(f"Copied {number} of {len(names)} files")
+    for png in sorted(path.name for path in run.path.glob("*.png")):
+        content = read_file(run.path, png, no_longer(run.path, png, MAX_PICTURES))
+        if "digests" in run.attributes and not seal_holds(content):
+            raise refuse(run.path, f"{png} changed while it was copied")
+        (hidden / png).write_bytes(content)
+    root = read_root(run.path)
+    root["attributes"] = upgraded(run, root["attributes"])
+    (hidden / "zarr.json").write_text(json.dumps(root))
+    root["attributes"].pop("status")
+    own = hashlib.sha256(json.dumps(root, sort_keys=True).encode()).hexdigest()
+    (hidden / MANIFEST).write_text(json.dumps({**written, "zarr.json": own}, indent=0))
+
+
+def upgraded(run: Run, attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return attributes in the newest format. What this version does not know stays as it is."""
+    guided = run.attributes.experiment.guidance_scale > 1
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return {
+        **attributes,
+        "format_version": FORMAT_VERSION,
+        "format_status": FORMAT_STATUS,
+        "family": attributes.get("family", "sd"),
+        "guidance_rule": attributes.get("guidance_rule", "classifier_free" if guided else "none"),
+        "parent_run": run.name,
+        "upgraded": {"at": now, "from_format": run.attributes.format_version},
+    }
+
+
+def _copied(recording: Path, name: str, place: Path) -> str:
+    """Copy one file and return the SHA-256 of its content."""
+
+    def check(found: os.stat_result) -> None:
+        if is_hole(found):
+            raise refuse(recording, f"{name} is a hole of {found.st_size} bytes")
+
+    made = hashlib.sha256()
+    with opened(recording, name, check) as source, place.open("xb") as target:
+        for block in _blocks(source.read):
+            made.update(block)
+            target.write(block)
+    return made.hexdigest()
+
+
+def _blocks(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    while block := read(BLOCK):
+        yield block
+
+
+def _steps(progress: bool) -> Callable[[str], None]:
+    return (lambda line: tell(without_home(line))) if progress else (lambda _: None)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int:
+    """Copy a recording of an older format into a new one in the newest. It is verified first, and only read.
+
+    The new recording names the old one as its parent. A recording that does not verify is refused.
+    """
+    parser = Parser(prog="probe upgrade", description=main.__doc__)
+    add_run(parser)
+    parser.add_argument("--output", metavar="FOLDER", type=folder, help="write the new recording there [beside the old one]")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    options = parser.parse_args(arguments)
+    quieten(options.quiet)
+    run = open_run(options.run, options.runs)
+    made = upgrade(run, options.output, progress=not options.quiet)
+    if made is not run:
+        say(f"Upgraded to {without_home(str(made.path))}")
+    return 0
