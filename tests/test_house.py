@@ -27,12 +27,13 @@ MAX_LINES = 350
 # from nothing else in probe. Modules on one line do not know each other.
 LAYERS = [
     # below the torch line: what reads recordings, and what a viewer needs
-    ("probe.errors", "probe.conversions", "probe.words", "probe.stopping", "probe.reading", "probe.proof"),
+    ("probe.errors", "probe.conversions", "probe.words", "probe.stopping", "probe.reading", "probe.proof", "probe.testing"),
     ("probe.strict_yaml",),
     ("probe.system", "probe.output"),
     ("probe.reading.files",),
     ("probe.reading.archives",),
-    ("probe.schema",),
+    ("probe.schema", "probe.attributes"),
+    ("probe.dimensions",),
     ("probe.fields",),
     ("probe.source", "probe.arguments"),
     ("probe.experiment",),
@@ -49,7 +50,8 @@ LAYERS = [
     ("probe.reading.lazy", "probe.reading.attention"),
     ("probe.reading.recording",),
     ("probe.pictures", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),
-    ("probe.noising_sheet", "probe.proof.map_checks", "probe.proof.schema_checks"),
+    ("probe.noising_sheet", "probe.proof.map_checks", "probe.proof.schema_checks", "probe.proof.unknown"),
+    ("probe.testing.synthetic",),
     ("probe",),  # probe/__init__.py: the public reading API
     # ================= the torch line =================
     ("probe.diffusion", "probe.watching", "probe.running"),  # their docstrings
@@ -78,6 +80,7 @@ LAYERS = [
     ("probe.sweep",),
     # ================= the doors: torch only inside functions =================
     ("probe.run", "probe.verify"),
+    ("probe.upgrade", "probe.testing.conformance"),
     ("probe.noising",),
     ("probe.cli",),
     ("probe.__main__",),
