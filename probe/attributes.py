@@ -42,7 +42,7 @@ List = Annotated[list[Any], Field(max_length=100_000)]
 class Part(BaseModel):
     """Some attributes that belong together. All are strict; unknown ones are passed over."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", defer_build=True)
 
 
 class AskedFor(Part):
@@ -99,6 +99,8 @@ def _there(noising: Noising | None) -> Noising:
 
 class Attributes(Mapping[str, Any], Part):
     """The root attributes of a recording: typed by name, and as in the file by key."""
+
+    model_config = ConfigDict(defer_build=False)  # its parts are built within it
 
     format_version: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="version of this format")
     format_status: Text = Field("final", description="`draft` while this version may still change")

@@ -138,6 +138,8 @@ RESERVED: tuple[Reserved, ...] = (
         "/text/{encoder} (branch, feature)",
         "the pooled embedding that the model is given beside the tokens",
     ),
+    Reserved("variable", "parameters", "/cost (component)", "number of parameters of each component"),
+    Reserved("variable", "weight_bytes", "/cost (component)", "bytes of its weights, as they ran"),
     Reserved("dimension", "stream", "/unet and its groups", "of a joint block's output: picture, text"),
     Reserved("dimension", "draw", "a noising's groups", "draws of noise, which `image` counts until then"),
     Reserved("attribute", "family", "root", "the model's family: its parts, and how they are called"),

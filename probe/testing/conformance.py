@@ -34,7 +34,7 @@ from probe.verify import verify
 def stored_values(path: Path) -> dict[str, np.ndarray]:
     """Return every variable by its path, of the committed steps, as stock xarray reads it."""
     with xr.open_datatree(path, engine="zarr") as tree:
-        steps = np.flatnonzero(tree["committed"].values)
+        steps = np.flatnonzero(tree.dataset["committed"].values)
         found = {}
         for node in tree.subtree:
             for name, variable in node.to_dataset(inherit=False).variables.items():

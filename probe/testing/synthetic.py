@@ -134,14 +134,15 @@ class _Synthetic:
         """One blob a word in its place. *Shape:* (word, y, x)."""
         y, x = np.meshgrid(*(np.linspace(0, 1, n) for n in self.size), indexing="ij")
         centres = self.draw.random((len(self.words), 2, 1, 1))
-        return np.exp(-8 * ((y - centres[:, 0]) ** 2 + (x - centres[:, 1]) ** 2))
+        blobs: np.ndarray = np.exp(-8 * ((y - centres[:, 0]) ** 2 + (x - centres[:, 1]) ** 2))
+        return blobs
 
     @cached_property
     def clean(self) -> np.ndarray:
         """*Shape:* (image, channel, y, x)."""
         weights = self.draw.standard_normal((self.asked.images, 4, max(1, len(self.words))))
         blobs = self.blobs if len(self.words) else np.zeros((1, *self.size))
-        return np.einsum("icw,wyx->icyx", weights, blobs).astype(np.float32)
+        return np.asarray(np.einsum("icw,wyx->icyx", weights, blobs), np.float32)
 
     @cached_property
     def noise(self) -> np.ndarray:
@@ -153,7 +154,7 @@ class _Synthetic:
         signal = np.sqrt(self.alpha_bar)[:, None, None, None, None]
         mixed = signal * self.clean + np.sqrt(1 - signal**2) * self.noise
         colour = (np.moveaxis(mixed[:, :, :3], 2, -1) * 0.2 + 0.5).clip(0, 1) * 255
-        return colour.round().astype(np.uint8).repeat(F, 2).repeat(F, 3)
+        return np.asarray(colour.round(), np.uint8).repeat(F, 2).repeat(F, 3)
 
     def latents(self, step: int) -> dict[str, np.ndarray]:
         a = self.alpha_bar[step]
@@ -180,7 +181,7 @@ class _Synthetic:
         shape = (len(scores), len(self.branches), self.asked.images, layers, HEADS, *grid)
         spread = scores[:, None, None, None, None] * bends[None, None, None, :, :, None, None]
         shares = np.exp(np.broadcast_to(spread, shape))
-        return (shares / shares.sum(0)).astype(np.float32)
+        return np.asarray(shares / shares.sum(0), np.float32)
 
     def step(self, step: int) -> dict[str, np.ndarray]:
         """Return what is written at a step, by path."""
@@ -207,7 +208,7 @@ class _Synthetic:
         stored = [self.step(step) for step in steps]
         for group in self.grids:
             every = [values[f"{group}/cross"].astype(np.float32) for values in stored]
-            found[f"{group}/time_sum"] = np.sum(every, 0, dtype=np.float32)
+            found[f"{group}/time_sum"] = np.asarray(np.sum(every, 0, dtype=np.float32))
         for values in stored:
             parts = [values[f"{g}/cross"].astype(np.float32)[:, -1].mean((1, 3)).sum(1) for g in self.grids]
             overview.append(np.sum([resize(part, self.size) for part in parts], 0) / layers)
@@ -286,10 +287,8 @@ class _Synthetic:
         ids = np.arange(branches * POSITIONS).reshape(branches, POSITIONS)
         yield array(group, "token_id", value=ids)
         values = self.draw.standard_normal((3, branches, POSITIONS, FEATURES)).astype(np.float32)
-        told = {"recorded_dtype": "float32"}
-        yield array(group, "embedding", dtype="float32", value=values[0], **told)
-        yield array(group, "hidden", dtype="float32", value=values[1:], **told)
-        yield array(group, "output", dtype="float32", value=values[-1], **told)
+        for name, value in (("embedding", values[0]), ("hidden", values[1:]), ("output", values[-1])):
+            yield array(group, name, dtype="float32", value=value, recorded_dtype="float32")
         causal = np.tri(POSITIONS) / np.arange(1, POSITIONS + 1)[:, None]
         shape = (2, branches, HEADS, POSITIONS, POSITIONS)
         yield array(group, "attention", value=np.broadcast_to(causal, shape).astype(np.float16))
