@@ -15,6 +15,7 @@ import zarr
 from probe import dimensions, schema
 from probe.attributes import Attributes
 from probe.noising import record_noising
+from probe.proof.unknown import check_unknown
 from probe.reading.recording import Run
 from probe.running.recorder import record
 from probe.schema import SCHEMA, Variable, array
@@ -166,6 +167,14 @@ def parts(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     nodes = {node.path.strip("/"): node.to_dataset(inherit=False) for node in run.tree.subtree}
     sizes = {group: dict(data.sizes) for group, data in nodes.items()}
     return sizes, {group: {name: c.values for name, c in data.coords.items()} for group, data in nodes.items()}
+
+
+def test_new_recordings_say_their_format_family_and_rule(full: Run, modes: list[Run]) -> None:
+    for run in (full, *modes):
+        found = run.attributes
+        assert (found.format_version, found.format_status, found.family) == (2, "draft", "sd")
+        assert found.guidance_rule == ("none" if "noising" in found else "classifier_free")
+        assert check_unknown(run).verdict == "exact", "every attribute that is written is known"
 
 
 def test_the_relations_hold_in_what_is_recorded(full: Run, modes: list[Run]) -> None:

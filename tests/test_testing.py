@@ -16,6 +16,8 @@ import xarray as xr
 from probe.reading.recording import Run, open_run
 from probe.testing.conformance import ReaderConformance, WriterConformance, stored_values
 from probe.testing.synthetic import NOT_PROVEN, synthetic
+from probe.verify import verify
+from tests.recordings import with_its_digests
 
 
 class TestSynthetic(WriterConformance):
@@ -129,6 +131,24 @@ def test_a_reader_that_is_wrong_is_found(tmp_path: Path) -> None:
 
         (folder := tmp_path / f"{len(list(tmp_path.iterdir()))}").mkdir()
         assert expected <= run_tests(Wrong(), folder).keys()
+
+
+# --- what another version adds ---------------------------------------------------------------------------------------
+
+
+def test_what_another_version_adds_is_not_checked_and_nothing_fails_for_it(tmp_path: Path) -> None:
+    path = synthetic(tmp_path / "a.zarr", unknown=True)
+    edited(lambda root: root["attributes"].update(family="flux", guidance_rule="distilled"))(path)
+    checks = {check.name: check for check in verify(Run(with_its_digests(path)))}
+    assert {name for name, check in checks.items() if check.verdict == "failed"} <= set(NOT_PROVEN)
+    assert checks["unknown"].verdict == checks["guidance"].verdict == "not checked"
+    assert checks["guidance"].detail == "this version does not know the rule distilled"
+    for what in ("future/mystery", "the attribute of_the_future", "the family flux", "the guidance rule distilled"):
+        assert what in checks["unknown"].detail
+
+
+def test_nothing_is_said_where_all_is_known(tmp_path: Path) -> None:
+    assert "unknown" not in {check.name for check in verify(Run(synthetic(tmp_path / "a.zarr", steps=1)))}
 
 
 # --- the recordings --------------------------------------------------------------------------------------------------
