@@ -279,16 +279,16 @@ def _masks_of_no_word(run: Plan, caption: str) -> list[str]:
 
 
 def _model(asked: Noising, pipeline: Any | None, weights: bool = True) -> StableDiffusion:
+    from probe.diffusion.families import family_of, recordable
     from probe.diffusion.loading import load
-    from probe.diffusion.models import StableDiffusion
     from probe.diffusion.support import refuse_pictures
 
     kind = "DDPM"  # the one that keeps variance one and has every schedule: the model's own betas
     if pipeline is None:
         where: dict[str, Any] = {"revision": asked.revision, "variant": asked.variant, "dtype": asked.dtype, "device": asked.device}
-        model = load(asked.model, **where, weights=weights, scheduler=kind)
+        model = recordable(load(asked.model, **where, weights=weights, scheduler=kind))
     else:
-        model = pipeline.with_scheduler(kind, {}) if isinstance(pipeline, StableDiffusion) else StableDiffusion.of(pipeline, scheduler=kind)
+        model = recordable(family_of(pipeline, scheduler=kind))
     refuse_pictures(model.name, model.vae, asked.picture)
     return model
 

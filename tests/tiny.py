@@ -9,14 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WORDS = "a an the astronaut scuba diving cat hat on in and of".split()
 
 
+# Of the real models' UNets: base and Turbo, and the distilled SSD-1B, whose blocks differ from layer to layer.
+XL_UNETS: dict[str, dict[str, Any]] = {
+    "base": {"transformer_layers_per_block": (1, 1, 2)},
+    "turbo": {"transformer_layers_per_block": (1, 2, 2), "sample_size": 16},
+    "ssd-1b": {
+        "transformer_layers_per_block": (1, (2, 1), (1, 2)),
+        "reverse_transformer_layers_per_block": ((1, 1, 2), (2, 1, 1), 1),
+        "mid_block_type": "UNetMidBlock2D",
+        "layers_per_block": 2,
+    },
+}
+
+
 @functools.cache
-def tokenizer() -> CLIPTokenizer:
+def tokenizer(**special: str) -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer with merges for a dozen words; everything else falls to letters."""
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -33,7 +54,33 @@ def tokenizer() -> CLIPTokenizer:
         files = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         files[0].write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
         files[1].write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
-        return CLIPTokenizer(str(files[0]), str(files[1]), model_max_length=77)
+        return CLIPTokenizer(str(files[0]), str(files[1]), model_max_length=77, **special)
+
+
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=0.3,
+    )
+
+
+def text_config(words: CLIPTokenizer, width: int = 16, **more: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        **more,
+    )
 
 
 def pipeline(prediction_type: str = "epsilon", seed: int = 0, **unet_options: Any) -> StableDiffusionPipeline:
@@ -52,30 +99,46 @@ def pipeline(prediction_type: str = "epsilon", seed: int = 0, **unet_options: An
             **unet_options,
         }
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=32,
-        scaling_factor=0.3,
-    )
+    vae = autoencoder()
     words = tokenizer()
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-    )
+    text = CLIPTextModel(text_config(words))
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "prediction_type": prediction_type}
     scheduler = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **schedule)
     made = StableDiffusionPipeline(vae, text, words, unet, scheduler, None, None, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def xl_pipeline(shape: str = "base", prediction_type: str = "epsilon", zeros: bool = True, seed: int = 0) -> StableDiffusionXLPipeline:
+    """A random Stable Diffusion XL for 32 x 32 pixels (Turbo: 64 x 64), f = 4, of the `shape` of a real one."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "block_out_channels": (16, 16, 32),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (1, 2, 4),
+            "cross_attention_dim": 40,
+            "use_linear_projection": True,
+            "norm_num_groups": 8,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 12,
+            **XL_UNETS[shape],
+        }
+    )
+    first, second = tokenizer(), tokenizer(pad_token="!")
+    text = CLIPTextModel(text_config(first))
+    text_2 = CLIPTextModelWithProjection(text_config(second, 24, projection_dim=12, hidden_act="gelu"))
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "prediction_type": prediction_type}
+    turbo = shape == "turbo"
+    scheduler = (EulerAncestralDiscreteScheduler if turbo else EulerDiscreteScheduler)(
+        timestep_spacing="trailing" if turbo else "leading", **schedule
+    )
+    made = StableDiffusionXLPipeline(
+        autoencoder(), text, text_2, first, second, unet, scheduler, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+    )
     made.set_progress_bar_config(disable=True)
     return made

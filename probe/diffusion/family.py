@@ -103,6 +103,13 @@ class Family(Protocol):
     @property
     def revision(self) -> str | None: ...
     @property
+    def vocabulary(self) -> frozenset[str] | None:
+        """The only words that the model knows; None for a model of many words."""
+        ...
+
+    @property
+    def pipeline(self) -> Any | None: ...
+    @property
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
@@ -155,8 +162,16 @@ class Family(Protocol):
         """Tokenize a text for each text encoder, as the pipeline does."""
         ...
 
-    def encode_prompt(self, tokens: Tokens) -> dict[str, torch.Tensor]:
-        """Return the denoiser's arguments for one text: one row each."""
+    def read(self, text: str, over_long: OverLong = "error", rules: int = RULES) -> Prompt:
+        """Tokenize a text for the first text encoder."""
+        ...
+
+    def encode_prompt(self, tokens: Tokens, branch: str = COND) -> dict[str, torch.Tensor]:
+        """Return the denoiser's arguments for the text of a branch: one row each."""
+        ...
+
+    def check_reading(self, tokens: Mapping[str, Tokens]) -> None:
+        """Raise ModelError where the pipeline reads the texts, by branch, otherwise than we do."""
         ...
 
     def condition(self, prompt: str, negative_prompt: str = "", *, guided: bool = True, over_long: OverLong = "error") -> Conditioning:

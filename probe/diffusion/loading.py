@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 
+from probe.diffusion.families import FAMILIES, AnyFamily
 from probe.diffusion.model_configs import MOST_PARAMETERS, class_of, diffusers_config, text_config, words
-from probe.diffusion.model_files import ModelFolder, Weight, fill, fit
-from probe.diffusion.models import StableDiffusion
-from probe.diffusion.schedulers import another_scheduler, check_settings, is_supported, own_scheduler
-from probe.diffusion.single_file import CONFIGS, INDEX, SETTINGS, clip_tokenizer, config_folder, is_single_file, split
-from probe.diffusion.support import refuse_other_kinds, refuse_unet
+from probe.diffusion.model_files import TEXT, ModelFolder, Weight, fill, fit
+from probe.diffusion.schedulers import FORCED, another_scheduler, check_settings, is_supported, own_scheduler
+from probe.diffusion.single_file import CONFIGS, INDEX, SETTINGS, clip_tokenizer, config_folder, is_single_file, other_way, split
+from probe.diffusion.support import KINDS_OF, ORDINARY, XL, refuse_other_kinds, refuse_unet
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
 from probe.fields import from_home, place
 from probe.strict_yaml import first_line, printable, shorten, shown
 
-PARTS = ("unet", "vae", "text_encoder")
 WHOLE_MODEL = "Is it a whole diffusers directory?"
 BUNDLED = {"emojiworld": Path(__file__).parent.parent / "emojiworld"}
 
@@ -52,11 +51,11 @@ def load(
     weights: bool = True,
     scheduler: str = "default",
     options: Mapping[str, Any] | None = None,
-) -> StableDiffusion:
+) -> AnyFamily:
     """Load a bundled model, a local diffusers directory, a hub id or a single file. With `weights=False` the parts are on the meta device.
 
     `scheduler` and its `options` are an experiment's: the model's own scheduler need not be a supported one if another is
-    named. Raises ModelError when the model is missing, unsafe, not whole, or not a Stable Diffusion 1.x or 2.x model.
+    named. Raises ModelError when the model is missing, unsafe, not whole, or of no family.
     """
     what = _single_file(name, variant) if is_single_file(name) else _directory(name, revision, variant)
     target = torch.device("meta") if not weights else pick_device(device)
@@ -64,19 +63,22 @@ def load(
         on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         dtype = "float16" if on_cuda else "float32"
     kind = getattr(torch, dtype)
-    model = StableDiffusion(
+    family = FAMILIES.get(what.kind, FAMILIES[ORDINARY])
+    model: AnyFamily = family(
         name=from_home(name),
-        tokenizer=what.tokenizer,
+        **what.tokenizers,
         scheduler=None,
         revision=what.commit,
         vocabulary=words(what.folder.json("words.json"), what.folder.refuse) if (what.folder.path / "words.json").exists() else None,
-        **{part: _part(what, part, kind, target) for part in PARTS},
+        **{part: _part(what, part, kind, target) for part in what.configs},
+        **what.settings_of_pipeline,
     )
+    forced = {} if what.kind == XL else FORCED
     own = what.index.get("scheduler")
     if scheduler == "default" or is_supported(own):
-        return replace(model, scheduler=own_scheduler(name, own, what.settings)).with_scheduler(scheduler, options or {})
+        return replace(model, scheduler=own_scheduler(name, own, what.settings, forced)).with_scheduler(scheduler, options or {})
     check_settings(f"{name}: scheduler/scheduler_config.json", what.settings)
-    made = another_scheduler(name, scheduler, what.settings, shown(own), options or {}, latent=True)
+    made = another_scheduler(name, scheduler, what.settings, shown(own), options or {}, forced)
     return replace(model, scheduler=made).checked()
 
 
@@ -88,9 +90,24 @@ class _Description:
     index: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
     settings: Mapping[str, Any]
-    tokenizer: Any
+    tokenizers: Mapping[str, Any]
     commit: str | None
     weights: Callable[[str], Mapping[str, Weight]]
+
+    @property
+    def kind(self) -> str:
+        """The class of the pipeline that it is a model of."""
+        return str(self.index["_class_name"])
+
+    @property
+    def settings_of_pipeline(self) -> dict[str, bool]:
+        """What model_index.json says of the family as a whole."""
+        if self.kind != XL:
+            return {}
+        zeros = self.index.get("force_zeros_for_empty_prompt", True)
+        if not isinstance(zeros, bool):
+            raise self.folder.refuse(f"model_index.json: force_zeros_for_empty_prompt is {shown(zeros)}, not true or false.")
+        return {"zeros_for_empty": zeros}
 
 
 def _directory(name: str, revision: str | None, variant: str | None) -> _Description:
@@ -98,8 +115,7 @@ def _directory(name: str, revision: str | None, variant: str | None) -> _Descrip
     path, commit = _folder(name, revision, variant)
     folder = ModelFolder(path, name)
     index, configs, settings = _configs(folder)
-    tokenizer = read_tokenizer(folder, index, text_config(configs["text_encoder"], folder.refuse))
-    return _Description(folder, index, configs, settings, tokenizer, commit, lambda part: folder.weights(part, variant))
+    return _Description(folder, index, configs, settings, _tokenizers(folder, index, configs), commit, lambda part: folder.weights(part, variant))
 
 
 def _single_file(name: str, variant: str | None) -> _Description:
@@ -110,40 +126,53 @@ def _single_file(name: str, variant: str | None) -> _Description:
     if beside is not None:
         folder = ModelFolder(beside, name)
         index, configs, settings = _configs(folder)
-        tokenizer = read_tokenizer(folder, index, text_config(configs["text_encoder"], folder.refuse))
+        if index["_class_name"] == XL:
+            raise folder.refuse("a single file of Stable Diffusion XL is not read yet.", other_way(place(name), XL))
+        tokenizers = _tokenizers(folder, index, configs)
     else:
         folder = ModelFolder(place(name).parent / place(name).stem, name)  # not there: no words.json
         index, configs, settings = INDEX, CONFIGS, SETTINGS
-        tokenizers, inside = clip_tokenizer(name)
-        tokenizer = read_tokenizer(tokenizers, index, text_config(configs["text_encoder"], folder.refuse), inside)
+        clip, inside = clip_tokenizer(name)
+        tokenizers = {"tokenizer": read_tokenizer(clip, index, text_config(configs["text_encoder"], folder.refuse), inside)}
     parts: dict[str, dict[str, Weight]] = {}
 
     def weights(part: str) -> dict[str, Weight]:
         parts.update(parts or split(name, configs, beside is None))
         return parts[part]
 
-    return _Description(folder, index, configs, settings, tokenizer, None, weights)
+    return _Description(folder, index, configs, settings, tokenizers, None, weights)
 
 
 def _configs(folder: ModelFolder) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
     index = folder.json_object("model_index.json")
-    refuse_other_kinds(str(index.get("_class_name")))
-    configs = {part: folder.json_object(f"{part}/config.json") for part in PARTS}
+    kind = str(index.get("_class_name"))
+    refuse_other_kinds(kind)
+    configs = {part: folder.json_object(f"{part}/config.json") for part in KINDS_OF[kind]}
     return index, configs, folder.json_object("scheduler/scheduler_config.json")
+
+
+def _tokenizers(folder: ModelFolder, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the tokenizer of each text encoder, by its name in the folder."""
+    found = {}
+    for encoder in [part for part in configs if part in TEXT]:
+        part = encoder.replace("text_encoder", "tokenizer")
+        found[part] = read_tokenizer(folder, index, text_config(configs[encoder], folder.refuse, encoder), part=part)
+    return found
 
 
 def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device) -> Any:
     """Make one part on the meta device from its checked config, and give it its weights if the target is another device."""
     import diffusers
+    import transformers
     from diffusers.models.modeling_utils import no_init_weights
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     folder, config = what.folder, what.configs[part]
     name = class_of(part, what.index, config, folder.refuse)
     try:
         with torch.device("meta"), no_init_weights():
-            if part == "text_encoder":
-                made = CLIPTextModel._from_config(CLIPTextConfig(**text_config(config, folder.refuse)), attn_implementation="sdpa")
+            if part in TEXT:
+                settings = transformers.CLIPTextConfig(**text_config(config, folder.refuse, part))
+                made = getattr(transformers, name)._from_config(settings, attn_implementation="sdpa")
             else:
                 made = getattr(diffusers, name)(**diffusers_config(part, config, getattr(diffusers, name), folder.refuse))
     except (ModelError, MemoryError):
@@ -154,7 +183,7 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
     if (count := sum(weight.numel() for weight in made.parameters())) > MOST_PARAMETERS:
         raise folder.refuse(f"{part}/config.json makes {count} weights, and {MOST_PARAMETERS} is the most.")
     if part == "unet":
-        refuse_unet(folder.name, made)
+        refuse_unet(folder.name, made, "text_time" if what.kind == XL else None)
     if target.type == "meta":
         return torch.nn.Module.to(made, kind).eval()
     return fill(folder, part, made, fit(folder, part, what.weights(part), made), kind, target)
@@ -176,7 +205,8 @@ def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path,
 
     suffix = f".{variant}" if variant else ""
     weights = [f"{part}/{stem}{suffix}*.safetensors" for part in ("unet", "vae") for stem in ("diffusion_pytorch_model",)]
-    wanted = ["model_index.json", "*/*.json", "tokenizer/*", *weights, f"text_encoder/model{suffix}*.safetensors"]
+    texts = [f"{part}/model{suffix}*.safetensors" for part in TEXT]
+    wanted = ["model_index.json", "*/*.json", "tokenizer/*", "tokenizer_2/*", *weights, *texts]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as problem:

@@ -24,6 +24,7 @@ CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 # Code of their own, which is never run; and what diffusers writes itself for other classes, in an AutoencoderTiny's config.
@@ -98,16 +99,16 @@ def diffusers_config(part: str, config: Mapping[str, Any], kind: type[Any], refu
     return found
 
 
-def text_config(config: Mapping[str, Any], refuse: Refuse) -> dict[str, Any]:
+def text_config(config: Mapping[str, Any], refuse: Refuse, part: str = "text_encoder") -> dict[str, Any]:
     """Return what a CLIP text encoder is made from, each of its type and of sane size; attention is our choice."""
-    where = "text_encoder/config.json"
+    where = f"{part}/config.json"
     if config.get("quantization_config"):
         raise refuse(f"{where}: quantized weights are not supported.")
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if config.get(key) not in ATTENTION:
             raise refuse(f"{where}: {key} is {shown(config[key])}, and no code from elsewhere is run.")
     if (kind := config.get("model_type", "clip_text_model")) != "clip_text_model":
-        raise refuse(f"its text_encoder is of type {shown(kind)}, which is not supported.")
+        raise refuse(f"its {part} is of type {shown(kind)}, which is not supported.")
     found: dict[str, Any] = {}
     for key, most in TEXT_SIZES.items():
         if (value := config.get(key)) is None:

@@ -26,7 +26,7 @@ from probe.strict_yaml import first_line, shorten, shown
 AGAIN = "Fetch the model again."
 WHOLE = "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?"
 CONVERT = "Convert them once where you trust them: DiffusionPipeline.from_pretrained(...).save_pretrained(folder, safe_serialization=True)."
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 MOST_JSON, MOST_INDEX, MOST_HEADER = 1 << 20, 8 << 20, 8 << 20
 MOST_TENSORS, MOST_SHARDS = 50_000, 1000
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16,
@@ -34,7 +34,8 @@ BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32"
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys that mean the same: diffusers renamed the VAE's attention, transformers dropped a wrapper and a buffer.
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-WRAPPER, POSITIONS = "text_model.", "embeddings.position_ids"
+WRAPPER, POSITIONS, PROJECTION = "text_model.", "embeddings.position_ids", "text_projection."
+TEXT = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class ModelFolder:
         if single not in there and not sharded:
             raise self._no_weights(part, variant, there)
         # Where both are there, transformers prefers the one file, and diffusers the index.
-        alone = single in there and (part == "text_encoder" or not sharded)
+        alone = single in there and (part in TEXT or not sharded)
         files = [single] if alone else list(dict.fromkeys(sharded[0].values()))
         found: dict[str, Weight] = {}
         for file in files:
@@ -241,7 +242,7 @@ def fit(folder: ModelFolder, part: str, weights: Mapping[str, Weight], skeleton:
     found: dict[str, Weight] = {}
     for key, weight in weights.items():
         name = _renamed(part, key, wrapped)
-        if part == "text_encoder" and name.removeprefix(WRAPPER) == POSITIONS and name not in expected:
+        if part in TEXT and name.removeprefix(WRAPPER) == POSITIONS and name not in expected:
             continue
         if name in found:
             raise folder.refuse(f"{part}: {shown(key)} and {shown(found[name].key)} are the same tensor, written twice.")
@@ -263,8 +264,8 @@ def fit(folder: ModelFolder, part: str, weights: Mapping[str, Weight], skeleton:
 
 
 def _renamed(part: str, key: str, wrapped: str) -> str:
-    if part == "text_encoder":
-        return wrapped + key.removeprefix(WRAPPER)
+    if part in TEXT:
+        return key if key.startswith(PROJECTION) else wrapped + key.removeprefix(WRAPPER)
     if part == "vae" and (old := re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)):
         return f"{old[1]}.{ATTENTION[old[2]]}.{old[3]}"
     return key

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -87,6 +88,25 @@ def attention_layers(model: Family) -> dict[str, AttentionLayer]:
         if crossing is not None:
             found[path] = AttentionLayer("cross" if crossing else "self", module)
     return found
+
+
+def decoded(vae: Any, latents: torch.Tensor, unscaled: Callable[[torch.Tensor], torch.Tensor], upcast: bool = False) -> tuple[torch.Tensor, bool]:
+    """Decode latents to (image, rgb, y, x), about -1 to 1; and whether the VAE had to run again in float32.
+
+    The VAE overflows in float16 on some latents: these are decoded once more, never shown black. With `upcast`, a
+    float16 VAE runs in float32 in the first place.
+    """
+    half = vae.dtype == torch.float16
+    with torch.no_grad():
+        if not (half and upcast):
+            pixels = vae.decode(unscaled(latents), return_dict=False)[0]
+            if not half or bool(torch.isfinite(pixels).all()):
+                return pixels, False
+        vae.float()
+        try:
+            return vae.decode(unscaled(latents.float()), return_dict=False)[0], not upcast
+        finally:
+            vae.to(torch.float16)
 
 
 def decode(model: Family, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:

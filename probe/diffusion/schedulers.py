@@ -31,8 +31,11 @@ def is_supported(entry: Any) -> bool:
     return class_name(entry) in {kind for kind, _ in SCHEDULERS.values()}
 
 
-def own_scheduler(model: str, entry: Any, config: Mapping[str, Any]) -> Any:
-    """Make the scheduler that a model's folder names, as the pipeline would. Raises ModelError where it is not supported."""
+def own_scheduler(model: str, entry: Any, config: Mapping[str, Any], forced: Mapping[str, Any] = FORCED) -> Any:
+    """Make the scheduler that a model's folder names, as the pipeline would, with the settings that this one forces.
+
+    Raises ModelError where it is not supported.
+    """
     import diffusers
 
     name = class_name(entry)
@@ -47,7 +50,7 @@ def own_scheduler(model: str, entry: Any, config: Mapping[str, Any]) -> Any:
         made = kind.from_config(dict(config))
     except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, RuntimeError) as problem:
         raise ModelError(f"{model}: {kind.__name__} refuses its config: {_line(problem)}", ANOTHER) from problem
-    made.register_to_config(**{key: value for key, value in FORCED.items() if key in made.config})
+    made.register_to_config(**{key: value for key, value in forced.items() if key in made.config})
     return made
 
 
@@ -73,10 +76,12 @@ def check_settings(where: str, config: Mapping[str, Any]) -> None:
     )
 
 
-def another_scheduler(model: str, name: str, own: Mapping[str, Any], own_kind: type[Any] | str, options: Mapping[str, Any], latent: bool) -> Any:
+def another_scheduler(
+    model: str, name: str, own: Mapping[str, Any], own_kind: type[Any] | str, options: Mapping[str, Any], forced: Mapping[str, Any]
+) -> Any:
     """Make the scheduler `name` (`default`: of the model's own class) from the model's own settings plus `options`.
 
-    `latent` is whether the model works on latents. Raises ExperimentError for options that it has not, or refuses.
+    `forced` are the settings that the model's pipeline forces on any scheduler. Raises ExperimentError for options that it has not, or refuses.
     """
     import diffusers
 
@@ -99,8 +104,8 @@ def another_scheduler(model: str, name: str, own: Mapping[str, Any], own_kind: t
         # As diffusers' `from_config`: another class gets what was set here, but not this class's own defaults.
         drop = set() if name == "default" else set(own.get("_use_default_values", ()))
         config = {key: value for key, value in own.items() if key in known - drop}
-        forced = {key: value for key, value in FORCED.items() if key in known and name != "default" and latent}
-        return scheduler_class.from_config({**config, **forced, **extra, **options})
+        set_by_pipeline = {key: value for key, value in forced.items() if key in known and name != "default"}
+        return scheduler_class.from_config({**config, **set_by_pipeline, **extra, **options})
     except Exception as problem:  # whatever diffusers raises of an option of the wrong kind
         remedy = f"Change or leave out of scheduler_options: {', '.join(options)}." if options else ANOTHER
         raise ExperimentError(f"scheduler: {kind} refuses these options: {_line(problem)}", remedy) from problem

@@ -134,5 +134,5 @@ def clip_tokenizer(name: str) -> tuple[ModelFolder, str]:
     )
 
 
-def other_way(path: Path) -> str:
-    return f"In Python: pass StableDiffusionPipeline.from_single_file({path.name!r}) to probe.record(...) as pipeline."
+def other_way(path: Path, kind: str = "StableDiffusionPipeline") -> str:
+    return f"In Python: pass {kind}.from_single_file({path.name!r}) to probe.record(...) as pipeline."

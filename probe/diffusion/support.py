@@ -6,7 +6,7 @@ do not fit together, a UNet that wants more than a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,71 +29,84 @@ LATER = {
 ORDINARY = "StableDiffusionPipeline"
 # Pipelines of the same parts as the ordinary one: a folder of one is a model like any other.
 SAME_PARTS = (ORDINARY, "StableDiffusionImg2ImgPipeline")
-KINDS = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny"), "text_encoder": ("CLIPTextModel",)}
+XL = "StableDiffusionXLPipeline"
+KINDS: dict[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",),
+}
+XL_KINDS = {**KINDS, "vae": ("AutoencoderKL",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
+# The modules of a folder, and their classes, by the class of the pipeline that it names.
+KINDS_OF = {**dict.fromkeys(SAME_PARTS, KINDS), XL: XL_KINDS}
+Kinds = Mapping[str, tuple[str, ...]]
 PIPELINE = "Load the pipeline whole: StableDiffusionPipeline.from_pretrained(...)."
 
 
-def refuse_other_pipelines(pipeline: Any) -> None:
-    """Raises ModelError for a pipeline in memory that is not a StableDiffusionPipeline."""
+def refuse_other_pipelines(pipeline: Any, wanted: str = ORDINARY) -> None:
+    """Raises ModelError for a pipeline in memory that is not of the `wanted` class."""
     kind = type(pipeline).__name__
-    if kind == ORDINARY:
+    if kind == wanted:
         return
     if kind == "StableDiffusionImg2ImgPipeline":
         cause = f"A {kind} is recorded as an ordinary pipeline that is given a picture."
         raise ModelError(cause, f"Pass {ORDINARY}.from_pipe(pipeline), and name the picture in the experiment: image: FILE.")
     if not hasattr(pipeline, "unet") and not hasattr(pipeline, "components"):
         raise ModelError(f"pipeline: {kind} is not a pipeline of diffusers.", PIPELINE)
+    if kind in KINDS_OF:
+        raise ModelError(f"A {kind} is no {wanted}.", "Use probe.diffusion.families.family_of(pipeline): it knows both.")
     refuse_other_kinds(kind)
 
 
 def refuse_other_kinds(kind: str) -> None:
-    """Raises ModelError for the name of a pipeline's class whose parts are not those of Stable Diffusion 1.x and 2.x."""
-    if kind in SAME_PARTS:
+    """Raises ModelError for the name of a pipeline's class whose parts are of no family."""
+    if kind in KINDS_OF:
         return
     kind = shorten(printable(kind))
     named = next((label for part, label in LATER.items() if part in kind), kind)
     raise ModelError(f"{named} ({kind}) is not supported yet.", SUPPORTED)
 
 
-def refuse_unsupported(name: str, parts: Mapping[str, Any], *, pixels: bool = False) -> None:
+def refuse_unsupported(name: str, parts: Mapping[str, Any], *, kinds: Kinds = KINDS, pixels: bool = False) -> None:
     """Raises ModelError for parts that are missing, of another kind, do not fit together, or want more than a prompt.
 
-    A model of `pixels` has no VAE.
+    `kinds` are the classes of each module of the family. A model of `pixels` has no VAE.
     """
     for part, value in parts.items():
         if value is None and not (pixels and part == "vae"):
             raise ModelError(f"{name}: the pipeline has no {part}.", PIPELINE)
-    modules = {part: value for part, value in parts.items() if part != "tokenizer" and value is not None}
-    _refuse_kinds(name, modules)
-    refuse_unet(name, parts["unet"])
-    _refuse_widths(name, parts)
-    _refuse_tokenizer(name, parts["tokenizer"], parts["text_encoder"])
+    modules = {part: parts[part] for part in kinds if parts[part] is not None}
+    encoders = [part for part in modules if part.startswith("text_encoder")]
+    _refuse_kinds(name, modules, kinds)
+    refuse_unet(name, parts["unet"], "text_time" if kinds is XL_KINDS else None)
+    _refuse_widths(name, modules, [modules[part] for part in encoders])
+    for part in encoders:
+        _refuse_tokenizer(name, part.replace("text_encoder", "tokenizer"), parts, modules[part])
     _refuse_mixtures(name, modules)
     for part, module in modules.items():
         if module.training and _drops(module):
             raise ModelError(f"{name}: {part} is in training mode and drops values at random.", f"Call pipeline.{part}.eval().")
 
 
-def _refuse_kinds(name: str, modules: Mapping[str, Any]) -> None:
+def _refuse_kinds(name: str, modules: Mapping[str, Any], kinds: Kinds) -> None:
     import diffusers
     import transformers
 
     for part, module in modules.items():
         module = getattr(module, "_orig_mod", module)  # a compiled one is refused by name where hooks are looked for
-        named = KINDS[part]
-        library = transformers if part == "text_encoder" else diffusers
+        named = kinds[part]
+        library = transformers if part.startswith("text_encoder") else diffusers
         if not isinstance(module, tuple(getattr(library, kind) for kind in named)):
             raise ModelError(f"{name}: its {part} is a {type(module).__name__}, which is not supported.", f"A {' or '.join(named)} is.")
 
 
-def refuse_unet(name: str, unet: Any) -> None:
-    """Raises ModelError for a UNet that wants more than a prompt; it may be without weights."""
+def refuse_unet(name: str, unet: Any, added: str | None = None) -> None:
+    """Raises ModelError for a UNet that wants more than a prompt and the conditions `added`; it may be without weights."""
     config = unet.config
     problem, remedy = "", SUPPORTED
     if config.get("time_cond_proj_dim") is not None:
         problem = "a UNet that takes the guidance scale as an input (a distilled LCM)"
-    elif config.get("addition_embed_type") is not None:
-        problem = "a UNet with added conditions (SDXL)"
+    elif config.get("addition_embed_type") != added:
+        problem = "a UNet with added conditions (SDXL)" if added is None else "a UNet without SDXL's added conditions"
     elif int(config.in_channels) != int(config.out_channels):
         problem = "a UNet with extra input channels (inpainting or depth)"
     elif getattr(unet, "class_embedding", None) is not None:
@@ -109,12 +122,19 @@ def refuse_unet(name: str, unet: Any) -> None:
         raise ModelError(f"{name}: {problem} is not supported yet.", remedy)
 
 
-def _refuse_widths(name: str, parts: Mapping[str, Any]) -> None:
-    unet, vae, text = (parts[part] if parts[part] is None else parts[part].config for part in ("unet", "vae", "text_encoder"))
-    wanted, width = unet.cross_attention_dim, text.hidden_size
+def _refuse_widths(name: str, modules: Mapping[str, Any], encoders: Sequence[Any]) -> None:
+    unet, vae = (modules[part].config if part in modules else None for part in ("unet", "vae"))
+    assert unet is not None
+    wanted, width = unet.cross_attention_dim, sum(encoder.config.hidden_size for encoder in encoders)
+    makes = "its text encoder makes" if len(encoders) == 1 else "its text encoders make"
     if not isinstance(wanted, int) or wanted != width:
-        cause = f"{name}: its UNet reads text of width {shown(wanted)}, and its text encoder makes {width}."
+        cause = f"{name}: its UNet reads text of width {shown(wanted)}, and {makes} {width}."
         raise ModelError(cause, "Bring the two that belong together.")
+    if unet.get("addition_embed_type") == "text_time":
+        told, takes = 6 * unet.addition_time_embed_dim + encoders[-1].config.projection_dim, unet.projection_class_embeddings_input_dim
+        if told != takes:
+            cause = f"{name}: its UNet takes {shown(takes)} numbers of sizes and pooled text, and its text encoders make {told}."
+            raise ModelError(cause, "Bring the two that belong together.")
     if vae is not None and int(vae.latent_channels) != int(unet.in_channels):
         cause = f"{name}: its VAE has latents of {vae.latent_channels} channels, and its UNet {unet.in_channels}."
         raise ModelError(cause, "Bring the two that belong together.")
@@ -134,30 +154,31 @@ def _is_size(size: Any) -> bool:
     return isinstance(sides, list | tuple) and len(sides) in (1, 2) and all(isinstance(side, int) and side > 0 for side in sides)
 
 
-def _refuse_tokenizer(name: str, tokenizer: Any, text_encoder: Any) -> None:
+def _refuse_tokenizer(name: str, part: str, parts: Mapping[str, Any], text_encoder: Any) -> None:
     from transformers import CLIPTokenizer
 
+    tokenizer = parts[part]
     if not isinstance(tokenizer, CLIPTokenizer) or not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{name}: its tokenizer is a {type(tokenizer).__name__}, which is not supported.", "A CLIPTokenizer is.")
+        raise ModelError(f"{name}: its {part} is a {type(tokenizer).__name__}, which is not supported.", "A CLIPTokenizer is.")
     most, length = int(text_encoder.config.max_position_embeddings), tokenizer.model_max_length
     if length > 10**9:  # transformers' way to say that it does not know; the pipeline itself fails then
         raise ModelError(
-            f"{name}: its tokenizer does not say how many tokens a prompt has (model_max_length).",
-            f"Set pipeline.tokenizer.model_max_length = {most}.",
+            f"{name}: its {part} does not say how many tokens a prompt has (model_max_length).",
+            f"Set pipeline.{part}.model_max_length = {most}.",
         )
     if not 3 <= length <= most:
         raise ModelError(
-            f"{name}: its tokenizer makes prompts of {length} tokens, and its text encoder takes 3 to {most}.",
-            f"Set pipeline.tokenizer.model_max_length = {most}.",
+            f"{name}: its {part} makes prompts of {length} tokens, and its text encoder takes 3 to {most}.",
+            f"Set pipeline.{part}.model_max_length = {most}.",
         )
     if tokenizer.padding_side != "right" or tokenizer.truncation_side != "right":
-        raise ModelError(f"{name}: its tokenizer pads or cuts prompts on the left, which is not supported.", 'Set its padding_side = "right".')
+        raise ModelError(f"{name}: its {part} pads or cuts prompts on the left, which is not supported.", 'Set its padding_side = "right".')
     known = int(text_encoder.config.vocab_size)
     special = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id, "pad_token": tokenizer.pad_token_id}
     for token, number in special.items():
         if number is None or not 0 <= number < known:
             raise ModelError(
-                f"{name}: its tokenizer's {token} is number {number}, and its text encoder knows {known}.", "Bring the two that belong together."
+                f"{name}: its {part}'s {token} is number {number}, and its text encoder knows {known}.", "Bring the two that belong together."
             )
 
 

@@ -31,17 +31,20 @@ KINDS = {
 LONGEST = 10**9  # transformers writes 1e30 where it does not know how long a prompt may be
 
 
-def read_tokenizer(folder: ModelFolder, index: Mapping[str, Any], encoder: Mapping[str, Any], inside: str = "tokenizer") -> Any:
+def read_tokenizer(
+    folder: ModelFolder, index: Mapping[str, Any], encoder: Mapping[str, Any], inside: str | None = None, part: str = "tokenizer"
+) -> Any:
     """Make the tokenizer of a model's folder. Without a length of its own it has that of the text encoder's config.
 
     Raises ModelError where its files are missing, too large, not plain, or make no CLIP tokenizer.
     """
     from transformers import CLIPTokenizer
 
+    inside = part if inside is None else inside
     there = folder.files(inside)
-    entry = index.get("tokenizer", [None, "CLIPTokenizer"])
+    entry = index.get(part, [None, "CLIPTokenizer"])
     if not (isinstance(entry, list) and entry and entry[-1] in CLASSES["tokenizer"]):
-        raise folder.refuse(f"its tokenizer is {shown(entry)}, which is not supported.", "A CLIPTokenizer is.")
+        raise folder.refuse(f"its {part} is {shown(entry)}, which is not supported.", "A CLIPTokenizer is.")
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= set(there):
         raise folder.refuse(f"{inside}/ has neither tokenizer.json, nor vocab.json and merges.txt.", "Fetch the model again, whole.")
     settings = folder.json_object(f"{inside}/tokenizer_config.json") if "tokenizer_config.json" in there else {}
@@ -69,20 +72,18 @@ def read_tokenizer(folder: ModelFolder, index: Mapping[str, Any], encoder: Mappi
         made = CLIPTokenizer._from_pretrained(files, str(folder.path / inside), kept, local_files_only=True, _is_local=True)
         largest, known = max(made.get_vocab().values(), default=0), int(encoder.get("vocab_size") or 49408)
         if largest >= known:
-            raise folder.refuse(
-                f"tokenizer/ has a token number {largest}, and the text encoder knows {known}.", "Bring the two that belong together."
-            )
+            raise folder.refuse(f"{part}/ has a token number {largest}, and the text encoder knows {known}.", "Bring the two that belong together.")
         return made
     except ModelError:
         raise
     except Exception as problem:
-        raise _no_tokenizer(folder, problem) from problem
+        raise _no_tokenizer(folder, part, problem) from problem
     except BaseException as problem:
         if type(problem).__name__ != "PanicException":  # of the tokenizers library, in Rust
             raise
-        raise _no_tokenizer(folder, problem) from problem
+        raise _no_tokenizer(folder, part, problem) from problem
 
 
-def _no_tokenizer(folder: ModelFolder, problem: BaseException) -> Exception:
+def _no_tokenizer(folder: ModelFolder, part: str, problem: BaseException) -> Exception:
     why = shorten(printable(first_line(problem)))
-    return folder.refuse(f"tokenizer/ holds no CLIP tokenizer: {why}", WHOLE_MODEL)
+    return folder.refuse(f"{part}/ holds no CLIP tokenizer: {why}", WHOLE_MODEL)

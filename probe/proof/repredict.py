@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from probe.analysis.maps import probabilities
+from probe.diffusion.families import family_of, recordable
 from probe.diffusion.family import TEXT, Conditioning, Predictions
 from probe.diffusion.loading import load, pick_device
 from probe.diffusion.models import StableDiffusion, to_uint8
@@ -60,10 +61,8 @@ def model_of(run: Run, pipeline: Any | None = None) -> StableDiffusion:
         revision = run.attributes["model"].get("revision") or asked.revision
         dtype = str(run_dtype(run)).removeprefix("torch.")
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": device}
-        return load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
-    if isinstance(pipeline, StableDiffusion):
-        return pipeline.with_scheduler(asked.scheduler, asked.scheduler_options)
-    return StableDiffusion.of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
+        return recordable(load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options))
+    return recordable(family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options))
 
 
 def check_model(run: Run, model: StableDiffusion, steps: Sequence[int]) -> Iterator[Check]:

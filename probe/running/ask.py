@@ -18,6 +18,7 @@ import xarray as xr
 
 from probe.analysis.maps import resize
 from probe.analysis.recomputed import recomputed
+from probe.diffusion.families import family_of, recordable
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.prompts import Prompt
@@ -89,11 +90,11 @@ def _read(run: Run, context: str, pipeline: Any | None) -> tuple[StableDiffusion
         raise RecordingNotFound(f"{run.name} holds no queries of the cond branch.", "Record with capture.branches: cond or both.")
     asked = run.experiment
     if pipeline is not None:
-        model = StableDiffusion.of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
+        model = recordable(family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options))
     else:
         revision = run.attributes["model"]["revision"] or asked.revision  # a name like main may have moved on since
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": run.attributes["model"]["dtype"], "device": "cpu"}
-        model = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
+        model = recordable(load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options))
     if model.digest() != run.attributes["model"]["weights"]:
         raise ModelError(f"{run.name} was recorded with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
     return model, model.read(context, asked.over_long)

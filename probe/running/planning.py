@@ -147,7 +147,7 @@ def plan(
             f"height, width: {model.name} cannot run on {y} x {x} pixels ({first_line(problem)[:120]}).",
             f"Use multiples of {model.f * 2 ** (len(model.unet.config.down_block_types) - 1)}.",
         ) from problem
-    model.check_reading(prompts)
+    model.check_reading({branch: {ENCODER: prompt} for branch, prompt in prompts.items()})
     layers = attention_layers(rehearsal.grids, capture.layers) if capture.attention != "off" else {}
     selves = attention_layers(rehearsal.self_grids, capture.self_attention, "self_attention")
     kept = Kept(tokens - 1 if capture.tokens == "all" or capture.attention == "queries" else max(prompts[b].end for b in branches), tokens)

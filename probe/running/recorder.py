@@ -25,6 +25,7 @@ import torch
 from probe import pictures
 from probe.arguments import check_options, told
 from probe.conversions import clipping, clipping_text
+from probe.diffusion.families import family_of, recordable
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.support import refuse_pictures
@@ -216,11 +217,9 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run |
         if recorded is not None:
             revision, dtype = recorded.attributes["model"].get("revision") or revision, recorded.said("model", "dtype")
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": asked.device}
-        model = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
-    elif isinstance(pipeline, StableDiffusion):
-        model = pipeline.with_scheduler(asked.scheduler, asked.scheduler_options)
+        model = recordable(load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options))
     else:
-        model = StableDiffusion.of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
+        model = recordable(family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options))
     if pipeline is not None:
         refuse_contradiction(asked.dtype, asked.device, model, recorded)
     refuse_pictures(model.name, model.vae, asked.image)

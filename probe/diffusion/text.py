@@ -1,0 +1,116 @@
+"""How a pipeline reads a prompt, for every family: its tokenizers, its conversions, and the proof that ours is the same."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+
+from probe.diffusion.family import COND, Arguments, Family, Tokens
+from probe.diffusion.prompts import Convert, OverLong, Prompt, read_prompt, words_to_know
+from probe.errors import ModelError, PromptError
+from probe.words import RULES
+
+UNDO = "Undo what was changed in its tokenizer or text encoder (prompt weights, clip skip, dropout), or load the pipeline anew."
+LOAD_TOGETHER = "Load tokenizer and text encoder of one model; textual inversion, with pipeline.load_textual_inversion."
+
+
+def read(model: Family, encoder: str, text: str, over_long: OverLong = "error", rules: int = RULES) -> Prompt:
+    """Tokenize a text for one of a model's text encoders, as its pipeline does.
+
+    Raise PromptError for a text that is too long or has words that the model never saw, and ModelError for a token
+    that the text encoder has no embedding of.
+    """
+    module, tokenizer = model.text_encoders()[encoder]
+    known = model.vocabulary
+    if known is not None:
+        unknown = [word for word in words_to_know(text, tokenizer) if word not in known]
+        if unknown:
+            raise PromptError(
+                f"{model.name} never saw {', '.join(map(repr, unknown))} in its training.",
+                f"Its words: {' '.join(sorted(known))}. Another model (model: ...) knows more.",
+            )
+    prompt = read_prompt(tokenizer, text, over_long, _converter(model.pipeline), rules)
+    position = int(prompt.ids.argmax())
+    if int(prompt.ids[0, position]) >= module.get_input_embeddings().num_embeddings:
+        raise ModelError(
+            f"{model.name}: its tokenizer has the token {prompt.tokens[position]!r}, and its text encoder no embedding of it.",
+            LOAD_TOGETHER,
+        )
+    return prompt
+
+
+def _converter(pipeline: Any | None) -> Convert:
+    """Return the pipeline's own conversion: textual inversion writes a word once for each of its vectors."""
+    from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+
+    return cast(Convert, (pipeline or TextualInversionLoaderMixin()).maybe_convert_prompt)
+
+
+Theirs = Callable[[Any, Mapping[str, Prompt]], Mapping[str, Arguments]]
+
+
+def check_reading(model: Family, tokens: Mapping[str, Tokens], theirs: Theirs) -> None:
+    """Hold our arguments of prompts, by branch, against those of the pipeline that the model is part of, if any.
+
+    `theirs` asks the pipeline, given the prompts by branch. Raise ModelError if a bit differs: the pipeline then
+    reads text in a way of its own. Prompts that were read by the first rules are not compared.
+    """
+    pipeline, prompts = model.pipeline, {branch: next(iter(of.values())) for branch, of in tokens.items()}
+    if pipeline is None or model.device.type == "meta" or prompts[COND].rules != RULES:
+        return
+    for name, (encoder, tokenizer) in model.text_encoders().items():
+        own = name.replace("text_encoder", "tokenizer")
+        if getattr(pipeline, name) is not encoder or getattr(pipeline, own) is not tokenizer:
+            return
+    devices = [model.device] if model.device.type == "cuda" else []
+    cut = any(prompt.cut for prompt in prompts.values())
+    with torch.no_grad(), torch.random.fork_rng(devices), _hushed(cut):
+        try:
+            wanted = theirs(pipeline, prompts)
+        except (TypeError, ValueError, AttributeError, LookupError) as problem:
+            cause = f"{model.name}: its own encode_prompt fails ({type(problem).__name__}: {problem})."
+            raise ModelError(cause, UNDO) from problem
+        for branch, read_as in tokens.items():
+            ours = model.encode_prompt(read_as, branch)
+            if not all(_same(ours[name], value) for name, value in wanted[branch].items()):
+                which = "prompt" if branch == COND else "negative prompt"
+                raise ModelError(
+                    f"{model.name}: the pipeline makes another embedding of the {which} than its tokenizer and text encoder do here.",
+                    UNDO,
+                )
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    if ours.shape != theirs.shape:
+        return False
+    return torch.allclose(ours, theirs.to(ours.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@contextlib.contextmanager
+def _hushed(hush: bool) -> Iterator[None]:
+    """Silence what the libraries say of a prompt that is too long: it is said already, in the experiment's words."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers") if hush]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def refuse_other_readers(pipeline: Any, kind: type[Any]) -> None:
+    """Raise ModelError for a pipeline whose `encode_prompt` is not that of its class: it reads in an unknown way."""
+    own = getattr(pipeline.encode_prompt, "__func__", pipeline.encode_prompt)
+    if own is not kind.encode_prompt:
+        named = f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', '')}"
+        where = named if hasattr(own, "__qualname__") else type(own).__name__
+        raise ModelError(
+            f"{type(pipeline).__name__}: its encode_prompt was replaced (by {where}), so it reads prompts in a way of its own.",
+            f"Give a {kind.__name__} with diffusers' own encode_prompt.",
+        )
