@@ -24,7 +24,7 @@ from probe.watching import hooks
 
 HAT = "An astronaut's hat, scuba diving zebra!"
 PARTS = ("unet", "vae", "text_encoder")
-ONE_OF_OURS = "Stable Diffusion 1.x and 2.x text-to-image models are."
+ONE_OF_OURS = "Stable Diffusion 1.x, 2.x and XL text-to-image models are."
 WHOLE = "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?"
 
 
@@ -270,7 +270,7 @@ def test_weights_of_another_shape(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "named"),
     [
-        ("StableDiffusionXLPipeline", "SDXL"),
+        ("StableDiffusionXLImg2ImgPipeline", "SDXL"),
         ("StableDiffusionXLInpaintPipeline", "SDXL"),
         ("StableDiffusion3Pipeline", "SD 3"),
         ("StableDiffusionInpaintPipeline", "inpainting"),

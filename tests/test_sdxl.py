@@ -5,6 +5,7 @@ Every pair of settings is met in a covering array; the whole product runs with `
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from originals import original
+from safetensors.torch import save_file
 
 from probe.diffusion.loading import load
 from probe.diffusion.sampling import Step, denoise
@@ -26,6 +29,7 @@ from probe.errors import ModelError
 from probe.fields import SCHEDULERS
 from probe.noising import record_noising
 from probe.running.recorder import record
+from probe.watching.rehearsal import rehearse
 
 # A scheduler whose class clips by default: this pipeline says so and leaves it.
 pytestmark = pytest.mark.filterwarnings("ignore:(?s)The configuration file of this scheduler.*clip_sample:FutureWarning")
@@ -251,6 +255,16 @@ def test_attention_layers_are_those_of_the_unet() -> None:
     assert not any(path.startswith("mid_block") for path in layers), "SSD-1B has none there"
 
 
+def test_a_rehearsal_sees_every_component_and_layer() -> None:
+    model = StableDiffusionXL.of(base("ssd-1b"))
+    found = rehearse(model, model.latent_shape(2, 32, 48), branches=2, tokens=77)
+    assert list(found.flops) == ["text_encoder", "text_encoder_2", "unet", "vae"] and all(found.flops.values())
+    assert {*found.grids, *found.self_grids} == model.attention_layers().keys() == found.heads.keys()
+    assert set(found.grids.values()) == {(4, 6), (2, 3)}
+    assert found.outputs["unet.conv_out"] == (4, 4, 8, 12)
+    assert found.outputs["text_encoder_2.text_projection"] == (1, 12)
+
+
 def drop_second(pipeline: Any) -> None:
     pipeline.text_encoder_2 = None
 
@@ -271,11 +285,18 @@ def other_width(pipeline: Any) -> None:
     pipeline.register_modules(unet=tiny.pipeline(cross_attention_dim=40).unet)
 
 
+def short_second(pipeline: Any) -> None:
+    shorter = copy.deepcopy(pipeline.tokenizer_2)
+    shorter.model_max_length = 70
+    pipeline.register_modules(tokenizer_2=shorter)
+
+
 WRONG: dict[str, Callable[[Any], None]] = {
     "the pipeline has no text_encoder_2.": drop_second,
     "its text_encoder_2 is a CLIPTextModel, which is not supported.": other_second,
     "its parts are of different number formats: unet float32, vae float32, text_encoder float32, text_encoder_2 float16.": half_second,
     "its encode_prompt was replaced": replaced,
+    "its tokenizers make prompts of 77 and 70 tokens.": short_second,
     "a UNet without SDXL's added conditions is not supported yet.": other_width,
 }
 
@@ -360,6 +381,25 @@ def test_a_part_that_is_missing_from_a_folder_is_named(part: str, saved: dict[st
     shutil.rmtree(tmp_path / "copy" / part)
     with pytest.raises(ModelError, match=f"{part}/(config.json)? ?is missing"):
         load(str(tmp_path / "copy"), device="cpu")
+
+
+def test_a_single_file_is_the_same_model(saved: dict[str, Path], tmp_path: Path) -> None:
+    """In the original layout, with the configs and the tokenizers of its diffusers directory beside it."""
+    shutil.copytree(saved["base"], tmp_path / "xl", ignore=shutil.ignore_patterns("*.safetensors"))
+    held = original(base())
+    save_file(held, tmp_path / "xl.safetensors")
+    model = load(str(tmp_path / "xl.safetensors"), device="cpu")
+    assert isinstance(model, StableDiffusionXL) and model.digest() == StableDiffusionXL.of(base()).digest()
+    key = "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"
+    save_file({**held, key: held[key][:-1]}, tmp_path / "xl.safetensors")
+    with pytest.raises(
+        ModelError, match=r"text_encoder_2: .*v_proj\.weight has shape \(23, 24\), and text_encoder_2/config\.json makes it \(24, 24\)"
+    ):
+        load(str(tmp_path / "xl.safetensors"), device="cpu")
+    shutil.rmtree(tmp_path / "xl")
+    with pytest.raises(ModelError, match="this file is of Stable Diffusion XL") as caught:
+        load(str(tmp_path / "xl.safetensors"), device="cpu")
+    assert "Put its configs and tokenizers" in caught.value.remedy
 
 
 WRONG_FILES: dict[str, tuple[str, str, Any]] = {

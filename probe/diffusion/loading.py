@@ -18,7 +18,7 @@ from probe.diffusion.families import FAMILIES, AnyFamily
 from probe.diffusion.model_configs import MOST_PARAMETERS, class_of, diffusers_config, text_config, words
 from probe.diffusion.model_files import TEXT, ModelFolder, Weight, fill, fit
 from probe.diffusion.schedulers import FORCED, another_scheduler, check_settings, is_supported, own_scheduler
-from probe.diffusion.single_file import CONFIGS, INDEX, SETTINGS, clip_tokenizer, config_folder, is_single_file, other_way, split
+from probe.diffusion.single_file import CONFIGS, INDEX, SETTINGS, clip_tokenizer, config_folder, is_single_file, refuse_larger, split
 from probe.diffusion.support import KINDS_OF, ORDINARY, XL, refuse_other_kinds, refuse_unet
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
@@ -126,12 +126,11 @@ def _single_file(name: str, variant: str | None) -> _Description:
     if beside is not None:
         folder = ModelFolder(beside, name)
         index, configs, settings = _configs(folder)
-        if index["_class_name"] == XL:
-            raise folder.refuse("a single file of Stable Diffusion XL is not read yet.", other_way(place(name), XL))
         tokenizers = _tokenizers(folder, index, configs)
     else:
         folder = ModelFolder(place(name).parent / place(name).stem, name)  # not there: no words.json
         index, configs, settings = INDEX, CONFIGS, SETTINGS
+        refuse_larger(name)
         clip, inside = clip_tokenizer(name)
         tokenizers = {"tokenizer": read_tokenizer(clip, index, text_config(configs["text_encoder"], folder.refuse), inside)}
     parts: dict[str, dict[str, Weight]] = {}

@@ -40,16 +40,39 @@ TEXT = ("text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor in a safetensors file, of which only the header was read. `key` is its name in that file."""
+    """A tensor in a safetensors file, of which only the header was read. `key` is its name in that file.
+
+    diffusers' tables for old layouts take it for a tensor: they ask for some of its rows (queries, keys and values that lie
+    in one), for it turned around, or for a convolution of one pixel as a matrix.
+    """
 
     path: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
+    rows: tuple[int, int] | None = None
+    turned: bool = False
 
-    def __getitem__(self, _: Any) -> Weight:
-        """Return a convolution of one pixel as a matrix; diffusers' tables for old layouts ask for it by an index."""
+    def __getitem__(self, index: Any) -> Weight:
+        rows = index[0] if isinstance(index, tuple) else index
+        if isinstance(rows, slice) and rows != slice(None):
+            start, stop, _ = rows.indices(self.shape[0])
+            return replace(self, shape=(max(stop - start, 0), *self.shape[1:]), rows=(start, stop))
         return replace(self, shape=self.shape[:2])
+
+    @property
+    def T(self) -> Weight:
+        return replace(self, shape=self.shape[::-1], turned=True)
+
+    def clone(self) -> Weight:
+        return self
+
+    contiguous = detach = clone
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return what is meant of the tensor in the file."""
+        part = whole if self.rows is None else whole[slice(*self.rows)]
+        return (part.T if self.turned else part).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -287,9 +310,7 @@ def fill(folder: ModelFolder, part: str, skeleton: torch.nn.Module, weights: Map
     try:
         for path in dict.fromkeys(weight.path for weight in weights.values()):
             with safe_open(path, "pt") as opened:
-                tensors |= {
-                    name: opened.get_tensor(w.key).reshape(w.shape).to(device, dtype, copy=True) for name, w in weights.items() if w.path == path
-                }
+                tensors |= {name: w.of(opened.get_tensor(w.key)).to(device, dtype, copy=True) for name, w in weights.items() if w.path == path}
     except (SafetensorError, OSError) as problem:
         raise folder.refuse(f"{part}: the weights could not be read ({shorten(first_line(problem))}).") from problem
     skeleton.load_state_dict(tensors, strict=True, assign=True)

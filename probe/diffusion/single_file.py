@@ -1,4 +1,4 @@
-"""Stable Diffusion in one file, in the original layout: `v1-5.safetensors`.
+"""Stable Diffusion in one file, in the original layout: `v1-5.safetensors`, `sd_xl_base_1.0.safetensors`.
 
 Its configs come from the folder of the same name beside it (`v1-5/`, a diffusers directory without weights), or are those of
 Stable Diffusion 1.x, which are known; the tokenizer is then CLIP's from the hub's cache, or the hub. Nothing is unpickled:
@@ -21,9 +21,11 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 MOST_TENSORS, MOST_BLOCKS = 10_000, 64
 WIDTH = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 INPUT = "model.diffusion_model.input_blocks.0.0.weight"
-OURS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
+OURS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
+# Of Stable Diffusion XL: its second text encoder is OpenCLIP's, named and laid out in its own way.
+SECOND, XL_ONLY = "conditioner.embedders.1.model.", "conditioner.embedders.1.model.positional_embedding"
 # Of the training: losses, moving averages.
-NOT_OURS = re.compile(r"first_stage_model\.(loss|model_ema)\..*|cond_stage_model\.(.*\.)?(position_ids|logit_scale)")
+NOT_OURS = re.compile(r"first_stage_model\.(loss|model_ema)\..*|(cond_stage_model|conditioner)\.(.*\.)?(position_ids|logit_scale)")
 INDEX = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"]}
 CONFIGS: dict[str, dict[str, Any]] = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -84,12 +86,26 @@ def config_folder(name: str) -> Path | None:
     return beside if beside.is_dir() else None
 
 
+def refuse_larger(name: str) -> None:
+    """Raise ModelError for a file of Stable Diffusion XL that has no configs beside it: nobody says how large its parts are."""
+    path = place(name)
+    folder = ModelFolder(path.parent, name)
+    if XL_ONLY in header(folder, path.name):
+        remedy = f"Put its configs and tokenizers (a diffusers directory, without weights) into {path.with_suffix('')}."
+        raise folder.refuse("this file is of Stable Diffusion XL, and the configs of its parts are not beside it.", remedy)
+
+
 def split(name: str, configs: Mapping[str, Mapping[str, Any]], known: bool) -> dict[str, dict[str, Weight]]:
     """Return the tensors of each part of a single file, by the names that diffusers has for them.
 
     `known` says that the configs are ours, for Stable Diffusion 1.x. Raises ModelError for other kinds of checkpoints.
     """
-    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+    from diffusers.loaders.single_file_utils import (
+        convert_ldm_clip_checkpoint,
+        convert_ldm_unet_checkpoint,
+        convert_ldm_vae_checkpoint,
+        convert_open_clip_checkpoint,
+    )
 
     path = place(name)
     folder = ModelFolder(path.parent, name)
@@ -106,6 +122,8 @@ def split(name: str, configs: Mapping[str, Mapping[str, Any]], known: bool) -> d
             "vae": convert_ldm_vae_checkpoint(found, configs["vae"]),
             "text_encoder": convert_ldm_clip_checkpoint(found),
         }
+        if "text_encoder_2" in configs:
+            parts["text_encoder_2"] = convert_open_clip_checkpoint(None, found, SECOND)
     except Exception as problem:  # of a library, about keys that it was not made for
         raise folder.refuse("this file is not laid out as Stable Diffusion's original checkpoints.", other_way(path)) from problem
     used = {weight.key for part in parts.values() for weight in part.values()}
@@ -134,5 +152,5 @@ def clip_tokenizer(name: str) -> tuple[ModelFolder, str]:
     )
 
 
-def other_way(path: Path, kind: str = "StableDiffusionPipeline") -> str:
-    return f"In Python: pass {kind}.from_single_file({path.name!r}) to probe.record(...) as pipeline."
+def other_way(path: Path) -> str:
+    return f"In Python: pass StableDiffusionPipeline.from_single_file({path.name!r}) to probe.record(...) as pipeline."

@@ -14,7 +14,7 @@ import torch
 from probe.errors import ModelError
 from probe.strict_yaml import printable, shorten, shown
 
-SUPPORTED = "Stable Diffusion 1.x and 2.x text-to-image models are."
+SUPPORTED = "Stable Diffusion 1.x, 2.x and XL text-to-image models are."
 LATER = {
     "XL": "SDXL",
     "3Pipeline": "SD 3",
@@ -81,6 +81,10 @@ def refuse_unsupported(name: str, parts: Mapping[str, Any], *, kinds: Kinds = KI
     _refuse_widths(name, modules, [modules[part] for part in encoders])
     for part in encoders:
         _refuse_tokenizer(name, part.replace("text_encoder", "tokenizer"), parts, modules[part])
+    lengths = [parts[part.replace("text_encoder", "tokenizer")].model_max_length for part in encoders]
+    if len(set(lengths)) > 1:
+        cause = f"{name}: its tokenizers make prompts of {' and '.join(map(str, lengths))} tokens."
+        raise ModelError(cause, "Set their model_max_length to one number.")
     _refuse_mixtures(name, modules)
     for part, module in modules.items():
         if module.training and _drops(module):
