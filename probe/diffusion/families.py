@@ -30,7 +30,10 @@ def family_of(pipeline: Any, *, scheduler: str = "default", options: Mapping[str
 
 
 def recordable(model: Family) -> StableDiffusion:
-    """Return a model that is recorded whole. Raise ModelError for a family of which a part would be left out."""
+    """Return a model that is recorded whole.
+
+    Raise ModelError for a family of which a part would be left out.
+    """
     if isinstance(model, StableDiffusion):
         return model
     parts = " and ".join(list(model.text_encoders())[1:])

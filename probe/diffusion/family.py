@@ -2,11 +2,11 @@
 
     conditioning = family.condition("a cat", "")
     predict = family.predictor(conditioning, images=2, guidance_scale=7.5)
-    predict(index, model_input, t)                  # Predictions: by branch, and what the scheduler gets
+    predict(index, model_input, t)                  # Predictions
 
-A family is one file: `probe.diffusion.sd` (Stable Diffusion 1 and 2), `probe.diffusion.sdxl`. The loop
-(`probe.diffusion.sampling`) scales the latents and calls a `Predict`, nothing else of the model. Recorded predictions
-are another `Predict` (`replaying`).
+A family is one file: `probe.diffusion.sd` (Stable Diffusion 1 and 2), `probe.diffusion.sdxl`. The
+loop (`probe.diffusion.sampling`) scales the latents and calls a `Predict`, nothing else of the
+model. Recorded predictions are another `Predict` (`replaying`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from probe.diffusion.guidance import guided
 from probe.diffusion.prompts import OverLong, Prompt
 from probe.words import RULES
 
-# What the denoiser is given beside latents and t, by the names of its arguments; each with one row an image.
+# What the denoiser is given beside latents and t, by the names of its arguments.
 Arguments = Mapping[str, torch.Tensor]
 # A text as each text encoder reads it, by the encoder's name.
 Tokens = Mapping[str, Prompt]
@@ -33,8 +33,8 @@ TEXT = "encoder_hidden_states"  # the argument that cross-attention reads
 class Predictions:
     """What a model said at one call.
 
-    `branches` holds its output for each branch, in the order in which it computed them; `prediction` is the guided
-    one, which the scheduler gets. *Shape:* each (image, channel, y, x).
+    `branches` holds its output for each branch, in the order in which it computed them;
+    `prediction` is the guided one, which the scheduler gets. *Shape:* each (image, channel, y, x).
     """
 
     branches: Mapping[str, torch.Tensor]
@@ -47,13 +47,16 @@ Predict = Callable[[int, torch.Tensor, torch.Tensor], Predictions]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told, by branch: arguments of one row, and the tokens that they come from."""
+    """What the denoiser is told, by branch: its arguments, one row each, and their tokens."""
 
     arguments: Mapping[str, Arguments]
     tokens: Mapping[str, Tokens]
 
     def rows(self, branches: Sequence[str], images: int) -> dict[str, torch.Tensor]:
-        """Return the arguments of one batch, (branch x image, ...). Raise ValueError for a branch that is missing."""
+        """Return the arguments of one batch, (branch x image, ...).
+
+        Raise ValueError for a branch that is missing.
+        """
         if UNCOND in branches and UNCOND not in self.arguments:
             raise ValueError("this conditioning was made without its unconditional branch")
         return stacked([repeated(self.arguments[branch], images) for branch in branches])
@@ -70,13 +73,19 @@ class Conditioning:
 
     @property
     def uncond_embedding(self) -> torch.Tensor | None:
-        """What cross-attention reads of the negative prompt; None without guidance. *Shape:* (1, token, feature)."""
+        """What cross-attention reads of the negative prompt; None without guidance.
+
+        *Shape:* (1, token, feature).
+        """
         return self.arguments[UNCOND][TEXT] if UNCOND in self.arguments else None
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention layer of the denoiser: cross-attention reads the text, self-attention the picture."""
+    """One attention layer of the denoiser.
+
+    Cross-attention reads the text, self-attention the picture.
+    """
 
     kind: Literal["cross", "self"]
     module: Any
@@ -89,7 +98,8 @@ class AttentionLayer:
 class Family(Protocol):
     """A model as its parts, and everything that the rest of this package asks of it.
 
-    `vae` is None for a model that works on pixels. `pipeline` is the one that the parts were taken from, if any.
+    `vae` is None for a model that works on pixels. `pipeline` is the one that the parts were taken
+    from, if any.
     """
 
     @property
@@ -153,7 +163,7 @@ class Family(Protocol):
         ...
 
     def latent_shape(self, images: int, height: int | None = None, width: int | None = None) -> tuple[int, int, int, int]:
-        """Return (image, channel, y, x) of the latents for a picture of `height` x `width` pixels."""
+        """Return (image, channel, y, x) of the latents for a size in pixels."""
         ...
 
     # --- text ---
@@ -189,17 +199,26 @@ class Family(Protocol):
         ...
 
     def predictor(self, conditioning: Conditioning, images: int, guidance_scale: float = 1.0, guidance_rescale: float = 0.0) -> Predict:
-        """Return the model as a `Predict`, guided by the rule of this family where `guidance_scale` is above 1."""
+        """Return the model as a `Predict`.
+
+        It is guided, by the rule of this family, where `guidance_scale` is above 1.
+        """
         ...
 
     # --- pictures ---
 
     def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Decode latents to (image, rgb, y, x), about -1 to 1; and whether the VAE ran again in float32."""
+        """Decode latents to (image, rgb, y, x), about -1 to 1.
+
+        Return beside them whether the VAE ran again in float32.
+        """
         ...
 
     def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Decode latents to (image, y, x, rgb) uint8 on the CPU; and whether the VAE ran again in float32."""
+        """Decode latents to (image, y, x, rgb) uint8 on the CPU.
+
+        Return beside them whether the VAE ran again in float32.
+        """
         ...
 
 
@@ -225,7 +244,7 @@ def replaying(recorded: Iterable[Predictions], predict: Predict) -> Predict:
 
 
 def batched(family: Family, conditioning: Conditioning, images: int, guidance_scale: float, guidance_rescale: float) -> Predict:
-    """Return a `Predict` that asks for all branches in one batch, unconditional first, and guides."""
+    """Return a `Predict` that asks for all branches in one batch, unconditional first."""
     branches = (UNCOND, COND) if guidance_scale > 1.0 else (COND,)
     arguments = conditioning.rows(branches, images)
 

@@ -10,8 +10,9 @@ import torch
 def guide(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0) -> torch.Tensor:
     """Return uncond + guidance_scale * (cond - uncond), rescaled: classifier-free guidance.
 
-    Ho & Salimans 2022 (w = guidance_scale - 1); the rescale is that of Lin et al. 2023, section 3.4. The order of
-    operations is diffusers', so that bits agree. *Shape:* all (image, channel, y, x).
+    Ho & Salimans 2022 (w = guidance_scale - 1); the rescale is that of Lin et al. 2023, section
+    3.4. The order of operations is diffusers', so that bits agree. *Shape:* all (image, channel,
+    y, x).
     """
     guided = uncond + guidance_scale * (cond - uncond)
     if guidance_rescale > 0.0:

@@ -1,4 +1,4 @@
-"""What follows from a model's parts alone, for every family: device, sizes, digest, skeleton, pictures.
+"""What follows from a model's parts alone: device, sizes, digest, skeleton, pictures.
 
 A family takes these functions as its methods.
 """
@@ -54,7 +54,7 @@ def latent_shape(model: Family, images: int, height: int | None = None, width: i
 
 
 def digest(model: Family) -> str:
-    """Return the SHA-256 of every weight and buffer, 16 hex characters: one digest, the same bits."""
+    """Return the SHA-256 of every weight and buffer, 16 hex characters."""
     found = hashlib.sha256()
     for part, module in model.components().items():
         for name, tensor in module.state_dict().items():
@@ -91,10 +91,12 @@ def attention_layers(model: Family) -> dict[str, AttentionLayer]:
 
 
 def decoded(vae: Any, latents: torch.Tensor, unscaled: Callable[[torch.Tensor], torch.Tensor], upcast: bool = False) -> tuple[torch.Tensor, bool]:
-    """Decode latents to (image, rgb, y, x), about -1 to 1; and whether the VAE had to run again in float32.
+    """Decode latents to (image, rgb, y, x), about -1 to 1.
 
-    The VAE overflows in float16 on some latents: these are decoded once more, never shown black. With `upcast`, a
-    float16 VAE runs in float32 in the first place.
+    Return beside them whether the VAE had to run again in float32.
+
+    The VAE overflows in float16 on some latents: these are decoded once more, never shown black.
+    With `upcast`, a float16 VAE runs in float32 in the first place.
     """
     half = vae.dtype == torch.float16
     with torch.no_grad():
@@ -110,7 +112,9 @@ def decoded(vae: Any, latents: torch.Tensor, unscaled: Callable[[torch.Tensor], 
 
 
 def decode(model: Family, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Decode latents to (image, y, x, rgb) uint8 on the CPU; and whether the VAE ran again in float32.
+    """Decode latents to (image, y, x, rgb) uint8 on the CPU.
+
+    Return beside them whether the VAE ran again in float32.
 
     A value that is not finite becomes 0: `pixels` shows it.
     """
@@ -119,13 +123,19 @@ def decode(model: Family, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels in [-1, 1], (image, rgb, y, x), to (image, y, x, rgb) uint8, rounded as diffusers does."""
+    """Turn pixels in [-1, 1], (image, rgb, y, x), into (image, y, x, rgb) uint8.
+
+    They are rounded as diffusers does.
+    """
     scaled = (pixels * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu()
     return (scaled * 255).round().nan_to_num(0).to(torch.uint8)
 
 
 def count_not_finite(what: str, values: torch.Tensor, on_nan: str) -> int:
-    """Count the values of a part's output that are NaN or infinite. Raise NotFinite where a run stops at them."""
+    """Count the values of a part's output that are NaN or infinite.
+
+    Raise NotFinite where a run stops at them.
+    """
     count = int((~torch.isfinite(values)).sum())
     if count and on_nan == "stop":
         raise NotFinite(

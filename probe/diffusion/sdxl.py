@@ -1,11 +1,13 @@
-"""Stable Diffusion XL as its parts: two text encoders, UNet, scheduler and VAE. SDXL-Turbo and SSD-1B are of this family.
+"""Stable Diffusion XL as its parts: two text encoders, UNet, scheduler and VAE.
+
+SDXL-Turbo and SSD-1B are of this family.
 
     model = StableDiffusionXL.of(pipeline)          # a diffusers StableDiffusionXLPipeline
     conditioning = model.condition("An astronaut scuba diving")
 
-Podell et al. 2023 (arXiv:2307.01952). The UNet reads the last but one state of both text encoders, side by side. It is
-also told the pooled embedding of the second, and six numbers: the size that the training picture had, where it was cut,
-and the size that is wanted.
+Podell et al. 2023 (arXiv:2307.01952). The UNet reads the last but one state of both text encoders,
+side by side. It is also told the pooled embedding of the second, and six numbers: the size that
+the training picture had, where it was cut, and the size that is wanted.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ POOLED, SIZES = "text_embeds", "time_ids"  # as diffusers' UNet calls them
 class StableDiffusionXL:
     """The components of a Stable Diffusion XL model, and what their configs say.
 
-    `zeros_for_empty`: the model was trained with zeros in place of an empty negative prompt. `pipeline` is the one
-    that the parts were taken from; it says how it reads a prompt.
+    `zeros_for_empty`: the model was trained with zeros in place of an empty negative prompt.
+    `pipeline` is the one that the parts were taken from; it says how it reads a prompt.
     """
 
     name: str
@@ -71,7 +73,8 @@ class StableDiffusionXL:
     ) -> StableDiffusionXL:
         """Take the parts of a diffusers pipeline, with its own scheduler or another made from it.
 
-        Raise ModelError for other pipelines, and for parts that are missing, of another kind or do not fit together.
+        Raise ModelError for other pipelines, and for parts that are missing, of another kind or do
+        not fit together.
         """
         from diffusers import StableDiffusionXLPipeline
 
@@ -129,7 +132,7 @@ class StableDiffusionXL:
     decode = parts.decode
 
     def with_scheduler(self, name: str, options: Mapping[str, Any]) -> StableDiffusionXL:
-        """Return the same model with another scheduler (`default`: its own), made from its own and `options`.
+        """Return the same model with another scheduler (`default`: its own) and its `options`.
 
         Unlike that of Stable Diffusion 1 and 2, its pipeline takes a scheduler as it is.
         """
@@ -151,7 +154,7 @@ class StableDiffusionXL:
         return {encoder: read(self, encoder, text, over_long, rules) for encoder in (FIRST, SECOND)}
 
     def encode_prompt(self, tokens: Tokens, branch: str = COND) -> dict[str, torch.Tensor]:
-        """Return the UNet's `encoder_hidden_states` (1, token, feature) and `text_embeds` (1, feature).
+        """Return the UNet's `encoder_hidden_states` and `text_embeds`, one row each.
 
         An empty negative prompt is zeros where the model was trained with them.
         """
@@ -175,8 +178,9 @@ class StableDiffusionXL:
     ) -> Conditioning:
         """Encode the prompt and, for guidance, the negative prompt.
 
-        `size_ids` are height and width of the training picture, top and left of its cut, height and width of the
-        picture. Without them the model is told of a picture of its own size, uncut.
+        `size_ids` are height and width of the training picture, top and left of its cut, height
+        and width of the picture. Without them the model is told of a picture of its own size,
+        uncut.
         """
         texts = {COND: prompt, UNCOND: negative_prompt} if guided else {COND: prompt}
         tokens = {branch: self.tokens(text, over_long) for branch, text in texts.items()}
@@ -193,7 +197,10 @@ class StableDiffusionXL:
         return {TEXT: torch.zeros((rows, tokens, width), **like), POOLED: torch.zeros((rows, pooled), **like)}
 
     def check_reading(self, tokens: Mapping[str, Tokens]) -> None:
-        """Hold our arguments of prompts, by branch, against the pipeline's. Raise ModelError if a bit differs."""
+        """Hold our arguments of prompts, by branch, against the pipeline's.
+
+        Raise ModelError if a bit differs.
+        """
         check_reading(self, tokens, _theirs)
 
     # --- the UNet ---
@@ -223,15 +230,18 @@ class StableDiffusionXL:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
     ) -> Predict:
-        """Return the model as a `Predict`: both branches in one batch, guided as its pipeline does."""
+        """Return the model as a `Predict`: both branches in one batch, guided."""
         return batched(self, conditioning, images, guidance_scale, guidance_rescale)
 
     # --- pictures ---
 
     def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Decode latents to (image, rgb, y, x), about -1 to 1; and whether the VAE ran again in float32.
+        """Decode latents to (image, rgb, y, x), about -1 to 1.
 
-        Where its config says so (`force_upcast`), a float16 VAE runs in float32 in the first place.
+        Return beside them whether the VAE ran again in float32.
+
+        Where its config says so (`force_upcast`), a float16 VAE runs in float32 in the first
+        place.
         """
         return parts.decoded(self.vae, latents, self._unscaled, bool(self.vae.config.force_upcast))
 

@@ -1,4 +1,7 @@
-"""How a pipeline reads a prompt, for every family: its tokenizers, its conversions, and the proof that ours is the same."""
+"""How a pipeline reads a prompt, for every family.
+
+Its tokenizers, its conversions, and the proof that ours is the same.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ LOAD_TOGETHER = "Load tokenizer and text encoder of one model; textual inversion
 def read(model: Family, encoder: str, text: str, over_long: OverLong = "error", rules: int = RULES) -> Prompt:
     """Tokenize a text for one of a model's text encoders, as its pipeline does.
 
-    Raise PromptError for a text that is too long or has words that the model never saw, and ModelError for a token
-    that the text encoder has no embedding of.
+    Raise PromptError for a text that is too long or has words that the model never saw, and
+    ModelError for a token that the text encoder has no embedding of.
     """
     module, tokenizer = model.text_encoders()[encoder]
     known = model.vocabulary
@@ -44,7 +47,10 @@ def read(model: Family, encoder: str, text: str, over_long: OverLong = "error", 
 
 
 def _converter(pipeline: Any | None) -> Convert:
-    """Return the pipeline's own conversion: textual inversion writes a word once for each of its vectors."""
+    """Return the pipeline's own conversion.
+
+    Textual inversion writes a word once for each of its vectors.
+    """
     from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 
     return cast(Convert, (pipeline or TextualInversionLoaderMixin()).maybe_convert_prompt)
@@ -54,10 +60,11 @@ Theirs = Callable[[Any, Mapping[str, Prompt]], Mapping[str, Arguments]]
 
 
 def check_reading(model: Family, tokens: Mapping[str, Tokens], theirs: Theirs) -> None:
-    """Hold our arguments of prompts, by branch, against those of the pipeline that the model is part of, if any.
+    """Hold our arguments of prompts, by branch, against those of the model's pipeline, if any.
 
-    `theirs` asks the pipeline, given the prompts by branch. Raise ModelError if a bit differs: the pipeline then
-    reads text in a way of its own. Prompts that were read by the first rules are not compared.
+    `theirs` asks the pipeline, given the prompts by branch. Raise ModelError if a bit differs: the
+    pipeline then reads text in a way of its own. Prompts that were read by the first rules are not
+    compared.
     """
     pipeline, prompts = model.pipeline, {branch: next(iter(of.values())) for branch, of in tokens.items()}
     if pipeline is None or model.device.type == "meta" or prompts[COND].rules != RULES:
@@ -92,7 +99,10 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _hushed(hush: bool) -> Iterator[None]:
-    """Silence what the libraries say of a prompt that is too long: it is said already, in the experiment's words."""
+    """Silence what the libraries say of a prompt that is too long.
+
+    It is said already, in the experiment's words.
+    """
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers") if hush]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -105,7 +115,7 @@ def _hushed(hush: bool) -> Iterator[None]:
 
 
 def refuse_other_readers(pipeline: Any, kind: type[Any]) -> None:
-    """Raise ModelError for a pipeline whose `encode_prompt` is not that of its class: it reads in an unknown way."""
+    """Raise ModelError for a pipeline whose `encode_prompt` is not that of its class."""
     own = getattr(pipeline.encode_prompt, "__func__", pipeline.encode_prompt)
     if own is not kind.encode_prompt:
         named = f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', '')}"
