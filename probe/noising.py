@@ -47,7 +47,7 @@ from probe.words import occurrences, read_plainly, word_spans
 
 if TYPE_CHECKING:
     from probe.diffusion.models import StableDiffusion
-    from probe.running.planning import Plan
+    from probe.watching.interface import Plan
 
 
 def _timesteps(value: object) -> object:
@@ -184,9 +184,8 @@ def perform_noising(
     """As `record_noising`, with everything asked in one `Noising`; an array takes the place of its `picture`."""
     from probe.files import storing
     from probe.noising_sheet import save_sheet
-    from probe.running.forward import Noised, psnr
     from probe.running.perform import perform
-    from probe.running.planning import free_room, size_text
+    from probe.running.planning import check_size, free_room, size_text
     from probe.running.recorder import describe, out_of_memory, refuse_contradiction, refuse_unread, sayer
     from probe.stopping import breakable, cleanly
     from probe.store import RunWriter
@@ -201,7 +200,7 @@ def perform_noising(
             refuse_unread(asked.variant, asked.revision, model)
         asked = load_noising(asked, model=model.name)
         run, pixels = plan_noising(model, asked, picture, masks)
-        run.check_size(max_bytes, room)
+        check_size(run, max_bytes, room)
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         told = asked.model_dump(mode="json")
         key = hashlib.sha256(json.dumps([told, created]).encode() + pixels.tobytes()).hexdigest()[:8]
@@ -215,11 +214,7 @@ def perform_noising(
         with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
             try:
                 with breakable():
-                    loop = Noised.of(model, pixels, asked.noises, asked.seed)
-                    for name, value in loop.stored().items():
-                        writer.write(name, value)
-                    perform(model, run, writer, say, progress, loop)
-                    writer.write("source/psnr", psnr(pixels, writer.read("images/final")[0]))
+                    perform(model, run, writer, say, progress)
                     if sheet:
                         with storing(path):
                             save_sheet(Run(path))
@@ -233,8 +228,7 @@ def perform_noising(
 def rerun_noising(run: Run, pipeline: Any | None = None, *, output: str | Path | None = None, progress: bool = True) -> Run:
     """Noise a picture again, from its recording alone, beside it or into the folder `output`. Raises as `record_noising`."""
     from probe.reading.sample import place_beside
-    from probe.running.forward import recorded_masks
-    from probe.running.planning import free_room
+    from probe.running.planning import free_room, recorded_masks
     from probe.running.recorder import compare_weights, model_for, opened, sayer
 
     asked = load_noising(opened(run).said("noising"), output=str(output or place_beside(run.path)))
@@ -250,7 +244,8 @@ def plan_noising(
     model: StableDiffusion, asked: Noising, picture: np.ndarray | None = None, masks: Mapping[str, np.ndarray] | None = None
 ) -> tuple[Plan, np.ndarray]:
     """What a noising will record, and the picture, (y, x, rgb) uint8. Raises ExperimentError or PromptError if it cannot be."""
-    from probe.running.forward import plan_forward
+    from probe.diffusion.sampling import Schedule
+    from probe.running.planning import plan
 
     most = int(model.scheduler.config.num_train_timesteps) - 1
     if asked.timesteps[0] > most:
@@ -267,7 +262,8 @@ def plan_noising(
         height, width = (model.f * side for side in latents)
         picture = read_picture(asked.picture, height, width, "picture")
     held = read_masks(asked.masks, height, width) if masks is None else checked_masks(masks, height, width)
-    return plan_forward(model, asked.experiment(height, width), picture, asked.timesteps, held), picture
+    schedule = Schedule.at(model.scheduler, asked.timesteps)
+    return plan(model, asked.experiment(height, width), picture, schedule, masks=dict(held)), picture
 
 
 def _masks_of_no_word(run: Plan, caption: str) -> list[str]:

@@ -27,7 +27,7 @@ from probe.words import read_plainly
 
 if TYPE_CHECKING:
     from probe.reading.recording import Run
-    from probe.running.planning import Plan
+    from probe.watching.interface import Plan
 
 EXAMPLE = "experiments/astronaut.yaml"
 
@@ -112,7 +112,7 @@ def _forecast(asked: Experiment, limit: int | None) -> int:
 
 def tell_forecast(settled: Plan, limit: int | None) -> int:
     """What a plan will record, and how large that is. Raises TooLarge when it is over the limit."""
-    from probe.running.planning import size_text
+    from probe.running.planning import check_size, size_text
 
     sizes = settled.forecast()
     shapes = {a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True)) for a in settled.arrays}
@@ -121,12 +121,12 @@ def tell_forecast(settled: Plan, limit: int | None) -> int:
     if plainly := read_plainly([prompt.text for prompt in settled.prompts.values()]):
         tell(plainly)
     latents = " x ".join(map(str, settled.latent_shape))
-    say("", f"{settled.calls} model calls, latents {latents}, branches: {', '.join(settled.called)}", "")
+    say("", f"{settled.calls} model calls, latents {latents}, branches: {', '.join(settled.computed_branches)}", "")
     say(*rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))
     rest = sum(sizes[path] for path in sizes if path not in large)
     total = sum(sizes.values())
     say("", f"and {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(total)} ({total} bytes).", *settled.remarks)
-    settled.check_size(limit, None)
+    check_size(settled, limit, None)
     return 0
 
 

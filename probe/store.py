@@ -155,6 +155,13 @@ class RunWriter:
         """How many steps, from the first, are committed."""
         return int(np.cumprod(self._committed).sum())
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The recording's attributes as they are now."""
+        with storing(self.path):
+            found: dict[str, Any] = json.loads((self.path / "zarr.json").read_text())["attributes"]
+            return found
+
     def __enter__(self) -> RunWriter:
         return self
 
@@ -217,11 +224,17 @@ class RunWriter:
         self._queue.join()
 
     def annotate(self, **attributes: Any) -> None:
-        """Set attributes of the recording, all at once, leaving its consolidated metadata in place."""
+        """Set attributes of the recording, all at once, leaving its consolidated metadata in place.
+
+        A mapping is merged into the one that is there.
+        """
         with storing(self.path):
             file = self.path / "zarr.json"
             root = json.loads(file.read_text())
-            root["attributes"].update(attributes)
+            there = root["attributes"]
+            for name, value in attributes.items():
+                merged = isinstance(value, Mapping) and isinstance(there.get(name), dict)
+                there[name] = {**there[name], **value} if merged else value
             files.replace(file, [json.dumps(root).encode()], self._at_end)
 
     def complete(self) -> None:
@@ -309,12 +322,11 @@ def _layout(a: Array) -> dict[str, Any]:
         whole = tuple(max(1, n) for n in a.shape)
         return {"shape": a.shape, "dtype": str, "chunks": whole, "chunk_key_encoding": keys, "compressors": [Crc32cCodec()]}
     dtype = np.dtype(a.dtype)
-    chunks = tuple(max(1, n) for n in ((1, *a.shape[1:]) if a.per_step else a.shape))
-    layout: dict[str, Any] = {"shape": a.shape, "dtype": dtype, "chunks": chunks, "chunk_key_encoding": keys, "compressors": [Crc32cCodec()]}
-    if a.variable.name == "cross":
-        layout |= {"shards": chunks, "chunks": (1, 1, *chunks[2:])}
-    if a.variable.name in ("overview", "time_sum"):
-        layout["chunks"] = (1, *chunks[1:])
+    whole = tuple(1 if a.per_step and axis == 0 else max(1, n) for axis, n in enumerate(a.shape))
+    inner = tuple(1 if dim in a.variable.chunked else n for dim, n in zip(a.dims, whole, strict=True))
+    layout: dict[str, Any] = {"shape": a.shape, "dtype": dtype, "chunk_key_encoding": keys, "compressors": [Crc32cCodec()], "chunks": inner}
+    if a.per_step and inner != whole:
+        layout["shards"] = whole
     if a.value is None and not a.variable.coordinate:
         layout["fill_value"] = float("nan") if dtype.kind == "f" else 0
     return layout

@@ -36,7 +36,7 @@ from typing import Any
 
 from probe.errors import ExperimentError, RecordingUnreadable
 from probe.output import say, say_json
-from probe.proof.checks import Check, check_committed, check_digests, check_manifest, check_picture
+from probe.proof.checks import DAMAGE, Check, check_committed, check_digests, check_manifest, check_picture
 from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_labels, check_schema
 from probe.proof.unknown import check_unknown
@@ -45,7 +45,6 @@ from probe.strict_yaml import first_line, printable
 from probe.system import reading
 from probe.terminal import Parser, folder, guarded, quieten, without_home
 
-DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # whatever a damaged file makes of itself
 WITH_MODEL = "weights plan text predictions maps attention inside decode encode".split()
 
 

@@ -180,12 +180,12 @@ class Family(Protocol):
         """Return the denoiser's arguments for the text of a branch: one row each."""
         ...
 
-    def check_reading(self, tokens: Mapping[str, Tokens]) -> None:
-        """Raise ModelError where the pipeline reads the texts, by branch, otherwise than we do."""
-        ...
-
     def condition(self, prompt: str, negative_prompt: str = "", *, guided: bool = True, over_long: OverLong = "error") -> Conditioning:
         """Encode the prompt and, for guidance, the negative prompt."""
+        ...
+
+    def check_reading(self, tokens: Mapping[str, Tokens]) -> None:
+        """Hold each branch's encoded text against what the pipeline makes of it. Raise ModelError if a bit differs."""
         ...
 
     def blank(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:

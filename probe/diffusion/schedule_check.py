@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from probe.conversions import PREDICTION_TYPES, UNCLIPPED, clipped, clipping, clipping_text, eps_from_denoised, target
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.family import Family
 from probe.diffusion.sampling import Schedule, Start, first_call, fresh, set_steps, started, step_options
 from probe.errors import ExperimentError
 from probe.experiment import Experiment
@@ -285,14 +285,14 @@ def _clips(scheduler: Any, schedule: Schedule, steps: int, begin: int, clean: to
 # --- what a plan says of its schedule ----------------------------------------------------------------------------------
 
 
-def held_schedule(model: StableDiffusion, experiment: Experiment, begin: int) -> Schedule:
+def held_schedule(model: Family, experiment: Experiment, begin: int) -> Schedule:
     """The schedule of a run to come, held against its scheduler. Raises ExperimentError, also where the latents would be infinite."""
     schedule = proven(model.scheduler, experiment.steps, begin, tuple(experiment.scheduler_options), experiment.on_nan == "stop")
     _refuse_infinity(model, experiment, schedule)
     return schedule
 
 
-def recorded_schedule(model: StableDiffusion, experiment: Experiment) -> Schedule:
+def recorded_schedule(model: Family, experiment: Experiment) -> Schedule:
     """The schedule of a recording, which is what it is: today's check does not refuse what was recorded before. Raises ExperimentError."""
     begin = 0 if experiment.image is None else first_call(model.scheduler, experiment.steps, experiment.strength)
     try:
@@ -310,7 +310,7 @@ def too_many(scheduler: Any, steps: int, problem: Exception) -> ExperimentError:
     return ExperimentError(f"steps: {type(scheduler).__name__} refuses {steps} ({why}).", fewer if steps <= most else at_most)
 
 
-def _refuse_infinity(model: StableDiffusion, experiment: Experiment, schedule: Schedule) -> None:
+def _refuse_infinity(model: Family, experiment: Experiment, schedule: Schedule) -> None:
     """Refuse a run whose latents would be infinite after its first step. Raises ExperimentError."""
     kind, config = type(model.scheduler).__name__, model.scheduler.config
     if experiment.on_nan == "record" or clipping(kind, config) or not (calls := schedule.undefined(model.prediction_type)):
@@ -323,7 +323,7 @@ def _refuse_infinity(model: StableDiffusion, experiment: Experiment, schedule: S
     )
 
 
-def remarks(model: StableDiffusion, schedule: Schedule, begin: int) -> tuple[str, ...]:
+def remarks(model: Family, schedule: Schedule, begin: int) -> tuple[str, ...]:
     """What whoever asks for a run should know of its noise levels before it begins."""
     said: list[str] = []
     if begin and type(model.scheduler).__name__ == "PNDMScheduler":  # it takes the second of these calls for its own second of the first step

@@ -43,6 +43,9 @@ MAX_MANIFEST, MAX_SAID = 16 * 2**20, 2**20  # bytes of a manifest, 150,000 files
 MAX_DIGESTS, MAX_PICTURES = 2 * 2**20, 256 * 2**20  # bytes: 20,000 lines; all pictures together
 OURS = re.compile(r"(picture(-[0-9]+)?|contact-sheet|words|ask-.*)\.png", re.DOTALL)  # the pictures that are drawn of a recording
 
+# Whatever a damaged file makes of itself.
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
+
 Verdict = Literal["exact", "within tolerance", "failed", "not checked"]
 
 

@@ -1,8 +1,6 @@
 """Whether what was recorded of a picture with noise in it follows from the picture, the seed and the predictions.
 
 forward      without the model: the noise is that of the seeds; of a noising, every difference and loss, and the VAE's round trip
-encode       with it: the latents are what the VAE makes of the picture
-
 That the noised latents follow is a matter of `probe.proof.replay`, as in any run.
 """
 
@@ -12,13 +10,13 @@ import numpy as np
 import torch
 
 from probe.conversions import denoised_from, eps_from, target
-from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import noise
+from probe.diffusion.start import restart
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative
 from probe.proof.replay import clean_of, conditions, numbers, run_dtype
 from probe.reading.recording import Run
-from probe.running.forward import encode, psnr, restart, sampled
+from probe.watching.source import psnr
 
 ROUNDED = 1e-4  # of the greatest value: one float32 formula, computed by torch and by numpy, and divided by sqrt(alpha_bar)
 
@@ -36,18 +34,6 @@ def check_forward(run: Run) -> Check:
     if not np.array_equal(numbers(eps), run.variable("forward/noise").values):
         tally.fail("noise is not that of the seeds")
     tally.add(0.0, "noise")
-    return tally.check()
-
-
-def check_encoded(run: Run, model: StableDiffusion, allowed: float, because: tuple[str, ...]) -> Check:
-    """The picture's latents, made again by the VAE."""
-    mean, deviation = encode(model, run.variable("source/picture").values)
-    if "noising" in run.attributes:
-        made = (model.scaling_factor * mean).repeat(run.experiment.images, 1, 1, 1)
-    else:
-        made, *_ = sampled(model, run.experiment, mean, deviation)
-    tally = Tally("encode", "the VAE's latents of the picture", allowed, because)
-    tally.add(relative(numbers(made), run.variable("forward/clean").values), "forward/clean")
     return tally.check()
 
 

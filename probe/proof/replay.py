@@ -22,6 +22,7 @@ import torch
 
 from probe.diffusion.guidance import guided
 from probe.diffusion.sampling import Schedule, arranged, first_call, memory_format, noise, set_steps, started, step_options
+from probe.diffusion.start import memory_formats, restart
 from probe.dimensions import GUIDANCE_RULES
 from probe.errors import RecordingDamaged
 from probe.fields import SCHEDULERS
@@ -29,7 +30,6 @@ from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
-from probe.running.forward import memory_formats, restart
 
 # Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding grows some fifteenfold.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}

@@ -15,33 +15,34 @@ Maps are computed here in a way of their own, not by `probe.watching.capture`, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 
 from probe.analysis.maps import probabilities
 from probe.diffusion.families import family_of, recordable
-from probe.diffusion.family import TEXT, Conditioning, Predictions
+from probe.diffusion.family import Predictions
 from probe.diffusion.loading import load, pick_device
-from probe.diffusion.models import StableDiffusion, to_uint8
+from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import Step
-from probe.proof.checks import Check, Tally, variables
-from probe.proof.forward_checks import check_encoded
+from probe.proof.checks import DAMAGE, Check, Tally, variables
 from probe.proof.map_checks import BOUND, ROUNDED, apart, head_statistics_of, moments_of, relative, rounding
 from probe.proof.replay import Call, numbers, prediction_of, replayed, run_dtype, threads_of
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
-from probe.running.forward import replan
-from probe.running.perform import fit_preview
-from probe.running.planning import ENCODER, Plan, grid_group
+from probe.running.planning import replan
 from probe.running.recorder import describe
-from probe.watching.capture import OutputCapture, TextCapture, hooked
-from probe.watching.counterfactual import embeddings_without, word_changes
-from probe.watching.hooks import Watch
-from probe.watching.modes import TextSide
+from probe.running.session import Session
+from probe.strict_yaml import first_line
+from probe.watching.cost import Cost
+from probe.watching.hooks import Hooks, Watch
+from probe.watching.interface import Plan, grid_group
 from probe.watching.rehearsal import cross_attention, self_attention
+from probe.watching.sums import Sums
 
 # Of the norm of what was recorded, where device, versions or weights differ. CUDA's convolutions round float32 to TF32.
 TOLERANCE = {"float32": 2e-2, "float16": 5e-2, "bfloat16": 2e-1}
@@ -70,16 +71,10 @@ def check_model(run: Run, model: StableDiffusion, steps: Sequence[int]) -> Itera
     with threads_of(run):
         weights = model.digest()
         yield check_weights(run.attributes["model"].get("weights"), weights)
-        settled = replan(model, run)
+        settled = replan(model, run, on_nan="record")  # whatever is not finite is compared
         because = tuple(differing_conditions(run.attributes, describe(model, settled, weights)))
         yield check_plan(run, settled, because)
-        again = Again(run, model, settled, because)
-        yield again.text.check()
-        for tally in again.predict(steps):
-            yield tally.check()
-        yield again.decode().check()
-        if run.source is not None:
-            yield check_encoded(run, model, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], because)
+        yield from Again(run, model, settled, because).checks(steps)
 
 
 def check_weights(recorded: str | None, here: str) -> Check:
@@ -119,110 +114,81 @@ def check_plan(run: Run, settled: Plan, because: tuple[str, ...]) -> Check:
 
 
 class Again:
-    """One recording and its model: what the model says now is counted in tallies, one for each check."""
+    """A recording made once more from its recorded latents, into a store that compares: one tally for each check."""
 
-    def __init__(self, run: Run, model: StableDiffusion, settled: Plan, because: tuple[str, ...]):
-        self._run, self._model, self._plan, self._because = run, model, settled, because
+    def __init__(self, run: Run, model: StableDiffusion, plan: Plan, because: tuple[str, ...]):
+        # Sums have a witness of their own in `map_checks`, and times are never the same.
+        captures = tuple(capture for capture in plan.captures if not isinstance(capture, Sums | Cost))
+        self._run, self._model, self._because = run, model, because
+        self._plan = replace(plan, captures=captures)
         self._allowed = TOLERANCE[str(run_dtype(run)).removeprefix("torch.")]
         self._recorded = dict(variables(run))
-        self._embeddings: dict[str, torch.Tensor] = {}
-        self._inside = self._tally("inside", "statistics, outputs and queries of modules, what tokens write")
-        self.text = self._encode()
+        self.text = self._tally("text", "the text encoder's inside and output")
+        self.predictions = self._tally("predictions", "the UNet's answers")
+        self.maps = self._tally("maps", "softmax(q k), computed here", 2.0)
+        precision = max(1e-4, 8 * torch.finfo(model.dtype).eps)
+        self.attention = Tally("attention", "softmax(q k) v through to_out", precision, ("softmax by hand, in float32",), unit=OF_NORM)
+        self.inside = self._tally("inside", "statistics, outputs and queries of modules, what tokens write")
+        self.decode = Tally("decode", "pictures, the VAE's inside and the preview's map", PICTURE, because, unit="of its range")
+        self.encode = Tally("encode", "the VAE's latents of the picture", self._allowed, because)
+        if not because:
+            self.maps.allowed, self.maps.because, self.maps.unit = 1.0, (ROUNDED,), BOUND
+        if run.experiment.capture.attention == "queries":
+            self.maps.nothing = "queries are recorded, maps follow from them: see inside"
+        self._store = ComparedStore(run, self._recorded, self._tally_of)
 
     def _tally(self, name: str, what: str, factor: float = 1.0) -> Tally:
         return Tally(name, what, factor * self._allowed, self._because, unit=OF_NORM)
 
-    def _compare(self, tally: Tally, path: str, made: np.ndarray, at: Any = None) -> None:
-        recorded = self._recorded[path] if at is None else self._recorded[path].isel(step=at)
-        tally.add(apart(made.astype(recorded.dtype), recorded.values), path if at is None else f"{path}, step {at}")
+    def _tally_of(self, path: str) -> Tally | None:
+        """Which check a variable belongs to; None for what follows without the model."""
+        group = path.partition("/")[0]
+        if path in ("latents/latents", "latents/final_latents", "source/psnr"):
+            return None
+        if path in ("forward/clean", "forward/noise"):
+            return self.encode
+        of_group = {"text": self.text, "latents": self.predictions, **dict.fromkeys(("images", "decoded", "preview", "vae"), self.decode)}
+        return of_group.get(group, self.inside)
 
-    def _encode(self) -> Tally:
-        tally = self._tally("text", "the text encoder's inside and output")
-        capture, inside = TextCapture(self._model.text_encoder, self._plan.activations), {}
-        wholes: dict[str, dict[str, torch.Tensor]] = {}
-        text = self._run.experiment.capture.text
-        with hooked(capture if text else capture.outputs):
-            for branch in sorted(self._plan.called):
-                capture.mask = self._model.text_mask(self._plan.prompts[branch])
-                self._embeddings[branch] = self._model.encode(self._plan.prompts[branch])
-                inside[branch], wholes[branch] = capture.take() if text else {}, capture.outputs.take()[1]
-        for name in ("embedding", "hidden", "output", "attention") if text else ():
-            stacked = torch.stack([inside[branch][name] for branch in self._plan.called], dim=1 if name in ("hidden", "attention") else 0)
-            self._compare(tally, f"text/{ENCODER}/{name}", numbers(stacked))
-        for path in wholes["cond"]:
-            whole = torch.cat([wholes[branch][path] for branch in self._plan.called])
-            self._compare(self._inside, f"{path.replace('.', '/', 1)}/activation", numbers(whole))
-        return tally
-
-    def predict(self, steps: Sequence[int]) -> list[Tally]:
-        """Predictions, maps, attention and inside, of some steps."""
-        run, settled, unet = self._run, self._plan, self._model.unet
-        images = run.experiment.images
-        predictions = self._tally("predictions", f"the UNet's answers at {len(steps)} steps")
-        maps = self._tally("maps", "softmax(q k), computed here", 2.0)
-        if not self._because:
-            maps.allowed, maps.because, maps.unit = 1.0, (ROUNDED,), BOUND
-        if run.experiment.capture.attention == "queries":
-            maps.nothing = "queries are recorded, maps follow from them: see inside"
-        precision = max(1e-4, 8 * torch.finfo(self._model.dtype).eps)
-        attention = Tally("attention", "softmax(q k) v through to_out", precision, ("softmax by hand, in float32",), unit=OF_NORM)
-        outputs = OutputCapture("unet", unet, settled.statistics["unet"], settled.activations)
-        sides = Sides({path: cross_attention(unet)[path] for path in settled.layers} | {path: self_attention(unet)[path] for path in settled.selves})
-        text_side = TextSide(unet, list(settled.layers), settled.kept, images, settled.called, settled.branches)
-        told = Conditioning({branch: {TEXT: self._embeddings[branch]} for branch in settled.called}, {})
-        predict = self._model.predictor(told, images, run.experiment.guidance_scale, run.experiment.guidance_rescale)
-        masked = embeddings_without(self._model, settled.prompts["cond"], settled.words) if settled.words else None
-        with hooked(outputs, sides, text_side):
+    def checks(self, steps: Sequence[int]) -> Iterator[Check]:
+        """All checks of what the model says, the UNet predicting again at `steps`."""
+        run, plan, unet = self._run, self._plan, self._model.unet
+        layers = {path: cross_attention(unet)[path] for path in plan.layers} | {path: self_attention(unet)[path] for path in plan.self_layers}
+        witness, self.predictions.what = AttentionWitness(layers), f"the UNet's answers at {len(steps)} steps"
+        with Session(self._model, plan, self._store) as session:
+            conditioning = session.begin()
+            session.first = steps[0] if steps else -1
+            yield self.text.check()
+            guidance = run.experiment.guidance_scale, run.experiment.guidance_rescale
+            predict = self._model.predictor(conditioning, plan.rows.images, *guidance)
             for call in replayed(run, self._model.device):
-                if call.index not in steps or call.model_input is None:
-                    continue
-                outputs.resting = sides.resting = call.index not in settled.recorded
-                text_side.resting = call.index != steps[0]
-                with torch.no_grad():
-                    said = predict(call.index, call.model_input, call.t)
-                for branch, value in said.branches.items():
-                    self._compare(predictions, f"latents/prediction_{branch}", numbers(value), call.index)
-                self._compare(predictions, "latents/prediction", numbers(said.prediction), call.index)
-                if not text_side.resting:
-                    self._compare_text_side(text_side)
-                if call.index in settled.recorded:
-                    self._compare_outputs(outputs, call.index)
-                    self._compare_maps(sides, call.index, maps, attention)
-                if call.index in settled.recorded and masked is not None:
-                    outputs.resting = sides.resting = text_side.resting = True
-                    self._compare(self._inside, "counterfactual/change", numbers(word_changes(self._model, self._step(call), masked)), call.index)
-        return [predictions, maps, attention, self._inside]
+                if call.model_input is None:
+                    session.finish(call.latents)
+                elif call.index in steps:
+                    recorded = call.index in plan.recorded
+                    with session.watching(call.index), Hooks(witness.watches() if recorded else ()), torch.no_grad():
+                        said = predict(call.index, call.model_input, call.t)
+                    session.record(self._step(call, said))
+                    if recorded:
+                        self._compare_maps(witness, call.index)
+                else:
+                    session.replay(self._step(call))
+        self._count_not_finite()
+        yield from (tally.check() for tally in (self.predictions, self.maps, self.attention, self.inside, self.decode))
+        if run.source is not None:
+            yield self.encode.check()
 
-    def _compare_text_side(self, text_side: TextSide) -> None:
-        found = text_side.take()
-        for grid, layers in self._plan.grids.items():
-            group = grid_group(grid)
-            sizes = np.stack([numbers(found[path][1]) for path in layers], axis=2)
-            if self._run.experiment.capture.attention == "summary":
-                sizes = sizes.mean(axis=-1, keepdims=True)
-            self._compare(self._inside, f"{group}/value_size", sizes)
-            if f"{group}/key" in self._recorded:
-                self._compare(self._inside, f"{group}/key", np.stack([numbers(found[path][0]) for path in layers], axis=2))
-
-    def _compare_outputs(self, outputs: OutputCapture, step: int) -> None:
-        statistics, wholes = outputs.take()
-        rows = (len(self._plan.called), self._run.experiment.images)
-        if statistics is not None:
-            self._compare(self._inside, "unet/statistics", numbers(statistics.unflatten(1, rows)), step)
-        for path, whole in wholes.items():
-            self._compare(self._inside, f"{path.replace('.', '/', 1)}/activation", numbers(whole.unflatten(0, rows)), step)
-
-    def _compare_maps(self, sides: Sides, step: int, maps: Tally, attention: Tally) -> None:
-        settled = self._plan
-        rows = [settled.called.index(b) * settled.latent_shape[0] + i for b in settled.branches for i in range(settled.latent_shape[0])]
+    def _compare_maps(self, witness: AttentionWitness, step: int) -> None:
+        settled, maps, attention = self._plan, self.maps, self.attention
+        rows = settled.rows.kept
         for grid, layers in settled.grids.items():
             for number, path in enumerate(layers):
-                shares, query, off = sides.take(path, rows)
+                shares, query, off = witness.take(path, rows)
                 attention.add(off, f"{path}, step {step}")
                 self._compare_layer(maps, f"{grid_group(grid)}", number, path, step, self._in_place(shares, grid), self._in_place(query, grid))
         for grid, layers in settled.self_grids.items():
             for number, path in enumerate(layers):
-                shares, _, off = sides.take(path, rows)
+                shares, _, off = witness.take(path, rows)
                 attention.add(off, f"{path}, step {step}")
                 whole = shares.reshape(-1, settled.latent_shape[0], shares.shape[1], *grid, *grid)  # (branch, image, head, y, x, key_y, key_x)
                 self._count(maps, f"self_{grid_group(grid)}/self", number, path, step, whole)
@@ -240,7 +206,7 @@ class Again:
         if mode == "queries":
             stored = self._recorded[f"{group}/query"].isel(step=step, layer=number).values  # (branch, image, head, key_feature, y, x)
             made = np.moveaxis(query, 0, 3).astype(stored.dtype)
-            self._inside.add(apart(made, stored), f"{group}/query, step {step}, {path}")
+            self.inside.add(apart(made, stored), f"{group}/query, step {step}, {path}")
             return
         if mode == "summary":
             recorded = self._recorded[f"{group}/head_statistics"].isel(step=step, layer=number).values
@@ -266,54 +232,78 @@ class Again:
     def _off(self, made: np.ndarray, recorded: np.ndarray) -> float:
         return apart(made, recorded) if self._because else apart(made, recorded) / 1e-4
 
-    def decode(self) -> Tally:
-        """Final picture, pictures on the way, the VAE's statistics, and the preview's linear map."""
-        run, model, settled = self._run, self._model, self._plan
-        tally = Tally("decode", "pictures, the VAE's inside and the preview's map", PICTURE, self._because, unit="of its range")
-        inside = OutputCapture("vae", model.vae or torch.nn.Module(), settled.statistics["vae"], settled.activations, replace=True)
-        for call in replayed(run, model.device):
-            if call.model_input is None:
-                with hooked(inside):
-                    pixels, _ = model.pixels(call.latents)
-                tally.add(_pixels_apart(to_uint8(pixels).numpy(), run.images.values), "images/final")
-                self._count_not_finite(tally, pixels)
-                statistics, wholes = inside.take()
-                if statistics is not None:
-                    self._compare(tally, "vae/statistics", numbers(statistics))
-                for path, whole in wholes.items():
-                    self._compare(tally, f"{path.replace('.', '/', 1)}/activation", numbers(whole))
-            elif call.index in settled.decoded:
-                pixels, _ = model.decode(self._step(call).denoised.to(model.dtype))
-                stored = run.variable("decoded/picture").isel(decoded_step=settled.decoded.index(call.index)).values
-                tally.add(_pixels_apart(pixels.numpy(), stored), f"decoded/picture, step {call.index}")
-        slope, bias = fit_preview(model)
-        for name, made in (("latent_to_rgb", slope), ("bias", bias)) if len(run.steps) else ():
-            self._compare(tally, f"preview/{name}", made)
-        return tally
-
-    def _count_not_finite(self, tally: Tally, pixels: torch.Tensor) -> None:
+    def _count_not_finite(self) -> None:
         """What the VAE makes that is no colour is 0 in the picture: the recording has to say so, and how much it is."""
-        count = int((~torch.isfinite(pixels)).sum())
+        count = self._store.annotations.get("decoded_not_finite", {}).get("images/final", 0)
         recorded = self._run.attributes.get("decoded_not_finite", {}).get("images/final", 0)
+        if self._run.status != "complete":
+            return
         if count:
-            tally.what += f"; {count} values of images/final are not finite, and shown as 0"
+            self.decode.what += f"; {count} values of images/final are not finite, and shown as 0"
         if bool(count) != bool(recorded) or (count != recorded and not self._because):
-            tally.fail(f"{count} values of images/final are not finite, the recording says {recorded}")
+            self.decode.fail(f"{count} values of images/final are not finite, the recording says {recorded}")
 
-    def _step(self, call: Call) -> Step:
-        schedule = self._plan.schedule
-        given = prediction_of(self._run, call.index).to(call.latents.device)
-        said = Predictions({"cond": given}, given)
-        return Step.of(schedule, call.index, call.latents, said, call.latents, self._model.prediction_type)
+    def _step(self, call: Call, said: Predictions | None = None) -> Step:
+        """A step from its recorded latents, with what the model said just now, or else with what was recorded."""
+        if said is None:
+            given = prediction_of(self._run, call.index).to(call.latents.device)
+            said = Predictions({"cond": given}, given)
+        return Step.of(self._plan.schedule, call.index, call.latents, said, call.latents, self._model.prediction_type)
 
 
-class Sides:
+class ComparedStore:
+    """A store that writes nothing: each value is compared with the recorded one, and counted in the tally of its variable."""
+
+    committed = 0
+
+    def __init__(self, run: Run, recorded: Mapping[str, xr.Variable], tally_of: Callable[[str], Tally | None]):
+        self._run, self._recorded, self._tally_of = run, recorded, tally_of
+        self.annotations: dict[str, Any] = {}
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        return self._run.attributes
+
+    def annotate(self, **attributes: Any) -> None:
+        self.annotations.update(attributes)
+
+    def read(self, path: str, at: Any = ...) -> np.ndarray:
+        return np.asarray(self._recorded[path].values if at is ... else self._recorded[path][at].values)
+
+    def write(self, path: str, value: Any, at: Any = ...) -> None:
+        tally = self._tally_of(path)
+        if tally is None or (path.startswith("preview/") and not len(self._run.steps)):
+            return
+        try:
+            stored = self.read(path, at)
+        except DAMAGE as error:
+            tally.fail(f"{path} cannot be read: {first_line(error)[:200]}")
+            return
+        made, where = np.asarray(value), path if at is ... else f"{path}, step {self._step_of(path, at)}"
+        if made.shape != stored.shape:
+            tally.fail(f"{where} is {stored.shape}, not {made.shape}")
+        elif stored.dtype == np.uint8 and path.rpartition("/")[2] in ("final", "picture"):
+            tally.add(_pixels_apart(made, stored), where)
+        else:
+            tally.add(apart(made.astype(stored.dtype), stored), where)
+
+    def write_step(self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int) -> None:
+        for path, value in values().items():
+            self.write(path, value, step)
+
+    def flush(self) -> None:
+        pass
+
+    def _step_of(self, path: str, at: int) -> int:
+        return int(self._recorded["decoded/decoded_step"][at]) if path == "decoded/picture" else at
+
+
+class AttentionWitness:
     """What attention layers multiply, and what leaves them. `take` gives a layer's softmax(q k) and how far its output is from it."""
 
     def __init__(self, layers: dict[str, Any]):
         self._layers = layers
         self._seen: dict[str, dict[str, torch.Tensor]] = {path: {} for path in layers}
-        self.resting = False
 
     def watches(self) -> list[Watch]:
         parts = {path: {"q": m.to_q, "k": m.to_k, "v": m.to_v, "out": m.to_out[0]} for path, m in self._layers.items()}
@@ -321,8 +311,7 @@ class Sides:
 
     def _keep(self, path: str, name: str) -> Any:
         def hook(output: torch.Tensor) -> None:
-            if not self.resting:
-                self._seen[path][name] = output.detach()
+            self._seen[path][name] = output.detach()
 
         return hook
 

@@ -18,43 +18,25 @@ import xarray as xr
 
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
-from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, array
+from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, Asked, array
 from probe.words import spelt
 
-ALWAYS = ("", "latents", "images", "preview", "cost")  # groups that every recording has
-PER_MODE = {
-    "maps": ("moment", "cross", "moments"),
-    "summary": ("moment", "cross", "moments", "head_statistic", "head_statistics"),
-    "queries": ("query", "key"),
-}
-PER_GRID = "branch token token_text word word_index layer recorded value_size time_sum".split()
 FIXED = {"moment": MOMENTS, "head_statistic": HEAD_STATISTICS, "statistic": STATISTICS}
 
 
 def expected_variables(run: Run) -> set[str]:
     """What the experiment of a recording asks for, by path; grids and self-attention layers are those that it has."""
-    asked, found = run.experiment, dict(variables(run))
-    groups = [*ALWAYS, *(["decoded"] if asked.decode_every else []), *(["unet"] if asked.capture.statistics else [])]
-    if asked.capture.statistics and run.attributes["model"]["f"] > 1:
-        groups.append("vae")
-    names = {f"{v.group}/{v.name}".strip("/") for v in SCHEMA if v.group in groups}
-    if asked.guidance_scale <= 1:
-        names.discard("latents/prediction_uncond")
-    if asked.image is not None or "noising" in run.attributes:
-        names |= {"source/picture", "forward/clean", "forward/noise"}
-    if "noising" in run.attributes:
-        names |= {"source/psnr", *(f"forward/{v.name}" for v in SCHEMA if v.group == "forward")}
-    if asked.capture.counterfactual:
-        names |= {"counterfactual/masked_word", "counterfactual/change"}
-    if asked.capture.text:
-        names |= {f"text/text_encoder/{v.name}" for v in SCHEMA if v.group == "text/{encoder}"}
-    if asked.capture.attention != "off":
-        grids = run.grids or ["(any grid)"]
-        names |= {f"attention/{grid}/{name}" for grid in grids for name in (*PER_GRID, *PER_MODE.get(asked.capture.attention, ()))}
-        names.add(f"attention/{grids[0]}/overview")
-    if asked.capture.self_attention:
-        grids = sorted({path.split("/")[1] for path in found if path.startswith("self_attention/")}) or ["(any grid)"]
-        names |= {f"self_attention/{grid}/{name}" for grid in grids for name in ("branch", "layer", "self")}
+    vae = run.attributes["model"]["f"] > 1
+    asked, found = Asked(run.experiment, "noising" in run.attributes, vae), dict(variables(run))
+    own = {path.split("/")[1]: None for path in found if path.startswith("self_attention/")}
+    groups = {"attention/{grid}": run.grids, "self_attention/{grid}": sorted(own), "text/{encoder}": ["text_encoder"]}
+    names = set()
+    for variable in SCHEMA:
+        if variable.when(asked):
+            first, _, kind = variable.group.partition("/")
+            members = groups[variable.group] or ["(any grid)"] if kind else [""]
+            for member in members[:1] if variable.first_grid else members:
+                names.add("/".join(part for part in (first, member, variable.name) if part))
     return names
 
 

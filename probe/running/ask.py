@@ -25,8 +25,8 @@ from probe.diffusion.prompts import Prompt
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.reading.recording import Run
 from probe.schema import near
-from probe.watching.modes import scaled_keys
 from probe.watching.rehearsal import cross_attention
+from probe.watching.text_side import scaled_keys
 from probe.words import occurrences, spelt
 
 READ_OUT = "read-out: this word did not influence the picture"

@@ -37,15 +37,16 @@ from probe.output import tell
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
 from probe.reading.sample import is_copy, place_beside
-from probe.running.forward import replan
-from probe.running.perform import Say, perform
-from probe.running.planning import Plan, free_room, plan, size_text
+from probe.running.perform import perform
+from probe.running.planning import check_size, free_room, plan, replan, size_text
+from probe.running.session import Say
 from probe.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.stopping import breakable, cleanly
 from probe.store import MANIFEST, RunWriter
 from probe.strict_yaml import first_line, shown
 from probe.system import exists
 from probe.terminal import shell_path, without_home
+from probe.watching.interface import Plan
 from probe.words import RULES, read_plainly
 
 LEVELS = ("step", "timestep", "sigma", "alpha_bar", "latents/scheduler_sigmas")
@@ -77,7 +78,7 @@ def record(
                 say(f"{asked.model} is not loaded: the pipeline that was given is {model.name}, and is recorded as that.")
             asked = load_experiment(asked, model=model.name)
         settled = plan(model, asked)
-        settled.check_size(max_bytes, room)
+        check_size(settled, max_bytes, room)
         return _record(model, settled, say, progress)
 
 
@@ -94,7 +95,7 @@ def rerun(run: Run, pipeline: Any | None = None, *, output: str | Path | None = 
         if weights != run.said("model", "weights") and pipeline is not None:  # then they came from elsewhere
             asked = load_experiment(asked, model=model.name, revision=model.revision, variant=None)
         settled = plan(model, asked, None if run.source is None else run.source.values)
-        settled.check_size(None, room)
+        check_size(settled, None, room)
         return _record(model, settled, say, progress, run.name, weights)
 
 

@@ -78,9 +78,9 @@ class Witness:
     eps that of the run's dtype. Layers of known kind cost nothing. Raises CaptureError where they differ.
     """
 
-    def __init__(self, layers: Mapping[str, Any], rows: Sequence[int], resting: Callable[[], bool] = lambda: False):
+    def __init__(self, layers: Mapping[str, Any], rows: Sequence[int]):
         self._layers = {path: module for path, module in layers.items() if not is_plain(module)}
-        self._rows, self._resting = list(rows), resting
+        self._rows = list(rows)
         self._parts: dict[str, dict[str, torch.Tensor]] = {path: {} for path in self._layers}
         self._proven: set[str] = set()
 
@@ -100,15 +100,14 @@ class Witness:
 
     def _keep(self, path: str, name: str) -> Callable[[Any], None]:
         def hook(output: torch.Tensor) -> None:
-            if not self._resting():
-                self._parts[path][name] = output.detach()[self._rows].unflatten(-1, (self._layers[path].heads, -1)).transpose(1, 2).float()
+            self._parts[path][name] = output.detach()[self._rows].unflatten(-1, (self._layers[path].heads, -1)).transpose(1, 2).float()
 
         return hook
 
     def _prove(self, path: str, module: Any) -> Callable[[Any], None]:
         def hook(found: torch.Tensor) -> None:
             parts, self._parts[path] = self._parts[path], {}
-            if self._resting() or len(parts) < 3:
+            if len(parts) < 3:
                 return
             with torch.no_grad():
                 shares = (parts["to_q"] @ parts["to_k"].transpose(-1, -2) * module.scale).softmax(-1)

@@ -19,8 +19,32 @@ from probe.diffusion.family import TEXT, Arguments, Family, stacked
 from probe.diffusion.prompts import Prompt
 from probe.diffusion.sampling import Step
 from probe.errors import ExperimentError
-from probe.schema import near
+from probe.schema import Array, array, near
+from probe.watching.interface import Capture, Plan, Values
 from probe.words import STUMP, alike
+
+
+class Counterfactual(Capture):
+    """|prediction - prediction without a word| (masked_word, image, y, x) at the recorded steps, by one more call of the UNet."""
+
+    component, calls_model = "", True
+
+    def __init__(self, model: Family, plan: Plan):
+        self._model, self._plan = model, plan
+        self._arguments: Arguments | None = None
+
+    def arrays(self) -> list[Array]:
+        plan, words = self._plan, list(self._plan.words)
+        shape = (plan.calls, len(words), plan.rows.images, *plan.latent_shape[2:])
+        return [array("counterfactual", "masked_word", value=words), array("counterfactual", "change", shape)]
+
+    def wants(self, index: int, first: bool) -> bool:
+        return index in self._plan.recorded
+
+    def take(self, step: Step) -> Values:
+        if self._arguments is None:
+            self._arguments = embeddings_without(self._model, self._plan.prompts["cond"], self._plan.words)
+        return {"counterfactual/change": word_changes(self._model, step, self._arguments)}
 
 
 def chosen_words(prompt: Prompt, wanted: tuple[str, ...]) -> dict[str, list[int]]:

@@ -7,6 +7,7 @@ over a dimension (six times a sum on a CPU), a float32 norm over a million value
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,3 +43,36 @@ def statistics_of(tensor: torch.Tensor) -> torch.Tensor:
     deviation = torch.linalg.vector_norm(torch.linalg.vector_norm(apart, dim=-1), dim=-1) / math.sqrt(flat.shape[1])
     found = {"mean": mean, "std": deviation, "min": flat.amin(1), "max": flat.amax(1)}
     return torch.stack([found[name] for name in STATISTICS])
+
+
+class Stored(NamedTuple):
+    """How maps are stored: the type of the variable, and what its attributes say of it."""
+
+    dtype: str
+    attributes: dict[str, Any]
+
+
+def storage_note(dtype: str) -> Stored:
+    """How maps are stored under `capture.dtype`."""
+    if dtype == "sqrt_u8":
+        return Stored("uint8", {"encoding": "sqrt_u8: p = (code / 255)^2"})
+    return Stored(dtype, {})
+
+
+def storage_dtype(dtype: str) -> torch.dtype:
+    """The type of a tensor of maps under `capture.dtype`."""
+    kind: torch.dtype = getattr(torch, storage_note(dtype).dtype)
+    return kind
+
+
+def pixel_plane(grid: tuple[int, int], device: torch.device | str = "cpu") -> torch.Tensor:
+    """What a map is multiplied with to give its `MOMENTS`: 1, y and x of each pixel. *Shape:* (pixel, moment)."""
+    sides = (torch.arange(n, device=device, dtype=torch.float32) + 0.5 for n in grid)
+    y, x = torch.meshgrid(*(side / n for side, n in zip(sides, grid, strict=True)), indexing="ij")
+    return torch.stack([torch.ones_like(y), y, x], dim=-1).flatten(0, 1) / y.numel()
+
+
+def moments_of(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Mass and centroid of each map. *Shape:* (..., pixel) -> (..., moment) float32."""
+    sums = maps @ pixel_plane(grid, maps.device)
+    return torch.cat([sums[..., :1], sums[..., 1:] / sums[..., :1]], dim=-1)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.family import Family
 from probe.errors import ExperimentError
 from probe.schema import near
 from probe.watching.rehearsal import Rehearsal
@@ -17,19 +16,6 @@ STATISTIC_CLASSES = frozenset(
         *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D"),
     }
 )
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The token positions whose maps are kept, 0 to `end`; the others are summed into one `rest`, if there are any."""
-
-    end: int
-    tokens: int
-
-    @property
-    def positions(self) -> tuple[int, ...]:
-        """The `token` coordinate: positions, then -1 for `rest`."""
-        return (*range(self.end + 1), *([-1] if self.end + 1 < self.tokens else []))
 
 
 def attention_layers(layers: dict[str, tuple[int, int]], patterns: Sequence[str], field: str = "layers") -> dict[str, tuple[int, int]]:
@@ -62,7 +48,7 @@ def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]
     return list(chosen)
 
 
-def statistic_paths(model: StableDiffusion, component: str, rehearsal: Rehearsal) -> list[str]:
+def statistic_paths(model: Family, component: str, rehearsal: Rehearsal) -> list[str]:
     """Blocks, resnets and transformers of a component that run once a call, in the order in which they run."""
     module = getattr(model, component)
     kinds = {f"{component}.{path}": type(part).__name__ for path, part in module.named_modules()}

@@ -1,0 +1,80 @@
+"""How long each part of a run takes, and how much memory: measured by hooks, without making the device wait."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from probe.diffusion.family import Family
+from probe.diffusion.sampling import Step
+from probe.schema import Array, array
+from probe.system import peak_memory
+from probe.watching.hooks import Watch
+from probe.watching.interface import Capture, Plan, Store
+
+
+class Cost(Capture):
+    """Seconds of the components and of each step, FLOPs and peak memory. On CUDA, device events time the components."""
+
+    component = "all"
+
+    def __init__(self, model: Family, plan: Plan):
+        self._plan = plan
+        self._cuda = model.device if model.device.type == "cuda" else None
+        decoder = [] if model.vae is None else [("vae", model.vae.decoder)]
+        encoders = [(name, encoder) for name, (encoder, _) in model.text_encoders().items()]
+        self._parts = [*encoders, ("unet", model.unet), *decoder]
+        self._marks: dict[str, list[Any]] = {name: [] for name, _ in self._parts}
+        self._steps: list[float] = []
+        self._began = time.perf_counter()
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+
+    def arrays(self) -> list[Array]:
+        flops = self._plan.rehearsal.flops
+        return [
+            array("cost", "component", value=list(flops)),
+            array("cost", "unet_seconds", (self._plan.calls,)),
+            array("cost", "step_seconds", (self._plan.calls,)),
+            array("cost", "seconds", (len(flops),)),
+            array("cost", "flops", value=np.array(list(flops.values()))),
+            array("cost", "peak_memory", ()),
+        ]
+
+    def watches(self) -> list[Watch]:
+        return [(module, when, functools.partial(self._mark, name)) for name, module in self._parts for when in ("input", "output")]
+
+    def _mark(self, component: str, _: Any) -> None:
+        if self._cuda is None:
+            self._marks[component].append(time.perf_counter())
+        else:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks[component].append(event)
+
+    def expect(self, call: int | str) -> None:
+        self._began = time.perf_counter()
+
+    def passed(self, step: Step, store: Store) -> None:
+        self._steps.append(time.perf_counter() - self._began)
+
+    def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
+        if self._cuda is not None:
+            torch.cuda.synchronize(self._cuda)
+        seconds = {name: self._seconds(marks) for name, marks in self._marks.items()}
+        before = [math.nan] * (self._plan.calls - len(seconds["unet"]))  # steps that another process computed
+        store.write("cost/unet_seconds", before + seconds["unet"])
+        store.write("cost/step_seconds", before + self._steps[len(before) :])
+        store.write("cost/seconds", [sum(seconds.get(part, [])) for part in self._plan.rehearsal.flops])
+        memory = torch.cuda.max_memory_allocated(self._cuda) if self._cuda else peak_memory()
+        store.write("cost/peak_memory", memory)
+        return []
+
+    def _seconds(self, marks: list[Any]) -> list[float]:
+        pairs = zip(marks[::2], marks[1::2], strict=True)
+        return [b - a if self._cuda is None else a.elapsed_time(b) / 1000 for a, b in pairs]

@@ -1,0 +1,81 @@
+"""Cross-attention in short: maps averaged over the heads of a layer, and what each head did in a few numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from probe.diffusion.family import Family
+from probe.schema import HEAD_STATISTICS, MOMENTS, Array, array
+from probe.watching.cross_attention import shares_of
+from probe.watching.hooks import Watch
+from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
+from probe.watching.labels import heads_of
+from probe.watching.measures import moments_of, storage_dtype, storage_note, to_storage
+from probe.watching.projections import GridBuffers, Projections, Shapes
+from probe.watching.rehearsal import cross_attention
+
+
+class HeadSummary(Capture):
+    """The mean maps (token, branch, image, layer, 1, y, x), their moments, and `HEAD_STATISTICS` of every head in float32."""
+
+    def __init__(self, model: Family, plan: Plan):
+        self._plan, self._storage = plan, plan.experiment.capture.dtype
+        self._buffers = GridBuffers(plan.layers, self._shapes)
+        modules = cross_attention(model.unet)
+        self._projections = Projections(modules, plan.layers, plan.rows, self._read, plan.kept.tokens)
+
+    def arrays(self) -> list[Array]:
+        found = []
+        for grid, layers in self._plan.grids.items():
+            group, calls, note = grid_group(grid), self._plan.calls, storage_note(self._storage)
+            (maps, _, _), (moments, _, _), (statistics, _, _) = self._shapes(grid).values()
+            averaged = {"heads": f"mean of {heads_of(self._plan, layers, grid)}"}
+            found += [
+                array(group, "moment", value=list(MOMENTS)),
+                array(group, "cross", (calls, *maps[:-1], *grid), note.dtype, **note.attributes, **averaged),
+                array(group, "moments", (calls, *moments)),
+                array(group, "head_statistic", value=list(HEAD_STATISTICS)),
+                array(group, "head_statistics", (calls, *statistics)),
+            ]
+        return found
+
+    def watches(self) -> list[Watch]:
+        return self._projections.watches()
+
+    def wants(self, index: int, first: bool) -> bool:
+        return index in self._plan.recorded
+
+    def take(self, step: Any) -> Values:
+        self._projections.take()
+        found: Values = {}
+        for grid, parts in self._buffers.take().items():
+            group = grid_group(grid)
+            found[f"{group}/cross"] = parts["cross"].unflatten(-1, grid)
+            found |= {f"{group}/{name}": parts[name] for name in ("moments", "head_statistics")}
+        return found
+
+    def _shapes(self, grid: Grid) -> Shapes:
+        plan, layers = self._plan, self._plan.grids[grid]
+        lead = (len(plan.kept.positions), len(plan.kept_branches), plan.rows.images, len(layers))
+        each_head = (*lead, heads_of(plan, layers, grid), len(HEAD_STATISTICS))
+        return {
+            "cross": ((*lead, 1, grid[0] * grid[1]), storage_dtype(self._storage), 3),
+            "moments": ((*lead, 1, len(MOMENTS)), torch.float32, 3),
+            "head_statistics": (each_head, torch.float32, 3),
+        }
+
+    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor) -> None:
+        plan, module, grid = self._plan, self._projections.modules[path], self._plan.layers[path]
+        lead = (len(plan.kept.positions), len(plan.kept_branches), plan.rows.images)
+        maps = query.new_empty((*lead, module.heads, query.shape[1]), dtype=torch.float32)
+        for at, shares in shares_of(query, key, module, plan):
+            maps[at] = shares.transpose(0, 1)
+        over_space = maps / maps.sum(-1, keepdim=True)
+        entropy = -torch.xlogy(over_space, over_space).sum(-1, keepdim=True)
+        mean = maps.mean(dim=3, keepdim=True)
+        parts = self._buffers.of(path, query)
+        parts["cross"].copy_(to_storage(mean, self._storage))
+        parts["moments"].copy_(moments_of(mean, grid))
+        parts["head_statistics"].copy_(torch.cat([moments_of(maps, grid), entropy, maps.amax(-1, keepdim=True)], dim=-1))

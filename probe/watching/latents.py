@@ -1,0 +1,60 @@
+"""The levels of noise, and the latents and predictions of every step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from probe.diffusion.family import Family
+from probe.diffusion.sampling import Step, fresh, set_steps
+from probe.schema import Array, array
+from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
+
+
+class Levels(Capture):
+    """The coordinates of a step: its index, timestep, sigma and alpha_bar; the scheduler's whole table; and what is committed."""
+
+    component = ""
+
+    def __init__(self, model: Family, plan: Plan):
+        self._plan, self._scheduler = plan, model.scheduler
+
+    def arrays(self) -> list[Array]:
+        schedule, scheduler = self._plan.schedule, fresh(self._scheduler)
+        set_steps(scheduler, self._plan.experiment.steps)
+        table = np.array([float(s) for s in getattr(scheduler, "sigmas", schedule.sigmas)])
+        return [
+            array("", "step", value=np.arange(self._plan.calls)),
+            array("", "timestep", value=np.array(schedule.timesteps)),
+            array("", "sigma", value=np.array(schedule.sigmas)),
+            array("", "alpha_bar", value=np.array(schedule.alpha_bars)),
+            array("", "committed", (self._plan.calls,)),
+            array("latents", "scheduler_sigmas", value=table),
+        ]
+
+
+class Latents(Capture):
+    """Latents and predictions (image, channel, y, x) of each step, and the final latents."""
+
+    component = ""
+
+    def __init__(self, model: Family, plan: Plan):
+        self._plan, self._dtype = plan, model.dtype
+
+    def arrays(self) -> list[Array]:
+        shape, dtype, note = self._plan.latent_shape, numpy_dtype(self._dtype), dtype_note(self._dtype)
+        names = ["latents", *(f"prediction_{branch}" for branch in self._plan.computed_branches), "prediction"]
+        return [
+            *(array("latents", name, (self._plan.calls, *shape), dtype, **note) for name in names),
+            array("latents", "final_latents", shape, dtype, **note),
+        ]
+
+    def take(self, step: Step) -> Values:
+        branches = {f"prediction_{branch}": output for branch, output in step.branches.items()}
+        found = {"latents": step.latents, **branches, "prediction": step.prediction}
+        # Cloned, because the caller may change what the loop yielded.
+        return {f"latents/{name}": value.clone() for name, value in found.items()}
+
+    def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
+        store.write("latents/final_latents", as_numpy(latents))
+        return []

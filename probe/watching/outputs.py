@@ -1,0 +1,166 @@
+"""Outputs of modules: their statistics, or the whole of them, for the denoiser, the VAE and the text encoder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from probe.diffusion.family import Family
+from probe.errors import ExperimentError
+from probe.schema import STATISTICS, Array, array
+from probe.watching.hooks import Watch
+from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
+from probe.watching.measures import statistics_of
+from probe.watching.projections import Tray
+from probe.watching.rehearsal import first_tensor
+from probe.watching.selection import activation_paths, statistic_paths
+
+
+class ModuleOutputs:
+    """Outputs of modules of one component, read by hooks: `take` gives their statistics and the whole of them.
+
+    Statistics are (statistic, batch, module) in float32, or None; whole outputs come by path, (batch, ...).
+    """
+
+    def __init__(self, component: str, module: nn.Module, statistics: Sequence[str], whole: Sequence[str], replace: bool = False):
+        self._modules = {f"{component}.{path}": part for path, part in module.named_modules()}
+        self.statistics, self.whole = list(statistics), [path for path in whole if path in self._modules]
+        self._numbers, self._wholes = Tray(self.statistics, replace), Tray(self.whole, replace)
+
+    def watches(self) -> list[Watch]:
+        found: list[Watch] = [(self._modules[path], "output", functools.partial(self._measure, path)) for path in self.statistics]
+        return found + [(self._modules[path], "output", functools.partial(self._keep, path)) for path in self.whole]
+
+    def take(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        numbers, whole = self._numbers.take(), self._wholes.take()
+        stacked = torch.stack([numbers[path] for path in self.statistics], dim=-1) if self.statistics else None
+        return stacked, whole
+
+    @torch.no_grad()
+    def _measure(self, path: str, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is not None:
+            self._numbers.put(path, statistics_of(tensor))
+
+    def _keep(self, path: str, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is not None:
+            self._wholes.put(path, tensor.detach().clone())
+
+
+def variable_of(path: str) -> str:
+    """Where the whole output of a module is: "unet.mid_block" -> "unet/mid_block/activation"."""
+    return f"{path.replace('.', '/', 1)}/activation"
+
+
+class UnetOutputs(Capture):
+    """Statistics and whole outputs of the denoiser's modules, at each step, with axes for branch and image."""
+
+    component = "unet"
+
+    def __init__(self, model: Family, plan: Plan):
+        self._plan, self._dtype = plan, model.dtype
+        self._outputs = outputs_of(model, plan, self.component)
+
+    def arrays(self) -> list[Array]:
+        rows = (len(self._plan.computed_branches), self._plan.rows.images)
+        return _arrays(self._plan, self._outputs, self.component, (self._plan.calls,), rows, self._dtype)
+
+    def watches(self) -> list[Watch]:
+        return self._outputs.watches()
+
+    def wants(self, index: int, first: bool) -> bool:
+        return index in self._plan.recorded
+
+    def take(self, step: Any) -> Values:
+        statistics, wholes = self._outputs.take()
+        rows = (len(self._plan.computed_branches), self._plan.rows.images)
+        found = {variable_of(path): whole.unflatten(0, rows) for path, whole in wholes.items()}
+        return found if statistics is None else {"unet/statistics": statistics.unflatten(1, rows), **found}
+
+
+class VaeOutputs(Capture):
+    """Statistics and whole outputs of the VAE's modules, when it decodes the final latents."""
+
+    component = "vae"
+
+    def __init__(self, model: Family, plan: Plan):
+        self._plan, self._dtype = plan, model.dtype
+        self._outputs = outputs_of(model, plan, self.component, replace=True)  # a VAE decodes again in float32
+
+    def arrays(self) -> list[Array]:
+        return _arrays(self._plan, self._outputs, self.component, (), (self._plan.rows.images,), self._dtype)
+
+    def watches(self) -> list[Watch]:
+        return self._outputs.watches()
+
+    def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
+        statistics, wholes = self._outputs.take()
+        if statistics is not None:
+            store.write("vae/statistics", as_numpy(statistics))
+        for path, whole in wholes.items():
+            store.write(variable_of(path), as_numpy(whole))
+        return []
+
+
+class TextOutputs(Capture):
+    """Whole outputs of the text encoder's modules, for each branch."""
+
+    def __init__(self, model: Family, plan: Plan, component: str = "text_encoder"):
+        self.component, self._plan, self._dtype = component, plan, model.dtype
+        self._outputs = outputs_of(model, plan, component)
+        self._branch, self._seen = "", dict[str, dict[str, torch.Tensor]]()
+
+    def arrays(self) -> list[Array]:
+        return _arrays(self._plan, self._outputs, self.component, (), (len(self._plan.computed_branches),), self._dtype)
+
+    def watches(self) -> list[Watch]:
+        return self._outputs.watches()
+
+    def expect(self, call: int | str) -> None:
+        self._flush()
+        self._branch = str(call)
+
+    def begin(self, store: Store) -> None:
+        self._flush()
+        for path in self._outputs.whole:
+            rows = [self._seen[branch][path] for branch in self._plan.computed_branches]
+            store.write(variable_of(path), as_numpy(torch.cat(rows)))
+
+    def _flush(self) -> None:
+        """Put aside what was seen of the branch before."""
+        if self._branch:
+            self._seen[self._branch] = self._outputs.take()[1]
+        self._branch = ""
+
+
+def outputs_of(model: Family, plan: Plan, component: str, replace: bool = False) -> ModuleOutputs:
+    """The outputs of a component's modules that the experiment asks for."""
+    module, capture = model.components().get(component, nn.Module()), plan.experiment.capture
+    statistics = statistic_paths(model, component, plan.rehearsal) if capture.statistics and component in ("unet", "vae") else []
+    return ModuleOutputs(component, module, statistics, activation_paths(plan.rehearsal, capture.activations), replace)
+
+
+def _arrays(plan: Plan, outputs: ModuleOutputs, component: str, lead: tuple[int, ...], rows: tuple[int, ...], dtype: torch.dtype) -> list[Array]:
+    found = list[Array]()
+    if component != "vae" and (outputs.statistics or outputs.whole):
+        found.append(array(component, "branch", value=list(plan.computed_branches)))
+    if outputs.statistics:
+        names = [path.removeprefix(f"{component}.") for path in outputs.statistics]
+        found += [array(component, "module", value=names), array(component, "statistic", value=list(STATISTICS))]
+        found.append(array(component, "statistics", (*lead, len(STATISTICS), *rows, len(names))))
+    for path in outputs.whole:
+        shape = plan.rehearsal.outputs[path]
+        batch = 1 if component.startswith("text_encoder") else int(torch.Size(rows).numel())
+        if shape[0] != batch or not 2 <= len(shape) <= 4:
+            raise ExperimentError(
+                f"capture.activations: the output of {path} has shape {shape}, without one row per image.",
+                "Name another module.",
+            )
+        group = variable_of(path).rpartition("/")[0]
+        found.append(array(group, "activation", (*lead, *rows, *shape[1:]), numpy_dtype(dtype), **dtype_note(dtype)))
+    return found

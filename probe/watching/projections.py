@@ -1,0 +1,159 @@
+"""What attention layers multiply: queries and keys, as `to_q` and `to_k` put them out, and trays to collect what is seen.
+
+The layer's own fused attention stays untouched. Whoever reads the two sides gets them layer by layer, while the model
+works, and has to be sure that they are what the layer used: fused, replaced, merged or unknown layers are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from probe.errors import CaptureError
+from probe.watching.conditions import Witness
+from probe.watching.hooks import Watch
+from probe.watching.interface import Grid, Rows, by_grid
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype, int]]
+
+SHARED = "A module that is shared or re-entered cannot be recorded: leave it out."
+HIDDEN = "Fused QKV projections, a compiled UNet or a replaced module hide it: undo that, or leave it out of capture.layers."
+
+
+class Tray:
+    """Values that hooks put down, by name. `take` empties it and insists on exactly one value for every name."""
+
+    def __init__(self, names: Sequence[str], replace: bool = False):
+        self._names, self._replace = tuple(names), replace
+        self._values: dict[str, Any] = {}
+
+    def put(self, name: str, value: Any) -> None:
+        if name in self._values and not self._replace:
+            raise CaptureError(f"{name} fired twice in one step.", SHARED)
+        self._values[name] = value
+
+    def take(self) -> dict[str, Any]:
+        values, self._values = self._values, {}
+        for name in self._names:
+            if name not in values:
+                raise CaptureError(f"{name} fired 0 times in a step.", HIDDEN)
+        return values
+
+
+class Projections:
+    """Queries and keys of some attention layers: `read(path, query, key)` is called when a layer has made both.
+
+    *Shape:* query (batch, pixel, inner), key (batch, token, inner). Without `tokens`, the keys are those of the pixels:
+    self-attention. Raise CaptureError if they are not what the layer multiplies, or not of the planned shape.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Any],
+        layers: Mapping[str, Grid],
+        rows: Rows,
+        read: Callable[[str, torch.Tensor, torch.Tensor], None],
+        tokens: int | None = None,
+    ):
+        self.modules = {path: modules[path] for path in layers}
+        self._layers, self._rows, self._read, self._tokens = layers, rows, read, tokens
+        self._tray = Tray(list(layers))
+        self._queries: dict[str, torch.Tensor] = {}
+        self._watched: dict[str, tuple[nn.Module, nn.Module]] = {}
+        self._witness = Witness(self.modules, rows.kept)
+        for path, module in self.modules.items():
+            refuse_unreadable(path, module)
+
+    def watches(self) -> list[Watch]:
+        found: list[Watch] = []
+        for path, module in self.modules.items():
+            self._watched[path] = module.to_q, module.to_k
+            found.append((module.to_q, "output", self._query(path)))
+            found.append((module.to_k, "output", self._key(path, module)))
+        return found + self._witness.watches()
+
+    def take(self) -> None:
+        """Insist that every layer was read once since the last time."""
+        self._queries.clear()
+        self._tray.take()
+        self._witness.take()
+
+    def _query(self, path: str) -> Callable[[Any], None]:
+        def hook(output: torch.Tensor) -> None:
+            if path in self._queries:
+                raise CaptureError(f"{path}.to_q fired twice in one step.", SHARED)
+            self._queries[path] = output
+
+        return hook
+
+    def _key(self, path: str, module: Any) -> Callable[[Any], None]:
+        def hook(key: torch.Tensor) -> None:
+            if path not in self._queries:
+                raise CaptureError(
+                    f"{path}.to_q fired 0 times in a step.",
+                    "Its keys were computed without queries: is it fused?",
+                )
+            query = self._queries.pop(path)
+            self._check(path, query, key, module)
+            self._tray.put(path, True)
+            with torch.no_grad():
+                self._read(path, query, key)
+
+        return hook
+
+    def _check(self, path: str, query: torch.Tensor, key: torch.Tensor, module: Any) -> None:
+        """Hold what was seen against the layer's own modules and the planned shape."""
+        if self._watched[path] != (module.to_q, module.to_k):
+            raise CaptureError(
+                f"{path}: to_q or to_k was replaced while recording (a LoRA?).",
+                "Change the model before the run begins.",
+            )
+        pixels = prod(self._layers[path])
+        queries, keys = (self._rows.batch, pixels), (self._rows.batch, self._tokens or pixels)
+        if query.shape[:2] != queries or key.shape[:2] != keys:
+            raise CaptureError(
+                f"{path} multiplies {tuple(query.shape[:2])} queries with {tuple(key.shape[:2])} keys, not {queries} with {keys}.",
+                "Something merges or adds tokens (token merging, an image prompt): undo it, or leave the layer out of what is captured.",
+            )
+
+
+def refuse_unreadable(path: str, module: Any) -> None:
+    """Raise CaptureError for an attention layer whose queries or keys are not what its to_q and to_k put out."""
+    if "Fused" in type(module.processor).__name__:  # not module.fused_projections, which unfusing leaves true
+        raise CaptureError(
+            f"{path} has fused QKV projections, whose queries cannot be read.",
+            "Call pipeline.unfuse_qkv_projections() first.",
+        )
+    if module.norm_q is not None or module.norm_k is not None:
+        raise CaptureError(f"{path} normalises its queries or keys, which is not supported yet.", "Leave it out of capture.layers.")
+
+
+class GridBuffers:
+    """Tensors for all layers of a grid, made when a step's first layer is read: nothing has to be copied together later.
+
+    `shapes(grid)` gives for each variable its shape, its type, and which axis counts the layers.
+    """
+
+    def __init__(self, layers: Mapping[str, Grid], shapes: Callable[[Grid], Shapes]):
+        self._layers = layers
+        self._shapes = {grid: shapes(grid) for grid in set(layers.values())}
+        self._index = {path: i for paths in by_grid(dict(layers)).values() for i, path in enumerate(paths)}
+        self._filling: dict[Grid, dict[str, torch.Tensor]] = {}
+
+    def of(self, path: str, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A layer's part of each variable, to be filled."""
+        grid = self._layers[path]
+        shapes = self._shapes[grid]
+        if grid not in self._filling:
+            self._filling[grid] = {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype, _) in shapes.items()}
+        index = self._index[path]
+        return {name: whole.select(shapes[name][2], index) for name, whole in self._filling[grid].items()}
+
+    def take(self) -> dict[Grid, dict[str, torch.Tensor]]:
+        """The filled tensors of each grid."""
+        filled, self._filling = self._filling, {}
+        return filled

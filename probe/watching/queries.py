@@ -1,0 +1,70 @@
+"""The image side of cross-attention: with the text side, the map of any token can be computed when a recording is read.
+
+map = softmax over tokens of key . query          (Vaswani et al. 2017; keys are stored with their factor 1 / sqrt(d))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from probe.diffusion.family import Family
+from probe.errors import ExperimentError
+from probe.schema import Array, array
+from probe.watching.hooks import Watch
+from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
+from probe.watching.labels import heads_of
+from probe.watching.projections import GridBuffers, Projections, Shapes
+from probe.watching.rehearsal import cross_attention
+
+
+class Queries(Capture):
+    """Queries (branch, image, layer, head, key_feature, y, x) in float16, or in float32 if that is the storage dtype."""
+
+    def __init__(self, model: Family, plan: Plan):
+        self._plan = plan
+        # A query is no probability: it has a sign and no bound, so sqrt_u8 cannot hold it.
+        self._dtype = torch.float32 if plan.experiment.capture.dtype == "float32" else torch.float16
+        self._buffers = GridBuffers(plan.layers, self._shapes)
+        modules = cross_attention(model.unet)
+        self._projections = Projections(modules, plan.layers, plan.rows, self._read, plan.kept.tokens)
+
+    def arrays(self) -> list[Array]:
+        kind = str(self._dtype).removeprefix("torch.")
+        shapes = {grid: self._shapes(grid)["query"][0] for grid in self._plan.grids}
+        return [array(grid_group(grid), "query", (self._plan.calls, *shape[:-1], *grid), kind) for grid, shape in shapes.items()]
+
+    def watches(self) -> list[Watch]:
+        return self._projections.watches()
+
+    def wants(self, index: int, first: bool) -> bool:
+        return index in self._plan.recorded
+
+    def take(self, step: Any) -> Values:
+        self._projections.take()
+        filled = self._buffers.take().items()
+        return {f"{grid_group(grid)}/query": parts["query"].unflatten(-1, grid) for grid, parts in filled}
+
+    def _shapes(self, grid: Grid) -> Shapes:
+        plan, layers = self._plan, self._plan.grids[grid]
+        lead = (len(plan.kept_branches), plan.rows.images, len(layers), heads_of(plan, layers, grid))
+        return {"query": ((*lead, width_of(plan, grid), grid[0] * grid[1]), self._dtype, 2)}
+
+    def _read(self, path: str, query: torch.Tensor, _: torch.Tensor) -> None:
+        heads, images = self._projections.modules[path].heads, self._plan.rows.images
+        rows = query[self._plan.rows.kept].unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
+        self._buffers.of(path, query)["query"].copy_(rows.unflatten(0, (-1, images)))
+
+
+def width_of(plan: Plan, grid: Grid) -> int:
+    """The features of a head's query on a grid. Raise ExperimentError if its layers differ."""
+    paths = plan.grids[grid]
+    heads = heads_of(plan, paths, grid)
+    widths = {plan.rehearsal.outputs[f"unet.{path}.to_q"][-1] // heads for path in paths}
+    if len(widths) > 1:
+        raise ExperimentError(
+            f"capture.layers: the layers at {grid_group(grid)} differ in their width.",
+            "Choose layers of one kind, or capture.attention: maps.",
+        )
+    return widths.pop()

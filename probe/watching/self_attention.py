@@ -1,0 +1,59 @@
+"""Self-attention maps of the layers that `capture.self_attention` names: which place looks at which. They are large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from probe.diffusion.family import Family
+from probe.schema import Array, array
+from probe.watching.hooks import Watch
+from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
+from probe.watching.labels import heads_of
+from probe.watching.measures import storage_dtype, storage_note, to_storage
+from probe.watching.projections import GridBuffers, Projections, Shapes
+from probe.watching.rehearsal import self_attention
+
+
+class SelfAttention(Capture):
+    """Maps (branch, image, layer, head, y, x, key_y, key_x) in the storage dtype: softmax over keys of q k^T / sqrt(d)."""
+
+    def __init__(self, model: Family, plan: Plan):
+        self._plan, self._storage = plan, plan.experiment.capture.dtype
+        self._buffers = GridBuffers(plan.self_layers, self._shapes)
+        self._projections = Projections(self_attention(model.unet), plan.self_layers, plan.rows, self._read)
+
+    def arrays(self) -> list[Array]:
+        plan, note, found = self._plan, storage_note(self._storage), list[Array]()
+        for grid, layers in plan.self_grids.items():
+            group, (shape, _, _) = f"self_{grid_group(grid)}", self._shapes(grid)["self"]
+            found += [
+                array(group, "branch", value=list(plan.kept_branches)),
+                array(group, "layer", value=layers),
+                array(group, "self", (plan.calls, *shape[:-2], *grid, *grid), note.dtype, **note.attributes),
+            ]
+        return found
+
+    def watches(self) -> list[Watch]:
+        return self._projections.watches()
+
+    def wants(self, index: int, first: bool) -> bool:
+        return index in self._plan.recorded
+
+    def take(self, step: Any) -> Values:
+        self._projections.take()
+        filled = self._buffers.take().items()
+        return {f"self_{grid_group(grid)}/self": parts["self"].unflatten(-1, grid).unflatten(-3, grid) for grid, parts in filled}
+
+    def _shapes(self, grid: Grid) -> Shapes:
+        plan, layers, pixels = self._plan, self._plan.self_grids[grid], grid[0] * grid[1]
+        lead = (len(plan.kept_branches), plan.rows.images, len(layers), heads_of(plan, layers, grid))
+        return {"self": ((*lead, pixels, pixels), storage_dtype(self._storage), 2)}
+
+    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor) -> None:
+        module, rows = self._projections.modules[path], self._plan.rows
+        q = query[rows.kept].float().unflatten(-1, (module.heads, -1)).transpose(1, 2)
+        k = key[rows.kept].float().unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1)
+        maps = to_storage(torch.matmul(q * module.scale, k).softmax(dim=-1), self._storage)
+        self._buffers.of(path, query)["self"].copy_(maps.unflatten(0, (-1, rows.images)))

@@ -1,0 +1,128 @@
+"""What a run or a noising began from: the picture, its latents, the noise in them, and how well the model tells them apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from probe.conversions import target
+from probe.diffusion.family import Family
+from probe.diffusion.sampling import Start, Step, arranged, memory_format, noise
+from probe.diffusion.schedule_check import unclipped_note
+from probe.diffusion.start import encode, memory_formats, restart, sampled
+from probe.schema import Array, array
+from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
+
+
+class Source(Capture):
+    """The picture that a run begins from, a sample of its latents, and the noise mixed into them; `start` after `begin`."""
+
+    component = ""
+
+    def __init__(self, model: Family, plan: Plan):
+        self._model, self._plan = model, plan
+        self.start: Start | None = None
+
+    def arrays(self) -> list[Array]:
+        return source_arrays(self._model, self._plan)
+
+    def begin(self, store: Store) -> None:
+        model, asked = self._model, self._plan.experiment
+        if store.committed:
+            clean = torch.from_numpy(store.read("forward/clean")).to(model.device, model.dtype)
+            clean = arranged(clean, memory_formats(store.attributes)["clean"])
+            self.start = restart(asked, clean, encoded=model.vae is not None)
+            return
+        mean, deviation = encode(model, store.read("source/picture"))
+        clean, eps, generators = sampled(model, asked, mean, deviation)
+        self.start = Start(clean, eps, asked.strength, generators)
+        store.write("forward/clean", as_numpy(clean))
+        store.write("forward/noise", as_numpy(eps))
+        note_memory_format("clean", clean, store)
+
+
+class Noised(Capture):
+    """A noising's picture, masks and noise, and at each timestep what the prediction is worth.
+
+    `clean` is the mean of the VAE's posterior, in latents, for each draw of `noise`. *Shape:* each (image, channel, y, x).
+    """
+
+    component = ""
+
+    def __init__(self, model: Family, plan: Plan):
+        self._model, self._plan = model, plan
+        self.clean = self.noise = torch.empty(0)
+
+    def arrays(self) -> list[Array]:
+        plan, (images, *rest) = self._plan, self._plan.latent_shape
+        found = [
+            *source_arrays(self._model, plan),
+            array("source", "psnr", ()),
+            array("forward", "denoised", (plan.calls, images, *rest), **unclipped_note(self._model.scheduler)),
+            array("forward", "difference", (plan.calls, images, *rest)),
+            *(array("forward", name, (plan.calls, images)) for name in ("loss", "noise_loss")),
+            *(array("forward", name, (plan.calls,)) for name in ("loss_mean", "loss_spread")),
+        ]
+        if masks := plan.masks:
+            found.append(array("source", "masked", value=list(masks)))
+            found.append(array("source", "mask", value=np.stack(list(masks.values()))))
+        return found
+
+    def begin(self, store: Store) -> None:
+        assert self._plan.picture is not None
+        self.clean, self.noise = noised(self._model, self._plan.picture, self._plan.rows.images, self._plan.experiment.seed)
+        store.write("forward/clean", as_numpy(self.clean))
+        store.write("forward/noise", as_numpy(self.noise))
+        note_memory_format("clean", self.clean, store)
+
+    def take(self, step: Step) -> Values:
+        wide = replace(step, latents=step.latents.float(), prediction=step.prediction.float())
+        clean, eps = self.clean.float(), self.noise.float()
+        wanted = target(clean, eps, step.alpha_bar, step.prediction_type)
+        difference = wide.eps - eps
+        loss = (wide.prediction - wanted).square().mean(dim=(1, 2, 3))
+        each = loss.to("cpu" if loss.device.type == "mps" else loss.device).double()  # Apple's GPUs have no float64
+        return {
+            "forward/denoised": wide.denoised,
+            "forward/difference": difference,
+            "forward/loss": loss,
+            "forward/noise_loss": difference.square().mean(dim=(1, 2, 3)),
+            "forward/loss_mean": each.mean(),
+            "forward/loss_spread": each.std() if len(each) > 1 else torch.full_like(each[0], torch.nan),
+        }
+
+    def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
+        assert self._plan.picture is not None
+        store.write("source/psnr", psnr(self._plan.picture, store.read("images/final")[0]))
+        return []
+
+
+def source_arrays(model: Family, plan: Plan) -> list[Array]:
+    """The picture, its latents and their noise."""
+    dtype, note = numpy_dtype(model.dtype), dtype_note(model.dtype)
+    latents = [array("forward", name, plan.latent_shape, dtype, **note) for name in ("clean", "noise")]
+    return [array("source", "picture", value=plan.picture), *latents]
+
+
+def noised(model: Family, picture: np.ndarray, noises: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A picture's mean latents, once for each draw of noise, and the draws, seeded `seed`, `seed + 1`, ...
+
+    *Shape:* picture (y, x, rgb) uint8; each result (image, channel, y, x).
+    """
+    mean, _ = encode(model, picture)
+    clean = (model.scaling_factor * mean).repeat(noises, 1, 1, 1)
+    return clean, noise(seed, tuple(clean.shape), model.dtype)[0].to(model.device)
+
+
+def note_memory_format(name: str, tensor: torch.Tensor, store: Store) -> None:
+    """Note what does not lie in memory as it comes from the disk: a resumed run and a proof have to arrange it."""
+    if (how := memory_format(tensor)) != "contiguous":
+        store.annotate(memory_format={name: how})
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures in dB, over all their values; infinite when they are the same."""
+    error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

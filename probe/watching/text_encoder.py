@@ -1,0 +1,127 @@
+"""The inside of a text encoder: embeddings, the output of each layer, the final output, and the attention of every layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from probe.diffusion.family import Family
+from probe.errors import CaptureError
+from probe.schema import Array, array
+from probe.watching.conditions import FINITE, NOT_FINITE
+from probe.watching.hooks import Watch
+from probe.watching.interface import Capture, Plan, Store, as_numpy, numpy_dtype
+from probe.watching.labels import token_labels
+from probe.watching.projections import Tray
+from probe.watching.rehearsal import first_tensor
+
+LAYERED = ("hidden", "attention")  # variables whose first axis counts the layers
+
+
+class TextEncoder(Capture):
+    """What a text encoder makes of each branch's prompt.
+
+    Each layer's attention is proven: softmax(q k^T) v has to be what it writes. Raise CaptureError if it is not.
+    """
+
+    def __init__(self, model: Family, plan: Plan, component: str = "text_encoder"):
+        self.component, self._model, self._plan = component, model, plan
+        text_encoder, _ = model.text_encoders()[component]
+        self._config = text_encoder.config
+        self._root: Any = getattr(text_encoder, "text_model", text_encoder)
+        self._layers = list(self._root.encoder.layers)
+        self._branch, self._mask = "", cast("torch.Tensor | None", None)
+        parts = ["embedding", "output", *(f"{part} {i}" for part in LAYERED for i in range(len(self._layers)))]
+        self._tray = Tray([f"{branch} {part}" for branch in plan.computed_branches for part in parts])
+        self._sides: dict[tuple[str, int], torch.Tensor] = {}
+
+    def arrays(self) -> list[Array]:
+        plan, config, group = self._plan, self._config, f"text/{self.component}"
+        branches, tokens, layers = len(plan.computed_branches), plan.kept.tokens, int(config.num_hidden_layers)
+        state, dtype = (branches, tokens, int(config.hidden_size)), numpy_dtype(self._model.dtype)
+        ids = np.stack([plan.tokens[branch][self.component].ids[0].numpy() for branch in plan.computed_branches])
+        return [
+            *token_labels(group, plan, plan.computed_branches, range(tokens), self.component),
+            array(group, "token_id", value=ids),
+            array(group, "embedding", state, dtype),
+            array(group, "hidden", (layers, *state), dtype),
+            array(group, "output", state, dtype),
+            array(group, "attention", (layers, branches, int(config.num_attention_heads), tokens, tokens)),
+        ]
+
+    def watches(self) -> list[Watch]:
+        found: list[Watch] = [
+            (self._root.embeddings, "output", functools.partial(self._put, "embedding")),
+            (self._root.final_layer_norm, "output", functools.partial(self._put, "output")),
+        ]
+        for index, layer in enumerate(self._layers):
+            found.append((layer, "output", functools.partial(self._put, f"hidden {index}")))
+            found.append((layer.self_attn.q_proj, "output", self._keep("query", index)))
+            found.append((layer.self_attn.k_proj, "output", self._attend(index, layer.self_attn)))
+            found.append((layer.self_attn.v_proj, "output", self._keep("value", index)))
+            found.append((layer.self_attn.out_proj, "input", self._prove(index)))
+        return found
+
+    def expect(self, call: int | str) -> None:
+        prompt = self._plan.tokens[str(call)][self.component]
+        masked = getattr(self._config, "use_attention_mask", None)  # as of few models
+        self._branch, self._mask = str(call), prompt.mask if masked else None
+
+    def begin(self, store: Store) -> None:
+        seen, group = self._tray.take(), f"text/{self.component}"
+        for name in ("embedding", "hidden", "output", "attention"):
+            rows = [self._whole(seen, f"{branch} {name}", name) for branch in self._plan.computed_branches]
+            store.write(f"{group}/{name}", as_numpy(torch.stack(rows, dim=1 if name in LAYERED else 0)))
+
+    def _whole(self, seen: dict[str, torch.Tensor], prefix: str, name: str) -> torch.Tensor:
+        """One branch: embedding and output (token, feature), hidden (layer, token, feature), attention (layer, head, token, key)."""
+        if name not in LAYERED:
+            return seen[prefix][0]
+        return torch.stack([seen[f"{prefix} {index}"][0] for index in range(len(self._layers))])
+
+    def _put(self, name: str, output: Any) -> None:
+        self._tray.put(f"{self._branch} {name}", first_tensor(output))
+
+    def _keep(self, side: str, index: int) -> Callable[[Any], None]:
+        return functools.partial(self._sides.__setitem__, (side, index))
+
+    def _attend(self, index: int, module: Any) -> Callable[[Any], None]:
+        @torch.no_grad()
+        def hook(key: torch.Tensor) -> None:
+            query = self._sides.pop(("query", index))
+            q, k = (by_head(side, module.num_heads) for side in (query, key))
+            products = q @ k.transpose(-1, -2) * module.scale
+            hidden = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).triu(1)
+            if self._mask is not None:
+                hidden = hidden | (self._mask.to(products.device) == 0)
+            shares = products.masked_fill(hidden, float("-inf")).softmax(-1)
+            self._sides["shares", index] = shares
+            self._put(f"attention {index}", shares)
+
+        return hook
+
+    def _prove(self, index: int) -> Callable[[Any], None]:
+        @torch.no_grad()
+        def hook(written: torch.Tensor) -> None:
+            shares, values = self._sides.pop(("shares", index)), self._sides.pop(("value", index))
+            parts = by_head(values, shares.shape[1])
+            expected, size = ((shares @ value).transpose(1, 2).flatten(2) for value in (parts, parts.abs()))
+            off = float((written.float() - expected).norm() / size.norm())
+            if off <= max(1e-3, torch.finfo(written.dtype).eps / 2):
+                return
+            why = f"does not attend to the tokens before each token (off by {off:.1%}), so its maps would be wrong."
+            remedy = "Load the text encoder anew, or leave it out: capture.text: false."
+            why, remedy = (why, remedy) if off == off else (NOT_FINITE, FINITE)
+            raise CaptureError(f"{self.component}: layer {index} {why}", remedy)
+
+        return hook
+
+
+def by_head(side: torch.Tensor, heads: int) -> torch.Tensor:
+    """*Shape:* (batch, token, feature) -> (batch, head, token, head_feature) float32."""
+    apart: torch.Tensor = side.float().unflatten(-1, (heads, -1))
+    return apart.transpose(1, 2)
