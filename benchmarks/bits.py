@@ -1,7 +1,7 @@
 """Whether two versions of this code record the same bits: eight experiments, recorded by one and compared by the other.
 
-    python -m benchmarks.bits record FOLDER     # by the version before
-    python -m benchmarks.bits compare FOLDER    # by the version after: records them again, and compares
+python -m benchmarks.bits record FOLDER     # by the version before
+python -m benchmarks.bits compare FOLDER    # by the version after: records them again, and compares
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def main() -> int:
             count, unlike = differences(before, run)
             apart = sorted(dict(variables(before)).keys() ^ dict(variables(run)).keys())
             found += len(unlike)
-            print(f"{name:16} {count:3} variables, {len(unlike)} differ {', '.join(unlike)}{f'; in one only: {chr(32).join(apart)}' if apart else ''}")
+            print(
+                f"{name:16} {count:3} variables, {len(unlike)} differ {', '.join(unlike)}{f'; in one only: {chr(32).join(apart)}' if apart else ''}"
+            )
     print("the same bits" if not found else f"{found} variables differ")
     return 1 if found else 0
 

@@ -1,6 +1,6 @@
 """A stopwatch on the loop of `probe.record`: how much of it is the model's, how much is recording's.
 
-It stands in for two names that `probe.running.perform` uses, `denoise` and `hooked`, and passes everything on to the real ones.
+It stands in for two names, `denoise` of `probe.running.perform` and `hooked` of `probe.running.session`, and passes everything on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unittest import mock
 from probe.watching.capture import hooked
 
 from probe.diffusion.sampling import denoise
-from probe.running import perform
+from probe.running import perform, session
 from probe.store import RunWriter
 from probe.watching.hooks import Hooks
 
@@ -64,7 +64,7 @@ def stopwatch(took: Took, begin: Callable[[], None] = nothing, end: Callable[[],
         return watch
 
     def watching(*captures: Any) -> Hooks:
-        if took.cpu or len(captures) == 1:  # the decoder's and the text encoder's, outside the loop
+        if took.cpu or not any(capture.component == "unet" for capture in captures):  # outside the loop
             return hooked(*captures)
         return Hooks((module, when, timed(callback)) for capture in captures for module, when, callback in capture.watches())
 
@@ -94,7 +94,7 @@ def stopwatch(took: Took, begin: Callable[[], None] = nothing, end: Callable[[],
             end()
 
     with (
-        mock.patch.object(perform, "hooked", watching),
+        mock.patch.object(session, "hooked", watching),
         mock.patch.object(perform, "denoise", steps),
         mock.patch.object(RunWriter, "flush", flushed),
     ):

@@ -26,13 +26,15 @@ from probe.analysis.masks import average_precision, iou, threshold
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.prompts import Prompt
 from probe.diffusion.sampling import Schedule
+from probe.experiment import Experiment
 from probe.reading.recording import Run
-from probe.running.forward import Noised
-from probe.watching.capture import AttentionCapture, hooked
+from probe.running.perform import ask_noised
 from probe.watching.counterfactual import embeddings_without, word_changes
-from probe.watching.modes import TextSide
-from probe.watching.rehearsal import rehearse
-from probe.watching.selection import Kept
+from probe.watching.cross_attention import CrossAttention
+from probe.watching.interface import Kept, Plan, Rows, grid_group, hooked
+from probe.watching.rehearsal import Rehearsal, rehearse
+from probe.watching.source import noised
+from probe.watching.text_side import TextSide
 
 Scores = TypeVar("Scores", xr.DataArray, xr.Dataset)
 SIDE = 64
@@ -82,45 +84,55 @@ def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: i
 
     `model` has a scheduler that keeps variance one (DDPM, as for `probe.noising`). Nothing is written to disk.
     """
-    conditioning = model.condition(shown.caption, guided=False)
-    prompt = conditioning.cond
-    loop = Noised.of(model, shown.picture, noises=1, seed=seed)
-    layers = rehearse_once(model, tuple(loop.clean.shape), int(prompt.ids.shape[1]))
-    kept, only = Kept(prompt.end, int(prompt.ids.shape[1])), ("cond",)
-    attention = AttentionCapture(model.unet, layers, kept, 1, only, only, "float32")
-    text = TextSide(model.unet, list(layers), kept, 1, only, only)
-    steps, maps, sizes = [], [], {}
-    with hooked(attention, text):
-        for step in loop.steps(conditioning, Schedule.at(model.scheduler, timesteps)):
-            maps.append({path: found[:, 0, 0].float().cpu().numpy() for path, (found, _) in attention.take().items()})
-            if not text.resting:  # what tokens write is the same at every step
-                sizes = {path: size[0].float().cpu().numpy() for path, (_, size) in text.take().items()}
-                text.resting = True
-            steps.append(step)
+    conditioning, schedule = model.condition(shown.caption, guided=False), Schedule.at(model.scheduler, timesteps)
+    prompt, (clean, eps) = conditioning.cond, noised(model, shown.picture, 1, seed)
+    rehearsal = rehearse_once(model, tuple(clean.shape), int(prompt.ids.shape[1]))
+    plan = Plan(
+        experiment=Experiment(prompt=shown.caption, guidance_scale=1.0, capture={"dtype": "float32"}),
+        prompts={"cond": prompt},
+        schedule=schedule,
+        rehearsal=rehearsal,
+        latent_shape=(1, *clean.shape[1:]),
+        rows=Rows(("cond",), ("cond",), 1),
+        kept=Kept(prompt.end, int(prompt.ids.shape[1])),
+        layers=rehearsal.grids,
+        self_layers={},
+        words={},
+        recorded=tuple(range(len(timesteps))),
+        decoded=(),
+    )
+    attention, text, sizes = CrossAttention(model, plan), TextSide(model, plan), {}
+    steps, maps = [], []
+    loop = ask_noised(model, conditioning, schedule, clean, eps)
+    for index in range(plan.calls):
+        with hooked(attention, *([] if index else [text])):  # what tokens write is the same at every step
+            step = next(loop)
+        maps.append(attention.take(step))
+        sizes = sizes or text.take(step)
+        steps.append(step)
     change = None
     if counterfactual:
         embeddings = embeddings_without(model, prompt, {word: places_of(prompt, word) for word in shown.masks})
         found = [word_changes(model, step, embeddings)[:, 0].cpu().numpy() for step in steps]
         change = xr.DataArray(np.stack(found), dims=("step", "word", "y", "x"), coords={"step": list(timesteps), "word": list(shown.masks)})
     grids, written = [], []
-    for grid in sorted(set(layers.values()), reverse=True):
-        paths = [path for path, at in layers.items() if at == grid]
-        coords = {"step": list(timesteps), "token": list(kept.positions), "layer": paths}
-        whole = np.stack([np.stack([of[path] for path in paths], axis=1) for of in maps])
-        grids.append(xr.DataArray(whole.reshape(*whole.shape[:-1], *grid), dims=("step", "token", "layer", "head", "y", "x"), coords=coords))
-        sides = np.stack([sizes[path] for path in paths], axis=1)
-        written.append(xr.DataArray(sides, dims=("token", "layer", "head"), coords={"token": list(kept.positions), "layer": paths}))
+    for grid, paths in plan.grids.items():
+        coords = {"step": list(timesteps), "token": list(plan.kept.positions), "layer": paths}
+        whole = np.stack([of[f"{grid_group(grid)}/cross"][:, 0, 0].cpu().numpy() for of in maps])
+        grids.append(xr.DataArray(whole, dims=("step", "token", "layer", "head", "y", "x"), coords=coords))
+        sides = sizes[f"{grid_group(grid)}/value_size"][0].cpu().numpy()
+        written.append(xr.DataArray(sides, dims=("token", "layer", "head"), coords={"token": coords["token"], "layer": paths}))
     return Seen(prompt, grids, written, change)
 
 
-_REHEARSED: dict[tuple[str, tuple[int, ...]], dict[str, tuple[int, int]]] = {}
+_REHEARSED: dict[tuple[str, tuple[int, ...]], Rehearsal] = {}
 
 
-def rehearse_once(model: StableDiffusion, shape: tuple[int, ...], tokens: int) -> dict[str, tuple[int, int]]:
-    """The grid of each cross-attention layer for latents of `shape`, in the order in which layers run; remembered by config and shape."""
+def rehearse_once(model: StableDiffusion, shape: tuple[int, ...], tokens: int) -> Rehearsal:
+    """A rehearsal for latents of `shape`, remembered by config and shape."""
     key = (repr(model.unet.config), shape)
     if key not in _REHEARSED:
-        _REHEARSED[key] = rehearse(model, shape, 1, tokens).grids
+        _REHEARSED[key] = rehearse(model, shape, 1, tokens)
     return _REHEARSED[key]
 
 

@@ -39,11 +39,11 @@ class Asked:
     vae: bool
 
 
-def _always(asked: Asked) -> bool:
+def _always(_: Asked) -> bool:
     return True
 
 
-def _never(asked: Asked) -> bool:
+def _never(_: Asked) -> bool:
     return False
 
 

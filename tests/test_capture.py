@@ -15,15 +15,19 @@ from test_recorder import ask, bare, condition, loop, model_for, only, pipeline,
 
 from probe.analysis.maps import probabilities
 from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sampling import denoise
 from probe.errors import CaptureError, ExperimentError
 from probe.experiment import Experiment
 from probe.reading.recording import Run
 from probe.running.planning import plan
+from probe.running.session import Session
 from probe.watching import hooks
-from probe.watching.capture import AttentionCapture, OutputCapture, Tray, hooked
+from probe.watching.hooks import Hooks
 from probe.watching.measures import statistics_of, to_storage
+from probe.watching.outputs import ModuleOutputs, TextOutputs, UnetOutputs, VaeOutputs
+from probe.watching.projections import Tray
 from probe.watching.rehearsal import cross_attention, rehearse
-from probe.watching.selection import Kept, activation_paths, attention_layers
+from probe.watching.selection import activation_paths, attention_layers
 
 Scores = list[dict[str, torch.Tensor]]
 BOTH = {"branches": "both", "tokens": "all", "dtype": "float32"}
@@ -229,24 +233,32 @@ def test_statistics_and_activations_are_those_of_the_modules_outputs(guidance_sc
         return callback
 
     whole = {f"{part}.{path}": module for part in ("unet", "vae", "text_encoder") for path, module in getattr(pipe, part).named_modules()}
-    wanted = [*settled.statistics["unet"], *settled.statistics["vae"], *settled.activations]
+    outputs = [capture._outputs for capture in settled.captures if isinstance(capture, UnetOutputs | VaeOutputs | TextOutputs)]
+    wanted = [path for own in outputs for path in (*own.statistics, *own.whole)]
     with hooks.Hooks([(whole[path], "output", keep(path)) for path in dict.fromkeys(wanted)]):
         last = bare(pipe, run.experiment)[-1]
         model_for(pipe, run.experiment).decode(last.next_latents)
     branches = ["uncond", "cond"] if guidance_scale > 1 else ["cond"]
-    assert len(settled.statistics["unet"]) > 10 and len(settled.statistics["vae"]) > 5
+    statistics_of_part = dict(
+        zip(
+            ("unet", "vae"),
+            ([path for own in outputs for path in own.statistics if path.startswith(part)] for part in ("unet.", "vae.")),
+            strict=True,
+        )
+    )
+    assert len(statistics_of_part["unet"]) > 10 and len(statistics_of_part["vae"]) > 5
     for part in ("unet", "vae"):
         statistics = run.variable(f"{part}/statistics")
         assert statistics["statistic"].values.tolist() == ["mean", "std", "min", "max"]
-        assert statistics["module"].values.tolist() == [path.removeprefix(f"{part}.") for path in settled.statistics[part]]
-        for number, path in enumerate(settled.statistics[part]):
+        assert statistics["module"].values.tolist() == [path.removeprefix(f"{part}.") for path in statistics_of_part[part]]
+        for number, path in enumerate(statistics_of_part[part]):
             for step, output in enumerate(seen[path]):
                 flat = output.double().flatten(1)
                 numbers = torch.stack([flat.mean(1), flat.std(1, correction=0), flat.amin(1), flat.amax(1)])
                 found = statistics.values[step][..., number] if part == "unet" else statistics.values[..., number]
                 expected = numbers.unflatten(1, (len(branches), 2)) if part == "unet" else numbers
                 np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5, err_msg=path)
-    for path in settled.activations:
+    for path in (path for own in outputs for path in own.whole):
         part, module = path.split(".", 1)
         found = run.variable(f"{part}/{module}/activation").values
         if part == "unet":
@@ -390,9 +402,9 @@ def test_fused_projections_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_shared_module_that_runs_twice_is_refused() -> None:
     """Two places of one UNet that are the same module: its output is two values, not one."""
     pipe = tiny.pipeline()
-    capture = OutputCapture("unet", pipe.unet, ["unet.mid_block.resnets.0"], [])
+    outputs = ModuleOutputs("unet", pipe.unet, ["unet.mid_block.resnets.0"], [])
     resnet, inputs = pipe.unet.mid_block.resnets[0], (torch.zeros(1, 32, 4, 4), torch.zeros(1, 64))
-    with hooked(capture), torch.no_grad():
+    with Hooks(outputs.watches()), torch.no_grad():
         resnet(*inputs)
         with pytest.raises(CaptureError, match=r"unet\.mid_block\.resnets\.0 fired twice"):
             resnet(*inputs)
@@ -410,15 +422,45 @@ def test_a_tray_wants_each_name_once() -> None:
     assert tray.take() == {"a": 3, "b": 4}
 
 
-def test_resting_hooks_read_nothing() -> None:
-    pipe = pipeline()
-    settled = plan(StableDiffusion.of(pipe), ask(Path()))
-    capture = AttentionCapture(pipe.unet, settled.layers, Kept(76, 77), 1, ("uncond", "cond"), ("cond",), "float16")
-    capture.resting = True
-    with hooked(capture):
-        bare(pipe, ask(Path()))
-        assert capture.take() == {}
-        capture.resting = False
-        next(loop(pipe, ask(Path())))
-        assert list(capture.take()) == list(settled.layers)
-    assert hooks.count(pipe.unet) == 0
+def test_hooks_are_on_only_while_they_are_wanted() -> None:
+    """At a step that is not recorded no capture has a hook on the attention layers, and the recorded step is read once."""
+    pipe, asked = pipeline(), ask(Path(), steps=3, capture={"steps": "1"})
+    model = StableDiffusion.of(pipe).with_scheduler(asked.scheduler, {})
+    settled = plan(model, asked)
+    on, taken = [], []
+    with Session(model, settled, Taken(taken)) as session:
+        conditioning = session.begin()
+        steps = denoise(model, conditioning, steps=3, guidance_scale=asked.guidance_scale)
+        for index in range(settled.calls):
+            with session.watching(index):
+                on.append(sum(hooks.count(module) for path, module in pipe.unet.named_modules() if path.endswith("attn2.to_q")))
+                step = next(steps)
+            session.record(step)
+    others = [0] * (settled.calls - 2)
+    assert on == [0, len(settled.layers), *others], "a hook is on where it is not wanted"
+    assert [any("/cross" in name for name in names) for names in taken] == [False, True, *map(bool, others)]
+    assert hooks.count(pipe.unet) == hooks.count(pipe.text_encoder) == 0
+
+
+class Taken:
+    """A store that keeps the names of what each step wrote."""
+
+    committed, attributes = 0, {}  # type: ignore[var-annotated]
+
+    def __init__(self, names: list[list[str]]):
+        self._names = names
+
+    def write(self, path: str, value: Any, at: Any = ...) -> None:
+        pass
+
+    def read(self, path: str, at: Any = ...) -> Any:
+        raise AssertionError(f"{path} is not read before the end")
+
+    def annotate(self, **attributes: Any) -> None:
+        pass
+
+    def write_step(self, step: int, values: Any, nbytes: int) -> None:
+        self._names.append(list(values()))
+
+    def flush(self) -> None:
+        pass

@@ -30,9 +30,10 @@ from torch.nn import functional
 from probe.errors import CaptureError, ExperimentError, ModelError
 from probe.experiment import Experiment
 from probe.running.planning import plan
-from probe.watching import capture, conditions
-from probe.watching.capture import AttentionCapture, hooked
+from probe.watching import conditions
 from probe.watching.conditions import PLAIN, Witness, is_plain
+from probe.watching.cross_attention import CrossAttention
+from probe.watching.interface import hooked
 from probe.watching.rehearsal import cross_attention
 
 TOKENS = 77
@@ -71,11 +72,11 @@ def attended(pipe: Any, asked: Experiment) -> Scores:
 
     def layer(path: str, grid: tuple[int, int]) -> torch.Tensor:
         heads = settled.rehearsal.heads[path]
-        count, parts = len(settled.called) * asked.images * heads, []
+        count, parts = len(settled.computed_branches) * asked.images * heads, []
         while sum(len(part) for part in parts) < count:
             parts.append(next(calls))
         assert parts[0].shape[1] == grid[0] * grid[1]
-        return torch.cat(parts).unflatten(0, (len(settled.called), asked.images, heads))
+        return torch.cat(parts).unflatten(0, (len(settled.computed_branches), asked.images, heads))
 
     found = [{path: layer(path, grid) for path, grid in settled.rehearsal.grids.items()} for _ in steps]
     assert next(calls, None) is None
@@ -373,7 +374,7 @@ def test_a_lora_that_comes_after_the_hooks_is_noticed(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     asked = ask(tmp_path, steps=1)
     settled = plan(model_for(pipe, asked), asked)
-    reader = AttentionCapture(pipe.unet, settled.layers, settled.kept, 1, settled.called, settled.branches, "float32")
+    reader = next(capture for capture in settled.captures if isinstance(capture, CrossAttention))
     with hooked(reader):
         lora(pipe)
         with pytest.raises(CaptureError, match=rf"^{DOWN}: to_q or to_k was replaced while recording"):
@@ -430,6 +431,6 @@ def test_parts_of_any_size_make_the_same_maps(tmp_path: Path, monkeypatch: pytes
     """Maps are computed in parts of a few heads: one at a time, all at once, and with a last part that is smaller."""
     pipe = tiny.pipeline(attention_head_dim=4)
     for heads in (1, 3, 100):
-        monkeypatch.setattr(capture, "IN_CACHE", heads * TOKENS * 96)
+        monkeypatch.setattr("probe.watching.cross_attention.IN_CACHE", heads * TOKENS * 96)
         run = take(tmp_path / str(heads), pipe, **ASKED)
         assert_maps(run, attended(pipe, run.experiment), 1e-6)

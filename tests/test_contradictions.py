@@ -25,9 +25,9 @@ from probe.files import storing
 from probe.noising import record_noising, rerun_noising
 from probe.reading.compare import compare
 from probe.reading.recording import Run
-from probe.running.perform import check_finite
-from probe.running.planning import free_room, plan
+from probe.running.planning import check_size, free_room, plan
 from probe.running.recorder import out_of_memory, record, rerun, resume
+from probe.running.session import check_finite
 from probe.store import room
 from probe.strict_yaml import first_line
 from probe.terminal import guarded
@@ -275,5 +275,5 @@ def test_the_room_is_that_of_files_in_blocks(fields: dict[str, Any], ask: dict[s
     said = room(settled.arrays, settled.forecast())
     assert needed <= said <= 1.35 * needed, (needed, said)
     with pytest.raises(TooLarge, match="more than the room on the disk"):
-        settled.check_size(None, needed - 4096 * 8 - (said - needed))
-    settled.check_size(sum(settled.forecast().values()), said)
+        check_size(settled, None, needed - 4096 * 8 - (said - needed))
+    check_size(settled, sum(settled.forecast().values()), said)

@@ -330,7 +330,7 @@ def test_out_of_memory_while_a_step_is_written(whole: Run, tmp_path: Path, monke
         if step == 2:
             np.empty(2**50)
 
-    monkeypatch.setattr("probe.running.perform.check_finite", hungry)
+    monkeypatch.setattr("probe.running.session.check_finite", hungry)
     with pytest.raises(OutOfMemory, match="Out of memory while a step was being written"):
         record(asked(tmp_path), pipeline(), progress=False)
     assert only(tmp_path).status == "failed"

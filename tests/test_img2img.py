@@ -17,16 +17,17 @@ from PIL import Image
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import Schedule, denoise, first_call
+from probe.diffusion.start import encode
 from probe.errors import ExperimentError, StoreError
 from probe.experiment import Experiment, load_experiment
 from probe.fields import SCHEDULERS
 from probe.reading.compare import compare
 from probe.reading.recording import Run
-from probe.running.forward import begin, encode
 from probe.running.planning import plan
 from probe.running.recorder import record, rerun, resume
 from probe.source import read_picture
 from probe.verify import verify
+from probe.watching.source import Source
 
 # Building a pipeline around a scheduler whose class clips by default; the pipeline turns that off, and so do we.
 pytestmark = pytest.mark.filterwarnings("ignore:(?s)The configuration file of this scheduler.*clip_sample:FutureWarning")
@@ -67,15 +68,25 @@ def ask(folder: Path, image: Path | None, **changes: Any) -> Experiment:
 
 
 class Memory:
-    """What `begin` wants of a recording: the picture, and room for what it draws."""
+    """What a capture's `begin` wants of a recording: the picture, and room for what it draws."""
 
     committed = 0
+
+    def annotate(self, **_: Any) -> None:
+        pass
 
     def read(self, _: str) -> np.ndarray:
         return photograph()
 
     def write(self, path: str, value: np.ndarray) -> None:
         setattr(self, path.rpartition("/")[2], value)
+
+
+def begin(model: StableDiffusion, asked: Experiment) -> Any:
+    """Where a run begins, without recording it."""
+    source = next(capture for capture in plan(model, asked).captures if isinstance(capture, Source))
+    source.begin(Memory())  # type: ignore[arg-type]
+    return source.start
 
 
 def theirs(asked: Experiment, picture: np.ndarray, prediction: str = "epsilon") -> tuple[list[torch.Tensor], np.ndarray]:
@@ -121,7 +132,7 @@ def assert_equal(run: Run, asked: Experiment, prediction: str = "epsilon") -> No
 def assert_the_same_loop(asked: Experiment) -> None:
     """As `assert_equal`, without recording: `begin` and `denoise` alone."""
     model = StableDiffusion.of(base()).with_scheduler(asked.scheduler, {})
-    start = begin(model, asked, Memory())  # type: ignore[arg-type]
+    start = begin(model, asked)
     conditioning = model.condition(asked.prompt, asked.negative_prompt, guided=asked.guidance_scale > 1)
     ours = [step.next_latents for step in denoise(model, conditioning, steps=asked.steps, guidance_scale=asked.guidance_scale, start=start)]
     latents, pictures = theirs(asked, photograph())
@@ -223,7 +234,7 @@ def test_a_start_can_be_used_twice(tmp_path: Path, picture: Path) -> None:
     model = StableDiffusion.of(base()).with_scheduler("EulerAncestral", {})
     conditioning = model.condition(PROMPT, guided=False)
 
-    start = begin(model, asked, Memory())  # type: ignore[arg-type]
+    start = begin(model, asked)
     runs = [[step.next_latents for step in denoise(model, conditioning, steps=STEPS, guidance_scale=1, start=start)] for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 

@@ -16,8 +16,8 @@ from probe.analysis.maps import maps_of
 from probe.errors import CaptureError, ExperimentError, TooLarge
 from probe.reading.recording import Run
 from probe.running.recorder import record
-from probe.watching.modes import written_sizes
 from probe.watching.rehearsal import cross_attention
+from probe.watching.text_side import written_sizes
 
 EVERYTHING = {"branches": "both", "tokens": "all", "dtype": "float32"}
 

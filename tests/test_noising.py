@@ -30,12 +30,12 @@ from probe.experiment import load_experiment
 from probe.noising import Noising, load_noising, perform_noising, record_noising
 from probe.noising_sheet import CELL, GAP, MARGIN, PALE, noising_sheet
 from probe.reading.recording import Run
-from probe.running.forward import psnr
 from probe.running.recorder import record, resume
 from probe.source import read_masks, read_picture
 from probe.terminal import guarded
 from probe.verify import verify
 from probe.watching import hooks
+from probe.watching.source import psnr
 
 ROOT = Path(__file__).parent.parent
 CAPTION, TIMESTEPS, NOISES, SEED = "a cat on the hat", (900, 500, 100, 0), 3, 7

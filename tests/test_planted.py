@@ -9,6 +9,7 @@ can know. The last tests plant nothing, and nothing may fail.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,11 @@ from test_recorder import take
 
 from probe.fields import SCHEDULERS
 from probe.reading.recording import Run
-from probe.running import perform, planning
+from probe.schema import Array
+from probe.store import RunWriter
 from probe.verify import WITH_MODEL, verify
-from probe.watching import capture
+from probe.watching import cross_attention
+from probe.watching.interface import Plan, Rows
 
 Values = dict[str, np.ndarray]
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -56,21 +59,19 @@ def in_steps(change: Callable[[int, Values, Values], None]) -> Plant:
     """Change what each step writes: `change(step, values, values of the step before)`, in place."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        real, before = perform._gather, {}
+        real, before = RunWriter.write_step, {}
 
-        def gather(step: Any, *rest: Any) -> Any:
-            values, nbytes = real(step, *rest)
-
+        def write_step(own: RunWriter, step: int, values: Callable[[], Values], nbytes: int) -> None:
             def changed() -> Values:
-                made = values()
-                own = {name: value.copy() for name, value in made.items()}
-                change(step.index, made, before or own)
-                before.update(own)
+                made = dict(values())
+                untouched = {name: value.copy() for name, value in made.items()}
+                change(step, made, before or untouched)
+                before.update(untouched)
                 return made
 
-            return changed, nbytes
+            real(own, step, changed, nbytes)
 
-        patch.setattr(perform, "_gather", gather)
+        patch.setattr(RunWriter, "write_step", write_step)
 
     return plant
 
@@ -79,14 +80,14 @@ def in_arrays(name: str, change: Callable[[str, np.ndarray], np.ndarray]) -> Pla
     """Change a label as it is planned: `change(group, value)`."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        real = planning.array
+        real = Plan.arrays.func
 
-        def array(group: str, called: str, *rest: Any, **options: Any) -> Any:
-            if called == name:
-                options["value"] = change(group, np.array(options["value"], dtype=object if name != "word_index" else None))
-            return real(group, called, *rest, **options)
+        def planted(spec: Array) -> Array:
+            kind = object if spec.variable.dtype == "str" else None
+            changes = spec.variable.name == name
+            return dataclasses.replace(spec, value=change(spec.group, np.array(spec.value, dtype=kind))) if changes else spec
 
-        patch.setattr(planning, "array", array)
+        patch.setattr(Plan, "arrays", property(lambda own: tuple(planted(spec) for spec in real(own))))
 
     return plant
 
@@ -145,24 +146,14 @@ def only(prefix: str) -> Callable[[str, np.ndarray], np.ndarray]:
 
 def another_formula(patch: pytest.MonkeyPatch) -> None:
     """A hook that takes the scale of another layer width: maps and moments agree, and are wrong."""
-    real = capture.attention_maps
-    patch.setattr(capture, "attention_maps", lambda q, k, scale, *rest: real(q, k, 2 * scale, *rest))
+    real = cross_attention.attention_maps
+    patch.setattr(cross_attention, "attention_maps", lambda q, k, scale, *rest: real(q, k, 2 * scale, *rest))
 
 
 def another_branch(patch: pytest.MonkeyPatch) -> None:
     """Captures that take the rows of the other branch: maps, moments and what tokens write are all the other's."""
-    for name in ("_attention_capture", "TextSide"):
-        real = getattr(perform, name)
-
-        def swapped(*arguments: Any, real: Any = real, name: str = name) -> Any:
-            if name == "_attention_capture":
-                made = real(*arguments)
-                made._rows = dict(zip(made._rows, reversed(made._rows.values()), strict=True))
-                return made
-            *others, branches = arguments
-            return real(*others, branches[::-1])
-
-        patch.setattr(perform, name, swapped)
+    real, other = Rows.of, {"cond": "uncond", "uncond": "cond"}
+    patch.setattr(Rows, "of", lambda own, branch: real(own, other[branch]))
 
 
 ATTENTION, LATENTS = ("/cross", "/moments"), ("latents/",)
@@ -174,10 +165,10 @@ Expected = tuple[Plant, set[str], set[str]]
 PROMISED: dict[str, Expected] = {
     "step axis shifted": (of_the_step_before("/"), {"scheduler"}, {"predictions", "maps", "inside"}),
     "branches swapped, predictions": (in_steps(lambda step, values, before: swap(values, *NAMES)), {"guidance"}, {"predictions"}),
-    "map transposed": (in_maps(transposed), {"moments"}, {"maps"}),
-    "heads permuted, maps": (in_maps(flipped(4)), {"moments"}, {"maps"}),
-    "heads permuted, maps and moments": (in_maps(flipped(4), flipped(4)), set(), {"maps"}),
-    "layers permuted, maps": (in_maps(flipped(3)), {"moments"}, {"maps"}),
+    "map transposed": (in_maps(transposed), {"moments"}, {"maps", "inside"}),
+    "heads permuted, maps": (in_maps(flipped(4)), {"moments"}, {"maps", "inside"}),
+    "heads permuted, maps and moments": (in_maps(flipped(4), flipped(4)), set(), {"maps", "inside"}),
+    "layers permuted, maps": (in_maps(flipped(3)), {"moments"}, {"maps", "inside"}),
     "token label wrong, everywhere": (in_arrays("token_text", exchanged), {"labels"}, {"plan"}),
     "one latent off by one ulp": (
         at_step_1(lambda values, before: one_ulp(values, "latents/latents")),
@@ -191,12 +182,12 @@ PROMISED: dict[str, Expected] = {
     ),
 }
 MORE: dict[str, Expected] = {
-    "step axis shifted, maps": (of_the_step_before("/cross"), {"moments"}, {"maps"}),
-    "step axis shifted, maps and moments": (of_the_step_before(*ATTENTION), set(), {"maps"}),
-    "branches swapped, maps": (in_maps(flipped(1)), {"moments"}, {"maps"}),
-    "branches swapped, maps and moments": (in_maps(flipped(1), flipped(1)), set(), {"maps"}),
-    "map and moments transposed": (in_maps(transposed, lambda m: m[..., [0, 2, 1]]), set(), {"maps"}),
-    "layers permuted, maps and moments": (in_maps(flipped(3), flipped(3)), set(), {"maps"}),
+    "step axis shifted, maps": (of_the_step_before("/cross"), {"moments"}, {"maps", "inside"}),
+    "step axis shifted, maps and moments": (of_the_step_before(*ATTENTION), set(), {"maps", "inside"}),
+    "branches swapped, maps": (in_maps(flipped(1)), {"moments"}, {"maps", "inside"}),
+    "branches swapped, maps and moments": (in_maps(flipped(1), flipped(1)), set(), {"maps", "inside"}),
+    "map and moments transposed": (in_maps(transposed, lambda m: m[..., [0, 2, 1]]), set(), {"maps", "inside"}),
+    "layers permuted, maps and moments": (in_maps(flipped(3), flipped(3)), set(), {"maps", "inside"}),
     "layers permuted, labels": (in_arrays("layer", lambda group, value: value[::-1]), {"labels"}, {"plan"}),
     "token label wrong, attention": (in_arrays("token_text", only("attention")), {"labels"}, {"plan"}),
     "a branch's prediction of the wrong step": (
@@ -217,15 +208,19 @@ MORE: dict[str, Expected] = {
         {"guidance", "scheduler"},
         {"predictions"},
     ),
-    "images swapped, maps": (in_maps(flipped(2)), {"moments"}, {"maps"}),
+    "images swapped, maps": (in_maps(flipped(2)), {"moments"}, {"maps", "inside"}),
     "images swapped, latents and predictions": (
         in_steps(lambda step, values, before: values.update({n: v[::-1].copy() for n, v in values.items() if n.startswith(LATENTS)})),
         {"scheduler"},
         {"maps", "inside"},
     ),
-    "tokens shifted, maps": (in_maps(lambda maps: np.roll(maps, 1, axis=0)), {"moments"}, {"maps"}),
-    "a head lost": (in_maps(lambda maps: np.concatenate([maps[..., :1, :, :], 0 * maps[..., 1:, :, :]], axis=4)), {"softmax", "moments"}, {"maps"}),
-    "a hook with another scale": (another_formula, set(), {"maps"}),
+    "tokens shifted, maps": (in_maps(lambda maps: np.roll(maps, 1, axis=0)), {"moments"}, {"maps", "inside"}),
+    "a head lost": (
+        in_maps(lambda maps: np.concatenate([maps[..., :1, :, :], 0 * maps[..., 1:, :, :]], axis=4)),
+        {"softmax", "moments"},
+        {"maps", "inside"},
+    ),
+    "a hook with another scale": (another_formula, set(), {"maps", "inside"}),
     "sigmas of other steps": (in_arrays("sigma", lambda group, value: value[::-1].astype(float)), {"schedule"}, {"plan"}),
     "recorded steps mislabelled": (in_arrays("recorded", lambda group, value: np.append(value[:-1], 0)), {"committed", "sums"}, {"plan"}),
 }

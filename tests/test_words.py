@@ -23,13 +23,15 @@ from probe.cli import dispatch
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.prompts import BYTES, Prompt, read_prompt
 from probe.errors import CaptureError, ExperimentError, ModelError, PromptError
+from probe.experiment import load_experiment
 from probe.reading.recording import Run
 from probe.running.ask import read_out
 from probe.running.planning import plan
 from probe.running.recorder import record, rerun, resume
 from probe.verify import verify
-from probe.watching.capture import TextCapture
 from probe.watching.counterfactual import chosen_words
+from probe.watching.interface import hooked
+from probe.watching.text_encoder import TextEncoder
 from probe.words import STUMP, alike, occurrences, other_syntax, spelt, word_spans
 
 QUERIES = {"attention": "queries", "branches": "both", "dtype": "float32"}
@@ -395,9 +397,8 @@ def test_a_text_encoder_that_attends_otherwise_is_refused() -> None:
     pipe = tiny.pipeline()
     model = StableDiffusion.of(pipe)
     pipe.text_encoder.config.use_attention_mask = True
-    capture = TextCapture(pipe.text_encoder)  # which is not told of the mask
-    from probe.watching.capture import hooked
-
+    settled = plan(model, load_experiment({"prompt": "a cat"}))
+    capture = next(capture for capture in settled.captures if isinstance(capture, TextEncoder))  # which is not told of the mask
     with hooked(capture), pytest.raises(CaptureError, match="layer 0 does not attend"):
         model.encode(model.read("a cat"))
 
@@ -472,7 +473,7 @@ def test_a_recording_by_the_first_rules_stays_what_it_was(tmp_path: Path, monkey
     import probe.running.recorder as recorder
 
     with monkeypatch.context() as first:
-        first.setattr(planning.plan, "__defaults__", (None, None, 1))
+        first.setattr(planning.plan, "__defaults__", (None, None, 1, None))
         first.setattr(recorder, "RULES", 1)
         run = take(tmp_path, tiny.pipeline(), f"{NAMASTE} \u00e4 'cat' \U0001f431", capture={"counterfactual": ["*"]})
     assert run.words()["word"].values.tolist() == ["\u0928\u092e\u0938", "\u0924", "\u00e4", "cat'"]

@@ -287,7 +287,7 @@ class ComparedStore:
         else:
             tally.add(apart(made.astype(stored.dtype), stored), where)
 
-    def write_step(self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int) -> None:
+    def write_step(self, step: int, values: Callable[[], Mapping[str, np.ndarray]], _: int) -> None:
         for path, value in values().items():
             self.write(path, value, step)
 

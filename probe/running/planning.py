@@ -44,30 +44,34 @@ from probe.watching.text_side import TextSide
 from probe.words import RULES
 
 
+def _always(_: Plan) -> bool:
+    return True
+
+
 def _attends(*modes: str) -> Callable[[Plan], bool]:
     return lambda plan: bool(plan.layers) and plan.experiment.capture.attention in (modes or ("maps", "queries", "summary"))
 
 
 # Every capture, in the order in which they are asked, and when a run has it.
 CAPTURES: tuple[tuple[Callable[[Family, Plan], Capture], Callable[[Plan], bool]], ...] = (
-    (Levels, lambda plan: True),
-    (Latents, lambda plan: True),
+    (Levels, _always),
+    (Latents, _always),
     (Source, lambda plan: plan.picture is not None and plan.masks is None),
-    (Decoded, lambda plan: True),
+    (Decoded, _always),
     (Noised, lambda plan: plan.masks is not None),
     (TextEncoder, lambda plan: plan.experiment.capture.text),
     (TextOutputs, lambda plan: bool(plan.experiment.capture.activations)),
     (GridLabels, _attends()),
-    (TextSide, _attends()),
     (CrossAttention, _attends("maps")),
     (HeadSummary, _attends("summary")),
     (Queries, _attends("queries")),
+    (TextSide, _attends()),
     (SelfAttention, lambda plan: bool(plan.self_layers)),
     (UnetOutputs, lambda plan: plan.experiment.capture.statistics or bool(plan.experiment.capture.activations)),
     (VaeOutputs, lambda plan: plan.experiment.capture.statistics or bool(plan.experiment.capture.activations)),
     (Counterfactual, lambda plan: bool(plan.words)),
     (Sums, _attends()),
-    (Cost, lambda plan: True),
+    (Cost, _always),
 )
 
 

@@ -48,7 +48,7 @@ class StepStore(Store, Protocol):
 class Session:
     """A recording of `plan` into `store`. Steps that the store has already are passed to `replay`, all others recorded."""
 
-    def __init__(self, model: Family, plan: Plan, store: StepStore, say: Say = lambda line: None):
+    def __init__(self, model: Family, plan: Plan, store: StepStore, say: Say = lambda _: None):
         self._model, self._plan, self._store, self._say = model, plan, store, say
         self._dims = {spec.path: spec.dims for spec in plan.arrays}
         self._hooks, self._hooked = Hooks(()), tuple[Capture, ...]()
@@ -69,7 +69,7 @@ class Session:
         for branch in sorted(plan.computed_branches):  # the prompt first, then the negative prompt, as diffusers does
             for capture in readers:
                 capture.expect(branch)
-            arguments[branch] = self._model.encode_prompt(plan.tokens[branch])
+            arguments[branch] = self._model.encode_prompt(plan.tokens[branch], branch)
             count_not_finite("text_encoder: its output", arguments[branch][TEXT], plan.experiment.on_nan)
         self._hook(())
         for capture in plan.captures:
@@ -97,7 +97,7 @@ class Session:
             note_memory_format("prediction", step.prediction, self._store)
         for path in [path for path in values if self._dims[path][:1] != ("step",)]:
             self._store.write(path, as_numpy(values.pop(path)))
-        host = to_host({path: tensor for path, tensor in values.items()})
+        host = to_host(dict(values))
 
         def ready() -> dict[str, np.ndarray]:
             found = host()
