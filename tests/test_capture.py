@@ -39,7 +39,7 @@ MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2"
 def scores(pipe: Any, asked: Experiment) -> Scores:
     """By step and layer, diffusers' own `get_attention_scores` of what enters each layer. *Shape:* (branch, image, head, pixel, token) float32."""
     guided = asked.guidance_scale > 1
-    text = condition(pipe, asked).embeddings(asked.images, guided)
+    text = condition(pipe, asked).rows(("uncond", "cond") if guided else ("cond",), asked.images)["encoder_hidden_states"]
     found: Scores = []
     now: dict[str, torch.Tensor] = {}
 
@@ -239,13 +239,8 @@ def test_statistics_and_activations_are_those_of_the_modules_outputs(guidance_sc
         last = bare(pipe, run.experiment)[-1]
         model_for(pipe, run.experiment).decode(last.next_latents)
     branches = ["uncond", "cond"] if guidance_scale > 1 else ["cond"]
-    statistics_of_part = dict(
-        zip(
-            ("unet", "vae"),
-            ([path for own in outputs for path in own.statistics if path.startswith(part)] for part in ("unet.", "vae.")),
-            strict=True,
-        )
-    )
+    parts = ("unet", "vae")
+    statistics_of_part = {part: [path for own in outputs for path in own.statistics if path.startswith(f"{part}.")] for part in parts}
     assert len(statistics_of_part["unet"]) > 10 and len(statistics_of_part["vae"]) > 5
     for part in ("unet", "vae"):
         statistics = run.variable(f"{part}/statistics")
