@@ -89,7 +89,7 @@ def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: i
     rehearsal = rehearse_once(model, tuple(clean.shape), int(prompt.ids.shape[1]))
     plan = Plan(
         experiment=Experiment(prompt=shown.caption, guidance_scale=1.0, capture={"dtype": "float32"}),
-        prompts={"cond": prompt},
+        tokens=conditioning.tokens,
         schedule=schedule,
         rehearsal=rehearsal,
         latent_shape=(1, *clean.shape[1:]),
