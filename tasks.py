@@ -3,9 +3,12 @@
 
     python3 tasks.py record experiments/astronaut.yaml    make a recording; all arguments go to `python -m probe.run`
     python3 tasks.py test [pytest arguments]              run the quick tests, or those you name
+    python3 tasks.py test --smoke                         run the few that tell within a minute whether it works at all
     python3 tasks.py check                                format, lint, types and the quick tests: what CI asks of a change
     python3 tasks.py check --all                          the same with the slow and the browser tests; only gpu tests stay out
     python3 tasks.py check --no-tests                     format, lint and types alone
+    python3 tasks.py release --check                      build wheel and sdist, and use them on every Python that is here,
+                                                          with lowest and latest dependencies (--help: what can be chosen)
 
 The first call makes an environment in .venv and installs this checkout there, in the versions of constraints.txt. That
 takes minutes and gigabytes, most of them torch's. Later calls start at once; when pyproject.toml or constraints.txt has
@@ -115,7 +118,14 @@ def record(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     python = install("record", "test")
     os.chdir(ROOT)
+    if arguments[:1] == ["--smoke"]:
+        arguments = ["-m", "smoke", *smoke_files(), *arguments[1:]]
     hand_over([python, "-m", "pytest", *(arguments or side_by_side())])
+
+
+def smoke_files() -> list[str]:
+    """The test files with a test of the marker `smoke`: the others need not be imported."""
+    return [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "@pytest.mark.smoke" in path.read_text(encoding="utf-8")]
 
 
 def side_by_side() -> list[str]:
@@ -146,7 +156,13 @@ def check(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-COMMANDS = {"record": record, "test": test, "check": check}
+def release(arguments: list[str]) -> int:
+    if arguments[:1] != ["--check"]:
+        stop("release only checks: it publishes nothing.", "Call it with --check: python3 tasks.py release --check.", code=2)
+    hand_over([install("record", "test"), str(ROOT / ".ci" / "release.py"), *arguments[1:]])
+
+
+COMMANDS = {"record": record, "test": test, "check": check, "release": release}
 
 
 def install(*extras: str) -> str:

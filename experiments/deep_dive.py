@@ -62,7 +62,8 @@ def show(name, picture):
 # at once. It has to put them together.
 
 # %%
-pipe = StableDiffusionPipeline.from_pretrained(BUNDLED["emojiworld"], dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+pipe = StableDiffusionPipeline.from_pretrained(BUNDLED["emojiworld"], safety_checker=None, requires_safety_checker=False)
+pipe.to(torch.float32)
 pipe.set_progress_bar_config(disable=True)
 ask = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 one_line = pipe(PROMPT, **ask, generator=torch.Generator().manual_seed(SEED)).images[0]

@@ -182,6 +182,7 @@ def perform_noising(
     parent: str | None = None,
 ) -> Run:
     """As `record_noising`, with everything asked in one `Noising`; an array takes the place of its `picture`."""
+    from probe.diffusion.support import remarks_on_version
     from probe.files import storing
     from probe.noising_sheet import save_sheet
     from probe.running.perform import perform
@@ -209,7 +210,7 @@ def perform_noising(
         if plainly := read_plainly([asked.caption]):
             say(plainly)
         say(f"Recording {run.calls} timestep{'s' if run.calls > 1 else ''} to {path} (about {size_text(sum(run.forecast().values()))})")
-        for remark in (*run.remarks, *_masks_of_no_word(run, asked.caption)):
+        for remark in (*remarks_on_version(), *run.remarks, *_masks_of_no_word(run, asked.caption)):
             say(remark)
         with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
             try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from probe import cli, experiment, noising
 
@@ -73,6 +75,24 @@ def test_verbs_are_documented() -> None:
 
 def test_files_named_exist() -> None:
     for path in re.findall(r"(?:experiments|tests|probe|docs)/[\w./-]+\.(?:yaml|py|md|png)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_citation_is_of_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == project["version"] and citation["authors"] == project["authors"]
+    assert citation["license"] in project["license"].split(" AND ") and citation["keywords"] == project["keywords"]
+
+
+def test_what_contributing_names_is_there() -> None:
+    text, tasks = (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "tasks.py").read_text()
+    commands = re.findall(r"^    python3 tasks.py (\w+)(?: (--\w+))?", text, re.M)
+    assert {name for name, _ in commands} == {"test", "check", "release"}
+    for name, option in commands:
+        assert f"python3 tasks.py {name} {option}".rstrip() in tasks and f"def {name}(" in tasks
+    for path in re.findall(r"`([\w/]+\.(?:py|md|toml|txt))`", text):
         assert (ROOT / path).exists(), path
 
 

@@ -100,10 +100,11 @@ STRANGERS = [
     ("probe.watching.interface", "zarr"),
     ("probe.watching.interface", "xarray"),
     ("probe.edits", "probe.store"),
-    ("dashboard.figures", "streamlit"),
+    ("probe.dashboard.figures", "streamlit"),
 ]
 TORCH = ("torch", "diffusers", "transformers")
-OUTSIDERS = ("dashboard", "experiments", "tests", "benchmarks", "tasks")  # probe imports none of them; a door may start the dashboard
+OUTSIDERS = ("experiments", "tests", "benchmarks", "tasks")  # probe imports none of them
+DASHBOARD = "probe.dashboard"  # a room beside the layers: it reads what is below the torch line, and the doors may start it
 
 REGISTERS = re.compile(r"register_\w*hook\w*")
 
@@ -122,7 +123,7 @@ class Import:
     when: When
 
     def is_from(self, package: str) -> bool:
-        return self.name == package or self.name.startswith(package + ".")
+        return within(package, self.name)
 
 
 # ---------------------------------------------------------------------------------------------- reading source
@@ -131,6 +132,10 @@ class Import:
 def sources(root: Path, *packages: str) -> Iterator[Path]:
     for package in packages:
         yield from sorted(path for path in (root / package).rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def within(package: str, module: str) -> bool:
+    return module == package or module.startswith(package + ".")
 
 
 def module_of(root: Path, path: Path) -> str:
@@ -188,14 +193,19 @@ def imports_that_point_up(root: Path) -> list[str]:
     findings = []
     for path in sources(root, "probe"):
         module = module_of(root, path)
+        if within(DASHBOARD, module):
+            continue  # judged below
         if module not in RANK:
             findings.append(f"{at(root, path)}: {module} has no place among the layers: add it to LAYERS in tests/test_house.py")
             continue
         for target in imports_of(root, path):
             where = f"{at(root, path, target.line)}: {module} imports {target.name}"
-            starts_it = target.is_from("dashboard") and RANK[module] >= RANK[DOORS]
-            if any(target.is_from(outsider) for outsider in OUTSIDERS) and not starts_it:
+            if any(target.is_from(outsider) for outsider in OUTSIDERS):
                 findings.append(f"{where}, which is outside of probe")
+            if target.is_from(DASHBOARD):
+                if RANK[module] < RANK[DOORS]:
+                    findings.append(f"{where}: only a door starts the dashboard")
+                continue
             if not target.is_from("probe") or (module == "probe" and target.when == "for types only"):
                 continue  # the package names in __init__, for types, what it imports when it is first used
             if target.name not in RANK:
@@ -204,16 +214,16 @@ def imports_that_point_up(root: Path) -> list[str]:
                 findings.append(f"{where}: imports point down only (LAYERS in tests/test_house.py)")
     return findings + [
         f"{at(root, path, target.line)}: the dashboard imports {target.name}, which is above the torch line"
-        for path in sources(root, "dashboard")
+        for path in sources(root, "probe/dashboard")
         for target in imports_of(root, path)
-        if target.is_from("probe") and RANK.get(target.name, len(LAYERS)) > RANK[TORCH_LINE]
+        if target.is_from("probe") and not target.is_from(DASHBOARD) and RANK.get(target.name, len(LAYERS)) > RANK[TORCH_LINE]
     ]
 
 
 def strangers_that_met(root: Path) -> list[str]:
     return [
         f"{at(root, path, target.line)}: {who} must not know {whom}"
-        for path in sources(root, "probe", "dashboard")
+        for path in sources(root, "probe")
         for target in imports_of(root, path)
         for who, whom in STRANGERS
         if module_of(root, path) == who and target.is_from(whom)
@@ -223,9 +233,9 @@ def strangers_that_met(root: Path) -> list[str]:
 def torch_below_the_line(root: Path) -> list[str]:
     """Below the line no torch at all; at the doors none (and nothing that needs it) outside of functions."""
     findings = []
-    for path in sources(root, "probe", "dashboard"):
+    for path in sources(root, "probe"):
         module = module_of(root, path)
-        below = module.startswith("dashboard") or RANK.get(module, len(LAYERS)) <= RANK[TORCH_LINE]
+        below = within(DASHBOARD, module) or RANK.get(module, len(LAYERS)) <= RANK[TORCH_LINE]
         door = RANK.get(module, -1) >= RANK[DOORS]
         for target in imports_of(root, path):
             torch_side = any(target.is_from(name) for name in TORCH)
@@ -249,7 +259,7 @@ def modules_loaded_by(statement: str, root: Path) -> list[str]:
 def hooks_elsewhere(root: Path) -> list[str]:
     """One module registers hooks, and nobody replaces a forward or a processor (a string counts: getattr, setattr)."""
     findings = []
-    for path in sources(root, "probe", "dashboard", "experiments"):
+    for path in sources(root, "probe", "experiments"):
         elsewhere = module_of(root, path) != "probe.watching.hooks"
         for node in ast.walk(parse(path)):
             match node:
@@ -267,7 +277,7 @@ def hooks_elsewhere(root: Path) -> list[str]:
 def constants_of_models(root: Path) -> list[str]:
     """The noise schedule is read in one place, and the VAE's scaling factor comes from its config."""
     findings = []
-    for path in sources(root, "probe", "dashboard"):
+    for path in sources(root, "probe"):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if "alphas_cumprod" in line and module_of(root, path) != "probe.diffusion.sampling":
                 findings.append(f"{at(root, path, number)}: alphas_cumprod belongs into probe/diffusion/sampling.py")
@@ -302,7 +312,7 @@ def words_beside_the_door(root: Path) -> list[str]:
 
 def shapeless_modules(root: Path) -> list[str]:
     findings = []
-    for path in sources(root, "probe", "dashboard", "experiments", "benchmarks", "tests"):
+    for path in sources(root, "probe", "experiments", "benchmarks", "tests"):
         inside = path.relative_to(root)
         if path.stem in ("utils", "util", "helpers", "misc") or {"common", "utils", "helpers"} & set(inside.parts[:-1]):
             findings.append(f"{at(root, path)}: this name says nothing of what is inside")
@@ -313,17 +323,18 @@ def shapeless_modules(root: Path) -> list[str]:
 
 
 def undocumented_modules(root: Path) -> list[str]:
-    return [f"{at(root, path)}: no docstring" for path in sources(root, "probe", "dashboard") if not (ast.get_docstring(parse(path)) or "").strip()]
+    return [f"{at(root, path)}: no docstring" for path in sources(root, "probe") if not (ast.get_docstring(parse(path)) or "").strip()]
 
 
 def untyped_packages(root: Path) -> list[str]:
-    """py.typed lies in each package, and each package is shipped whole."""
+    """The wheel ships the one package whole, and py.typed lies in it."""
     wheel = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]["wheel"]
-    findings = [f"pyproject.toml: the wheel lacks {name}" for name in ("probe", "dashboard") if name not in wheel.get("packages", [])]
+    packages = wheel.get("packages")
+    findings = [] if packages == ["probe"] else [f"pyproject.toml: the wheel holds {packages}, and not probe alone"]
     findings += [
         f"pyproject.toml: the wheel must ship its packages whole, without {key!r}" for key in ("include", "only-include", "exclude") if key in wheel
     ]
-    return findings + [f"{name}/py.typed is missing" for name in ("probe", "dashboard") if not (root / name / "py.typed").is_file()]
+    return findings + ([] if (root / "probe/py.typed").is_file() else ["probe/py.typed is missing"])
 
 
 # Written in pieces, so that this file does not hold what it forbids.
@@ -376,6 +387,7 @@ RULES = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_this_checkout_keeps_the_rule(rule: Callable[[Path], list[str]]) -> None:
     assert list(sources(ROOT, "probe")), "the checks look at an empty folder"
@@ -383,7 +395,7 @@ def test_this_checkout_keeps_the_rule(rule: Callable[[Path], list[str]]) -> None
     assert not findings, "\n" + "\n".join(findings)
 
 
-@pytest.mark.parametrize("module", ["probe", "probe.cli", "dashboard"])
+@pytest.mark.parametrize("module", ["probe", "probe.cli", "probe.dashboard"])
 def test_a_fresh_process_imports_it_without_torch(module: str) -> None:
     assert modules_loaded_by(f"import {module}", ROOT) == []
 
@@ -391,17 +403,16 @@ def test_a_fresh_process_imports_it_without_torch(module: str) -> None:
 # ---------------------------------------------------------------------------------------------- each of them can fail
 
 GOOD = {
-    "pyproject.toml": '[tool.hatch.build.targets.wheel]\npackages = ["probe", "dashboard"]\n',
+    "pyproject.toml": '[tool.hatch.build.targets.wheel]\npackages = ["probe"]\n',
     "probe/py.typed": "",
-    "dashboard/py.typed": "",
     "probe/__init__.py": '"""Reads recordings."""\nif TYPE_CHECKING:\n    from probe.running.recorder import record\n',
     "probe/errors.py": '"""Errors."""\n',
     "probe/store.py": '"""Stores."""\nimport zarr\nfrom probe.errors import ProbeError\n',
     "probe/watching/hooks.py": '"""Hooks."""\nfrom torch import nn\ndef on(module, hook):\n    return module.register_forward_hook(hook)\n',
     "probe/diffusion/sampling.py": '"""The loop."""\nimport torch\nfrom . import errors\nx = scheduler.alphas_cumprod\n',
     "probe/cli.py": '"""The door."""\nfrom probe import analysis\ndef main():\n    import torch\n    from probe.running.recorder import record\n',
-    "dashboard/__init__.py": '"""Looks."""\nimport probe\nfrom probe.analysis.maps import Run\n',
-    "dashboard/views/maps.py": '"""A view."""\nfrom probe import schema\nimport streamlit\n',
+    "probe/dashboard/__init__.py": '"""Looks."""\nimport probe\nfrom ..analysis.maps import Run\n',
+    "probe/dashboard/views/maps.py": '"""A view."""\nfrom ... import schema\nfrom ..figures import draw\nimport streamlit\n',
     "experiments/own.py": "place = '.../work/here', 'root/x', 'a/opt', '/workflows/x', '/options'\n",
 }
 
@@ -450,14 +461,14 @@ BREAKS = [
     (imports_that_point_up, "probe/magic.py", '""""""\n', "probe.magic has no place among the layers: add it to LAYERS in tests/test_house.py"),
     (imports_that_point_up, "probe/sweep.py", '""""""\nfrom probe.magic.deep import x', "probe.magic.deep, which has no place among the layers"),
     (imports_that_point_up, "probe/sweep.py", '""""""\nimport experiments.own', "imports experiments.own, which is outside of probe"),
-    (imports_that_point_up, "probe/sweep.py", '""""""\nimport dashboard', "imports dashboard, which is outside of probe"),
+    (imports_that_point_up, "probe/sweep.py", '""""""\nfrom probe.dashboard import app', "probe.sweep imports probe.dashboard: only a door starts"),
     (
         imports_that_point_up,
-        "dashboard/views/maps.py",
+        "probe/dashboard/views/maps.py",
         '""""""\nfrom probe.watching.hooks import on',
-        "dashboard/views/maps.py:2: the dashboard imports probe.watching.hooks",
+        "probe/dashboard/views/maps.py:2: the dashboard imports probe.watching.hooks",
     ),
-    (imports_that_point_up, "dashboard/app.py", '""""""\nfrom probe import cli', "the dashboard imports probe.cli, which is above the torch line"),
+    (imports_that_point_up, "probe/dashboard/app.py", '""""""\nfrom .. import cli', "the dashboard imports probe.cli, which is above the torch line"),
     (
         strangers_that_met,
         "probe/diffusion/sampling.py",
@@ -470,7 +481,7 @@ BREAKS = [
         '""""""\ndef f():\n    import zarr.storage',
         "probe/watching/interface.py:3: probe.watching.interface must not know zarr",
     ),
-    (strangers_that_met, "dashboard/figures.py", '""""""\nimport streamlit as st', "dashboard.figures must not know streamlit"),
+    (strangers_that_met, "probe/dashboard/figures.py", '""""""\nimport streamlit as st', "probe.dashboard.figures must not know streamlit"),
     (
         torch_below_the_line,
         "probe/store.py",
@@ -478,7 +489,12 @@ BREAKS = [
         "probe/store.py:3: probe.store is below the torch line and imports torch",
     ),
     (torch_below_the_line, "probe/__init__.py", '""""""\nimport diffusers', "probe is below the torch line and imports diffusers"),
-    (torch_below_the_line, "dashboard/views/maps.py", '""""""\nfrom transformers import x', "dashboard.views.maps is below the torch line"),
+    (
+        torch_below_the_line,
+        "probe/dashboard/views/maps.py",
+        '""""""\nfrom transformers import x',
+        "probe.dashboard.views.maps is below the torch line",
+    ),
     (torch_below_the_line, "probe/cli.py", '""""""\ntry:\n    import torch.nn\nfinally: ...', "probe/cli.py:3: probe.cli imports torch.nn at once"),
     (
         torch_below_the_line,
@@ -505,20 +521,20 @@ BREAKS = [
         '"""alphas_cumprod"""',
         "probe/analysis/maps.py:1: alphas_cumprod belongs into probe/diffusion/sampling.py",
     ),
-    (constants_of_models, "dashboard/data.py", '""""""\nx = 1 / 0.18215', "dashboard/data.py:2: 0.18215 is vae.config.scaling_factor"),
+    (constants_of_models, "probe/dashboard/data.py", '""""""\nx = 1 / 0.18215', "probe/dashboard/data.py:2: 0.18215 is vae.config.scaling_factor"),
     (words_beside_the_door, "probe/cli.py", '""""""\nprint(x)', "probe/cli.py:2: print goes past the door"),
     (words_beside_the_door, "probe/cli.py", '""""""\ninput("x")', "probe/cli.py:2: input goes past the door"),
     (words_beside_the_door, "probe/cli.py", '""""""\nimport sys\nsys.stdout.write(x)', "probe/cli.py:3: sys.stdout goes past the door"),
     (words_beside_the_door, "probe/cli.py", '""""""\nfrom sys import stderr', "probe/cli.py:2: sys.stdout goes past the door"),
     (words_beside_the_door, "probe/cli.py", '""""""\ntraceback.print_exc()', "probe/cli.py:2: traceback.print_exc goes past the door"),
     (shapeless_modules, "probe/utils.py", "", "probe/utils.py:1: this name says nothing"),
-    (shapeless_modules, "dashboard/helpers.py", "", "dashboard/helpers.py:1: this name says nothing"),
+    (shapeless_modules, "probe/dashboard/helpers.py", "", "probe/dashboard/helpers.py:1: this name says nothing"),
     (shapeless_modules, "experiments/common/x.py", "", "experiments/common/x.py:1: this name says nothing"),
     (shapeless_modules, "probe/store.py", "\n" * (MAX_LINES + 1), f"probe/store.py:1: {MAX_LINES + 1} lines"),
     (undocumented_modules, "probe/edits.py", "x = 1", "probe/edits.py:1: no docstring"),
-    (undocumented_modules, "dashboard/views/maps.py", '"""  """', "dashboard/views/maps.py:1: no docstring"),
+    (undocumented_modules, "probe/dashboard/views/maps.py", '"""  """', "probe/dashboard/views/maps.py:1: no docstring"),
     (untyped_packages, "probe/py.typed", None, "probe/py.typed is missing"),
-    (untyped_packages, "pyproject.toml", '[tool.hatch.build.targets.wheel]\npackages = ["probe"]', "the wheel lacks dashboard"),
+    (untyped_packages, "pyproject.toml", '[tool.hatch.build.targets.wheel]\npackages = ["probe", "dashboard"]', "and not probe alone"),
     (untyped_packages, "pyproject.toml", GOOD["pyproject.toml"] + 'exclude = ["*.typed"]', "without 'exclude'"),
     (words_of_this_machine, "notes.md", "see " + "/wo" + "rk/x", "notes.md:1: " + "/wo" + "rk is a place of one machine"),
     (words_of_this_machine, ".ci/run", "\ncd '" + "/ro" + "ot'", ".ci/run:2: " + "/ro" + "ot is a place"),

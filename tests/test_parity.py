@@ -197,6 +197,7 @@ def test_bits_equal_diffusers_at_20_steps_and_for_a_model_of_the_pipeline_itself
     assert torch.equal(latents, ours(StableDiffusion.of(pipeline), steps=20)[-1].next_latents)
 
 
+@pytest.mark.smoke
 def test_the_pipelines_latent_output_is_its_last_step() -> None:
     pipeline = peer("DDIM", "epsilon")
     made = pipeline(PROMPT, num_inference_steps=STEPS, generator=[torch.Generator().manual_seed(SEED)], output_type="latent").images

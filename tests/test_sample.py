@@ -23,6 +23,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.mark.smoke
 def test_it_is_small_and_verifies() -> None:
     assert sample.ARCHIVE.stat().st_size < 3_000_000
     run = open_run("sample")

@@ -17,9 +17,13 @@ from PIL import Image
 
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
+from probe.diffusion.support import NEWEST_TESTED
 from probe.errors import ExperimentError, ModelError, UserError
 from probe.experiment import load_experiment
-from probe.running.recorder import record
+from probe.noising import record_noising
+from probe.reading.recording import open_run
+from probe.running.recorder import record, resume
+from probe.verify import verify
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -284,3 +288,39 @@ def test_an_error_of_a_model_is_a_users(tmp_path: Path) -> None:
 def test_a_model_that_cannot_run_is_told_so_before_anything_is_written(ask: dict[str, Any]) -> None:
     error = refused(ask, tiny.pipeline(conv_in_kernel=2))
     assert ": its unet does not run on latents of 8 x 8: " in error.cause and error.remedy.startswith("Set another height and width")
+
+
+# --- versions of diffusers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("version", "lines"), [(NEWEST_TESTED, 0), ("0.37.0", 0), ("0.99.0.dev0", 1)])
+def test_a_newer_diffusers_is_said_once_when_recording(
+    version: str, lines: int, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(diffusers, "__version__", version)
+    cause = f"diffusers {version} is newer than the newest that probe was tested with ({NEWEST_TESTED}). Check the recording with"
+    pipeline = tiny.pipeline()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = pipeline.unet.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        record(ask, pipeline)
+    hook.remove()
+    said = capsys.readouterr()
+    assert said.err.count(cause) == lines and cause not in said.out
+    run = resume(open_run("latest", ask["output"]), pipeline)
+    assert capsys.readouterr().err.count(cause) == lines
+    record_noising(np.zeros((64, 64, 3), np.uint8), "a cat", pipeline=pipeline, timesteps=[500], noises=1, output=ask["output"])
+    assert capsys.readouterr().err.count(cause) == lines
+
+    opened = open_run(run.path)
+    assert "a cat" in str(opened) and opened.images.size and verify(opened, model=pipeline)
+    said = capsys.readouterr()
+    assert "newer" not in said.err + said.out, "reading says nothing of it"
+
+
+def test_the_newest_tested_is_the_one_of_the_constraints() -> None:
+    constraints = (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"diffusers=={NEWEST_TESTED}" in constraints

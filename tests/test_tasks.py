@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,12 +113,57 @@ def test_a_folder_that_is_something_else_is_left_alone(checkout: Path, tmp_path:
     ("arguments", "said"),
     [
         (["reccord"], "tasks.py has no 'reccord'.\nDid you mean 'record'?\n"),
+        (["release"], "release only checks: it publishes nothing.\nCall it with --check: python3 tasks.py release --check.\n"),
         (["check", "--fast"], "check takes --all, --no-tests or nothing, not ['--fast'].\nTo run some tests only: python3 tasks.py test <"),
     ],
 )
 def test_a_mistake_in_the_call_is_said_before_anything_is_made(checkout: Path, arguments: list[str], said: str) -> None:
     done = call(checkout / "tasks.py", *arguments)
     assert done.returncode == 2 and done.stderr.startswith(said) and not (checkout / ".venv").exists()
+
+
+def test_the_smoke_tier_is_of_every_kind() -> None:
+    """One test of each promise that a newcomer meets; the marker says which, tasks.py finds their files."""
+    tasks = loaded(TASKS)
+    names = {Path(file).name for file in tasks.smoke_files()}
+    assert {"test_house.py", "test_parity.py", "test_sample.py", "test_smoke.py"} <= names and len(names) < 10
+
+
+def loaded(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec and spec.loader
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ON_THE_INDEX = {"one": ["2.10", "1.4", "1.4.1", "1.3", "0.9"], "two": ["3.0", "2.1.0"], "old": ["1.0"]}
+
+
+def test_the_lowest_version_is_one_that_the_index_has() -> None:
+    lowest = loaded(ROOT / ".ci" / "release.py").lowest
+    assert lowest(["one>=1.4,<3", "two>=2"], ON_THE_INDEX.__getitem__) == ["one==1.4", "two==2.1.0"]
+    assert lowest(["one>=1.5"], ON_THE_INDEX.__getitem__) == ["one==2.10"], "versions are no decimals"
+    with pytest.raises(ValueError, match="one has no lower bound"):
+        lowest(["one<3"], ON_THE_INDEX.__getitem__)
+    with pytest.raises(ValueError, match="no wheel that fits old>=2"):
+        lowest(["old>=2"], ON_THE_INDEX.__getitem__)
+
+
+def test_every_direct_dependency_has_a_lower_bound() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["record"], *project["optional-dependencies"]["dashboard"]]
+    assert [line for line in asked if ">=" not in line] == []
+
+
+def test_pythons_are_found_by_their_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that does not run, as pyenv's shims, is passed over; the first of one version is taken."""
+    for name, text in (("python3.12", "exit 127"), ("python3.11", "echo 3.11"), ("python3.13", "echo 2.7")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    assert loaded(ROOT / ".ci" / "release.py").pythons_here() == {"3.11": tmp_path / "python3.11"}
 
 
 def test_ci_does_what_the_readme_says() -> None:

@@ -6,6 +6,7 @@ do not fit together, a UNet that wants more than a prompt.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,24 @@ XL_KINDS = {**KINDS, "vae": ("AutoencoderKL",), "text_encoder_2": ("CLIPTextMode
 KINDS_OF = {**dict.fromkeys(SAME_PARTS, KINDS), XL: XL_KINDS}
 Kinds = Mapping[str, tuple[str, ...]]
 PIPELINE = "Load the pipeline whole: StableDiffusionPipeline.from_pretrained(...)."
+NEWEST_TESTED = "0.42.1"  # of diffusers: the one in constraints.txt
+
+
+def remarks_on_version() -> tuple[str, ...]:
+    """Return what a recording says of a diffusers newer than any that was tested."""
+    import diffusers
+
+    version = diffusers.__version__
+    if _release(version) <= _release(NEWEST_TESTED):
+        return ()
+    return (
+        f"diffusers {version} is newer than the newest that probe was tested with ({NEWEST_TESTED}). "
+        f"Check the recording with probe verify --model, or install diffusers {NEWEST_TESTED}.",
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def refuse_other_pipelines(pipeline: Any, wanted: str = ORDINARY) -> None:

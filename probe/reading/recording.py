@@ -16,7 +16,6 @@ import html
 import os
 import re
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,7 +309,9 @@ def _as_path(name: str) -> Path:
         return Path(name)
     address = urllib.parse.urlsplit(name)
     if address.scheme == "file" and address.netloc in ("", "localhost"):
-        return Path(urllib.request.url2pathname(address.path))
+        from urllib.request import url2pathname  # costs 15 ms, and few need it
+
+        return Path(url2pathname(address.path))
     raise RecordingNotFound(f"{name!r} is an address, and recordings are read from a disk.", "Copy it here, and give the path of the copy.")
 
 

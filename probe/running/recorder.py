@@ -28,7 +28,7 @@ from probe.conversions import clipping, clipping_text
 from probe.diffusion.families import family_of, recordable
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
-from probe.diffusion.support import refuse_pictures
+from probe.diffusion.support import refuse_pictures, remarks_on_version
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
 from probe.experiment import Experiment, load_experiment
 from probe.fields import from_home, place
@@ -122,7 +122,7 @@ def _record(model: StableDiffusion, run: Plan, say: Say, progress: bool, parent:
     if plainly := read_plainly([prompt.text for prompt in run.prompts.values()]):
         say(plainly)
     say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
-    for remark in run.remarks:
+    for remark in (*remarks_on_version(), *run.remarks):
         say(remark)
     with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
         _see_through(path, model, run, writer, say, progress)
@@ -167,6 +167,8 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
             raise RecordingDamaged(f"The experiment in {run.name} is not the one it was begun with.", "Record it again: probe run.")
         changed = differing_conditions(there, here)
         _hold(run, settled, here, bool(changed))
+        for remark in remarks_on_version():
+            say(remark)
         if changed:
             say(f"Not as it was when the run began, so the last bits may differ: {'; '.join(changed)}")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
