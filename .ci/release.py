@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import tomllib
@@ -27,6 +28,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -129,7 +131,7 @@ class Cell:
     versions: str
     base: Path
     folder: Path
-    project: dict[str, object]
+    project: dict[str, Any]
     hold: list[str]
     results: dict[str, str] = field(default_factory=dict)
     failed: str = ""
@@ -148,7 +150,7 @@ class Cell:
         steps: dict[str, Callable[[], None]] = {
             "wheel": lambda: self.install(str(wheel)),
             "reads": self.reads,
-            "records": lambda: self.records(wheel),
+            "records": lambda: self.records(wheel, sdist),
             "parity": self.parity,
             "sdist": lambda: self.same(wheel, sdist),
         }
@@ -182,12 +184,15 @@ class Cell:
         for words in (["show"], ["show", "--words", "--save", "words.png"], ["verify"]):
             self.call("probe", words[0], "sample", *words[1:])
 
-    def records(self, wheel: Path) -> None:
+    def records(self, wheel: Path, sdist: Path) -> None:
         tools = [line for line in self.extra("test") if Requirement(line).name in TOOLS]
         self.pip("install", "-c", str(self.folder / "pins.txt"), f"{wheel}[record]", *tools)
         self.pip("check")
-        shutil.copytree(ROOT / "tests", self.folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", self.folder)  # pytest's settings; the package is the installed one
+        with tarfile.open(sdist) as packed:  # tests and pytest's settings; the package is the installed one
+            packed.extractall(self.folder, filter="data")
+        (source,) = self.folder.glob("*/pyproject.toml")
+        source.rename(self.folder / source.name)
+        (source.parent / "tests").rename(self.folder / "tests")
         self.tests("tests/test_smoke.py")
 
     def parity(self) -> None:
@@ -207,10 +212,10 @@ class Cell:
         self.call("probe", "verify", "sample")
 
     def requirements(self) -> list[str]:
-        return list(self.project["dependencies"])  # type: ignore[call-overload]
+        return list(self.project["dependencies"])
 
     def extra(self, name: str) -> list[str]:
-        return list(self.project["optional-dependencies"][name])  # type: ignore[index]
+        return list(self.project["optional-dependencies"][name])
 
     def on_the_index(self, name: str) -> list[str]:
         """Return the versions of a package that have a wheel for this Python."""
