@@ -239,6 +239,13 @@ def check_no_link(recording: Path) -> None:
         )
 
 
+def check_folders(recording: Path, folders: Iterable[str]) -> None:
+    """Raise RecordingLinked if one of a recording's folders has become a link since it was opened."""
+    for folder in folders:
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+            raise foreign(recording, os.path.relpath(folder, recording), "is a link, or a folder no more")
+
+
 def foreign(recording: Path, name: str, problem: str) -> RecordingLinked:
     """The error for a file of a recording that is somebody else's too."""
     return RecordingLinked(

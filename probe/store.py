@@ -74,6 +74,7 @@ class RunWriter:
                     self._begin(arrays, told)
                 self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
                 self._files = {a.path: StepFiles(self.path, self._arrays[a.path], self._at_once) for a in arrays if a.dtype != "str"}
+                self._folders = [str(self.path), *(entry.path for entry in files.entries(self.path) if entry.is_dir(follow_symlinks=False))]
                 self._committed = self.read("committed") if "committed" in self._arrays else np.zeros(0, np.uint8)
                 self._ledger: Ledger | None = None if resume else Ledger(self.path)
                 if resume:
@@ -175,7 +176,8 @@ class RunWriter:
             except ProbeError as error:
                 self._status, late = "failed", error
             if self._status != "complete":
-                with contextlib.suppress(OSError) if kind or late else contextlib.nullcontext():
+                with contextlib.suppress(OSError, ProbeError) if kind or late else contextlib.nullcontext():
+                    files.check_folders(self.path, self._folders)
                     files.remove(self.path / MANIFEST, False)  # only what is complete has one
                     self.annotate(status=self._status)
         finally:
@@ -186,6 +188,7 @@ class RunWriter:
     def write(self, path: str, value: Any, at: Any = ...) -> None:
         """Write a variable, or a part of it, now."""
         with storing(self.path):
+            files.check_folders(self.path, self._folders)
             own, what = self._files[path], path if at is ... else f"{path}[{at}]"
             if self._ledger:
                 self._ledger.take_back(path)
@@ -229,6 +232,7 @@ class RunWriter:
         A mapping is merged into the one that is there.
         """
         with storing(self.path):
+            files.check_folders(self.path, [str(self.path)])
             file = self.path / "zarr.json"
             root = json.loads(file.read_text())
             there = root["attributes"]
@@ -241,6 +245,7 @@ class RunWriter:
         """Flush, write the manifest of every file's digest, and declare the recording complete."""
         self.flush()
         with storing(self.path):
+            files.check_folders(self.path, self._folders)
             for left in files.partials(self.path):
                 files.remove(left, False)
             if self._at_end:
@@ -253,6 +258,7 @@ class RunWriter:
         step, values = item
         with storing(self.path):
             written = values()
+            files.check_folders(self.path, self._folders)  # at each step: somebody may put a link in a folder's place
             bulk_first = sorted(written, key=lambda p: -written[p].nbytes)
             told = {path: self._files[path].write(step, written[path]) for path in bulk_first}
             if self._ledger:

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,25 @@ def left(tmp_path_factory: pytest.TempPathFactory, pipe: Any) -> Path:
     for of, to in (("latents/latents/c.1.0.0.0.0", "latents/latents/c.2.0.0.0.0"), ("zarr.json", "latents/latents/left.0123abcd.partial")):
         shutil.copy(path / of, path / to)
     return path
+
+
+@pytest.mark.parametrize("name", ["", "latents", "latents/prediction", "attention/8x8"])
+def test_a_folder_that_becomes_a_link_while_it_is_written(name: str, tmp_path: Path, pipe: Any) -> None:
+    """Somebody puts a link to the same folder of another recording in a folder's place: nothing is written through it."""
+    asked = {"prompt": "a cat", "steps": 5, "scheduler": "DDIM"}
+    other = record({**asked, "seed": 1, "output": str(tmp_path / "elsewhere")}, pipe, progress=False)
+    before, calls = outside(other.path), iter(range(99))
+
+    def swap(_: object) -> None:
+        if next(calls) == 3:
+            time.sleep(0.5)  # the steps before are written: who swaps within a step has a moment's chance
+            (path,) = (tmp_path / "runs").glob("*.zarr")
+            (path / name).rename(tmp_path / "aside")
+            (path / name).symlink_to(other.path / name)
+
+    with hooks.Hooks([(pipe.unet, "input", swap)]), pytest.raises(ProbeError, match="is a link"):
+        record({**asked, "output": str(tmp_path / "runs")}, pipe, progress=False)
+    assert outside(other.path) == before
 
 
 def outside(folder: Path) -> dict[str, bytes]:
