@@ -84,6 +84,11 @@ REMEDIES = (  # (what pip said, what to do), the first that matches
         "Free some disk space (an installation needs up to 10 GB), or place it elsewhere with PROBE_VENV; then call again.",
     ),
     (
+        ("the ssl module in Python is not available",),
+        "The environment's Python was built without ssl, which pip needs. Remove the environment, then call tasks.py with another Python: "
+        "one where python3 -c 'import ssl' says nothing.",
+    ),
+    (
         ("Temporary failure in name resolution", "Max retries exceeded", "Connection", "timed out", "SSLError", "(from versions: none)"),
         "Check the network and pip's index settings (PIP_INDEX_URL), then call again: what was downloaded is kept.",
     ),

@@ -27,7 +27,6 @@ if __name__ == "__main__":
 import contextlib
 import importlib
 import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,8 @@ from probe import output, stopping
 from probe.errors import ExperimentError, RecordingDamaged, RecordingLinked, RecordingNotFound, RecordingUnreadable, StoreError
 from probe.output import rows, say
 from probe.strict_yaml import printable
-from probe.terminal import Parser, add_folder, add_run, add_runs, add_save, fail, folder, guarded, quieten, without_home
+from probe.system import FULL
+from probe.terminal import RECORDING, Parser, add_folder, add_run, add_runs, add_save, before_torch, fail, folder, guarded, without_home
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from probe.reading.recording import Run
 
 
-def _door(module: str) -> Callable[[list[str]], int]:
-    """Return a command that is a module of its own, which is imported when it is called."""
-    return lambda arguments: int(importlib.import_module(module).main(arguments))
+def _door(module: str, *called: str) -> Callable[[list[str]], int]:
+    """Return a command that is a module of its own, which is imported when it is called; help says what was `called`."""
+    return lambda arguments: int(importlib.import_module(module).main(arguments, *called))
 
 
 def ask(arguments: list[str]) -> int:
@@ -61,14 +61,14 @@ def ask(arguments: list[str]) -> int:
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe ask", description=ask.__doc__)
-    parser.add_argument("run", help="a path, the beginning of a name, or latest")
+    parser.add_argument("run", help=RECORDING)
     parser.add_argument("word", help="a word or a phrase")
     parser.add_argument("--context", help='the sentence that is read, which has to contain the word ["a WORD"]')
     add_runs(parser)
     add_save(parser)
     options = parser.parse_args(arguments)
     found = open_run(options.run, options.runs)
-    quieten(True)
+    before_torch(True)
     from probe.running.ask import read_out
 
     maps = read_out(found, options.word, options.context)
@@ -96,7 +96,7 @@ def rerun(arguments: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     before = open_run(options.run, options.runs)
-    quieten(options.quiet)
+    before_torch(options.quiet)
     if "noising" in before.attributes:
         from probe.noising import rerun_noising as again
     else:
@@ -113,7 +113,7 @@ def diff(arguments: list[str]) -> int:
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe diff", description=diff.__doc__)
-    parser.add_argument("a", help="a path, the beginning of a name, or latest")
+    parser.add_argument("a", help=RECORDING)
     parser.add_argument("b", help="another")
     add_runs(parser)
     options = parser.parse_args(arguments)
@@ -145,7 +145,7 @@ def gc(arguments: list[str]) -> int:
 
 def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, notes: dict[str, Any] | None = None) -> Path:
     """Draw a picture, and write it into the recording or to a place that was named."""
-    from probe.files import FULL, elsewhere
+    from probe.files import elsewhere
     from probe.pictures import keep
 
     target = run.path / name if place is None else place
@@ -249,7 +249,7 @@ def rm(arguments: list[str]) -> int:
     from probe.reading.listing import recordings_in
     from probe.reading.recording import Run, find_run
     from probe.reading.sample import is_copy
-    from probe.upkeep import held
+    from probe.upkeep import check_removable, held, remove
 
     parser = Parser(prog="probe rm", description=rm.__doc__)
     parser.add_argument("run", nargs="+", help="paths, or the beginnings of names")
@@ -272,6 +272,7 @@ def rm(arguments: list[str]) -> int:
     with stopping.cleanly(), contextlib.ExitStack() as stack:
         for path in paths:
             stack.enter_context(held(path))
+            check_removable(path)
         say(*map(str, paths))
         if not options.yes:
             with stopping.breakable():
@@ -285,13 +286,20 @@ def rm(arguments: list[str]) -> int:
         for path in paths:
             with stopping.breakable():
                 pass  # between two recordings is a good moment to stop
-            shutil.rmtree(path)
+            remove(path)
     say(f"Removed {len(paths)}.")
     return 0
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    **{"run": _door("probe.run"), "noising": _door("probe.noising"), "ls": ls, "show": show, "ask": ask, "verify": _door("probe.verify")},
+    **{
+        "run": _door("probe.run", "probe run"),
+        "noising": _door("probe.noising", "probe noising"),
+        "ls": ls,
+        "show": show,
+        "ask": ask,
+        "verify": _door("probe.verify", "probe verify"),
+    },
     **{"rerun": rerun, "diff": diff, "upgrade": _door("probe.upgrade"), "rm": rm, "gc": gc},
 }
 

@@ -182,7 +182,7 @@ def load_settings(kind: type[Settings], source: str | Path | Mapping[str, Any] |
     else:
         path = Path(str(source))
         found = _validate(kind, read_yaml(read_text(path), str(path)), printable(str(path)))
-    return _validate(kind, _merge(found.model_dump(mode="json"), overrides), "override") if overrides else found
+    return _validate(kind, _merge(found.model_dump(mode="json"), overrides)) if overrides else found
 
 
 def parse_experiment(text: str, where: str = "experiment") -> Experiment:
@@ -207,7 +207,7 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _validate(kind: type[Settings], data: Mapping[str, Any], where: str) -> Settings:
+def _validate(kind: type[Settings], data: Mapping[str, Any], where: str = "") -> Settings:
     try:
         return kind.model_validate(data)
     except ValidationError as problem:
@@ -219,7 +219,7 @@ def _validate(kind: type[Settings], data: Mapping[str, Any], where: str) -> Sett
         first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
         cause, remedy = _explain(kind, first, data)
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise ExperimentError(f"{where}: {cause}{more}", remedy) from None
+        raise ExperimentError(f"{where}: {cause}{more}" if where else f"{cause}{more}", remedy) from None
 
 
 # Arguments of a diffusers pipeline that no experiment has, and what to do instead.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingLinked, StoreError
 from probe.strict_yaml import printable
-from probe.system import kind_of
+from probe.system import FULL, kind_of
 
 PARTIAL = ".partial"
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # which follows no link
@@ -30,7 +30,6 @@ NEW |= getattr(os, "O_BINARY", 0)
 AT_ONCE = 2**17  # bytes that do not wait for more
 BUFFERS = 1024  # of one write: no system in use takes fewer
 MORE = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 A_FILE = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*")  # names that only files have in a recording
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR)  # of a folder: this system or this disk does not know that

@@ -42,7 +42,7 @@ from probe.reading.recording import Run
 from probe.run import say_where, size, tell_forecast
 from probe.source import checked_masks, checked_picture, read_masks, read_picture
 from probe.strict_yaml import LARGEST, shown
-from probe.terminal import Parser, add_fields, guarded, overrides, quieten
+from probe.terminal import Parser, add_fields, before_torch, described, guarded, overrides
 from probe.words import occurrences, read_plainly, word_spans
 
 if TYPE_CHECKING:
@@ -298,8 +298,8 @@ def table() -> str:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="python -m probe.noising", description=__doc__)
+def parser(prog: str = "python -m probe.noising") -> argparse.ArgumentParser:
+    made = Parser(prog=prog, description=described(__doc__, "python -m probe.noising", prog))
     made.add_argument("noising", nargs="?", type=Path, help="a YAML file; without one, --picture FILE and the defaults")
     made.add_argument("--dry-run", action="store_true", help="show what would be recorded, and how large it would be, without weights or work")
     made.add_argument("--max-bytes", type=size, metavar="SIZE", help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)")
@@ -309,12 +309,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def main(arguments: list[str], prog: str = "python -m probe.noising") -> int:
+    options = parser(prog).parse_args(arguments)
     asked = load_noising(options.noising or Noising())
     if changes := overrides(options, Noising):
         asked = load_noising(asked, **changes)
-    quieten(options.quiet)
+    before_torch(options.quiet)
     if options.dry_run:
         run, _ = plan_noising(_model(asked, None, weights=False), asked)
         say_json(asked.model_dump(mode="json"))

@@ -5,7 +5,8 @@
     say_json(findings)               # JSON, whatever is in it
     with harmless_streams(): ...     # the same for what libraries print
 
-Characters that a terminal's encoding lacks are written as \\u4e2d. A closed stdout hears nothing, and that is no error.
+Characters that a terminal's encoding lacks are written as \\u4e2d. A closed stream hears nothing, and so does one whose reader
+has gone, such as head: that is no error, and the command ends with its own exit code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CURSOR_UP = re.compile(r"(\n|\x1b\[A)*")  # what tqdm writes between several bar
 
 
 def say(*lines: str) -> None:
-    """Print lines on stdout. Raise StoreError if they cannot be written, BrokenPipeError if the reader has gone."""
+    """Print lines on stdout. Raise StoreError if they cannot be written."""
     _say("".join(f"{printable(line)}\n" for line in lines))
 
 
@@ -41,7 +42,7 @@ def say_json(value: Any) -> None:
 
 def tell(*lines: str) -> None:
     """Print lines on stderr, where anybody hears it: a run does not end because its terminal went away."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError), _heard(sys.stderr):
         _put(sys.stderr, "".join(f"{printable(line)}\n" for line in lines))
         flush(sys.stderr)
 
@@ -66,15 +67,21 @@ def rows(table: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
 
 def flush(stream: TextIO | None) -> None:
     """Write out what waits in a stream. Raise as `say`."""
-    with _heard():
+    with _heard(stream):
         if stream is not None and not stream.closed:
             stream.flush()
 
 
-def mute() -> None:
-    """Send what is left for stdout nowhere, so that Python has nothing to complain of at its exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def close() -> None:
+    """Write out what waits in both streams, as a command's last act. What cannot be written is dropped.
+
+    Python would fail to write it again at its exit, and replace the exit code by 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            flush(stream)
+        except (OSError, ValueError):
+            _mute(stream)
 
 
 @contextlib.contextmanager
@@ -101,11 +108,8 @@ class _Door:
         if not (self.isatty() and CURSOR_UP.fullmatch(text)):
             kept = text.replace("\t", "    ")
             text = "".join(c if c.isprintable() or c in "\n\r" else "?" for c in kept)
-        try:
+        with self._arriving():
             _put(self._stream, text)
-        except (OSError, ValueError):
-            if self._must_arrive:
-                raise
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
@@ -113,8 +117,18 @@ class _Door:
 
     def flush(self) -> None:
         if self._stream is not None and not self._stream.closed:
-            with contextlib.nullcontext() if self._must_arrive else contextlib.suppress(OSError, ValueError):
+            with self._arriving():
                 self._stream.flush()
+
+    @contextlib.contextmanager
+    def _arriving(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            _mute(self._stream)
+        except (OSError, ValueError):
+            if self._must_arrive:
+                raise
 
     def isatty(self) -> bool:
         return self._stream is not None and not self._stream.closed and self._stream.isatty()
@@ -147,7 +161,7 @@ def unsaid(logger: str, text: str) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    with _heard():
+    with _heard(sys.stdout):
         _put(sys.stdout, text)
 
 
@@ -157,12 +171,20 @@ def _put(stream: TextIO | None, text: str) -> None:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
+def _mute(stream: TextIO | None) -> None:
+    """Send what waits in a stream, and what comes, nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, cast(TextIO, stream).fileno())
+        os.close(nowhere)
+
+
 @contextlib.contextmanager
-def _heard() -> Iterator[None]:
+def _heard(stream: TextIO | None) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        raise
+        _mute(stream)
     except OSError as error:
         raise StoreError(
             f"What was to be printed could not be written: {error.strerror or error}.", "Free some room there, or send it to another place."

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
 from probe.output import rows, say, say_json, tell
-from probe.terminal import Parser, add_fields, guarded, overrides, quieten, shell_path, without_home
+from probe.terminal import Parser, add_fields, before_torch, called, described, guarded, overrides, shell_path, without_home
 from probe.words import read_plainly
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 EXAMPLE = "experiments/astronaut.yaml"
 
 
-def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="python -m probe.run", description=__doc__)
+def parser(prog: str = "python -m probe.run") -> argparse.ArgumentParser:
+    made = Parser(prog=prog, description=described(__doc__, "python -m probe.run", prog))
     made.add_argument("experiment", nargs="?", type=Path, help="a YAML file; without one, the default experiment")
     made.add_argument("--dry-run", action="store_true", help="show what would be recorded, and how large it would be, without weights or work")
     made.add_argument("--max-bytes", type=size, metavar="SIZE", help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)")
@@ -44,14 +44,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def main(arguments: list[str], prog: str = "python -m probe.run") -> int:
+    options = parser(prog).parse_args(arguments)
     if options.resume is not None:
         return _resume(options)
     asked = load_experiment(options.experiment or Experiment())
     if changes := overrides(options):
         asked = load_experiment(asked, **changes)
-    quieten(options.quiet)
+    before_torch(options.quiet)
     if options.dry_run:
         return _forecast(asked, options.max_bytes)
     from probe.running.recorder import record
@@ -67,7 +67,7 @@ def _resume(options: argparse.Namespace) -> int:
             "A resumed run goes on as it was asked: no experiment, no other option.",
             "Give --resume RUN alone (and --output FOLDER, if it is not in runs).",
         )
-    quieten(options.quiet)
+    before_torch(options.quiet)
     from probe.reading.recording import open_run
 
     run = open_run(options.resume, folder)
@@ -81,12 +81,13 @@ def say_where(run: Run, quiet: bool) -> int:
     if quiet:
         say(str(run.path))
         return 0
+    probe, python = called()
     pictures = ", ".join(sorted(file.name for file in run.path.glob("*.png")))
     path, folder = shell_path(run.path), shell_path(run.path.parent)
     where = "" if run.path.parent == Path("runs") else f" --runs {folder}"
     say("", *f"{run!r}".split("\n"), "", f"Recording  {without_home(str(run.path))}", f"Pictures   {pictures} (inside it)", "")
-    say(f"Look       probe show {run.name}{where}", f"Check      probe verify {run.name}{where}")
-    say(f"Read       python -c 'import probe, sys; print(probe.open_run(sys.argv[1]).tree)' {path}")  # the shell knows what ~ is
+    say(f"Look       {probe} show {run.name}{where}", f"Check      {probe} verify {run.name}{where}")
+    say(f"Read       {python} -c 'import probe, sys; print(probe.open_run(sys.argv[1]).tree)' {path}")  # the shell knows what ~ is
     return 0
 
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from probe.output import say
 
 FORMAT_VERSION = 2  # what is written
@@ -335,6 +333,8 @@ class Array:
 
     @property
     def nbytes(self) -> int:
+        import numpy as np  # slow: `probe --version` reads this module for one number
+
         if self.dtype == "str":
             return sum(len(str(text).encode()) + 4 for text in np.asarray(self.value).ravel())
         return prod(self.shape) * np.dtype(self.dtype).itemsize
@@ -350,6 +350,8 @@ def array(group: str, name: str, shape: Sequence[int] | None = None, dtype: str 
 
     Raises KeyError for a variable that the schema does not have.
     """
+    import numpy as np
+
     variable = _find(group, name)
     if value is not None:
         value = np.asarray(value, dtype=object if variable.dtype == "str" else None)

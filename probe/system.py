@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from probe.errors import ProbeError, RecordingUnreadable
+from probe.errors import ProbeError, RecordingUnreadable, UserError
 from probe.strict_yaml import printable
 
 # Errors that a file itself makes, by what it is or is not: whoever asked for it says what that means.
@@ -26,6 +26,7 @@ OF_THE_FILE = frozenset(
     for name in "ENOENT ENOTDIR EISDIR ELOOP ENXIO ENODEV ENAMETOOLONG EINVAL EMLINK EEXIST EPIPE".split()
     if hasattr(errno, name)
 )
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDIES = {
     "Ask its owner, or change its permissions: chmod -R u+rX.": "EACCES EPERM",
     "Copy it to another disk, and check this one.": "EIO EUCLEAN EBADMSG EFAULT EREMOTEIO ENOMEDIUM",
@@ -54,17 +55,31 @@ def trouble_in(error: BaseException | None) -> OSError | None:
     return None
 
 
-def unreadable(path: str | Path, trouble: OSError) -> RecordingUnreadable:
-    """The error for a recording that the system did not read."""
+def check_here() -> None:
+    """Raise UserError where the current folder was removed: torch's libraries end the process there, without a word of ours."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError("The folder you are in is gone.", "cd to one that exists.") from error
+
+
+def may_change(folder: Path) -> bool:
+    """Whether this account may make and remove files in a folder."""
+    effective = os.access in os.supports_effective_ids
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
+
+
+def unreadable(path: str | Path, trouble: OSError, what: str = "The recording is") -> RecordingUnreadable:
+    """The error for a recording, or a folder of them, that the system did not read."""
     said = trouble.strerror or (os.strerror(trouble.errno) if trouble.errno else type(trouble).__name__)
     remedy = REMEDY.get(trouble.errno or 0, "Check the disk, then try again.")
-    made = RecordingUnreadable(f"{printable(str(path))} could not be read: {printable(said)}. The recording is probably whole.", remedy)
+    made = RecordingUnreadable(f"{printable(str(path))} could not be read: {printable(said)}. {what} probably whole.", remedy)
     made.errno, made.strerror = trouble.errno, said
     return made
 
 
 @contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def reading(path: str | Path, what: str = "The recording is") -> Iterator[None]:
     """Turn the system's errors into RecordingUnreadable. Let every other error through."""
     try:
         yield
@@ -73,7 +88,7 @@ def reading(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if (trouble := trouble_in(error)) is None:
             raise
-        raise unreadable(path, trouble) from error
+        raise unreadable(path, trouble, what) from error
 
 
 KINDS = ((stat.S_ISLNK, "a link"), (stat.S_ISREG, "a file"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from probe.experiment import CaptureOptions, Experiment
 from probe.fields import Strict, home
 from probe.output import say, tell
 from probe.strict_yaml import read_yaml
-from probe.system import REMEDY
+from probe.system import REMEDY, check_here
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +39,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
         wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        if "--version" in wrong:
+            fail(message, "See probe --version.")
+            raise SystemExit(2)
         guess = difflib.get_close_matches(wrong[0], options, n=1, cutoff=0.5) if wrong else []
         fail(message, f"Did you mean {guess[0]}?" if guess else f"See {self.prog} --help.")
         raise SystemExit(2)
@@ -53,8 +57,11 @@ def folder(text: str) -> str:
     return text
 
 
+RECORDING = "a path, the beginning of a name, latest, or sample"
+
+
 def add_run(parser: Parser) -> None:
-    parser.add_argument("run", nargs="?", default="latest", help="a path, the beginning of a name, latest, or sample [latest]")
+    parser.add_argument("run", nargs="?", default="latest", help=f"{RECORDING} [latest]")
     add_runs(parser)
 
 
@@ -78,6 +85,11 @@ def fail(cause: str, remedy: str = "") -> None:
             tell(f"{head} {without_home(' '.join(text.split()))}")
 
 
+def described(doc: str | None, module: str, prog: str) -> str:
+    """Return a module's docstring as the description of a command, under the name that it was called by."""
+    return (doc or "").replace(module, prog)
+
+
 def without_home(text: str) -> str:
     """A text for a log, in which paths in the home folder begin with ~: a shell still takes them, and nobody's name is told."""
     own = home()
@@ -91,8 +103,19 @@ def shell_path(path: Path) -> str:
     return start + shlex.quote(text[len(start) :])
 
 
-def quieten(quiet: bool) -> None:
-    """Without the libraries' own chatter, before they are imported: what matters of it, probe says itself."""
+def called() -> tuple[str, str]:
+    """Return what a shell calls probe and Python by: by their names, or by the path of this Python where `probe` is not on PATH."""
+    if shutil.which("probe"):
+        return "probe", "python"
+    python = Path(sys.executable)
+    if python.is_relative_to(here := Path.cwd()):
+        python = python.relative_to(here)
+    return f"{shell_path(python)} -m probe", shell_path(python)
+
+
+def before_torch(quiet: bool) -> None:
+    """Check what torch needs of this place, and turn off the libraries' own chatter. Call it before they are imported."""
+    check_here()
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
@@ -102,6 +125,8 @@ def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = 
     """Run a command's `main`, turn its errors into lines and exit codes, and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    if sys.flags.optimize > 1:  # help is made of docstrings, and so are parts of the libraries
+        main = _without_docstrings
     with output.harmless_streams():
         try:
             code = _code_of(main, [word for word in given if word != "--debug"], debug)
@@ -111,6 +136,7 @@ def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = 
                 _show_traceback()
             tell("", "Stopped.")
             code = 130
+    output.close()
     stopping.end(code)
 
 
@@ -122,9 +148,6 @@ def _code_of(main: Callable[[list[str]], int], arguments: list[str], debug: bool
             code = done.code if isinstance(done.code, int) else 0
         output.flush(sys.stdout)
         return code
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        output.mute()
-        return 0
     except ProbeError as error:
         if debug:
             _show_traceback()
@@ -135,11 +158,12 @@ def _code_of(main: Callable[[list[str]], int], arguments: list[str], debug: bool
             _show_traceback()
         fail(*_condition(error))
         code = 1
-    try:
-        output.flush(sys.stdout)
-    except OSError:  # said already, or nobody is there to be told
-        output.mute()
     return code
+
+
+def _without_docstrings(_: list[str]) -> int:
+    fail("python -OO takes away texts that probe and its libraries need.", "Leave out -OO, or PYTHONOPTIMIZE=2; -O will do.")
+    return 2
 
 
 def _show_traceback() -> None:

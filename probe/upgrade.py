@@ -30,7 +30,7 @@ from probe.reading.untrusted import read_root
 from probe.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.stopping import breakable, cleanly
 from probe.store import MANIFEST
-from probe.terminal import Parser, add_run, folder, quieten, without_home
+from probe.terminal import Parser, add_run, before_torch, folder, without_home
 from probe.verify import verify
 
 BLOCK = 2**20
@@ -173,7 +173,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", metavar="FOLDER", type=folder, help="write the new recording there [beside the old one]")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
-    quieten(options.quiet)
+    before_torch(options.quiet)
     run = open_run(options.run, options.runs)
     made = upgrade(run, options.output, progress=not options.quiet)
     if made is not run:

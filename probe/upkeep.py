@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import stat
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from probe import files
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, StoreError
 from probe.files import storing
 from probe.locks import Lock
+from probe.system import may_change, reading
 
 LEFT = re.compile(r"\.(.+\.zarr)\.(?:lock|[0-9a-f]+\.partial)", re.DOTALL)
 
@@ -32,6 +35,45 @@ def held(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_removable(recording: Path) -> None:
+    """Raise StoreError where the system would keep a part of a recording. Half of one is worth nothing to anybody."""
+    with reading(recording):
+        _check_entry(recording, recording)
+        for entry in files.entries(recording):
+            _check_entry(recording, Path(entry.path))
+
+
+def _check_entry(recording: Path, path: Path) -> None:
+    """Raise StoreError unless this account may remove a file or a folder from the folder it lies in."""
+    folder = path.parent
+    found, owner = folder.stat(), path.lstat().st_uid
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    sticky = found.st_mode & stat.S_ISVTX and user not in (0, found.st_uid, owner)
+    if may_change(folder) and not sticky:
+        return
+    if sticky:
+        cause, remedy = f"{path} belongs to another user", f"Ask its owner to remove it: rm -r {shlex.quote(str(path))}"
+    elif found.st_uid == user:
+        cause, remedy = f"nothing may be removed from {folder}", f"Allow it, then try again: chmod u+rwx {shlex.quote(str(folder))}"
+    else:
+        cause, remedy = f"nothing may be removed from {folder}, which belongs to another user", "Ask its owner to remove it, or to let you."
+    raise StoreError(f"{recording.name} stays as it is: {cause}.", remedy)
+
+
+def remove(recording: Path) -> None:
+    """Remove a recording under its lock. It is out of sight at once; what a kill leaves of it, `clear_orphans` finds."""
+    aside = recording.with_name(f".{recording.name}.{uuid.uuid4().hex[:8]}{files.PARTIAL}")
+    try:
+        recording.rename(aside)
+    except OSError as error:
+        raise StoreError(f"{recording.name} stays as it is: {error.strerror}.", f"Check the permissions of {recording.parent}.") from error
+    try:
+        shutil.rmtree(aside)
+    except OSError as error:
+        remedy = f"Remove the rest: rm -r {shlex.quote(str(aside))}"
+        raise StoreError(f"{recording.name} is gone, but not all of its files: {error.filename}: {error.strerror}.", remedy) from error
 
 
 def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:

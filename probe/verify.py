@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
     stopping.begin()  # before the slow imports
 
-import argparse
 import shutil
 import sys
 import textwrap
@@ -43,7 +42,7 @@ from probe.proof.unknown import check_unknown
 from probe.reading.recording import Run, open_run
 from probe.strict_yaml import first_line, printable
 from probe.system import reading
-from probe.terminal import Parser, folder, guarded, quieten, without_home
+from probe.terminal import Parser, add_run, before_torch, described, guarded, without_home
 
 WITH_MODEL = "weights plan text predictions maps attention inside decode encode".split()
 
@@ -128,10 +127,9 @@ def _told(error: Exception, what: str = "cannot be read") -> str:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="python -m probe.verify", description=__doc__)
-    made.add_argument("run", nargs="?", default="latest", help="a recording: a path, the beginning of its name, or latest")
-    made.add_argument("--runs", type=folder, default="runs", help="folder of recordings [runs]")
+def parser(prog: str = "python -m probe.verify") -> Parser:
+    made = Parser(prog=prog, description=described(__doc__, "python -m probe.verify", prog))
+    add_run(made)
     made.add_argument("--model", action="store_true", help="load the recording's model, and let it predict again from the recorded latents")
     made.add_argument("--steps", default="all", help='with --model, at which steps: all, "start:stop:step", or "0,5,-1" [all]')
     made.add_argument("--json", action="store_true", help="the findings as JSON")
@@ -139,12 +137,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+def main(arguments: list[str], prog: str = "python -m probe.verify") -> int:
+    options = parser(prog).parse_args(arguments)
     if options.steps != "all" and not options.model:
         raise ExperimentError("--steps says at which steps the model is asked, and no model is.", "Add --model.")
     run = open_run(options.run, options.runs)
-    quieten(True)
+    before_torch(True)
     found = verify(run, model=options.model, steps=_steps(run, options.steps))
     if options.json:
         say_json(as_json(run, found))

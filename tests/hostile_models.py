@@ -20,7 +20,7 @@ import transformers
 
 from probe.diffusion.loading import load
 from probe.errors import ProbeError
-from probe.terminal import quieten
+from probe.terminal import before_torch
 
 ROOM, SECONDS = 1 << 30, 8
 WATCHED = ("pickle.find_class", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.remove", "os.rename")
@@ -77,7 +77,7 @@ def forked(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    quieten(True)
+    before_torch(True)
     transformers.CLIPTextModel  # noqa: B018  (imported where it is first asked for)
     load("emojiworld", device="cpu")
     for one in sys.argv[1:]:

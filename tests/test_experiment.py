@@ -221,9 +221,9 @@ def test_overrides_dotted_and_nested() -> None:
 @pytest.mark.parametrize(
     ("source", "overrides", "cause"),
     [
-        ({}, {"steps": 0}, "override: steps: 0 is less than 1"),
-        ({}, {"capture.dtypes": 1}, "override: capture.dtypes: unknown field"),
-        ({}, {"steps.a": 1}, "override: steps: {'a': 1} is not a whole number"),
+        ({}, {"steps": 0}, "steps: 0 is less than 1"),
+        ({}, {"capture.dtypes": 1}, "capture.dtypes: unknown field"),
+        ({}, {"steps.a": 1}, "steps: {'a': 1} is not a whole number"),
         ({"capture": 5}, {"capture.text": True}, "experiment: capture: 5 is not a mapping"),
         ({1: 2}, {}, "1: this is not a field's name"),
         ({"\ud800": 2}, {}, "'\\ud800': this is not a field's name"),

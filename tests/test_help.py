@@ -50,6 +50,41 @@ def test_the_version(said: object) -> None:
         assert (code, err) == (0, "") and re.fullmatch(rf"probe \S+.*format {FORMAT_VERSION} \(draft\) and reads 1 and 2\n", out)
 
 
+def test_a_usage_line_is_what_was_called(said: object) -> None:
+    for verb in cli.VERBS:
+        out = said(verb, "--help")[1]  # type: ignore[operator]
+        assert out.startswith(f"usage: probe {verb} ") and "python -m probe." not in out
+    for module in ("run", "noising", "verify"):
+        command = [sys.executable, "-m", f"probe.{module}", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.stdout.startswith(f"usage: python -m probe.{module} ") and f"\npython -m probe.{module} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["show", "verify", "ask", "diff", "rerun"])
+def test_a_recording_is_named_in_every_way(verb: str, said: object) -> None:
+    assert "a path, the beginning of a name, latest, or sample" in re.sub(r"\s+", " ", said(verb, "--help")[1])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("verb", ["run", "noising", "ls", "show", "verify", "rerun", "gc"])
+def test_a_verb_says_who_tells_the_version(verb: str, said: object) -> None:
+    code, _, err = said(verb, "--version")  # type: ignore[operator]
+    assert code == 2 and err.endswith("\n       See probe --version.\n")
+
+
+def test_the_version_needs_no_numpy() -> None:
+    """OpenBLAS stops the process, as Ctrl-C does, where the system limits its memory."""
+    code = "import sys; sys.modules['numpy'] = None; from probe import cli; sys.exit(cli.dispatch(['--version']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("probe "), done.stderr
+
+
+@pytest.mark.parametrize(("option", "code"), [("-O", 0), ("-OO", 2)])
+def test_help_is_whole_or_refused(option: str, code: int) -> None:
+    done = subprocess.run([sys.executable, option, "-m", "probe", "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code and ("probe gc" in done.stdout) == (not code)
+    assert not code or (done.stderr.startswith("error: python -OO takes away texts") and "Leave out -OO" in done.stderr)
+
+
 @pytest.mark.parametrize("arguments", [("helpp",), ("help", "lss"), ("--halp",), ("lss", "--help")])
 def test_a_verb_that_is_none(arguments: tuple[str, ...], said: object) -> None:
     code, out, err = said(*arguments)  # type: ignore[operator]

@@ -11,8 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from probe import cli
 from probe.errors import ExperimentError
 from probe.experiment import Experiment, load_experiment
 from probe.fields import from_home, home, place
-from probe.reading.recording import Run
+from probe.reading.recording import Run, open_run
 from probe.reading.sample import unpacked
 from probe.running.planning import free_room
 from probe.running.recorder import record
@@ -179,18 +180,97 @@ def test_a_picture_goes_elsewhere_where_the_recording_takes_none(
     assert code == 1 and "No such file or directory" in err and "Name a folder that exists" in err
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_recording_that_may_not_be_written(call: Command, tmp_path: Path) -> None:
-    made = Path(shutil.copytree(unpacked(), tmp_path / "runs" / "mine.zarr"))
-    for folder in (made, made.parent):
-        folder.chmod(0o555)
-    try:
-        code, _, err = call("show", "mine", "--words")
-        assert code == 1 and "Permission denied" in err and "/words.png" in err
-        assert call("show", "mine", "--words", "--save", "words.png")[0] == 0
-        assert call("verify", "mine")[0] == 0 and call("rm", "mine", "--yes")[0] == 1
-    finally:
-        made.parent.chmod(0o755)
+@pytest.fixture
+def ordinary(call: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of an account that is not root, with a recording in runs, and the test goes on as that account."""
+    if os.name != "posix":
+        pytest.skip("needs the owners of POSIX")
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        shutil.copytree(unpacked(), folder / "runs" / "mine.zarr")
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        assert call("show", "sample")[0] == 0 == call("show", "mine", "--words", "--save", "warm.png")[0]
+        assert call("verify", "mine")[0] == 0, "all modules are there, which the other account may not read"
+        if root:
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            if root:
+                os.seteuid(0)
+            for path in (folder, *folder.rglob("*")):
+                if path.is_dir():
+                    path.chmod(0o755)
+
+
+def test_a_recording_that_may_not_be_written(call: Command, ordinary: Path) -> None:
+    made = ordinary / "runs" / "mine.zarr"
+    for path in (made, made.parent):
+        path.chmod(0o555)
+    code, _, err = call("show", "mine", "--words")
+    assert code == 1 and "Permission denied" in err and "/words.png" in err
+    assert call("show", "mine", "--words", "--save", "words.png")[0] == 0
+    assert call("verify", "mine")[0] == 0 and call("rm", "mine", "--yes")[0] == 1
+
+
+def every_file(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_a_recording_goes_whole_or_not_at_all(call: Command, ordinary: Path) -> None:
+    shutil.copytree(ordinary / "runs" / "mine.zarr", ordinary / "runs" / "other.zarr")
+    (inner := ordinary / "runs" / "mine.zarr" / "text").chmod(0o555)
+    before = every_file(ordinary / "runs")
+    code, _, err = call("rm", "other", "mine", "--yes")
+    assert code == 1 and err == (
+        "error: mine.zarr stays as it is: nothing may be removed from runs/mine.zarr/text.\n"
+        "       Allow it, then try again: chmod u+rwx runs/mine.zarr/text\n"
+    )
+    assert every_file(ordinary / "runs") == before, "and neither does the other"
+    inner.chmod(0o755)
+    assert call("rm", "mine", "other", "--yes")[0] == 0 and list((ordinary / "runs").iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_somebody_elses_stays_whole(call: Command, ordinary: Path, shared: bool) -> None:
+    """A folder of another owner inside; or all of it, in a shared folder where each removes what is theirs."""
+    made = ordinary / "runs" / "mine.zarr"
+    os.seteuid(0)
+    os.chown(made / "text", 0, 0)
+    if shared:
+        os.chown(made.parent, 0, 0)
+        made.parent.chmod(0o1777)
+        os.chown(made, 0, 0)
+        made.chmod(0o777)
+    os.seteuid(65534)
+    before = every_file(made)
+    code, _, err = call("rm", "mine", "--yes")
+    assert code == 1 and err.startswith("error: mine.zarr stays as it is: ") and "another user" in err and "Ask its owner to remove it" in err
+    assert every_file(made) == before
+
+
+@pytest.mark.parametrize("value", ["closed", "file"])
+def test_a_home_that_cannot_be_written_is_none(value: str, call: Command, ordinary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (ordinary / "file").touch()
+    (ordinary / "closed").mkdir(mode=0o555)
+    (ordinary / "temporary").mkdir()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(ordinary / value))
+    monkeypatch.setattr("tempfile.tempdir", str(ordinary / "temporary"))
+    assert call("show", "sample")[0] == 0
+    (made,) = (ordinary / "temporary").iterdir()
+    assert made.name == f"probe-cache-{os.geteuid()}" and list(made.glob("diffusion-probe/sample-*.zarr"))
+
+
+def test_a_closed_folder_of_recordings(call: Command, ordinary: Path) -> None:
+    (ordinary / "runs").chmod(0o000)
+    code, _, err = call("ls")
+    assert code == 2 and "runs could not be read: Permission denied. The recordings in it are probably whole." in err
 
 
 @pytest.mark.parametrize("kind", ["folder", "long", "null"])
@@ -262,6 +342,8 @@ def test_names_of_every_kind(call: Command, arguments: tuple[str, ...], tmp_path
         ("probe --version >/dev/full", 1, "error: What was to be printed could not be written: No space left on device.\n"),
         ("probe run --help >/dev/full", 1, "error: What was to be printed could not be written: No space left on device.\n"),
         ("probe nothing 2>/dev/full", 2, ""),
+        ("probe show nope 2>/dev/full", 2, ""),
+        ("probe --version >/dev/full 2>/dev/full", 1, ""),
         ("probe run --help | head -1", 0, ""),
         ("probe rm runs/mine.zarr <&-", 2, "error: Nothing was removed: there is nobody to ask.\n"),
         ("probe rm runs/mine.zarr </dev/null", 2, "error: Nothing was removed: there is nobody to ask.\n"),
@@ -281,14 +363,54 @@ def test_nobody_listens(command: str, code: int, said: str, tmp_path: Path) -> N
     assert got == code and said in err and (said or not err), err
 
 
+@pytest.mark.parametrize(("command", "code"), [("nothing", 2), ("show nope", 2), ("show sample", 0), ("run --help", 0), ("verify damaged", 1)])
+@pytest.mark.parametrize("streams", ["stdout", "stdout stderr"])
+def test_a_reader_that_left_early_changes_no_exit_code(command: str, code: int, streams: str, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(unpacked(), tmp_path / "runs" / "damaged.zarr"))
+    chunk = damaged / "latents" / "latents" / "c.1.0.0.0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+    assert left_early(command, streams, tmp_path).returncode == code
+
+
+def test_a_run_that_nobody_watches_is_complete(tmp_path: Path) -> None:
+    tiny.pipeline().save_pretrained(tmp_path / "tiny")
+    done = left_early(f"run --model {tmp_path / 'tiny'} --steps 2 --device cpu", "stdout stderr", tmp_path)
+    assert done.returncode == 0 and open_run("latest", tmp_path / "runs").status == "complete"
+
+
+def left_early(command: str, streams: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """Call probe with streams whose reader has gone. Python buffers them as on a reader's machine: see conftest.py."""
+    assert "PYTHONUNBUFFERED" not in os.environ
+    read, write = os.pipe()
+    os.close(read)
+    full = [sys.executable, "-m", "probe", *command.split()]
+    options: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | dict.fromkeys(streams.split(), write)
+    try:
+        return subprocess.run(full, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, **options)
+    finally:
+        os.close(write)
+
+
+@pytest.mark.parametrize("command", ["run --steps 2", "run --dry-run", "rerun sample", "ask sample cat", "verify sample", "noising --picture x.png"])
+def test_torch_is_not_begun_in_a_folder_that_is_gone(command: str, tmp_path: Path) -> None:
+    """Its libraries end the process there, with a message that helps nobody."""
+    done = in_a_folder_that_is_gone(command, tmp_path)
+    assert done.returncode == 2 and done.stderr == "error: The folder you are in is gone.\n       cd to one that exists.\n"
+
+
 @pytest.mark.parametrize(("command", "codes"), [("ls", (0, 2)), ("show a", (2,)), ("run", (1, 2)), ("--version", (0,)), ("gc", (0, 1))])
 def test_a_folder_that_is_gone(command: str, codes: tuple[int, ...], tmp_path: Path) -> None:
+    done = in_a_folder_that_is_gone(command, tmp_path)
+    assert done.returncode in codes and "Traceback" not in done.stderr and "fault of probe" not in done.stderr, done.stderr
+    assert done.returncode == 0 or "error: " in done.stderr
+
+
+def in_a_folder_that_is_gone(command: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     (tmp_path / "gone").mkdir()
     gone = f"import os, shutil; os.chdir({str(tmp_path / 'gone')!r}); os.rmdir({str(tmp_path / 'gone')!r}); os.execv({sys.executable!r}, "
     gone += f"[{sys.executable!r}, '-m', 'probe', *{command.split()!r}])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", gone], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode in codes and "Traceback" not in done.stderr and "fault of probe" not in done.stderr, done.stderr
+    return subprocess.run([sys.executable, "-c", gone], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_a_run_without_a_step(tmp_path: Path, call: Command) -> None:

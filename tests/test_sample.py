@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,3 +57,27 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RecordingNotFound, match="cannot be unpacked"):
         open_run("sample")
+
+
+@pytest.mark.parametrize(("kind", "remedy"), [("ENOSPC", "with room"), ("EDQUOT", "with room"), ("EROFS", "that can be written")])
+def test_a_cache_disk_that_takes_nothing(kind: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trouble = OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+
+    def full(*_: object, **__: object) -> Any:
+        raise trouble
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
+    with pytest.raises(RecordingNotFound) as caught:
+        open_run("sample")
+    assert str(tmp_path / "cache") in caught.value.cause and trouble.strerror in caught.value.cause
+    assert caught.value.remedy == f"Set XDG_CACHE_HOME to a folder {remedy}." and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["sample", str(sample.ARCHIVE)], ids=["sample", "zip"])
+def test_a_limit_on_files_is_no_fault_of_the_zip(name: str, tmp_path: Path) -> None:
+    command = f"ulimit -f 20; exec {sys.executable} -m probe show {name}"
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and f"cannot be unpacked into {tmp_path / 'cache'}" in done.stderr, done.stderr
+    assert done.stderr.endswith("Set XDG_CACHE_HOME to a folder with room.\n") and not (tmp_path / "cache").exists()

@@ -266,7 +266,7 @@ def test_a_tiny_autoencoder_is_not_asked_for_a_distribution(ask: dict[str, Any],
 
 def test_arguments_of_a_pipeline_that_have_no_field_are_named(ask: dict[str, Any]) -> None:
     error = refused(ask, tiny.pipeline(), prompt_embeds=torch.zeros(1, 77, 16))
-    assert error.cause == "override: prompt_embeds: this argument of diffusers' pipelines has no field here"
+    assert error.cause == "prompt_embeds: this argument of diffusers' pipelines has no field here"
     assert error.remedy == "Write the text as prompt: embeddings have no words."
     for name in ("negative_prompt_embeds", "ip_adapter_image", "latents", "generator", "callback_on_step_end", "clip_skip"):
         for call in (lambda n=name: refused(ask, tiny.pipeline(), **{n: 1}), lambda n=name: refused({**ask, n: 1}, tiny.pipeline())):

@@ -90,6 +90,17 @@ def test_an_environment_without_the_package_is_not_called_finished(checkout: Pat
     assert call(checkout / "tasks.py", "record", PIP_CONFIG_FILE=str(tmp_path / "pip.conf")).returncode == 0
 
 
+@pytest.mark.slow
+def test_a_python_without_ssl_is_named(checkout: Path) -> None:
+    """pip then says this, and that it found no version of anything."""
+    said = "WARNING: pip is configured with locations that require TLS/SSL, however the ssl module in Python is not available."
+    said += "ERROR: Could not find a version that satisfies the requirement x (from versions: none)"
+    (checkout / "backend.py").write_text(f"raise SystemExit({said!r})\n")
+    done = call(checkout / "tasks.py", "record")
+    assert done.returncode == 1 and done.stderr.endswith("one where python3 -c 'import ssl' says nothing.\n"), done.stderr
+    assert "PIP_INDEX_URL" not in done.stderr
+
+
 def test_a_python_that_makes_no_environments_names_the_package(checkout: Path) -> None:
     code = "import runpy, sys; sys.modules['ensurepip'] = None; sys.argv = [sys.argv[1], 'record']; runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, str(checkout / "tasks.py")], capture_output=True, text=True, check=False, timeout=60)
@@ -172,6 +183,8 @@ def test_ci_does_what_the_readme_says() -> None:
     start = (ROOT / "README.md").read_text(encoding="utf-8").split("## Start")[1].split("##")[0]
     commands = [line.strip() for line in start.splitlines() if line.startswith("    python3 tasks.py")][:2]
     assert len(commands) == 2 and all(command in script for command in commands)
+    (unset,) = [line.split("#")[0].split() for line in script.splitlines() if line.startswith("unset ")]
+    assert {"PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"} <= set(unset), "a reader's machine does not set them"
     (installed,) = [line.split() for line in script.splitlines() if "apt-get install" in line]
     named = [word for word in installed[2:] if not word.startswith("-")]
     assert named == ["python3-venv"] and f"apt install {named[0]}" in start

@@ -24,6 +24,7 @@ from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
 from probe.fields import from_home, place
 from probe.strict_yaml import first_line, printable, shorten, shown
+from probe.system import check_here
 
 WHOLE_MODEL = "Is it a whole diffusers directory?"
 BUNDLED = {"emojiworld": Path(__file__).parent.parent / "emojiworld"}
@@ -57,6 +58,7 @@ def load(
     `scheduler` and its `options` are an experiment's: the model's own scheduler need not be a supported one if another is
     named. Raises ModelError when the model is missing, unsafe, not whole, or of no family.
     """
+    check_here()
     what = _single_file(name, variant) if is_single_file(name) else _directory(name, revision, variant)
     target = torch.device("meta") if not weights else pick_device(device)
     if dtype == "auto":

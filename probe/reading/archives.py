@@ -7,6 +7,7 @@ before anything is written, and while it is. What no recording has is left in it
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -25,12 +26,13 @@ from probe.errors import ProbeError, RecordingDamaged, RecordingNotFound, TooLar
 from probe.reading.files import is_hole, open_plain
 from probe.stopping import cleanly
 from probe.strict_yaml import printable
-from probe.system import trouble_in, unreadable
+from probe.system import FULL, trouble_in, unreadable
 
 MOST_ENTRIES, MOST_RATIO, SMALL = 50_000, 100, 64 * 2**20  # files, as of 5 variables at their longest; bytes for one packed byte, beyond this size
 MOST_LISTED, DEPTH = 16 * 2**20, 16  # bytes of the list of files; folders in each other
 OURS = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*|[^/]+\.png")  # the files that a recording has
 PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others, Python unpacks without a bound
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
 MANUALLY = "Unpack it yourself, and read the folder."
 
 
@@ -55,7 +57,8 @@ def unpacked(archive: Path, cache: Path) -> Path:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where the copy was removed
             if not folder.exists():
-                _unpack(archive, opened, folder)
+                with into_cache(printable(str(archive)), folder.parent):
+                    _unpack(archive, opened, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError, OverflowError) as error:
         raise RecordingDamaged(
             f"{printable(str(archive))} is not a zip file that can be read: {printable(str(error))}.", "Take it from a copy."
@@ -70,6 +73,28 @@ def unpacked(archive: Path, cache: Path) -> Path:
         raise RecordingDamaged(f"{printable(str(archive))} cannot be unpacked: {printable(str(error))}.", MANUALLY) from error
     (found,) = folder.iterdir()
     return found
+
+
+@contextlib.contextmanager
+def into_cache(what: str, folder: Path) -> Iterator[None]:
+    """Make a cache folder for what is unpacked into it. Where that fails, leave no empty folder.
+
+    Raise RecordingNotFound where the disk takes nothing.
+    """
+    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError) and error.errno in NO_PLACE:
+            better = "with room" if error.errno in FULL else "that can be written"
+            raise RecordingNotFound(
+                f"{what} cannot be unpacked into {folder}: {error.strerror}.", f"Set XDG_CACHE_HOME to a folder {better}."
+            ) from error
+        raise
 
 
 class _Listed(io.BufferedReader):
@@ -106,7 +131,6 @@ def _unpack(archive: Path, opened: zipfile.ZipFile, folder: Path) -> None:
     if len(entries) > MOST_ENTRIES or total > max(SMALL, MOST_RATIO * packed):
         raise RecordingDamaged(f"{printable(str(archive))} would grow from {packed} to {total} bytes, in {len(entries)} files.", MANUALLY)
     top = _top(archive, entries)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     room = shutil.disk_usage(folder.parent)
     if room.total and total > room.free:
         raise TooLarge(

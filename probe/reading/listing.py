@@ -79,7 +79,7 @@ def recordings_in(folder: str | Path) -> list[Path]:
     """The paths of what should be recordings in a folder. Raises RecordingUnreadable where the system does not list it."""
     if not isinstance(folder, str | os.PathLike):
         raise ExperimentError(f"runs: a {type(folder).__name__} is no folder.", 'Give the path of a folder: "runs".')
-    with reading(folder):
+    with reading(folder, "The recordings in it are"):
         if not Path(folder).is_dir():
             return []
         with os.scandir(folder) as entries:

@@ -9,7 +9,6 @@ It is shipped as one zip file and unpacked once into the user's cache folder, wh
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -20,12 +19,12 @@ from pathlib import Path
 
 from probe.errors import RecordingNotFound
 from probe.fields import home
+from probe.reading.archives import into_cache
 from probe.stopping import cleanly
-from probe.system import trouble_in, unreadable
+from probe.system import may_change, trouble_in, unreadable
 
 ARCHIVE = Path(__file__).parent.parent / "sample.zip"
 NAME = "sample"
-NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def unpacked() -> Path:
@@ -35,8 +34,12 @@ def unpacked() -> Path:
         folder = cache_folder() / "diffusion-probe"
         target = folder / f"{NAME}-{hashlib.sha256(content).hexdigest()[:8]}.zarr"
         if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with cleanly(), tempfile.TemporaryDirectory(dir=folder) as partial, zipfile.ZipFile(ARCHIVE) as archive:
+            with (
+                into_cache("The sample recording", folder),
+                cleanly(),
+                tempfile.TemporaryDirectory(dir=folder) as partial,
+                zipfile.ZipFile(ARCHIVE) as archive,
+            ):
                 archive.extractall(partial)
                 try:
                     (Path(partial) / f"{NAME}.zarr").rename(target)
@@ -44,8 +47,10 @@ def unpacked() -> Path:
                     if not target.exists():
                         raise
         return target
+    except RecordingNotFound:
+        raise
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-        if isinstance(error, OSError) and error.errno not in NO_PLACE and (trouble := trouble_in(error)) is not None:
+        if (trouble := trouble_in(error)) is not None:
             raise unreadable(ARCHIVE, trouble) from error
         raise RecordingNotFound(f"The sample recording cannot be unpacked: {error}", "Set XDG_CACHE_HOME to a folder that can be written.") from error
 
@@ -61,17 +66,27 @@ def place_beside(path: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again; in a container that gives no home, one for this account among temporary files."""
+    """Return the user's folder for what can be made again.
+
+    Without a home that can be written, as in some containers, it is one for this account among temporary files.
+    """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)
-    if (own := home()) is not None:
+    if (own := home()) is not None and _takes_files(own / ".cache" / "diffusion-probe"):
         return own / ".cache"
-    folder = Path(tempfile.gettempdir()) / f"probe-cache-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+    folder = Path(tempfile.gettempdir()) / f"probe-cache-{os.geteuid() if hasattr(os, 'geteuid') else 'user'}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
+    if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "geteuid") and found.st_uid != os.geteuid()):
         raise OSError(f"{folder} belongs to somebody else")
     return folder
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a folder can be written, or made."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return may_change(folder)
 
 
 def pack(recording: Path, archive: Path = ARCHIVE) -> None:

@@ -80,11 +80,13 @@ def check_size(plan: Plan, limit: int | None, free: int | None) -> None:
     sizes = plan.forecast()
     largest = max(sizes.items(), key=lambda item: item[1])
     whole, on_disk = sum(sizes.values()), room(plan.arrays, sizes)
-    for total, most, what in ((whole, limit, "--max-bytes"), (on_disk, free, "the room on the disk")):
+    elsewhere = "Free some room, or name another disk: --output FOLDER. Or record less: "
+    for total, most, what, first in ((whole, limit, "--max-bytes", ""), (on_disk, free, "the room on the disk", elsewhere)):
         if most is not None and total > most:
             raise TooLarge(
                 f"The recording would take {size_text(total)}, more than {what}: {size_text(most)}.",
-                f"Most of it is {largest[0]} ({size_text(largest[1])}): capture fewer layers, steps or tokens, or set capture.dtype: sqrt_u8.",
+                f"{first}{'most' if first else 'Most'} of it is {largest[0]} ({size_text(largest[1])}): "
+                "capture fewer layers, steps or tokens, or set capture.dtype: sqrt_u8.",
             )
 
 

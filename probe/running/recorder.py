@@ -26,7 +26,7 @@ from probe import pictures
 from probe.arguments import check_options, told
 from probe.conversions import clipping, clipping_text
 from probe.diffusion.families import family_of, recordable
-from probe.diffusion.loading import load
+from probe.diffusion.loading import load, pick_device
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.support import refuse_pictures, remarks_on_version
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
@@ -337,7 +337,7 @@ def out_of_memory(asked: Experiment) -> Iterator[None]:
         said = ("not enough memory", "can't allocate", "can't start new thread")
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said):
             raise OutOfMemory(
-                f"Out of memory on {asked.device}: {first_line(error)[:120]}",
+                f"Out of memory on {pick_device(asked.device)}: {first_line(error)[:120]}",
                 "Fewer images, a smaller height and width, --dtype float16, or fewer capture.layers.",
             ) from error
         raise
