@@ -362,7 +362,7 @@ def test_what_is_said_to_be_called_is_there(on_path: bool, runs: Path, tmp_path:
     out = capsys.readouterr().out
     probe, python = ("probe", "python") if on_path else ("'my venv/bin/python' -m probe", "'my venv/bin/python'")
     assert f"\nLook       {probe} show {made.name}\nCheck      {probe} verify {made.name}\nRead       {python} -c " in out
-    monkeypatch.chdir("/")
+    monkeypatch.chdir(tmp_path / "runs")
     say_where(Run(tmp_path / made.path), quiet=False)
     assert on_path or f"Look       '{venv}/bin/python' -m probe show" in capsys.readouterr().out
 
