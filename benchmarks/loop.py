@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from probe.watching.capture import hooked
-
 from probe.diffusion.sampling import denoise
 from probe.running import perform, session
 from probe.store import RunWriter
 from probe.watching.hooks import Hooks
+from probe.watching.interface import hooked
 
 
 @dataclass
