@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
     stopping.begin()  # before the slow imports
 
+import argparse
 import shutil
 import sys
 import textwrap
@@ -127,7 +128,7 @@ def _told(error: Exception, what: str = "cannot be read") -> str:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def parser(prog: str = "python -m probe.verify") -> Parser:
+def parser(prog: str = "python -m probe.verify") -> argparse.ArgumentParser:
     made = Parser(prog=prog, description=described(__doc__, "python -m probe.verify", prog))
     add_run(made)
     made.add_argument("--model", action="store_true", help="load the recording's model, and let it predict again from the recorded latents")
