@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
