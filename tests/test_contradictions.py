@@ -190,7 +190,11 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_loaded(
     whole: Run, ask: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = os.access  # root may write everywhere
-    monkeypatch.setattr(os, "access", lambda path, mode: False if Path(path) in (whole.path.parent, tmp_path) else real(path, mode))
+
+    def access(path: Any, mode: int, **named: Any) -> bool:
+        return Path(path) not in (whole.path.parent, tmp_path) and real(path, mode, **named)
+
+    monkeypatch.setattr(os, "access", access)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     folder = tmp_path / "tmp" / "runs"
     for begin in (lambda: record(ask), lambda: rerun(whole), lambda: record_noising(PICTURE, output=ask["output"])):

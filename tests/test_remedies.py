@@ -17,6 +17,7 @@ import pytest
 from probe import cli, errors, experiment, noising
 from probe.experiment import CaptureOptions, Experiment
 from probe.terminal import guarded
+from tasks import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT / "probe").rglob("*.py")), ROOT / "tasks.py"]
@@ -79,7 +80,7 @@ def options() -> dict[str, set[str]]:
 def wrong_names(text: str, options: dict[str, set[str]]) -> list[str]:
     """What a text names and is not there."""
     text = FOREIGN.sub("", text)
-    every = set().union(*options.values(), {"--version", "--help", "--all", "--no-tests"})
+    every = set().union(*options.values(), {"--version", "--help", "--all", "--no-tests", "--check"})
     found = [name for name in re.findall(r"(?<![\w{}-])--[a-z][\w.-]*", text) if name.rstrip(".") not in every]
     for verb, rest in re.findall(r"\bprobe ([a-z]+)\b([^.;,)]*)", text):
         if verb not in options and re.search(rf"(?:: |`|^|\(|Run |run )probe {verb}\b", text):
@@ -88,7 +89,7 @@ def wrong_names(text: str, options: dict[str, set[str]]) -> list[str]:
     for module in re.findall(r"python3? -m ([\w.]+)", text):
         if importlib.util.find_spec(module.rstrip(".")) is None:
             found.append(module)
-    found += [f"tasks.py {word}" for word in re.findall(r"python3? tasks\.py ([a-z]+)", text) if word not in ("record", "test", "check")]
+    found += [f"tasks.py {word}" for word in re.findall(r"python3? tasks\.py ([a-z]+)", text) if word not in COMMANDS]
     found += [name for name in re.findall(r"\bcapture\.([a-z_]+)", text) if name not in CaptureOptions.model_fields]
     found += [name for name in SETTING.findall(text) if name.removeprefix("capture.") not in FIELDS and not of_a_scheduler(name)]
     return found
