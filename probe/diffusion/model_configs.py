@@ -18,8 +18,16 @@ from probe.strict_yaml import shown
 Refuse = Callable[[str], UserError]
 
 # The most that a size may be: many times what the largest Stable Diffusion has.
-MOST_SIZE, MOST_ITEMS, MOST_TEXT, MOST_LAYERS, MOST_TIMESTEPS = 65_536, 64, 1000, 500, 100_000
+MOST_SIZE, MOST_ITEMS, MOST_TEXT, MOST_LAYERS = 65_536, 64, 1000, 500
 MOST_VOCABULARY, MOST_PARAMETERS = 1_000_000, 4_000_000_000
+# Stable Diffusion was trained with 1000 timesteps. KDPM2 takes a time that grows with their square: 1 s for 2000.
+MOST_TIMESTEPS, MOST_NUMBER = 2000, 10**6
+SCHEDULER_SIZES = {
+    "num_train_timesteps": (2, MOST_TIMESTEPS),
+    "original_inference_steps": (1, MOST_TIMESTEPS),
+    "steps_offset": (-MOST_TIMESTEPS, MOST_TIMESTEPS),
+    **dict.fromkeys(("solver_order", "predictor_order", "corrector_order"), (1, 10)),
+}
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -126,24 +134,31 @@ def text_config(config: Mapping[str, Any], refuse: Refuse, part: str = "text_enc
 
 
 def scheduler_config(where: str, config: Mapping[str, Any], refuse: Refuse) -> None:
-    """Check a scheduler's settings, or options for one: no number that would make it allocate without end."""
+    """Check a scheduler's settings, or options for one: no number with which it would run or allocate without end."""
+    scheduler_sizes(where, config, refuse)
     for key, value in config.items():
         if key.startswith("_"):
             continue
-        if key == "num_train_timesteps" and not (type(value) is int and 2 <= value <= MOST_TIMESTEPS):
-            raise refuse(f"{where}: num_train_timesteps is {shown(value)}, not a whole number from 2 to {MOST_TIMESTEPS}.")
         most = MOST_TIMESTEPS if key == "trained_betas" else MOST_SIZE
         flat = value if isinstance(value, list | tuple) else [value]
         if len(flat) > most or not all(item is None or isinstance(item, bool | int | float | str) for item in flat):
             raise refuse(f"{where}: {key} is {shown(value)}, which no scheduler takes.")
         for number in _numbers(list(flat)):
-            if isinstance(number, int) and abs(number) > 10**6:
+            if isinstance(number, int) and abs(number) > MOST_NUMBER:
                 raise refuse(f"{where}: {key} is {shown(number)}, which is too large.")
             if math.isnan(number):
                 raise refuse(f"{where}: {key} is not a number.")
         if any(isinstance(item, str) and len(item) > MOST_TEXT for item in flat):
             raise refuse(f"{where}: {key} is too long.")
     betas(where, config, config.get("num_train_timesteps"), refuse)
+
+
+def scheduler_sizes(where: str, config: Mapping[str, Any], refuse: Refuse) -> None:
+    """Check the settings that say how long a scheduler's tables are, and how long it takes to make them."""
+    for key, (least, most) in SCHEDULER_SIZES.items():
+        value = config.get(key, least)
+        if not (type(value) is int and least <= value <= most):
+            raise refuse(f"{where}: {key} is {shown(value)}, not a whole number from {least} to {most}.")
 
 
 def betas(where: str, config: Mapping[str, Any], timesteps: Any, refuse: Refuse) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from probe.diffusion.model_configs import betas, scheduler_config
+from probe.diffusion.model_configs import betas, scheduler_config, scheduler_sizes
 from probe.diffusion.support import SUPPORTED
 from probe.errors import ExperimentError, ModelError
 from probe.fields import SCHEDULERS
@@ -63,6 +63,7 @@ def check_own(model: str, scheduler: Any) -> None:
         raise unsupported(model, name)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(f"{model}: prediction type {scheduler.config.prediction_type!r} is not supported yet.", SUPPORTED)
+    scheduler_sizes(f"{model}: {name}", scheduler.config, lambda cause: ModelError(cause, ANOTHER))
     betas(f"{model}: {name}", scheduler.config, None, lambda cause: ModelError(cause, f"Make the scheduler with betas between 0 and 1, as {SD}."))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from probe.diffusion.guidance import guided
+from probe.diffusion.model_configs import scheduler_config
 from probe.diffusion.sampling import Schedule, arranged, first_call, memory_format, noise, set_steps, started, step_options
 from probe.diffusion.start import memory_formats, restart
 from probe.dimensions import GUIDANCE_RULES
@@ -30,11 +31,11 @@ from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
+from probe.strict_yaml import printable
 
 # Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding grows some fifteenfold.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}
 NOT_FINITE = ("inf", "-inf", "nan")  # as text, for JSON has no such numbers
-MOST = 100_000  # of a scheduler's whole settings, which say how long its tables are
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,7 @@ def rebuild_scheduler(run: Run) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise RecordingDamaged(f"{run.name} names a scheduler that diffusers does not have.", "Use the version of diffusers that recorded it.")
     config = {key: value for key, value in run.attributes["scheduler"]["config"].items() if not key.startswith("_")}
-    for key, value in config.items():
-        if isinstance(value, int) and abs(value) > MOST:
-            raise RecordingDamaged(f"{run.name} has a scheduler whose {key} is over {MOST}, as no scheduler's is.", "Record it again, or remove it.")
+    scheduler_config(f"{run.name}: its {kind.__name__}", config, lambda cause: RecordingDamaged(printable(cause), "Record it again, or remove it."))
     return kind.from_config({key: float(value) if value in NOT_FINITE else value for key, value in config.items()})
 
 
