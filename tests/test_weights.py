@@ -130,6 +130,19 @@ def test_several_files_in_the_hubs_cache(copy: Path, tmp_path: Path, digest: str
     assert load_cpu(snapshot).digest() == digest
 
 
+@pytest.mark.parametrize("elsewhere", ["hub/models--c--d/blobs", "blobs", "hub/models--a--b/snapshots/blobs"])
+@pytest.mark.parametrize("snapshot", ["hub/models--a--b/snapshots/0", "mine/model"])
+def test_a_link_into_another_repository_is_refused(snapshot: str, elsewhere: str, copy: Path, tmp_path: Path) -> None:
+    folder, blob = tmp_path / snapshot, tmp_path / elsewhere / "0"
+    shutil.copytree(copy, folder)
+    blob.parent.mkdir(parents=True)
+    file = weights(folder, "unet")
+    file.rename(blob)
+    file.symlink_to(blob)
+    with pytest.raises(ModelError, match="is a link that leads out of the model's folder"):
+        load_cpu(folder)
+
+
 def test_every_value_is_a_copy_in_memory(saved: Path) -> None:
     """A file that changes after it was read changes nothing."""
     model = load_cpu(saved)

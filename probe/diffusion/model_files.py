@@ -1,7 +1,7 @@
 """What lies in a model's folder, checked before a library sees it.
 
-Somebody else's model is untrusted input. Only plain files inside the folder are opened (a hub snapshot's links into its
-blobs count as inside), JSON is read once and within limits, and weights come from safetensors alone, through indices too.
+Somebody else's model is untrusted input. Only plain files inside the folder are opened (a hub snapshot's links into its own
+repository's blobs count as inside), JSON is read once and within limits, and weights come from safetensors alone, through indices too.
 The headers of the weights are held against the model that the config describes: every tensor there, no other, every
 shape right. Then the tensors are read from the same files: no library chooses another.
 """
@@ -203,12 +203,10 @@ class ModelFolder:
         return self.refuse(f"{part} has no weights.", "Fetch the model whole, or use the bundled one: --model emojiworld.")
 
     def _inside(self, where: Path) -> bool:
-        """Whether a resolved path is in the folder, or a blob of the hub's cache."""
-        if where.is_relative_to(self.path.resolve()):
-            return True
-        blobs = where.parent
-        own = self.path.resolve().parent.parent / "blobs"
-        return (blobs.name == "blobs" and blobs.parent.name.startswith("models--")) or blobs == own.resolve()
+        """Whether a resolved path is in the folder, or a blob of the repository in the hub's cache that the folder is part of."""
+        own = self.path.resolve()
+        repository = next((parent for parent in own.parents if parent.name.startswith("models--")), None)
+        return where.is_relative_to(own) or (repository is not None and where.parent == (repository / "blobs").resolve())
 
     def _unread(self, file: str, problem: Exception) -> ModelError:
         why = problem.strerror if isinstance(problem, OSError) and problem.strerror else "a loop of links, or an impossible name"
