@@ -41,6 +41,7 @@ from probe.digests import DIGESTS, Ledger, flags_are_lost, line, marks, of_a_ste
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound
 from probe.files import storing
 from probe.locks import Lock
+from probe.reading.files import DRAWN
 from probe.schema import Array
 from probe.system import trouble_in, unreadable
 
@@ -49,7 +50,7 @@ BLOCK = 4096  # of a file on nearly every disk: it takes a whole number of these
 QUEUE_BYTES = 48 * 2**20
 PICTURES = "decoded/picture["  # rows of it stay until they are drawn again, and so do their lines
 PATIENCE = 20.0  # seconds for a killed writer to die: it frees its memory first, and its lock last
-NOT_HASHED = (".png", ".partial")  # pictures for people, and what a killed writer left
+LEFT = ".partial"  # how the name of what a killed writer left ends
 
 
 class RunWriter:
@@ -279,7 +280,7 @@ def manifest(path: Path) -> dict[str, str]:
     digests = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        if file.is_file() and file.suffix not in NOT_HASHED and name != MANIFEST:
+        if file.is_file() and is_hashed(name):
             content = file.read_bytes()
             if name == "zarr.json":
                 root = json.loads(content)
@@ -287,6 +288,11 @@ def manifest(path: Path) -> dict[str, str]:
                 content = json.dumps(root, sort_keys=True).encode()
             digests[name] = hashlib.sha256(content).hexdigest()
     return digests
+
+
+def is_hashed(name: str) -> bool:
+    """Whether the manifest has a digest of a file: of all but itself, pictures for people, and what a killed writer left."""
+    return name != MANIFEST and not name.endswith(LEFT) and not DRAWN.fullmatch(name)
 
 
 def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:

@@ -69,6 +69,31 @@ def test_each_zip_has_a_copy_of_its_own(good: Path, tmp_path: Path, cache: Path)
         assert [(path / name).read_bytes() for name in extra] == [b"another"] * len(extra)
 
 
+def test_a_copy_has_the_name_of_its_zip(good: Path, tmp_path: Path) -> None:
+    first = zipped(tmp_path / "first.zip", good)
+    for name, shown in (("first.zip", "first"), ("second.zip", "second"), ("..zip", "recording"), (".hidden.zarr.zip", "hidden")):
+        if name != "first.zip":
+            shutil.copy(first, tmp_path / name)
+        assert open_run(tmp_path / name).name == shown
+
+
+def test_a_stray_file_in_the_cache_changes_nothing(good: Path, tmp_path: Path) -> None:
+    path = zipped(tmp_path / "mine.zip", good)
+    run = open_run(path)
+    (run.path.parent / ".DS_Store").write_bytes(b"of a file browser")
+    assert open_run(path).path == run.path
+    shutil.rmtree(run.path)
+    assert open_run(path).status == "complete", "unpacked again"
+    shutil.rmtree(run.path)
+    run.path.mkdir()
+    assert open_run(path).status == "complete", "all files of the copy were removed"
+
+
+def test_only_pictures_that_are_drawn_are_unpacked(good: Path, tmp_path: Path) -> None:
+    more = {f"mine.zarr/{name}": b"x" for name in ("holiday.png", "latents/picture.png", "ask-a-cat.png", "picture-1.png")}
+    assert {file.name for file in open_run(zipped(tmp_path / "mine.zip", good, **more)).path.rglob("*.png")} == {"ask-a-cat.png", "picture-1.png"}
+
+
 def entry(name: str, content: bytes = b"{}", mode: int = 0) -> Callable[[Path, Path], None]:
     def add(path: Path, good: Path) -> None:
         zipped(path, good)

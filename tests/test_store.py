@@ -25,10 +25,11 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore
 
-from probe import files, store
+from probe import files
 from probe.background import Queue
 from probe.errors import NotFinite, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.experiment import Experiment
+from probe.proof.checks import files_of
 from probe.reading.recording import Run, find_run, list_runs, open_run
 from probe.schema import Array, array
 from probe.store import MANIFEST, RunWriter, manifest
@@ -585,6 +586,10 @@ def test_the_manifest_sees_every_change(tmp_path: Path) -> None:
     assert manifest(path).keys() - listed.keys() == {"latents/new"}
     (path / "latents/new").unlink()
     assert manifest(path) == listed
+    for name in ("holiday.png", "latents/picture.png"):
+        (path / name).write_bytes(b"not drawn of it")
+        assert manifest(path).keys() - listed.keys() == {name} == files_of(path) - listed.keys()
+        (path / name).unlink()
 
 
 def test_pictures_and_leftovers_are_not_in_the_manifest_and_leftovers_are_removed(tmp_path: Path) -> None:
@@ -597,7 +602,7 @@ def test_pictures_and_leftovers_are_not_in_the_manifest_and_leftovers_are_remove
     names = contents(path)
     assert not [name for name in names if name.endswith(".partial")] and "picture.png" in names
     listed = json.loads((path / MANIFEST).read_text())
-    assert not [name for name in listed if name.endswith(store.NOT_HASHED)]
+    assert not [name for name in listed if name.endswith((".png", ".partial"))]
     (path / "picture.png").write_bytes(b"another")
     (path / "latents" / "x.partial").write_bytes(b"of a later writer")
     assert manifest(path) == listed

@@ -23,21 +23,21 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from probe.errors import ProbeError, RecordingDamaged, RecordingNotFound, TooLarge
-from probe.reading.files import is_hole, open_plain
+from probe.reading.files import DRAWN, is_hole, open_plain
 from probe.stopping import cleanly
 from probe.strict_yaml import printable
 from probe.system import FULL, trouble_in, unreadable
 
 MOST_ENTRIES, MOST_RATIO, SMALL = 50_000, 100, 64 * 2**20  # files, as of 5 variables at their longest; bytes for one packed byte, beyond this size
 MOST_LISTED, DEPTH = 16 * 2**20, 16  # bytes of the list of files; folders in each other
-OURS = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*|[^/]+\.png")  # the files that a recording has
+OURS = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*")  # the files that a recording has, beside its pictures
 PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others, Python unpacks without a bound
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
 MANUALLY = "Unpack it yourself, and read the folder."
 
 
 def unpacked(archive: Path, cache: Path) -> Path:
-    """The recording in a zip file, as a folder below `cache`. Nothing is unpacked twice.
+    """The recording in a zip file, as a folder below `cache`. Nothing is unpacked twice under one name.
 
     Raises RecordingNotFound where none is in it, RecordingDamaged for a file that is no sound zip, TooLarge where the disk has
     not the room, RecordingUnreadable.
@@ -54,11 +54,12 @@ def unpacked(archive: Path, cache: Path) -> Path:
             opened = Zip(file, MOST_LISTED)
             mark = opened.digest()[:16]
             folder = cache / "diffusion-probe" / f"zip-{mark}"
+            root = folder / f"{_name(archive)}.zarr"
             with contextlib.suppress(OSError):
-                folder.rmdir()  # where the copy was removed
-            if not folder.exists():
+                root.rmdir()  # where all of the copy was removed
+            if not root.is_dir():
                 with into_cache(printable(str(archive)), folder.parent):
-                    _unpack(archive, opened, folder)
+                    _unpack(archive, opened, root)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError, OverflowError) as error:
         raise RecordingDamaged(
             f"{printable(str(archive))} is not a zip file that can be read: {printable(str(error))}.", "Take it from a copy."
@@ -71,8 +72,12 @@ def unpacked(archive: Path, cache: Path) -> Path:
         if (trouble := trouble_in(error)) is not None:
             raise unreadable(archive, trouble) from error
         raise RecordingDamaged(f"{printable(str(archive))} cannot be unpacked: {printable(str(error))}.", MANUALLY) from error
-    (found,) = folder.iterdir()
-    return found
+    return root
+
+
+def _name(archive: Path) -> str:
+    """The name of the recording in a zip file is that of the file."""
+    return archive.name.removesuffix(".zip").removesuffix(".zarr").lstrip(".") or "recording"
 
 
 @contextlib.contextmanager
@@ -125,34 +130,35 @@ class Zip(zipfile.ZipFile):
         return hashlib.file_digest(self.whole, "sha256").hexdigest()
 
 
-def _unpack(archive: Path, opened: zipfile.ZipFile, folder: Path) -> None:
+def _unpack(archive: Path, opened: zipfile.ZipFile, target: Path) -> None:
     entries = opened.infolist()
     total, packed = sum(entry.file_size for entry in entries), sum(entry.compress_size for entry in entries)
     if len(entries) > MOST_ENTRIES or total > max(SMALL, MOST_RATIO * packed):
         raise RecordingDamaged(f"{printable(str(archive))} would grow from {packed} to {total} bytes, in {len(entries)} files.", MANUALLY)
     top = _top(archive, entries)
-    room = shutil.disk_usage(folder.parent)
+    cache = target.parent.parent
+    room = shutil.disk_usage(cache)
     if room.total and total > room.free:
         raise TooLarge(
             f"{printable(str(archive))} holds {total} bytes, and its cache folder has room for {room.free}.", "Set XDG_CACHE_HOME to another disk."
         )
-    with cleanly(), tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-        made = Path(partial) / "made"
-        root = made / f"{archive.name.removesuffix('.zip').removesuffix('.zarr') or 'recording'}.zarr"
-        root.mkdir(parents=True)
+    with cleanly(), tempfile.TemporaryDirectory(dir=cache) as partial:
+        root = Path(partial) / "made"
+        root.mkdir()
         for entry in entries:
             inside = PurePosixPath(entry.filename).relative_to(top) if _is_below(entry.filename, top) else None
-            if inside is None or entry.is_dir() or not OURS.fullmatch(inside.name):
+            if inside is None or entry.is_dir() or not (OURS.fullmatch(inside.name) or DRAWN.fullmatch(str(inside))):
                 continue
-            target = root.joinpath(*inside.parts)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with opened.open(entry) as source, target.open("xb") as file:
+            written = root.joinpath(*inside.parts)
+            written.parent.mkdir(parents=True, exist_ok=True)
+            with opened.open(entry) as source, written.open("xb") as file:
                 for block in _blocks(source, entry.file_size):
                     file.write(block)
+        target.parent.mkdir(exist_ok=True)
         try:
-            made.rename(folder)
+            root.rename(target)
         except OSError:  # another process was first
-            if not folder.exists():
+            if not target.is_dir():
                 raise
 
 

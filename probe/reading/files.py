@@ -31,6 +31,8 @@ FOLDER, NO_LINK, NO_WAIT = (getattr(os, f"O_{name}", 0) for name in ("DIRECTORY"
 GUARDED = bool(FOLDER and NO_LINK and NO_WAIT) and os.open in os.supports_dir_fd  # else, as on Windows: looked at before and after
 LARGE, MOST_HOLES = 16 * 2**20, 64  # of more, in one file or in many, 1 byte in 64 must take room on the disk
 Check = Callable[[os.stat_result], None]
+# The pictures that are drawn of a recording, beside its zarr.json.
+DRAWN = re.compile(r"(picture(-[0-9]+)?|contact-sheet|words|ask-[^/]*)\.png", re.DOTALL)
 
 
 def refuse(path: Path, what: str, remedy: str = REMEDY) -> RecordingDamaged:
