@@ -10,10 +10,10 @@ The names below are imported when they are first used, so that importing probe c
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # a command takes over Ctrl-C first, and typing is slow to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from probe.experiment import CaptureOptions, Experiment, load_experiment
     from probe.noising import record_noising
     from probe.reading.listing import list_runs
@@ -36,5 +36,7 @@ __all__ = ["CaptureOptions", "Experiment", "Run", "list_runs", "load_experiment"
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        import importlib
+
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'probe' has no attribute {name!r}")

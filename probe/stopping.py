@@ -5,20 +5,21 @@
         with breakable():        # and stops the work here, as KeyboardInterrupt
             ...
 
+`begin` imports nothing slow before it has taken over Ctrl-C: until then a press ends in Python's own traceback.
 Outside of `cleanly` a press ends the process at once. A second press changes nothing, and LIMIT seconds after the first
 the process ends in any case. Without `begin`, as in a notebook, Python's own Ctrl-C stays and these do nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-import threading
-import traceback
-from types import FrameType, TracebackType
-from typing import NoReturn
+
+TYPE_CHECKING = False  # typing is slow to import
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+    from typing import NoReturn
 
 LIMIT = 20.0  # seconds to end in order, for a disk that does not answer
 
@@ -29,18 +30,21 @@ _depth = 0
 def begin() -> None:
     """Take over Ctrl-C for this process. Where it is ignored, as in a job in the background, it stays ignored."""
     global _begun
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _press)
+        _begun = True
     for number in (0, 1, 2):  # what is opened next must not become the standard output
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _press)
-        _begun = True
+    import threading  # noqa: F401, here, for a press in a later import would find half of it
 
 
 def ignore() -> None:
     """Let no further press change anything: the end has begun, and is told once."""
+    import contextlib
+
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -92,6 +96,8 @@ def _press(_number: int, frame: FrameType | None) -> None:
     if not _depth:
         _stop(frame)
     if not _pressed:
+        import threading
+
         _pressed = True
         last = threading.Timer(LIMIT, _stop, (frame,))
         last.daemon = True
@@ -102,7 +108,12 @@ def _press(_number: int, frame: FrameType | None) -> None:
 
 
 def _stop(frame: FrameType | None) -> NoReturn:
-    where = "".join(traceback.format_stack(frame)) if "--debug" in sys.argv else ""
-    with contextlib.suppress(OSError):
+    where = ""
+    if "--debug" in sys.argv:
+        import traceback
+
+        where = "".join(traceback.format_stack(frame))
+    try:
         os.write(2, f"{where}\nStopped.\n".encode(errors="replace"))
-    os._exit(130)
+    finally:
+        os._exit(130)

@@ -112,9 +112,31 @@ def test_every_command_begins_with_it() -> None:
         first = next(node for node in body if not isinstance(node, ast.Expr) and ast.unparse(node) != "from __future__ import annotations")
         assert ast.unparse(first) == "if __name__ == '__main__':\n    from probe import stopping\n    stopping.begin()", name
     assert 'probe = "probe.__main__:main"' in (ROOT / "pyproject.toml").read_text()
-    code = "import sys; before = set(sys.modules); import probe.stopping; print(*{m for m in set(sys.modules) - before if m.startswith('probe')})"
-    loaded = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
-    assert set(loaded.stdout.split()) == {"probe", "probe.stopping"}
+    code = "import os, signal, sys; before = set(sys.modules); import probe.stopping; print(*set(sys.modules) - before)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    loaded = subprocess.run([sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert set(loaded.stdout.split()) == {"__future__", "probe", "probe.stopping"}, "a press while anything else is imported dies with a traceback"
+
+
+@pytest.mark.parametrize("slow", ["threading", "contextlib", "typing", "traceback"])
+def test_a_press_while_the_first_imports_run(slow: str) -> None:
+    """A module that is imported early presses Ctrl-C: the command stops without a traceback."""
+    code = f"""
+import os, signal, sys
+class Presses:
+    def find_spec(self, name, *_):
+        if name == {slow!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Presses())
+sys.modules.pop({slow!r}, None)
+sys.argv = ["probe", "ls"]
+from probe.__main__ import main
+main()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True, check=False,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (130, "Stopped.")
 
 
 # --- the same in small: blocks that end in order -----------------------------------------------------------------------
