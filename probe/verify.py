@@ -38,7 +38,7 @@ from probe.errors import ExperimentError, RecordingUnreadable
 from probe.output import say, say_json
 from probe.proof.checks import DAMAGE, Check, check_committed, check_digests, check_manifest, check_picture
 from probe.proof.map_checks import check_moments, check_softmax, check_sums
-from probe.proof.schema_checks import check_labels, check_schema
+from probe.proof.schema_checks import check_labels, check_schema, only_the_model_knows
 from probe.proof.unknown import check_unknown
 from probe.reading.recording import Run, open_run
 from probe.strict_yaml import first_line, printable
@@ -190,7 +190,7 @@ def told(run: Run, found: Sequence[Check], width: int, with_model: bool) -> str:
         lines.append(f"FAILED: {len(counts['failed'])} of {len(found)} checks: {', '.join(counts['failed'])}.")
     else:
         parts = [f"{len(names)} {verdict}" for verdict, names in counts.items() if names]
-        hint = "" if with_model else " Add --model to let the model predict again."
+        hint = "" if with_model else f" Add --model to let the model predict again: only it can check {', '.join(only_the_model_knows(run))}."
         lines.append(f"Verified: {', '.join(parts)}.{hint}")
     return "\n".join(lines)
 

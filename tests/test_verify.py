@@ -28,7 +28,7 @@ from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import ROUNDED, apart, moments_of, relative, rounding, unlike_moments
 from probe.proof.replay import rebuild_scheduler
-from probe.proof.schema_checks import expected_variables
+from probe.proof.schema_checks import expected_variables, only_the_model_knows
 from probe.reading.recording import Run
 from probe.running.recorder import record
 from probe.store import MANIFEST, manifest
@@ -165,7 +165,7 @@ def test_a_scheduler_that_would_take_all_memory_is_not_built(setting: str, copy:
     edit(copy.path / "zarr.json", ["attributes", "scheduler", "config", setting], 10**10)
     for name in ("schedule", "scheduler"):
         check = found(Run(copy.path), name)
-        assert check.verdict == "failed" and f"whose {setting} is over 100000" in check.detail
+        assert check.verdict == "failed" and f"its DPMSolverMultistepScheduler: {setting} is 10000000000, not a whole number from" in check.detail
 
 
 def test_noise_is_not_drawn_for_sizes_that_no_file_has(copy: Run) -> None:
@@ -520,7 +520,8 @@ def test_the_command_says_what_it_found(copy: Run, capsys: pytest.CaptureFixture
     assert main([str(copy.path)]) == main(["latest", "--runs", str(copy.path.parent)]) == main([copy.name[:12], "--runs", str(copy.path.parent)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{copy.name} (complete)" and [line.split()[0] for line in lines[1:13]] == NAMES
-    assert lines[13] == "Verified: 10 exact, 2 within tolerance. Add --model to let the model predict again."
+    unheld = "images, preview, text, unet, vae, value_size"
+    assert lines[13] == f"Verified: 10 exact, 2 within tolerance. Add --model to let the model predict again: only it can check {unheld}."
     flip(copy.path / CHUNK, 7)
     assert main([str(copy.path)]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -530,6 +531,41 @@ def test_the_command_says_what_it_found(copy: Run, capsys: pytest.CaptureFixture
         main(["no-such-run", "--runs", str(copy.path.parent)])
     with pytest.raises(ExperimentError, match="--steps says at which steps the model is asked"):
         main([str(copy.path), "--steps", "0"])
+
+
+def test_what_is_edited_and_not_checked_without_the_model_is_named_as_such(copy: Run) -> None:
+    """Whatever of the model's numbers can be changed without a check that fails."""
+    named = only_the_model_knows(copy)
+    for node in copy.tree.subtree:
+        for name, variable in node.dataset.data_vars.items():
+            path, group = f"{node.path}/{name}".strip("/"), node.path.split("/")[1]
+            if group in ("cost", "attention") and name not in ("value_size",):
+                continue  # times, and what the checks of maps hold
+            before = variable.values.copy()
+            run = rewrite(copy, path, add((0,) * variable.ndim, 3))
+            held = any(check.verdict == "failed" for check in verify(run) if check.name != "picture")
+            assert held != (name in named or group in named), path
+            rewrite(run, path, put(..., before))
+
+
+@pytest.mark.parametrize(
+    ("variable", "change", "told"),
+    [
+        ("committed", put(1, 2), "committed is 2 at step 1, and a flag is 0 or 1"),
+        ("cost/component", put(1, "unetx"), "cost/component is text_encoder, unetx, vae"),
+        ("cost/component", put([0, 1], ["unet", "text_encoder"]), "cost/component is unet, text_encoder, vae"),
+    ],
+)
+def test_flags_and_parts_are_those_that_there_are(variable: str, change: Callable[[np.ndarray], Any], told: str, copy: Run) -> None:
+    failed = {check.name: check.detail for check in verify(rewrite(copy, variable, change)) if check.verdict == "failed"}
+    assert len(failed) == 1 and told in next(iter(failed.values()))
+
+
+def test_pictures_on_the_way_are_at_the_steps_that_were_asked_for(tmp_path: Path) -> None:
+    run = take(tmp_path, scheduler="DDIM", steps=5, decode_every=2, capture=OFF)
+    assert found(run, "schema").verdict == "exact" and "decoded" in only_the_model_knows(run)
+    check = found(elsewhere(run, "experiment", "decode_every", value=3), "schema")
+    assert check.verdict == "failed" and "decoded/decoded_step is 0, 2, 4; decode_every is 3" in check.detail
 
 
 def test_findings_fit_the_terminal(copy: Run) -> None:

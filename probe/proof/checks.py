@@ -28,23 +28,22 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
-from probe.digests import DIGESTS, EMPTY, marks, of_a_step, read_lines, seal_holds, step_of
+from probe.digests import DIGESTS, DRAWN, EMPTY, marks, of_a_step, read_lines, seal_holds, step_of
 from probe.digests import digest as digest_of
 from probe.reading.files import LARGE, entry_is_link, is_hole, no_longer, opened, read_file, read_json, refuse, refuse_link
 from probe.reading.lazy import in_files
 from probe.reading.limits import takes_no_room
 from probe.reading.recording import Run
 from probe.reading.untrusted import MAX_DEPTH, Stored, nodes_of, read_root
-from probe.store import MANIFEST, NOT_HASHED
+from probe.store import MANIFEST, is_hashed
 from probe.strict_yaml import printable
 from probe.system import exists
 
 MAX_MANIFEST, MAX_SAID = 16 * 2**20, 2**20  # bytes of a manifest, 150,000 files; of what is said in a picture
 MAX_DIGESTS, MAX_PICTURES = 2 * 2**20, 256 * 2**20  # bytes: 20,000 lines; all pictures together
-OURS = re.compile(r"(picture(-[0-9]+)?|contact-sheet|words|ask-.*)\.png", re.DOTALL)  # the pictures that are drawn of a recording
 
-# Whatever a damaged file makes of itself.
-DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
+# Whatever a damaged file makes of itself, also inside a scheduler with settings that make no sense.
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, NameError, AssertionError, RuntimeError, ArithmeticError)
 
 Verdict = Literal["exact", "within tolerance", "failed", "not checked"]
 
@@ -142,7 +141,7 @@ def files_of(path: Path) -> set[str]:
                     folders.append(name)
                 elif not entry.is_file(follow_symlinks=False):
                     raise refuse(path, f"{printable(name)} is a pipe or a device, or too deep")
-                elif Path(name).suffix not in NOT_HASHED and name != MANIFEST:
+                elif is_hashed(name):
                     found.add(name)
                     about = entry.stat(follow_symlinks=False)
                     roomless += about.st_size if takes_no_room(path / name, about) else 0
@@ -192,6 +191,9 @@ def variables(run: Run) -> Iterator[tuple[str, xr.Variable]]:
 def check_committed(run: Run) -> Check:
     """Flags of steps, and of the steps at which maps were recorded."""
     calls, done = run.tree.sizes["step"], len(run.steps)
+    flags = run.variable("committed").values
+    if not np.isin(flags, (0, 1)).all():
+        return Check("committed", "failed", f"committed is {flags.max()} at step {int(flags.argmax())}, and a flag is 0 or 1")
     if not np.array_equal(run.steps, np.arange(done)):
         return Check("committed", "failed", f"steps {', '.join(map(str, run.steps[:8]))}: one before the last is missing")
     if run.status == "complete" and done < calls:
@@ -270,7 +272,7 @@ def _marks(run: Run, stored: Stored, index: int | None) -> bytes:
 
 def check_picture(run: Run) -> Check:
     """The PNGs beside the arrays: whoever looks at them sees what was recorded, and every byte is as it was written."""
-    names = sorted(path.name for path in run.path.iterdir() if OURS.fullmatch(path.name))
+    names = sorted(path.name for path in run.path.iterdir() if DRAWN.fullmatch(path.name))
     finals = [name for name in names if name.startswith("picture")]
     sealed = [] if "digests" not in run.attributes else names
     room = MAX_PICTURES

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,6 +21,11 @@ from probe.reading.recording import Run
 from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, Asked, array
 from probe.words import spelt
 
+COMPONENTS = ("text_encoder", "unet", "vae")
+# What the model made, and nothing in a recording leads to or from.
+ONLY_THE_MODEL = re.compile(
+    r"counterfactual/change|text/[^/]*/(?!attention).*|(text_encoder|unet|vae|preview)/.*|images/final|decoded/picture|attention/[^/]*/(value_size|key)"
+)
 FIXED = {"moment": MOMENTS, "head_statistic": HEAD_STATISTICS, "statistic": STATISTICS}
 
 
@@ -38,6 +43,13 @@ def expected_variables(run: Run) -> set[str]:
             for member in members[:1] if variable.first_grid else members:
                 names.add("/".join(part for part in (first, member, variable.name) if part))
     return names
+
+
+def only_the_model_knows(run: Run) -> list[str]:
+    """What no check holds against anything without the model, by the first part of its path."""
+    paths = [path for node in run.tree.subtree for path in (f"{node.path}/{name}".strip("/") for name in node.dataset.data_vars)]
+    found = [path for path in paths if ONLY_THE_MODEL.fullmatch(path)]
+    return sorted({path.rpartition("/")[2] if path.startswith("attention/") else path.split("/")[0] for path in found})
 
 
 def check_schema(run: Run) -> Check:
@@ -92,6 +104,14 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
         name = path.rpartition("/")[2]
         if name in FIXED and tuple(map(str, variable.values)) != FIXED[name]:
             yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(FIXED[name])}"
+    parts = [str(part) for part in found["cost/component"].values] if "cost/component" in found else []
+    if parts != [part for part in COMPONENTS if part in parts]:
+        yield f"cost/component is {', '.join(parts)}, and parts are {', '.join(COMPONENTS)}"
+    calls = found["step"].size
+    if "decoded/decoded_step" in found and asked.decode_every:
+        wanted, there = sorted({*range(0, calls, asked.decode_every), calls - 1}), found["decoded/decoded_step"].values.tolist()
+        if there != wanted:
+            yield f"decoded/decoded_step is {', '.join(map(str, there[:8]))}; decode_every is {asked.decode_every}"
     for grid in run.grids:
         maps = next(found[f"attention/{grid}/{name}"].sizes for name in ("cross", "query") if f"attention/{grid}/{name}" in found)
         if f"{maps['y']}x{maps['x']}" != grid:
@@ -100,15 +120,17 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
 
 # --- labels ----------------------------------------------------------------------------------------------------------
 
+LONGEST = 400  # characters, of a word of textual inversion with the space between two of it
 LABELS = ("token_text", "word", "word_index")
-Labels = dict[tuple[str, int], tuple[str, str, int]]
+TokenLabel = tuple[str, str, int]  # its text, its word and the word's number
+Labels = dict[tuple[str, int], TokenLabel]
 
 
 def check_labels(run: Run) -> Check:
     """Coordinates mean what they say: branches, tokens, words, layers."""
     found = dict(variables(run))
     texts = [path.removesuffix("/token_text") for path in found if path.endswith("/token_text")]
-    problems = list(_wrong_branches(run, found))
+    problems = [*_wrong_branches(run, found), *_misread(run)]
     labels = {group: _labels(run, group) for group in sorted(texts, key=lambda group: not group.startswith("text/"))}
     for (one, there), (other, here) in itertools.permutations(labels.items(), 2):
         problems += _unlike_labels(here, there, other, one)
@@ -118,6 +140,10 @@ def check_labels(run: Run) -> Check:
     if problems:
         return Check("labels", "failed", problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
     layers = sum(variable.size for path, variable in found.items() if re.fullmatch(r"attention/[^/]+/layer", path))
+    sides = [(branch, here) for here in labels.values() for branch in dict.fromkeys(branch for branch, _ in here)]
+    if unknown := dict.fromkeys(branch for branch, here in sides if _end(_rows(here, branch)) is None):
+        told = f"the tokens of {' and '.join(unknown)} do not begin and end as CLIP's do: what they spell, only the model can say"
+        return Check("labels", "not checked", told)
     return Check("labels", "exact", f"tokens and words of {len(texts)} groups spell the prompt; {layers} layers in the order in which they run")
 
 
@@ -149,11 +175,60 @@ def _unlike_labels(here: Labels, there: Labels, group: str, other: str) -> Itera
             yield f"{group}: token {at[1]} of {at[0]} is {label[0]!r} in the word {label[1]!r}, in {other} {there[at][0]!r} in {there[at][1]!r}"
 
 
+def _misread(run: Run) -> Iterator[str]:
+    """What was read and what was cut follow from what was typed."""
+    asked = run.experiment
+    typed = {"cond": asked.prompt, "uncond": asked.negative_prompt}
+    for branch, read in run.attributes.get("read_as", {}).items():
+        if run.attributes.get("text_rules", 1) == 1 or branch not in typed or not _is_written_out(typed[branch], read):
+            yield f"read_as: {read[:60]!r} is not how {typed.get(branch, '')[:60]!r} of {branch[:10]} is read"
+    for branch, cut in run.attributes.get("cut_from_prompt", {}).items():
+        if branch not in typed or asked.over_long != "cut" or not cut or not run.read_as(branch).endswith(cut):
+            yield f"cut_from_prompt: {cut[:60]!r} was not cut from the end of {branch[:10]}"
+
+
+def _is_written_out(typed: str, read: str) -> bool:
+    """Whether a prompt is as typed, but with a word of textual inversion written once for each of its vectors.
+
+    Of word, word_1, word_2. Every place of such a word is written so, as diffusers' `maybe_convert_prompt` does.
+    """
+    words = set()
+    for vector in re.finditer("_1", read):
+        before = read[max(vector.start() - LONGEST, 0) : vector.start()]
+        gaps = [at for at, character in enumerate(before) if character == " " and before[:at].endswith(before[at + 1 :]) and before[at + 1 :]]
+        words |= {before[at + 1 :] for at in gaps}
+    longer = {}
+    for word in words:
+        whole, number = word, 1
+        while f"{whole} {word}_{number}" in read:
+            whole, number = f"{whole} {word}_{number}", number + 1
+        if 0 < typed.count(word) <= read.count(whole):  # else it was typed like that
+            longer[word] = whole
+    for order in (sorted(longer, key=len), sorted(longer, key=len, reverse=True)):
+        written = typed
+        for word in order:
+            written = written.replace(word, longer[word])
+        if written == read != typed:
+            return True
+    return False
+
+
+def _rows(labels: Labels, branch: str) -> list[TokenLabel]:
+    """The labels of a branch's tokens, without `rest`."""
+    return [label for (of, position), label in labels.items() if of == branch and position != REST]
+
+
+def _end(rows: Sequence[TokenLabel]) -> int | None:
+    """Where the prompt's tokens end. None where another tokenizer than CLIP's made them."""
+    if rows[0][0] != "<|startoftext|>":
+        return None
+    return next((i for i, row in enumerate(rows) if i and row[0] == "<|endoftext|>" and row[2] < 0), None)
+
+
 def _misspelt(run: Run, group: str, labels: Labels) -> Iterator[str]:
     first_rules = run.attributes.get("text_rules", 1) == 1
     decode = _decode if first_rules else _together
     is_word = str.__eq__ if first_rules else _reads
-    prompts = {"cond": run.read_as("cond"), "uncond": run.read_as("uncond")}
     for branch in dict.fromkeys(branch for branch, _ in labels):
         positions = [position for at, position in labels if at == branch]
         kept = [position for position in positions if position != REST]
@@ -162,25 +237,49 @@ def _misspelt(run: Run, group: str, labels: Labels) -> Iterator[str]:
             continue
         if REST in positions and labels[branch, REST] != ("rest", "", -1):
             yield f"{group}: what is not kept is called {labels[branch, REST][0]!r}, not 'rest'"
-        rows = [labels[branch, position] for position in kept]
-        end = next((i for i, row in enumerate(rows) if i and row[0] == "<|endoftext|>" and row[2] < 0), None)
-        prompt = prompts[branch]
-        prompt = prompt[: len(prompt) - len(run.attributes["cut_from_prompt"].get(branch, ""))]
-        if end is None:  # another tokenizer than CLIP's: only the model can say
-            continue
-        said = _plain(decode([row[0] for row in rows[1:end]]))
-        if said != _plain(_plain(prompt)):
-            yield f"{group}: the tokens of {branch} spell {said[:60]!r}, not {_plain(prompt)[:60]!r}"
-        numbers = [row[2] for row in rows if row[2] >= 0]
-        if list(dict.fromkeys(numbers)) != list(range(len(set(numbers)))) or sorted(numbers) != numbers:
-            yield f"{group}: the words of {branch} are numbered {numbers}"
-        for number, members in itertools.groupby((row for row in rows if row[2] >= 0), key=lambda row: row[2]):
-            pieces = list(members)
-            word = _plain(decode([row[0] for row in pieces]))
-            if wrong := [row[1] for row in pieces if not is_word(_plain(_plain(row[1])), word)]:
-                yield f"{group}: word {number} of {branch} is {wrong[0]!r}, its tokens spell {word!r}"
-        if stray := [row[1] for row in rows if row[2] < 0 and row[1]]:
-            yield f"{group}: {stray[0]!r} of {branch} is a word without a number"
+        rows = _rows(labels, branch)
+        end = _end(rows)
+        cut = run.attributes["cut_from_prompt"].get(branch, "")
+        prompt = run.read_as(branch)
+        prompt = prompt[: len(prompt) - len(cut)]
+        if end is not None:
+            said = _plain(decode([row[0] for row in rows[1:end]]))
+            if said != _plain(_plain(prompt)):
+                yield f"{group}: the tokens of {branch} spell {said[:60]!r}, not {_plain(prompt)[:60]!r}"
+            if cut and (REST in positions or end != kept[-1]):
+                yield f"{group}: {cut[:60]!r} was cut from {branch}, and there is room for it"
+            if len({row[0] for row in rows[end + 1 :]}) > 1:
+                yield f"{group}: after the end of {branch} are more tokens"
+        for problem in _wrong_words(rows, prompt, decode, is_word, end is None):
+            yield f"{group}: {branch} has {problem}"
+
+
+def _wrong_words(
+    rows: Sequence[TokenLabel], prompt: str, decode: Callable[[Sequence[str]], str], is_word: Callable[[str, str], bool], loosely: bool
+) -> Iterator[str]:
+    """Words are numbered in order, are in the prompt in order, and are what their tokens spell."""
+    numbers = [row[2] for row in rows if row[2] >= 0]
+    if list(dict.fromkeys(numbers)) != list(range(len(set(numbers)))) or sorted(numbers) != numbers:
+        yield f"words numbered {numbers}"
+    at = 0
+    for number, members in itertools.groupby((row for row in rows if row[2] >= 0), key=lambda row: row[2]):
+        pieces = list(members)
+        word = _plain(decode([row[0] for row in pieces]))
+        for label in dict.fromkeys(row[1] for row in pieces):
+            alike = loosely and (not label.isascii() or _letters(_plain(label)) == _letters(word))
+            if not alike and not is_word(_plain(_plain(label)), word):
+                yield f"a word {number} {label!r}, its tokens spell {word!r}"
+        place = prompt.find(pieces[0][1], at)
+        if place < 0:
+            yield f"a word {number} {pieces[0][1]!r}, which is not in its place in {prompt[:60]!r}"
+        at = max(at, place + len(pieces[0][1]))
+    if stray := [row[1] for row in rows if row[2] < 0 and row[1]]:
+        yield f"a word without a number, {stray[0]!r}"
+
+
+def _letters(text: str) -> str:
+    """Only letters and digits: other tokenizers mark pieces of words with other signs."""
+    return re.sub(r"[\W_]+", "", text)
 
 
 def _plain(text: str) -> str:
