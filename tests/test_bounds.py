@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
-from recordings import recording
 
 from probe.diffusion.model_configs import MOST_NUMBER, MOST_TIMESTEPS, SCHEDULER_SIZES
 from probe.diffusion.model_configs import scheduler_config as check_settings
@@ -22,6 +22,7 @@ from probe.errors import ExperimentError, ModelError, RecordingDamaged, UserErro
 from probe.experiment import Experiment
 from probe.proof.replay import rebuild_scheduler
 from probe.reading.recording import Run
+from tests.recordings import recording
 
 STEPS = Experiment.model_fields["steps"].metadata[1].le  # the most that may be asked for
 LIMIT = 2.0  # seconds of this process
@@ -78,8 +79,11 @@ OVER: dict[str, int] = {name: most + 1 for name, (_, most) in SCHEDULER_SIZES.it
 def test_over_its_bound_it_is_refused_by_name_wherever_it_is_written(setting: str, tmp_path: Path) -> None:
     settings = {setting: OVER[setting]}
     told = f": {setting} is {OVER[setting]}, "
-    run = Run(recording(tmp_path / "a.zarr"))
-    run.attributes["scheduler"] = {"class": "KDPM2DiscreteScheduler", "config": settings}
+    path = recording(tmp_path / "a.zarr")
+    root = json.loads((path / "zarr.json").read_text())
+    root["attributes"]["scheduler"] = {"class": "KDPM2DiscreteScheduler", "config": settings}
+    (path / "zarr.json").write_text(json.dumps(root))
+    run = Run(path)
     start, kind = time.process_time(), "KDPM2DiscreteScheduler"
     with pytest.raises(RecordingDamaged, match=told):
         rebuild_scheduler(run)

@@ -552,8 +552,8 @@ def test_what_is_edited_and_not_checked_without_the_model_is_named_as_such(copy:
     ("variable", "change", "told"),
     [
         ("committed", put(1, 2), "committed is 2 at step 1, and a flag is 0 or 1"),
-        ("cost/component", put(1, "unetx"), "cost/component is text_encoder, unetx, vae"),
-        ("cost/component", put([0, 1], ["unet", "text_encoder"]), "cost/component is unet, text_encoder, vae"),
+        ("cost/component", put(1, "unetx"), "cost/component is text_encoder, unetx, vae: text"),
+        ("cost/component", put([0, 1], ["unet", "text_encoder"]), "cost/component is unet, text_encoder, vae: text"),
     ],
 )
 def test_flags_and_parts_are_those_that_there_are(variable: str, change: Callable[[np.ndarray], Any], told: str, copy: Run) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from probe.dimensions import FAMILIES
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
 from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, Asked, array
 from probe.words import spelt
 
-COMPONENTS = ("text_encoder", "unet", "vae")
+COMPONENT = re.compile(r"text_encoder(_[1-9])?|unet|vae")  # what runs: text encoders first, the VAE last
 # What the model made, and nothing in a recording leads to or from.
 ONLY_THE_MODEL = re.compile(
     r"counterfactual/change|text/[^/]*/(?!attention).*|(text_encoder|unet|vae|preview)/.*|images/final|decoded/picture|attention/[^/]*/(value_size|key)"
@@ -105,8 +106,9 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
         if name in FIXED and tuple(map(str, variable.values)) != FIXED[name]:
             yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(FIXED[name])}"
     parts = [str(part) for part in found["cost/component"].values] if "cost/component" in found else []
-    if parts != [part for part in COMPONENTS if part in parts]:
-        yield f"cost/component is {', '.join(parts)}, and parts are {', '.join(COMPONENTS)}"
+    known = run.attributes.family not in FAMILIES or all(map(COMPONENT.fullmatch, parts))
+    if not known or parts != sorted(set(parts)):
+        yield f"cost/component is {', '.join(parts)}: text encoders, unet and vae, each once, belong there"
     calls = found["step"].size
     if "decoded/decoded_step" in found and asked.decode_every:
         wanted, there = sorted({*range(0, calls, asked.decode_every), calls - 1}), found["decoded/decoded_step"].values.tolist()
@@ -179,10 +181,10 @@ def _misread(run: Run) -> Iterator[str]:
     """What was read and what was cut follow from what was typed."""
     asked = run.experiment
     typed = {"cond": asked.prompt, "uncond": asked.negative_prompt}
-    for branch, read in run.attributes.get("read_as", {}).items():
-        if run.attributes.get("text_rules", 1) == 1 or branch not in typed or not _is_written_out(typed[branch], read):
+    for branch, read in run.attributes.read_as.items():
+        if run.attributes.text_rules == 1 or branch not in typed or not _is_written_out(typed[branch], read):
             yield f"read_as: {read[:60]!r} is not how {typed.get(branch, '')[:60]!r} of {branch[:10]} is read"
-    for branch, cut in run.attributes.get("cut_from_prompt", {}).items():
+    for branch, cut in run.attributes.cut_from_prompt.items():
         if branch not in typed or asked.over_long != "cut" or not cut or not run.read_as(branch).endswith(cut):
             yield f"cut_from_prompt: {cut[:60]!r} was not cut from the end of {branch[:10]}"
 
@@ -226,7 +228,7 @@ def _end(rows: Sequence[TokenLabel]) -> int | None:
 
 
 def _misspelt(run: Run, group: str, labels: Labels) -> Iterator[str]:
-    first_rules = run.attributes.get("text_rules", 1) == 1
+    first_rules = run.attributes.text_rules == 1
     decode = _decode if first_rules else _together
     is_word = str.__eq__ if first_rules else _reads
     for branch in dict.fromkeys(branch for branch, _ in labels):
@@ -239,7 +241,7 @@ def _misspelt(run: Run, group: str, labels: Labels) -> Iterator[str]:
             yield f"{group}: what is not kept is called {labels[branch, REST][0]!r}, not 'rest'"
         rows = _rows(labels, branch)
         end = _end(rows)
-        cut = run.attributes["cut_from_prompt"].get(branch, "")
+        cut = run.attributes.cut_from_prompt.get(branch, "")
         prompt = run.read_as(branch)
         prompt = prompt[: len(prompt) - len(cut)]
         if end is not None:
