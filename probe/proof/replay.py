@@ -31,7 +31,7 @@ from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
-from probe.strict_yaml import printable
+from probe.strict_yaml import printable, shown
 
 # Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding grows some fifteenfold.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}
@@ -192,6 +192,8 @@ def check_schedule(run: Run) -> Check:
     if calls := schedule.undefined(str(run.attributes["prediction_type"])):
         what += f"; denoised is not defined at step {', '.join(map(str, calls))}, where there is no signal"
     tally = Tally("schedule", what, 1e-4, conditions(run))
+    if (named := config.get("_class_name", type(scheduler).__name__)) != type(scheduler).__name__:
+        tally.fail(f"its config is of {shown(named)}")
     kind, options = SCHEDULERS.get(asked.scheduler, (type(scheduler).__name__, {}))
     if type(scheduler).__name__ != kind:
         tally.fail(f"{type(scheduler).__name__} was recorded, {asked.scheduler} was asked for")

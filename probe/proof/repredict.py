@@ -15,7 +15,7 @@ Maps are computed here in a way of their own, not by `probe.watching.capture`, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,9 +35,9 @@ from probe.proof.replay import Call, numbers, prediction_of, replayed, run_dtype
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
 from probe.running.planning import replan
-from probe.running.recorder import describe
+from probe.running.recorder import describe, said_of_model
 from probe.running.session import Session
-from probe.strict_yaml import first_line
+from probe.strict_yaml import first_line, shown
 from probe.watching.cost import Cost
 from probe.watching.hooks import Hooks, Watch
 from probe.watching.interface import Plan, grid_group
@@ -72,8 +72,9 @@ def check_model(run: Run, model: StableDiffusion, steps: Sequence[int]) -> Itera
         weights = model.digest()
         yield check_weights(run.attributes["model"].get("weights"), weights)
         settled = replan(model, run, on_nan="record")  # whatever is not finite is compared
-        because = tuple(differing_conditions(run.attributes, describe(model, settled, weights)))
-        yield check_plan(run, settled, because)
+        here = describe(model, settled, weights)
+        because = tuple(differing_conditions(run.attributes, here))
+        yield check_plan(run, settled, because, _unlike_attributes(run, model, here, because))
         yield from Again(run, model, settled, because).checks(steps)
 
 
@@ -86,10 +87,29 @@ def check_weights(recorded: str | None, here: str) -> Check:
     return Check("weights", "failed", f"recorded with weights of digest {recorded}, these have {here}: bring those back")
 
 
-def check_plan(run: Run, settled: Plan, because: tuple[str, ...]) -> Check:
+def _unlike_attributes(run: Run, model: StableDiffusion, here: Mapping[str, Any], because: tuple[str, ...]) -> Iterator[str]:
+    """What a recording says of itself, where this model or the experiment leads to something else."""
+    there = run.attributes
+    pairs = said_of_model(run, here)
+    pairs |= {name: (getattr(there, name), here[name]) for name in ("read_as", "cut_from_prompt")}
+    pairs |= {name: (there[name], here.get(name)) for name in ("scheduler_clips", "denoised_not_defined") if name in there}
+    if model.pipeline is None:  # else nobody knows where it came from, and how it attends is its owner's choice
+        pairs["model.revision"] = there.model.revision, model.revision
+        if len(because) == 1 and because[0].startswith(name := "attention_backend"):
+            pairs[f"environment.{name}"] = there["environment"].get(name), here["environment"][name]
+    for field, (recorded, expected) in pairs.items():
+        if isinstance(recorded, float) and not np.isfinite(recorded):
+            recorded = str(recorded)  # as newer versions write it
+        if recorded != expected:
+            yield f"{field} is {shown(recorded)}, not {shown(expected)}"
+
+
+def check_plan(run: Run, settled: Plan, because: tuple[str, ...], problems: Iterable[str] = ()) -> Check:
     """Every variable against a plan made anew: names, dimensions, types, and the values that are known before the first step."""
     found = dict(variables(run))
     tally = Tally("plan", "tokens, layers, noise levels and shapes follow from model and experiment", 1e-4, because)
+    for problem in problems:
+        tally.fail(problem)
     planned = {a.path: a for a in settled.arrays}
     for path in sorted(planned.keys() ^ found.keys()):
         tally.fail(f"{path} is {'missing' if path in planned else 'not in the plan'}")
@@ -240,6 +260,9 @@ class Again:
             return
         if count:
             self.decode.what += f"; {count} values of images/final are not finite, and shown as 0"
+        again, said = "decoded_in_float32" in self._store.annotations, bool(self._run.attributes.get("decoded_in_float32", False))
+        if again != said and not self._because:
+            self.decode.fail(f"decoded_in_float32 is {said}, and the VAE {'overflows' if again else 'does not overflow'} in float16")
         if bool(count) != bool(recorded) or (count != recorded and not self._because):
             self.decode.fail(f"{count} values of images/final are not finite, the recording says {recorded}")
 

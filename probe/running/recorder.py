@@ -185,14 +185,7 @@ def _hold(run: Run, settled: Plan, here: Mapping[str, Any], changed: bool) -> No
     Settings that only one version of diffusers has are passed over. Noise levels may differ by rounding where conditions `changed`.
     """
     there = run.attributes
-    pairs = {name: (there[name], here[name]) for name in ("prediction_type", "latent_convention")}
-    pairs["scheduler.class"] = there["scheduler"]["class"], here["scheduler"]["class"]
-    config, own = there["scheduler"]["config"], here["scheduler"]["config"]
-    shared = [key for key in own if key in config and not key.startswith("_")]
-    pairs |= {f"scheduler.config.{key}": (config[key], own[key]) for key in shared}
-    pairs |= {f"model.{key}": (there["model"][key], here["model"][key]) for key in ("f", "scaling_factor") if key in there["model"]}
-    pairs["model.name"] = from_home(there["model"]["name"]), from_home(run.experiment.model)
-    for field, (recorded, asked) in pairs.items():
+    for field, (recorded, asked) in said_of_model(run, here).items():
         if type(recorded) is not type(asked) or recorded != asked:
             told = f"its {field} is {shown(recorded)}, and {shown(asked)} would go on"
             raise RecordingDamaged(f"{run.name}: {told}.", RECORD_AGAIN)
@@ -202,6 +195,19 @@ def _hold(run: Run, settled: Plan, here: Mapping[str, Any], changed: bool) -> No
         recorded, asked = run.variable(a.path).values, np.asarray(a.value, a.dtype)
         if recorded.shape != asked.shape or not np.allclose(recorded, asked, rtol=1e-4 if changed else 0, atol=0, equal_nan=True):
             raise RecordingDamaged(f"{run.name}: its {a.path} is not that of the {there['scheduler']['class']} that would go on.", RECORD_AGAIN)
+
+
+def said_of_model(run: Run, here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what a recording says of its model, by field, each with what `describe` says of this one (`here`)."""
+    there = run.attributes
+    pairs = {name: (there[name], here[name]) for name in ("prediction_type", "latent_convention")}
+    pairs["scheduler.class"] = there["scheduler"]["class"], here["scheduler"]["class"]
+    config, own = there["scheduler"]["config"], here["scheduler"]["config"]
+    shared = [key for key in own if key in config and not key.startswith("_")]
+    pairs |= {f"scheduler.config.{key}": (config[key], own[key]) for key in shared}
+    pairs |= {f"model.{key}": (there["model"][key], here["model"][key]) for key in ("f", "scaling_factor") if key in there["model"]}
+    pairs["model.name"] = from_home(there["model"]["name"]), from_home(run.experiment.model)
+    return pairs
 
 
 def sayer(progress: bool) -> Say:
