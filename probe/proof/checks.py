@@ -28,9 +28,9 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
-from probe.digests import DIGESTS, DRAWN, EMPTY, marks, of_a_step, read_lines, seal_holds, step_of
+from probe.digests import DIGESTS, EMPTY, marks, of_a_step, read_lines, seal_holds, step_of
 from probe.digests import digest as digest_of
-from probe.reading.files import LARGE, entry_is_link, is_hole, no_longer, opened, read_file, read_json, refuse, refuse_link
+from probe.reading.files import DRAWN, LARGE, entry_is_link, is_hole, no_longer, opened, read_file, read_json, refuse, refuse_link
 from probe.reading.lazy import in_files
 from probe.reading.limits import takes_no_room
 from probe.reading.recording import Run

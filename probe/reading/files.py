@@ -13,6 +13,7 @@ import errno
 import io
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from math import isfinite
