@@ -238,8 +238,12 @@ def test_every_flip_in_a_picture_is_seen(pipe: Any, tmp_path: Path) -> None:
         (run.path / name).write_bytes(content[:-7])
         assert check_picture(run).verdict == "failed"
         (run.path / name).write_bytes(content)
-    (run.path / "mine.png").write_bytes(b"no picture of ours")
     assert failed(run.path) == []
+    for name in ("mine.png", "latents/picture.png"):
+        (run.path / name).write_bytes(b"no picture of ours")
+        check = check_manifest(run)
+        assert (check.verdict, check.detail) == ("failed", f"1 files new: {name}")
+        (run.path / name).unlink()
 
 
 def test_a_sealed_picture_is_a_picture_like_another(left: Path) -> None:
