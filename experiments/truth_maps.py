@@ -112,7 +112,7 @@ def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: i
         steps.append(step)
     change = None
     if counterfactual:
-        embeddings = embeddings_without(model, prompt, {word: places_of(prompt, word) for word in shown.masks})
+        embeddings = embeddings_without(model, conditioning.tokens["cond"], {word: places_of(prompt, word) for word in shown.masks})
         found = [word_changes(model, step, embeddings)[:, 0].cpu().numpy() for step in steps]
         change = xr.DataArray(np.stack(found), dims=("step", "word", "y", "x"), coords={"step": list(timesteps), "word": list(shown.masks)})
     grids, written = [], []

@@ -124,6 +124,9 @@ class Attributes(Mapping[str, Any], Part):
     text_rules: Annotated[int, Field(ge=1, le=2)] = Field(1, description="version of the rules that split a text into words")
     read_as: Texts = Field({}, description="by branch: the prompt as the tokenizer got it, where that differs")
     cut_from_prompt: Texts = Field({}, description="by branch: the end of the prompt that did not fit")
+    zeroed_branches: Annotated[list[Text], Field(max_length=2)] = Field(
+        [], description="branches whose text no text encoder read: the model was given zeros, and zeros are in /text"
+    )
     decoded_not_finite: Annotated[dict[Text, Count], Field(max_length=1000)] = Field(
         {}, description="by variable: how many values were not finite and are stored as 0"
     )

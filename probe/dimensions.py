@@ -25,6 +25,7 @@ DIMENSIONS: dict[str, str] = {
     "branch": "prompts that the model is called with: uncond, cond; only those that were kept",
     "token": "token positions that were kept one by one, then the sums of the others",
     "feature": "features of an embedding or of a module's output",
+    "pooled_feature": "features of a pooled embedding",
     "position": "places of a sequence, in a module's output",
     "layer": "attention modules of one grid, in the order in which they run",
     "head": "heads of an attention layer; of length 1 where only their mean was kept",
@@ -132,12 +133,6 @@ RESERVED: tuple[Reserved, ...] = (
         "/attention/{grid} (token)",
         "the text encoder that the token comes from, where several are joined along the tokens",
     ),
-    Reserved(
-        "variable",
-        "pooled",
-        "/text/{encoder} (branch, feature)",
-        "the pooled embedding that the model is given beside the tokens",
-    ),
     Reserved("variable", "parameters", "/cost (component)", "number of parameters of each component"),
     Reserved("variable", "weight_bytes", "/cost (component)", "bytes of its weights, as they ran"),
     Reserved("dimension", "stream", "/unet and its groups", "of a joint block's output: picture, text"),
@@ -151,7 +146,15 @@ RESERVED: tuple[Reserved, ...] = (
     ),
 )
 
-FAMILIES: dict[str, str] = {"sd": "Stable Diffusion 1.x and 2.x"}
+FAMILIES: dict[str, str] = {
+    "sd": "Stable Diffusion 1.x and 2.x",
+    "sdxl": "Stable Diffusion XL, with SDXL-Turbo and SSD-1B",
+}
+# By family: its text encoders, and those whose pooled embedding the model is given.
+TEXT_ENCODERS: dict[str, tuple[str, ...]] = {"sd": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+POOLED: dict[str, tuple[str, ...]] = {"sd": (), "sdxl": ("text_encoder_2",)}
+# Families that may be given zeros for an empty negative prompt.
+ZEROED = ("sdxl",)
 GUIDANCE_RULES: dict[str, str] = {
     "none": "one branch: the prediction is prediction_cond",
     "classifier_free": "uncond + guidance_scale (cond - uncond), then rescaled by guidance_rescale",

@@ -46,7 +46,7 @@ from probe.terminal import Parser, add_fields, before_torch, described, guarded,
 from probe.words import occurrences, read_plainly, word_spans
 
 if TYPE_CHECKING:
-    from probe.diffusion.models import StableDiffusion
+    from probe.diffusion.family import Family
     from probe.watching.interface import Plan
 
 
@@ -159,7 +159,7 @@ def record_noising(
     """Noise a picture, record what the model says of it, and return the recording.
 
     `picture` is a file, or (y, x, rgb) uint8 of a size that the model can work on; `masks` are (y, x) by word, of the picture's
-    size. `settings` are fields of `Noising`; `pipeline` is a diffusers pipeline, or a `StableDiffusion`, to use instead of loading
+    size. `settings` are fields of `Noising`; `pipeline` is a diffusers pipeline, or a `Family`, to use instead of loading
     a model. Raises ProbeError: a UserError before anything is written, a RunFailed after.
     """
     asked = load_noising({"caption": caption, **settings})
@@ -242,7 +242,7 @@ def rerun_noising(run: Run, pipeline: Any | None = None, *, output: str | Path |
 
 
 def plan_noising(
-    model: StableDiffusion, asked: Noising, picture: np.ndarray | None = None, masks: Mapping[str, np.ndarray] | None = None
+    model: Family, asked: Noising, picture: np.ndarray | None = None, masks: Mapping[str, np.ndarray] | None = None
 ) -> tuple[Plan, np.ndarray]:
     """What a noising will record, and the picture, (y, x, rgb) uint8. Raises ExperimentError or PromptError if it cannot be."""
     from probe.diffusion.sampling import Schedule
@@ -275,19 +275,15 @@ def _masks_of_no_word(run: Plan, caption: str) -> list[str]:
     return [f"Masks of what is not in the caption: {', '.join(absent)}. They are kept beside the picture."] if absent else []
 
 
-def _model(asked: Noising, pipeline: Any | None, weights: bool = True) -> StableDiffusion:
-    from probe.diffusion.families import family_of, recordable
+def _model(asked: Noising, pipeline: Any | None, weights: bool = True) -> Family:
+    from probe.diffusion.families import family_of
     from probe.diffusion.loading import load
-    from probe.diffusion.support import refuse_pictures
 
     kind = "DDPM"  # the one that keeps variance one and has every schedule: the model's own betas
-    if pipeline is None:
-        where: dict[str, Any] = {"revision": asked.revision, "variant": asked.variant, "dtype": asked.dtype, "device": asked.device}
-        model = recordable(load(asked.model, **where, weights=weights, scheduler=kind))
-    else:
-        model = recordable(family_of(pipeline, scheduler=kind))
-    refuse_pictures(model.name, model.vae, asked.picture)
-    return model
+    if pipeline is not None:
+        return family_of(pipeline, scheduler=kind)
+    where: dict[str, Any] = {"revision": asked.revision, "variant": asked.variant, "dtype": asked.dtype, "device": asked.device}
+    return load(asked.model, **where, weights=weights, scheduler=kind)
 
 
 def table() -> str:

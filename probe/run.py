@@ -92,7 +92,6 @@ def say_where(run: Run, quiet: bool) -> int:
 
 
 def _forecast(asked: Experiment, limit: int | None) -> int:
-    from probe.diffusion.families import recordable
     from probe.diffusion.loading import load
     from probe.running.planning import plan
 
@@ -106,7 +105,7 @@ def _forecast(asked: Experiment, limit: int | None) -> int:
         scheduler=asked.scheduler,
         options=asked.scheduler_options,
     )
-    settled = plan(recordable(model), asked)
+    settled = plan(model, asked)
     say_json(asked.resolved())
     return tell_forecast(settled, limit)
 

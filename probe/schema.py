@@ -30,11 +30,15 @@ PICTURE = -2  # reserved: under joint attention, the token coordinate of the sum
 
 @dataclass(frozen=True)
 class Asked:
-    """What decides which variables a recording has: its experiment, whether it is a noising, and whether its model has a VAE."""
+    """What decides which variables a recording has: its experiment, whether it is a noising, and whether its model has a VAE.
+
+    `pooled`: of a text encoder's group, whether the model is given its pooled embedding.
+    """
 
     experiment: Any
     noising: bool
     vae: bool
+    pooled: bool = False
 
 
 def _always(_: Asked) -> bool:
@@ -162,9 +166,25 @@ SCHEMA: tuple[Variable, ...] = (
         _coordinate("text/{encoder}", "word_index", ("branch", "token"), "int64", "number of that word in the prompt, -1 for none"),
         Variable("text/{encoder}", "token_id", ("branch", "token"), "int64", "token ids"),
         Variable("text/{encoder}", "embedding", ("branch", "token", "feature"), "run", "token plus position embedding"),
-        Variable("text/{encoder}", "hidden", ("text_layer", "branch", "token", "feature"), "run", "output of each layer"),
-        Variable("text/{encoder}", "output", ("branch", "token", "feature"), "run", "after the last norm: what the UNet is given"),
+        Variable(
+            "text/{encoder}",
+            "hidden",
+            ("text_layer", "branch", "token", "feature"),
+            "run",
+            "output of each layer; SDXL gives its UNet the last but one",
+        ),
+        Variable(
+            "text/{encoder}", "output", ("branch", "token", "feature"), "run", "after the last norm: what Stable Diffusion 1 and 2 give their UNet"
+        ),
         Variable("text/{encoder}", "attention", ("text_layer", "branch", "text_head", "token", "key"), "float16", "self-attention: token at key"),
+    ),
+    Variable(
+        "text/{encoder}",
+        "pooled",
+        ("branch", "pooled_feature"),
+        "run",
+        "the pooled embedding, which the UNet is given beside the tokens",
+        when=lambda asked: asked.pooled and bool(asked.experiment.capture.text),
     ),
     *_part(
         _attention(),
@@ -299,8 +319,10 @@ SCHEMA: tuple[Variable, ...] = (
         Variable("vae/{module}", "activation", ("image", "..."), "any", "the module's whole output, final decoding"),
         _coordinate("text_encoder", "branch", ("branch",), "str", "which prompt: uncond or cond"),
         Variable("text_encoder/{module}", "activation", ("branch", "..."), "any", "the module's whole output"),
+        _coordinate("text_encoder_2", "branch", ("branch",), "str", "which prompt: uncond or cond"),
+        Variable("text_encoder_2/{module}", "activation", ("branch", "..."), "any", "the module's whole output"),
     ),
-    _coordinate("cost", "component", ("component",), "str", "text_encoder, unet, vae"),
+    _coordinate("cost", "component", ("component",), "str", "text encoders, unet, vae"),
     Variable("cost", "unet_seconds", ("step",), "float64", "time of the UNet's forward pass", "s"),
     Variable("cost", "step_seconds", ("step",), "float64", "wall time of the whole step, scheduler and capture included", "s"),
     Variable("cost", "seconds", ("component",), "float64", "time of the component over the whole run", "s"),

@@ -103,6 +103,11 @@ class Family(Protocol):
     """
 
     @property
+    def family(self) -> str:
+        """The attribute `family` of its recordings: `sd` or `sdxl`."""
+        ...
+
+    @property
     def name(self) -> str: ...
     @property
     def unet(self) -> Any: ...
@@ -123,6 +128,11 @@ class Family(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def decoding_dtype(self) -> torch.dtype:
+        """The number format in which the VAE decodes; `dtype`, but for a VAE that is upcast."""
+        ...
+
     @property
     def f(self) -> int:
         """Downsampling factor: pixels per latent, along one side."""
@@ -180,6 +190,17 @@ class Family(Protocol):
         """Return the denoiser's arguments for the text of a branch: one row each."""
         ...
 
+    def reads(self, tokens: Tokens, branch: str) -> bool:
+        """Return whether the text encoders read the text of a branch.
+
+        Where they do not, the denoiser is given zeros.
+        """
+        ...
+
+    def text_mask(self, prompt: Prompt) -> torch.Tensor | None:
+        """Return the attention mask that a text encoder is given for a prompt, (1, token), if any."""
+        ...
+
     def condition(self, prompt: str, negative_prompt: str = "", *, guided: bool = True, over_long: OverLong = "error") -> Conditioning:
         """Encode the prompt and, for guidance, the negative prompt."""
         ...
@@ -196,6 +217,10 @@ class Family(Protocol):
 
     def call(self, model_input: torch.Tensor, t: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """Call the denoiser once. *Shape:* (row, channel, y, x), and as many rows of arguments."""
+        ...
+
+    def guidance_rule(self, guidance_scale: float) -> str:
+        """Return how branches become the prediction, by its name in `probe.dimensions`."""
         ...
 
     def predictor(self, conditioning: Conditioning, images: int, guidance_scale: float = 1.0, guidance_rescale: float = 0.0) -> Predict:

@@ -27,3 +27,8 @@ def guided(branches: Mapping[str, torch.Tensor], guidance_scale: float, guidance
     if "uncond" not in branches:
         return branches["cond"]
     return guide(branches["uncond"], branches["cond"], guidance_scale, guidance_rescale)
+
+
+def rule_of(guidance_scale: float) -> str:
+    """Return the name of this rule (`probe.dimensions.GUIDANCE_RULES`): `none` without guidance."""
+    return "classifier_free" if guidance_scale > 1 else "none"

@@ -26,6 +26,7 @@ from probe.diffusion.family import (
     Tokens,
     batched,
 )
+from probe.diffusion.guidance import rule_of
 from probe.diffusion.prompts import OverLong, Prompt
 from probe.diffusion.schedulers import FORCED, another_scheduler, check_own
 from probe.diffusion.support import refuse_other_pipelines, refuse_unsupported
@@ -79,6 +80,14 @@ class StableDiffusion:
         return parts.dtype(self)
 
     @property
+    def family(self) -> str:
+        return "sd"
+
+    @property
+    def decoding_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
     def f(self) -> int:
         """Downsampling factor: pixels per latent, along one side."""
         return parts.downsampling(self.vae)
@@ -100,6 +109,13 @@ class StableDiffusion:
     def text_encoders(self) -> dict[str, tuple[Any, Any]]:
         """Return the text encoder and its tokenizer, by name."""
         return {ENCODER: (self.text_encoder, self.tokenizer)}
+
+    def reads(self, tokens: Tokens, branch: str) -> bool:  # noqa: ARG002
+        """Return True: an empty prompt is read like any other."""
+        return True
+
+    def guidance_rule(self, guidance_scale: float) -> str:
+        return rule_of(guidance_scale)
 
     latent_shape = parts.latent_shape
     attention_layers = parts.attention_layers

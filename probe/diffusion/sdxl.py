@@ -29,6 +29,7 @@ from probe.diffusion.family import (
     Tokens,
     batched,
 )
+from probe.diffusion.guidance import rule_of
 from probe.diffusion.prompts import OverLong, Prompt
 from probe.diffusion.schedulers import another_scheduler, check_own
 from probe.diffusion.support import XL_KINDS, refuse_other_pipelines, refuse_unsupported
@@ -96,6 +97,16 @@ class StableDiffusionXL:
         return parts.dtype(self)
 
     @property
+    def family(self) -> str:
+        return "sdxl"
+
+    @property
+    def decoding_dtype(self) -> torch.dtype:
+        """The number format in which the VAE decodes: float32 where its config says `force_upcast`."""
+        upcast = self.dtype == torch.float16 and bool(self.vae.config.force_upcast)
+        return torch.float32 if upcast else self.dtype
+
+    @property
     def f(self) -> int:
         """Downsampling factor: pixels per latent, along one side."""
         return parts.downsampling(self.vae)
@@ -158,7 +169,7 @@ class StableDiffusionXL:
 
         An empty negative prompt is zeros where the model was trained with them.
         """
-        if branch == UNCOND and self.zeros_for_empty and not tokens[FIRST].text:
+        if not self.reads(tokens, branch):
             return self.blank(1, tokens[FIRST].ids.shape[1])
         states: list[torch.Tensor] = []
         for name, (encoder, _) in self.text_encoders().items():
@@ -166,6 +177,14 @@ class StableDiffusionXL:
                 said = encoder(tokens[name].ids.to(self.device), output_hidden_states=True)
             states.append(said.hidden_states[-2])
         return {TEXT: torch.cat(states, dim=-1).to(self.dtype), POOLED: said.text_embeds}
+
+    def reads(self, tokens: Tokens, branch: str) -> bool:
+        """Return False for an empty negative prompt, where the model was trained with zeros for it."""
+        return not (branch == UNCOND and self.zeros_for_empty and not tokens[FIRST].text)
+
+    def text_mask(self, prompt: Prompt) -> torch.Tensor | None:  # noqa: ARG002
+        """Return None: the pipeline masks no token, whatever the text encoders' configs say."""
+        return None
 
     def condition(
         self,
@@ -222,6 +241,9 @@ class StableDiffusionXL:
 
     def _sizes(self, size_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(size_ids)], dtype=self.dtype, device=self.device)
+
+    def guidance_rule(self, guidance_scale: float) -> str:
+        return rule_of(guidance_scale)
 
     def predictor(
         self,

@@ -163,11 +163,16 @@ def _refuse_widths(name: str, modules: Mapping[str, Any], encoders: Sequence[Any
         raise ModelError(cause, "Bring the two that belong together.")
 
 
-def refuse_pictures(name: str, vae: Any, picture: Any) -> None:
-    """Raises ModelError where there is a picture and a VAE that makes no distribution of it, from which a run could begin."""
-    if picture is not None and type(vae).__name__ == "AutoencoderTiny":
+def refuse_pictures(model: Any) -> None:
+    """Raise ModelError for a model that cannot begin from a picture."""
+    if model.family == "sdxl":
         raise ModelError(
-            f"{name}: its VAE is an AutoencoderTiny, which makes no distribution of a picture's latents.",
+            f"{model.name}: a Stable Diffusion XL model does not begin from a picture here yet.",
+            "Leave the picture out, or use a Stable Diffusion 1.x or 2.x model.",
+        )
+    if type(model.vae).__name__ == "AutoencoderTiny":
+        raise ModelError(
+            f"{model.name}: its VAE is an AutoencoderTiny, which makes no distribution of a picture's latents.",
             "Use the model's AutoencoderKL, or leave the picture out.",
         )
 

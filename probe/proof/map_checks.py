@@ -56,7 +56,19 @@ def check_softmax(run: Run) -> Check:
             if off.size and not (np.isnan(off).all() and _nan_is_asked_for(run, part)):
                 left = part.isel(dict.fromkeys(dims, 0))
                 tally.add(float(off.flat[worst]), f"{path}, {place(left, worst)}")
+    for path in _not_zero(run):
+        tally.fail(f"{path} is not zero in a branch that no text encoder read")
     return tally.check()
+
+
+def _not_zero(run: Run) -> Iterator[str]:
+    """Values of the text encoders in branches for which the model was given zeros."""
+    for encoder in run.tree["text"].children if "text" in run.tree.children and run.attributes.zeroed_branches else ():
+        for name in ("embedding", "hidden", "output", "attention", "pooled"):
+            if name in run.tree[f"text/{encoder}"].data_vars:
+                values = run.variable(f"text/{encoder}/{name}")
+                if values.sel(branch=values["branch"].isin(run.attributes.zeroed_branches)).values.any():
+                    yield f"text/{encoder}/{name}"
 
 
 def _distributions(run: Run) -> Iterator[tuple[str, xr.DataArray, tuple[str, ...]]]:
@@ -71,7 +83,9 @@ def _distributions(run: Run) -> Iterator[tuple[str, xr.DataArray, tuple[str, ...
             yield f"self_attention/{grid}", maps, ("key_y", "key_x")
     if "text" in run.tree.children and run.experiment.capture.text and run.steps.size:  # it is written before the first step
         for encoder in run.tree["text"].children:
-            yield f"text/{encoder}", run.variable(f"text/{encoder}/attention"), ("key",)
+            attention = run.variable(f"text/{encoder}/attention")
+            read = ~attention["branch"].isin(run.attributes.zeroed_branches)
+            yield f"text/{encoder}", attention.sel(branch=read), ("key",)
 
 
 def _nan_is_asked_for(run: Run, part: xr.DataArray) -> bool:

@@ -24,10 +24,9 @@ import torch
 import xarray as xr
 
 from probe.analysis.maps import probabilities
-from probe.diffusion.families import family_of, recordable
-from probe.diffusion.family import Predictions
+from probe.diffusion.families import family_of
+from probe.diffusion.family import Family, Predictions
 from probe.diffusion.loading import load, pick_device
-from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import Step
 from probe.proof.checks import DAMAGE, Check, Tally, variables
 from probe.proof.map_checks import BOUND, ROUNDED, apart, head_statistics_of, moments_of, relative, rounding
@@ -50,7 +49,7 @@ PICTURE, PATCH = 2e-2, 16  # mean difference of pixels, of 255; pixels along a p
 OF_NORM = "of its norm"
 
 
-def model_of(run: Run, pipeline: Any | None = None) -> StableDiffusion:
+def model_of(run: Run, pipeline: Any | None = None) -> Family:
     """The model of a recording, loaded where it ran if this machine has such a device, or `pipeline`. Raises ModelError."""
     asked = run.experiment
     if pipeline is None:
@@ -62,11 +61,11 @@ def model_of(run: Run, pipeline: Any | None = None) -> StableDiffusion:
         revision = run.attributes["model"].get("revision") or asked.revision
         dtype = str(run_dtype(run)).removeprefix("torch.")
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": device}
-        return recordable(load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options))
-    return recordable(family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options))
+        return load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
+    return family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
 
 
-def check_model(run: Run, model: StableDiffusion, steps: Sequence[int]) -> Iterator[Check]:
+def check_model(run: Run, model: Family, steps: Sequence[int]) -> Iterator[Check]:
     """All checks that need the model, one after the other; the UNet predicts again at `steps`."""
     with threads_of(run):
         weights = model.digest()
@@ -136,14 +135,14 @@ def check_plan(run: Run, settled: Plan, because: tuple[str, ...], problems: Iter
 class Again:
     """A recording made once more from its recorded latents, into a store that compares: one tally for each check."""
 
-    def __init__(self, run: Run, model: StableDiffusion, plan: Plan, because: tuple[str, ...]):
+    def __init__(self, run: Run, model: Family, plan: Plan, because: tuple[str, ...]):
         # Sums have a witness of their own in `map_checks`, and times are never the same.
         captures = tuple(capture for capture in plan.captures if not isinstance(capture, Sums | Cost))
         self._run, self._model, self._because = run, model, because
         self._plan = replace(plan, captures=captures)
         self._allowed = TOLERANCE[str(run_dtype(run)).removeprefix("torch.")]
         self._recorded = dict(variables(run))
-        self.text = self._tally("text", "the text encoder's inside and output")
+        self.text = self._tally("text", "the inside and output of each text encoder")
         self.predictions = self._tally("predictions", "the UNet's answers")
         self.maps = self._tally("maps", "softmax(q k), computed here", 2.0)
         precision = max(1e-4, 8 * torch.finfo(model.dtype).eps)

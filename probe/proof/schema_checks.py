@@ -10,13 +10,14 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from probe.dimensions import FAMILIES
+from probe.dimensions import FAMILIES, POOLED, TEXT_ENCODERS, ZEROED
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
 from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, Asked, array
@@ -34,14 +35,16 @@ def expected_variables(run: Run) -> set[str]:
     """What the experiment of a recording asks for, by path; grids and self-attention layers are those that it has."""
     vae = run.attributes["model"]["f"] > 1
     asked, found = Asked(run.experiment, "noising" in run.attributes, vae), dict(variables(run))
+    family = run.attributes.family
+    encoders = TEXT_ENCODERS.get(family) or sorted({path.split("/")[1] for path in found if path.startswith("text/")})
     own = {path.split("/")[1]: None for path in found if path.startswith("self_attention/")}
-    groups = {"attention/{grid}": run.grids, "self_attention/{grid}": sorted(own), "text/{encoder}": ["text_encoder"]}
+    groups = {"attention/{grid}": run.grids, "self_attention/{grid}": sorted(own), "text/{encoder}": list(encoders)}
     names = set()
     for variable in SCHEMA:
-        if variable.when(asked):
-            first, _, kind = variable.group.partition("/")
-            members = groups[variable.group] or ["(any grid)"] if kind else [""]
-            for member in members[:1] if variable.first_grid else members:
+        first, _, kind = variable.group.partition("/")
+        members = groups.get(variable.group, []) or ["(any grid)"] if kind else [""]
+        for member in members[:1] if variable.first_grid else members:
+            if variable.when(replace(asked, pooled=member in POOLED.get(family, ()))):
                 names.add("/".join(part for part in (first, member, variable.name) if part))
     return names
 
@@ -63,6 +66,9 @@ def check_schema(run: Run) -> Check:
     identity, asked = run.experiment.identity(), run.attributes["experiment"]
     if asked == run.experiment.resolved() and run.attributes["identity"] != identity:  # not of one with the fields of another version
         problems.append(f"the experiment is not the one that was recorded: its identity is {identity}, not {run.attributes['identity']}")
+    empty = ["uncond"] if run.attributes.family in ZEROED and not run.experiment.negative_prompt and run.experiment.guidance_scale > 1 else []
+    if run.attributes.zeroed_branches not in ([], empty):
+        problems.append(f"zeroed_branches is {run.attributes.zeroed_branches}, and only an empty negative prompt of SDXL may be zeros")
     if problems:
         return Check("schema", "failed", problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
     return Check("schema", "exact", f"{len(found)} variables with the dimensions, types and units of the schema, all that was asked for")
@@ -78,7 +84,8 @@ def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
     dtype, storage = str(run.attributes["model"]["dtype"]), run.experiment.capture.dtype
     run_dtype = "float32" if dtype == "bfloat16" else dtype
     map_dtype = ("float16" if name == "query" else "uint8") if storage == "sqrt_u8" else storage
-    kind = {"run": run_dtype, "any": run_dtype, "map": map_dtype}.get(known.dtype, known.dtype)
+    upcast = group.startswith("vae/") and run.attributes.get("decoded_in_float32") is True and variable.attrs.get("recorded_dtype") == "float32"
+    kind = {"run": run_dtype, "any": "float32" if upcast else run_dtype, "map": map_dtype}.get(known.dtype, known.dtype)
     if variable.dims != dims:
         yield f"{path} has the dimensions {variable.dims}, not {dims}"
     if (variable.dtype.kind not in "OT") if kind == "str" else (variable.dtype != np.dtype(kind)):
@@ -124,6 +131,7 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
 
 LONGEST = 400  # characters, of a word of textual inversion with the space between two of it
 LABELS = ("token_text", "word", "word_index")
+END = "<|endoftext|>"
 TokenLabel = tuple[str, str, int]  # its text, its word and the word's number
 Labels = dict[tuple[str, int], TokenLabel]
 
@@ -134,7 +142,10 @@ def check_labels(run: Run) -> Check:
     texts = [path.removesuffix("/token_text") for path in found if path.endswith("/token_text")]
     problems = [*_wrong_branches(run, found), *_misread(run)]
     labels = {group: _labels(run, group) for group in sorted(texts, key=lambda group: not group.startswith("text/"))}
-    for (one, there), (other, here) in itertools.permutations(labels.items(), 2):
+    first = TEXT_ENCODERS.get(run.attributes.family, ("text_encoder",))[0]
+    others = {group for group in labels if group.startswith("text/")} - {f"text/{first}"}
+    compared = {group: _unpadded(here) if group in others else here for group, here in labels.items()}
+    for (one, there), (other, here) in itertools.permutations(compared.items(), 2):
         problems += _unlike_labels(here, there, other, one)
     for group, here in labels.items():
         problems += _misspelt(run, group, here)
@@ -169,6 +180,15 @@ def _labels(run: Run, group: str) -> Labels:
         for b, branch in enumerate(data["branch"].values)
         for t, token in enumerate(data["token"].values)
     }
+
+
+def _unpadded(labels: Labels) -> Labels:
+    """The labels up to the end of each prompt: tokenizers pad differently."""
+    ends: dict[str, int] = {}
+    for (branch, position), (text, _, number) in sorted(labels.items()):
+        if position and text == END and number < 0:
+            ends.setdefault(branch, position)
+    return {at: label for at, label in labels.items() if at[1] <= ends.get(at[0], at[1])}
 
 
 def _unlike_labels(here: Labels, there: Labels, group: str, other: str) -> Iterator[str]:

@@ -18,10 +18,9 @@ import xarray as xr
 
 from probe.analysis.maps import resize
 from probe.analysis.recomputed import recomputed
-from probe.diffusion.families import family_of, recordable
+from probe.diffusion.families import family_of
+from probe.diffusion.family import TEXT, Family, Tokens
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
-from probe.diffusion.prompts import Prompt
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.reading.recording import Run
 from probe.schema import near
@@ -52,7 +51,8 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
     name_one = "Name one: probe ask latest fish"
     if not word.strip():
         raise ExperimentError("There is no word to ask for.", name_one)
-    model, prompt = _read(run, f"a {word}" if context is None else context, pipeline)
+    model, read_as = _read(run, f"a {word}" if context is None else context, pipeline)
+    prompt = next(iter(read_as.values()))
     places = occurrences(word, prompt.words)
     if not places and not spelt(word):
         raise ExperimentError(f"{word!r} is no word: there are no letters in it.", name_one)
@@ -63,7 +63,7 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
     if not places:
         raise ExperimentError(f"{word!r} is not in {prompt.text!r}.", near(word, list(prompt.words) or ["a fish"]))
     tokens = [t for t, of in enumerate(prompt.word_of) if any(of in place for place in places)]
-    grids = _maps(run, model, prompt)
+    grids = _maps(run, model, read_as)
     largest = next(iter(grids.values()))
     size = (largest.sizes["y"], largest.sizes["x"])
     total = np.zeros((largest.sizes["step"], *size), np.float32)
@@ -82,7 +82,7 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
     )
 
 
-def _read(run: Run, context: str, pipeline: Any | None) -> tuple[StableDiffusion, Prompt]:
+def _read(run: Run, context: str, pipeline: Any | None) -> tuple[Family, Tokens]:
     grids = run.grids
     if not grids or "query" not in run.tree[f"attention/{grids[0]}"].data_vars:
         raise RecordingNotFound(f"{run.name} holds no queries to ask.", "Record with capture.attention: queries.")
@@ -90,18 +90,18 @@ def _read(run: Run, context: str, pipeline: Any | None) -> tuple[StableDiffusion
         raise RecordingNotFound(f"{run.name} holds no queries of the cond branch.", "Record with capture.branches: cond or both.")
     asked = run.experiment
     if pipeline is not None:
-        model = recordable(family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options))
+        model = family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
     else:
         revision = run.attributes["model"]["revision"] or asked.revision  # a name like main may have moved on since
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": run.attributes["model"]["dtype"], "device": "cpu"}
-        model = recordable(load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options))
+        model = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
     if model.digest() != run.attributes["model"]["weights"]:
         raise ModelError(f"{run.name} was recorded with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
-    return model, model.read(context, asked.over_long)
+    return model, model.tokens(context, asked.over_long)
 
 
-def _maps(run: Run, model: StableDiffusion, prompt: Prompt) -> dict[str, xr.DataArray]:
-    embedding = model.encode(prompt)
+def _maps(run: Run, model: Family, tokens_of: Tokens) -> dict[str, xr.DataArray]:
+    embedding, prompt = model.encode_prompt(tokens_of)[TEXT], next(iter(tokens_of.values()))
     modules = cross_attention(model.unet)
     tokens = np.arange(len(prompt.tokens))
     words = [prompt.words[of] if of >= 0 else "" for of in prompt.word_of]

@@ -6,17 +6,18 @@ A plan needs the model's configs only; `probe run --dry-run` makes one without w
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from probe.diffusion.family import Family
+from probe.diffusion.family import Family, Tokens
 from probe.diffusion.sampling import Schedule, first_call
 from probe.diffusion.schedule_check import held_schedule, recorded_schedule, remarks
-from probe.errors import ExperimentError, TooLarge
+from probe.diffusion.support import refuse_pictures
+from probe.errors import ExperimentError, ModelError, TooLarge
 from probe.experiment import Experiment, load_experiment
 from probe.files import check_place
 from probe.reading.recording import Run
@@ -53,7 +54,7 @@ def _attends(*modes: str) -> Callable[[Plan], bool]:
 
 
 # Every capture, in the order in which they are asked, and when a run has it.
-CAPTURES: tuple[tuple[Callable[[Family, Plan], Capture], Callable[[Plan], bool]], ...] = (
+CAPTURES: tuple[tuple[Callable[..., Capture], Callable[[Plan], bool]], ...] = (
     (Levels, _always),
     (Latents, _always),
     (Source, lambda plan: plan.picture is not None and plan.masks is None),
@@ -73,6 +74,7 @@ CAPTURES: tuple[tuple[Callable[[Family, Plan], Capture], Callable[[Plan], bool]]
     (Sums, _attends()),
     (Cost, _always),
 )
+OF_ENCODERS = (TextEncoder, TextOutputs)  # made with a text encoder's name too
 
 
 def check_size(plan: Plan, limit: int | None, free: int | None) -> None:
@@ -123,9 +125,12 @@ def plan(
     scheduler's, held against what that does. With `masks`, if only {}, it is a noising.
     """
     capture = experiment.capture
+    if experiment.image is not None or masks is not None:
+        refuse_pictures(model)
     called = BRANCHES if experiment.guidance_scale > 1.0 else ("cond",)
     texts = {"cond": experiment.prompt, "uncond": experiment.negative_prompt}
     read = {branch: model.tokens(texts[branch], experiment.over_long, rules) for branch in called}
+    _refuse_unlike(model, read)
     prompts = {branch: next(iter(tokens.values())) for branch, tokens in read.items()}
     branches = tuple(b for b in called if capture.branches in ("both", b))
     if not branches:
@@ -167,9 +172,28 @@ def plan(
         decoded=tuple(sorted({*range(0, calls, experiment.decode_every), calls - 1})) if experiment.decode_every else (),
         picture=picture,
         masks=masks,
+        zeroed_branches=tuple(branch for branch in called if not model.reads(read[branch], branch)),
         remarks=remarks(model, schedule, begin),
     )
-    return replace(facts, captures=tuple(kind(model, facts) for kind, when in CAPTURES if when(facts)))
+    return replace(facts, captures=tuple(_captures(model, facts)))
+
+
+def _captures(model: Family, facts: Plan) -> Iterator[Capture]:
+    """The captures that a run has; one for each text encoder of those of `OF_ENCODERS`."""
+    for kind, when in CAPTURES:
+        if when(facts):
+            more = model.text_encoders() if kind in OF_ENCODERS else (None,)
+            yield from (kind(model, facts) if encoder is None else kind(model, facts, encoder) for encoder in more)
+
+
+def _refuse_unlike(model: Family, read: Mapping[str, Tokens]) -> None:
+    """Raise ModelError for tokenizers that put words in different places: a map's token would have two meanings."""
+    for first, *others in (list(tokens.values()) for tokens in read.values()):
+        if any((other.word_of, other.end) != (first.word_of, first.end) for other in others):
+            raise ModelError(
+                f"{model.name}: its tokenizers put the words of {first.text[:80]!r} in different places, so a map's token would have two meanings.",
+                "Load the tokenizers of one model, with the same added words.",
+            )
 
 
 def replan(model: Family, run: Run, **changes: Any) -> Plan:

@@ -25,10 +25,10 @@ import torch
 from probe import pictures
 from probe.arguments import check_options, told
 from probe.conversions import clipping, clipping_text
-from probe.diffusion.families import family_of, recordable
+from probe.diffusion.families import family_of
+from probe.diffusion.family import Family
 from probe.diffusion.loading import load, pick_device
-from probe.diffusion.models import StableDiffusion
-from probe.diffusion.support import refuse_pictures, remarks_on_version
+from probe.diffusion.support import remarks_on_version
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
 from probe.experiment import Experiment, load_experiment
 from probe.fields import from_home, place
@@ -63,9 +63,9 @@ def record(
 ) -> Run:
     """Run an experiment, record it, and return the finished recording. `changes` are fields that differ from the experiment's.
 
-    `pipeline` is a diffusers StableDiffusionPipeline, or a `StableDiffusion`, to use instead of loading `experiment.model`; it
-    stays on its own device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError before anything is written, a
-    RunFailed after (the recording then opens and holds every committed step).
+    `pipeline` is a diffusers StableDiffusionPipeline or StableDiffusionXLPipeline, or a `Family`, to use instead of loading
+    `experiment.model`; it stays on its own device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError
+    before anything is written, a RunFailed after (the recording then opens and holds every committed step).
     """
     asked = load_experiment(experiment, **changes)
     max_bytes = check_options(max_bytes, progress=progress)
@@ -106,7 +106,7 @@ def opened(run: object) -> Run:
     return run
 
 
-def compare_weights(model: StableDiffusion, run: Run, say: Say) -> str:
+def compare_weights(model: Family, run: Run, say: Say) -> str:
     """The digest of a model's weights; that it is not the one of a recording is said."""
     weights = model.digest()
     if weights != (recorded := run.attributes["model"].get("weights", "unknown")):
@@ -114,7 +114,7 @@ def compare_weights(model: StableDiffusion, run: Run, say: Say) -> str:
     return weights
 
 
-def _record(model: StableDiffusion, run: Plan, say: Say, progress: bool, parent: str | None = None, weights: str | None = None) -> Run:
+def _record(model: Family, run: Plan, say: Say, progress: bool, parent: str | None = None, weights: str | None = None) -> Run:
     asked, created = run.experiment, datetime.now(UTC).isoformat(timespec="milliseconds")
     key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
     path = place(asked.output) / f"{asked.run_name}-{key}.zarr"
@@ -215,7 +215,7 @@ def sayer(progress: bool) -> Say:
     return (lambda line: tell(without_home(line))) if progress else (lambda _: None)
 
 
-def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run | None = None) -> StableDiffusion:
+def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run | None = None) -> Family:
     """The experiment's model, or that of a `pipeline` in memory, with the experiment's scheduler.
 
     Of a `recorded` run it is loaded as it was: its commit, where "main" may have moved on, and what an "auto" dtype became.
@@ -226,16 +226,15 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run |
         if recorded is not None:
             revision, dtype = recorded.attributes["model"].get("revision") or revision, recorded.said("model", "dtype")
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": asked.device}
-        model = recordable(load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options))
+        model: Family = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
     else:
-        model = recordable(family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options))
+        model = family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
     if pipeline is not None:
         refuse_contradiction(asked.dtype, asked.device, model, recorded)
-    refuse_pictures(model.name, model.vae, asked.image)
     return model
 
 
-def refuse_contradiction(dtype: str, device: str, model: StableDiffusion, recorded: Run | None = None) -> None:
+def refuse_contradiction(dtype: str, device: str, model: Family, recorded: Run | None = None) -> None:
     """Raise ExperimentError where a pipeline is not in the number format or on the device that is asked for, or was."""
     own, where = str(model.dtype).removeprefix("torch."), model.device
     wanted = torch.device(where if device == "auto" else device)
@@ -250,7 +249,7 @@ def refuse_contradiction(dtype: str, device: str, model: StableDiffusion, record
             raise ExperimentError(f"{field}: {value} is asked for, and the pipeline is {found}.", f"Bring it there, {to}, or {instead}.")
 
 
-def refuse_unread(variant: str | None, revision: str | None, model: StableDiffusion) -> None:
+def refuse_unread(variant: str | None, revision: str | None, model: Family) -> None:
     """Raise ExperimentError for fields that say which files to load, where a pipeline in memory has its weights already."""
     for field, value, own in (("variant", variant, None), ("revision", revision, model.revision)):
         if value not in (None, own):
@@ -260,7 +259,7 @@ def refuse_unread(variant: str | None, revision: str | None, model: StableDiffus
             )
 
 
-def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
+def _see_through(path: Path, model: Family, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
     try:
         with breakable():
             perform(model, run, writer, say, progress)
@@ -272,7 +271,7 @@ def _see_through(path: Path, model: StableDiffusion, run: Plan, writer: RunWrite
         raise
 
 
-def describe(model: StableDiffusion, run: Plan, weights: str | None = None) -> dict[str, Any]:
+def describe(model: Family, run: Plan, weights: str | None = None) -> dict[str, Any]:
     """The recording's attributes: what was asked, of which model (`weights`: its digest, if it is known), and where it ran."""
     import diffusers
     import transformers
@@ -282,8 +281,8 @@ def describe(model: StableDiffusion, run: Plan, weights: str | None = None) -> d
     return {
         "format_version": FORMAT_VERSION,
         "format_status": FORMAT_STATUS,
-        "family": "sd",
-        "guidance_rule": "classifier_free" if run.experiment.guidance_scale > 1 else "none",
+        "family": model.family,
+        "guidance_rule": model.guidance_rule(run.experiment.guidance_scale),
         "experiment": run.experiment.resolved(),
         "identity": run.experiment.identity(),
         "environment": {
@@ -314,11 +313,12 @@ def describe(model: StableDiffusion, run: Plan, weights: str | None = None) -> d
         "read_as": {branch: prompt.read_as for branch, prompt in run.prompts.items() if prompt.read_as != prompt.text},
         **_of_denoised(model, run),
         "cut_from_prompt": {branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut},
-        "decoded_in_float32": False,
+        **({"zeroed_branches": list(run.zeroed_branches)} if run.zeroed_branches else {}),
+        "decoded_in_float32": model.decoding_dtype == torch.float32 != model.dtype,
     }
 
 
-def _of_denoised(model: StableDiffusion, run: Plan) -> dict[str, Any]:
+def _of_denoised(model: Family, run: Plan) -> dict[str, Any]:
     """Where denoised is not what the scheduler goes on with, and where it is not defined; nothing, in most runs."""
     how = clipping(type(model.scheduler).__name__, model.scheduler.config)
     undefined = list(run.schedule.undefined(model.prediction_type))

@@ -67,7 +67,7 @@ class Session:
         readers = [capture for capture in plan.captures if capture.component in (*self._model.text_encoders(), "all")]
         self._hook(readers)
         for branch in sorted(plan.computed_branches):  # the prompt first, then the negative prompt, as diffusers does
-            for capture in readers:
+            for capture in readers if branch not in plan.zeroed_branches else ():
                 capture.expect(branch)
             arguments[branch] = self._model.encode_prompt(plan.tokens[branch], branch)
             count_not_finite("text_encoder: its output", arguments[branch][TEXT], plan.experiment.on_nan)

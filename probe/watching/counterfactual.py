@@ -15,10 +15,10 @@ from dataclasses import replace
 
 import torch
 
-from probe.diffusion.family import TEXT, Arguments, Family, stacked
+from probe.diffusion.family import TEXT, Arguments, Family, Tokens, stacked
 from probe.diffusion.prompts import Prompt
 from probe.diffusion.sampling import Step
-from probe.errors import ExperimentError
+from probe.errors import ExperimentError, ModelError
 from probe.schema import Array, array, near
 from probe.watching.interface import Capture, Plan, Values
 from probe.words import STUMP, alike
@@ -30,6 +30,7 @@ class Counterfactual(Capture):
     component, calls_model = "", True
 
     def __init__(self, model: Family, plan: Plan):
+        refuse_padding(model)
         self._model, self._plan = model, plan
         self._arguments: Arguments | None = None
 
@@ -43,7 +44,7 @@ class Counterfactual(Capture):
 
     def take(self, step: Step) -> Values:
         if self._arguments is None:
-            self._arguments = embeddings_without(self._model, self._plan.prompts["cond"], self._plan.words)
+            self._arguments = embeddings_without(self._model, self._plan.tokens["cond"], self._plan.words)
         return {"counterfactual/change": word_changes(self._model, step, self._arguments)}
 
 
@@ -76,12 +77,24 @@ def without(prompt: Prompt, positions: list[int], padding: int) -> Prompt:
     return replace(prompt, ids=ids)
 
 
-def embeddings_without(model: Family, prompt: Prompt, words: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
-    """Return the denoiser's arguments for the prompt, then for the prompt without each word: 1 + word rows."""
-    ((encoder, (_, tokenizer)),) = model.text_encoders().items()
-    padding = int(tokenizer.pad_token_id)
-    masked = [without(prompt, positions, padding) for positions in words.values()]
-    return stacked([model.encode_prompt({encoder: one}) for one in (prompt, *masked)])
+def embeddings_without(model: Family, tokens: Tokens, words: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Return the denoiser's arguments for the prompt, then for the prompt without each word: 1 + word rows.
+
+    Every text encoder reads it without the word, so that the pooled embedding is without it too.
+    """
+    padding = {encoder: int(tokenizer.pad_token_id) for encoder, (_, tokenizer) in model.text_encoders().items()}
+    masked = [{name: without(one, positions, padding[name]) for name, one in tokens.items()} for positions in words.values()]
+    return stacked([model.encode_prompt(one) for one in (tokens, *masked)])
+
+
+def refuse_padding(model: Family) -> None:
+    """Raise ModelError if a pooled embedding would end at the word that is left out: the padding token is the end token."""
+    for name, (encoder, tokenizer) in model.text_encoders().items():
+        if hasattr(encoder, "text_projection") and tokenizer.pad_token_id == tokenizer.eos_token_id:
+            raise ModelError(
+                f"{model.name}: capture.counterfactual pads a word out, and {name} would take that padding for the end of the prompt.",
+                "Leave capture.counterfactual out, or set the pad_token of its tokenizer to another than its eos_token.",
+            )
 
 
 def word_changes(model: Family, step: Step, arguments: Arguments) -> torch.Tensor:

@@ -53,7 +53,7 @@ class Store(Protocol):
 class Capture(Protocol):
     """One thing that is recorded. Whatever a capture has no need of is left as it is here.
 
-    The order of calls: `arrays` when the run is planned; `expect` before each text; `begin`; then for each step `expect`,
+    The order of calls: `arrays` when the run is planned; `expect` before each text that is read; `begin`; then for each step `expect`,
     if it `wants` that step the model's call with hooks on `watches`, and `take`; after each step `passed`; last `finish`.
     """
 
@@ -134,7 +134,8 @@ class Plan:
     `tokens` are what each branch's text became, by text encoder. `layers` and `self_layers` are the recorded attention
     layers with their grids (y, x), in running order; `recorded` are the steps at which they are read, `decoded` those
     whose latents are decoded. `picture` is what the run begins from, (y, x, rgb) uint8; a noising has `masks`, (y, x)
-    uint8 by word, if only {}. `words` are those to leave out, with their token positions.
+    uint8 by word, if only {}. `words` are those to leave out, with their token positions. The texts of `zeroed_branches` are
+    read by no text encoder: the denoiser is given zeros.
     """
 
     experiment: Experiment
@@ -151,6 +152,7 @@ class Plan:
     decoded: tuple[int, ...]
     picture: np.ndarray | None = None
     masks: dict[str, np.ndarray] | None = None
+    zeroed_branches: tuple[str, ...] = ()
     captures: tuple[Capture, ...] = field(default=(), repr=False)
     remarks: tuple[str, ...] = ()
 

@@ -89,7 +89,7 @@ class VaeOutputs(Capture):
     component = "vae"
 
     def __init__(self, model: Family, plan: Plan):
-        self._plan, self._dtype = plan, model.dtype
+        self._plan, self._dtype = plan, model.decoding_dtype
         self._outputs = outputs_of(model, plan, self.component, replace=True)  # a VAE decodes again in float32
 
     def arrays(self) -> list[Array]:
@@ -128,7 +128,8 @@ class TextOutputs(Capture):
     def begin(self, store: Store) -> None:
         self._flush()
         for path in self._outputs.whole:
-            rows = [self._seen[branch][path] for branch in self._plan.computed_branches]
+            nothing = torch.zeros_like(self._seen["cond"][path])  # of a branch that no text encoder reads
+            rows = [self._seen[branch][path] if branch in self._seen else nothing for branch in self._plan.computed_branches]
             store.write(variable_of(path), as_numpy(torch.cat(rows)))
 
     def _flush(self) -> None:

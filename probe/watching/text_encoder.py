@@ -25,7 +25,8 @@ LAYERED = ("hidden", "attention")  # variables whose first axis counts the layer
 class TextEncoder(Capture):
     """What a text encoder makes of each branch's prompt.
 
-    Each layer's attention is proven: softmax(q k^T) v has to be what it writes. Raise CaptureError if it is not.
+    Of a branch that no text encoder reads, zeros are recorded, as the denoiser gets zeros for it. Each layer's attention is
+    proven: softmax(q k^T) v has to be what it writes. Raise CaptureError if it is not.
     """
 
     def __init__(self, model: Family, plan: Plan, component: str = "text_encoder"):
@@ -35,8 +36,12 @@ class TextEncoder(Capture):
         self._root: Any = getattr(text_encoder, "text_model", text_encoder)
         self._layers = list(self._root.encoder.layers)
         self._branch, self._mask = "", cast("torch.Tensor | None", None)
-        parts = ["embedding", "output", *(f"{part} {i}" for part in LAYERED for i in range(len(self._layers)))]
-        self._tray = Tray([f"{branch} {part}" for branch in plan.computed_branches for part in parts])
+        self._pooled = getattr(text_encoder, "text_projection", None)
+        self._names = ["embedding", "hidden", "output", "attention", *(["pooled"] if self._pooled is not None else [])]
+        layered = [f"{part} {i}" for part in LAYERED for i in range(len(self._layers))]
+        parts = [*(name for name in self._names if name not in LAYERED), *layered]
+        self._read = [branch for branch in plan.computed_branches if branch not in plan.zeroed_branches]
+        self._tray = Tray([f"{branch} {part}" for branch in self._read for part in parts])
         self._sides: dict[tuple[str, int], torch.Tensor] = {}
 
     def arrays(self) -> list[Array]:
@@ -44,6 +49,7 @@ class TextEncoder(Capture):
         branches, tokens, layers = len(plan.computed_branches), plan.kept.tokens, int(config.num_hidden_layers)
         state, dtype = (branches, tokens, int(config.hidden_size)), numpy_dtype(self._model.dtype)
         ids = np.stack([plan.tokens[branch][self.component].ids[0].numpy() for branch in plan.computed_branches])
+        pooled = [] if self._pooled is None else [array(group, "pooled", (branches, int(config.projection_dim)), dtype)]
         return [
             *token_labels(group, plan, plan.computed_branches, range(tokens), self.component),
             array(group, "token_id", value=ids),
@@ -51,6 +57,7 @@ class TextEncoder(Capture):
             array(group, "hidden", (layers, *state), dtype),
             array(group, "output", state, dtype),
             array(group, "attention", (layers, branches, int(config.num_attention_heads), tokens, tokens)),
+            *pooled,
         ]
 
     def watches(self) -> list[Watch]:
@@ -58,6 +65,8 @@ class TextEncoder(Capture):
             (self._root.embeddings, "output", functools.partial(self._put, "embedding")),
             (self._root.final_layer_norm, "output", functools.partial(self._put, "output")),
         ]
+        if self._pooled is not None:
+            found.append((self._pooled, "output", functools.partial(self._put, "pooled")))
         for index, layer in enumerate(self._layers):
             found.append((layer, "output", functools.partial(self._put, f"hidden {index}")))
             found.append((layer.self_attn.q_proj, "output", self._keep("query", index)))
@@ -68,17 +77,21 @@ class TextEncoder(Capture):
 
     def expect(self, call: int | str) -> None:
         prompt = self._plan.tokens[str(call)][self.component]
-        masked = getattr(self._config, "use_attention_mask", None)  # as of few models
-        self._branch, self._mask = str(call), prompt.mask if masked else None
+        self._branch, self._mask = str(call), self._model.text_mask(prompt)
 
     def begin(self, store: Store) -> None:
         seen, group = self._tray.take(), f"text/{self.component}"
-        for name in ("embedding", "hidden", "output", "attention"):
-            rows = [self._whole(seen, f"{branch} {name}", name) for branch in self._plan.computed_branches]
+        for name in self._names:
+            read = {branch: self._whole(seen, f"{branch} {name}", name) for branch in self._read}
+            rows = [read[branch] if branch in read else torch.zeros_like(read["cond"]) for branch in self._plan.computed_branches]
             store.write(f"{group}/{name}", as_numpy(torch.stack(rows, dim=1 if name in LAYERED else 0)))
 
     def _whole(self, seen: dict[str, torch.Tensor], prefix: str, name: str) -> torch.Tensor:
-        """One branch: embedding and output (token, feature), hidden (layer, token, feature), attention (layer, head, token, key)."""
+        """Return what was seen of one branch.
+
+        *Shape:* embedding and output (token, feature), pooled (feature), hidden (layer, token, feature), attention (layer,
+        head, token, key).
+        """
         if name not in LAYERED:
             return seen[prefix][0]
         return torch.stack([seen[f"{prefix} {index}"][0] for index in range(len(self._layers))])
