@@ -7,48 +7,20 @@ requirements, one of which is a torchvision that breaks a CPU build of torch.
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-import torch
 from attention_map_diffusers import AttentionCapture
+from peer import EVERYTHING, assert_the_same, peer_maps
 from test_capture import assert_maps, scores
 from test_conditions import WORKS
 from test_recorder import ask, pipeline
 
 from probe.errors import CaptureError
-from probe.experiment import Experiment
-from probe.reading.recording import Run
 from probe.running.recorder import record
-
-EVERYTHING = {"branches": "both", "tokens": "all", "dtype": "float32"}
-
-
-def peer_maps(asked: Experiment, pipe: Any) -> dict[tuple[int, str], np.ndarray]:
-    """By call and layer, (branch x image, head, pixel, token), from the same prompt, noise and scheduler."""
-    with AttentionCapture(pipe, relations="image->text", timesteps="all", heads="all", offload=None, dtype="float32") as capture:
-        pipe(
-            asked.prompt,
-            negative_prompt=asked.negative_prompt or None,
-            num_inference_steps=asked.steps,
-            guidance_scale=asked.guidance_scale,
-            num_images_per_prompt=asked.images,
-            height=asked.height,
-            width=asked.width,
-            generator=[torch.Generator().manual_seed(asked.seed + i) for i in range(asked.images)],
-            output_type="latent",
-        )
-    calls: Counter[str] = Counter()  # its records come in the order of the calls; timesteps repeat, so they tell no call
-    found = {}
-    for made in capture.compute().records:
-        path = made.layer_id.removeprefix("unet.")
-        found[calls[path], path] = made.data.numpy()
-        calls[path] += 1
-    return found
 
 
 @pytest.mark.parametrize(
@@ -65,19 +37,6 @@ def test_every_map_of_every_call_layer_head_and_branch_is_the_same(changes: dict
     branches = "both" if changes.get("guidance_scale", 3) > 1 else "cond"
     asked = ask(tmp_path, capture={**EVERYTHING, "branches": branches}, **changes)
     assert_the_same(record(asked, pipeline(), progress=False), peer_maps(asked, pipeline()))
-
-
-def assert_the_same(run: Run, theirs: dict[tuple[int, str], np.ndarray]) -> None:
-    compared = 0
-    for grid in run.grids:
-        ours = run.attention(grid)
-        for path in ours["layer"].values:
-            for index in range(run.tree.sizes["step"]):
-                one = ours.sel(layer=path).isel(step=index).transpose("branch", "image", "head", "y", "x", "token").values
-                expected = theirs[index, str(path)]
-                assert np.abs(one.reshape(expected.shape) - expected).max() <= 1e-6
-                compared += 1
-    assert compared == len(theirs) > 0
 
 
 @pytest.mark.parametrize("name", ["lora", "two loras", "merged lora", "plain processor"])

@@ -78,12 +78,14 @@ def test_everything_that_is_recorded_is_in_the_schema(full: Run) -> None:
 
 @pytest.fixture(scope="module")
 def modes(full: Run) -> list[Run]:
-    """The same in the other ways of recording attention."""
+    """The same in the other ways of recording attention, a noising, and a model of two text encoders."""
     asked = {**EVERYTHING, "output": str(full.path.parent)}
     made = [record({**asked, "capture": {"attention": mode}}, pipeline=tiny.pipeline(), progress=False) for mode in ("queries", "summary")]
     picture, mask = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), np.arange(32)[:, None] > np.arange(32)
     noised = record_noising(picture, "a cat", {"cat": mask}, pipeline=tiny.pipeline(), progress=False, timesteps=[500, 100], output=asked["output"])
-    return [*made, noised]
+    encoder = {"activations": ["text_encoder_2.text_projection"], "statistics": False}
+    two_encoders = record({**asked, "steps": 1, "decode_every": 0, "capture": encoder}, pipeline=tiny.xl_pipeline(), progress=False)
+    return [*made, noised, two_encoders]
 
 
 def test_everything_in_the_schema_is_recorded(full: Run, modes: list[Run]) -> None:

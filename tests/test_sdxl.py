@@ -19,16 +19,29 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import zarr
 from originals import original
+from peer import EVERYTHING, assert_the_same, peer_maps
+from PIL import Image
+from recordings import with_its_digests
 from safetensors.torch import save_file
 
+from probe.cli import dispatch
 from probe.diffusion.loading import load
 from probe.diffusion.sampling import Step, denoise
 from probe.diffusion.sdxl import StableDiffusionXL
 from probe.errors import ModelError
+from probe.experiment import Experiment, load_experiment
 from probe.fields import SCHEDULERS
 from probe.noising import record_noising
-from probe.running.recorder import record
+from probe.reading.compare import compare
+from probe.reading.recording import Run
+from probe.running.ask import ask as asking
+from probe.running.ask import read_out
+from probe.running.recorder import record, rerun, resume
+from probe.verify import verify
+from probe.watching import hooks
+from probe.watching.counterfactual import chosen_words, embeddings_without
 from probe.watching.rehearsal import rehearse
 
 # A scheduler whose class clips by default: this pipeline says so and leaves it.
@@ -142,7 +155,12 @@ def test_every_pair_of_settings_is_covered() -> None:
     assert len(FACTORS["scheduler"]) == 14 and len(pairwise()) <= 50
 
 
-@pytest.mark.parametrize("case", pairwise(), ids=lambda case: "-".join(map(str, case)).replace(" ", ""))
+def marked(case: Case) -> Any:
+    """A case for pytest; those of KDPM2, which compute much on the CPU at each step, only with `-m slow`."""
+    return pytest.param(case, marks=[pytest.mark.slow] if case[0].startswith("KDPM2") else [])
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in pairwise()], ids=lambda case: "-".join(map(str, case)).replace(" ", ""))
 def test_bits_equal_diffusers(case: Case) -> None:
     check(case)
 
@@ -383,6 +401,7 @@ def test_a_part_that_is_missing_from_a_folder_is_named(part: str, saved: dict[st
         load(str(tmp_path / "copy"), device="cpu")
 
 
+@pytest.mark.slow
 def test_a_single_file_is_the_same_model(saved: dict[str, Path], tmp_path: Path) -> None:
     """In the original layout, with the configs and the tokenizers of its diffusers directory beside it."""
     shutil.copytree(saved["base"], tmp_path / "xl", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -425,16 +444,349 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(problem: str, saved: dict
 
 # --- recording -------------------------------------------------------------------------------------------------------
 
+ENCODERS = ("text_encoder", "text_encoder_2")
+INSIDE = ("unet.mid_block*", "vae.decoder.mid_block", "text_encoder.encoder.layers.0", "text_encoder_2.text_projection")
+SMALL = {"statistics": False, "attention": "off"}
 
-def test_a_recording_that_would_leave_a_part_out_is_refused_by_name(saved: dict[str, Path], tmp_path: Path) -> None:
-    asked = {"prompt": PROMPT, "steps": 1, "output": str(tmp_path / "runs"), "device": "cpu"}
+
+def ask(folder: Path, **changes: Any) -> Experiment:
+    return load_experiment({"prompt": PROMPT, "seed": SEED, "steps": STEPS, "output": str(folder), "device": "cpu", "durability": "none", **changes})
+
+
+def take(folder: Path, pipeline: Any = None, **changes: Any) -> Run:
+    return record(ask(folder, **changes), pipeline or base(), progress=False)
+
+
+def failed(run: Run, model: Any = None) -> dict[str, str]:
+    return {check.name: check.detail for check in verify(run, model) if check.verdict == "failed"}
+
+
+def assert_neutral(run: Run, steps: list[Step], model: StableDiffusionXL) -> None:
+    """The recording holds the bits of `steps`, which nobody watched, and their picture."""
+    for index, step in enumerate(steps):
+        said = {"latents": step.latents, "prediction": step.prediction, "prediction_cond": step.prediction_cond}
+        for name, tensor in said.items():
+            assert np.array_equal(run.variable(f"latents/{name}").values[index], tensor.numpy()), f"{name} of step {index}"
+    assert np.array_equal(run.variable("images/final").values, model.decode(steps[-1].next_latents)[0].numpy())
+    assert hooks.count(model.unet) == hooks.count(model.vae) == 0
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two images that are not square, of an empty negative prompt, with everything on."""
+    capture = {"branches": "both", "activations": INSIDE, "counterfactual": ["*"], "self_attention": ["*"]}
+    return take(tmp_path_factory.mktemp("runs"), images=2, height=32, width=48, decode_every=2, capture=capture)
+
+
+def test_recording_changes_no_bit(full: Run) -> None:
+    model = StableDiffusionXL.of(base())
+    how = {"images": 2, "height": 32, "width": 48, "guidance_scale": full.experiment.guidance_scale}
+    assert_neutral(full, ours(model, **how), model)
+    latents, pictures = theirs(base(), **how)
+    assert np.array_equal(full.variable("latents/final_latents").values, latents.numpy())
+    assert np.array_equal(full.variable("images/final").values, pictures)
+
+
+def test_what_a_recording_says_of_its_model(full: Run) -> None:
+    assert (full.attributes.family, full.attributes.guidance_rule) == ("sdxl", "classifier_free")
+    assert full.attributes["decoded_in_float32"] is False
+    assert list(full.variable("cost/component").values) == [*ENCODERS, "unet", "vae"]
+    assert (full.variable("cost/seconds").values > 0).all()
+    assert full.variable("text_encoder_2/text_projection/activation").dims == ("branch", "feature")
+
+
+@pytest.mark.parametrize("negative", ["", "cat"])
+def test_the_inside_of_each_text_encoder_is_its_own(negative: str, tmp_path: Path) -> None:
+    run = take(tmp_path, steps=1, negative_prompt=negative, capture=SMALL)
+    assert run.attributes.zeroed_branches == ([] if negative else ["uncond"])
+    for name, tokenizer in zip(ENCODERS, (base().tokenizer, base().tokenizer_2), strict=True):
+        encoder = copy.deepcopy(getattr(base(), name))
+        encoder.set_attn_implementation("eager")
+        for branch, text in (("cond", PROMPT), ("uncond", negative)):
+            ids = tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+            found = run.tree[f"text/{name}"].dataset.sel(branch=branch)
+            assert list(found["token_id"].values) == ids[0].tolist()
+            with torch.no_grad():
+                said = encoder(ids, output_hidden_states=True, output_attentions=True)
+            expected = {
+                "embedding": said.hidden_states[0],
+                "hidden": torch.stack(said.hidden_states[1:]),
+                "output": said.last_hidden_state,
+                "attention": torch.stack(said.attentions),
+                **({"pooled": said.text_embeds} if name == "text_encoder_2" else {}),
+            }
+            assert set(found.data_vars) == {"token_id", *expected}
+            for what, value in expected.items():
+                rows = value[:, 0] if value.ndim > 3 and what in ("hidden", "attention") else value[0]
+                wanted = rows.numpy() if text else np.zeros_like(rows.numpy())
+                np.testing.assert_allclose(found[what].values, wanted, atol=6e-4 if what == "attention" else 2e-6)
+
+
+def test_what_the_unet_is_told_is_in_the_recording(full: Run) -> None:
+    """The last but one state of both encoders, side by side, and the pooled embedding of the second."""
+    told = StableDiffusionXL.of(base()).condition(PROMPT).arguments
+    for branch in ("cond", "uncond"):
+        states = [full.variable(f"text/{name}/hidden").sel(branch=branch).values[-2] for name in ENCODERS]
+        assert np.array_equal(np.concatenate(states, axis=-1), told[branch]["encoder_hidden_states"][0].numpy())
+        assert np.array_equal(full.variable("text/text_encoder_2/pooled").sel(branch=branch).values, told[branch]["text_embeds"][0].numpy())
+
+
+def test_words_are_those_of_each_encoder_and_maps_have_those_of_the_first(full: Run) -> None:
+    first, second = (full.tree[f"text/{name}"].dataset.sel(branch="cond") for name in ENCODERS)
+    assert list(first["word"].values) == list(second["word"].values) and set(first["word"].values) == {*PROMPT.split(), ""}
+    end = len(PROMPT.split()) + 1
+    assert set(first["token_text"].values[end:]) == {"<|endoftext|>"} and set(second["token_text"].values[end + 1 :]) == {"!"}
+    maps = full.attention()
+    assert list(maps["token"].values) == [*range(end + 1), -1]
+    assert list(maps["token_text"].sel(branch="cond").values[:-1]) == list(first["token_text"].values[: end + 1])
+    assert set(full.word_maps()["word"].values) >= set(PROMPT.split())
+
+
+def test_maps_of_a_negative_prompt_that_is_zeros_say_nothing(full: Run) -> None:
+    maps = full.attention().sel(branch="uncond", token=slice(0, None)).values
+    np.testing.assert_allclose(maps[:, :-1], 1 / 77, atol=1e-5)
+    assert not full.variable("attention/4x6/value_size").sel(branch="uncond").values.any()
+
+
+def test_no_hook_is_left_on_a_text_encoder(tmp_path: Path) -> None:
+    """transformers leaves its own, those that collect hidden states."""
+    model = StableDiffusionXL.of(base())
+    model.condition(PROMPT)
+    before = [hooks.count(encoder) for encoder, _ in model.text_encoders().values()]
+    take(tmp_path, steps=1, capture=SMALL)
+    assert [hooks.count(encoder) for encoder, _ in model.text_encoders().values()] == before
+
+
+def test_a_prompt_with_the_padding_of_the_second_tokenizer(tmp_path: Path) -> None:
+    run = take(tmp_path, prompt="a cat ! !", negative_prompt="!", steps=1, capture={"branches": "both", "statistics": False})
+    assert failed(run) == {}
+    first, second = (list(run.variable(f"text/{name}/word").sel(branch="cond").values) for name in ENCODERS)
+    assert first == second and first[:4] == ["", "a", "cat", ""]
+    assert list(run.variable("text/text_encoder_2/token_text").sel(branch="cond").values[3:5]) == ["!", "!"]
+
+
+def test_it_is_verified_with_and_without_the_model(full: Run) -> None:
+    assert failed(full) == failed(full, base()) == {}
+    found = {check.name: check.verdict for check in verify(full, base())}
+    assert found["text"] == found["predictions"] == found["inside"] == found["plan"] == found["weights"] == "exact"
+
+
+CHANGES: tuple[tuple[str, Any, Any, set[str]], ...] = (
+    ("text/text_encoder_2/pooled", (1, 0), 0.5, {"text"}),
+    ("text/text_encoder_2/pooled", (0, 0), 0.5, {"text", "softmax"}),
+    ("text/text_encoder/hidden", (1, 0, 2, 3), 1.0, {"text", "softmax"}),
+    ("text/text_encoder_2/word_index", (1, 2), 0, {"labels", "plan"}),
+    ("text/text_encoder_2/token_id", (1, 2), 3, {"plan"}),
+)
+WITHOUT_THE_MODEL = {"labels", "softmax"}
+
+
+@pytest.mark.parametrize(("path", "at", "value", "names"), CHANGES)
+def test_what_is_changed_in_an_encoder_is_noticed_without_the_model(
+    path: str, at: Any, value: Any, names: set[str], full: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(full.path, tmp_path / "copy.zarr")
+    zarr.open_group(tmp_path / "copy.zarr", mode="r+", use_consolidated=False)[path][at] = value
+    assert failed(Run(with_its_digests(tmp_path / "copy.zarr"))).keys() == names & WITHOUT_THE_MODEL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "at", "value", "names"), CHANGES)
+def test_what_is_changed_in_an_encoder_is_noticed_with_the_model(path: str, at: Any, value: Any, names: set[str], full: Run, tmp_path: Path) -> None:
+    shutil.copytree(full.path, tmp_path / "copy.zarr")
+    zarr.open_group(tmp_path / "copy.zarr", mode="r+", use_consolidated=False)[path][at] = value
+    assert names <= failed(Run(with_its_digests(tmp_path / "copy.zarr")), base()).keys()
+
+
+def test_zeros_are_claimed_for_an_empty_negative_prompt_alone(tmp_path: Path) -> None:
+    run = take(tmp_path, steps=1, negative_prompt="cat", capture=SMALL)
+    root = json.loads((run.path / "zarr.json").read_text())
+    root["attributes"]["zeroed_branches"] = ["uncond"]
+    (run.path / "zarr.json").write_text(json.dumps(root))
+    found = failed(Run(with_its_digests(run.path)))
+    assert "only an empty negative prompt of SDXL may be zeros" in found["schema"] and "is not zero in a branch" in found["softmax"]
+
+
+@pytest.mark.slow
+def test_another_second_text_encoder_is_noticed(full: Run) -> None:
+    other = copy.deepcopy(base())
+    other.text_encoder_2.text_projection.weight.data *= 1.5
+    assert {"weights", "text", "predictions"} <= failed(full, other).keys()
+
+
+def cut_short(folder: Path, pipeline: Any, after: int, **how: Any) -> Run:
+    """A recording that was interrupted after some steps."""
+    calls = iter(range(100))
+    with pytest.raises(KeyboardInterrupt), hooks.Hooks([(pipeline.unet, "input", lambda _: interrupt() if next(calls) == after else None)]):
+        take(folder, pipeline, **how)
+    cut = next(Run(path) for path in folder.glob("*.zarr"))
+    assert cut.status == "interrupted" and len(cut.steps) == after
+    return cut
+
+
+def test_a_recording_that_was_interrupted_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    how = {"scheduler": "EulerAncestral", "images": 2}
+    cut = cut_short(tmp_path / "cut", base(), 2, **how)
+    assert failed(cut) == {}
+    assert compare(take(tmp_path / "whole", **how), resume(cut, base(), progress=False)).same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", tiny.XL_UNETS)
+def test_every_shape_is_recorded_resumed_and_recorded_again(shape: str, tmp_path: Path) -> None:
+    pipeline, how = base(shape), {"guidance_scale": 0.0 if shape == "turbo" else 3.0, "images": 2}
+    whole = take(tmp_path / "whole", pipeline, **how)
+    resumed = resume(cut_short(tmp_path / "cut", pipeline, 2, **how), pipeline, progress=False)
+    assert compare(whole, resumed).same and compare(whole, rerun(whole, pipeline, progress=False)).same
+    assert failed(whole, pipeline) == failed(resumed, pipeline) == {}
+    model = StableDiffusionXL.of(pipeline)
+    assert_neutral(whole, ours(model, images=2, guidance_scale=how["guidance_scale"]), model)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ("base", {"images": 2, "height": 32, "width": 48, "negative_prompt": "the hat"}),
+        pytest.param("ssd-1b", {}, marks=pytest.mark.slow),
+        pytest.param("turbo", {"guidance_scale": 0.0, "images": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_maps_are_those_of_an_independent_implementation(shape: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    capture = {**EVERYTHING, "branches": "cond" if shape == "turbo" else "both", "statistics": False, "text": False}
+    asked = ask(tmp_path, steps=2, capture=capture, **changes)
+    assert_the_same(record(asked, base(shape), progress=False), peer_maps(asked, base(shape)))
+
+
+def test_without_a_word_every_encoder_reads_the_prompt_without_it(full: Run) -> None:
+    """By hand: in both token lists the word's token is the padding of that tokenizer."""
+    pipeline, words = base(), list(full.variable("counterfactual/masked_word").values)
+    assert words == ["a", "cat", "on", "the", "hat"]
+    states, pooled = [], torch.empty(0)
+    for encoder, tokenizer in ((pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2)):
+        ids = tokenizer([PROMPT] * 2, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        ids[1, 2] = tokenizer.pad_token_id
+        with torch.no_grad():
+            said = encoder(ids, output_hidden_states=True)
+        states.append(said.hidden_states[-2])
+        pooled = said.text_embeds if "text_embeds" in said else pooled
+    assert not torch.equal(pooled[0], pooled[1])
+    added = {"text_embeds": pooled.repeat_interleave(2, 0), "time_ids": torch.tensor([[32.0, 48, 0, 0, 32, 48]]).repeat(4, 1)}
+    text = torch.cat(states, -1).repeat_interleave(2, 0)
+    latents = StableDiffusionXL.of(pipeline).with_scheduler("default", {})
+    step = ours(latents, images=2, height=32, width=48, guidance_scale=full.experiment.guidance_scale)[1]
+    with torch.no_grad():
+        said = pipeline.unet(step.model_input.repeat(2, 1, 1, 1), step.timestep, encoder_hidden_states=text, added_cond_kwargs=added).sample
+    expected = (said[:2] - said[2:]).abs().mean(1).numpy()
+    np.testing.assert_allclose(full.counterfactual().sel(step=1, masked_word="cat").values, expected, atol=1e-5)
+    assert expected.max() > 1e-4
+
+
+def test_a_padding_that_would_end_the_prompt_is_refused(tmp_path: Path) -> None:
+    pipeline = copy.copy(base())
+    pipeline.tokenizer_2 = tiny.tokenizer()
+    with pytest.raises(ModelError, match="text_encoder_2 would take that padding for the end of the prompt"):
+        take(tmp_path, pipeline, capture={"counterfactual": ["cat"]})
+
+
+def test_tokenizers_that_put_words_in_different_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is recorded as it is, maps are labelled as the first reads, and of each the word itself is left out."""
+    pipeline = copy.deepcopy(base())
+    pipeline.tokenizer.add_tokens("astro")
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer))
+    asked = ask(tmp_path, prompt="an astrolabe cat", steps=1)
+    with pytest.raises(ModelError, match="its text encoders read other words of 'an astrolabe cat'"):
+        record(asked, pipeline, progress=False, capture={"counterfactual": ["cat"]})
+    assert not list(tmp_path.iterdir())
+    run = record(asked, pipeline)
+    assert "maps are labelled as the first one reads it" in capsys.readouterr().err and failed(run) == {}
+    assert "astro" in run.variable("attention/4x4/word").values and "astrolabe" in run.variable("text/text_encoder_2/word").values
+
+    model = StableDiffusionXL.of(base())
+    tokens = model.tokens("a !!! cat")
+    words = chosen_words(tokens["text_encoder"], ("cat",))
+    tokens["text_encoder"] = model.read("a cat")  # as of a tokenizer that reads "!!!" as nothing
+    told = embeddings_without(model, tokens, {"cat": [2]})
+    assert words == {"cat": [5]} and told["text_embeds"].shape[0] == 2
+    ids = tokens["text_encoder_2"].ids.repeat(2, 1)
+    ids[1, 5] = base().tokenizer_2.pad_token_id
+    with torch.no_grad():
+        assert torch.equal(told["text_embeds"], torch.cat([base().text_encoder_2(row[None]).text_embeds for row in ids]))
+
+
+def test_a_config_that_asks_for_a_mask_is_passed_over_as_by_the_pipeline(tmp_path: Path) -> None:
+    pipeline = copy.deepcopy(base())
+    pipeline.text_encoder.config.use_attention_mask = True
+    run = take(tmp_path, pipeline, steps=1, capture=SMALL)
+    assert run.status == "complete" and np.isfinite(run.variable("text/text_encoder/attention").values).all()
+
+
+@pytest.mark.parametrize("upcast", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_that_the_vae_ran_in_float32_is_told(upcast: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = tiny.xl_pipeline().to(dtype=torch.float16)
+    pipeline.vae.register_to_config(force_upcast=upcast)
+    asked = ask(tmp_path, steps=1, decode_every=1, capture={"activations": ["vae.decoder.conv_out"]})
+    run = record(asked, pipeline)
+    assert run.attributes["decoded_in_float32"] is upcast and "overflowed" not in capsys.readouterr().err
+    inside = run.variable("vae/decoder.conv_out/activation")
+    assert (str(inside.dtype), inside.attrs["recorded_dtype"]) == (("float32",) * 2 if upcast else ("float16",) * 2)
+    assert pipeline.vae.dtype == torch.float16 and failed(run) == {}
+    if not upcast:
+        assert failed(run, pipeline) == {}
+
+
+def test_a_picture_to_begin_from_is_refused_by_name(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "cat.png")
     for call in (
-        lambda: record(asked, base(), progress=False),
-        lambda: record(asked, StableDiffusionXL.of(base()), progress=False),
-        lambda: record(asked, progress=False, model=str(saved["base"])),
+        lambda: take(tmp_path / "runs", image=str(tmp_path / "cat.png")),
         lambda: record_noising(np.zeros((32, 32, 3), np.uint8), PROMPT, pipeline=base(), progress=False, output=str(tmp_path / "runs")),
     ):
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError, match="a Stable Diffusion XL model does not begin from a picture here yet"):
             call()
-        assert caught.value.cause.endswith(": StableDiffusionXL is not recorded yet: its text_encoder_2 would be left out.")
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_know_a_recording_of_a_model_in_a_folder(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    how = [f"--model={saved['base']}", "--device=cpu", f"--prompt={PROMPT}", "--steps=2", "--capture.attention=queries", "--durability=none"]
+    assert dispatch(["run", *how, "--dry-run"]) == 0
+    assert "/text/text_encoder_2/hidden" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+    assert dispatch(["run", *how, "--quiet"]) == 0
+    name = capsys.readouterr().out.strip()
+    assert dispatch(["show", "latest"]) == dispatch(["ask", "latest", "astronaut"]) == dispatch(["verify", "latest", "--model"]) == 0
+    assert dispatch(["rerun", "latest", "--quiet"]) == 0
+    assert dispatch(["diff", Path(name).name, "latest"]) == 0
+    shown = capsys.readouterr().out
+    assert "text_encoder_2" in shown and "astronaut" in shown
+
+
+def test_a_word_that_was_not_in_the_prompt(tmp_path: Path) -> None:
+    """The answer of the recorded prompt itself is its own maps, whose keys were recorded."""
+    run = take(tmp_path, steps=2, capture={"attention": "queries", "statistics": False, "text": False, "dtype": "float32"})
+    assert read_out(run, "astronaut", pipeline=base()).values.any()
+    for grid, maps in asking(run, PROMPT, base()).items():
+        expected = run.attention(grid).sel(branch="cond")
+        np.testing.assert_allclose(maps.transpose(*expected.dims).values, expected.values, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_is_recorded_resumed_and_verified(name: str, tmp_path: Path) -> None:
+    """With and without guidance, not square, one image and two, of each shape."""
+    for number, (guidance, size, images, shape) in enumerate(itertools.product((5.0, 1.0), ((32, 32), (32, 48)), (1, 2), tiny.XL_UNETS)):
+        how = {"guidance_scale": guidance, "height": size[0], "width": size[1], "images": images}
+        pipeline, model = peer_of(shape, name), model_of(shape, name)
+        branches = "both" if guidance > 1 else "cond"
+        run = take(tmp_path / f"{number}", pipeline, scheduler=name, **how, capture={"branches": branches})
+        assert_neutral(run, ours(model, **how), model)
+        latents, pictures = theirs(pipeline, **how)
+        assert np.array_equal(run.variable("latents/final_latents").values, latents.numpy())
+        assert np.array_equal(run.variable("images/final").values, pictures)
+        cut = cut_short(tmp_path / f"{number}-cut", pipeline, 1, scheduler=name, **how, capture={"branches": branches})
+        assert compare(run, resume(cut, pipeline, progress=False)).same
+        assert failed(run, pipeline) == {}

@@ -57,9 +57,17 @@ class Prompt:
         return {w: [i for i, of in enumerate(self.word_of) if of == w] for w in range(len(self.words))}
 
 
-def read_prompt(tokenizer: Any, text: str, over_long: OverLong = "error", convert: Convert | None = None, rules: int = RULES) -> Prompt:
+def read_prompt(
+    tokenizer: Any,
+    text: str,
+    over_long: OverLong = "error",
+    convert: Convert | None = None,
+    rules: int = RULES,
+    padding_is_word: bool = True,
+) -> Prompt:
     """Tokenize a prompt as a pipeline does, after its `convert`. Raises PromptError when it is too long or no text.
 
+    A padding token that is typed, as the "!" of some models, is a word of its own, unless `padding_is_word` is false.
     `rules` 1 gives tokens and words as the first recordings have them, which never converted a prompt.
     """
     limit = int(tokenizer.model_max_length)
@@ -86,7 +94,8 @@ def read_prompt(tokenizer: Any, text: str, over_long: OverLong = "error", conver
         words, word_of = _first_words(read_as, offsets, end)
     else:
         added = tokenizer.added_tokens_decoder
-        inside = [position for position in range(1, end) if ids[position] in added]
+        plain = None if padding_is_word else tokenizer.pad_token_id
+        inside = [position for position in range(1, end) if ids[position] in added and ids[position] != plain]
         words, word_of = _words(read_as[: len(read_as) - len(cut)], read_as, offsets, end, {position: pieces[position] for position in inside})
         if _is_of_bytes(tokenizer):
             pieces = [piece if id in added else token_text(piece) for id, piece in zip(ids, pieces, strict=True)]

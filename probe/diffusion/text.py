@@ -27,7 +27,7 @@ def read(model: Family, encoder: str, text: str, over_long: OverLong = "error", 
     Raise PromptError for a text that is too long or has words that the model never saw, and
     ModelError for a token that the text encoder has no embedding of.
     """
-    module, tokenizer = model.text_encoders()[encoder]
+    first, (module, tokenizer) = next(iter(model.text_encoders())), model.text_encoders()[encoder]
     known = model.vocabulary
     if known is not None:
         unknown = [word for word in words_to_know(text, tokenizer) if word not in known]
@@ -36,7 +36,8 @@ def read(model: Family, encoder: str, text: str, over_long: OverLong = "error", 
                 f"{model.name} never saw {', '.join(map(repr, unknown))} in its training.",
                 f"Its words: {' '.join(sorted(known))}. Another model (model: ...) knows more.",
             )
-    prompt = read_prompt(tokenizer, text, over_long, _converter(model.pipeline), rules)
+    converter = _converter(model.pipeline)
+    prompt = read_prompt(tokenizer, text, over_long, converter, rules, padding_is_word=encoder == first)
     position = int(prompt.ids.argmax())
     if int(prompt.ids[0, position]) >= module.get_input_embeddings().num_embeddings:
         raise ModelError(

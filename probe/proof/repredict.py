@@ -86,7 +86,7 @@ def check_weights(recorded: str | None, here: str) -> Check:
     return Check("weights", "failed", f"recorded with weights of digest {recorded}, these have {here}: bring those back")
 
 
-def _unlike_attributes(run: Run, model: StableDiffusion, here: Mapping[str, Any], because: tuple[str, ...]) -> Iterator[str]:
+def _unlike_attributes(run: Run, model: Family, here: Mapping[str, Any], because: tuple[str, ...]) -> Iterator[str]:
     """What a recording says of itself, where this model or the experiment leads to something else."""
     there = run.attributes
     pairs = said_of_model(run, here)

@@ -17,7 +17,7 @@ from probe.diffusion.family import Family, Tokens
 from probe.diffusion.sampling import Schedule, first_call
 from probe.diffusion.schedule_check import held_schedule, recorded_schedule, remarks
 from probe.diffusion.support import refuse_pictures
-from probe.errors import ExperimentError, ModelError, TooLarge
+from probe.errors import ExperimentError, TooLarge
 from probe.experiment import Experiment, load_experiment
 from probe.files import check_place
 from probe.reading.recording import Run
@@ -130,7 +130,6 @@ def plan(
     called = BRANCHES if experiment.guidance_scale > 1.0 else ("cond",)
     texts = {"cond": experiment.prompt, "uncond": experiment.negative_prompt}
     read = {branch: model.tokens(texts[branch], experiment.over_long, rules) for branch in called}
-    _refuse_unlike(model, read)
     prompts = {branch: next(iter(tokens.values())) for branch, tokens in read.items()}
     branches = tuple(b for b in called if capture.branches in ("both", b))
     if not branches:
@@ -173,7 +172,7 @@ def plan(
         picture=picture,
         masks=masks,
         zeroed_branches=tuple(branch for branch in called if not model.reads(read[branch], branch)),
-        remarks=remarks(model, schedule, begin),
+        remarks=(*remarks(model, schedule, begin), *_unlike_places(read)),
     )
     return replace(facts, captures=tuple(_captures(model, facts)))
 
@@ -186,14 +185,12 @@ def _captures(model: Family, facts: Plan) -> Iterator[Capture]:
             yield from (kind(model, facts) if encoder is None else kind(model, facts, encoder) for encoder in more)
 
 
-def _refuse_unlike(model: Family, read: Mapping[str, Tokens]) -> None:
-    """Raise ModelError for tokenizers that put words in different places: a map's token would have two meanings."""
+def _unlike_places(read: Mapping[str, Tokens]) -> tuple[str, ...]:
+    """What to say of tokenizers that put the words of a text in different places: one line, or none."""
     for first, *others in (list(tokens.values()) for tokens in read.values()):
-        if any((other.word_of, other.end) != (first.word_of, first.end) for other in others):
-            raise ModelError(
-                f"{model.name}: its tokenizers put the words of {first.text[:80]!r} in different places, so a map's token would have two meanings.",
-                "Load the tokenizers of one model, with the same added words.",
-            )
+        if any(other.word_of != first.word_of for other in others):
+            return (f"The text encoders read {first.text[:80]!r} in different places; maps are labelled as the first one reads it.",)
+    return ()
 
 
 def replan(model: Family, run: Run, **changes: Any) -> Plan:

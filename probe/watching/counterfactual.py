@@ -30,7 +30,7 @@ class Counterfactual(Capture):
     component, calls_model = "", True
 
     def __init__(self, model: Family, plan: Plan):
-        refuse_padding(model)
+        refuse_unlike(model, plan.tokens["cond"])
         self._model, self._plan = model, plan
         self._arguments: Arguments | None = None
 
@@ -80,15 +80,29 @@ def without(prompt: Prompt, positions: list[int], padding: int) -> Prompt:
 def embeddings_without(model: Family, tokens: Tokens, words: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
     """Return the denoiser's arguments for the prompt, then for the prompt without each word: 1 + word rows.
 
-    Every text encoder reads it without the word, so that the pooled embedding is without it too.
+    `words` has positions in the first text encoder's tokens. Every text encoder reads the prompt without the word, so that the
+    pooled embedding is without it too.
     """
+    first = next(iter(tokens.values()))
     padding = {encoder: int(tokenizer.pad_token_id) for encoder, (_, tokenizer) in model.text_encoders().items()}
-    masked = [{name: without(one, positions, padding[name]) for name, one in tokens.items()} for positions in words.values()]
+    masked = [{name: without(one, _places(one, first, positions), padding[name]) for name, one in tokens.items()} for positions in words.values()]
     return stacked([model.encode_prompt(one) for one in (tokens, *masked)])
 
 
-def refuse_padding(model: Family) -> None:
-    """Raise ModelError if a pooled embedding would end at the word that is left out: the padding token is the end token."""
+def _places(prompt: Prompt, first: Prompt, positions: list[int]) -> list[int]:
+    """Where a prompt has the words that are at `positions` of its `first` reading."""
+    numbers = {first.word_of[position] for position in positions}
+    return [position for position, of in enumerate(prompt.word_of) if of in numbers]
+
+
+def refuse_unlike(model: Family, tokens: Tokens) -> None:
+    """Raise ModelError if the text encoders read other words, or if one would take padding for the end of the prompt."""
+    first, *others = tokens.values()
+    if any(other.words != first.words for other in others):
+        raise ModelError(
+            f"{model.name}: capture.counterfactual leaves words out, and its text encoders read other words of {first.text[:80]!r}.",
+            "Leave capture.counterfactual out, or add the same words to its tokenizers.",
+        )
     for name, (encoder, tokenizer) in model.text_encoders().items():
         if hasattr(encoder, "text_projection") and tokenizer.pad_token_id == tokenizer.eos_token_id:
             raise ModelError(
