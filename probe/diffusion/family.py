@@ -4,8 +4,9 @@
     predict = family.predictor(conditioning, images=2, guidance_scale=7.5)
     predict(index, model_input, t)                  # Predictions
 
-A family is one file: `probe.diffusion.sd` (Stable Diffusion 1 and 2), `probe.diffusion.sdxl`. The
-loop (`probe.diffusion.sampling`) scales the latents and calls a `Predict`, nothing else of the
+A family is one file: `probe.diffusion.sd` (Stable Diffusion 1 and 2), `probe.diffusion.sdxl`. Its
+name is the attribute `family` of its recordings; `probe.dimensions` says what readers have to know of
+it without the model: its text encoders, and whose pooled embedding is recorded. The loop (`probe.diffusion.sampling`) scales the latents and calls a `Predict`, nothing else of the
 model. Recorded predictions are another `Predict` (`replaying`).
 """
 
