@@ -1,7 +1,6 @@
 """What a recording holds: the only place where groups, names, dimensions, types and units are written.
 
-`SCHEMA` lists every variable; a group in braces stands for several ("attention/{grid}": attention/16x16, ...). A
-recording's own variables, with their sizes, are `Array`s. The table in README.md is made by `python -m probe.schema`.
+`SCHEMA` lists every variable; a group in braces stands for several ("attention/{grid}": attention/16x16, ...).
 
 Sizes that differ have names that differ, or live in groups of their own, because a DataTree refuses a child whose
 dimension disagrees with its parent's. That is why maps are grouped by grid and no `y` or `x` is at the root.
@@ -30,15 +29,12 @@ PICTURE = -2  # reserved: under joint attention, the token coordinate of the sum
 
 @dataclass(frozen=True)
 class Asked:
-    """What decides which variables a recording has: its experiment, whether it is a noising, and whether its model has a VAE.
-
-    `pooled`: of a text encoder's group, whether the model is given its pooled embedding.
-    """
+    """What decides which variables a recording has: its experiment, whether it is a noising, and whether its model has a VAE."""
 
     experiment: Any
     noising: bool
     vae: bool
-    pooled: bool = False
+    pooled: bool = False  # of a text encoder's group: whether the model is given its pooled embedding
 
 
 def _always(_: Asked) -> bool:
@@ -100,6 +96,10 @@ def _noising(asked: Asked) -> bool:
 
 def _attention(*modes: str) -> Callable[[Asked], bool]:
     return lambda asked: asked.experiment.capture.attention in (modes or ("maps", "queries", "summary"))
+
+
+def _pooled(asked: Asked) -> bool:
+    return asked.pooled and bool(asked.experiment.capture.text)
 
 
 def _statistics(asked: Asked) -> bool:
@@ -167,24 +167,13 @@ SCHEMA: tuple[Variable, ...] = (
         Variable("text/{encoder}", "token_id", ("branch", "token"), "int64", "token ids"),
         Variable("text/{encoder}", "embedding", ("branch", "token", "feature"), "run", "token plus position embedding"),
         Variable(
-            "text/{encoder}",
-            "hidden",
-            ("text_layer", "branch", "token", "feature"),
-            "run",
-            "output of each layer; SDXL gives its UNet the last but one",
+            "text/{encoder}", "hidden", ("text_layer", "branch", "token", "feature"), "run", "output of each layer (SDXL: the last but one is used)"
         ),
-        Variable(
-            "text/{encoder}", "output", ("branch", "token", "feature"), "run", "after the last norm: what Stable Diffusion 1 and 2 give their UNet"
-        ),
+        Variable("text/{encoder}", "output", ("branch", "token", "feature"), "run", "after the last norm: what the UNet is given, but for SDXL"),
         Variable("text/{encoder}", "attention", ("text_layer", "branch", "text_head", "token", "key"), "float16", "self-attention: token at key"),
     ),
     Variable(
-        "text/{encoder}",
-        "pooled",
-        ("branch", "pooled_feature"),
-        "run",
-        "the pooled embedding, which the UNet is given beside the tokens",
-        when=lambda asked: asked.pooled and bool(asked.experiment.capture.text),
+        "text/{encoder}", "pooled", ("branch", "pooled_feature"), "run", "pooled embedding, which the UNet is given beside the tokens", when=_pooled
     ),
     *_part(
         _attention(),

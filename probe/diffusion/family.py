@@ -5,9 +5,9 @@
     predict(index, model_input, t)                  # Predictions
 
 A family is one file: `probe.diffusion.sd` (Stable Diffusion 1 and 2), `probe.diffusion.sdxl`. Its
-name is the attribute `family` of its recordings; `probe.dimensions` says what readers have to know of
-it without the model: its text encoders, and whose pooled embedding is recorded. The loop (`probe.diffusion.sampling`) scales the latents and calls a `Predict`, nothing else of the
-model. Recorded predictions are another `Predict` (`replaying`).
+name is the attribute `family` of its recordings; `probe.dimensions` says what readers have to know
+of it without the model. The loop (`probe.diffusion.sampling`) scales the latents and calls a
+`Predict`, nothing else of the model. Recorded predictions are another `Predict` (`replaying`).
 """
 
 from __future__ import annotations
