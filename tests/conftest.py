@@ -33,6 +33,15 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _a_home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home folder beside what tests write: where TMPDIR lies in the real one, paths would be said as ~/..."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HOME", "USERPROFILE"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _no_fonts() -> Iterator[None]:
     """Hide what a bare machine does not have: fonts in files, and raqm. Pillow's own font remains."""
     truetype, check = ImageFont.truetype, features.check

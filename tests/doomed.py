@@ -10,6 +10,7 @@ into an open file no audit hook sees: there the write of a step's part counts, a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import itertools
@@ -112,7 +113,8 @@ class Doomed:
     def signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
         self._signalled = time.monotonic()
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(self.process.pid, number)
 
     def alive(self) -> bool:
         """Whether it still runs; hears what it reports, so that it need not wait."""

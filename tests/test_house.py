@@ -415,7 +415,7 @@ GOOD = {
     "probe/cli.py": '"""The door."""\nfrom probe import analysis\ndef main():\n    import torch\n    from probe.running.recorder import record\n',
     "probe/dashboard/__init__.py": '"""Looks."""\nimport probe\nfrom ..analysis.maps import Run\n',
     "probe/dashboard/views/maps.py": '"""A view."""\nfrom ... import schema\nfrom ..figures import draw\nimport streamlit\n',
-    "experiments/own.py": "place = '.../work/here', 'root/x', 'a/opt', '/workflows/x', '/options'\n",
+    "experiments/own.py": "place = '.../home/here', 'root/x', 'a/opt', '/workflows/x', '/options'\n",
 }
 
 BREAKS = [
