@@ -32,7 +32,7 @@ from probe.running.perform import ask_noised
 from probe.watching.counterfactual import embeddings_without, word_changes
 from probe.watching.cross_attention import CrossAttention
 from probe.watching.interface import Kept, Plan, Rows, grid_group, hooked
-from probe.watching.rehearsal import Rehearsal, rehearse
+from probe.watching.rehearsal import rehearse
 from probe.watching.source import noised
 from probe.watching.text_side import TextSide
 
@@ -86,7 +86,7 @@ def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: i
     """
     conditioning, schedule = model.condition(shown.caption, guided=False), Schedule.at(model.scheduler, timesteps)
     prompt, (clean, eps) = conditioning.cond, noised(model, shown.picture, 1, seed)
-    rehearsal = rehearse_once(model, tuple(clean.shape), int(prompt.ids.shape[1]))
+    rehearsal = rehearse(model, tuple(clean.shape), 1, int(prompt.ids.shape[1]))
     plan = Plan(
         experiment=Experiment(prompt=shown.caption, guidance_scale=1.0, capture={"dtype": "float32"}),
         tokens=conditioning.tokens,
@@ -123,17 +123,6 @@ def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: i
         sides = sizes[f"{grid_group(grid)}/value_size"][0].cpu().numpy()
         written.append(xr.DataArray(sides, dims=("token", "layer", "head"), coords={"token": coords["token"], "layer": paths}))
     return Seen(prompt, grids, written, change)
-
-
-_REHEARSED: dict[tuple[str, tuple[int, ...]], Rehearsal] = {}
-
-
-def rehearse_once(model: StableDiffusion, shape: tuple[int, ...], tokens: int) -> Rehearsal:
-    """A rehearsal for latents of `shape`, remembered by config and shape."""
-    key = (repr(model.unet.config), shape)
-    if key not in _REHEARSED:
-        _REHEARSED[key] = rehearse(model, shape, 1, tokens)
-    return _REHEARSED[key]
 
 
 def recorded(run: Run, prompt: Prompt, timesteps: Sequence[int], words: Sequence[str]) -> Seen:

@@ -21,7 +21,7 @@ from probe.experiment import Experiment
 from probe.reading.recording import Run
 from probe.running.planning import plan
 from probe.running.session import Session
-from probe.watching import hooks
+from probe.watching import hooks, rehearsal
 from probe.watching.hooks import Hooks
 from probe.watching.measures import statistics_of, to_storage
 from probe.watching.outputs import ModuleOutputs, TextOutputs, UnetOutputs, VaeOutputs
@@ -435,6 +435,25 @@ def test_hooks_are_on_only_while_they_are_wanted() -> None:
     assert on == [0, len(settled.layers), *others], "a hook is on where it is not wanted"
     assert [any("/cross" in name for name in names) for names in taken] == [False, True, *map(bool, others)]
     assert hooks.count(pipe.unet) == hooks.count(pipe.text_encoder) == 0
+
+
+def test_a_rehearsal_is_remembered_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline()
+    model, made = StableDiffusion.of(pipe), list[tuple[Any, ...]]()
+    real = rehearsal._rehearse
+    monkeypatch.setattr(rehearsal, "_REHEARSED", {})
+    monkeypatch.setattr(rehearsal, "_rehearse", lambda *arguments: (made.append(arguments), real(*arguments))[1])
+    first = rehearse(model, (1, 4, 8, 8), 2, 77)
+    assert rehearse(StableDiffusion.of(tiny.pipeline(seed=1)), (1, 4, 8, 8), 2, 77) is first, "of the same configs"
+    for shape, branches, tokens in (((2, 4, 8, 8), 2, 77), ((1, 4, 8, 6), 2, 77), ((1, 4, 8, 8), 1, 77), ((1, 4, 8, 8), 2, 40)):
+        assert rehearse(model, shape, branches, tokens) != first
+    pipe.vae.enable_slicing()
+    rehearse(model, (1, 4, 8, 8), 2, 77)
+    rehearse(StableDiffusion.of(tiny.pipeline().to(torch.bfloat16)), (1, 4, 8, 8), 2, 77)
+    rehearse(StableDiffusion.of(tiny.pipeline(attention_head_dim=4)), (1, 4, 8, 8), 2, 77)
+    assert len(made) == len(rehearsal._REHEARSED) == 8 == rehearsal.REMEMBERED
+    rehearse(model, (3, 4, 8, 8), 2, 77)
+    assert len(rehearsal._REHEARSED) == 8 and all(known is not first for known in rehearsal._REHEARSED.values()), "the oldest one goes"
 
 
 class Taken:

@@ -43,9 +43,33 @@ class Rehearsal:
     calls: dict[str, int]
 
 
+REMEMBERED = 8  # rehearsals, each of some hundred names and shapes
+_REHEARSED: dict[Any, Rehearsal] = {}
+
+
 def rehearse(model: Family, latent_shape: Shape, branches: int, tokens: int) -> Rehearsal:
-    """Run the skeleton of `model` once. `latent_shape` is (image, channel, y, x). Raises ModelError if hooks would not see what it does."""
+    """Run the skeleton of `model` once. `latent_shape` is (image, channel, y, x).
+
+    A skeleton is made of configs alone, so what it did is remembered for the next run of the same model and sizes.
+    Raise ModelError if hooks would not see what the model does.
+    """
     refuse_unwatchable(model)
+    parts = tuple((name, type(module), repr(module.config)) for name, module in model.components().items())
+    key = (parts, model.dtype, repr(tiling(model.vae)), latent_shape, branches, tokens)
+    if key not in _REHEARSED:
+        made = _rehearse(model, latent_shape, branches, tokens)
+        while len(_REHEARSED) >= REMEMBERED:
+            del _REHEARSED[next(iter(_REHEARSED))]
+        _REHEARSED[key] = made
+    return _REHEARSED[key]
+
+
+def tiling(vae: Any) -> dict[str, Any]:
+    """What is set on a VAE and not in its config: slicing and tiling."""
+    return {name: value for name, value in vars(vae).items() if name.startswith(("use_", "tile_"))} if vae is not None else {}
+
+
+def _rehearse(model: Family, latent_shape: Shape, branches: int, tokens: int) -> Rehearsal:
     skeleton = model.skeleton()
     encoders = skeleton.text_encoders()
     outputs: dict[str, Shape] = {}
@@ -102,7 +126,7 @@ def rehearse(model: Family, latent_shape: Shape, branches: int, tokens: int) -> 
     run("unet", skeleton.unet, lambda: skeleton.call(latents, t, skeleton.blank(batch[0], tokens)), parents)
     if skeleton.vae is not None:
         vae = skeleton.vae
-        vars(vae).update({name: value for name, value in vars(model.vae).items() if name.startswith(("use_", "tile_"))})  # slicing and tiling
+        vars(vae).update(tiling(model.vae))
         run("vae", vae, lambda: vae.decode(latents[: latent_shape[0]], return_dict=False), [])
     heads = {path: layer.heads for path, layer in attention.items()}
     crossing, own = ({path: grid for path, grid in grids.items() if attention[path].kind == kind} for kind in ("cross", "self"))
