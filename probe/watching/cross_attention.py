@@ -20,7 +20,7 @@ from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
 from probe.watching.labels import heads_of
 from probe.watching.measures import attention_maps, pixel_plane, storage_dtype, storage_note, to_storage
-from probe.watching.projections import GridBuffers, Projections, Shapes
+from probe.watching.projections import Projections, Shapes
 from probe.watching.rehearsal import cross_attention
 
 IN_CACHE = 2**18  # scores: 1 MiB
@@ -34,9 +34,8 @@ class CrossAttention(Capture):
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._storage = plan, plan.experiment.capture.dtype
-        self._buffers = GridBuffers(plan.layers, self._shapes)
         modules = cross_attention(model.unet)
-        self._projections = Projections(modules, plan.layers, plan.rows, self._read, plan.kept.tokens)
+        self._projections = Projections(modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens)
         self._planes: dict[Grid, torch.Tensor] = {}
 
     def arrays(self) -> list[Array]:
@@ -58,9 +57,8 @@ class CrossAttention(Capture):
         return index in self._plan.recorded
 
     def take(self, step: Any) -> Values:
-        self._projections.take()
         found: Values = {}
-        for grid, parts in self._buffers.take().items():
+        for grid, parts in self._projections.take().items():
             found[f"{grid_group(grid)}/cross"] = parts["cross"].unflatten(-1, grid)
             found[f"{grid_group(grid)}/moments"] = parts["moments"]
         return found
@@ -74,9 +72,9 @@ class CrossAttention(Capture):
             "moments": ((*lead, len(MOMENTS)), torch.float32, 3),
         }
 
-    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor) -> None:
+    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
         module, grid = self._projections.modules[path], self._plan.layers[path]
-        maps, moments = self._buffers.of(path, query).values()
+        maps, moments = parts.values()
         if grid not in self._planes:
             self._planes[grid] = pixel_plane(grid, query.device)
         for at, shares in shares_of(query, key, module, self._plan):

@@ -13,7 +13,7 @@ from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
 from probe.watching.labels import heads_of
 from probe.watching.measures import moments_of, storage_dtype, storage_note, to_storage
-from probe.watching.projections import GridBuffers, Projections, Shapes
+from probe.watching.projections import Projections, Shapes
 from probe.watching.rehearsal import cross_attention
 
 
@@ -22,9 +22,8 @@ class HeadSummary(Capture):
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._storage = plan, plan.experiment.capture.dtype
-        self._buffers = GridBuffers(plan.layers, self._shapes)
         modules = cross_attention(model.unet)
-        self._projections = Projections(modules, plan.layers, plan.rows, self._read, plan.kept.tokens)
+        self._projections = Projections(modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens)
 
     def arrays(self) -> list[Array]:
         found = []
@@ -48,9 +47,8 @@ class HeadSummary(Capture):
         return index in self._plan.recorded
 
     def take(self, step: Any) -> Values:
-        self._projections.take()
         found: Values = {}
-        for grid, parts in self._buffers.take().items():
+        for grid, parts in self._projections.take().items():
             group = grid_group(grid)
             found[f"{group}/cross"] = parts["cross"].unflatten(-1, grid)
             found |= {f"{group}/{name}": parts[name] for name in ("moments", "head_statistics")}
@@ -66,7 +64,7 @@ class HeadSummary(Capture):
             "head_statistics": (each_head, torch.float32, 3),
         }
 
-    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor) -> None:
+    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
         plan, module, grid = self._plan, self._projections.modules[path], self._plan.layers[path]
         lead = (len(plan.kept.positions), len(plan.kept_branches), plan.rows.images)
         maps = query.new_empty((*lead, module.heads, query.shape[1]), dtype=torch.float32)
@@ -75,7 +73,6 @@ class HeadSummary(Capture):
         over_space = maps / maps.sum(-1, keepdim=True)
         entropy = -torch.xlogy(over_space, over_space).sum(-1, keepdim=True)
         mean = maps.mean(dim=3, keepdim=True)
-        parts = self._buffers.of(path, query)
         parts["cross"].copy_(to_storage(mean, self._storage))
         parts["moments"].copy_(moments_of(mean, grid))
         parts["head_statistics"].copy_(torch.cat([moments_of(maps, grid), entropy, maps.amax(-1, keepdim=True)], dim=-1))

@@ -45,7 +45,9 @@ class Tray:
 
 
 class Projections:
-    """Queries and keys of some attention layers: `read(path, query, key)` is called when a layer has made both.
+    """Queries and keys of some attention layers: `read(path, query, key, parts)` is called when a layer has made both.
+
+    `read` fills `parts`, the layer's part of each variable in `shapes`; `take` gives the whole of them.
 
     *Shape:* query (batch, pixel, inner), key (batch, token, inner). Without `tokens`, the keys are those of the pixels:
     self-attention. Raise CaptureError if they are not what the layer multiplies, or not of the planned shape.
@@ -56,12 +58,13 @@ class Projections:
         modules: Mapping[str, Any],
         layers: Mapping[str, Grid],
         rows: Rows,
-        read: Callable[[str, torch.Tensor, torch.Tensor], None],
+        shapes: Callable[[Grid], Shapes],
+        read: Callable[[str, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], None],
         tokens: int | None = None,
     ):
         self.modules = {path: modules[path] for path in layers}
         self._layers, self._rows, self._read, self._tokens = layers, rows, read, tokens
-        self._tray = Tray(list(layers))
+        self._buffers, self._tray = GridBuffers(layers, shapes), Tray(list(layers))
         self._queries: dict[str, torch.Tensor] = {}
         self._watched: dict[str, tuple[nn.Module, nn.Module]] = {}
         self._witness = Witness(self.modules, rows.kept)
@@ -76,11 +79,12 @@ class Projections:
             found.append((module.to_k, "output", self._key(path, module)))
         return found + self._witness.watches()
 
-    def take(self) -> None:
-        """Insist that every layer was read once since the last time."""
+    def take(self) -> dict[Grid, dict[str, torch.Tensor]]:
+        """The variables of each grid. Raise CaptureError if a layer was not read once since the last time."""
         self._queries.clear()
         self._tray.take()
         self._witness.take()
+        return self._buffers.take()
 
     def _query(self, path: str) -> Callable[[Any], None]:
         def hook(output: torch.Tensor) -> None:
@@ -101,7 +105,7 @@ class Projections:
             self._check(path, query, key, module)
             self._tray.put(path, True)
             with torch.no_grad():
-                self._read(path, query, key)
+                self._read(path, query, key, self._buffers.of(path, query))
 
         return hook
 

@@ -15,7 +15,7 @@ from probe.schema import Array, array
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
 from probe.watching.labels import heads_of
-from probe.watching.projections import GridBuffers, Projections, Shapes
+from probe.watching.projections import Projections, Shapes
 from probe.watching.rehearsal import cross_attention
 
 
@@ -26,9 +26,8 @@ class Queries(Capture):
         self._plan = plan
         # A query is no probability: it has a sign and no bound, so sqrt_u8 cannot hold it.
         self._dtype = torch.float32 if plan.experiment.capture.dtype == "float32" else torch.float16
-        self._buffers = GridBuffers(plan.layers, self._shapes)
         modules = cross_attention(model.unet)
-        self._projections = Projections(modules, plan.layers, plan.rows, self._read, plan.kept.tokens)
+        self._projections = Projections(modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens)
 
     def arrays(self) -> list[Array]:
         kind = str(self._dtype).removeprefix("torch.")
@@ -42,8 +41,7 @@ class Queries(Capture):
         return index in self._plan.recorded
 
     def take(self, step: Any) -> Values:
-        self._projections.take()
-        filled = self._buffers.take().items()
+        filled = self._projections.take().items()
         return {f"{grid_group(grid)}/query": parts["query"].unflatten(-1, grid) for grid, parts in filled}
 
     def _shapes(self, grid: Grid) -> Shapes:
@@ -51,10 +49,10 @@ class Queries(Capture):
         lead = (len(plan.kept_branches), plan.rows.images, len(layers), heads_of(plan, layers, grid))
         return {"query": ((*lead, width_of(plan, grid), grid[0] * grid[1]), self._dtype, 2)}
 
-    def _read(self, path: str, query: torch.Tensor, _: torch.Tensor) -> None:
+    def _read(self, path: str, query: torch.Tensor, _: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
         heads, images = self._projections.modules[path].heads, self._plan.rows.images
         rows = query[self._plan.rows.kept].unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
-        self._buffers.of(path, query)["query"].copy_(rows.unflatten(0, (-1, images)))
+        parts["query"].copy_(rows.unflatten(0, (-1, images)))
 
 
 def width_of(plan: Plan, grid: Grid) -> int:

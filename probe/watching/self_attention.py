@@ -12,7 +12,7 @@ from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
 from probe.watching.labels import heads_of
 from probe.watching.measures import storage_dtype, storage_note, to_storage
-from probe.watching.projections import GridBuffers, Projections, Shapes
+from probe.watching.projections import Projections, Shapes
 from probe.watching.rehearsal import self_attention
 
 
@@ -21,8 +21,7 @@ class SelfAttention(Capture):
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._storage = plan, plan.experiment.capture.dtype
-        self._buffers = GridBuffers(plan.self_layers, self._shapes)
-        self._projections = Projections(self_attention(model.unet), plan.self_layers, plan.rows, self._read)
+        self._projections = Projections(self_attention(model.unet), plan.self_layers, plan.rows, self._shapes, self._read)
 
     def arrays(self) -> list[Array]:
         plan, note, found = self._plan, storage_note(self._storage), list[Array]()
@@ -42,8 +41,7 @@ class SelfAttention(Capture):
         return index in self._plan.recorded
 
     def take(self, step: Any) -> Values:
-        self._projections.take()
-        filled = self._buffers.take().items()
+        filled = self._projections.take().items()
         return {f"self_{grid_group(grid)}/self": parts["self"].unflatten(-1, grid).unflatten(-3, grid) for grid, parts in filled}
 
     def _shapes(self, grid: Grid) -> Shapes:
@@ -51,9 +49,9 @@ class SelfAttention(Capture):
         lead = (len(plan.kept_branches), plan.rows.images, len(layers), heads_of(plan, layers, grid))
         return {"self": ((*lead, pixels, pixels), storage_dtype(self._storage), 2)}
 
-    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor) -> None:
+    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
         module, rows = self._projections.modules[path], self._plan.rows
         q = query[rows.kept].float().unflatten(-1, (module.heads, -1)).transpose(1, 2)
         k = key[rows.kept].float().unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1)
         maps = to_storage(torch.matmul(q * module.scale, k).softmax(dim=-1), self._storage)
-        self._buffers.of(path, query)["self"].copy_(maps.unflatten(0, (-1, rows.images)))
+        parts["self"].copy_(maps.unflatten(0, (-1, rows.images)))
