@@ -12,11 +12,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from probe import attributes, dimensions, schema
+from probe import attributes, dimensions, experiment, noising, schema
 
-FOLDER = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ("ceiling: the true mask at 16x16", "attention, all heads", "contribution", "centred Gaussian", "uniform")
+
+
+def short_truth() -> str:
+    """Return a few rows and columns of the table in docs/attention-truth.md."""
+    text = (ROOT / "docs" / "attention-truth.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    kept = [cells[0], ["---"] * len(cells[0]), *(row for row in cells[2:] if row[0] in SHORT)]
+    return "\n".join(f"| {' | '.join(row[:5])} |" for row in kept)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "format.md": {
+    "README.md": {"attention_truth": short_truth},
+    "docs/experiment.md": {"fields": experiment.table, "noising": noising.table},
+    "docs/format.md": {
         "schema": schema.table,
         "dimensions": dimensions.dimensions_table,
         "relations": dimensions.relations_table,
@@ -42,11 +56,11 @@ def made(document: str, text: str) -> str:
 def main(arguments: list[str]) -> int:
     old = 0
     for document in PARTS:
-        file = FOLDER / document
+        file = ROOT / document
         text = file.read_text(encoding="utf-8")
         if (new := made(document, text)) != text:
             old += 1
-            print(f"docs/{document} is out of date" if arguments else f"docs/{document} was written")
+            print(f"{document} is out of date" if arguments else f"{document} was written")
             if not arguments:
                 file.write_text(new, encoding="utf-8")
     return 1 if old and arguments else 0

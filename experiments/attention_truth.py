@@ -1,7 +1,7 @@
 """How good are attention maps? Word maps held against true masks, by noise level, layer and head.
 
     python -m experiments.attention_truth                              # the bundled model on 200 fresh scenes, and on 64 generated pictures
-    python -m experiments.attention_truth --markdown --figure experiments/attention_truth.png       # the README's section and figure
+    python -m experiments.attention_truth --markdown --figure experiments/attention_truth.png       # docs/attention-truth.md and its figure
     python -m experiments.attention_truth --model DIRECTORY --folder PICTURES    # any Stable Diffusion 1.x or 2.x, your own pictures
 
 Scenes with known masks are encoded, noised to each timestep with known noise, and the UNet is asked once. The map of each subject's
@@ -241,7 +241,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="auto", help="where the model runs: auto, cpu, cuda [auto]")
     made.add_argument("--scores", type=Path, help="a JSON file for all scores; what it holds already is not measured again")
     made.add_argument("--figure", type=Path, help="draw the figure into this PNG")
-    made.add_argument("--markdown", action="store_true", help="print the README's section, one table in Markdown, in place of all tables")
+    made.add_argument(
+        "--markdown", action="store_true", help="print the section of docs/attention-truth.md, one table in Markdown, in place of all tables"
+    )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 

@@ -129,7 +129,7 @@ def told(found: dict[str, xr.Dataset]) -> str:
 
 
 def section(found: dict[str, xr.Dataset]) -> str:
-    """The README's part between its markers: what was done, one table, and where attention fails."""
+    """The part of docs/attention-truth.md between its markers: what was done, one table, and where attention fails."""
     scores, pictures = found["scenes"], found.get("pictures")
     parts = groups(scores)
     head = f"map ({BOUND})" if scores.attrs["model"] in BUNDLED else "map"

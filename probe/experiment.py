@@ -4,7 +4,7 @@
     experiment.steps, experiment.capture.branches, experiment.identity()
 
 An `Experiment` is stored whole in its recording, so a field means one thing and says it in its description: `--help`
-and the README's table are made of these. A field misspelled, a value out of bounds or a YAML surprise (`yes`, `010`,
+and the table in docs/experiment.md are made of these. A field misspelled, a value out of bounds or a YAML surprise (`yes`, `010`,
 a key written twice) is an `ExperimentError` that names the file, the field and the remedy, and nothing runs.
 
 Inside: `CaptureOptions`, `Experiment`; `load_experiment` and

@@ -412,12 +412,15 @@ def test_figures_of_the_bundled_model_stand_beside_how_it_was_trained() -> None:
 
 
 def test_the_readme_and_the_card_say_it_where_they_show_maps() -> None:
-    readme, card = ((ROOT / path).read_text() for path in ("README.md", "probe/emojiworld/README.md"))
-    plain = " ".join(readme.replace("**", "").split())
-    assert BOUND in " ".join(card.replace("**", "").split())[:200]
-    top, measured = plain.split("## Start")[0], plain.split("## How good are attention maps?")[1].split("## ")[0]
-    assert BOUND in top and measured.count(BOUND) >= 4  # below the picture, before the table, in its first sentence and its head
-    for picture in re.findall(r"!\[([^\]]*)\]\(experiments/attention_truth.png\)", plain):
-        assert BOUND in picture
-    table = measured.split("<!-- attention_truth -->")[1]
-    assert f"({BOUND}) |" in table and "accuracy" not in table
+    readme, card, page = (
+        " ".join((ROOT / path).read_text().replace("**", "").split())
+        for path in ("README.md", "probe/emojiworld/README.md", "docs/attention-truth.md")
+    )
+    top, short = readme.split("## Start")[0], readme.split("## How good are attention maps?")[1].split("## ")[0]
+    assert BOUND in card[:200] and BOUND in top
+    assert short.count(BOUND) >= 2, "before the table and in its head"
+    assert page.count(BOUND) >= 4, "below the picture, before the table, in its first sentence and its head"
+    (picture,) = re.findall(r"!\[([^\]]*)\]\(../experiments/attention_truth.png\)", page)
+    assert BOUND in picture
+    for table in (part.split("<!-- attention_truth -->")[1] for part in (readme, page)):
+        assert f"({BOUND}) |" in table and "accuracy" not in table

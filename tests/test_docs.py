@@ -1,4 +1,4 @@
-"""The README is true: its code runs, its tables are those of the code, and every option and verb is in it or in --help."""
+"""The README and docs/ are true: their code runs, their tables are those of the code, and every verb is named."""
 
 from __future__ import annotations
 
@@ -11,26 +11,12 @@ from types import ModuleType
 import pytest
 import yaml
 
-from probe import cli, experiment, noising
+from probe import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-
-
-def between(marker: str, text: str = README) -> str:
-    found = re.search(rf"<!-- {marker} -->\n(.*?)\n<!-- /{marker} -->", text, re.S)
-    assert found, f"README.md has no part between <!-- {marker} --> and <!-- /{marker} -->"
-    return found[1].strip()
-
-
-@pytest.mark.parametrize(("marker", "table"), [("fields", experiment.table), ("noising", noising.table)])
-def test_tables_are_those_of_the_code(marker: str, table: object) -> None:
-    printed = {"fields": "-m probe.experiment", "noising": "-c 'from probe import noising; print(noising.table())'"}
-    assert between(marker) == table(), f"paste the output of python {printed[marker]} between the markers"  # type: ignore[operator]
-
-
-def test_the_comparison_can_fail() -> None:
-    assert between("fields").replace("steps", "stepss") != experiment.table()
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+DOCUMENTS = README + "".join(PAGES.values())
 
 
 def docs_make() -> ModuleType:
@@ -42,39 +28,49 @@ def docs_make() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("document", ["format.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/experiment.md", "docs/format.md"])
 def test_generated_parts_of_a_document_are_those_of_the_code(document: str) -> None:
     make = docs_make()
-    text = (ROOT / "docs" / document).read_text()
+    text = (ROOT / document).read_text()
     assert make.made(document, text) == text, "run python docs/make.py"
-    assert document in make.PARTS and make.PARTS.keys() == {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r"<!-- (\w+) -->", text)) == make.PARTS[document].keys()
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    assert len(README.splitlines()) <= 150
+    for name in PAGES:
+        assert f"(docs/{name})" in README, name
+    for name, page in {"README.md": README, **{f"docs/{name}": page for name, page in PAGES.items()}}.items():
+        for target in re.findall(r"\]\(([\w./-]+)\)", page):
+            assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
 
 
 def test_a_document_that_is_out_of_date_is_found() -> None:
     make, text = docs_make(), (ROOT / "docs" / "format.md").read_text()
-    assert make.made("format.md", text.replace("| `/sigma` |", "| `/sgima` |")) == text
+    assert make.made("docs/format.md", text.replace("| `/sigma` |", "| `/sgima` |")) == text
     with pytest.raises(ValueError, match="needs the markers <!-- schema -->"):
-        make.made("format.md", text.replace("<!-- schema -->", ""))
+        make.made("docs/format.md", text.replace("<!-- schema -->", ""))
 
 
 def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) >= 3
     names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    for name, text in {"README.md": README, **PAGES}.items():  # a page goes on where the README ended
+        blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+        assert len(blocks) >= {"README.md": 3, "attention.md": 1}.get(name, 0)
+        for block in blocks:
+            exec(compile(block, name, "exec"), names)
     assert list((tmp_path / "runs").glob("*.zarr"))
 
 
 def test_verbs_are_documented() -> None:
     for verb in cli.VERBS:
         assert f"probe {verb}" in (cli.__doc__ or ""), verb
-        assert f"probe {verb}" in README or f"probe.{verb}" in README or verb == "rm", verb
+        assert f"probe {verb}" in DOCUMENTS or f"probe.{verb}" in DOCUMENTS, verb
 
 
 def test_files_named_exist() -> None:
-    for path in re.findall(r"(?:experiments|tests|probe|docs)/[\w./-]+\.(?:yaml|py|md|png)", README):
+    for path in re.findall(r"(?:experiments|tests|probe|docs)/[\w./-]+\.(?:yaml|py|md|png)", DOCUMENTS):
         assert (ROOT / path).exists(), path
 
 

@@ -171,7 +171,7 @@ def test_where_all_layers_have_as_many_heads_both_ways_to_weigh_are_one(tmp_path
 
 # --- sums ------------------------------------------------------------------------------------------------------------
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "attention.md"
 EVERY = ("step", "layer", "head")
 MAPS = CALLS * (3 * 2 + 3 * 4 + 1 * 8)  # steps, and on each grid layers times heads
 
@@ -228,10 +228,10 @@ DAAM = {"layers": ("down_blocks.*", "up_blocks.*"), "over": EVERY, "method": "bi
 
 
 @pytest.mark.parametrize("heads", [(2, 4, 8), (2, 2, 2)], ids=["unlike heads", "as many heads"])
-def test_the_readmes_call_is_daams_global_map(heads: tuple[int, ...], tmp_path: Path) -> None:
+def test_the_documented_call_is_daams_global_map(heads: tuple[int, ...], tmp_path: Path) -> None:
     from diffusers import DDIMScheduler
 
-    (call,) = re.findall(r"^# DAAM's global map.*\nrun\.word_maps\((.*)\)$", README.read_text(), re.M)
+    (call,) = re.findall(r"^# DAAM's global map.*\nrun\.word_maps\((.*)\)$", PAGE.read_text(), re.M)
     assert eval(f"dict({call})") == DAAM
     pipe = uneven(heads)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
