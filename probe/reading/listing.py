@@ -18,9 +18,8 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
@@ -36,8 +35,7 @@ JUST_NOW = 2 * 10**9  # ns: a file that was written again so soon may have the s
 HEAD, NEXT, TAIL = re.compile(rb'\s*\{\s*"attributes"\s*:\s*'), re.compile(rb',\s*"zarr_format"\s*:\s*3\s*,'), re.compile(rb'"group"\s*\}\s*\Z')
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """A recording in a folder: its attributes, or why it has none to show."""
 
     path: Path
@@ -179,25 +177,28 @@ class _Index:
     """What was read of a folder's root files. A line is a file's mark, a tab, and the recording's attributes."""
 
     def __init__(self, folder: Path):
-        self._now, self._new, self._rows, self._kept = time.time_ns(), False, dict[bytes | None, bytes](), list[bytes]()
+        self._now, self._new = time.time_ns(), False
+        self._rows, self._kept = dict[bytes | None, bytes](), dict[bytes | None, bytes]()  # attributes by mark
         self._file: Path | None = None
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # there is none, it cannot be read, or there is no place for one
             name = f"listing-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.txt"
             self._file = cache_folder() / "diffusion-probe" / name
             with opened(self._file.parent, name, no_longer(self._file.parent, name, MAX_INDEX)) as lines:
-                self._rows = {line[: line.index(b"\t")]: line for line in lines if len(line) <= MAX_ROW}
+                split = (line.partition(b"\t") for line in lines if len(line) <= MAX_ROW)
+                self._rows = {mark: text for mark, tab, text in split if tab}
 
     def find(self, paths: list[Path]) -> list[Any]:
         """Return what each root file said when it was as it is now, or None. One kind of work at a time is the quickest."""
-        rows = [self._rows.get(_mark_of(path)) for path in paths]
-        self._kept = [row for row in rows if row is not None]
-        return [None if row is None else _parsed(row) for row in rows]
+        marks = _marks(paths)
+        self._kept = {mark: self._rows[mark] for mark in marks if mark in self._rows}
+        return [_parsed(self._kept[mark]) if mark in self._kept else None for mark in marks]
 
     def add(self, name: str, found: os.stat_result, text: bytes) -> None:
         """Keep what was read, unless the file is so new that it could change without showing it."""
-        row = _mark(name, found) + b"\t" + text.replace(b"\n", b" ") + b"\n"
-        if self._now - max(found.st_mtime_ns, found.st_ctime_ns) >= JUST_NOW and len(row) <= MAX_ROW:
-            self._kept.append(row)
+        mark = _mark(name, found)
+        settled = self._now - max(found.st_mtime_ns, found.st_ctime_ns) >= JUST_NOW
+        if settled and len(mark) + len(text) + 2 <= MAX_ROW:
+            self._kept[mark] = text.replace(b"\n", b" ") + b"\n"
             self._new = True
 
     def keep(self) -> None:
@@ -206,22 +207,37 @@ class _Index:
             return
         with contextlib.suppress(OSError, ProbeError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            replace(self._file, self._kept, sync=False)
+            rows = [part for mark, text in self._kept.items() for part in (mark or b"", b"\t", text)]
+            replace(self._file, rows, sync=False)
 
 
 def _mark(name: str, found: os.stat_result) -> bytes:
     return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino} {name!a}".encode()
 
 
-def _mark_of(path: Path) -> bytes | None:
+def _marks(paths: list[Path]) -> list[bytes | None]:
+    """Return the marks of the root files of recordings in one folder; None where there is none."""
+    try:  # from its folder a file is found in half the time
+        folder = os.open(paths[0].parent, READ) if os.stat in os.supports_dir_fd else None
+    except OSError:
+        folder = None
+    if folder is None:
+        return [_mark_of(path, f"{path}/zarr.json") for path in paths]
     try:
-        return _mark(path.name, os.lstat(f"{path}/zarr.json"))
+        return [_mark_of(path, f"{path.name}/zarr.json", folder) for path in paths]
+    finally:
+        os.close(folder)
+
+
+def _mark_of(path: Path, file: str, folder: int | None = None) -> bytes | None:
+    try:
+        return _mark(path.name, os.stat(file, dir_fd=folder, follow_symlinks=False))
     except (OSError, ValueError):
         return None
 
 
-def _parsed(row: bytes) -> Any:
+def _parsed(text: bytes) -> Any:
     try:
-        return from_json(row[row.index(b"\t") :], allow_inf_nan=False)
+        return from_json(text, allow_inf_nan=False)
     except ValueError:
         return None
