@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from probe import attributes, dimensions, experiment, noising, schema
+from probe import attributes, dimensions, experiment, noising
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("ceiling: the true mask at 16x16", "attention, all heads", "contribution", "centred Gaussian", "uniform")
@@ -31,7 +31,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"attention_truth": short_truth},
     "docs/experiment.md": {"fields": experiment.table, "noising": noising.table},
     "docs/format.md": {
-        "schema": schema.table,
+        "schema": dimensions.schema_table,
         "dimensions": dimensions.dimensions_table,
         "relations": dimensions.relations_table,
         "reserved": dimensions.reserved_table,

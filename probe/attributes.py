@@ -90,6 +90,13 @@ class Noising(Part):
     picture: Text | None = Field(None, description="file of the picture")
 
 
+class Upgraded(Part):
+    """That it is a copy of a recording of an older format, with the same values."""
+
+    at: Text = Field(description="when it was copied: ISO 8601, UTC")
+    from_format: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="the format of the older recording")
+
+
 def _there(noising: Noising | None) -> Noising:
     """Raise ValueError for null: readers take a recording with this attribute for a noising."""
     if noising is None:
@@ -134,8 +141,14 @@ class Attributes(Mapping[str, Any], Part):
         {}, description="by tensor: its layout in memory, where that decides bits"
     )
     resumed: List = Field([], description="one entry for each time that it was resumed")
+    upgraded: Upgraded | None = None
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def recorded_format(self) -> int:
+        """Return the format in which it was recorded: an upgraded copy has the variables of the older one."""
+        return self.format_version if self.upgraded is None else self.upgraded.from_format
 
     def __getitem__(self, name: str) -> Any:
         return self._raw[name]

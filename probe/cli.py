@@ -233,14 +233,24 @@ def show(arguments: list[str]) -> int:
     cost = found.tree["cost"].dataset if "cost" in found.tree.children else {}
     timed = all(name in cost for name in ("component", "seconds", "flops", "peak_memory"))
     if found.status == "complete" and timed and cost["seconds"].notnull().all():
-        parts = [
-            (str(c), f"{float(cost['seconds'].sel(component=c)):.2f} s", f"{int(cost['flops'].sel(component=c)) / 1e9:.2f} GFLOP a call")
-            for c in cost["component"].values
-        ]
-        peak = [("peak memory", f"{int(cost['peak_memory']) / 1e6:.0f} MB", "")] if int(cost["peak_memory"]) else []  # 0: nobody told
-        say(*rows([*parts, *peak], ("component", "in all", "")), "")
+        say(*_cost_table(cost), "")
     say(*map(str, sorted(found.path.glob("*.png"))))
     return 0
+
+
+def _cost_table(cost: Any) -> list[str]:
+    """Return the costs of a recording as lines; recordings of format 1 do not say how large a component is."""
+    table = []
+    for part in cost["component"].values:
+        of_part = cost.sel(component=part)
+        row = [str(part), f"{float(of_part['seconds']):.2f} s", f"{int(of_part['flops']) / 1e9:.2f} GFLOP a call"]
+        if "parameters" in cost and "weight_bytes" in cost:
+            sizes = int(of_part["parameters"]) / 1e6, int(of_part["weight_bytes"]) / 1e6
+            row += [f"{sizes[0]:.1f} M parameters", f"{sizes[1]:.1f} MB of weights"]
+        table.append(tuple(row))
+    if memory := int(cost["peak_memory"]):  # 0: the system did not say
+        table.append(("peak memory", f"{memory / 1e6:.0f} MB", *[""] * (len(table[0]) - 2)))
+    return rows(table, ("component", "in all", *[""] * (len(table[0]) - 2)))
 
 
 def rm(arguments: list[str]) -> int:

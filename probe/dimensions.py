@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from probe.schema import PICTURE, REST
+from probe.schema import PICTURE, REST, SCHEMA
 
 DIMENSIONS: dict[str, str] = {
     "step": "model calls, in the order of the loop; as long in every group",
@@ -133,8 +133,6 @@ RESERVED: tuple[Reserved, ...] = (
         "/attention/{grid} (token)",
         "the text encoder that the token comes from, where several are joined along the tokens",
     ),
-    Reserved("variable", "parameters", "/cost (component)", "number of parameters of each component"),
-    Reserved("variable", "weight_bytes", "/cost (component)", "bytes of its weights, as they ran"),
     Reserved("dimension", "stream", "/unet and its groups", "of a joint block's output: picture, text"),
     Reserved("dimension", "draw", "a noising's groups", "draws of noise, which `image` counts until then"),
     Reserved("attribute", "family", "root", "the model's family: its parts, and how they are called"),
@@ -205,6 +203,18 @@ def _shared(relation: Relation, of: str, to: str, labels: Labels) -> Iterator[st
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def schema_table() -> str:
+    """Return the schema as a Markdown table."""
+    rows = []
+    for v in SCHEMA:
+        place = f"/{v.group}/{v.name}".replace("//", "/")
+        since = f" (since format {v.since})" if v.since > 1 else ""
+        cells = (f"`{place}`", ", ".join(v.dims), v.dtype, v.units, v.long_name + since)
+        rows.append(f"| {' | '.join(cells)} |")
+    head = ["| variable | dimensions | type | unit | what it is |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows])
 
 
 def dimensions_table() -> str:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from probe.output import say
-
 FORMAT_VERSION = 2  # what is written
 FORMAT_STATUS = "draft"  # "final" once this version is frozen
 FORMATS_READ = (1, 2)
@@ -51,7 +49,8 @@ class Variable:
 
     `chunked` names the dimensions along which each entry is a chunk of its own, beside the step; `recorded_only` says that
     only the steps chosen by capture.steps are written; `when` says whether a recording has to have it. In the groups of
-    grids, `first_grid` variables are in that of the largest grid alone.
+    grids, `first_grid` variables are in that of the largest grid alone. `since` is the first format that has it: a recording
+    of an older one need not have it.
     """
 
     group: str
@@ -65,6 +64,7 @@ class Variable:
     chunked: tuple[str, ...] = ()
     recorded_only: bool = False
     first_grid: bool = False
+    since: int = 1
 
     @property
     def per_step(self) -> bool:
@@ -316,6 +316,16 @@ SCHEMA: tuple[Variable, ...] = (
     Variable("cost", "step_seconds", ("step",), "float64", "wall time of the whole step, scheduler and capture included", "s"),
     Variable("cost", "seconds", ("component",), "float64", "time of the component over the whole run", "s"),
     Variable("cost", "flops", ("component",), "int64", "floating point operations of one call, counted on the meta device", "FLOP"),
+    Variable("cost", "parameters", ("component",), "int64", "number of parameters of the whole component", since=2),
+    Variable(
+        "cost",
+        "weight_bytes",
+        ("component",),
+        "int64",
+        "bytes of these parameters in memory, in the number formats in which they ran; buffers are not counted",
+        "byte",
+        since=2,
+    ),
     Variable("cost", "peak_memory", (), "int64", "greatest memory of the device (CUDA) or the process (CPU)", "byte"),
 )
 _BY_NAME = {(variable.group, variable.name): variable for variable in SCHEMA}
@@ -387,14 +397,3 @@ def near(wrong: str, options: Sequence[str]) -> str:
     """A remedy that names the options nearest to a wrong name."""
     found = difflib.get_close_matches(wrong, options, n=3, cutoff=0.4)
     return f"Did you mean {' or '.join(found)}?" if found else f"There are: {', '.join(options[:12])}{', ...' if len(options) > 12 else ''}."
-
-
-def table() -> str:
-    """The schema as a Markdown table."""
-    rows = ["| variable | dimensions | type | unit | what it is |", "|---|---|---|---|---|"]
-    rows += [f"| `/{v.group + '/' if v.group else ''}{v.name}` | {', '.join(v.dims)} | {v.dtype} | {v.units} | {v.long_name} |" for v in SCHEMA]
-    return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    say(*table().split("\n"))

@@ -866,7 +866,8 @@ def test_show_tells_what_is_inside(call: Command, runs: Path) -> None:
         assert (code, err) == (0, "")
     assert "complete, 3 of 3 model calls" in out and "PNDMScheduler, 2 steps, guidance 3, seed 0" in out
     assert re.search(r"^/attention/8x8/cross +float16 +step 3 x token \d+ x branch 1 ", out, re.MULTILINE)
-    assert re.search(r"^unet +\d+\.\d\d s +\d+\.\d\d GFLOP a call$", out, re.MULTILINE) and re.search(r"^peak memory +\d+ MB$", out, re.MULTILINE)
+    of_unet = r"^unet +\d+\.\d\d s +\d+\.\d\d GFLOP a call +\d+\.\d M parameters +\d+\.\d MB of weights$"
+    assert re.search(of_unet, out, re.MULTILINE) and re.search(r"^peak memory +\d+ MB$", out, re.MULTILINE)
     assert str(path / "contact-sheet.png") in out and str(path / "picture.png") in out
 
 
@@ -874,6 +875,12 @@ def test_show_of_a_run_that_did_not_finish(call: Command, runs: Path) -> None:
     path = copied(runs, "half-11111111", status="interrupted")
     code, out, err = call(cli.dispatch, "show", path)
     assert (code, err) == (0, "") and "interrupted, 3 of 3 model calls" in out and "peak memory" not in out
+
+
+def test_show_of_a_recording_of_format_1(call: Command) -> None:
+    code, out, err = call(cli.dispatch, "show", "sample")
+    assert (code, err) == (0, "")
+    assert re.search(r"^unet +\d+\.\d\d s +\d+\.\d\d GFLOP a call$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("gone", ["cost", "cost/flops", "cost/component"])

@@ -146,13 +146,14 @@ def test_a_torn_step_is_no_plant(run: Path) -> None:
     assert Run(run).status == "interrupted" and check_digests(Run(run)).verdict == "exact"
 
 
-def test_the_plan_counts_operations_again(run: Path) -> None:
+@pytest.mark.parametrize("name", ["flops", "parameters", "weight_bytes"])
+def test_the_plan_counts_operations_and_weights_again(name: str, run: Path) -> None:
     pipe = tiny.pipeline()
     whole = resume(Run(run), pipe, progress=False)
-    flops: Any = zarr.open_array(run, path="cost/flops", mode="r+")
-    flops[1] = 5
+    counted: Any = zarr.open_array(run, path=f"cost/{name}", mode="r+")
+    counted[1] = 5
     found = {check.name: check for check in verify(Run(whole.path), pipe, [0])}
-    assert found["plan"].verdict == "failed" and "cost/flops" in found["plan"].detail
+    assert found["plan"].verdict == "failed" and f"cost/{name}" in found["plan"].detail
 
 
 # --- a VAE that makes no colours -------------------------------------------------------------------------------------

@@ -625,6 +625,40 @@ def test_cost_is_measured(full: Run) -> None:
     assert float(cost["seconds"].sel(component="unet")) == pytest.approx(float(cost["unet_seconds"].sum()))
 
 
+def test_parameters_and_weight_bytes_are_those_in_memory(full: Run) -> None:
+    pipe, cost = pipeline(), full.tree["cost"].to_dataset()
+    for component in ("text_encoder", "unet", "vae"):
+        weights = list(getattr(pipe, component).parameters())
+        assert int(cost["parameters"].sel(component=component)) == sum(p.numel() for p in weights)
+        assert int(cost["weight_bytes"].sel(component=component)) == sum(p.nbytes for p in weights)
+
+
+def test_a_shared_parameter_counts_once_in_each_component(tmp_path: Path) -> None:
+    pipe = tiny.pipeline().to(torch.bfloat16)
+    buffers = sum(b.numel() for b in pipe.text_encoder.buffers())
+    own = sum(p.numel() for p in pipe.unet.parameters())
+    pipe.unet.conv_out.bias = pipe.vae.post_quant_conv.bias  # shared between two components
+    pipe.unet.conv_in.bias = pipe.unet.conv_norm_out.bias  # and within one
+    arrays = {a.path: a.value for a in plan(StableDiffusion.of(pipe), ask(tmp_path)).arrays}
+    order = list(arrays["cost/component"])
+    counts = dict(zip(order, arrays["cost/parameters"].tolist(), strict=True))
+    nbytes = dict(zip(order, arrays["cost/weight_bytes"].tolist(), strict=True))
+    assert counts["unet"] == own - pipe.unet.conv_norm_out.bias.numel()
+    assert counts["vae"] == sum(p.numel() for p in pipe.vae.parameters())
+    assert nbytes == {part: 2 * count for part, count in counts.items()}
+    text_bytes = sum(p.nbytes for p in pipe.text_encoder.parameters())
+    assert buffers and nbytes["text_encoder"] == text_bytes, "buffers do not count"
+
+
+def test_the_bundled_model_counts_as_its_weights_file_does(tmp_path: Path) -> None:
+    model = load("emojiworld")
+    made = plan(model, load_experiment({"model": "emojiworld", "steps": 2, "output": str(tmp_path)}))
+    arrays = {a.path: a.value for a in made.arrays}
+    found = dict(zip(arrays["cost/component"], arrays["cost/parameters"].tolist(), strict=True))
+    assert found == {name: sum(p.numel() for p in module.parameters()) for name, module in model.components().items()}
+    assert min(found.values()) > 10_000
+
+
 def test_two_runs_of_one_experiment_are_two_recordings(tmp_path: Path) -> None:
     first, second = take(tmp_path, steps=1, capture=OFF), take(tmp_path, steps=1, capture=OFF)
     assert first.path != second.path and first.attributes["identity"] == second.attributes["identity"]

@@ -138,7 +138,7 @@ def test_stored_types_and_chunks(full: Run) -> None:
 
 
 def test_the_table_has_a_row_for_every_variable() -> None:
-    lines = schema.table().splitlines()
+    lines = dimensions.schema_table().splitlines()
     assert len(lines) == len(SCHEMA) + 2 and len({line.count("|") for line in lines}) == 1
     for v, line in zip(SCHEMA, lines[2:], strict=True):
         assert line.startswith(f"| `/{v.group}/{v.name}` |" if v.group else f"| `/{v.name}` |") and v.long_name in line

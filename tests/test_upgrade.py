@@ -57,6 +57,7 @@ def test_values_stay_and_the_old_one_too(old: Path, capsys: pytest.CaptureFixtur
     assert {path.name for path in made.path.glob("*.png")} == {path.name for path in old.glob("*.png")}
     checks = {check.name: check for check in verify(made)}
     assert {name: check.detail for name, check in checks.items() if check.verdict == "failed"} == {}
+    assert "parameters" not in made.tree["cost"], "a copy has the variables of the older format"
     assert checks["manifest"].verdict == "exact" and checks["scheduler"].verdict == "exact"
     assert stored_values(made.path).keys() == stored_values(old).keys()
     assert not [path for path in old.parent.iterdir() if path.name.startswith(".")], "nothing is left beside them"

@@ -565,7 +565,7 @@ def test_the_command_says_what_it_found(copy: Run, capsys: pytest.CaptureFixture
     assert main([str(copy.path)]) == main(["latest", "--runs", str(copy.path.parent)]) == main([copy.name[:12], "--runs", str(copy.path.parent)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{copy.name} (complete)" and [line.split()[0] for line in lines[1:13]] == NAMES
-    unheld = "images, preview, text, unet, vae, value_size"
+    unheld = "cost, images, preview, text, unet, vae, value_size"
     assert lines[13] == f"Verified: 10 exact, 2 within tolerance. Add --model to let the model predict again: only it can check {unheld}."
     flip(copy.path / CHUNK, 7)
     assert main([str(copy.path)]) == 1

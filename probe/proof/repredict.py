@@ -119,7 +119,7 @@ def check_plan(run: Run, settled: Plan, because: tuple[str, ...], problems: Iter
         elif path == "cost/flops":  # another version of torch may count otherwise
             if not because:
                 tally.add(relative(np.asarray(a.value), variable.values), path)
-        elif a.value is not None and a.group != "cost":
+        elif a.value is not None:
             if a.dtype == "str" or np.asarray(a.value).dtype.kind in "iu":
                 wrong = np.argwhere(np.asarray(a.value) != variable.values)
                 if len(wrong):

@@ -26,7 +26,7 @@ from probe.words import spelt
 COMPONENT = re.compile(r"text_encoder(_[1-9])?|unet|vae")  # what runs: text encoders first, the VAE last
 # What the model made, and nothing in a recording leads to or from.
 ONLY_THE_MODEL = re.compile(
-    r"counterfactual/change|text/[^/]*/(?!attention).*|(text_encoder|unet|vae|preview)/.*|images/final|decoded/picture|attention/[^/]*/(value_size|key)"
+    r"counterfactual/change|text/[^/]*/(?!attention).*|(text_encoder|unet|vae|preview)/.*|cost/(parameters|weight_bytes)|images/final|decoded/picture|attention/[^/]*/(value_size|key)"
 )
 FIXED = {"moment": MOMENTS, "head_statistic": HEAD_STATISTICS, "statistic": STATISTICS}
 
@@ -41,6 +41,8 @@ def expected_variables(run: Run) -> set[str]:
     groups = {"attention/{grid}": run.grids, "self_attention/{grid}": sorted(own), "text/{encoder}": list(encoders)}
     names = set()
     for variable in SCHEMA:
+        if variable.since > run.attributes.recorded_format:
+            continue
         first, _, kind = variable.group.partition("/")
         members = groups.get(variable.group, []) or ["(any grid)"] if kind else [""]
         for member in members[:1] if variable.first_grid else members:

@@ -14,7 +14,7 @@ from probe.reading.recording import Run
 from probe.schema import array
 
 # Attributes that no reader relies on: notes of the writer.
-NOTES = {"writer", "digests", "decoded_in_float32", "scheduler_clips", "denoised_not_defined", "upgraded"}
+NOTES = {"writer", "digests", "decoded_in_float32", "scheduler_clips", "denoised_not_defined"}
 
 
 def check_unknown(run: Run) -> Check:

@@ -202,9 +202,11 @@ def replan(model: Family, run: Run, **changes: Any) -> Plan:
     picture = None if run.source is None else run.source.values
     rules = int(run.attributes.get("text_rules", 1))
     if picture is None or "noising" not in run.attributes:
-        return plan(model, experiment, picture, recorded_schedule(model, experiment), rules)
-    schedule = Schedule.at(model.scheduler, run.attributes["noising"]["timesteps"])
-    return plan(model, experiment, picture, schedule, rules, recorded_masks(run))
+        made = plan(model, experiment, picture, recorded_schedule(model, experiment), rules)
+    else:
+        schedule = Schedule.at(model.scheduler, run.attributes["noising"]["timesteps"])
+        made = plan(model, experiment, picture, schedule, rules, recorded_masks(run))
+    return replace(made, format_version=run.attributes.recorded_format)
 
 
 def recorded_masks(run: Run) -> dict[str, np.ndarray]:

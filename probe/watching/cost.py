@@ -1,4 +1,4 @@
-"""How long each part of a run takes, and how much memory: measured by hooks, without making the device wait."""
+"""How long each part of a run takes, how much memory, and how large it is: timed by hooks, without making the device wait."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from probe.watching.interface import Capture, Plan, Store
 
 
 class Cost(Capture):
-    """Seconds of the components and of each step, FLOPs and peak memory. On CUDA, device events time the components."""
+    """Seconds of the components and of each step, FLOPs, sizes and peak memory. On CUDA, device events time the components.
+
+    A parameter that two components share counts in each of them, and once in each. Buffers do not count.
+    """
 
     component = "all"
 
     def __init__(self, model: Family, plan: Plan):
-        self._plan = plan
+        self._plan, self._model = plan, model
         self._cuda = model.device if model.device.type == "cuda" else None
         decoder = [] if model.vae is None else [("vae", model.vae.decoder)]
         encoders = [(name, encoder) for name, (encoder, _) in model.text_encoders().items()]
@@ -36,13 +39,18 @@ class Cost(Capture):
             torch.cuda.reset_peak_memory_stats(self._cuda)
 
     def arrays(self) -> list[Array]:
-        flops = self._plan.rehearsal.flops
+        flops, components = self._plan.rehearsal.flops, self._model.components()
+        parameters = {part: list(components[part].parameters()) for part in flops}  # each parameter once
+        counts = [sum(p.numel() for p in parameters[part]) for part in flops]
+        weight_bytes = [sum(p.numel() * p.element_size() for p in parameters[part]) for part in flops]
         return [
             array("cost", "component", value=list(flops)),
             array("cost", "unet_seconds", (self._plan.calls,)),
             array("cost", "step_seconds", (self._plan.calls,)),
             array("cost", "seconds", (len(flops),)),
             array("cost", "flops", value=np.array(list(flops.values()))),
+            array("cost", "parameters", value=np.array(counts)),
+            array("cost", "weight_bytes", value=np.array(weight_bytes)),
             array("cost", "peak_memory", ()),
         ]
 

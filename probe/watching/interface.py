@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from probe.schema import Array
+from probe.schema import FORMAT_VERSION, Array
 from probe.watching.hooks import Hooks, Watch
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Plan:
     layers with their grids (y, x), in running order; `recorded` are the steps at which they are read, `decoded` those
     whose latents are decoded. `picture` is what the run begins from, (y, x, rgb) uint8; a noising has `masks`, (y, x)
     uint8 by word, if only {}. `words` are those to leave out, with their token positions. The texts of `zeroed_branches` are
-    read by no text encoder: the denoiser is given zeros.
+    read by no text encoder: the denoiser is given zeros. `format_version` is that of the recording.
     """
 
     experiment: Experiment
@@ -154,6 +154,7 @@ class Plan:
     masks: dict[str, np.ndarray] | None = None
     zeroed_branches: tuple[str, ...] = ()
     captures: tuple[Capture, ...] = field(default=(), repr=False)
+    format_version: int = FORMAT_VERSION
     remarks: tuple[str, ...] = ()
 
     @property
@@ -188,8 +189,9 @@ class Plan:
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """Every variable of the recording."""
-        return tuple(spec for capture in self.captures for spec in capture.arrays())
+        """Every variable of the recording that its format has."""
+        specs = (spec for capture in self.captures for spec in capture.arrays())
+        return tuple(spec for spec in specs if spec.variable.since <= self.format_version)
 
     def forecast(self) -> dict[str, int]:
         """Bytes of every variable, uncompressed; chunks of steps that are not recorded take none."""
