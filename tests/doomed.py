@@ -30,13 +30,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from test_recorder import ask, model_for, pipeline
-from test_resume import rehearsed
+from tiny_runs import ask, model_for, pipeline
 from tqdm.auto import tqdm
 
 from probe.chunks import StepFiles
 from probe.experiment import load_experiment
-from probe.running import planning, recorder
+from probe.running import recorder
 from probe.running.planning import plan
 from probe.running.recorder import record
 from probe.store import RunWriter
@@ -162,7 +161,6 @@ def _live(
     asked: dict[str, Any], fault: Fault | Torn | None, pause: float, room: int, unseen: bool, reports: Connection, speech: Connection
 ) -> NoReturn:
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork of a process with threads may hang"
-    planning.rehearse = rehearsed
     tqdm.set_lock(threading.RLock())  # else a killed child leaves one of the system's semaphores behind
     signal.signal(signal.SIGINT, signal.default_int_handler)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -289,9 +287,8 @@ def _small_disk(folder: Path, room: int) -> None:
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pytest", "doomed", "probe.pictures", "xarray.backends.zarr", "PIL.PngImagePlugin"])
 
-with pytest.MonkeyPatch.context() as _patch:  # whoever imports this has the model built and rehearsed, without starting a thread
-    _patch.setattr(planning, "rehearse", rehearsed)
-    plan(model_for(pipeline(), ask(Path("runs"))), ask(Path("runs")))
+# Whoever imports this has the model built and rehearsed, without starting a thread.
+plan(model_for(pipeline(), ask(Path("runs"))), ask(Path("runs")))
 
 
 def start() -> None:

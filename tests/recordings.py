@@ -1,16 +1,25 @@
-"""Recordings for tests, made without torch."""
+"""Recordings for tests, made without torch, and what is done to recordings: damaged, cut short, compared."""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
+from probe.chunks import checked
 from probe.digests import DIGESTS, read_lines
 from probe.experiment import Experiment
-from probe.proof.checks import digest_now
+from probe.proof.checks import digest_now, variables
 from probe.reading.recording import Run
 from probe.reading.untrusted import nodes_of, read_root
 from probe.schema import array
@@ -28,6 +37,10 @@ ATTRIBUTES: dict[str, Any] = {
     "latent_convention": "variance_preserving",
     "created": "2026-01-02T03:04:05.678+00:00",
 }
+
+
+AT_THE_FIRST_STEP = r"attention/.*/(key|value_size)"
+AT_THE_END = r"latents/final_latents|images/final|vae/statistics|vae/.*/activation|cost/(.*seconds|peak_memory)|attention/.*/(overview|time_sum)"
 
 
 def recording(path: Path) -> Path:
@@ -79,3 +92,71 @@ def with_its_digests(path: Path) -> Path:
         (path / DIGESTS).write_text("".join(lines))
     (path / MANIFEST).write_text(json.dumps(manifest(path)))
     return path
+
+
+@functools.cache
+def nobody() -> int:
+    """The process id of a process that is no more."""
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    return gone.pid
+
+
+def change_root(run: Run, change: Callable[[dict[str, Any]], object]) -> Run:
+    """Change the attributes of a recording on disk."""
+    file = run.path / "zarr.json"
+    root = json.loads(file.read_text())
+    change(root["attributes"])
+    file.write_text(json.dumps(root))
+    return Run(run.path)
+
+
+def flag(run: Run, flags: list[int]) -> None:
+    (run.path / "committed" / "c.0").write_bytes(checked(bytes(flags)))
+
+
+def cut(whole: Run, folder: Path, step: int) -> Run:
+    """What a kill -9 leaves of a recording of which `step` steps were committed."""
+    path = Path(shutil.copytree(whole.path, folder / f"{whole.name}-{step}.zarr"))
+    calls = whole.tree.sizes["step"]
+    late = AT_THE_END if step else f"{AT_THE_END}|{AT_THE_FIRST_STEP}"
+    for name, variable in variables(whole):
+        if name == "decoded/picture":  # in one file, rewritten whenever one more picture is there
+            zarr.open_array(path, path=name, mode="r+")[(whole.variable("decoded/decoded_step").values < step).sum() :] = 0
+            gone = []
+        elif variable.dims[:1] == ("step",) and variable.ndim > 1:
+            gone = [f"c.{index}.*" for index in range(step, calls)]
+        else:
+            gone = ["c", "c.*"] if re.fullmatch(late, name) else []
+        for file in [file for pattern in gone for file in (path / name).glob(pattern)]:
+            file.unlink()
+    for file in (*path.glob("*.png"), path / MANIFEST):
+        file.unlink()
+    lines = (path / DIGESTS).read_text().splitlines(keepends=True)
+    until = next((at for at, line in enumerate(lines) if line.endswith(f" step {step}\n")), len(lines))
+    (path / DIGESTS).write_text("".join(line for line in lines[:until] if not re.fullmatch(late, line[65:-1])))
+    run = change_root(Run(path), lambda attributes: attributes.update(status="running", writer={"pid": nobody(), "host": socket.gethostname()}))
+    flag(run, [1] * step + [0] * (calls - step))
+    return run
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray, what: str) -> None:
+    assert found.dtype == expected.dtype and found.shape == expected.shape, what
+    assert np.array_equal(found, expected, equal_nan=True), f"{what} differ by up to {np.abs(found - expected).max()}"
+
+
+def assert_prefix(run: Run, whole: Run, count: int | None = None) -> None:
+    """What was committed is a prefix, and equals that of the run that nothing stopped."""
+    committed = run.tree["committed"].values
+    steps = int(committed.sum())
+    assert list(run.steps) == list(range(steps)) and (count is None or steps == count)
+    for group in ("latents", *(f"attention/{grid}" for grid in whole.grids), "unet"):
+        for name, variable in whole.tree[group].data_vars.items():
+            if variable.dims[0] == "step" and variable.ndim > 1:
+                assert_same(run.tree[group][name].values[:steps], variable.values[:steps], f"{group}/{name}")
+
+
+def only(folder: Path) -> Run:
+    """The one thing in a folder, hidden files included, is a recording."""
+    (path,) = folder.iterdir()
+    return Run(path)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recordings import recording
 
 from probe.cli import dispatch
 from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingLinked, RecordingNotFound
 from probe.reading.recording import find_run, open_run
 from probe.running.recorder import rerun, resume
 from probe.verify import verify
-from tests.recordings import recording
 
 
 @pytest.fixture(scope="module")

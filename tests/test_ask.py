@@ -11,9 +11,9 @@ import tiny
 import torch
 import xarray as xr
 from PIL import Image
-from test_loading import COMMIT, hub_cache
-from test_recorder import PROMPT, pipeline, take
-from test_recorder import ask as ask_experiment
+from tiny import COMMIT, hub_cache
+from tiny_runs import PROMPT, pipeline, take
+from tiny_runs import ask as ask_experiment
 
 from probe.analysis import combined, word_maps
 from probe.cli import dispatch

@@ -27,8 +27,7 @@ import google_crc32c
 import numpy as np
 import pytest
 from numcodecs import Zstd
-
-from tests.recordings import GRID, recording
+from recordings import GRID, recording
 
 ROOT = Path(__file__).parent.parent
 MEGABYTES, SECONDS = 256, 5

@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+from recordings import recording
 
 from probe.diffusion.model_configs import MOST_NUMBER, MOST_TIMESTEPS, SCHEDULER_SIZES
 from probe.diffusion.model_configs import scheduler_config as check_settings
@@ -22,7 +23,6 @@ from probe.errors import ExperimentError, ModelError, RecordingDamaged, UserErro
 from probe.experiment import Experiment
 from probe.proof.replay import rebuild_scheduler
 from probe.reading.recording import Run
-from tests.recordings import recording
 
 STEPS = Experiment.model_fields["steps"].metadata[1].le  # the most that may be asked for
 LIMIT = 2.0  # seconds of this process

@@ -11,13 +11,14 @@ import pytest
 import tiny
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from test_recorder import ask, bare, condition, loop, model_for, only, pipeline, take
+from recordings import only
+from tiny_runs import ask, bare, model_for, pipeline, take
+from true_maps import DOWN, EVERYTHING, MIDDLE, Scores, assert_maps, scores
 
 from probe.analysis.maps import probabilities
 from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import denoise
 from probe.errors import CaptureError, ExperimentError
-from probe.experiment import Experiment
 from probe.reading.recording import Run
 from probe.running.planning import plan
 from probe.running.session import Session
@@ -29,57 +30,7 @@ from probe.watching.projections import Tray
 from probe.watching.rehearsal import cross_attention, rehearse
 from probe.watching.selection import activation_paths, attention_layers
 
-Scores = list[dict[str, torch.Tensor]]
-BOTH = {"branches": "both", "tokens": "all", "dtype": "float32"}
 SHAPE = {"images": 2, "width": 48, "steps": 2}
-DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
-MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2"
-
-
-def scores(pipe: Any, asked: Experiment) -> Scores:
-    """By step and layer, diffusers' own `get_attention_scores` of what enters each layer. *Shape:* (branch, image, head, pixel, token) float32."""
-    guided = asked.guidance_scale > 1
-    text = condition(pipe, asked).rows(("uncond", "cond") if guided else ("cond",), asked.images)["encoder_hidden_states"]
-    found: Scores = []
-    now: dict[str, torch.Tensor] = {}
-
-    def watch(path: str, module: Any) -> Callable[[torch.Tensor], None]:
-        def callback(hidden: torch.Tensor) -> None:
-            with torch.no_grad():
-                query, key = (module.head_to_batch_dim(tensor.float()) for tensor in (module.to_q(hidden), module.to_k(text)))
-                rows = module.get_attention_scores(query, key, None)
-            now[path] = rows.unflatten(0, (2 if guided else 1, asked.images, module.heads)).float().cpu()
-
-        return callback
-
-    with hooks.Hooks([(module, "input", watch(path, module)) for path, module in cross_attention(pipe.unet).items()]):
-        for _ in loop(pipe, asked):
-            found.append(dict(now))
-            now.clear()
-    return found
-
-
-def assert_maps(run: Run, expected: Scores, absolute: float, relative: float = 0.0) -> None:
-    """Every map of the recording is the expected one, and `rest` the sum of those that were not kept."""
-    called = ["uncond", "cond"] if run.experiment.guidance_scale > 1 else ["cond"]
-    compared: set[str] = set()
-    for grid in run.grids:
-        maps = run.attention(grid)
-        values, positions = probabilities(maps.values), maps["token"].values
-        kept = positions[positions >= 0]
-        of = [called.index(branch) for branch in maps["branch"].values]
-        for at, step in enumerate(maps["step"].values):
-            for number, layer in enumerate(maps["layer"].values):
-                whole = expected[step][layer][of].permute(4, 0, 1, 2, 3).numpy()
-                wanted = whole[kept]
-                if len(kept) < len(positions):
-                    assert positions[-1] == -1
-                    wanted = np.concatenate([wanted, np.delete(whole, kept, axis=0).sum(axis=0, keepdims=True)])
-                found = values[at][:, :, :, number].reshape(wanted.shape)
-                np.testing.assert_allclose(found, wanted, atol=absolute, rtol=relative, err_msg=f"{layer}, step {step}")
-                compared.add(str(layer))
-        np.testing.assert_allclose(values.sum(axis=1), 1, atol=absolute * values.shape[1] + relative)
-    assert compared, "nothing was compared"
 
 
 # --- maps ------------------------------------------------------------------------------------------------------------
@@ -87,7 +38,7 @@ def assert_maps(run: Run, expected: Scores, absolute: float, relative: float = 0
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return take(tmp_path_factory.mktemp("everything"), **SHAPE, capture=BOTH, negative_prompt="scuba diving")
+    return take(tmp_path_factory.mktemp("everything"), **SHAPE, capture=EVERYTHING, negative_prompt="scuba diving")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +84,7 @@ def test_maps_for_other_requests(changes: dict[str, Any], capture: dict[str, Any
 def test_maps_of_other_transformers(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
     """q and k are widened before they are multiplied, so the maps of a half-precision run are as exact as any."""
     pipe = tiny.pipeline(**options).to(dtype)
-    run = take(tmp_path, pipe, steps=2, capture={**BOTH, "statistics": False})
+    run = take(tmp_path, pipe, steps=2, capture={**EVERYTHING, "statistics": False})
     assert_maps(run, scores(pipe, run.experiment), 1e-6)
     if "attention_head_dim" in options:
         assert [run.attention(grid).sizes["head"] for grid in run.grids] == [2, 4]
@@ -141,14 +92,14 @@ def test_maps_of_other_transformers(dtype: torch.dtype, options: dict[str, Any],
 
 def test_maps_stored_in_float16_are_off_by_half_a_unit_in_the_last_place(tmp_path: Path) -> None:
     """A float16 near p has 11 bits: off by p * 2^-11 at most, which is 2.4e-4 near 1 and below 3e-5 where p < 1/16."""
-    run = take(tmp_path, **SHAPE, capture={**BOTH, "dtype": "float16"})
+    run = take(tmp_path, **SHAPE, capture={**EVERYTHING, "dtype": "float16"})
     rows = scores(pipeline(), run.experiment)
     assert_maps(run, rows, 1e-6, relative=2**-11)
     assert_maps(run, rows, 3e-5)
 
 
 def test_maps_stored_as_sqrt_u8_are_within_4e_3(tmp_path: Path) -> None:
-    run = take(tmp_path, **SHAPE, capture={**BOTH, "dtype": "sqrt_u8"})
+    run = take(tmp_path, **SHAPE, capture={**EVERYTHING, "dtype": "sqrt_u8"})
     assert run.attention().dtype == np.uint8 and "encoding" in run.attention().attrs
     expected = scores(pipeline(), run.experiment)
     with pytest.raises(AssertionError):
@@ -209,7 +160,7 @@ def test_moments_are_the_mass_and_centre_of_each_map(everything: Run) -> None:
 
 
 def test_moments_are_taken_before_storage(tmp_path: Path, everything: Run) -> None:
-    asked = {"negative_prompt": "scuba diving", "capture": {**BOTH, "dtype": "sqrt_u8"}}
+    asked = {"negative_prompt": "scuba diving", "capture": {**EVERYTHING, "dtype": "sqrt_u8"}}
     run = take(tmp_path, **SHAPE, **asked)
     for grid in run.grids:
         name = f"attention/{grid}/moments"
@@ -287,7 +238,7 @@ def test_layers_are_chosen_by_glob_or_grid(patterns: tuple[str, ...], count: int
 
 
 def test_only_the_chosen_layers_are_recorded(tmp_path: Path) -> None:
-    run = take(tmp_path, **SHAPE, capture={**BOTH, "layers": ("mid_block.*",)})
+    run = take(tmp_path, **SHAPE, capture={**EVERYTHING, "layers": ("mid_block.*",)})
     assert run.grids == ["4x6"] and run.attention()["layer"].values.tolist() == [MIDDLE]
     assert_maps(run, scores(pipeline(), run.experiment), 1e-6)
     assert run.overview().sizes == {"step": 3, "token": 77, "y": 4, "x": 6}

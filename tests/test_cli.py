@@ -25,7 +25,7 @@ import pytest
 import tiny
 import torch
 import zarr
-from test_resume import change_root, cut
+from recordings import change_root, cut
 
 from probe import cli, run
 from probe.chunks import StepFiles

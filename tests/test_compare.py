@@ -12,8 +12,8 @@ import pytest
 import tiny
 import torch
 import zarr
-from test_recorder import take
-from test_resume import change_root, cut
+from recordings import change_root, cut
+from tiny_runs import take
 
 from probe.reading.compare import Comparison, Difference, compare
 from probe.reading.recording import Run

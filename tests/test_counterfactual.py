@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_recorder import PROMPT, ask, assert_neutral, assert_no_hooks, bare, model_for, pipeline, take
+from tiny_runs import PROMPT, ask, assert_neutral, assert_no_hooks, bare, model_for, pipeline, take
 
 from probe.errors import ExperimentError
 from probe.reading.compare import compare

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recordings import GRID, recording
 
 from probe import system
-from tests.recordings import GRID, recording
 
 ROOT = Path(__file__).parent.parent
 WITHOUT = """

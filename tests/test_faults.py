@@ -20,8 +20,8 @@ import pytest
 import torch
 import xarray as xr
 from doomed import Doomed, Ended, Fault, Torn
-from test_recorder import ask, assert_no_hooks, assert_prefix, at_call, only, pipeline, throw
-from test_resume import cut, flag, planning, rehearsed  # noqa: F401
+from recordings import assert_prefix, cut, only
+from tiny_runs import ask, assert_no_hooks, at_call, pipeline, throw
 
 from probe.digests import DIGESTS
 from probe.errors import NotFinite, OutOfMemory
@@ -43,12 +43,8 @@ def asked(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _rehearsed_once() -> Iterator[None]:
-    """A rehearsal takes longer than so small a run, and says the same of the same model and sizes."""
+def _started() -> None:
     doomed.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "rehearse", rehearsed)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from test_recorder import take
+from tiny_runs import take
 from xarray.core import indexing
 
 from probe.errors import RecordingDamaged, RecordingNotFound

@@ -1,7 +1,7 @@
 """The same promises on CUDA, in float16, with the full configuration of Stable Diffusion v1 and random weights.
 
 Run them with `pytest -m gpu`; without CUDA they fail, they do not pass by being skipped. What they assert is the code
-that test_recorder.py and test_capture.py run on the CPU.
+that other tests run on the CPU (tiny_runs.py, true_maps.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from test_capture import assert_maps, scores
-from test_recorder import ask, assert_neutral, assert_no_hooks, bare
+from tiny_runs import ask, assert_neutral, assert_no_hooks, bare
 from transformers import CLIPTextConfig, CLIPTextModel
+from true_maps import assert_maps, scores
 
 from probe.diffusion.sampling import noise
 from probe.errors import ModelError

@@ -31,6 +31,7 @@ import xarray as xr
 import zarr
 from numcodecs import Zstd
 from PIL import Image
+from recordings import ATTRIBUTES, CALLS, GRID, recording
 
 from probe.digests import sealed
 from probe.errors import RecordingDamaged, RecordingNotFound, RecordingUnreadable
@@ -41,7 +42,6 @@ from probe.reading.recording import Run, list_runs
 from probe.schema import array
 from probe.store import MANIFEST, RunWriter
 from probe.verify import DAMAGE
-from tests.recordings import ATTRIBUTES, CALLS, GRID, recording
 
 ROOT = Path(__file__).parent.parent
 MEGABYTES, SECONDS = 512, 5

@@ -339,6 +339,16 @@ def untyped_packages(root: Path) -> list[str]:
     return findings + ([] if (root / "probe/py.typed").is_file() else ["probe/py.typed is missing"])
 
 
+def imports_of_tests(root: Path) -> list[str]:
+    """What tests share lies in modules that are no tests: a test file can be read, run, split and renamed by itself."""
+    return [
+        f"{at(root, path, found.line)}: imports a test module, {found.name}: move what is shared, to tests/recordings.py say"
+        for path in sources(root, "tests")
+        for found in imports_of(root, path)
+        if found.name.removeprefix("tests.").startswith("test_")
+    ]
+
+
 # Written in pieces, so that this file does not hold what it forbids.
 MACHINE = re.compile(r"(?<![\w.~<>)}\]*-])/" + r"(?:wo" + r"rk|ro" + r"ot|op" + r"t)(?=/|[\s\"'`:;,)\]]|$)")
 REGISTRY = re.compile(r"py" + r"pi\.org|python" + r"hosted\.org|download\." + r"pytorch\.org")
@@ -385,6 +395,7 @@ RULES = [
     shapeless_modules,
     undocumented_modules,
     untyped_packages,
+    imports_of_tests,
     words_of_this_machine,
 ]
 
@@ -415,6 +426,9 @@ GOOD = {
     "probe/cli.py": '"""The door."""\nfrom probe import analysis\ndef main():\n    import torch\n    from probe.running.recorder import record\n',
     "probe/dashboard/__init__.py": '"""Looks."""\nimport probe\nfrom ..analysis.maps import Run\n',
     "probe/dashboard/views/maps.py": '"""A view."""\nfrom ... import schema\nfrom ..figures import draw\nimport streamlit\n',
+    "tests/recordings.py": "",
+    "tests/test_a.py": "import recordings\nfrom tests.recordings import x\n",
+    "tests/test_b.py": "import pytest\n",
     "experiments/own.py": "place = '.../home/here', 'root/x', 'a/opt', '/workflows/x', '/options'\n",
 }
 
@@ -538,6 +552,10 @@ BREAKS = [
     (untyped_packages, "probe/py.typed", None, "probe/py.typed is missing"),
     (untyped_packages, "pyproject.toml", '[tool.hatch.build.targets.wheel]\npackages = ["probe", "dashboard"]', "and not probe alone"),
     (untyped_packages, "pyproject.toml", GOOD["pyproject.toml"] + 'exclude = ["*.typed"]', "without 'exclude'"),
+    (imports_of_tests, "tests/test_a.py", "from test_b import c", "tests/test_a.py:1: imports a test module, test_b: move"),
+    (imports_of_tests, "tests/test_a.py", "def f():\n    import tests.test_b", "tests/test_a.py:2: imports a test module, tests.test_b"),
+    (imports_of_tests, "tests/helper.py", "from tests import test_b", "tests/helper.py:1: imports a test module, tests.test_b"),
+    (imports_of_tests, "tests/helper.py", "from .test_b import c", "tests/helper.py:1: imports a test module, tests.test_b"),
     (words_of_this_machine, "notes.md", "see " + "/wo" + "rk/x", "notes.md:1: " + "/wo" + "rk is a place of one machine"),
     (words_of_this_machine, ".ci/run", "\ncd '" + "/ro" + "ot'", ".ci/run:2: " + "/ro" + "ot is a place"),
     (words_of_this_machine, "a.yaml", "path: " + "/op" + "t/models", "a.yaml:1: " + "/op" + "t is a place"),

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recordings import recording
 
 from probe.errors import ProbeError
 from probe.reading import listing as module
 from probe.reading.listing import Listed, list_runs, listing, root_attributes
 from probe.reading.recording import find_run
-from tests.recordings import recording
 
 COUNT = 220  # an index is kept
 

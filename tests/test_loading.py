@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import COMMIT, OLDER, hub_cache
 
 from probe.diffusion.loading import load
 from probe.diffusion.models import StableDiffusion
@@ -29,7 +30,6 @@ from probe.reading.recording import Run
 from probe.running.recorder import record
 
 ROOT = Path(__file__).parent.parent
-COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
 TOKEN = "hf_thisIsNobodysTokenButItLooksLikeOne"
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -44,23 +44,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
-
-
-def hub_cache(folder: Path, model: Path, refs: dict[str, str]) -> Path:
-    """A model as the hub's client keeps it: blobs, links to them in a folder for each commit, and names of commits."""
-    repository = folder / "models--somebody--tiny"
-    for number, file in enumerate(sorted(path for path in model.rglob("*") if path.is_file())):
-        blob = repository / "blobs" / f"{number:064x}"
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, blob)
-        for commit in sorted(set(refs.values())):
-            link = repository / "snapshots" / commit / file.relative_to(model)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(blob)
-    for name, commit in refs.items():
-        (repository / "refs").mkdir(exist_ok=True)
-        (repository / "refs" / name).write_text(commit)
-    return folder
 
 
 @pytest.fixture

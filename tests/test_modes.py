@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_conditions import Own, Swapped, merging
-from test_recorder import ask, assert_neutral, bare, pipeline, take
+from altered import Own, Swapped, merging
+from tiny_runs import ask, assert_neutral, bare, pipeline, take
+from true_maps import EVERYTHING
 
 from probe.analysis.maps import maps_of
 from probe.errors import CaptureError, ExperimentError, TooLarge
@@ -18,8 +19,6 @@ from probe.reading.recording import Run
 from probe.running.recorder import record
 from probe.watching.rehearsal import cross_attention
 from probe.watching.text_side import written_sizes
-
-EVERYTHING = {"branches": "both", "tokens": "all", "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")

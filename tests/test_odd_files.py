@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from recordings import recording
 
 from probe.cli import dispatch
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
@@ -25,7 +26,6 @@ from probe.locks import Lock
 from probe.reading.recording import open_run
 from probe.source import MOST_MASKS, read_masks, read_picture
 from probe.store import RunWriter
-from tests.recordings import recording
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from altered import WORKS
 from attention_map_diffusers import AttentionCapture
-from peer import EVERYTHING, assert_the_same, peer_maps
-from test_capture import assert_maps, scores
-from test_conditions import WORKS
-from test_recorder import ask, pipeline
+from tiny_runs import ask, pipeline
+from true_maps import EVERYTHING, assert_maps, assert_the_same, peer_maps, scores
 
 from probe.errors import CaptureError
 from probe.running.recorder import record

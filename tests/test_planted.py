@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_recorder import take
+from tiny_runs import take
 
 from probe.fields import SCHEDULERS
 from probe.reading.recording import Run

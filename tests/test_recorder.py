@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,124 +17,21 @@ import tiny
 import torch
 import xarray as xr
 from PIL import Image
+from recordings import assert_prefix, assert_same, only
+from tiny_runs import FULL, OFF, PROMPT, ask, assert_neutral, assert_no_hooks, at_call, bare, model_for, pipeline, take, throw
 from transformers import CLIPTextModel
 
 from probe.analysis.maps import probabilities, word_maps
 from probe.diffusion.loading import load
-from probe.diffusion.models import Conditioning, StableDiffusion
-from probe.diffusion.sampling import Step, denoise
+from probe.diffusion.models import StableDiffusion
 from probe.errors import ExperimentError, NotFinite, OutOfMemory, StoreError, TooLarge
-from probe.experiment import Experiment, load_experiment
+from probe.experiment import load_experiment
 from probe.reading.recording import Run, open_run
 from probe.running.planning import Plan, plan
 from probe.running.recorder import record
 from probe.store import MANIFEST
 from probe.verify import verify
 from probe.watching import hooks
-
-PROMPT = "a cat on the hat"
-FULL = {"branches": "both", "tokens": "all", "activations": ("unet.mid_block", "vae.decoder.mid_block", "text_encoder.encoder.layers.0")}
-OFF = {"attention": "off", "text": False, "statistics": False}
-ROOT = Path(__file__).parent.parent
-
-
-def pipeline(dtype: torch.dtype = torch.float32, prediction: str = "epsilon") -> Any:
-    return _made(dtype, prediction)
-
-
-@functools.cache
-def _made(dtype: torch.dtype, prediction: str) -> Any:
-    return tiny.pipeline(prediction) if dtype == torch.float32 else tiny.pipeline(prediction).to(dtype)
-
-
-def ask(folder: Path, **changes: Any) -> Experiment:
-    return load_experiment({"prompt": PROMPT, "seed": 3, "steps": 4, "output": str(folder), **changes})
-
-
-def take(folder: Path, pipe: Any = None, **changes: Any) -> Run:
-    return record(ask(folder, **changes), pipe or pipeline(), progress=False)
-
-
-def model_for(pipe: Any, asked: Experiment) -> StableDiffusion:
-    return StableDiffusion.of(pipe).with_scheduler(asked.scheduler, asked.scheduler_options)
-
-
-def condition(pipe: Any, asked: Experiment) -> Conditioning:
-    return StableDiffusion.of(pipe).condition(asked.prompt, asked.negative_prompt, guided=asked.guidance_scale > 1, over_long=asked.over_long)
-
-
-def loop(pipe: Any, asked: Experiment) -> Iterator[Step]:
-    fields = "steps guidance_scale guidance_rescale eta seed images height width".split()
-    return denoise(model_for(pipe, asked), condition(pipe, asked), **{name: getattr(asked, name) for name in fields})
-
-
-def bare(pipe: Any, asked: Experiment) -> list[Step]:
-    """The same run with nobody watching."""
-    return list(loop(pipe, asked))
-
-
-def stored(tensor: torch.Tensor) -> np.ndarray:
-    """As it is stored: bfloat16 widened to float32, everything else as it is."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-
-
-def assert_neutral(run: Run, steps: list[Step]) -> None:
-    """The recording holds the bits of `steps`, which were made without it."""
-    assert run.tree.sizes["step"] == len(steps)
-    for at, index in enumerate(run.steps):
-        step = steps[index]
-        pairs = {"latents": step.latents, "prediction": step.prediction, "prediction_cond": step.prediction_cond}
-        if step.prediction_uncond is not None:
-            pairs["prediction_uncond"] = step.prediction_uncond
-        for name, tensor in pairs.items():
-            assert_same(run.tree[f"latents/{name}"].values[run.steps[at]], stored(tensor), f"{name} of step {index}")
-    if run.status == "complete":
-        assert len(run.steps) == len(steps)
-        assert_same(run.tree["latents/final_latents"].values, stored(steps[-1].next_latents), "final_latents")
-
-
-def assert_same(found: np.ndarray, expected: np.ndarray, what: str) -> None:
-    assert found.dtype == expected.dtype and found.shape == expected.shape, what
-    assert np.array_equal(found, expected, equal_nan=True), f"{what} differ by up to {np.abs(found - expected).max()}"
-
-
-def assert_no_hooks(pipe: Any) -> None:
-    assert [hooks.count(part) for part in (pipe.unet, pipe.vae, pipe.text_encoder)] == [0, 0, 0]
-
-
-def assert_prefix(run: Run, whole: Run, count: int | None = None) -> None:
-    """What was committed is a prefix, and equals that of the run that nothing stopped."""
-    committed = run.tree["committed"].values
-    steps = int(committed.sum())
-    assert list(run.steps) == list(range(steps)) and (count is None or steps == count)
-    for group in ("latents", *(f"attention/{grid}" for grid in whole.grids), "unet"):
-        for name, variable in whole.tree[group].data_vars.items():
-            if variable.dims[0] == "step" and variable.ndim > 1:
-                assert_same(run.tree[group][name].values[:steps], variable.values[:steps], f"{group}/{name}")
-
-
-def only(folder: Path) -> Run:
-    """The one thing in a folder, hidden files included, is a recording."""
-    (path,) = folder.iterdir()
-    return Run(path)
-
-
-def at_call(index: int, act: Callable[[], None]) -> Callable[[Any], None]:
-    """A hook's callback that acts at one call of its module."""
-    calls = iter(range(10**6))
-
-    def callback(_: Any) -> None:
-        if next(calls) == index:
-            act()
-
-    return callback
-
-
-def throw(error: BaseException) -> Callable[[], None]:
-    def act() -> None:
-        raise error
-
-    return act
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import re
 import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +20,22 @@ import tiny
 import torch
 import zarr
 from diffusers import StableDiffusionPipeline
-from test_recorder import FULL, OFF, at_call, only, pipeline, take, throw
+from recordings import change_root, cut, flag, only
+from tiny_runs import FULL, OFF, at_call, pipeline, take, throw
 
-from probe.chunks import checked
 from probe.diffusion.loading import BUNDLED, load
 from probe.diffusion.models import StableDiffusion
-from probe.digests import DIGESTS
 from probe.errors import ModelError, NotFinite, ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.experiment import load_experiment
 from probe.fields import SCHEDULERS
-from probe.proof.checks import variables
 from probe.reading.compare import compare
 from probe.reading.recording import Run
-from probe.running import planning, recorder
+from probe.running import recorder
 from probe.running.planning import plan
 from probe.running.recorder import record, rerun, resume
 from probe.store import MANIFEST, RunWriter
 from probe.verify import verify
 from probe.watching import hooks
-from probe.watching.rehearsal import Rehearsal, rehearse
-
-AT_THE_FIRST_STEP = r"attention/.*/(key|value_size)"
-AT_THE_END = r"latents/final_latents|images/final|vae/statistics|vae/.*/activation|cost/(.*seconds|peak_memory)|attention/.*/(overview|time_sum)"
-
-
-@functools.cache
-def nobody() -> int:
-    """The process id of a process that is no more."""
-    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    gone.wait()
-    return gone.pid
 
 
 @functools.cache
@@ -61,64 +43,6 @@ def bundled() -> Any:
     return StableDiffusionPipeline.from_pretrained(
         BUNDLED["emojiworld"], dtype=torch.float32, use_safetensors=True, safety_checker=None, requires_safety_checker=False
     )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _rehearsed_once() -> Iterator[None]:
-    """A rehearsal takes longer than so small a run, and says the same of the same model and sizes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "rehearse", rehearsed)
-        yield
-
-
-@functools.cache
-def _rehearsed(unet: torch.nn.Module, *shapes: Any) -> list[Rehearsal]:
-    return []
-
-
-def rehearsed(model: StableDiffusion, *shapes: Any) -> Rehearsal:
-    once = _rehearsed(model.unet, *shapes)
-    if not once:
-        once.append(rehearse(model, *shapes))
-    return once[0]
-
-
-def change_root(run: Run, change: Callable[[dict[str, Any]], object]) -> Run:
-    """Change the attributes of a recording on disk."""
-    file = run.path / "zarr.json"
-    root = json.loads(file.read_text())
-    change(root["attributes"])
-    file.write_text(json.dumps(root))
-    return Run(run.path)
-
-
-def flag(run: Run, flags: list[int]) -> None:
-    (run.path / "committed" / "c.0").write_bytes(checked(bytes(flags)))
-
-
-def cut(whole: Run, folder: Path, step: int) -> Run:
-    """What a kill -9 leaves of a recording of which `step` steps were committed."""
-    path = Path(shutil.copytree(whole.path, folder / f"{whole.name}-{step}.zarr"))
-    calls = whole.tree.sizes["step"]
-    late = AT_THE_END if step else f"{AT_THE_END}|{AT_THE_FIRST_STEP}"
-    for name, variable in variables(whole):
-        if name == "decoded/picture":  # in one file, rewritten whenever one more picture is there
-            zarr.open_array(path, path=name, mode="r+")[(whole.variable("decoded/decoded_step").values < step).sum() :] = 0
-            gone = []
-        elif variable.dims[:1] == ("step",) and variable.ndim > 1:
-            gone = [f"c.{index}.*" for index in range(step, calls)]
-        else:
-            gone = ["c", "c.*"] if re.fullmatch(late, name) else []
-        for file in [file for pattern in gone for file in (path / name).glob(pattern)]:
-            file.unlink()
-    for file in (*path.glob("*.png"), path / MANIFEST):
-        file.unlink()
-    lines = (path / DIGESTS).read_text().splitlines(keepends=True)
-    until = next((at for at, line in enumerate(lines) if line.endswith(f" step {step}\n")), len(lines))
-    (path / DIGESTS).write_text("".join(line for line in lines[:until] if not re.fullmatch(late, line[65:-1])))
-    run = change_root(Run(path), lambda attributes: attributes.update(status="running", writer={"pid": nobody(), "host": socket.gethostname()}))
-    flag(run, [1] * step + [0] * (calls - step))
-    return run
 
 
 def go_on(run: Run, pipe: Any = None) -> tuple[Run, int]:

@@ -21,10 +21,10 @@ import tiny
 import torch
 import zarr
 from originals import original
-from peer import EVERYTHING, assert_the_same, peer_maps
 from PIL import Image
 from recordings import with_its_digests
 from safetensors.torch import save_file
+from true_maps import EVERYTHING, assert_the_same, peer_maps
 
 from probe.cli import dispatch
 from probe.diffusion.loading import load

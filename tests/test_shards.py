@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from recordings import ATTRIBUTES
 
 from probe.errors import RecordingDamaged
 from probe.reading import lazy
 from probe.reading.recording import Run
 from probe.schema import array
 from probe.store import RunWriter
-from tests.test_store import ATTRIBUTES
 
 SHAPE = (3, 5, 2, 1, 2, 2, 4, 3)  # step, token, branch, image, layer, head, y, x
 CROSS = "attention/4x3/cross"

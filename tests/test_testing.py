@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from recordings import with_its_digests
 
 from probe.reading.recording import Run, open_run
 from probe.testing.conformance import ReaderConformance, WriterConformance, stored_values
 from probe.testing.synthetic import NOT_PROVEN, synthetic
 from probe.verify import verify
-from tests.recordings import with_its_digests
 
 
 class TestSynthetic(WriterConformance):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recordings import GRID, recording
 
 from probe.cli import dispatch
 from probe.errors import RecordingUnreadable
@@ -24,7 +25,6 @@ from probe.reading.compare import compare
 from probe.reading.listing import list_runs, listing
 from probe.reading.recording import Run, find_run
 from probe.verify import verify
-from tests.recordings import GRID, recording
 
 TROUBLES = "EACCES EPERM EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EMFILE ENFILE ENOMEM EBUSY".split()
 READS: dict[str, Callable[[Path], Any]] = {

@@ -21,8 +21,8 @@ import pytest
 import tiny
 import torch
 import zarr
-from recordings import with_its_digests
-from test_recorder import OFF, ROOT, ask, at_call, only, pipeline, take, throw
+from recordings import only, with_its_digests
+from tiny_runs import OFF, ask, at_call, pipeline, take, throw
 
 from probe.analysis.maps import probabilities
 from probe.diffusion.models import StableDiffusion
@@ -38,6 +38,7 @@ from probe.verify import WITH_MODEL, as_json, main, overall, told, verify
 from probe.watching import hooks
 from probe.watching.measures import to_storage
 
+ROOT = Path(__file__).parent.parent
 NAMES = "manifest digests committed schema labels softmax moments sums picture schedule guidance scheduler".split()
 TOLERANT = {"softmax", "moments"}  # maps are rounded when they are stored
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
 WORDS = "a an the astronaut scuba diving cat hat on in and of".split()
 
 
@@ -142,3 +144,20 @@ def xl_pipeline(shape: str = "base", prediction_type: str = "epsilon", zeros: bo
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def hub_cache(folder: Path, model: Path, refs: dict[str, str]) -> Path:
+    """A model as the hub's client keeps it: blobs, links to them in a folder for each commit, and names of commits."""
+    repository = folder / "models--somebody--tiny"
+    for number, file in enumerate(sorted(path for path in model.rglob("*") if path.is_file())):
+        blob = repository / "blobs" / f"{number:064x}"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        for commit in sorted(set(refs.values())):
+            link = repository / "snapshots" / commit / file.relative_to(model)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)
+    for name, commit in refs.items():
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    return folder
