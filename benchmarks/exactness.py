@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import models
 from probe.analysis.maps import probabilities
-from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import denoise
+from probe.diffusion.sd import StableDiffusion
 from probe.running.recorder import record
 from probe.watching.hooks import Hooks
 from probe.watching.rehearsal import cross_attention

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.models import PROMPT, pipeline
 from probe.analysis.maps import probabilities
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.experiment import load_experiment
 from probe.reading.recording import Run
 from probe.running.planning import plan

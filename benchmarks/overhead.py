@@ -27,8 +27,8 @@ import torch
 
 from benchmarks import models
 from benchmarks.loop import Took, stopwatch
-from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import denoise
+from probe.diffusion.sd import StableDiffusion
 from probe.running.recorder import record
 
 CAPTURES: dict[str, tuple[str, dict[str, Any]]] = {

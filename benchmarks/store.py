@@ -23,7 +23,7 @@ import xarray as xr
 import zarr
 
 from benchmarks import models
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.experiment import load_experiment
 from probe.reading.recording import Run
 from probe.running.planning import Plan, plan

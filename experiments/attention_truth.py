@@ -58,7 +58,7 @@ from experiments.truth_maps import (
     scored,
 )
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError
 from probe.running.recorder import record
 from probe.source import read_masks, read_picture

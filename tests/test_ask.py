@@ -46,7 +46,7 @@ def test_asked_about_its_own_prompt_a_recording_gives_its_own_maps(run: Run) -> 
 
 def test_the_maps_of_another_sentence_are_those_of_its_keys(run: Run) -> None:
     """By hand: diffusers' own scores of the recorded queries against the new sentence."""
-    from probe.diffusion.models import StableDiffusion
+    from probe.diffusion.sd import StableDiffusion
     from probe.watching.rehearsal import cross_attention
 
     model = StableDiffusion.of(pipeline())

@@ -16,8 +16,8 @@ from tiny_runs import ask, bare, model_for, pipeline, take
 from true_maps import DOWN, EVERYTHING, MIDDLE, Scores, assert_maps, scores
 
 from probe.analysis.maps import probabilities
-from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import denoise
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import CaptureError, ExperimentError
 from probe.reading.recording import Run
 from probe.running.planning import plan

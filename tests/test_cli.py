@@ -530,7 +530,7 @@ def test_out_of_memory(call: Command, model: Path, monkeypatch: pytest.MonkeyPat
     def decode(*_: object) -> Any:
         raise RuntimeError(message)
 
-    monkeypatch.setattr("probe.diffusion.models.StableDiffusion.decode", decode)
+    monkeypatch.setattr("probe.diffusion.sd.StableDiffusion.decode", decode)
     cause, remedy = refused(call, "--model", model, "--prompt", "a cat", code=1)
     assert cause.startswith(("Out of memory on cpu:", "Out of memory on cuda:")) and "Fewer images" in remedy
 

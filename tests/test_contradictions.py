@@ -18,7 +18,7 @@ import tiny
 import torch
 
 from probe import cli
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, NotFinite, OutOfMemory, PromptError, StoreError, TooLarge
 from probe.experiment import Experiment, load_experiment
 from probe.files import storing

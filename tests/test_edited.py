@@ -19,7 +19,7 @@ import zarr
 
 from probe.cli import show
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import CaptureError, ModelError, NotFinite, ProbeError, RecordingDamaged
 from probe.experiment import load_experiment
 from probe.proof.checks import check_digests

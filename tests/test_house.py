@@ -63,7 +63,7 @@ LAYERS = [
     ("probe.diffusion.family",),
     ("probe.diffusion.parts", "probe.diffusion.text"),
     ("probe.diffusion.sd", "probe.diffusion.sdxl"),
-    ("probe.diffusion.families", "probe.diffusion.models"),
+    ("probe.diffusion.families",),
     ("probe.diffusion.loading",),
     ("probe.watching.conditions", "probe.watching.measures"),
     ("probe.watching.rehearsal",),
@@ -95,7 +95,7 @@ DOORS = "probe.run"  # the lowest line of the doors
 
 # Some that could import downwards still must not know each other: (who, whom), packages from outside included.
 STRANGERS = [
-    ("probe.diffusion.models", "probe.watching.hooks"),
+    ("probe.diffusion.sd", "probe.watching.hooks"),
     ("probe.diffusion.sampling", "probe.watching.hooks"),
     ("probe.diffusion.sampling", "probe.store"),
     ("probe.watching.interface", "probe.store"),

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import Schedule, denoise, first_call
+from probe.diffusion.sd import StableDiffusion
 from probe.diffusion.start import encode
 from probe.errors import ExperimentError, StoreError
 from probe.experiment import Experiment, load_experiment

@@ -22,7 +22,7 @@ from PIL import Image
 from tiny import COMMIT, OLDER, hub_cache
 
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, ModelError
 from probe.experiment import Experiment, load_experiment
 from probe.fields import from_home, place

@@ -17,8 +17,9 @@ import tiny
 import torch
 
 from probe.diffusion.loading import load, pick_device
-from probe.diffusion.models import StableDiffusion, to_uint8
+from probe.diffusion.parts import to_uint8
 from probe.diffusion.sampling import denoise
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import DeviceError, ExperimentError, ModelError, PromptError
 from probe.watching import hooks
 

@@ -82,7 +82,7 @@ def test_no_mode_changes_a_bit(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["queries", "summary", "maps"])
 def test_the_forecast_of_each_mode_is_what_is_written(name: str, tmp_path: Path) -> None:
-    from probe.diffusion.models import StableDiffusion
+    from probe.diffusion.sd import StableDiffusion
     from probe.running.planning import plan
 
     asked = ask(tmp_path, capture={**EVERYTHING, "attention": name, "self_attention": ("*",), "steps": "0,2"})

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from probe import cli, noising, store
 from probe.chunks import StepFiles
 from probe.diffusion.loading import BUNDLED, load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, PromptError, TooLarge
 from probe.experiment import load_experiment
 from probe.noising import Noising, load_noising, perform_noising, record_noising

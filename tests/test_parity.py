@@ -19,8 +19,8 @@ import torch
 
 from probe.conversions import sigma_from_alpha_bar
 from probe.diffusion import guidance, sampling
-from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import Schedule, Step, denoise
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError
 from probe.fields import SCHEDULERS
 from probe.watching import hooks

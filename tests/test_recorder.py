@@ -23,7 +23,7 @@ from transformers import CLIPTextModel
 
 from probe.analysis.maps import probabilities, word_maps
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, NotFinite, OutOfMemory, StoreError, TooLarge
 from probe.experiment import load_experiment
 from probe.reading.recording import Run, open_run

@@ -24,7 +24,7 @@ from recordings import change_root, cut, flag, only
 from tiny_runs import FULL, OFF, at_call, pipeline, take, throw
 
 from probe.diffusion.loading import BUNDLED, load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ModelError, NotFinite, ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.experiment import load_experiment
 from probe.fields import SCHEDULERS

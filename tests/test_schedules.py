@@ -29,9 +29,9 @@ from PIL import Image
 from probe.analysis import by_sigma
 from probe.conversions import clipped, clipping, denoised_from, sigma_from_alpha_bar, variance_preserving
 from probe.diffusion import sampling
-from probe.diffusion.models import StableDiffusion
 from probe.diffusion.sampling import Schedule
 from probe.diffusion.schedule_check import proven
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, ModelError, UserError
 from probe.experiment import Experiment
 from probe.fields import SCHEDULERS

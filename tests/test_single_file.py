@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig
 
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ModelError
 from probe.running.recorder import record
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.diffusion.support import NEWEST_TESTED
 from probe.errors import ExperimentError, ModelError, UserError
 from probe.experiment import load_experiment

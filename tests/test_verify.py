@@ -25,7 +25,7 @@ from recordings import only, with_its_digests
 from tiny_runs import OFF, ask, at_call, pipeline, take, throw
 
 from probe.analysis.maps import probabilities
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import ROUNDED, apart, moments_of, relative, rounding, unlike_moments

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from probe.analysis.maps import phrase, word_maps
 from probe.cli import dispatch
-from probe.diffusion.models import StableDiffusion
 from probe.diffusion.prompts import BYTES, Prompt, read_prompt
+from probe.diffusion.sd import StableDiffusion
 from probe.errors import CaptureError, ExperimentError, ModelError, PromptError
 from probe.experiment import load_experiment
 from probe.reading.recording import Run

@@ -12,8 +12,9 @@ import tiny
 import torch
 from recordings import assert_same
 
-from probe.diffusion.models import Conditioning, StableDiffusion
+from probe.diffusion.family import Conditioning
 from probe.diffusion.sampling import Step, denoise
+from probe.diffusion.sd import StableDiffusion
 from probe.experiment import Experiment, load_experiment
 from probe.reading.recording import Run
 from probe.running.recorder import record

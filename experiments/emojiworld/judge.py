@@ -29,7 +29,7 @@ from tqdm import tqdm
 from experiments.emojiworld import world
 from experiments.emojiworld.train import Trainer, generator
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 
 FOLDER = Path("training/judges")
 SUBJECTS, SETTINGS = list(world.SUBJECTS), [*world.SETTINGS, None]  # None: a plain backdrop

@@ -28,7 +28,7 @@ from experiments.emojiworld.judge import SIDE, SUBJECTS, round_trip, small, tabl
 from experiments.emojiworld.train import Trainer, generator
 from probe.analysis.masks import interval, iou
 from probe.diffusion.loading import load
-from probe.diffusion.models import StableDiffusion
+from probe.diffusion.sd import StableDiffusion
 
 FOLDER = Path("training/segmenter")
 FIRST_SEED, TEST_SEED = 60_000_000, 61_000_000  # training of the model uses seeds from 0 up to 39,999; reports and judges others
