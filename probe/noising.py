@@ -235,7 +235,7 @@ def rerun_noising(run: Run, pipeline: Any | None = None, *, output: str | Path |
     asked = load_noising(opened(run).said("noising"), output=str(output or place_beside(run.path)))
     free_room(place(asked.output))  # before the model is loaded
     model = model_for(run.experiment, pipeline, sayer(progress), run)
-    if compare_weights(model, run, sayer(progress)) != run.said("model", "weights") and pipeline is not None:
+    if compare_weights(model, run, sayer(progress)) != run.attributes.model.weights and pipeline is not None:
         asked = load_noising(asked, model=model.name, revision=model.revision, variant=None)
     picture = None if run.source is None else run.source.values
     return perform_noising(asked, picture, recorded_masks(run), model, progress=progress, parent=run.name)

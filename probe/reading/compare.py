@@ -91,12 +91,7 @@ def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """Compare everything that two recordings hold, some steps at a time, over the steps that both have committed.
-
-    Raises RecordingDamaged where one does not say under which conditions it was made.
-    """
-    for run in (a, b):
-        _ = run.said("environment"), run.said("model")
+    """Compare everything that two recordings hold, some steps at a time, over the steps that both have committed."""
     one, other = a.attributes["experiment"], b.attributes["experiment"]
     ignored = ("name", "output", "durability", "device")
     asked = [f"{key}: {one.get(key)} and {other.get(key)}" for key in {**one, **other} if key not in ignored and one.get(key) != other.get(key)]

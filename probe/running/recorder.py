@@ -92,7 +92,7 @@ def rerun(run: Run, pipeline: Any | None = None, *, output: str | Path | None = 
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say, run)
         weights = compare_weights(model, run, say)
-        if weights != run.said("model", "weights") and pipeline is not None:  # then they came from elsewhere
+        if weights != run.attributes.model.weights and pipeline is not None:  # then they came from elsewhere
             asked = load_experiment(asked, model=model.name, revision=model.revision, variant=None)
         settled = plan(model, asked, None if run.source is None else run.source.values)
         check_size(settled, None, room)
@@ -154,12 +154,12 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
         model = model_for(asked, pipeline, say, run)
         settled = replan(model, run)
         here, there = describe(model, settled), run.attributes
-        if here["model"]["dtype"] != (dtype := run.said("model", "dtype")):
+        if here["model"]["dtype"] != (dtype := run.attributes.model.dtype):
             raise ModelError(
                 f"{run.name} was begun in {dtype}, and this model is in {here['model']['dtype']}.",
                 "Bring the model in that number format, or leave the model out: probe run --resume loads it so.",
             )
-        if here["model"]["weights"] != run.said("model", "weights"):  # every version wrote it
+        if here["model"]["weights"] != run.attributes.model.weights:  # every version wrote it
             raise ModelError(f"{run.name} was begun with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
         if (
             here["identity"] != there.get("identity") and here["experiment"] == there["experiment"]
@@ -224,7 +224,7 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run |
         say(f"Loading {asked.model} ...")
         revision, dtype = asked.revision, asked.dtype
         if recorded is not None:
-            revision, dtype = recorded.attributes["model"].get("revision") or revision, recorded.said("model", "dtype")
+            revision, dtype = recorded.attributes["model"].get("revision") or revision, recorded.attributes.model.dtype
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": asked.device}
         model: Family = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
     else:
