@@ -220,7 +220,7 @@ def show(arguments: list[str]) -> int:
         from probe.pictures import word_sheet
 
         say(str(_keep(lambda: word_sheet(found), found, "words.png", options.save)))
-        if not found.words().sizes["word"]:
+        if not found.words:
             say("The prompt has no words: there is no map to draw.")
         return 0
     say(*f"{found!r}".split("\n"), "")

@@ -232,7 +232,7 @@ def rerun_noising(run: Run, pipeline: Any | None = None, *, output: str | Path |
     from probe.running.planning import free_room, recorded_masks
     from probe.running.recorder import compare_weights, model_for, opened, sayer
 
-    asked = load_noising(opened(run).said("noising"), output=str(output or place_beside(run.path)))
+    asked = load_noising(opened(run).attributes["noising"], output=str(output or place_beside(run.path)))
     free_room(place(asked.output))  # before the model is loaded
     model = model_for(run.experiment, pipeline, sayer(progress), run)
     if compare_weights(model, run, sayer(progress)) != run.attributes.model.weights and pipeline is not None:

@@ -321,7 +321,7 @@ def _words(run: Run, final: Image.Image) -> list[tuple[Image.Image, str, str]]:
     if not run.grids:
         return []
     small = _fit(final, CELL)
-    return [(overlay(small, m.values), str(m["word"].values), f"{float(m.min()):.0%} to {float(m.max()):.0%}") for m in run.words()]
+    return [(overlay(small, m.values), str(m["word"].values), f"{float(m.min()):.0%} to {float(m.max()):.0%}") for m in run.word_overview()]
 
 
 def _fit(picture: Image.Image, width: int) -> Image.Image:

@@ -559,7 +559,7 @@ def test_the_words_of_a_recording(run: Run) -> None:
     cond = word_maps(combined(maps).sel(branch="cond"))
     assert cond["word"].values.tolist() == "a cat and an astronaut scuba diving and a cat".split()
     assert cond.dims == ("step", "word", "image", "y", "x") and cond["step"].values.tolist() == [0, 1, 3]
-    np.testing.assert_allclose(cond.mean(("step", "image")), run.words(), atol=1e-5)
+    np.testing.assert_allclose(cond.mean(("step", "image")), run.word_overview(), atol=1e-5)
     assert phrase(cond, "cat")["word_index"].values.tolist() == [1, 9] and phrase(cond, "Scuba Diving").sizes["word"] == 1
     bands = by_sigma(cond, 2, run.variable("sigma"))
     assert bands["steps"].values.sum() == 3 and np.isfinite(bands.isel(band=bands["steps"].values > 0)).all()

@@ -70,7 +70,7 @@ def test_one_map_a_step_and_its_context_with_it(run: Run) -> None:
     assert found.attrs == {"read_out": READ_OUT, "context": "a astronaut", "word": "astronaut"}
     assert (found.values > 0).all() and (found.values < 1).all()
     own = read_out(run, "cat", PROMPT, pipeline())
-    np.testing.assert_allclose(own.mean("step").values, run.words().sel(word="cat").values, atol=1e-6)
+    np.testing.assert_allclose(own.mean("step").values, run.word_overview().sel(word="cat").values, atol=1e-6)
     phrase = read_out(run, "the hat", PROMPT, pipeline())
     parts = [read_out(run, word, PROMPT, pipeline()).values for word in ("the", "hat")]
     np.testing.assert_allclose(phrase.values, sum(parts), atol=1e-6)

@@ -61,7 +61,7 @@ def test_tokens_and_words_are_those_of_the_analysis(run: Run) -> None:
         assert found["word"].values.tolist() == words["word"].values.tolist()
     assert run.word_maps()["word"].values.tolist() == "a cat on the hat of a cat".split(), "words that are there twice stay apart"
     assert run.word_maps(branch="uncond")["word"].values.tolist() == ["an", "astronaut"], "the negative prompt's own"
-    np.testing.assert_allclose(run.word_maps().mean(("step", "image")).values, run.words().values, atol=1e-6)
+    np.testing.assert_allclose(run.word_maps().mean(("step", "image")).values, run.word_overview().values, atol=1e-6)
 
 
 def test_daam_in_one_line(run: Run) -> None:
@@ -152,7 +152,7 @@ def test_what_was_cut_is_said_aloud(others: dict[str, Run]) -> None:
 def test_a_word_that_was_cut_in_its_middle_is_said_aloud(others: dict[str, Run]) -> None:
     run = others["split"]
     assert run.cut() == ("bra of a hat", "zebra") and run.cut("uncond") == ("", "")
-    for words in (run.word_maps(), run.word_maps(of="contribution"), run.words()):
+    for words in (run.word_maps(), run.word_maps(of="contribution"), run.word_overview()):
         assert words["word"].values.tolist() == ["cat"] * 73 + ["ze\u2026"]
     for text in ("zebra", "ze", "cat zebra"):
         with pytest.raises(PromptError, match="'zebra' was cut in its middle: the model read only 'ze' of it") as caught:

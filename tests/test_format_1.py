@@ -56,7 +56,7 @@ def test_it_opens_and_every_value_is_what_it_was(recordings: dict[str, Path], ki
     assert digests(run.tree, len(run.steps)) == said(kind)["values"]
     assert digests(xr.open_datatree(run.path, engine="zarr"), len(run.steps)) == said(kind)["values"], "stock xarray reads the same"
     assert run.status == ("interrupted" if kind == "interrupted" else "complete")
-    assert run.words().sizes["word"] and repr(run)
+    assert run.word_overview().sizes["word"] and repr(run)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -74,7 +74,7 @@ def ways(path: Path) -> dict[str, Callable[[], Any]]:
         "images": lambda: run().images.values,
         "attention": lambda: [run().attention(grid).values for grid in run().grids],
         "one map": lambda: run().attention().isel(step=0, token=1).values,
-        "words": lambda: run().words(),
+        "words": lambda: run().word_overview(),
         "tokens": lambda: run().tokens(),
         "experiment": lambda: run().experiment,
         "everything": every_variable,

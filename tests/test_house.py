@@ -29,7 +29,7 @@ MAX_LINES = 400
 # from nothing else in probe. Modules on one line do not know each other.
 LAYERS = [
     # below the torch line: what reads recordings, and what a viewer needs
-    ("probe.errors", "probe.conversions", "probe.words", "probe.stopping", "probe.reading", "probe.proof", "probe.testing"),
+    ("probe.errors", "probe.deprecation", "probe.conversions", "probe.words", "probe.stopping", "probe.reading", "probe.proof", "probe.testing"),
     ("probe.strict_yaml",),
     ("probe.system", "probe.output"),
     ("probe.reading.files",),

@@ -116,7 +116,7 @@ WAYS: dict[str, tuple[Callable[[Run], xr.DataArray], Callable[[np.ndarray], np.n
     "over images too": (lambda run: run.token_maps(over=("layer", "head", "image")), lambda tokens: tokens[:, :, 1].mean(2)),
     "one image": (lambda run: run.token_maps(images=1), lambda tokens: tokens[:, :, 1, 1:]),
     "overview": (lambda run: run.overview(), lambda tokens: tokens[:, :, 1].mean(2)),
-    "words": (lambda run: run.words(), lambda tokens: words_of(tokens[:, :, 1].mean((0, 2)), 0)),
+    "words": (lambda run: run.word_overview(), lambda tokens: words_of(tokens[:, :, 1].mean((0, 2)), 0)),
     "word maps": (lambda run: run.word_maps(), lambda tokens: words_of(tokens[:, :, 1])),
     "a noise level": (lambda run: run.word_maps(bands=1), lambda tokens: words_of(tokens[:, :, 1]).mean(0, keepdims=True)),
     "a phrase": (lambda run: run.phrase("the hat"), lambda tokens: tokens[:, 4:6, 1].sum(1, keepdims=True)),

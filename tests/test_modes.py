@@ -40,7 +40,7 @@ def test_queries_give_every_map(dtype: str, error: float, maps: Run, tmp_path: P
         assert found.coords.keys() == expected.coords.keys()
         assert all(found.coords[name].equals(expected.coords[name]) for name in expected.coords)
     np.testing.assert_allclose(run.overview().values, maps.overview().values, atol=error)
-    np.testing.assert_allclose(run.words().values, maps.words().values, atol=error)
+    np.testing.assert_allclose(run.word_overview().values, maps.word_overview().values, atol=error)
 
 
 def test_recomputed_maps_can_be_addressed_as_recorded_ones(maps: Run, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_sheet_has_every_part_in_its_place(run: Run) -> None:
         np.testing.assert_array_equal(cell(sheet, index, HEAD + 28), pixels(wanted))
     assert (cell(sheet, calls + 1, HEAD + 28) == PAPER).all(), "nothing beyond it"
 
-    words = run.words()
+    words = run.word_overview()
     assert words["word"].values.tolist() == ["An", "astronaut", "scuba", "diving"]
     for index, word in enumerate(words):
         np.testing.assert_array_equal(cell(sheet, index, HEAD + 34 + line + 28), pixels(overlay(final, word.values)))
@@ -200,13 +200,13 @@ def test_a_picture_that_is_not_square_keeps_its_shape(tmp_path: Path, height: in
     assert sheet.size == (WIDTH, HEAD + 2 * (34 + high + 34) + 30 + MARGIN // 2)
     np.testing.assert_array_equal(cell(sheet, 4, HEAD + 28, high), pixels(final))
     first = cell(sheet, 0, HEAD + 34 + high + 34 + 28, high)
-    np.testing.assert_array_equal(first, pixels(overlay(final, run.words()[0].values)))
+    np.testing.assert_array_equal(first, pixels(overlay(final, run.word_overview()[0].values)))
 
 
 def test_many_steps_are_thinned_out_and_many_words_take_more_lines(tmp_path: Path) -> None:
     run = drawn(tmp_path, prompt="a cat and an astronaut in a hat and a cat on a hat", steps=12, capture={"layers": ["4x4"]})
     sheet = contact_sheet(run)
-    assert run.words().sizes["word"] == 14
+    assert run.word_overview().sizes["word"] == 14
     assert sheet.height == HEAD + (34 + CELL + 34) + (34 + 2 * (CELL + 34)) + 30 + MARGIN // 2
     final = Image.fromarray(run.images.values[0]).resize((CELL, CELL), Image.Resampling.NEAREST)
     np.testing.assert_array_equal(cell(sheet, 7, HEAD + 28), pixels(final), "seven steps, first and last among them, and the result")

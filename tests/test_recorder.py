@@ -224,7 +224,7 @@ def test_tokens_carry_their_words(tmp_path: Path) -> None:
     assert list(maps["token_text"].sel(branch="cond").values) == [*texts, "rest"]
     assert list(maps["word"].sel(branch="cond").values[-5:]) == ["qat", "qat", "qat", "", ""]
     assert run.tokens()[:11] == texts and run.tokens("uncond")[1] == "hat"
-    assert list(run.words()["word"].values) == ["a", "cat", "astronaut", "on", "THE", "qat"]
+    assert list(run.words) == ["a", "cat", "astronaut", "on", "THE", "qat"]
 
 
 def test_both_branches_keep_as_many_tokens_as_the_longer_prompt(full: Run) -> None:
@@ -418,7 +418,7 @@ def test_any_prompt_can_be_recorded_and_shown(prompt: str, tmp_path: Path) -> No
     run = take(tmp_path, prompt=prompt, steps=2)
     assert run.status == "complete" and run.experiment.prompt == prompt
     if not any(letter.isalnum() for letter in prompt):
-        assert run.words().sizes["word"] == 0
+        assert run.word_overview().sizes["word"] == 0 and run.words == ()
     assert (run.path / "contact-sheet.png").is_file()
     page = run._repr_html_()
     assert "<script" not in page and "<b>a cat" not in page and "data:image/png;base64," in page
@@ -507,8 +507,8 @@ def test_an_unfinished_run_computes_what_a_finished_one_stores(reference: Run, t
     np.testing.assert_allclose(run.overview().values, finished.values, atol=1e-5)
     labels = reference.tree[f"attention/{reference.grids[0]}"].to_dataset().isel(branch=-1)
     words = word_maps(finished.mean("step"), labels["word"].values, labels["word_index"].values)
-    assert words["word"].values.tolist() == run.words()["word"].values.tolist() == PROMPT.split()
-    np.testing.assert_allclose(run.words().values, words.values, atol=1e-5)
+    assert words["word"].values.tolist() == list(run.words) == PROMPT.split()
+    np.testing.assert_allclose(run.word_overview().values, words.values, atol=1e-5)
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_it_is_small_and_verifies() -> None:
 
 
 def test_a_first_look_needs_no_torch() -> None:
-    code = "import sys, probe; run = probe.open_run('sample'); run.words(); run.denoised(); assert 'torch' not in sys.modules, 'torch'; print(run)"
+    code = "import sys, probe; run = probe.open_run('sample'); run.word_maps(); run.words; assert 'torch' not in sys.modules, 'torch'; print(run)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False, timeout=120)
     assert shown.returncode == 0, shown.stderr
     assert "An astronaut scuba diving" in shown.stdout

@@ -165,7 +165,7 @@ def test_the_same_arguments_give_the_same_values(tmp_path: Path) -> None:
 def test_every_status(status: str, tmp_path: Path) -> None:
     run = open_run(synthetic(tmp_path / "a.zarr", status=status))
     assert run.status == status and len(run.steps) == (4 if status == "complete" else 2)
-    assert run.words().sizes["word"] == 3 and run.denoised().sizes["step"] == len(run.steps)
+    assert run.word_overview().sizes["word"] == 3 and run.denoised().sizes["step"] == len(run.steps)
     assert run.phrase("red cat").sizes["step"] == len(run.steps)
 
 

@@ -34,7 +34,7 @@ READS: dict[str, Callable[[Path], Any]] = {
     "pictures": lambda path: Run(path).images.values,
     "a step's maps": lambda path: Run(path).attention().isel(step=0).values,
     "a map": lambda path: Run(path).attention().isel(step=1, token=1).values,
-    "words": lambda path: Run(path).words(),
+    "words": lambda path: Run(path).word_overview(),
     "find": lambda path: find_run(path),
     "find by name": lambda path: Run(find_run("mine", path.parent)),
     "verify": lambda path: verify(Run(path)),

@@ -140,7 +140,7 @@ def test_a_word_that_was_cut_in_its_middle_takes_a_line_and_keeps_its_maps(tmp_p
     run = drawn(tmp_path, prompt="cat " * 73 + "zebra", **asked)
     assert run.cut() == ("bra", "zebra")
     sheet = word_sheet(run, bands=1)
-    words, row = run.words().sizes["word"], CELL // 2 + 26
+    words, row = run.word_overview().sizes["word"], CELL // 2 + 26
     assert sheet.height == MARGIN + (HEAD + words * row + 16) + FOOT + 7 * LINE, "three units, of two reads how much goes where, and two of the cut"
     assert (cell(sheet, 4, MARGIN + HEAD + (words - 1) * row, CELL // 2, 2) != PAPER).any(), "what the stump did"
 

@@ -230,7 +230,7 @@ def test_cutting_inside_a_character(text: str, words: str, cut: str) -> None:
 
 def test_cutting_between_the_vectors_of_a_word(tmp_path: Path) -> None:
     run = take(tmp_path, toys(), "cat " * 72 + "bad_quality", over_long="cut", capture={"branches": "cond"})
-    assert run.words()["word"].values[-1] == f"bad_quality{STUMP}" and run.cut() == ("bad_quality_3", "bad_quality")
+    assert run.words[-1] == f"bad_quality{STUMP}" and run.cut() == ("bad_quality_3", "bad_quality")
     with pytest.raises(PromptError, match="was cut in its middle: the model read only some of its vectors"):
         run.phrase("bad_quality")
 
@@ -294,7 +294,7 @@ def test_a_word_of_several_vectors_is_one_word(inverted: Run) -> None:
     assert negative["word"].values.tolist() == ["bad_quality", "a", "hat"]
     tokens = inverted.token_maps(branch="uncond")
     np.testing.assert_allclose(inverted.phrase("bad_quality", branch="uncond").isel(word=0), tokens.isel(token=slice(1, 5)).sum("token"), rtol=1e-5)
-    assert inverted.words()["word"].values.tolist() == ["a", "<cat-toy>", "hat", "***", "in", "a", "hat"]
+    assert list(inverted.words) == ["a", "<cat-toy>", "hat", "***", "in", "a", "hat"]
     pipe = toys()
     for word in ["a", "<cat-toy>", "***", "hat"]:
         assert inverted.phrase(word).sizes["word"] >= 1
@@ -429,7 +429,7 @@ def test_it_is_said_once_and_the_text_stays(tmp_path: Path, capsys: pytest.Captu
     assert said.count("Read as plain text") == said.count(line) == 1
     (path,) = (tmp_path / "runs").glob("*.zarr")
     assert json.loads((path / "zarr.json").read_text())["attributes"]["experiment"]["prompt"] == "(cat:1.2) BREAK (cat:1.2)"
-    assert Run(path).words()["word"].values.tolist() == ["cat", "1", "2", "BREAK", "cat", "1", "2"]
+    assert list(Run(path).words) == ["cat", "1", "2", "BREAK", "cat", "1", "2"]
     assert dispatch(["run", *asked, "--dry-run"]) == 0
     assert capsys.readouterr().err.count(line) == 1
 
@@ -447,7 +447,8 @@ def test_words_in_many_scripts_are_recorded_shown_and_proven(tmp_path: Path, cap
     prompt = f"\u0130stanbul \U0001f431 cafe\u0301 caf\u00e9 {NAMASTE} don\u2019t 'cat'"
     pipe = tiny.pipeline()
     run = take(tmp_path, pipe, prompt, capture={**QUERIES, "counterfactual": ["*"]})
-    words = [str(word) for word in run.words()["word"].values]
+    words = list(run.words)
+    assert words == run.word_overview()["word"].values.tolist()
     assert words == ["\u0130stanbul", "\U0001f431", "cafe\u0301", "caf\u00e9", NAMASTE, "don\u2019t", "cat"]
     assert run.phrase("caf\u00e9").sizes["word"] == run.phrase("cafe\u0301").sizes["word"] == 2
     for word in words:
@@ -461,7 +462,7 @@ def test_words_in_many_scripts_are_recorded_shown_and_proven(tmp_path: Path, cap
 
 def test_a_stump_is_found_as_it_is_called(tmp_path: Path) -> None:
     run = take(tmp_path, tiny.pipeline(), "cat " * 73 + "zebra", over_long="cut")
-    assert run.words()["word"].values[-1] == f"ze{STUMP}" and run.phrase(f"ze{STUMP}").sizes["word"] == 1
+    assert run.words[-1] == run.word_maps()["word"].values[-1] == f"ze{STUMP}" and run.phrase(f"ze{STUMP}").sizes["word"] == 1
     for text in ("ze", "zebra"):
         with pytest.raises(PromptError, match="was cut in its middle"):
             run.phrase(text)
@@ -476,7 +477,7 @@ def test_a_recording_by_the_first_rules_stays_what_it_was(tmp_path: Path, monkey
         first.setattr(planning.plan, "__defaults__", (None, None, 1, None))
         first.setattr(recorder, "RULES", 1)
         run = take(tmp_path, tiny.pipeline(), f"{NAMASTE} \u00e4 'cat' \U0001f431", capture={"counterfactual": ["*"]})
-    assert run.words()["word"].values.tolist() == ["\u0928\u092e\u0938", "\u0924", "\u00e4", "cat'"]
+    assert list(run.words) == ["\u0928\u092e\u0938", "\u0924", "\u00e4", "cat'"]
     assert {check.name: check.detail for check in verify(run, model=tiny.pipeline()) if check.verdict == "failed"} == {}
     for word in ("\u0928\u092e\u0938", "\u0924", NAMASTE, "\u00e4", "cat", "cat'"):
         assert run.phrase(word).sizes["word"] == 1

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 import xarray as xr
@@ -29,9 +29,10 @@ from probe.analysis.recomputed import recomputed
 from probe.arguments import branch_name, chosen, chosen_steps, grid_size, one_of, texts, told
 from probe.arguments import text as text_of
 from probe.attributes import Attributes
+from probe.deprecation import warn_renamed
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.schema import near
-from probe.words import split_word
+from probe.words import STUMP, split_word
 
 Read = Literal["attention", "contribution"]
 Indices = slice | int | Sequence[int] | np.ndarray
@@ -50,6 +51,26 @@ class Choice(TypedDict, total=False):
     grid: tuple[int, int]
     method: Method
     weigh: Weigh
+
+
+class Words(tuple[str, ...]):
+    """The words of a prompt. To call them is the old name of `Run.word_overview`."""
+
+    _maps: Callable[[], xr.DataArray]
+
+    def __new__(cls, words: Iterable[str], maps: Callable[[], xr.DataArray]) -> Words:
+        made = super().__new__(cls, words)
+        made._maps = maps
+        return made
+
+    def __reduce__(self) -> tuple[type[tuple[Any, ...]], tuple[Any, ...]]:
+        """Copy and pickle as a plain tuple."""
+        return tuple, (tuple(self),)
+
+    def __call__(self) -> xr.DataArray:
+        """Return the maps of `Run.word_overview`, and warn of the new name."""
+        warn_renamed("Run.words()", "run.word_overview(), or run.word_maps() for every step", since="0.1")
+        return self._maps()
 
 
 class Attention:
@@ -124,13 +145,20 @@ class Attention:
 
     def tokens(self, branch: str = "cond") -> list[str]:
         """The 77 tokens of the prompt, as text."""
-        branch_name(branch)
-        for group in ("text/text_encoder", *(f"attention/{grid}" for grid in self.grids)):
-            if group in self.tree.groups or f"/{group}" in self.tree.groups:
-                labels = self.variable(f"{group}/token_text")
-                if branch in labels["branch"].values:
-                    return [str(text) for text in labels.sel(branch=branch).values]
-        raise RecordingNotFound(f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true.")
+        return [str(text) for text in self._labels(branch)["token_text"].values]
+
+    @property
+    def words(self) -> Words:
+        """Return the words of the prompt as text, in their order: `("a", "cat", "on", "a", "mat")`.
+
+        They are the labels of `word_maps()`: what was read of a word that the cut went through ends in "…".
+        """
+        labels = self._labels("cond")
+        by_number = {int(number): str(word) for number, word in zip(labels["word_index"].values, labels["word"].values, strict=True)}
+        words = [by_number[number] for number in sorted(by_number) if number >= 0]
+        if words and self.cut()[1]:
+            words[-1] += STUMP
+        return Words(words, self.word_overview)
 
     def cut(self, branch: str = "cond") -> tuple[str, str]:
         """What was cut from the end of a prompt that is too long, and the word, whole, that the cut went through; "" where there is none."""
@@ -233,13 +261,22 @@ class Attention:
         made = self.token_maps(branch=branch).mean("image", skipna=False).transpose("step", "token", "y", "x")
         return made.drop_vars([name for name, value in made.coords.items() if not set(value.dims) <= {"step", "token"}]).rename("overview")
 
-    def words(self) -> xr.DataArray:
+    def word_overview(self) -> xr.DataArray:
         """The overview, averaged over steps and merged to words. *Shape:* (word, y, x) float32."""
         word, number = (self.variable(f"attention/{self.grids[0]}/{name}").isel(branch=-1) for name in ("word", "word_index"))
         cut, split = self.cut(str(word["branch"].item()))
         return analysis.word_maps(self.overview().mean("step"), word.values, number.values, cut=cut, split=split)
 
     # --- inside ---
+
+    def _labels(self, branch: str) -> xr.Dataset:
+        """Return token_text, word and word_index of a branch's tokens, from the first group that has them."""
+        branch_name(branch)
+        for group in ("text/text_encoder", *(f"attention/{grid}" for grid in self.grids)):
+            if f"/{group}" in self.tree.groups and branch in self.variable(f"{group}/token_text")["branch"].values:
+                labels = {name: self.variable(f"{group}/{name}").variable for name in ("branch", "token_text", "word", "word_index")}
+                return xr.Dataset(coords=labels).sel(branch=branch)
+        raise RecordingNotFound(f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true.")
 
     def _layers(self, patterns: Sequence[str]) -> dict[str, list[str]]:
         """The layers that globs and grids select, by grid."""

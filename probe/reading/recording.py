@@ -29,6 +29,7 @@ from probe.arguments import branch_name, labelled, text, told, truth_value
 from probe.attributes import Attributes, attributes_of
 from probe.conversions import UNCLIPPED, clipping, clipping_text, denoised_from, eps_from, v_from, variance_preserving
 from probe.conversions import clipped as clip
+from probe.deprecation import warn_renamed
 from probe.digests import flags_are_lost
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
@@ -42,17 +43,15 @@ from probe.strict_yaml import printable
 from probe.system import exists
 
 MAX_PICTURE = 32 * 2**20
-EVERY_RECORDING_SAYS = {
-    *((name,) for name in ("format_version", "created", "experiment", "environment", "model", "scheduler", "prediction_type", "latent_convention")),
-    *(("scheduler", name) for name in ("class", "config")),
-    *(("model", name) for name in ("name", "revision", "dtype", "weights")),
-    ("environment", "device"),
-}
 
 
 @dataclass(frozen=True)
 class Run(Attention):
     """A recording, opened. Nothing is read until it is asked for.
+
+    A property names something that the recording holds: `run.latents`, `run.words`, `run.status`. It takes no choice.
+    A method computes something or takes a choice: `run.denoised()`, `run.prediction("cond")`, `run.verify()`.
+    Both are read lazily and change nothing.
 
     Raises RecordingNotFound; RecordingDamaged; RecordingUnreadable where the system does not read it.
     """
@@ -198,19 +197,14 @@ class Run(Attention):
         return found.astype("float32").rename(name)
 
     def said(self, *place: str) -> Any:
-        """An attribute, by its names from the outside in: said("scheduler", "class").
-
-        Raises RecordingDamaged where one is missing that every recording has, and RecordingNotFound for any other.
-        """
+        """Return an attribute by its names from the outside in. Renamed: `run.attributes.model.dtype`."""
+        warn_renamed("Run.said()", 'run.attributes.model.dtype, or run.attributes["model"]["dtype"]', since="0.1")
         found: Any = self.attributes
         for name in place:
             there = found if isinstance(found, Mapping) else {}
             if text("an attribute's name", name) not in there:
-                if place in EVERY_RECORDING_SAYS:
-                    raise refuse(self.path, f"its {'.'.join(place)} is missing")
-                raise RecordingNotFound(
-                    f"{self.name} has no attribute {told('.'.join(map(str, place)))}.", near(name, list(there) or [*self.attributes])
-                )
+                missing = f"{self.name} has no attribute {told('.'.join(map(str, place)))}."
+                raise RecordingNotFound(missing, near(name, list(there) or [*self.attributes]))
             found = there[name]
         return found
 

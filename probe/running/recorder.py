@@ -222,10 +222,10 @@ def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run |
     """
     if pipeline is None:
         say(f"Loading {asked.model} ...")
-        revision, dtype = asked.revision, asked.dtype
+        where: dict[str, Any] = {"revision": asked.revision, "variant": asked.variant, "dtype": asked.dtype, "device": asked.device}
         if recorded is not None:
-            revision, dtype = recorded.attributes["model"].get("revision") or revision, recorded.attributes.model.dtype
-        where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": asked.device}
+            there = recorded.attributes.model
+            where |= {"revision": there.revision or asked.revision, "dtype": there.dtype}
         model: Family = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
     else:
         model = family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
