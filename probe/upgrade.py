@@ -23,6 +23,7 @@ from probe.files import check_place, storing
 from probe.locks import Lock
 from probe.output import say, tell
 from probe.proof.checks import MAX_MANIFEST, MAX_PICTURES, files_of
+from probe.proof.verdict import verify
 from probe.reading.files import is_hole, no_longer, opened, read_file, read_json, refuse
 from probe.reading.recording import Run, open_run
 from probe.reading.sample import place_beside
@@ -31,7 +32,6 @@ from probe.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.stopping import breakable, cleanly
 from probe.store import MANIFEST
 from probe.terminal import Parser, add_run, before_torch, folder, without_home
-from probe.verify import verify
 
 BLOCK = 2**20
 

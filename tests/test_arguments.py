@@ -20,6 +20,7 @@ from probe import analysis, noising
 from probe.errors import ExperimentError, ProbeError, PromptError, RecordingNotFound
 from probe.experiment import load_experiment
 from probe.noising import load_noising, record_noising, rerun_noising
+from probe.proof.verdict import asked_steps
 from probe.reading.attention import places
 from probe.reading.listing import list_runs
 from probe.reading.recording import Run, open_run
@@ -74,6 +75,8 @@ METHODS: dict[str, dict[str, Any]] = {  # the arguments without which a method c
     "v": {},
     "denoised": {},
     "preview": {},
+    "verify": {},
+    "diff": {},
 }
 CHOICES = ("of", "branch", "steps", "layers", "heads", "images", "over", "grid", "method", "weigh")
 
@@ -101,6 +104,15 @@ def test_an_odd_value_is_an_answer_or_an_error_of_ours(run: Run, method: str, ar
     calls = [functools.partial(getattr(run, method), **{**METHODS[method], argument: value}) for value in ODD]
     refused = [assert_ours(f"{method}({argument}={value!r})", call) for value, call in zip(ODD, calls, strict=True)]
     assert sum(refused) > len(ODD) / 2
+
+
+def test_odd_steps_are_refused_before_the_model_is_asked(run: Run) -> None:
+    refused = [assert_ours(f"steps={value!r}", lambda value=value: asked_steps(run, value)) for value in ODD]
+    assert sum(refused) > len(ODD) / 2
+    calls = run.variable("committed").size
+    assert asked_steps(run, [0, -1]) == asked_steps(run, "0,-1") == [0, calls - 1] and asked_steps(run, slice(3, 99)) == [3, 4]
+    with pytest.raises(ExperimentError, match="steps: 9 is not a committed step"):
+        asked_steps(run, [9])
 
 
 NO_INDICES: list[Any] = [

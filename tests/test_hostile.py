@@ -35,13 +35,12 @@ from recordings import ATTRIBUTES, CALLS, GRID, recording
 
 from probe.digests import sealed
 from probe.errors import RecordingDamaged, RecordingNotFound, RecordingUnreadable
-from probe.proof.checks import check_picture
+from probe.proof.checks import DAMAGE, check_picture
 from probe.reading.files import UNLINKED
 from probe.reading.lazy import UNBACKED
 from probe.reading.recording import Run, list_runs
 from probe.schema import array
 from probe.store import MANIFEST, RunWriter
-from probe.verify import DAMAGE
 
 ROOT = Path(__file__).parent.parent
 MEGABYTES, SECONDS = 512, 5

@@ -22,10 +22,10 @@ import torch
 from tiny_runs import take
 
 from probe.fields import SCHEDULERS
+from probe.proof.verdict import WITH_MODEL, verify
 from probe.reading.recording import Run
 from probe.schema import Array
 from probe.store import RunWriter
-from probe.verify import WITH_MODEL, verify
 from probe.watching import cross_attention
 from probe.watching.interface import Plan, Rows
 

@@ -31,10 +31,11 @@ from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import ROUNDED, apart, moments_of, relative, rounding, unlike_moments
 from probe.proof.replay import rebuild_scheduler
 from probe.proof.schema_checks import expected_variables, only_the_model_knows
+from probe.proof.verdict import WITH_MODEL, verify
 from probe.reading.recording import Run
 from probe.running.recorder import record
 from probe.store import MANIFEST, manifest
-from probe.verify import WITH_MODEL, as_json, main, overall, told, verify
+from probe.verify import main
 from probe.watching import hooks
 from probe.watching.measures import to_storage
 
@@ -411,7 +412,7 @@ def test_with_the_model_everything_is_asked_again(intact: Run) -> None:
     checks = verify(intact, pipeline())
     assert [check.name for check in checks] == NAMES + [name for name in WITH_MODEL if name != "encode"]  # which is of runs from a picture
     assert {check.name for check in checks if check.verdict == "within tolerance"} == TOLERANT | {"maps", "attention"}
-    assert overall(checks) == "within tolerance"
+    assert checks.verdict == "within tolerance"
 
 
 def test_some_steps_are_enough_if_asked(copy: Run) -> None:
@@ -617,14 +618,14 @@ def test_pictures_on_the_way_are_at_the_steps_that_were_asked_for(tmp_path: Path
 def test_findings_fit_the_terminal(copy: Run) -> None:
     flip(copy.path / CHUNK, 7)
     checks = verify(Run(copy.path))
-    assert all(len(line) <= 90 for line in told(Run(copy.path), checks, 90, False).splitlines())
+    assert all(len(line) <= 90 for line in checks.lines(90))
 
 
 def test_json_is_for_machines(copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run = elsewhere(copy, "environment", "torch", value="2.1")
     assert main([str(run.path), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said == json.loads(json.dumps(as_json(run, verify(run)))) and said["verdict"] == "within tolerance" and said["status"] == "complete"
+    assert said == json.loads(json.dumps(verify(run).as_json())) and said["verdict"] == "within tolerance" and said["status"] == "complete"
     assert [check["name"] for check in said["checks"]] == NAMES and set(said["checks"][0]) == {"name", "verdict", "detail", "because"}
 
 

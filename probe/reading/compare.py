@@ -53,8 +53,11 @@ class Comparison:
     def same(self) -> bool:
         return not self.differences
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
-        """The comparison for people."""
+        """Return the comparison for people."""
         told = []
         for title, parts in (("asked", self.asked), ("conditions", self.conditions)):
             told += [f"  {title:11} {'the same' if not parts else parts[0]}", *(f"              {part}" for part in parts[1:])]

@@ -19,7 +19,7 @@ import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -34,13 +34,17 @@ from probe.digests import flags_are_lost
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
 from probe.reading import archives, sample
-from probe.reading.attention import Attention, places
+from probe.reading.attention import Attention, Indices, places
 from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
 from probe.reading.listing import list_runs, recordings_in, root_attributes, status_of
 from probe.schema import counted, near
 from probe.strict_yaml import printable
 from probe.system import exists
+
+if TYPE_CHECKING:
+    from probe.proof.verdict import Verification
+    from probe.reading.compare import Comparison
 
 MAX_PICTURE = 32 * 2**20
 
@@ -207,6 +211,30 @@ class Run(Attention):
                 raise RecordingNotFound(missing, near(name, list(there) or [*self.attributes]))
             found = there[name]
         return found
+
+    # --- is it what it says, and what is another ---
+
+    def verify(self, model: Any = False, steps: Indices | str | None = None) -> Verification:
+        """Check the recording against itself, as `probe verify` does. With `model`, ask the model again as well.
+
+        `model` is True to load the recording's own, or a diffusers pipeline in memory; `steps` are the
+        indices of the model calls at which it is asked, or text as in capture.steps (None: all). Print what comes back, or ask for
+        its `verdict` and what `failed`. Raises ExperimentError, ModelError, RecordingUnreadable.
+        """
+        from probe.proof.verdict import verify
+
+        return verify(self, model, steps)
+
+    def diff(self, other: Run) -> Comparison:
+        """Compare with another recording, bit for bit, as `probe diff` does: what was asked, the conditions, the values.
+
+        Print what comes back, or ask whether it is the `same`. Raises ExperimentError for what is no recording.
+        """
+        from probe.reading.compare import compare
+
+        if not isinstance(other, Run):
+            raise ExperimentError(f"other is {told(other)}, which is no recording.", "Open it first: probe.open_run(path).")
+        return compare(self, other)
 
     def summary(self) -> dict[str, str]:
         """The run in a few labelled words."""

@@ -25,10 +25,10 @@ import xarray as xr
 from probe.attributes import problem_of
 from probe.dimensions import broken
 from probe.proof.checks import files_of
+from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.schema import FORMAT_VERSION, FORMATS_READ
 from probe.testing.synthetic import synthetic
-from probe.verify import verify
 
 
 def stored_values(path: Path) -> dict[str, np.ndarray]:
