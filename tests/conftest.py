@@ -56,3 +56,11 @@ def _no_fonts() -> Iterator[None]:
         patch.setattr(ImageFont.core, "HAVE_RAQM", False)
         patch.setattr(features, "check", lambda feature: feature != "raqm" and check(feature))
         yield
+
+
+@pytest.fixture(scope="session")
+def full_xl(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A recording of the tiny Stable Diffusion XL with everything on. Not to be changed."""
+    from tiny_xl import full
+
+    return full(tmp_path_factory.mktemp("full_xl"))
