@@ -30,9 +30,10 @@ import probe
 from experiments.drawing import BLUE, RED, Cost, Line, Row, Scale, areas, chart, sheet, signed, table
 from probe.analysis.maps import word_maps
 from probe.conversions import denoised_from
+from probe.diffusion.draws import noise
 from probe.diffusion.guidance import guide
 from probe.diffusion.loading import BUNDLED, load
-from probe.diffusion.sampling import denoise, noise
+from probe.diffusion.sampling import denoise
 
 NOTEBOOK = hasattr(builtins, "get_ipython")
 parser = argparse.ArgumentParser(description="What happens inside Stable Diffusion, told with the bundled model.")

@@ -24,7 +24,7 @@ from probe.analysis.heads import contribution
 from probe.analysis.maps import FUNCTION_WORDS, against_others, normalised, on_grid, word_maps
 from probe.analysis.masks import average_precision, iou, threshold
 from probe.diffusion.prompts import Prompt
-from probe.diffusion.sampling import Schedule
+from probe.diffusion.schedule import Schedule
 from probe.diffusion.sd import StableDiffusion
 from probe.experiment import Experiment
 from probe.reading.recording import Run

@@ -245,7 +245,7 @@ def plan_noising(
     model: Family, asked: Noising, picture: np.ndarray | None = None, masks: Mapping[str, np.ndarray] | None = None
 ) -> tuple[Plan, np.ndarray]:
     """What a noising will record, and the picture, (y, x, rgb) uint8. Raises ExperimentError or PromptError if it cannot be."""
-    from probe.diffusion.sampling import Schedule
+    from probe.diffusion.schedule import Schedule
     from probe.running.planning import plan
 
     most = int(model.scheduler.config.num_train_timesteps) - 1

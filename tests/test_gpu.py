@@ -18,7 +18,7 @@ from tiny_runs import ask, assert_neutral, assert_no_hooks, bare
 from transformers import CLIPTextConfig, CLIPTextModel
 from true_maps import assert_maps, scores
 
-from probe.diffusion.sampling import noise
+from probe.diffusion.draws import noise
 from probe.errors import ModelError
 from probe.running.recorder import record
 from probe.verify import verify

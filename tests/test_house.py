@@ -60,6 +60,7 @@ LAYERS = [
     ("probe.watching.hooks",),
     ("probe.diffusion.prompts", "probe.diffusion.support", "probe.diffusion.model_configs", "probe.diffusion.model_files"),
     ("probe.diffusion.schedulers", "probe.diffusion.tokenizers", "probe.diffusion.single_file", "probe.diffusion.guidance"),
+    ("probe.diffusion.draws", "probe.diffusion.schedule"),
     ("probe.diffusion.family",),
     ("probe.diffusion.parts", "probe.diffusion.text"),
     ("probe.diffusion.sd", "probe.diffusion.sdxl"),
@@ -290,8 +291,8 @@ def constants_of_models(root: Path) -> list[str]:
     findings = []
     for path in sources(root, "probe"):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if "alphas_cumprod" in line and module_of(root, path) != "probe.diffusion.sampling":
-                findings.append(f"{at(root, path, number)}: alphas_cumprod belongs into probe/diffusion/sampling.py")
+            if "alphas_cumprod" in line and module_of(root, path) != "probe.diffusion.schedule":
+                findings.append(f"{at(root, path, number)}: alphas_cumprod belongs into probe/diffusion/schedule.py")
             if "0.18215" in line:
                 findings.append(f"{at(root, path, number)}: 0.18215 is vae.config.scaling_factor")
     return findings
@@ -431,7 +432,7 @@ GOOD = {
     "probe/errors.py": '"""Errors."""\n',
     "probe/store.py": '"""Stores."""\nimport zarr\nfrom probe.errors import ProbeError\n',
     "probe/watching/hooks.py": '"""Hooks."""\nfrom torch import nn\ndef on(module, hook):\n    return module.register_forward_hook(hook)\n',
-    "probe/diffusion/sampling.py": '"""The loop."""\nimport torch\nfrom . import errors\nx = scheduler.alphas_cumprod\n',
+    "probe/diffusion/schedule.py": '"""The loop."""\nimport torch\nfrom . import errors\nx = scheduler.alphas_cumprod\n',
     "probe/cli.py": '"""The door."""\nfrom probe import analysis\ndef main():\n    import torch\n    from probe.running.recorder import record\n',
     "probe/dashboard/__init__.py": '"""Looks."""\nimport probe\nfrom ..analysis.maps import Run\n',
     "probe/dashboard/views/maps.py": '"""A view."""\nfrom ... import schema\nfrom ..figures import draw\nimport streamlit\n',
@@ -550,7 +551,7 @@ BREAKS = [
         constants_of_models,
         "probe/analysis/maps.py",
         '"""alphas_cumprod"""',
-        "probe/analysis/maps.py:1: alphas_cumprod belongs into probe/diffusion/sampling.py",
+        "probe/analysis/maps.py:1: alphas_cumprod belongs into probe/diffusion/schedule.py",
     ),
     (constants_of_models, "probe/dashboard/data.py", '""""""\nx = 1 / 0.18215', "probe/dashboard/data.py:2: 0.18215 is vae.config.scaling_factor"),
     (words_beside_the_door, "probe/cli.py", '""""""\nprint(x)', "probe/cli.py:2: print goes past the door"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import tiny
 import torch
 from PIL import Image
 
+from probe.diffusion import parts
 from probe.diffusion.loading import load
-from probe.diffusion.sampling import Schedule, denoise, first_call
+from probe.diffusion.parts import posterior
+from probe.diffusion.sampling import denoise
+from probe.diffusion.schedule import Schedule, first_call
 from probe.diffusion.sd import StableDiffusion
-from probe.diffusion.start import encode
 from probe.errors import ExperimentError, StoreError
 from probe.experiment import Experiment, load_experiment
 from probe.fields import SCHEDULERS
+from probe.noising import record_noising
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.planning import plan
@@ -174,7 +178,7 @@ def test_the_comparison_can_fail(tmp_path: Path, picture: Path) -> None:
     """Another order of the random draws, which is the likeliest slip, gives other bits."""
     asked = ask(tmp_path, picture, scheduler="DDIM")
     model = StableDiffusion.of(base()).with_scheduler("DDIM", {})
-    mean, deviation = encode(model, photograph())
+    mean, deviation = posterior(model, photograph())
     generator = torch.Generator().manual_seed(SEED)
     eps, sample = (torch.randn(mean.shape, generator=generator) for _ in range(2))
     run = record(asked, base(), progress=False)
@@ -185,6 +189,38 @@ def test_the_comparison_can_fail(tmp_path: Path, picture: Path) -> None:
 # --- the recording ---------------------------------------------------------------------------------------------------
 
 
+class Elsewhere(StableDiffusion):
+    """A family that begins otherwise: its noise is upside down, and its latents come from no VAE."""
+
+    def begin(self, generators: Any, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        return parts.begin(self, generators, height, width).flip(2)
+
+    def encode_picture(self, picture: np.ndarray, generators: Any = ()) -> torch.Tensor:
+        shape = self.latent_shape(max(1, len(generators)), *picture.shape[:2])
+        return torch.full(shape, 0.25)
+
+    def schedule(self, steps: int, height: int | None = None, width: int | None = None, begin: int = 0) -> Schedule:
+        assert (height, width) in ((None, None), (32, 32)), "it is asked with the size of the picture"
+        return replace(parts.schedule(self, steps, height, width, begin), variance_exploding=False)
+
+
+def test_the_family_alone_says_where_a_run_begins(tmp_path: Path, picture: Path) -> None:
+    own = Elsewhere.of(base())
+    generator = torch.Generator().manual_seed(SEED)
+    upside_down = torch.randn((1, 4, *np.array(photograph().shape[:2]) // own.f), generator=generator).flip(2)
+    text = {"prompt": PROMPT, "seed": SEED, "steps": 2, "height": 32, "width": 32, "output": str(tmp_path), "capture": LIGHT}
+    from_text = record({**text, "scheduler": "DDIM"}, own, progress=False)
+    assert np.array_equal(from_text.latents.values[0], upside_down.numpy())
+    from_picture = record(ask(tmp_path, picture, scheduler="DDIM"), own, progress=False)
+    assert (from_picture.variable("forward/clean").values == 0.25).all()
+    assert np.array_equal(from_picture.variable("forward/noise").values, upside_down.numpy())
+    noised = record_noising(
+        photograph(), PROMPT, seed=SEED, timesteps="500", noises=1, pipeline=own, output=str(tmp_path), sheet=False, progress=False
+    )
+    assert (noised.variable("forward/clean").values == 0.25).all()
+    assert np.array_equal(noised.variable("forward/noise").values, upside_down.numpy())
+
+
 def test_it_holds_picture_latents_and_noise(tmp_path: Path, picture: Path) -> None:
     asked = ask(tmp_path, picture, images=2, strength=0.6, scheduler="Euler", capture={"tokens": "all"})
     run = record(asked, base(), progress=False)
@@ -193,7 +229,7 @@ def test_it_holds_picture_latents_and_noise(tmp_path: Path, picture: Path) -> No
     model = StableDiffusion.of(base()).with_scheduler("Euler", {})
     for image in range(2):
         generator = torch.Generator().manual_seed(SEED + image)
-        mean, deviation = encode(model, photograph())
+        mean, deviation = posterior(model, photograph())
         assert torch.equal(clean[image], model.scaling_factor * (mean + deviation * torch.randn(mean.shape, generator=generator))[0])
         assert torch.equal(eps[image], torch.randn(mean.shape, generator=generator)[0])
     sigma = run.tree["sigma"].values[0]

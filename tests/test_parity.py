@@ -20,7 +20,8 @@ from parity import PROMPT, SEED, Case, assert_bits, assert_every_pair_is_covered
 
 from probe.conversions import sigma_from_alpha_bar
 from probe.diffusion import guidance, sampling
-from probe.diffusion.sampling import Schedule, denoise
+from probe.diffusion.sampling import denoise
+from probe.diffusion.schedule import Schedule, fresh
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError
 from probe.fields import SCHEDULERS
@@ -195,7 +196,7 @@ def test_one_unet_call_and_one_scheduler_step_per_yield(name: str, guidance_scal
         return right(*args, **options)
 
     monkeypatch.setattr(kind, "step", counted)
-    scheduler = sampling.fresh(model.scheduler)
+    scheduler = fresh(model.scheduler)
     scheduler.set_timesteps(20)
     conditioning = model.condition(PROMPT, guided=guidance_scale > 1)
     with hooks.Hooks([(model.unet, "output", lambda _: counts.update(["unet"]))]):
@@ -255,7 +256,7 @@ def test_alpha_bars_are_the_training_schedule_at_those_timesteps(name: str) -> N
 def test_denoised_is_the_schedulers_own(name: str, options: dict[str, Any], prediction: str) -> None:
     """A second scheduler gets the same inputs: `step` must not be called twice on one."""
     model = StableDiffusion.of(base(prediction)).with_scheduler(name, options)
-    second = sampling.fresh(model.scheduler)
+    second = fresh(model.scheduler)
     second.set_timesteps(10)
     extra = sampling.step_options(second, 0.0, [torch.Generator().manual_seed(SEED)])
     ddim = model_of("DDIM", prediction).scheduler if name == "PNDM" else None
@@ -271,7 +272,7 @@ def test_denoised_is_the_schedulers_own(name: str, options: dict[str, Any], pred
         elif name == "DEIS":  # keeps eps
             mine, own = step.eps, second.model_outputs[-1]
         elif ddim is not None:  # PNDM has no x0; DDIM's is the same formula on the same alphas
-            ddim = sampling.fresh(ddim)
+            ddim = fresh(ddim)
             ddim.set_timesteps(10)
             own = ddim.step(step.prediction, int(t), step.latents).pred_original_sample
         assert own is not None

@@ -29,7 +29,7 @@ from PIL import Image
 from probe.analysis import by_sigma
 from probe.conversions import clipped, clipping, denoised_from, sigma_from_alpha_bar, variance_preserving
 from probe.diffusion import sampling
-from probe.diffusion.sampling import Schedule
+from probe.diffusion.schedule import Schedule, first_call, fresh
 from probe.diffusion.schedule_check import proven
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, ModelError, UserError
@@ -154,7 +154,7 @@ def hold(name: str, case: Case, steps: int = STEPS) -> str:
 
 def independently(scheduler: Any, schedule: Schedule, steps: int, prediction: str) -> None:
     """Hold a schedule against random latents and predictions, which no model would make, and against the training's betas."""
-    second = sampling.fresh(scheduler, clip_sample=False, thresholding=False)
+    second = fresh(scheduler, clip_sample=False, thresholding=False)
     second.set_timesteps(steps)
     generator = torch.Generator().manual_seed(5)
     extra = sampling.step_options(second, 0.0, [torch.Generator().manual_seed(1)])
@@ -369,7 +369,7 @@ def test_the_check_can_fail(kind: Any, options: dict[str, Any], told: str) -> No
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_schedule_of_a_run_that_begins_in_its_middle_is_held_too(name: str) -> None:
     scheduler = model_of("epsilon").with_scheduler(name, {}).scheduler
-    begin = sampling.first_call(scheduler, 10, 0.6)
+    begin = first_call(scheduler, 10, 0.6)
     assert proven(scheduler, 10, begin) == Schedule.of(scheduler, 10, begin)
 
 
@@ -431,7 +431,7 @@ def test_denoised_is_the_models_and_clipped_the_schedulers(name: str, options: d
         run.attributes["scheduler_clips"] in raw.attrs["unclipped"] and run.variable("decoded/picture").attrs["unclipped"] == raw.attrs["unclipped"]
     )
     assert limited.dims == raw.dims and limited.dtype == np.float32 and not np.array_equal(raw.values, limited.values)
-    second = sampling.fresh(model_of("epsilon").with_scheduler(name, options).scheduler)
+    second = fresh(model_of("epsilon").with_scheduler(name, options).scheduler)
     second.set_timesteps(4)
     extra = sampling.step_options(second, 0.0, [torch.Generator().manual_seed(i) for i in range(2)])
     for index, t in enumerate(second.timesteps):

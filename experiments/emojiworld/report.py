@@ -27,7 +27,8 @@ from tqdm import tqdm
 from experiments.emojiworld import world
 from experiments.emojiworld.judge import FOLDER, Answer, load_judge, small, table
 from probe.diffusion.loading import load
-from probe.diffusion.sampling import denoise, fresh
+from probe.diffusion.sampling import denoise
+from probe.diffusion.schedule import fresh
 from probe.diffusion.sd import StableDiffusion
 from probe.experiment import Experiment
 from probe.fields import SCHEDULERS

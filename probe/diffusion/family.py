@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
+import numpy as np
 import torch
 
 from probe.diffusion.guidance import guided
 from probe.diffusion.prompts import OverLong, Prompt
+from probe.diffusion.schedule import Schedule
 from probe.words import RULES
 
 # What the denoiser is given beside latents and t, by the names of its arguments.
@@ -229,6 +231,33 @@ class Family(Protocol):
 
         It is guided, by the rule of this family, where `guidance_scale` is above 1.
         """
+        ...
+
+    # --- where a run begins, and its noise levels ---
+
+    def begin(self, generators: Sequence[torch.Generator], height: int | None = None, width: int | None = None) -> torch.Tensor:
+        """Return the noise that a run begins from, of variance one, for a size in pixels.
+
+        Each image's noise is what its generator gives next. *Shape:* (image, channel, y, x), on
+        the model's device.
+        """
+        ...
+
+    def encode_picture(self, picture: np.ndarray, generators: Sequence[torch.Generator] = ()) -> torch.Tensor:
+        """Encode a picture, (y, x, rgb) uint8, to latents of the model's scale.
+
+        Return a sample of the VAE's posterior for each generator; without any, the posterior's
+        mean. *Shape:* (image, channel, y, x). Raise NotFinite, and ModelError if the family does
+        not begin from a picture.
+        """
+        ...
+
+    def schedule(self, steps: int, height: int | None = None, width: int | None = None, begin: int = 0) -> Schedule:
+        """Return the noise level of every call from `begin` on, for a size in pixels."""
+        ...
+
+    def scheduled(self, steps: int, height: int | None = None, width: int | None = None) -> Any:
+        """Return a fresh scheduler whose timesteps are set on the model's device."""
         ...
 
     # --- pictures ---

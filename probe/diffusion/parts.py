@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 
+from probe.diffusion.draws import draw
 from probe.diffusion.family import AttentionLayer, Family
+from probe.diffusion.schedule import Schedule, fresh, set_steps
 from probe.errors import ExperimentError, NotFinite
 
 Model = TypeVar("Model", bound=Family)
@@ -51,6 +54,75 @@ def latent_shape(model: Family, images: int, height: int | None = None, width: i
             )
         sides.append(default if pixels is None else pixels // model.f)
     return (images, int(model.unet.config.in_channels), sides[0], sides[1])
+
+
+def begin(
+    model: Family,
+    generators: Sequence[torch.Generator],
+    height: int | None = None,
+    width: int | None = None,
+) -> torch.Tensor:
+    """Return the noise that a run begins from, (image, channel, y, x), of variance one."""
+    shape = model.latent_shape(len(generators), height, width)
+    return draw(generators, shape, model.dtype).to(model.device)
+
+
+def schedule(
+    model: Family,
+    steps: int,
+    height: int | None = None,  # noqa: ARG001
+    width: int | None = None,  # noqa: ARG001
+    begin: int = 0,
+) -> Schedule:
+    """Return the noise level of every call from `begin` on: the scheduler's, whatever the size."""
+    return Schedule.of(model.scheduler, steps, begin)
+
+
+def scheduled(
+    model: Family,
+    steps: int,
+    height: int | None = None,  # noqa: ARG001
+    width: int | None = None,  # noqa: ARG001
+) -> Any:
+    """Return a fresh scheduler whose timesteps are set on the model's device."""
+    scheduler = fresh(model.scheduler)
+    set_steps(scheduler, steps, model.device)
+    return scheduler
+
+
+def posterior(model: Family, picture: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of the VAE's posterior for a picture, not yet scaled.
+
+    *Shape:* picture (y, x, rgb) uint8; each result (1, channel, y, x). A model on pixels has no
+    VAE: the picture itself, and no spread. Raise NotFinite.
+    """
+    # Not made contiguous: diffusers leaves the colours last in memory, and a convolution's last
+    # bits depend on that.
+    pixels = 2.0 * torch.from_numpy(picture[None].astype(np.float32) / 255.0).permute(0, 3, 1, 2) - 1.0
+    pixels = pixels.to(model.device, model.dtype)
+    if model.vae is None:
+        return pixels, torch.zeros_like(pixels)
+    with torch.no_grad():
+        found = model.vae.encode(pixels).latent_dist
+    if not bool(torch.isfinite(found.mean).all()):
+        again = "Try another picture, or another model."
+        remedy = again if model.dtype == torch.float32 else "Try --dtype float32."
+        raise NotFinite("What the VAE made of the picture is not finite.", remedy)
+    return found.mean, found.std
+
+
+def encode_picture(model: Family, picture: np.ndarray, generators: Sequence[torch.Generator] = ()) -> torch.Tensor:
+    """Encode a picture, (y, x, rgb) uint8, to latents of the model's scale, (image, channel, y, x).
+
+    Return a sample of the VAE's posterior for each generator; without any, the posterior's mean.
+    A model without a VAE draws nothing. Raise NotFinite.
+    """
+    mean, deviation = posterior(model, picture)
+    if not generators:
+        return model.scaling_factor * mean
+    shape = (len(generators), *mean.shape[1:])
+    sample = torch.zeros(shape, dtype=model.dtype) if model.vae is None else draw(generators, shape, model.dtype)
+    return model.scaling_factor * (mean + deviation * sample.to(model.device))
 
 
 def digest(model: Family) -> str:

@@ -7,23 +7,22 @@ Nothing here knows of hooks, recordings or progress bars: the recorder, the test
 iterator. With the same seed it gives the bits of diffusers' `StableDiffusionPipeline` (tests/test_parity.py).
 
 Inside: `sample`, the loop itself, over a scheduler and a `Predict` (`probe.diffusion.family`); `denoise`, the loop of a
-model; `Step`, what they yield; `Schedule` (the noise levels of every call, known before the first one), `noise` (the
-starting latents) and `Start` (another beginning: a picture with noise in it).
+model; `Step`, what they yield; `Start`, another beginning: a picture with noise in it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from probe.conversions import alpha_bar_from_sigma, denoised_from, eps_from, sigma_from_alpha_bar, v_from, variance_preserving
+from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
+from probe.diffusion.draws import seeded
 from probe.diffusion.family import Conditioning, Family, Predict, Predictions, replaying
-from probe.errors import ExperimentError
-from probe.output import unsaid
+from probe.diffusion.schedule import Schedule, first_call
 
 
 @dataclass(frozen=True)
@@ -101,52 +100,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The noise level of every model call, each a tuple with one float per call: sigma as Karras et al. 2022 (arXiv:2206.00364) have it.
-
-    There may be more calls than steps asked for (PNDM: one more; Heun and KDPM2: nearly twice as many), and timesteps
-    may repeat or be fractional. `variance_exploding` tells whether latents grow with sigma or keep variance one.
-    """
-
-    timesteps: tuple[float, ...]
-    sigmas: tuple[float, ...]
-    alpha_bars: tuple[float, ...]
-    variance_exploding: bool
-
-    def undefined(self, prediction_type: str) -> tuple[int, ...]:
-        """The calls at which x0 is not defined: without any signal, predicted noise says nothing of it (Lin et al. 2023, section 3.3)."""
-        return tuple(i for i, alpha_bar in enumerate(self.alpha_bars) if alpha_bar == 0 and prediction_type == "epsilon")
-
-    @classmethod
-    def of(cls, scheduler: Any, steps: int, begin: int = 0) -> Schedule:
-        """The schedule of a diffusers scheduler for `steps` steps, from call `begin` on; the scheduler itself stays untouched."""
-        return cls.read(fresh(scheduler), steps, begin)
-
-    @classmethod
-    def read(cls, scheduler: Any, steps: int, begin: int = 0) -> Schedule:
-        """As `of`, by setting the timesteps of a scheduler that is nobody else's."""
-        set_steps(scheduler, steps)
-        timesteps = [float(t) for t in scheduler.timesteps]
-        ones = torch.ones(1)
-        exploding = not torch.equal(scheduler.scale_model_input(ones, scheduler.timesteps[0]), ones)
-        if hasattr(scheduler, "sigmas"):
-            sigmas = [float(s) for s in scheduler.sigmas[: len(timesteps)]]
-            if hasattr(scheduler, "sigmas_interpol"):  # KDPM2: every second call happens between two noise levels
-                back = 1 if "Ancestral" in type(scheduler).__name__ else 0
-                for index in range(1, len(sigmas), 2):
-                    sigmas[index] = float(scheduler.sigmas_interpol[index - back])
-            alpha_bars = [alpha_bar_from_sigma(s) for s in sigmas]
-            return cls(tuple(timesteps[begin:]), tuple(sigmas[begin:]), tuple(alpha_bars[begin:]), exploding)
-        return cls.at(scheduler, timesteps[begin:])
-
-    @classmethod
-    def at(cls, scheduler: Any, timesteps: Sequence[float]) -> Schedule:
-        """The noise levels at which a model was trained at some timesteps, by a scheduler that keeps variance one."""
-        alpha_bars = [float(scheduler.alphas_cumprod[int(t)]) for t in timesteps]
-        return cls(tuple(float(t) for t in timesteps), tuple(map(sigma_from_alpha_bar, alpha_bars)), tuple(alpha_bars), False)
-
-
-@dataclass(frozen=True)
 class Start:
     """A beginning that is not pure noise: clean latents and the noise to mix into them, each (image, channel, y, x).
 
@@ -159,50 +112,12 @@ class Start:
     generators: list[torch.Generator]
 
 
-def first_call(scheduler: Any, steps: int, strength: float) -> int:
-    """Which of a run's calls is the first when only the share `strength` of its steps is run, as diffusers counts it.
-
-    Raises ExperimentError where that is not one whole step.
-    """
-    if int(steps * strength) < 1:
-        raise ExperimentError(f"strength: {strength:g} of {steps} steps is not one whole step.", "Use more steps, or a greater strength.")
-    return max(steps - min(int(steps * strength), steps), 0) * int(getattr(scheduler, "order", 1))
-
-
 def started(scheduler: Any, start: Start, begin: int) -> torch.Tensor:
     """The latents that go into call `begin`, the first; the scheduler, whose timesteps are set, is told that it begins there."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     at = scheduler.timesteps[begin : begin + 1].repeat(len(start.clean))
     return scheduler.add_noise(start.clean, start.noise, at)  # type: ignore[no-any-return]
-
-
-def fresh(scheduler: Any, **changes: Any) -> Any:
-    """A scheduler of the same class and config without any state; of `changes`, what its config has is set otherwise."""
-    # Without this entry `from_config` would go back to the class's defaults where a pipeline has changed them (clip_sample).
-    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
-    return type(scheduler).from_config({**config, **{key: value for key, value in changes.items() if key in config}})
-
-
-def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = None) -> None:
-    """Set a scheduler's timesteps, for `steps` steps."""
-    # DPM++2S says with an odd number of steps, each time, that it is as its recorded config says: "Changing scheduler {self.config} ..."
-    with unsaid("diffusers.schedulers.scheduling_dpmsolver_singlestep", "to handle uneven amount of inference steps"):
-        scheduler.set_timesteps(steps, **({} if device is None else {"device": device}))
-
-
-def noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """Gaussian noise on the CPU, image i of `shape` from a generator of its own seeded `seed + i`, and the generators.
-
-    A seed thus means the same picture on every device, and an image does not depend on how many are drawn beside it.
-    """
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
-    return draw(generators, shape, dtype), generators
-
-
-def draw(generators: list[torch.Generator], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """What each image's generator gives next, on the CPU. *Shape:* `shape`, (image, ...)."""
-    return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generators])
 
 
 def memory_format(tensor: torch.Tensor) -> str:
@@ -267,13 +182,14 @@ def denoise(
 
     With a `start`, the last steps are run, from its latents. It has the images and their size; `seed` is not used.
     """
-    scheduler = fresh(model.scheduler)
-    begin = 0 if start is None else first_call(scheduler, steps, start.strength)
-    schedule = Schedule.of(scheduler, steps, begin)
-    set_steps(scheduler, steps, model.device)
+    if start is not None:
+        height, width = (model.f * side for side in start.clean.shape[2:])
+    begin = 0 if start is None else first_call(model.scheduler, steps, start.strength)
+    schedule = model.schedule(steps, height, width, begin)
+    scheduler = model.scheduled(steps, height, width)
     if start is None:
-        pure, generators = noise(seed, model.latent_shape(images, height, width), model.dtype)
-        latents = pure.to(model.device) * scheduler.init_noise_sigma
+        generators = seeded(seed, images)
+        latents = model.begin(generators, height, width) * scheduler.init_noise_sigma
     else:
         generators = [generator.clone_state() for generator in start.generators]
         latents = started(scheduler, start, begin)

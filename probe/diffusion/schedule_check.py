@@ -28,7 +28,8 @@ import torch
 
 from probe.conversions import PREDICTION_TYPES, UNCLIPPED, clipped, clipping, clipping_text, eps_from_denoised, target
 from probe.diffusion.family import Family
-from probe.diffusion.sampling import Schedule, Start, first_call, fresh, set_steps, started, step_options
+from probe.diffusion.sampling import Start, started, step_options
+from probe.diffusion.schedule import Schedule, first_call, fresh, set_steps
 from probe.errors import ExperimentError
 from probe.experiment import Experiment
 from probe.strict_yaml import first_line
@@ -296,7 +297,7 @@ def recorded_schedule(model: Family, experiment: Experiment) -> Schedule:
     """The schedule of a recording, which is what it is: today's check does not refuse what was recorded before. Raises ExperimentError."""
     begin = 0 if experiment.image is None else first_call(model.scheduler, experiment.steps, experiment.strength)
     try:
-        return Schedule.of(model.scheduler, experiment.steps, begin)
+        return model.schedule(experiment.steps, experiment.height, experiment.width, begin)
     except (ValueError, IndexError) as problem:
         raise too_many(model.scheduler, experiment.steps, problem) from problem
 

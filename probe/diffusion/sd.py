@@ -122,6 +122,10 @@ class StableDiffusion:
     digest = parts.digest
     skeleton = parts.skeleton
     decode = parts.decode
+    begin = parts.begin
+    schedule = parts.schedule
+    scheduled = parts.scheduled
+    encode_picture = parts.encode_picture
 
     def with_scheduler(self, name: str, options: Mapping[str, Any]) -> StableDiffusion:
         """The same model with another scheduler (`default`: its own), built from its own schedule plus `options`."""

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from probe.diffusion import parts
@@ -32,7 +33,12 @@ from probe.diffusion.family import (
 from probe.diffusion.guidance import rule_of
 from probe.diffusion.prompts import OverLong, Prompt
 from probe.diffusion.schedulers import another_scheduler, check_own
-from probe.diffusion.support import XL_KINDS, refuse_other_pipelines, refuse_unsupported
+from probe.diffusion.support import (
+    XL_KINDS,
+    refuse_other_pipelines,
+    refuse_unsupported,
+    xl_without_pictures,
+)
 from probe.diffusion.text import check_reading, read, refuse_other_readers
 from probe.fields import from_home
 from probe.words import RULES
@@ -141,6 +147,9 @@ class StableDiffusionXL:
     digest = parts.digest
     skeleton = parts.skeleton
     decode = parts.decode
+    begin = parts.begin
+    schedule = parts.schedule
+    scheduled = parts.scheduled
 
     def with_scheduler(self, name: str, options: Mapping[str, Any]) -> StableDiffusionXL:
         """Return the same model with another scheduler (`default`: its own) and its `options`.
@@ -256,6 +265,14 @@ class StableDiffusionXL:
         return batched(self, conditioning, images, guidance_scale, guidance_rescale)
 
     # --- pictures ---
+
+    def encode_picture(
+        self,
+        picture: np.ndarray,  # noqa: ARG002
+        generators: Sequence[torch.Generator] = (),  # noqa: ARG002
+    ) -> torch.Tensor:
+        """Raise ModelError: this family does not begin from a picture yet."""
+        raise xl_without_pictures(self)
 
     def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Decode latents to (image, rgb, y, x), about -1 to 1.

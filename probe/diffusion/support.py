@@ -163,13 +163,18 @@ def _refuse_widths(name: str, modules: Mapping[str, Any], encoders: Sequence[Any
         raise ModelError(cause, "Bring the two that belong together.")
 
 
+def xl_without_pictures(model: Any) -> ModelError:
+    """Return what to raise where Stable Diffusion XL is to begin from a picture."""
+    return ModelError(
+        f"{model.name}: a Stable Diffusion XL model does not begin from a picture here yet.",
+        "Leave the picture out, or use a Stable Diffusion 1.x or 2.x model.",
+    )
+
+
 def refuse_pictures(model: Any) -> None:
     """Raise ModelError for a model that cannot begin from a picture."""
     if model.family == "sdxl":
-        raise ModelError(
-            f"{model.name}: a Stable Diffusion XL model does not begin from a picture here yet.",
-            "Leave the picture out, or use a Stable Diffusion 1.x or 2.x model.",
-        )
+        raise xl_without_pictures(model)
     if type(model.vae).__name__ == "AutoencoderTiny":
         raise ModelError(
             f"{model.name}: its VAE is an AutoencoderTiny, which makes no distribution of a picture's latents.",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from probe.conversions import denoised_from, eps_from, target
-from probe.diffusion.sampling import noise
+from probe.diffusion.draws import noise
 from probe.diffusion.start import restart
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative

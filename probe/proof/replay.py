@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from probe.diffusion.draws import noise
 from probe.diffusion.guidance import guided
 from probe.diffusion.model_configs import scheduler_config
-from probe.diffusion.sampling import Schedule, arranged, first_call, memory_format, noise, set_steps, started, step_options
+from probe.diffusion.sampling import arranged, memory_format, started, step_options
+from probe.diffusion.schedule import Schedule, first_call, set_steps
 from probe.diffusion.start import memory_formats, restart
 from probe.dimensions import GUIDANCE_RULES
 from probe.errors import RecordingDamaged

@@ -9,7 +9,8 @@ import torch
 from tqdm.auto import tqdm
 
 from probe.diffusion.family import Conditioning, Family, Predictions
-from probe.diffusion.sampling import Schedule, Step, arranged, denoise, fresh
+from probe.diffusion.sampling import Step, arranged, denoise
+from probe.diffusion.schedule import Schedule, fresh
 from probe.diffusion.start import memory_formats
 from probe.running.session import Say, Session
 from probe.store import RunWriter

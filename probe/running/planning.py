@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from probe.diffusion.family import Family, Tokens
-from probe.diffusion.sampling import Schedule, first_call
+from probe.diffusion.schedule import Schedule, first_call
 from probe.diffusion.schedule_check import held_schedule, recorded_schedule, remarks
 from probe.diffusion.support import refuse_pictures
 from probe.errors import ExperimentError, TooLarge

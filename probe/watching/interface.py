@@ -21,7 +21,8 @@ from probe.watching.hooks import Hooks, Watch
 if TYPE_CHECKING:
     from probe.diffusion.family import Tokens
     from probe.diffusion.prompts import Prompt
-    from probe.diffusion.sampling import Schedule, Step
+    from probe.diffusion.sampling import Step
+    from probe.diffusion.schedule import Schedule
     from probe.experiment import Experiment
     from probe.watching.rehearsal import Rehearsal
 

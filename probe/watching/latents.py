@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from probe.diffusion.family import Family
-from probe.diffusion.sampling import Step, fresh, set_steps
+from probe.diffusion.sampling import Step
+from probe.diffusion.schedule import fresh, set_steps
 from probe.schema import Array, array
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
 

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from probe.conversions import target
+from probe.diffusion.draws import seeded
 from probe.diffusion.family import Family
-from probe.diffusion.sampling import Start, Step, arranged, memory_format, noise
+from probe.diffusion.sampling import Start, Step, arranged, memory_format
 from probe.diffusion.schedule_check import unclipped_note
-from probe.diffusion.start import encode, memory_formats, restart, sampled
+from probe.diffusion.start import begun, memory_formats, restart
 from probe.schema import Array, array
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
 
@@ -33,14 +34,12 @@ class Source(Capture):
         if store.committed:
             clean = torch.from_numpy(store.read("forward/clean")).to(model.device, model.dtype)
             clean = arranged(clean, memory_formats(store.attributes)["clean"])
-            self.start = restart(asked, clean, encoded=model.vae is not None)
+            self.start = restart(asked, clean, encoded=model.f > 1)
             return
-        mean, deviation = encode(model, store.read("source/picture"))
-        clean, eps, generators = sampled(model, asked, mean, deviation)
-        self.start = Start(clean, eps, asked.strength, generators)
-        store.write("forward/clean", as_numpy(clean))
-        store.write("forward/noise", as_numpy(eps))
-        note_memory_format("clean", clean, store)
+        self.start = begun(model, asked, store.read("source/picture"))
+        store.write("forward/clean", as_numpy(self.start.clean))
+        store.write("forward/noise", as_numpy(self.start.noise))
+        note_memory_format("clean", self.start.clean, store)
 
 
 class Noised(Capture):
@@ -111,9 +110,8 @@ def noised(model: Family, picture: np.ndarray, noises: int, seed: int) -> tuple[
 
     *Shape:* picture (y, x, rgb) uint8; each result (image, channel, y, x).
     """
-    mean, _ = encode(model, picture)
-    clean = (model.scaling_factor * mean).repeat(noises, 1, 1, 1)
-    return clean, noise(seed, tuple(clean.shape), model.dtype)[0].to(model.device)
+    clean = model.encode_picture(picture).repeat(noises, 1, 1, 1)
+    return clean, model.begin(seeded(seed, noises), *picture.shape[:2])
 
 
 def note_memory_format(name: str, tensor: torch.Tensor, store: Store) -> None:
