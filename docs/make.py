@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the generated parts of the documents: what lies between <!-- name --> and <!-- /name -->.
+"""Write docs/api.txt, and the parts of documents between <!-- name --> and <!-- /name -->.
 
 python docs/make.py             write them
 python docs/make.py --check     change nothing; exit code 1 if a document is out of date
@@ -8,6 +8,7 @@ python docs/make.py --check     change nothing; exit code 1 if a document is out
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,8 +54,22 @@ def made(document: str, text: str) -> str:
     return text
 
 
+def write_api(check: bool) -> int:
+    """Write docs/api.txt anew, or only say how it differs. Return 1 if it was out of date."""
+    api = runpy.run_path(str(ROOT / "docs" / "api.py"))
+    file = ROOT / "docs" / "api.txt"
+    text, new = file.read_text(encoding="utf-8"), api["listing"]()
+    if new == text:
+        return 0
+    print(api["difference"](text, new))
+    if not check:
+        file.write_text(new, encoding="utf-8")
+        print("docs/api.txt was written")
+    return 1
+
+
 def main(arguments: list[str]) -> int:
-    old = 0
+    old = write_api(bool(arguments))
     for document in PARTS:
         file = ROOT / document
         text = file.read_text(encoding="utf-8")

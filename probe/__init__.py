@@ -5,7 +5,8 @@ import probe
 run = probe.record("experiments/astronaut.yaml")     # needs torch
 run = probe.open_run("latest")                       # does not
 
-The names below are imported when they are first used, so that importing probe costs milliseconds.
+The names below are public: docs/api.txt lists them with their signatures. Each is imported when
+it is first used, so that importing probe costs milliseconds.
 """
 
 from __future__ import annotations
@@ -14,29 +15,147 @@ TYPE_CHECKING = False  # a command takes over Ctrl-C first, and typing is slow t
 if TYPE_CHECKING:
     from typing import Any
 
-    from probe.experiment import CaptureOptions, Experiment, load_experiment
-    from probe.noising import record_noising
-    from probe.reading.listing import list_runs
-    from probe.reading.recording import Run, open_run
-    from probe.running.recorder import record, resume
+    from probe import analysis, testing
+    from probe.errors import (
+        CaptureError,
+        DeviceError,
+        ExperimentError,
+        ModelError,
+        NotFinite,
+        OutOfMemory,
+        ProbeError,
+        PromptError,
+        RecordingBusy,
+        RecordingDamaged,
+        RecordingLinked,
+        RecordingNotFound,
+        RecordingUnreadable,
+        RunFailed,
+        StoreError,
+        TooLarge,
+        UserError,
+    )
+    from probe.experiment import (
+        CaptureOptions,
+        Experiment,
+        load_experiment,
+    )
+    from probe.noising import (
+        record_noising,
+    )
+    from probe.proof.checks import (
+        Check,
+    )
+    from probe.proof.verdict import (
+        Verification,
+    )
+    from probe.reading.compare import (
+        Comparison,
+        Difference,
+    )
+    from probe.reading.listing import (
+        list_runs,
+    )
+    from probe.reading.recording import (
+        Run,
+        open_run,
+    )
+    from probe.running.ask import (
+        read_out,
+    )
+    from probe.running.recorder import (
+        record,
+        rerun,
+        resume,
+    )
+    from probe.running.session import (
+        Session,
+    )
 
 _HOMES = {
+    "analysis": "probe.analysis",
+    "CaptureError": "probe.errors",
+    "DeviceError": "probe.errors",
+    "ExperimentError": "probe.errors",
+    "ModelError": "probe.errors",
+    "NotFinite": "probe.errors",
+    "OutOfMemory": "probe.errors",
+    "ProbeError": "probe.errors",
+    "PromptError": "probe.errors",
+    "RecordingBusy": "probe.errors",
+    "RecordingDamaged": "probe.errors",
+    "RecordingLinked": "probe.errors",
+    "RecordingNotFound": "probe.errors",
+    "RecordingUnreadable": "probe.errors",
+    "RunFailed": "probe.errors",
+    "StoreError": "probe.errors",
+    "TooLarge": "probe.errors",
+    "UserError": "probe.errors",
     "CaptureOptions": "probe.experiment",
     "Experiment": "probe.experiment",
     "load_experiment": "probe.experiment",
-    "Run": "probe.reading.recording",
-    "list_runs": "probe.reading.listing",
-    "open_run": "probe.reading.recording",
-    "record": "probe.running.recorder",
     "record_noising": "probe.noising",
+    "Check": "probe.proof.checks",
+    "Verification": "probe.proof.verdict",
+    "Comparison": "probe.reading.compare",
+    "Difference": "probe.reading.compare",
+    "list_runs": "probe.reading.listing",
+    "Run": "probe.reading.recording",
+    "open_run": "probe.reading.recording",
+    "read_out": "probe.running.ask",
+    "record": "probe.running.recorder",
+    "rerun": "probe.running.recorder",
     "resume": "probe.running.recorder",
+    "Session": "probe.running.session",
+    "testing": "probe.testing",
 }
-__all__ = ["CaptureOptions", "Experiment", "Run", "list_runs", "load_experiment", "open_run", "record", "record_noising", "resume"]
+_RENAMED: dict[str, tuple[str, str]] = {}  # old name: its new name, and the version that renamed it
+__all__ = [
+    "CaptureError",
+    "CaptureOptions",
+    "Check",
+    "Comparison",
+    "DeviceError",
+    "Difference",
+    "Experiment",
+    "ExperimentError",
+    "ModelError",
+    "NotFinite",
+    "OutOfMemory",
+    "ProbeError",
+    "PromptError",
+    "RecordingBusy",
+    "RecordingDamaged",
+    "RecordingLinked",
+    "RecordingNotFound",
+    "RecordingUnreadable",
+    "Run",
+    "RunFailed",
+    "Session",
+    "StoreError",
+    "TooLarge",
+    "UserError",
+    "Verification",
+    "analysis",
+    "list_runs",
+    "load_experiment",
+    "open_run",
+    "read_out",
+    "record",
+    "record_noising",
+    "rerun",
+    "resume",
+    "testing",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        import importlib
+    if name not in _HOMES and name not in _RENAMED:  # also asked for before Ctrl-C is taken over
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from probe.public import public_name
 
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'probe' has no attribute {name!r}")
+    return public_name(__name__, name, _HOMES, _RENAMED)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

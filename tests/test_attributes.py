@@ -18,12 +18,12 @@ from probe.attributes import Attributes, Part, attributes_of, json_schema, probl
 from probe.errors import RecordingDamaged
 from probe.reading.recording import Run
 from probe.reading.untrusted import check_attributes
-from probe.testing.synthetic import synthetic
+from probe.testing.synthetic import synthetic_recording
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic(tmp_path_factory.mktemp("attributes") / "cat.zarr", unknown=True)
+    return synthetic_recording(tmp_path_factory.mktemp("attributes") / "cat.zarr", unknown=True)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from recordings import with_its_digests
 
 from probe.reading.recording import Run, open_run
 from probe.testing.conformance import ReaderConformance, WriterConformance, stored_values
-from probe.testing.synthetic import NOT_PROVEN, synthetic
+from probe.testing.synthetic import NOT_PROVEN, synthetic_recording
 from probe.verify import verify
 
 
@@ -26,7 +26,7 @@ class TestSynthetic(WriterConformance):
     not_proven = NOT_PROVEN
 
     def write(self, folder: Path) -> Path:
-        return synthetic(folder / "cat.zarr", images=2, size=(6, 10), negative_prompt="a dog", pictures=True)
+        return synthetic_recording(folder / "cat.zarr", images=2, size=(6, 10), negative_prompt="a dog", pictures=True)
 
 
 class TestUnknown(WriterConformance):
@@ -35,7 +35,7 @@ class TestUnknown(WriterConformance):
     not_proven = NOT_PROVEN
 
     def write(self, folder: Path) -> Path:
-        return synthetic(folder / "cat.zarr", unknown=True, guidance_scale=1, steps=2)
+        return synthetic_recording(folder / "cat.zarr", unknown=True, guidance_scale=1, steps=2)
 
 
 class TestOurReader(ReaderConformance):
@@ -100,7 +100,7 @@ def test_a_writer_that_is_wrong_is_found(what: str, tmp_path: Path) -> None:
         not_proven = NOT_PROVEN
 
         def write(self, folder: Path) -> Path:
-            path = synthetic(folder / "cat.zarr", steps=2)
+            path = synthetic_recording(folder / "cat.zarr", steps=2)
             spoil(path)
             return path
 
@@ -137,7 +137,7 @@ def test_a_reader_that_is_wrong_is_found(tmp_path: Path) -> None:
 
 
 def test_what_another_version_adds_is_not_checked_and_nothing_fails_for_it(tmp_path: Path) -> None:
-    path = synthetic(tmp_path / "a.zarr", unknown=True)
+    path = synthetic_recording(tmp_path / "a.zarr", unknown=True)
     edited(lambda root: root["attributes"].update(family="flux", guidance_rule="distilled"))(path)
     checks = {check.name: check for check in verify(Run(with_its_digests(path)))}
     assert {name for name, check in checks.items() if check.verdict == "failed"} <= set(NOT_PROVEN)
@@ -148,14 +148,14 @@ def test_what_another_version_adds_is_not_checked_and_nothing_fails_for_it(tmp_p
 
 
 def test_nothing_is_said_where_all_is_known(tmp_path: Path) -> None:
-    assert "unknown" not in {check.name for check in verify(Run(synthetic(tmp_path / "a.zarr", steps=1)))}
+    assert "unknown" not in {check.name for check in verify(Run(synthetic_recording(tmp_path / "a.zarr", steps=1)))}
 
 
 # --- the recordings --------------------------------------------------------------------------------------------------
 
 
 def test_the_same_arguments_give_the_same_values(tmp_path: Path) -> None:
-    one, other, third = (synthetic(tmp_path / f"{name}.zarr", seed=seed, steps=2) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    one, other, third = (synthetic_recording(tmp_path / f"{name}.zarr", seed=seed, steps=2) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     values = [stored_values(path) for path in (one, other, third)]
     assert all(np.array_equal(values[0][name], values[1][name]) for name in values[0])
     assert not np.array_equal(values[0]["latents/latents"], values[2]["latents/latents"])
@@ -163,7 +163,7 @@ def test_the_same_arguments_give_the_same_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", ["complete", "interrupted", "failed", "running"])
 def test_every_status(status: str, tmp_path: Path) -> None:
-    run = open_run(synthetic(tmp_path / "a.zarr", status=status))
+    run = open_run(synthetic_recording(tmp_path / "a.zarr", status=status))
     assert run.status == status and len(run.steps) == (4 if status == "complete" else 2)
     assert run.word_overview().sizes["word"] == 3 and run.denoised().sizes["step"] == len(run.steps)
     assert run.phrase("red cat").sizes["step"] == len(run.steps)
@@ -171,7 +171,7 @@ def test_every_status(status: str, tmp_path: Path) -> None:
 
 def test_they_are_made_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from probe.testing.synthetic import synthetic; "
-        f"synthetic(Path({str(tmp_path)!r}) / 'a.zarr', steps=1); assert not {{'torch', 'diffusers', 'pytest'}} & set(sys.modules)"
+        "import sys; from pathlib import Path; from probe.testing.synthetic import synthetic_recording; "
+        f"synthetic_recording(Path({str(tmp_path)!r}) / 'a.zarr', steps=1); assert not {{'torch', 'diffusers', 'pytest'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from probe.reading.recording import Run, list_runs
 from probe.running.recorder import resume
 from probe.schema import FORMAT_VERSION
 from probe.testing.conformance import stored_values
-from probe.testing.synthetic import synthetic
+from probe.testing.synthetic import synthetic_recording
 from probe.upgrade import upgrade
 from probe.verify import verify
 
@@ -91,7 +91,7 @@ def test_what_is_not_complete_is_finished_first(old: Path) -> None:
 
 
 def test_what_it_does_not_know_is_kept(tmp_path: Path) -> None:
-    path = synthetic(tmp_path / "a.zarr", unknown=True, pictures=True)
+    path = synthetic_recording(tmp_path / "a.zarr", unknown=True, pictures=True)
     run = as_format_1(path)
     unproven = ("schedule", "scheduler")
     with pytest.raises(RecordingDamaged, match="does not verify: schedule"):
@@ -113,7 +113,7 @@ def as_format_1(path: Path) -> Run:
 
 
 def test_unknown_groups_and_attributes_reach_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = as_format_1(synthetic(tmp_path / "a.zarr", unknown=True, pictures=True))
+    run = as_format_1(synthetic_recording(tmp_path / "a.zarr", unknown=True, pictures=True))
     proven = [check for check in verify(run) if check.name not in ("schedule", "scheduler")]
     monkeypatch.setattr("probe.upgrade.verify", lambda _: proven)
     made = upgrade(run, tmp_path / "elsewhere", progress=False)

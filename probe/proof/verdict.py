@@ -1,7 +1,7 @@
-"""All checks of a recording, and the verdict of all: what `run.verify()` gives and `probe verify` prints.
+"""All checks of a recording and their verdict: what `run.verify()` gives and `probe verify` prints.
 
     found = verify(open_run("latest"))      # with model=True, the model is asked again
-    found.verdict                           # "exact", "within tolerance", "failed" or "not checked": the worst
+    found.verdict                           # the worst: "exact", "within tolerance", "failed", ...
     found.failed                            # the checks that failed
     print(found)
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from probe.arguments import chosen_steps
@@ -42,7 +42,7 @@ WORST_FIRST: tuple[Verdict, ...] = ("failed", "within tolerance", "exact", "not 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the checks of a recording found. Iterate over it for each `Check`; print it for people."""
+    """What the checks of a recording found. Iterate over its checks, or print it for people."""
 
     run: Run
     checks: tuple[Check, ...]
@@ -67,7 +67,7 @@ class Verification:
 
     def as_json(self) -> dict[str, Any]:
         """Return the findings for a machine."""
-        checks = [{"name": c.name, "verdict": c.verdict, "detail": c.detail, "because": list(c.because)} for c in self.checks]
+        checks = [{**asdict(check), "because": list(check.because)} for check in self.checks]
         of = {"recording": printable(self.run.name), "path": printable(str(self.run.path))}
         return {**of, "status": self.run.status, "verdict": self.verdict, "checks": checks}
 
@@ -132,9 +132,9 @@ def verify(run: Run, model: Any = None, steps: Steps | None = None) -> Verificat
 
 
 def asked_steps(run: Run, steps: Steps | None) -> list[int]:
-    """Return the committed steps that `steps` chooses: indices, a mask, a slice, or text as in capture.steps.
+    """Return the committed steps that are asked for: by indices, a mask, a slice or text.
 
-    Raises ExperimentError for an index that was not committed; a slice chooses from those that were.
+    Raises ExperimentError for an index that was not committed. A slice takes those that were.
     """
     committed = [int(step) for step in run.steps]
     if steps is None:

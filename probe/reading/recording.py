@@ -29,10 +29,10 @@ from probe.arguments import branch_name, labelled, text, told, truth_value
 from probe.attributes import Attributes, attributes_of
 from probe.conversions import UNCLIPPED, clipping, clipping_text, denoised_from, eps_from, v_from, variance_preserving
 from probe.conversions import clipped as clip
-from probe.deprecation import warn_renamed
 from probe.digests import flags_are_lost
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
+from probe.public import warn_renamed
 from probe.reading import archives, sample
 from probe.reading.attention import Attention, Indices, places
 from probe.reading.files import read_file, refuse
@@ -53,9 +53,9 @@ MAX_PICTURE = 32 * 2**20
 class Run(Attention):
     """A recording, opened. Nothing is read until it is asked for.
 
-    A property names something that the recording holds: `run.latents`, `run.words`, `run.status`. It takes no choice.
-    A method computes something or takes a choice: `run.denoised()`, `run.prediction("cond")`, `run.verify()`.
-    Both are read lazily and change nothing.
+    A property names what a recording holds: `run.latents`, `run.words`, `run.status`.
+    A method computes (`run.denoised()`, `run.verify()`), takes a choice (`run.prediction("cond")`), or reads
+    what only some recordings have (`run.attention()`, `run.counterfactual()`). None of them changes anything.
 
     Raises RecordingNotFound; RecordingDamaged; RecordingUnreadable where the system does not read it.
     """

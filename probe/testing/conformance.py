@@ -28,7 +28,7 @@ from probe.proof.checks import files_of
 from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.schema import FORMAT_VERSION, FORMATS_READ
-from probe.testing.synthetic import synthetic
+from probe.testing.synthetic import synthetic_recording
 
 
 def stored_values(path: Path) -> dict[str, np.ndarray]:
@@ -138,34 +138,34 @@ class ReaderConformance:
             assert same(value, expected[name]), f"{name} has other values than the recording"
 
     def test_a_complete_recording(self, tmp_path: Path) -> None:
-        self._agrees(synthetic(tmp_path / "complete.zarr"))
+        self._agrees(synthetic_recording(tmp_path / "complete.zarr"))
 
     def test_pictures_that_are_not_square_and_several(self, tmp_path: Path) -> None:
-        self._agrees(synthetic(tmp_path / "wide.zarr", images=2, size=(6, 10), negative_prompt="a blue dog"))
+        self._agrees(synthetic_recording(tmp_path / "wide.zarr", images=2, size=(6, 10), negative_prompt="a blue dog"))
 
     def test_a_run_without_guidance(self, tmp_path: Path) -> None:
-        path = synthetic(tmp_path / "unguided.zarr", guidance_scale=1)
+        path = synthetic_recording(tmp_path / "unguided.zarr", guidance_scale=1)
         self._agrees(path)
         assert "latents/prediction_uncond" not in self.read(path)
 
     def test_only_committed_steps_are_read(self, tmp_path: Path) -> None:
         for status in ("interrupted", "failed", "running"):
-            path = synthetic(tmp_path / f"{status}.zarr", status=status)
+            path = synthetic_recording(tmp_path / f"{status}.zarr", status=status)
             self._agrees(path)
             assert len(self.read(path)["latents/latents"]) == 2
 
     def test_what_it_does_not_know_is_passed_over(self, tmp_path: Path) -> None:
-        self._agrees(synthetic(tmp_path / "unknown.zarr", unknown=True))
+        self._agrees(synthetic_recording(tmp_path / "unknown.zarr", unknown=True))
 
     def test_another_format_is_refused(self, tmp_path: Path) -> None:
-        path = synthetic(tmp_path / "future.zarr")
+        path = synthetic_recording(tmp_path / "future.zarr")
         root = json.loads((path / "zarr.json").read_text())
         root["attributes"]["format_version"] = max(FORMATS_READ) + 1
         (path / "zarr.json").write_text(json.dumps(root))
         self._refuses(path, "a format that it does not know")
 
     def test_a_damaged_chunk_is_refused(self, tmp_path: Path) -> None:
-        path = synthetic(tmp_path / "damaged.zarr")
+        path = synthetic_recording(tmp_path / "damaged.zarr")
         chunk = min((path / "latents" / "latents").glob("c*"))
         chunk.write_bytes(chunk.read_bytes()[:-8] + bytes(8))
         self._refuses(path, "values that do not hold their checksum")

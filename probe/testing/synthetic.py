@@ -1,6 +1,6 @@
 """Small recordings made without torch and without a model, for the tests of readers and dashboards.
 
-    path = synthetic(folder / "cat.zarr", prompt="a red cat", images=2, size=(8, 12))
+    path = synthetic_recording(folder / "cat.zarr", prompt="a red cat", images=2, size=(8, 12))
 
 Each word is a blob that moves into its place. Maps, moments, sums, labels, digests and the manifest
 hold. No model drew it and no scheduler ran, so `probe verify` fails "schedule" and "scheduler".
@@ -23,6 +23,7 @@ from probe.analysis.maps import resize
 from probe.experiment import Experiment, load_experiment
 from probe.pictures import save
 from probe.proof.map_checks import moments_of
+from probe.public import warn_renamed
 from probe.reading.recording import Run
 from probe.schema import BRANCHES, FORMAT_STATUS, FORMAT_VERSION, MOMENTS, REST, STATISTICS, Array, Variable, array
 from probe.store import RunWriter
@@ -39,7 +40,7 @@ HEADS, FEATURES = 2, 6
 NOT_PROVEN = ("schedule", "scheduler")  # checks that need a real scheduler
 
 
-def synthetic(
+def synthetic_recording(
     path: Path,
     *,
     prompt: str = "a red cat",
@@ -340,3 +341,11 @@ def _label(words: Sequence[str], position: int) -> tuple[str, str, int]:
     if position <= len(words):
         return words[position - 1], words[position - 1], position - 1
     return EOS, "", -1
+
+
+def __getattr__(name: str) -> Any:
+    if name == "synthetic":
+        old, new = f"{__name__}.synthetic", "probe.testing.synthetic_recording"
+        warn_renamed(old, new, since="0.1")
+        return synthetic_recording
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
