@@ -64,3 +64,13 @@ def full_xl(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tiny_xl import full
 
     return full(tmp_path_factory.mktemp("full_xl"))
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a diffusers directory. Not to be changed: take a copy."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny.pipeline().save_pretrained(folder)
+    return folder

@@ -75,14 +75,6 @@ def call(capsys: pytest.CaptureFixture[str]) -> Command:
     return called
 
 
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model as a diffusers directory. Not to be changed: take `model`."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny.pipeline().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def model(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))

@@ -39,7 +39,7 @@ TWO_LINES = r"error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n\Z"
 
 
 def asked(folder: Path, **changes: Any) -> dict[str, Any]:
-    return ask(folder, **{"steps": STEPS, "scheduler": "DPM++2M", **changes}).resolved()
+    return ask(folder, **{"steps": STEPS, "scheduler": "DPM++2M", "durability": "run", **changes}).resolved()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -34,14 +34,6 @@ def memory() -> StableDiffusion:
     return StableDiffusion.of(tiny.pipeline())
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model as a diffusers directory. Not to be changed: take `copy`."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny.pipeline().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))

@@ -561,7 +561,7 @@ def test_two_runs_of_one_experiment_are_two_recordings(tmp_path: Path) -> None:
     xr.testing.assert_identical(first.latents.drop_attrs(), second.latents.drop_attrs())
 
 
-@pytest.mark.parametrize("durability", ["step", "none"])
+@pytest.mark.parametrize("durability", ["step", "run"])
 def test_durability_changes_no_value(durability: str, reference: Run, tmp_path: Path) -> None:
     run = take(tmp_path, steps=12, scheduler="DDIM", durability=durability)
     assert run.status == "complete"
