@@ -46,5 +46,10 @@ def public_name(
         new, since = renamed[name]
         warn_renamed(f"{package}.{name}", f"{package}.{new}", since, level=3)
         name = new
-    home = importlib.import_module(homes[name])
+    try:
+        home = importlib.import_module(homes[name])
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("probe"):
+            error.add_note(f"{package}.{name} needs it: pip install 'diffusion-probe[record]'")
+        raise
     return home if homes[name] == f"{package}.{name}" else getattr(home, name)

@@ -195,6 +195,20 @@ def test_a_verdict_is_the_worst(run: Run, tmp_path: Path) -> None:
     assert found.verdict == "failed" and str(found).splitlines()[-1].startswith("FAILED: ")
 
 
+def test_without_torch_a_recording_is_verified_and_recording_says_what_it_needs() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import probe
+run = probe.open_run("sample")
+print(run.words, run.verify().verdict, run.diff(run).same, {check.name for check in run.verify() if "needs torch" in check.detail})
+probe.record({})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.startswith("('An', 'astronaut', 'scuba', 'diving') within tolerance True {")
+    assert done.stderr.endswith("\nprobe.record needs it: pip install 'diffusion-probe[record]'\n")
+
+
 def test_a_run_that_verifies_loads_torch_only_then() -> None:
     code = "import sys, probe; run = probe.open_run('sample'); print('torch' in sys.modules, 'probe.proof.verdict' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
