@@ -24,7 +24,7 @@ from probe.analysis import by_kind, by_sigma, word_maps
 from probe.analysis.maps import word_names
 from probe.digests import sealed
 from probe.errors import RecordingNotFound
-from probe.reading.recording import Run
+from probe.reading.recording import Run, with_files
 from probe.words import STUMP, alike, spelt
 
 CELL, GAP, MARGIN = 152, 12, 28
@@ -58,6 +58,7 @@ def keep(picture: Image.Image, run: Run, name: str, target: Path | None = None, 
 def keep_png(picture: Image.Image, run: Run, path: Path, notes: Mapping[str, str]) -> Path:
     """As `keep`, with `notes` alone in its metadata, and a digest of all its bytes, which `probe verify` looks at."""
     if path.parent == run.path:
+        with_files(run)
         files.check_no_link(run.path)
     information = PngImagePlugin.PngInfo()
     for key, text in {**notes, "Software": "probe"}.items():

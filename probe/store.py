@@ -24,7 +24,7 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -236,10 +236,7 @@ class RunWriter:
             files.check_folders(self.path, [str(self.path)])
             file = self.path / "zarr.json"
             root = json.loads(file.read_text())
-            there = root["attributes"]
-            for name, value in attributes.items():
-                merged = isinstance(value, Mapping) and isinstance(there.get(name), dict)
-                there[name] = {**there[name], **value} if merged else value
+            root["attributes"] = merged(root["attributes"], attributes)
             files.replace(file, [json.dumps(root).encode()], self._at_end)
 
     def complete(self) -> None:
@@ -302,14 +299,7 @@ def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -
         warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")  # a draft of the v3 specification; xarray reads it
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")  # variable-length text
         root = zarr.create_group(LocalStore(folder), zarr_format=3, attributes=attributes)
-        coordinates: dict[str, list[Array]] = {}
-        for a in arrays:
-            if a.variable.coordinate and a.dims != (a.variable.name,):
-                coordinates.setdefault(a.group, []).append(a)
-        for a in arrays:
-            beside = [c.variable.name for c in coordinates.get(a.group, []) if set(c.dims) <= set(a.dims)]
-            attached = {"coordinates": " ".join(beside)} if beside and not a.variable.coordinate else {}
-            described: dict[str, Any] = {"long_name": a.variable.long_name, "units": a.variable.units, **a.attributes, **attached}
+        for a, described in attributes_in_files(arrays):
             made = root.create_array(a.path, **_layout(a), dimension_names=a.dims, attributes=described)
             if a.value is not None:
                 made[...] = a.value
@@ -321,6 +311,33 @@ def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -
     if flags:  # as zarr would not write it: zeros are its fill value, and a missing file is to be damage
         files.replace(folder / "committed" / "c.0", [flags], False)
     files.replace(folder / DIGESTS, told, False)
+
+
+def attributes_in_files(arrays: Sequence[Array]) -> Iterator[tuple[Array, dict[str, Any]]]:
+    """Yield each variable with its attributes, the names of its coordinates included."""
+    coordinates: dict[str, list[Array]] = {}
+    for a in arrays:
+        if a.variable.coordinate and a.dims != (a.variable.name,):
+            coordinates.setdefault(a.group, []).append(a)
+    for a in arrays:
+        beside = [c.variable.name for c in coordinates.get(a.group, []) if set(c.dims) <= set(a.dims)]
+        attached = {"coordinates": " ".join(beside)} if beside and not a.variable.coordinate else {}
+        told = {"long_name": a.variable.long_name, "units": a.variable.units}
+        yield a, {**told, **a.attributes, **attached}
+
+
+def merged(there: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes with others set; a mapping is merged into the one that is there."""
+    found = dict(there)
+    for name, value in attributes.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(name), dict)
+        found[name] = {**found[name], **value} if both else value
+    return found
+
+
+def fill_value(a: Array) -> float:
+    """Return what stands where nothing was written yet: NaN or 0."""
+    return float("nan") if np.dtype(a.dtype).kind == "f" else 0
 
 
 def _layout(a: Array) -> dict[str, Any]:
@@ -340,7 +357,7 @@ def _layout(a: Array) -> dict[str, Any]:
     if a.per_step and inner != whole:
         layout["shards"] = whole
     if a.value is None and not a.variable.coordinate:
-        layout["fill_value"] = float("nan") if dtype.kind == "f" else 0
+        layout["fill_value"] = fill_value(a)
     return layout
 
 

@@ -25,7 +25,7 @@ from probe.output import say, tell
 from probe.proof.checks import MAX_MANIFEST, MAX_PICTURES, files_of
 from probe.proof.verdict import verify
 from probe.reading.files import is_hole, no_longer, opened, read_file, read_json, refuse
-from probe.reading.recording import Run, open_run
+from probe.reading.recording import Run, open_run, with_files
 from probe.reading.sample import place_beside
 from probe.reading.untrusted import read_root
 from probe.schema import FORMAT_STATUS, FORMAT_VERSION
@@ -43,6 +43,7 @@ def upgrade(run: Run, output: str | Path | None = None, *, progress: bool = True
     RecordingDamaged for one that does not verify, RecordingBusy if its copy is there already, TooLarge, StoreError.
     """
     step = _steps(progress)
+    run = with_files(run)
     if run.attributes.format_version == FORMAT_VERSION:
         step(f"{run.name} has format {FORMAT_VERSION} already.")
         return run

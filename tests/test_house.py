@@ -50,6 +50,7 @@ LAYERS = [
     ("probe.reading.untrusted",),
     ("probe.reading.shards", "probe.reading.limits", "probe.reading.listing"),
     ("probe.reading.lazy", "probe.reading.attention"),
+    ("probe.reading.memory",),
     ("probe.reading.recording",),
     ("probe.pictures", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),
     ("probe.noising_sheet", "probe.proof.map_checks", "probe.proof.schema_checks", "probe.proof.unknown"),
@@ -99,6 +100,8 @@ DOORS = "probe.proof.verdict"  # the lowest line of the doors
 LOOKS_UP = {
     ("probe.reading.recording", "probe.reading.compare"),  # run.diff(other)
     ("probe.reading.recording", "probe.proof.verdict"),  # run.verify()
+    ("probe.reading.recording", "probe.pictures"),  # run.save(path)
+    ("probe.reading.recording", "probe.noising_sheet"),  # of a noising
 }
 
 # Some that could import downwards still must not know each other: (who, whom), packages from outside included.

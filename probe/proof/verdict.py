@@ -30,7 +30,7 @@ from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_labels, check_schema, only_the_model_knows
 from probe.proof.unknown import check_unknown
 from probe.reading.attention import Indices
-from probe.reading.recording import Run
+from probe.reading.recording import Run, with_files
 from probe.strict_yaml import first_line, printable
 from probe.system import reading
 from probe.terminal import without_home
@@ -113,7 +113,7 @@ def verify(run: Run, model: Any = None, steps: Steps | None = None) -> Verificat
     if steps is not None and not asked:
         told = "steps says at which steps the model is asked, and no model is."
         raise ExperimentError(told, "Give model=True, or a pipeline; or leave out steps.")
-    with reading(run.path):
+    with reading(with_files(run).path):
         if asked:
             chosen = asked_steps(run, steps)
             family = _model(run, None if model is True else model)

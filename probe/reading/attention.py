@@ -81,6 +81,8 @@ class Attention:
         @property
         def path(self) -> Path: ...
         @property
+        def memory(self) -> object | None: ...
+        @property
         def name(self) -> str: ...
         @property
         def attributes(self) -> Attributes: ...
@@ -337,6 +339,8 @@ class Attention:
         """The command that looks for a word that was not in the prompt."""
         word = shlex.quote(" ".join(text.split()))
         if "query" in self.tree[f"attention/{self.grids[0]}"].data_vars:
+            if self.memory is not None:
+                return f"probe.read_out(run, {text!r})"
             return f"probe ask {shlex.quote(str(self.path))} {word}"
         return f"record with capture.attention: queries, then probe ask latest {word}"
 

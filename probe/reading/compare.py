@@ -121,6 +121,11 @@ def _variables(run: Run) -> dict[str, xr.Variable]:
     }
 
 
+def _steps_there(run: Run, name: str, variable: xr.Variable, steps: int) -> list[int]:
+    """Steps of which a recording may hold something."""
+    return in_files(run.path, name, variable, range(steps)) if run.memory is None else list(range(steps))
+
+
 def _difference(a: Run, b: Run, name: str, one: xr.Variable, other: xr.Variable, steps: int) -> Difference | None:
     if one.dims != other.dims or one.shape != other.shape:
         return Difference(name, f"sizes {dict(one.sizes)} and {dict(other.sizes)}")
@@ -130,8 +135,8 @@ def _difference(a: Run, b: Run, name: str, one: xr.Variable, other: xr.Variable,
     same_fill = repr(one.encoding.get("fill_value")) == repr(other.encoding.get("fill_value"))
     chosen = list(range(steps)) if stepped else [0]
     if stepped and same_fill:  # a step that neither has a file of is the same in both
-        chosen = sorted({*in_files(a.path, name, one, range(steps)), *in_files(b.path, name, other, range(steps))})
-    elif same_fill and one.ndim and not has_files(a.path, name) and not has_files(b.path, name):
+        chosen = sorted({*_steps_there(a, name, one, steps), *_steps_there(b, name, other, steps)})
+    elif same_fill and one.ndim and not any(run.memory or has_files(run.path, name) for run in (a, b)):
         chosen = []
     block = max(1, AT_ONCE * one.sizes["step"] // max(1, one.nbytes)) if stepped else 1
     count, greatest, at = 0, 0.0, None

@@ -266,7 +266,7 @@ def _tree(path: Path) -> xr.DataTree:
         inside[group][last] = xr.Variable(stored.dims, values, dict(stored.attributes), layout)
     try:
         return xr.DataTree.from_dict(
-            {f"/{group}": _dataset(variables, root["attributes"] if not group else {}) for group, variables in inside.items()}
+            {f"/{group}": dataset(variables, root["attributes"] if not group else {}) for group, variables in inside.items()}
         )
     except RecordingDamaged:
         raise
@@ -304,7 +304,7 @@ def _labels(store: Untrusting, which: Sequence[Stored]) -> dict[str, np.ndarray]
         return {}
 
 
-def _dataset(variables: dict[str, xr.Variable], attributes: dict[str, Any]) -> xr.Dataset:
+def dataset(variables: dict[str, xr.Variable], attributes: dict[str, Any]) -> xr.Dataset:
     """Variables with their coordinates, as xarray decodes them: those with a dimension's name, and those that others name."""
     coordinates = {name for name, variable in variables.items() if variable.dims == (name,)}
     for variable in variables.values():

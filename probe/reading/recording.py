@@ -17,7 +17,7 @@ import os
 import re
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,15 @@ from probe.conversions import clipped as clip
 from probe.digests import flags_are_lost
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
+from probe.fields import place
+from probe.files import check_place, storing
 from probe.public import warn_renamed
 from probe.reading import archives, sample
 from probe.reading.attention import Attention, Indices, places
 from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
 from probe.reading.listing import list_runs, recordings_in, root_attributes, status_of
+from probe.reading.memory import Memory
 from probe.schema import counted, near
 from probe.strict_yaml import printable
 from probe.system import exists
@@ -61,6 +64,7 @@ class Run(Attention):
     """
 
     path: Path
+    memory: Memory | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
@@ -71,12 +75,12 @@ class Run(Attention):
     @functools.cached_property
     def attributes(self) -> Attributes:
         """Return the recording's attributes, typed: `run.attributes.model.dtype`; by key, they are as in the file."""
-        return attributes_of(root_attributes(self.path))
+        return attributes_of(self._root())
 
     @functools.cached_property
     def tree(self) -> xr.DataTree:
         """Everything, lazily, as stock `xarray.open_datatree(path, engine="zarr")` opens it. Raises RecordingDamaged."""
-        return open_tree(self.path)
+        return open_tree(self.path) if self.memory is None else self.memory.tree()
 
     @functools.cached_property
     def experiment(self) -> Experiment:
@@ -93,14 +97,37 @@ class Run(Attention):
     @property
     def status(self) -> str:
         """complete, interrupted, failed or running; a run whose writer died is interrupted."""
-        return status_of(root_attributes(self.path))
+        return status_of(self._root())
 
     @functools.cached_property
     def steps(self) -> np.ndarray:
         """Indices of the committed steps. Raises RecordingDamaged where the file of their flags is gone."""
-        if flags_are_lost(self.path, self.attributes):
+        if self.memory is None and flags_are_lost(self.path, self.attributes):
             raise refuse(self.path, "committed/c.0, which says what is committed, is missing")
         return np.flatnonzero(self.variable("committed").values)
+
+    def _root(self) -> dict[str, Any]:
+        return root_attributes(self.path) if self.memory is None else self.memory.attributes
+
+    def save(self, path: str | Path) -> Run:
+        """Write a recording that is in memory into files, as if it had been recorded there, and return that.
+
+        `path` is that of the new recording, and ends in .zarr. Raises ExperimentError, RecordingBusy if something is there
+        already, StoreError.
+        """
+        from probe.noising_sheet import save_sheet
+        from probe.pictures import save
+        from probe.stopping import cleanly
+
+        if self.memory is None:
+            raise ExperimentError(f"{self.name} is in files already: {self.path}", "Copy that folder.")
+        if not isinstance(path, str | os.PathLike) or Path(path).suffix != ".zarr":
+            raise ExperimentError(f"path is {told(path)}, which is no name of a recording.", 'Let it end in .zarr: run.save("runs/mine.zarr").')
+        target, noising = place(str(path)), self.attributes.noising is not None
+        with cleanly(), storing(target):
+            check_place(target.parent)
+            self.memory.save(target, self.experiment.durability, lambda new: save_sheet(Run(new)) if noising else save(Run(new)))
+        return Run(target)
 
     def variable(self, path: str) -> xr.DataArray:
         """One variable or coordinate, lazily: "latents/latents", "attention/16x16/cross". Raises RecordingNotFound."""
@@ -279,6 +306,14 @@ class Run(Attention):
                 code = base64.b64encode(sheet).decode()
                 picture = f"<img alt='contact sheet' style='max-width:100%' src='data:image/png;base64,{code}'>"
         return f"<b>{html.escape(self.name)}</b><table>{rows}</table>{picture}"
+
+
+def with_files(run: Run) -> Run:
+    """Return a recording that is in files. Raise ExperimentError for one that is in memory alone."""
+    if run.memory is not None:
+        cause = f"{run.name} is in memory alone, and this needs its files."
+        raise ExperimentError(cause, 'Save it first: run.save("runs/mine.zarr").')
+    return run
 
 
 def _check_branch(branch: object) -> None:

@@ -12,8 +12,7 @@ from probe.diffusion.family import Conditioning, Family, Predictions
 from probe.diffusion.sampling import Step, arranged, denoise
 from probe.diffusion.schedule import Schedule, fresh
 from probe.diffusion.start import memory_formats
-from probe.running.session import Say, Session
-from probe.store import RunWriter
+from probe.running.session import Say, Session, StepStore
 from probe.watching.interface import Plan
 from probe.watching.source import Noised, Source
 from probe.watching.sums import read_step
@@ -21,7 +20,7 @@ from probe.watching.sums import read_step
 SAMPLING = "steps guidance_scale guidance_rescale eta seed images height width".split()  # of an experiment, what the loop wants to know
 
 
-def perform(model: Family, plan: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
+def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bool) -> None:
     """Do what a plan says, and write it down; steps that `writer` has already are replayed, not predicted again."""
     noising, final = plan.masks is not None, None
     with Session(model, plan, writer, say) as session:
@@ -44,7 +43,7 @@ def perform(model: Family, plan: Plan, writer: RunWriter, say: Say, progress: bo
         session.finish(final)
 
 
-def denoised_steps(model: Family, conditioning: Conditioning, plan: Plan, writer: RunWriter) -> Iterator[Step]:
+def denoised_steps(model: Family, conditioning: Conditioning, plan: Plan, writer: StepStore) -> Iterator[Step]:
     """The steps of a run; those that were committed before come from their recorded predictions."""
     how: dict[str, Any] = {name: getattr(plan.experiment, name) for name in SAMPLING}
     start = next((capture.start for capture in plan.captures if isinstance(capture, Source)), None)
@@ -72,7 +71,7 @@ def ask_noised(model: Family, conditioning: Conditioning, schedule: Schedule, cl
         yield Step.of(schedule, index, x, said, clean, model.prediction_type)
 
 
-def _recorded(writer: RunWriter, plan: Plan, model: Family) -> Iterator[Predictions]:
+def _recorded(writer: StepStore, plan: Plan, model: Family) -> Iterator[Predictions]:
     """The predictions of the steps that were committed before."""
     how, stop = memory_formats(writer.attributes)["prediction"], plan.experiment.on_nan == "stop"
 

@@ -35,7 +35,8 @@ from probe.fields import from_home, place
 from probe.files import storing
 from probe.output import tell
 from probe.reading.compare import differing_conditions
-from probe.reading.recording import Run
+from probe.reading.memory import Memory, nowhere
+from probe.reading.recording import Run, with_files
 from probe.reading.sample import is_copy, place_beside
 from probe.running.perform import perform
 from probe.running.planning import check_size, free_room, plan, replan, size_text
@@ -66,10 +67,14 @@ def record(
     `pipeline` is a diffusers StableDiffusionPipeline or StableDiffusionXLPipeline, or a `Family`, to use instead of loading
     `experiment.model`; it stays on its own device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError
     before anything is written, a RunFailed after (the recording then opens and holds every committed step).
+
+    With `output=None`, the recording is in memory and no file is written; `run.save(path)` writes it down. What a run that ends
+    early had recorded is lost then.
     """
-    asked = load_experiment(experiment, **changes)
+    in_files = changes.get("output", "") is not None
+    asked = load_experiment(experiment, **(changes if in_files else {**changes, "output": Experiment().output}))
     max_bytes = check_options(max_bytes, progress=progress)
-    room, say = free_room(place(asked.output)), sayer(progress)
+    room, say = free_room(place(asked.output)) if in_files else None, sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say)
         if pipeline is not None:
@@ -79,7 +84,7 @@ def record(
             asked = load_experiment(asked, model=model.name)
         settled = plan(model, asked)
         check_size(settled, max_bytes, room)
-        return _record(model, settled, say, progress)
+        return _record(model, settled, say, progress, in_files=in_files)
 
 
 def rerun(run: Run, pipeline: Any | None = None, *, output: str | Path | None = None, progress: bool = True) -> Run:
@@ -87,7 +92,7 @@ def rerun(run: Run, pipeline: Any | None = None, *, output: str | Path | None = 
 
     It is written beside the run, or into the folder `output`. Raises as `record` does. A noising has its own: `probe.noising.rerun_noising`.
     """
-    asked = load_experiment(opened(run).experiment, output=str(output or place_beside(run.path)))
+    asked = load_experiment(opened(run).experiment, output=str(output or place_beside(with_files(run).path)))
     room, say = free_room(place(asked.output)), sayer(progress)
     with out_of_memory(asked):
         model = model_for(asked, pipeline, say, run)
@@ -114,16 +119,31 @@ def compare_weights(model: Family, run: Run, say: Say) -> str:
     return weights
 
 
-def _record(model: Family, run: Plan, say: Say, progress: bool, parent: str | None = None, weights: str | None = None) -> Run:
+def _record(
+    model: Family,
+    run: Plan,
+    say: Say,
+    progress: bool,
+    parent: str | None = None,
+    weights: str | None = None,
+    in_files: bool = True,
+) -> Run:
     asked, created = run.experiment, datetime.now(UTC).isoformat(timespec="milliseconds")
     key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
-    path = place(asked.output) / f"{asked.run_name}-{key}.zarr"
+    name = f"{asked.run_name}-{key}"
+    path = place(asked.output) / f"{name}.zarr"
     attributes = {**describe(model, run, weights), "created": created, "parent_run": parent}
     if plainly := read_plainly([prompt.text for prompt in run.prompts.values()]):
         say(plainly)
-    say(f"Recording {run.calls} model calls to {path} (about {size_text(sum(run.forecast().values()))})")
+    where = path if in_files else "memory"
+    say(f"Recording {run.calls} model calls to {where} (about {size_text(sum(run.forecast().values()))})")
     for remark in (*remarks_on_version(), *run.remarks):
         say(remark)
+    if not in_files:
+        memory = Memory(run.arrays, attributes)
+        perform(model, run, memory, say, progress)
+        memory.complete()
+        return Run(nowhere(name), memory)
     with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
         _see_through(path, model, run, writer, say, progress)
     return Run(path)
@@ -139,7 +159,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
     read, StoreError where replaying does not give the recorded latents.
     """
     say = sayer(progress)
-    if opened(run).status == "complete":
+    if with_files(opened(run)).status == "complete":
         if (done := len(run.steps)) < (calls := run.variable("committed").size) or not exists(run.path / MANIFEST):
             told = f"only {done} of {calls} steps are committed" if done < calls else f"it has no {MANIFEST}"
             raise RecordingDamaged(f"{run.name} says that it is complete, and {told}.", RECORD_AGAIN)
