@@ -40,7 +40,6 @@ from probe.reading.attention import Attention, Indices, places
 from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
 from probe.reading.listing import list_runs, recordings_in, root_attributes, status_of
-from probe.reading.memory import Memory
 from probe.schema import counted, near
 from probe.strict_yaml import printable
 from probe.system import exists
@@ -48,6 +47,7 @@ from probe.system import exists
 if TYPE_CHECKING:
     from probe.proof.verdict import Verification
     from probe.reading.compare import Comparison
+    from probe.reading.memory import Memory
 
 MAX_PICTURE = 32 * 2**20
 
