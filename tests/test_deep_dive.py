@@ -26,7 +26,7 @@ import probe
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = ROOT / "experiments" / "deep_dive.py"
 SOURCE = LESSON.read_text(encoding="utf-8")
-SHORT = {"steps": 3, "noises": 2}  # the default suite asks for less of everything
+SHORT = {"steps": 6, "noises": 2}  # the default suite asks for less of everything
 
 pytestmark = pytest.mark.timeout(900)  # 20 seconds of one quiet core each, many times that on one that others share
 
