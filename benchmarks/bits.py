@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from probe.noising import record_noising
 from probe.proof.checks import variables
 from probe.reading.compare import NEW_EACH_TIME
 from probe.reading.recording import Run, open_run
-from probe.running.recorder import record
+from probe.running.recorder import record, record_noising
 
 PICTURE = Path(__file__).parent.parent / "experiments" / "fox-and-penguin.png"
 MASKS = PICTURE.with_name("fox-and-penguin-masks.npz")

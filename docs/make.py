@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from probe import attributes, dimensions, experiment, noising
+from probe import attributes, dimensions, experiment, noising_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("ceiling: the true mask at 16x16", "attention, all heads", "contribution", "centred Gaussian", "uniform")
@@ -30,7 +30,7 @@ def short_truth() -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"attention_truth": short_truth},
-    "docs/experiment.md": {"fields": experiment.table, "noising": noising.table},
+    "docs/experiment.md": {"fields": experiment.table, "noising": noising_recipe.table},
     "docs/format.md": {
         "schema": dimensions.schema_table,
         "dimensions": dimensions.dimensions_table,

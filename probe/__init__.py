@@ -40,8 +40,9 @@ if TYPE_CHECKING:
         Experiment,
         load_experiment,
     )
-    from probe.noising import (
-        record_noising,
+    from probe.noising_recipe import (
+        Noising,
+        load_noising,
     )
     from probe.proof.checks import (
         Check,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     )
     from probe.running.recorder import (
         record,
+        record_noising,
         rerun,
         resume,
     )
@@ -94,7 +96,8 @@ _HOMES = {
     "CaptureOptions": "probe.experiment",
     "Experiment": "probe.experiment",
     "load_experiment": "probe.experiment",
-    "record_noising": "probe.noising",
+    "Noising": "probe.noising_recipe",
+    "load_noising": "probe.noising_recipe",
     "Check": "probe.proof.checks",
     "Verification": "probe.proof.verdict",
     "Comparison": "probe.reading.compare",
@@ -104,6 +107,7 @@ _HOMES = {
     "open_run": "probe.reading.recording",
     "read_out": "probe.running.ask",
     "record": "probe.running.recorder",
+    "record_noising": "probe.running.recorder",
     "rerun": "probe.running.recorder",
     "resume": "probe.running.recorder",
     "Session": "probe.running.session",
@@ -120,6 +124,7 @@ __all__ = [
     "Experiment",
     "ExperimentError",
     "ModelError",
+    "Noising",
     "NotFinite",
     "OutOfMemory",
     "ProbeError",
@@ -139,6 +144,7 @@ __all__ = [
     "analysis",
     "list_runs",
     "load_experiment",
+    "load_noising",
     "open_run",
     "read_out",
     "record",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -46,7 +46,7 @@ class Part(BaseModel):
 
 
 class AskedFor(Part):
-    """The whole resolved experiment. Every reader needs these fields; opening one checks no others."""
+    """What a generation was asked for: the whole resolved experiment. Readers need these fields; opening one checks no others."""
 
     prompt: Text = Field(description="what the picture shows")
     negative_prompt: Text = Field(description="what guidance leads away from")
@@ -85,9 +85,14 @@ class Scheduler(Part):
 
 
 class Noising(Part):
-    """What a noising was asked for: it mixes noise into a real picture, and samples nothing."""
+    """What a noising was asked for, whole. It mixes noise into a real picture, and samples nothing."""
 
+    caption: Text = Field(description="what the picture shows")
     picture: Text | None = Field(None, description="file of the picture")
+    model: Text = Field(description="a bundled name, a hub id or a path")
+    timesteps: Annotated[list[Whole], Field(max_length=10_000)] = Field(description="the model's t of every call, the noisiest first")
+    noises: Whole = Field(description="number of draws of noise")
+    seed: Whole = Field(description="seed of draw 0; draw i has seed + i")
 
 
 class Upgraded(Part):
@@ -97,17 +102,23 @@ class Upgraded(Part):
     from_format: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="the format of the older recording")
 
 
-def _there(noising: Noising | None) -> Noising:
-    """Raise ValueError for null: readers take a recording with this attribute for a noising."""
-    if noising is None:
-        raise ValueError("null is no noising")
-    return noising
+Asked = TypeVar("Asked", AskedFor, Noising)
+
+
+def _there(asked: Asked | None) -> Asked:
+    """Raise ValueError for null: the attribute is left out where it says nothing."""
+    if asked is None:
+        raise ValueError("null asks for nothing")
+    return asked
 
 
 class Attributes(Mapping[str, Any], Part):
     """The root attributes of a recording: typed by name, and as in the file by key."""
 
-    model_config = ConfigDict(defer_build=False)  # its parts are built within it
+    model_config = ConfigDict(
+        defer_build=False,  # its parts are built within it
+        json_schema_extra={"anyOf": [{"required": ["experiment"]}, {"required": ["kind", "noising"]}]},
+    )
 
     format_version: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="version of this format")
     format_status: Text = Field("final", description="`draft` while this version may still change")
@@ -115,7 +126,11 @@ class Attributes(Mapping[str, Any], Part):
         description="as its writer left it; a writer that was killed leaves `running`"
     )
     created: Text = Field(description="when it was begun: ISO 8601, UTC")
-    experiment: AskedFor
+    kind: Literal["generation", "noising"] = Field(
+        "generation", description="what was done; a recording of format 1 is a noising if it has that attribute"
+    )
+    experiment: Annotated[AskedFor | None, AfterValidator(_there)] = None
+    noising: Annotated[Noising | None, AfterValidator(_there)] = None
     environment: Environment
     model: Model
     scheduler: Scheduler
@@ -126,7 +141,6 @@ class Attributes(Mapping[str, Any], Part):
     family: Text = Field("sd", description="the model's family: which parts it has, and how they are called")
     guidance_rule: Text | None = Field(None, description="how branches become the prediction: `none` or `classifier_free`")
     identity: Text | None = Field(None, description="hash of the experiment: equal for equal questions")
-    noising: Annotated[Noising | None, AfterValidator(_there)] = None
     parent_run: Text | None = Field(None, description="name of the recording that it was made from")
     text_rules: Annotated[int, Field(ge=1, le=2)] = Field(1, description="version of the rules that split a text into words")
     read_as: Texts = Field({}, description="by branch: the prompt as the tokenizer got it, where that differs")
@@ -150,6 +164,29 @@ class Attributes(Mapping[str, Any], Part):
         """Return the format in which it was recorded: an upgraded copy has the variables of the older one."""
         return self.format_version if self.upgraded is None else self.upgraded.from_format
 
+    @property
+    def across(self) -> str:
+        """Return the dimension along which pictures lie, or draws of noise."""
+        return "draw" if self.kind == "noising" else "image"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Return what was asked, whole, as it is in the file."""
+        recipe: dict[str, Any] = self._raw["noising" if self.kind == "noising" else "experiment"]
+        return recipe
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Return the text of every branch, as it was typed."""
+        if self.kind == "noising":
+            return {"cond": self.recipe["caption"], "uncond": ""}
+        return {"cond": self.recipe["prompt"], "uncond": self.recipe["negative_prompt"]}
+
+    @property
+    def is_guided(self) -> bool:
+        """Return whether the model also computed the unconditional branch."""
+        return self.kind == "generation" and self.experiment is not None and self.experiment.guidance_scale > 1
+
     def __getitem__(self, name: str) -> Any:
         return self._raw[name]
 
@@ -160,9 +197,14 @@ class Attributes(Mapping[str, Any], Part):
         return len(self._raw)
 
 
+def kind_of(raw: Mapping[str, Any]) -> str:
+    """Return what was done; format 1 said it by the attribute `noising` alone."""
+    return str(raw.get("kind", "noising" if "noising" in raw else "generation"))
+
+
 def attributes_of(raw: dict[str, Any]) -> Attributes:
     """Return typed attributes. Raise pydantic's ValidationError."""
-    made = Attributes.model_validate(raw)
+    made = Attributes.model_validate({"kind": kind_of(raw), **raw})
     made._raw = raw
     return made
 
@@ -200,7 +242,9 @@ def problem_of(raw: object) -> str | None:
         why = first["msg"].removeprefix("Input should be ")
         told = "" if why == first["msg"] else f", {why}"
         return f"its {place} is not what a recording has there{told}"
-    return None
+    assert isinstance(raw, dict)
+    asked = "noising" if kind_of(raw) == "noising" else "experiment"
+    return None if asked in raw else f"its {asked} is missing"
 
 
 def json_schema() -> dict[str, Any]:

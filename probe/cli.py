@@ -97,12 +97,9 @@ def rerun(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     before = open_run(options.run, options.runs)
     before_torch(options.quiet)
-    if "noising" in before.attributes:
-        from probe.noising import rerun_noising as again
-    else:
-        from probe.running.recorder import rerun as again
+    from probe.running.recorder import rerun as record_again
 
-    after = again(before, output=options.output, progress=not options.quiet)
+    after = record_again(before, output=options.output, progress=not options.quiet)
     say(f"Recorded {without_home(str(after.path))}")
     return _tell(compare(before, after), before.name, after.name)
 
@@ -168,6 +165,7 @@ def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, no
 
 def ls(arguments: list[str]) -> int:
     """List recordings, the newest first."""
+    from probe.attributes import kind_of
     from probe.reading.listing import listing
     from probe.schema import counted
 
@@ -188,14 +186,14 @@ def ls(arguments: list[str]) -> int:
             if row.error is not None and state != "damaged":
                 troubles.append(f"{row.error.cause} {row.error.remedy}")
             continue
-        asked = attributes["experiment"]
-        sampling = f"{counted(asked['steps'], 'step')}, guidance {asked['guidance_scale']:g}, seed {asked['seed']}"
-        if "noising" in attributes:
-            sampling = f"noised at {counted(asked['steps'], 'timestep')}, seed {asked['seed']}"
+        if kind_of(attributes) == "noising":
+            asked = attributes["noising"]
+            text, sampling = asked["caption"], f"noised at {counted(len(asked['timesteps']), 'timestep')}, seed {asked['seed']}"
+        else:
+            asked = attributes["experiment"]
+            text, sampling = asked["prompt"], f"{counted(asked['steps'], 'step')}, guidance {asked['guidance_scale']:g}, seed {asked['seed']}"
         when = attributes.get("created", "")[:16].replace("T", " ")
-        table.append(
-            (path.name.removesuffix(".zarr"), attributes["status"], _shorten(asked["model"], 40), sampling, _shorten(asked["prompt"], 40), when)
-        )
+        table.append((path.name.removesuffix(".zarr"), attributes["status"], _shorten(asked["model"], 40), sampling, _shorten(text, 40), when))
     say(*rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
     if troubles:
         say("", *map(without_home, troubles))

@@ -17,7 +17,8 @@ from probe.schema import PICTURE, REST, SCHEMA
 
 DIMENSIONS: dict[str, str] = {
     "step": "model calls, in the order of the loop; as long in every group",
-    "image": "pictures drawn together; in a noising, draws of noise",
+    "image": "pictures drawn together",
+    "draw": "of a noising, in the place of `image`: draws of noise. Format 1 called them `image`",
     "channel": "channels of the latents, or of a module's output",
     "y": "rows from the top: of latents, of pixels or of an attention grid, each in its own group",
     "x": "columns from the left, as y",
@@ -71,7 +72,7 @@ RELATIONS: tuple[Relation, ...] = (
         "decoded",
         "sizes",
         "images",
-        ("image", *_YX),
+        ("image", "draw", *_YX),
         "pictures of some steps are as large as the last",
     ),
     Relation("source", "sizes", "images", _YX, "the picture that it began from, as the VAE got it"),
@@ -79,7 +80,7 @@ RELATIONS: tuple[Relation, ...] = (
         "forward",
         "sizes",
         "latents",
-        ("image", "channel", *_YX),
+        ("image", "draw", "channel", *_YX),
         "noise and clean latents, as the latents",
     ),
     Relation(
@@ -89,8 +90,8 @@ RELATIONS: tuple[Relation, ...] = (
         ("channel",),
         "the preview maps each channel of the latents to colour",
     ),
-    Relation("counterfactual", "sizes", "latents", ("image", *_YX), "what a word changed, at each latent"),
-    Relation("attention/*", "sizes", "latents", ("image",), "maps of every image"),
+    Relation("counterfactual", "sizes", "latents", ("image", "draw", *_YX), "what a word changed, at each latent"),
+    Relation("attention/*", "sizes", "latents", ("image", "draw"), "maps of every image, or draw"),
     Relation(
         "attention/*",
         "among",
@@ -99,7 +100,7 @@ RELATIONS: tuple[Relation, ...] = (
         "a map's token is that of the text encoder",
     ),
     Relation("attention/*", "apart", "attention/*", ("layer",), "a layer works on one grid"),
-    Relation("self_attention/*", "sizes", "latents", ("image",), "maps of every image"),
+    Relation("self_attention/*", "sizes", "latents", ("image", "draw"), "maps of every image, or draw"),
     Relation("self_attention/*", "apart", "self_attention/*", ("layer",), "a layer works on one grid"),
 )
 
@@ -134,7 +135,6 @@ RESERVED: tuple[Reserved, ...] = (
         "the text encoder that the token comes from, where several are joined along the tokens",
     ),
     Reserved("dimension", "stream", "/unet and its groups", "of a joint block's output: picture, text"),
-    Reserved("dimension", "draw", "a noising's groups", "draws of noise, which `image` counts until then"),
     Reserved("attribute", "family", "root", "the model's family: its parts, and how they are called"),
     Reserved(
         "attribute",

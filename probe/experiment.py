@@ -7,8 +7,7 @@ An `Experiment` is stored whole in its recording, so a field means one thing and
 and the table in docs/experiment.md are made of these. A field misspelled, a value out of bounds or a YAML surprise (`yes`, `010`,
 a key written twice) is an `ExperimentError` that names the file, the field and the remedy, and nothing runs.
 
-Inside: `CaptureOptions`, `Experiment`; `load_experiment` and
-`parse_experiment`.
+Inside: `CaptureOptions`; `Recipe`, what any recording is asked for; `Experiment`; `load_experiment` and `parse_experiment`.
 """
 
 from __future__ import annotations
@@ -18,11 +17,13 @@ import hashlib
 import json
 import re
 import unicodedata
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError
+from pydantic.fields import FieldInfo
 
 from probe.errors import ExperimentError
 from probe.fields import SCHEDULERS, Globs, Line, Option, Place, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words, steps_in
@@ -84,34 +85,118 @@ class CaptureOptions(Strict):
         return tuple(sorted({index % calls for index in chosen}))
 
 
-class Experiment(Strict):
-    """One run: the model, what it is asked to draw, how it gets there, and what is recorded on the way."""
+class Recipe(Strict):
+    """What is asked of any recording: the model, where it runs, what is recorded, and where that is written.
+
+    Final kinds are `Experiment`, which draws pictures, and `probe.noising_recipe.Noising`, which adds noise to one.
+    """
+
+    kind: ClassVar[str]  # as the attribute `kind` of a recording
+    across: ClassVar[str]  # the dimension of what the model is given side by side
 
     name: str = Field(
-        default="", pattern=r"^[a-z0-9-]{0,60}$", description="Name of the run: up to 60 of a-z, 0-9 and -; empty: made from the prompt."
+        default="",
+        pattern=r"^[a-z0-9-]{0,60}$",
+        description="Name of the recording: up to 60 of a-z, 0-9 and -; empty: made of the text.",
     )
     model: Place = Field(
-        default="emojiworld", description="The model: emojiworld (bundled), a Hugging Face id, a diffusers directory, or one .safetensors file."
+        default="emojiworld",
+        description="The model: emojiworld (bundled), a Hugging Face id, a diffusers directory, or one .safetensors file.",
     )
     revision: Revision = Field(default=None, description="Commit, tag or branch of a Hugging Face model; none: its main branch.")
     variant: Line | None = Field(default=None, description="Which of a model's weight files, such as fp16; none: the plain ones.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="Number format of the run: float32, float16 or bfloat16; auto: float16 on CUDA, float32 elsewhere."
+        default="auto",
+        description="Number format: float32, float16 or bfloat16; auto: float16 on CUDA, float32 elsewhere.",
     )
     device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", description="Where the model runs: auto, cpu, cuda, cuda:N or mps."
+        default="auto",
+        pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$",
+        description="Where the model runs: auto, cpu, cuda, cuda:N or mps.",
     )
-    prompt: Prompt = Field(default="An astronaut scuba diving", description="What to draw.")
-    negative_prompt: Prompt = Field(default="", description="What guidance steers away from; empty: a picture of nothing in particular.")
     over_long: Literal["error", "cut"] = Field(
-        default="error", description="A prompt with more tokens than the model reads: error, or cut what does not fit."
+        default="error", description="A text with more tokens than the model reads: error, or cut what does not fit."
     )
     seed: int = Field(
         default=0,
         ge=0,
         le=LARGEST,
-        description="Seed of the first noise: the same seed and fields, the same picture. Of several, picture i (from 0) has seed + i.",
+        description="Seed of the first noise: the same seed and fields, the same bits. Picture or draw i, from 0, has seed + i.",
     )
+    height: int | None = Field(default=None, ge=8, le=4096, description="Height of the picture in pixels; none: the model's own.")
+    width: int | None = Field(default=None, ge=8, le=4096, description="Width of the picture in pixels; none: the model's own.")
+    capture: CaptureOptions = Field(default_factory=CaptureOptions, description="What is recorded on the way.")
+    on_nan: Literal["stop", "record"] = Field(
+        default="stop",
+        description="When a number is not finite: stop and keep the steps, or record it (a pixel as 0).",
+    )
+    durability: Literal["step", "run", "none"] = Field(
+        default="run",
+        description="What stays after a power cut: step, every step once it is written; run, a complete recording; none, what the system likes.",
+    )
+    output: Place = Field(default="runs", description="Folder that recordings are written to.")
+
+    @property
+    @abstractmethod
+    def texts(self) -> dict[str, str]:
+        """The text of each branch that the model computes, uncond first."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many latents the model is given side by side: their length along `across`."""
+
+    @property
+    @abstractmethod
+    def sampler(self) -> tuple[str, dict[str, Any]]:
+        """The scheduler by our name, and its options by diffusers' names."""
+
+    @property
+    @abstractmethod
+    def guidance(self) -> tuple[float, float]:
+        """Scale and rescale of guidance; (1, 0) is none."""
+
+    @property
+    @abstractmethod
+    def decoded_every(self) -> int:
+        """Decode the latents of every so many steps; 0: of none."""
+
+    @property
+    def run_name(self) -> str:
+        """`name`, or else the prompt as a slug of at most 40 characters: "an-astronaut-scuba-diving"."""
+        ascii_only = unicodedata.normalize("NFKD", self.texts["cond"]).encode("ascii", "ignore").decode().lower()
+        slug = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")
+        return self.name or (slug if len(slug) <= 40 else slug[:41].rpartition("-")[0] or slug[:40]) or "run"
+
+    def resolved(self) -> dict[str, JsonValue]:
+        """Every field as plain JSON; the same kind of recipe, made from it, is equal."""
+        return self.model_dump(mode="json")
+
+    def identity(self) -> str:
+        """8 hex characters of what was asked, whatever the run is called and wherever it is written."""
+        asked = {key: value for key, value in self.resolved().items() if key not in self.not_asked}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
+
+    @property
+    def not_asked(self) -> tuple[str, ...]:
+        """Fields that change nothing that is recorded."""
+        return ("name", "output", "durability")
+
+    @classmethod
+    def ordered_fields(cls) -> dict[str, FieldInfo]:
+        """The fields of one kind alone, then those that every kind has."""
+        own = {name: field for name, field in cls.model_fields.items() if name not in Recipe.model_fields}
+        return own | cls.model_fields
+
+
+class Experiment(Recipe):
+    """One run: the model, what it is asked to draw, how it gets there, and what is recorded on the way."""
+
+    kind: ClassVar[str] = "generation"
+    across: ClassVar[str] = "image"
+
+    prompt: Prompt = Field(default="An astronaut scuba diving", description="What to draw.")
+    negative_prompt: Prompt = Field(default="", description="What guidance steers away from; empty: a picture of nothing in particular.")
     image: Place | None = Field(
         default=None, description="A picture to begin from (PNG or JPEG), scaled to cover the size and cut to its centre; none: pure noise."
     )
@@ -119,8 +204,6 @@ class Experiment(Strict):
         default=0.8, ge=0, le=1, description="With an image: how much of it is given up to noise, and the share of the steps that are run; 1: all."
     )
     images: int = Field(default=1, ge=1, le=64, description="How many pictures to draw from this prompt: picture i, counted from 0, with seed + i.")
-    height: int | None = Field(default=None, ge=8, le=4096, description="Height of the picture in pixels; none: the model's own.")
-    width: int | None = Field(default=None, ge=8, le=4096, description="Width of the picture in pixels; none: the model's own.")
     scheduler: SchedulerName = Field(
         default="default", description=f"Who turns predictions into the next latents: {', '.join(SCHEDULERS)}; default: the model's own."
     )
@@ -136,33 +219,32 @@ class Experiment(Strict):
     )
     guidance_rescale: float = Field(default=0.0, ge=0, le=1, description="How far guidance's excess contrast is taken back: 0 not at all, 1 fully.")
     eta: float = Field(default=0.0, ge=0, le=1, description="Fresh noise at each DDIM step: 0 none (deterministic), 1 as much as DDPM.")
-    capture: CaptureOptions = Field(default_factory=CaptureOptions, description="What is recorded on the way.")
     decode_every: int = Field(default=0, ge=0, le=10_000, description="Decode the latents to a picture every so many steps; 0: never.")
-    on_nan: Literal["stop", "record"] = Field(
-        default="stop", description="When a latent or a pixel is not finite: stop and keep the steps, or record it (a pixel as 0)."
-    )
-    durability: Literal["step", "run", "none"] = Field(
-        default="run",
-        description="What stays after a power cut: step, every step once it is written; run, a complete recording; none, what the system likes.",
-    )
-    output: Place = Field(default="runs", description="Folder that recordings are written to.")
 
     @property
-    def run_name(self) -> str:
-        """`name`, or else the prompt as a slug of at most 40 characters: "an-astronaut-scuba-diving"."""
-        ascii_only = unicodedata.normalize("NFKD", self.prompt).encode("ascii", "ignore").decode().lower()
-        slug = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")
-        return self.name or (slug if len(slug) <= 40 else slug[:41].rpartition("-")[0] or slug[:40]) or "run"
+    def texts(self) -> dict[str, str]:
+        guided = self.guidance_scale > 1
+        return {**({"uncond": self.negative_prompt} if guided else {}), "cond": self.prompt}
 
-    def resolved(self) -> dict[str, JsonValue]:
-        """Every field as plain JSON; `load_experiment` of it gives an equal experiment."""
-        return self.model_dump(mode="json")
+    @property
+    def count(self) -> int:
+        return self.images
 
-    def identity(self) -> str:
-        """8 hex characters of what was asked, whatever the run is called and wherever it is written."""
-        without = ("name", "output", "durability") if self.image else ("name", "output", "durability", "image", "strength")
-        asked = {key: value for key, value in self.resolved().items() if key not in without}
-        return hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
+    @property
+    def sampler(self) -> tuple[str, dict[str, Any]]:
+        return self.scheduler, self.scheduler_options
+
+    @property
+    def guidance(self) -> tuple[float, float]:
+        return self.guidance_scale, self.guidance_rescale
+
+    @property
+    def decoded_every(self) -> int:
+        return self.decode_every
+
+    @property
+    def not_asked(self) -> tuple[str, ...]:
+        return (*super().not_asked, *(() if self.image else ("image", "strength")))
 
 
 def load_experiment(source: str | Path | Mapping[str, Any] | Experiment, **overrides: Any) -> Experiment:
@@ -286,12 +368,15 @@ def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tup
     return f"{field}: {given} does not fit", declared.description or ""
 
 
-def table(kind: type[Strict] = Experiment) -> str:
+def table(kind: type[Recipe] = Experiment) -> str:
     """Every field as a Markdown table; those of `capture`, which others share, with the experiment's only."""
     lines = ["| field | default | what it is |", "|---|---|---|"]
-    models: tuple[tuple[str, type[BaseModel]], ...] = (("", kind), ("capture.", CaptureOptions))
-    for prefix, model in models[: 2 if kind is Experiment else 1]:
-        for name, field in model.model_fields.items():
+    kinds: tuple[tuple[str, dict[str, FieldInfo]], ...] = (
+        ("", kind.ordered_fields()),
+        ("capture.", CaptureOptions.model_fields),
+    )
+    for prefix, fields in kinds[: 2 if kind is Experiment else 1]:
+        for name, field in fields.items():
             if name != "capture":
                 default = json.dumps(field.get_default(call_default_factory=True))
                 lines.append(f"| `{prefix}{name}` | `{default}` | {field.description} |")

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from probe.pictures import FAINT, INK, PAPER, heat, keep_png
 from probe.reading.recording import Run
+from probe.schema import counted
 
 CELL, GAP, MARGIN, CURVE = 116, 10, 28, 190
 BLUE, PALE = (40, 90, 170), (200, 214, 238)
@@ -27,7 +28,7 @@ Cell = tuple[Image.Image | None, str, str]  # a picture, or none where there is 
 
 def save_sheet(run: Run) -> Path:
     """Write the sheet into the recording's folder, with what was asked in its metadata."""
-    told = json.dumps(run.attributes["noising"], ensure_ascii=False)
+    told = json.dumps(run.attributes.recipe, ensure_ascii=False)
     return keep_png(noising_sheet(run), run, run.path / "contact-sheet.png", {"noising": told})
 
 
@@ -43,13 +44,12 @@ def noising_sheet(run: Run, columns: int = 10) -> Image.Image:
     top = MARGIN + 64
     height = top + tall + 40 + len(rows) * (tall + 46) + CURVE + 60
     sheet = Image.new("RGB", (2 * MARGIN + wide, height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN - 6), _shorten(run.attributes["experiment"]["prompt"] or "(no caption)", wide // 15), INK, font=_font(26))
-    asked = run.attributes["experiment"]
-    draws = f"{asked['images']} draw{'s' if asked['images'] > 1 else ''} of noise from seed {asked['seed']}"
+    draw, asked = ImageDraw.Draw(sheet), run.attributes.recipe
+    draw.text((MARGIN, MARGIN - 6), _shorten(asked["caption"] or "(no caption)", wide // 15), INK, font=_font(26))
+    draws = f"{counted(asked['noises'], 'draw')} of noise from seed {asked['seed']}"
     draw.text(
         (MARGIN, MARGIN + 30),
-        f"{run.attributes['model']['name']}   the forward process at {asked['steps']} timestep{'s' if asked['steps'] > 1 else ''}   {draws}",
+        f"{run.attributes['model']['name']}   the forward process at {counted(len(asked['timesteps']), 'timestep')}   {draws}",
         FAINT,
         font=_font(14),
     )
@@ -74,7 +74,7 @@ def noising_sheet(run: Run, columns: int = 10) -> Image.Image:
 
 def _rows(run: Run, steps: np.ndarray) -> list[tuple[str, list[Image.Image | None]]]:
     """Each row's title and pictures, one a step, for the first draw of noise; None where a number that it shows is not finite."""
-    one = {"step": steps, "image": 0}
+    one = {"step": steps, "draw": 0}
     slope, bias = run.variable("preview/latent_to_rgb").load(), run.variable("preview/bias").load()
 
     def defined(pictures: Iterable[np.ndarray], shown: xr.DataArray) -> list[Image.Image | None]:
@@ -87,7 +87,7 @@ def _rows(run: Run, steps: np.ndarray) -> list[tuple[str, list[Image.Image | Non
         return defined(shown.round().astype("uint8").transpose("step", "y", "x", "rgb").values, latents)
 
     spread = float(np.sqrt((slope**2).sum("channel")).max())  # of the colour of noise with standard deviation one
-    noise = run.eps().sel(step=steps).isel(image=0)
+    noise = run.eps().sel(step=steps).isel(draw=0)
     difference = run.variable("forward/difference").isel(one)
     wrong = (difference**2).mean("channel") ** 0.5
     wrong = wrong.where(np.isfinite(wrong), 0)
@@ -95,11 +95,11 @@ def _rows(run: Run, steps: np.ndarray) -> list[tuple[str, list[Image.Image | Non
     denoised = run.variable("forward/denoised").isel(one).load()
     if "decoded" in run.tree.children:
         index = [int(np.flatnonzero(run.variable("decoded/decoded_step").values == step)[0]) for step in steps]
-        clean = defined(run.variable("decoded/picture").isel(decoded_step=index, image=0).values, denoised)
+        clean = defined(run.variable("decoded/picture").isel(decoded_step=index, draw=0).values, denoised)
     else:
         clean = colours(denoised, bias)
     return [
-        ("What the model was given: the picture's latents with noise in them (x_t)", colours(run.latents.sel(step=steps).isel(image=0), bias)),
+        ("What the model was given: the picture's latents with noise in them (x_t)", colours(run.latents.sel(step=steps).isel(draw=0), bias)),
         ("The noise it predicts", colours(noise, 0.5, 0.25 / max(spread, 1e-12))),
         (f"What it got wrong: predicted less true noise, black 0, yellow {greatest:.2g}", defined(heat(wrong.values / greatest), difference)),
         ("What it takes for the clean picture", clean),
@@ -129,7 +129,7 @@ def _curve(draw: ImageDraw.ImageDraw, run: Run, box: tuple[int, int, int, int], 
     good = np.isfinite(mean) & (mean > 0)
     t, mean, spread = t[good], mean[good], np.nan_to_num(spread[good])
     kind = "noise" if run.attributes["prediction_type"] == "epsilon" else "velocity"
-    several = run.attributes["experiment"]["images"] > 1
+    several = run.attributes.recipe["noises"] > 1
     over = ", over the draws of noise; the band is its spread" if several else ""
     draw.text((MARGIN, top), f"Loss: mean square of predicted less true {kind}{over}", INK, font=_font(14))
     if not len(t):

@@ -51,7 +51,8 @@ def keep(picture: Image.Image, run: Run, name: str, target: Path | None = None, 
 
     Raises OSError, RecordingLinked for a recording that is a link.
     """
-    told = {"experiment": json.dumps(run.attributes["experiment"], ensure_ascii=False), **(notes or {})}
+    asked = "noising" if run.kind == "noising" else "experiment"
+    told = {asked: json.dumps(run.attributes.recipe, ensure_ascii=False), **(notes or {})}
     return keep_png(picture, run, target or run.path / name, told)
 
 
@@ -126,19 +127,19 @@ def word_sheet(run: Run, bands: int = 4, image: int = 0) -> Image.Image:
     sections: dict[str, list[xr.DataArray]] = {}
     notes: list[str] = []
     for branch in reversed([str(name) for name in run.attention()["branch"].values]):
-        which, field = ("prompt", "prompt") if branch == "cond" else ("negative prompt", "negative_prompt")
-        tokens = [run.token_maps(of=of, branch=branch, images=[image]).isel(image=0) for of in reads]
+        which = "prompt" if branch == "cond" else "negative prompt"
+        tokens = [run.token_maps(of=of, branch=branch, images=[image]).isel({run.attributes.across: 0}) for of in reads]
         cut, split = run.cut(branch)
         blocks = [word_maps(_columns(maps, bands, sigma), cut=cut, split=split) for maps in tokens]
         if blocks[0].sizes["word"]:
             if branch == "cond" and "counterfactual" in run.tree.children:
-                change = run.counterfactual().isel(image=image).sel(step=tokens[0]["step"])
+                change = run.counterfactual().isel({run.attributes.across: image}).sel(step=tokens[0]["step"])
                 blocks.append(_of_words(_columns(change, bands, sigma), blocks[0]))
                 if again := _again(blocks[-1]):
                     notes.append(
                         f"Counterfactual: {', '.join(again)}: left out at all places at once, so that all rows of such a word show the same map"
                     )
-            sections[f"{which.capitalize()}: {_shorten(run.attributes['experiment'][field], 80)}"] = blocks
+            sections[f"{which.capitalize()}: {_shorten(run.attributes.texts[branch], 80)}"] = blocks
         else:
             notes.append(f"The {which} has no words: there is no map to draw.")
         for of, maps in zip(reads, tokens, strict=True):

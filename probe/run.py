@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
-from probe.experiment import Experiment, load_experiment
+from probe.experiment import Experiment, Recipe, load_experiment
 from probe.output import rows, say, say_json, tell
 from probe.terminal import Parser, add_fields, before_torch, called, described, guarded, overrides, shell_path, without_home
 from probe.words import read_plainly
@@ -53,7 +53,7 @@ def main(arguments: list[str], prog: str = "python -m probe.run") -> int:
         asked = load_experiment(asked, **changes)
     before_torch(options.quiet)
     if options.dry_run:
-        return _forecast(asked, options.max_bytes)
+        return forecast(asked, options.max_bytes)
     from probe.running.recorder import record
 
     return say_where(record(asked, max_bytes=options.max_bytes, progress=not options.quiet), options.quiet)
@@ -91,10 +91,12 @@ def say_where(run: Run, quiet: bool) -> int:
     return 0
 
 
-def _forecast(asked: Experiment, limit: int | None) -> int:
+def forecast(asked: Recipe, limit: int | None) -> int:
+    """Tell what a recipe will record, and how large that is. Raise TooLarge when it is over the limit."""
     from probe.diffusion.loading import load
     from probe.running.planning import plan
 
+    scheduler, options = asked.sampler
     model = load(
         asked.model,
         revision=asked.revision,
@@ -102,8 +104,8 @@ def _forecast(asked: Experiment, limit: int | None) -> int:
         dtype=asked.dtype,
         device=asked.device,
         weights=False,
-        scheduler=asked.scheduler,
-        options=asked.scheduler_options,
+        scheduler=scheduler,
+        options=options,
     )
     settled = plan(model, asked)
     say_json(asked.resolved())

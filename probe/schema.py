@@ -27,10 +27,9 @@ PICTURE = -2  # reserved: under joint attention, the token coordinate of the sum
 
 @dataclass(frozen=True)
 class Asked:
-    """What decides which variables a recording has: its experiment, whether it is a noising, and whether its model has a VAE."""
+    """What decides which variables a recording has: its recipe, and whether its model has a VAE."""
 
-    experiment: Any
-    noising: bool
+    recipe: Any
     vae: bool
     pooled: bool = False  # of a text encoder's group: whether the model is given its pooled embedding
 
@@ -83,29 +82,30 @@ def _part(when: Callable[[Asked], bool], *variables: Variable, recorded_only: bo
 
 
 def _guided(asked: Asked) -> bool:
-    return bool(asked.experiment.guidance_scale > 1)
+    return bool(asked.recipe.guidance[0] > 1)
 
 
 def _from_picture(asked: Asked) -> bool:
-    return asked.noising or asked.experiment.image is not None
+    return _noising(asked) or asked.recipe.image is not None
 
 
 def _noising(asked: Asked) -> bool:
-    return asked.noising
+    return bool(asked.recipe.kind == "noising")
 
 
 def _attention(*modes: str) -> Callable[[Asked], bool]:
-    return lambda asked: asked.experiment.capture.attention in (modes or ("maps", "queries", "summary"))
+    return lambda asked: asked.recipe.capture.attention in (modes or ("maps", "queries", "summary"))
 
 
 def _pooled(asked: Asked) -> bool:
-    return asked.pooled and bool(asked.experiment.capture.text)
+    return asked.pooled and bool(asked.recipe.capture.text)
 
 
 def _statistics(asked: Asked) -> bool:
-    return bool(asked.experiment.capture.statistics)
+    return bool(asked.recipe.capture.statistics)
 
 
+# Of a noising, `draw` stands for `image` everywhere: `Array.across`.
 _LATENT = ("step", "image", "channel", "y", "x")
 _MAP = ("branch", "image", "layer", "head", "y", "x")
 SCHEMA: tuple[Variable, ...] = (
@@ -145,18 +145,18 @@ SCHEMA: tuple[Variable, ...] = (
         Variable("forward", "difference", _LATENT, "float32", "predicted noise less true noise"),
         Variable("forward", "loss", ("step", "image"), "float32", "mean square of prediction less target, the noise or (v-prediction) the velocity"),
         Variable("forward", "noise_loss", ("step", "image"), "float32", "mean square of the difference"),
-        Variable("forward", "loss_mean", ("step",), "float64", "of the loss, over the draws of noise (image)"),
+        Variable("forward", "loss_mean", ("step",), "float64", "of the loss, over the draws of noise"),
         Variable("forward", "loss_spread", ("step",), "float64", "its standard deviation over them (n - 1); NaN of one draw"),
     ),
     *_part(
-        lambda asked: bool(asked.experiment.decode_every),
+        lambda asked: bool(asked.recipe.decoded_every),
         _coordinate("decoded", "decoded_step", ("decoded_step",), "int64", "index of the model call that was decoded"),
         Variable("decoded", "picture", ("decoded_step", "image", "y", "x", "rgb"), "uint8", "the denoised latents of some steps, decoded"),
     ),
     Variable("preview", "latent_to_rgb", ("channel", "rgb"), "float32", "linear map from denoised latents to colour in 0..1"),
     Variable("preview", "bias", ("rgb",), "float32", "constant of that map"),
     *_part(
-        lambda asked: bool(asked.experiment.capture.text),
+        lambda asked: bool(asked.recipe.capture.text),
         _coordinate("text/{encoder}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
         _coordinate("text/{encoder}", "token", ("token",), "int64", "position in the 77 tokens"),
         _coordinate(
@@ -260,7 +260,7 @@ SCHEMA: tuple[Variable, ...] = (
         Variable("attention/{grid}", "time_sum", ("token", *_MAP), "float32", "sum of the maps over the recorded steps", chunked=("token",)),
     ),
     *_part(
-        lambda asked: bool(asked.experiment.capture.counterfactual),
+        lambda asked: bool(asked.recipe.capture.counterfactual),
         _coordinate("counterfactual", "masked_word", ("masked_word",), "str", "the word without which the UNet predicted again"),
         Variable(
             "counterfactual",
@@ -272,7 +272,7 @@ SCHEMA: tuple[Variable, ...] = (
         recorded_only=True,
     ),
     *_part(
-        lambda asked: bool(asked.experiment.capture.self_attention),
+        lambda asked: bool(asked.recipe.capture.self_attention),
         _coordinate("self_attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
         _coordinate("self_attention/{grid}", "layer", ("layer",), "str", "dotted path of the self-attention module"),
         Variable(
@@ -342,6 +342,7 @@ class Array:
     dtype: str
     value: Any = None
     attributes: dict[str, Any] = field(default_factory=dict)
+    across: str = "image"  # what lies along this dimension: pictures, or `draw`, draws of noise
 
     @property
     def path(self) -> str:
@@ -349,7 +350,7 @@ class Array:
 
     @property
     def dims(self) -> tuple[str, ...]:
-        dims = self.variable.dims
+        dims = tuple(self.across if dim == "image" else dim for dim in self.variable.dims)
         return dims if dims[-1:] != ("...",) else (*dims[:-1], *_TAIL[len(self.shape) - len(dims) + 1])
 
     @property

@@ -21,8 +21,8 @@ from typing import Any, NoReturn, get_args
 
 from probe import output, stopping
 from probe.errors import ProbeError
-from probe.experiment import CaptureOptions, Experiment
-from probe.fields import Strict, home
+from probe.experiment import CaptureOptions, Experiment, Recipe
+from probe.fields import home
 from probe.output import say, tell
 from probe.strict_yaml import read_yaml
 from probe.system import REMEDY, check_here
@@ -205,14 +205,14 @@ def shown_path(path: object) -> str:
 # --- an experiment's fields as options -------------------------------------------------------------------------------
 
 
-def add_fields(parser: argparse.ArgumentParser, settings: type[Strict] = Experiment) -> None:
+def add_fields(parser: argparse.ArgumentParser, settings: type[Recipe] = Experiment) -> None:
     """An option for every field of an experiment, or of other settings: --guidance-scale, --capture.dtype, ..."""
-    for prefix, model, title in (
-        ("", settings, f"{settings.__name__.lower()} (each overrides the file)"),
-        ("capture.", CaptureOptions, "capture (what is recorded)"),
+    for prefix, fields, title in (
+        ("", settings.ordered_fields(), f"{settings.__name__.lower()} (each overrides the file)"),
+        ("capture.", CaptureOptions.model_fields, "capture (what is recorded)"),
     ):
         group = parser.add_argument_group(title)
-        for name, field in model.model_fields.items():
+        for name, field in fields.items():
             if name in ("capture", "scheduler_options"):
                 continue
             choices = [str(c) for c in get_args(field.annotation)] if str(field.annotation).startswith("typing.Literal") else None
@@ -231,7 +231,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: type[Strict] = Experim
             group.add_argument(f"--{(prefix + name).replace('_', '-')}", dest=f"field {prefix}{name}", metavar=metavar, help=help_text)
 
 
-def overrides(options: argparse.Namespace, settings: type[Strict] = Experiment) -> dict[str, Any]:
+def overrides(options: argparse.Namespace, settings: type[Recipe] = Experiment) -> dict[str, Any]:
     """What was given on the command line, by dotted field name, each text read as its field's type."""
     found = {}
     for name, text in vars(options).items():

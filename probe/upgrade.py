@@ -64,7 +64,7 @@ def check_target(run: Run, where: Path) -> Path:
     """Return the path of the copy: named after the old recording's content, so that there is one copy of each."""
     manifest = json.dumps(read_json(run.path, MANIFEST, MAX_MANIFEST), sort_keys=True)
     key = hashlib.sha256(f"{FORMAT_VERSION}\n{manifest}".encode()).hexdigest()[:8]
-    target = where / f"{run.experiment.run_name}-{key}.zarr"
+    target = where / f"{run.recipe.run_name}-{key}.zarr"
     room = shutil.disk_usage(check_place(where)).free
     size = sum((run.path / name).stat().st_size for name in files_of(run.path))
     if size > room:
@@ -107,6 +107,9 @@ def _fill(run: Run, hidden: Path, step: Callable[[str], None]) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         if _copied(run.path, name, place) != written[name]:
             raise refuse(run.path, f"{name} changed while it was copied")
+        if run.kind == "noising" and place.name == "zarr.json":
+            place.write_text(json.dumps(draws_named(json.loads(place.read_bytes()))))
+            written[name] = hashlib.sha256(place.read_bytes()).hexdigest()
         if number % 1000 == 0:
             step(f"Copied {number} of {len(names)} files")
     for png in sorted(path.name for path in run.path.glob("*.png")):
@@ -116,6 +119,8 @@ def _fill(run: Run, hidden: Path, step: Callable[[str], None]) -> None:
         (hidden / png).write_bytes(content)
     root = read_root(run.path)
     root["attributes"] = upgraded(run, root["attributes"])
+    if run.kind == "noising":
+        root = draws_named(root)
     (hidden / "zarr.json").write_text(json.dumps(root))
     root["attributes"].pop("status")
     own = hashlib.sha256(json.dumps(root, sort_keys=True).encode()).hexdigest()
@@ -124,10 +129,15 @@ def _fill(run: Run, hidden: Path, step: Callable[[str], None]) -> None:
 
 def upgraded(run: Run, attributes: dict[str, Any]) -> dict[str, Any]:
     """Return attributes in the newest format. What this version does not know stays as it is."""
-    guided = run.attributes.experiment.guidance_scale > 1
+    guided = run.attributes.is_guided
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    kept = dict(attributes)
+    if run.kind == "noising":  # format 1 said it as an experiment too, and took the identity from that
+        kept.pop("experiment", None)
+        kept["identity"] = run.recipe.identity()
     return {
-        **attributes,
+        **kept,
+        "kind": run.kind,
         "format_version": FORMAT_VERSION,
         "format_status": FORMAT_STATUS,
         "family": attributes.get("family", "sd"),
@@ -135,6 +145,17 @@ def upgraded(run: Run, attributes: dict[str, Any]) -> dict[str, Any]:
         "parent_run": run.name,
         "upgraded": {"at": now, "from_format": run.attributes.format_version},
     }
+
+
+def draws_named(node: dict[str, Any]) -> dict[str, Any]:
+    """Return a zarr.json with the dimension `draw` where format 1 has `image`, in it and in all that it lists."""
+    made = dict(node)
+    if node.get("dimension_names"):
+        made["dimension_names"] = ["draw" if dim == "image" else dim for dim in node["dimension_names"]]
+    if block := node.get("consolidated_metadata"):
+        nodes = {name: draws_named(inner) for name, inner in block["metadata"].items()}
+        made["consolidated_metadata"] = {**block, "metadata": nodes}
+    return made
 
 
 def _copied(recording: Path, name: str, place: Path) -> str:

@@ -242,7 +242,7 @@ def test_a_misspelt_setting_is_not_passed_over() -> None:
     maps = recorded()
     words = sentence("a cat")
     for setting, choices, misspelt in (
-        ("over", "step, image, layer, head", lambda: combined(maps, over=("layer", "heads"))),
+        ("over", "step, image, draw, layer, head", lambda: combined(maps, over=("layer", "heads"))),
         ("method", "bilinear, bicubic, area", lambda: resize(np.ones((2, 2)), (2, 2), "nearest")),  # type: ignore[arg-type]
         ("normalise", "none, min-max, words, space", lambda: normalised(words, "minmax")),  # type: ignore[arg-type]
         ("merge", "sum, mean", lambda: word_maps(token_maps("token", "y", "x"), merge="max")),  # type: ignore[arg-type]

@@ -19,12 +19,12 @@ import xarray as xr
 from probe import analysis, noising
 from probe.errors import ExperimentError, ProbeError, PromptError, RecordingNotFound
 from probe.experiment import load_experiment
-from probe.noising import load_noising, record_noising, rerun_noising
+from probe.noising_recipe import Noising, load_noising
 from probe.proof.verdict import asked_steps
 from probe.reading.attention import places
 from probe.reading.listing import list_runs
 from probe.reading.recording import Run, open_run
-from probe.running.recorder import record, rerun, resume
+from probe.running.recorder import record, record_noising, rerun, resume
 from probe.terminal import overrides
 
 STEPS = 4  # PNDM calls the model once more
@@ -270,7 +270,7 @@ def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
 @pytest.mark.parametrize("text", ["[900, 500, 100]", "[100,500,900]", "100,500,900", "900, 500, 100", "100:901:400"])
 def test_timesteps_are_written_on_the_command_line_as_in_yaml(text: str, tmp_path: Path) -> None:
     options = noising.parser().parse_args(["--timesteps", text])
-    assert load_noising({}, **overrides(options, noising.Noising)).timesteps == (900, 500, 100)
+    assert load_noising({}, **overrides(options, Noising)).timesteps == (900, 500, 100)
     (tmp_path / "x.yaml").write_text(f"timesteps: {text}\n")
     assert load_noising(tmp_path / "x.yaml").timesteps == (900, 500, 100)
 
@@ -344,7 +344,7 @@ def test_a_mask_of_a_word_that_is_not_in_the_caption_is_said(tmp_path: Path, cap
 
 
 def test_what_is_no_recording_and_no_folder(tmp_path: Path) -> None:
-    for again in (resume, rerun, rerun_noising):
+    for again in (resume, rerun, rerun):
         with pytest.raises(ExperimentError, match="Open it first"):
             again("latest")  # type: ignore[arg-type]
     for calls in (lambda: open_run("latest", 5), lambda: open_run("x", None), lambda: list_runs(5)):  # type: ignore[arg-type]

@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[str, Callable[[Run], object], str, str]] = {
         "cond",
         lambda run: run.word_maps(over=("heads", "steps")),
         "over is 'heads', which is no choice.",
-        "Choose from: step, image, layer, head.",
+        "Choose from: step, image, draw, layer, head.",
     ),
     "a way to resize": (
         "cond",

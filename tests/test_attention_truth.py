@@ -39,8 +39,7 @@ from experiments.truth_maps import (
 from probe.analysis.masks import interval
 from probe.diffusion.loading import load
 from probe.diffusion.sd import StableDiffusion
-from probe.noising import record_noising
-from probe.running.recorder import record
+from probe.running.recorder import record, record_noising
 from probe.terminal import guarded
 
 ROOT = Path(__file__).resolve().parent.parent

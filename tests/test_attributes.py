@@ -44,6 +44,20 @@ def test_they_are_typed_and_as_in_the_file(path: Path, raw: dict[str, Any]) -> N
         found.status = "failed"  # type: ignore[misc]
 
 
+def test_what_was_asked_is_there_for_each_kind(raw: dict[str, Any]) -> None:
+    asked = {"caption": "a cat", "model": "x", "timesteps": [500], "noises": 2, "seed": 1, "later": 3}
+    old = {**raw, "noising": asked}
+    new = {key: value for key, value in old.items() if key != "experiment"} | {"kind": "noising"}
+    for told in (old, new):
+        assert problem_of(told) is None
+        found = attributes_of(told)
+        assert (found.kind, found.across, found.recipe, found.texts["cond"], found.is_guided) == ("noising", "draw", asked, "a cat", False)
+    assert attributes_of(raw).kind == "generation" and attributes_of(raw).is_guided and attributes_of(raw).across == "image"
+    assert problem_of({**raw, "kind": "noising"}) == "its noising is missing"
+    assert problem_of({**new, "kind": "generation"}) == "its experiment is missing"
+    assert problem_of({**raw, "kind": "dream"}) == "its kind is not what a recording has there, 'generation' or 'noising'"
+
+
 WRONG: dict[str, tuple[str, Any, str]] = {
     "a word that is none": ("status", "perfect", "status is not what a recording has there, 'running', 'complete', 'interrupted' or 'failed'"),
     "text for a number": ("experiment.steps", "4", "experiment.steps is not what a recording has there, a valid integer"),
@@ -137,7 +151,8 @@ def test_the_json_schema_is_printed() -> None:
     done = subprocess.run([sys.executable, "-m", "probe.attributes"], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found == json_schema() and found["type"] == "object"
-    assert {"format_version", "status", "experiment", "model", "scheduler"} <= set(found["required"])
+    assert {"format_version", "status", "model", "scheduler"} <= set(found["required"])
+    assert found["anyOf"] == [{"required": ["experiment"]}, {"required": ["kind", "noising"]}]
     assert found["$defs"]["Scheduler"]["required"] == ["class", "config"]
 
 

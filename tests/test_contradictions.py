@@ -22,11 +22,10 @@ from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, NotFinite, OutOfMemory, PromptError, StoreError, TooLarge
 from probe.experiment import Experiment, load_experiment
 from probe.files import storing
-from probe.noising import record_noising, rerun_noising
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.planning import check_size, free_room, plan
-from probe.running.recorder import out_of_memory, record, rerun, resume
+from probe.running.recorder import out_of_memory, record, record_noising, rerun, resume
 from probe.running.session import check_finite
 from probe.store import room
 from probe.strict_yaml import first_line
@@ -87,7 +86,7 @@ def test_what_agrees_with_a_pipeline_is_recorded(ask: dict[str, Any], capsys: py
     assert run.experiment.model == "StableDiffusionPipeline" == run.attributes["model"]["name"]
     assert (run.experiment.dtype, run.experiment.device) == ("float32", "cpu") and run.latents.dtype == np.float32
     noised = record_noising(PICTURE, pipeline=tiny.pipeline(), progress=False, output=ask["output"], timesteps=[500], model="x", sheet=False)
-    assert noised.attributes["noising"]["model"] == "StableDiffusionPipeline" == noised.experiment.model
+    assert noised.attributes["noising"]["model"] == "StableDiffusionPipeline" == noised.recipe.model
 
 
 def test_what_is_done_again_with_a_pipeline_is_as_it_was(ask: dict[str, Any], tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_what_is_done_again_with_a_pipeline_is_as_it_was(ask: dict[str, Any], tm
     half = tiny.pipeline().to(dtype=torch.bfloat16)
     with pytest.raises(ExperimentError, match="dtype: float32 is asked for, and the pipeline is in bfloat16") as caught:
         rerun(run, half, progress=False)
-    assert 'probe.record(run.experiment, pipeline, dtype="auto")' in caught.value.remedy
+    assert 'probe.record(run.recipe, pipeline, dtype="auto")' in caught.value.remedy
     (run.path / "zarr.json").write_text((run.path / "zarr.json").read_text().replace('"complete"', '"interrupted"'))
     with pytest.raises(ExperimentError, match="dtype: float32 is asked for"):
         resume(Run(run.path), half, progress=False)
@@ -213,8 +212,8 @@ def test_a_recording_is_made_again_elsewhere(whole: Run, tmp_path: Path, monkeyp
     assert again.path.parent == tmp_path / "mine" and compare(whole, again).same
     noised = record_noising(PICTURE, pipeline=tiny.pipeline(), progress=False, output=str(tmp_path), timesteps=[500], sheet=False)
     with pytest.raises(ExperimentError, match="is a file"):
-        rerun_noising(noised, output=noised.path / "zarr.json", progress=False)
-    again = rerun_noising(noised, tiny.pipeline(), output=tmp_path / "mine", progress=False)
+        rerun(noised, output=noised.path / "zarr.json", progress=False)
+    again = rerun(noised, tiny.pipeline(), output=tmp_path / "mine", progress=False)
     assert again.path.parent == tmp_path / "mine" and compare(noised, again).same
     told: dict[str, Any] = {}
 

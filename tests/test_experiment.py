@@ -123,7 +123,7 @@ def test_round_trip_of_everything() -> None:
         ("capture:", "capture: None is not a mapping", "Write its fields below it, or delete it."),
         ("scheduler_options: [1]", "scheduler_options: [1] is not a mapping", "Write names and values below it, or delete it."),
         ("prompt: " + "x" * 10_001, f"prompt: '{'x' * 56}... is too long", "At most 10000 fit here."),
-        ("name: Big Name", "name: 'Big Name' does not fit", "Name of the run: up to 60 of a-z, 0-9 and -; empty: made from the prompt."),
+        ("name: Big Name", "name: 'Big Name' does not fit", "Name of the recording: up to 60 of a-z, 0-9 and -; empty: made of the text."),
         ("device: gpu", "device: 'gpu' does not fit", "Where the model runs: auto, cpu, cuda, cuda:N or mps."),
         ("output: ''", "output: the text is empty", "Write something, or leave the field out."),
         ("dtype: float_16", "dtype: 'float_16' is not one of auto, float32, float16, bfloat16", "Did you mean float16?"),

@@ -59,6 +59,18 @@ def test_it_opens_and_every_value_is_what_it_was(recordings: dict[str, Path], ki
     assert run.word_overview().sizes["word"] and repr(run)
 
 
+def test_draws_of_noise_are_called_so(recordings: dict[str, Path]) -> None:
+    """Format 1 called them images, and said what was asked as an experiment too."""
+    run = open_run(recordings["noising"])
+    raw = json.loads((run.path / "latents" / "latents" / "zarr.json").read_text())
+    assert raw["dimension_names"] == ["step", "image", "channel", "y", "x"] and "kind" not in run.attributes
+    assert run.latents.dims == ("step", "draw", "channel", "y", "x") and run.latents.sizes["draw"] == run.noising.noises
+    assert not [path for node in run.tree.subtree for path, found in node.dataset.variables.items() if "image" in found.dims]
+    assert run.kind == "noising" and run.recipe is run.noising and run.noising.timesteps == tuple(run.variable("timestep").values)
+    other = open_run(recordings["default"])
+    assert other.kind == "generation" and other.recipe is other.experiment and other.latents.dims[1] == "image"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["alone", "model"])
 def test_it_verifies(recordings: dict[str, Path], kind: str, model: bool) -> None:

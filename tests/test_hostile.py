@@ -322,6 +322,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a size that is true": (node("latents/latents", shaped([CALLS, True, 4, 8, 8], PLAIN)), "has no shape"),
     "a size of 4000 digits": (node("latents/latents", shaped([10**4000, 1, 4, 8, 8], PLAIN)), "has no shape"),
     "chunks of size 0": (node("latents/latents", shaped([CALLS, 1, 4, 8, 8], [0, 1, 4, 8, 8])), "its chunks have none"),
+    "draws of noise in a generation": (
+        node("latents/latents", lambda it: it.update(dimension_names=["step", "draw", "channel", "y", "x"])),
+        "latents/latents is float32 (step, draw, channel, y, x), and not",
+    ),
     "too few dimensions": (node("latents/latents", lambda it: it.update(dimension_names=["step", "image"])), "does not name its dimensions"),
     "dimensions that disagree": (
         all_of(node("latents/prediction", shaped([CALLS, 1, 4, 8, 9], [1, 1, 4, 8, 9]))),

@@ -24,11 +24,10 @@ from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, StoreError
 from probe.experiment import Experiment, load_experiment
 from probe.fields import SCHEDULERS
-from probe.noising import record_noising
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.planning import plan
-from probe.running.recorder import record, rerun, resume
+from probe.running.recorder import record, record_noising, rerun, resume
 from probe.source import read_picture
 from probe.verify import verify
 from probe.watching.source import Source

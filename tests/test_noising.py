@@ -26,12 +26,14 @@ from probe import cli, noising, store
 from probe.chunks import StepFiles
 from probe.diffusion.loading import BUNDLED, load
 from probe.diffusion.sd import StableDiffusion
-from probe.errors import ExperimentError, PromptError, TooLarge
+from probe.errors import ExperimentError, PromptError, RecordingNotFound, TooLarge
 from probe.experiment import load_experiment
-from probe.noising import Noising, load_noising, perform_noising, record_noising
+from probe.noising_recipe import Noising, load_noising
 from probe.noising_sheet import CELL, GAP, MARGIN, PALE, noising_sheet
+from probe.reading.compare import compare
 from probe.reading.recording import Run
-from probe.running.recorder import record, resume
+from probe.running.planning import plan
+from probe.running.recorder import record, record_noising, resume
 from probe.source import read_masks, read_picture
 from probe.terminal import guarded
 from probe.verify import verify
@@ -139,7 +141,7 @@ def test_attention_is_that_of_the_layer(made: Run) -> None:
             pipe.unet(value(made, "latents/latents")[index], torch.tensor(t), encoder_hidden_states=text)
             query, key = (module.head_to_batch_dim(part) for part in (module.to_q(seen[0]), module.to_k(text)))
             scores = module.get_attention_scores(query, key).unflatten(0, (NOISES, module.heads))
-        maps = made.attention("8x8").isel(step=index, branch=0, layer=0).transpose("image", "head", "y", "x", "token").values
+        maps = made.attention("8x8").isel(step=index, branch=0, layer=0).transpose("draw", "head", "y", "x", "token").values
         np.testing.assert_allclose(maps.reshape(scores.shape), scores.numpy(), atol=1e-6)
 
 
@@ -173,8 +175,8 @@ def test_a_draw_is_the_same_however_many_are_drawn_and_wherever(tmp_path: Path, 
 def test_anyone_can_read_it(made: Run) -> None:
     """Stock xarray, no warning; the noise levels beside the losses."""
     tree = xr.open_datatree(made.path, engine="zarr")
-    assert tree["forward/loss"].dims == ("step", "image") and tree["forward/loss"].shape == (4, 3)
-    assert dict(tree["forward"].dataset["difference"].sizes) == {"step": 4, "image": 3, "channel": 4, "y": 8, "x": 8}
+    assert tree["forward/loss"].dims == ("step", "draw") and tree["forward/loss"].shape == (4, 3)
+    assert dict(tree["forward"].dataset["difference"].sizes) == {"step": 4, "draw": 3, "channel": 4, "y": 8, "x": 8}
     assert (made.path / store.MANIFEST).is_file()
     assert "noised at 4 timesteps, 3 draws of noise, seed 7" in repr(made) and "guidance" not in repr(made)
     with Image.open(made.path / "contact-sheet.png") as sheet:
@@ -183,9 +185,36 @@ def test_anyone_can_read_it(made: Run) -> None:
     assert load_noising(made.attributes["noising"]).timesteps == TIMESTEPS
 
 
+def test_a_recipe_of_its_own_is_recorded_as_any_other(tmp_path: Path) -> None:
+    """`record` of a Noising and `record_noising` are one path: the same bits, and the same said of them."""
+    Image.fromarray(picture()).save(tmp_path / "picture.png")
+    asked = load_noising({"caption": CAPTION, "timesteps": [500, 100], "noises": 2, "capture": {"attention": "queries"}}, output=str(tmp_path))
+    one = record(asked, base(), progress=False, picture=str(tmp_path / "picture.png"), height=32, width=32)
+    again = {name: value for name, value in asked.resolved().items() if name not in ("picture", "caption", "masks")} | {"height": 32, "width": 32}
+    other = record_noising(tmp_path / "picture.png", CAPTION, pipeline=base(), progress=False, **again)
+    found = compare(one, other)
+    assert found.same and not found.asked and found.variables > 50
+    assert (one.kind, one.recipe, one.attributes["kind"]) == ("noising", one.noising, "noising")
+    assert "experiment" not in one.attributes and one.attributes["identity"] == one.noising.identity() == other.attributes["identity"]
+    with pytest.raises(RecordingNotFound, match="is a noising, and has no experiment"):
+        _ = one.experiment
+    assert one.name.startswith("a-cat-on-the-hat-") and one.noising.picture == str(tmp_path / "picture.png")
+
+
+def test_draws_are_chosen_as_images_are(made: Run) -> None:
+    maps = made.token_maps(images=[2])
+    assert maps.dims == ("step", "token", "draw", "y", "x") and maps.sizes["draw"] == 1
+    mean = made.token_maps().mean("draw")
+    for dim in ("image", "draw"):
+        np.testing.assert_allclose(made.token_maps(over=("layer", "head", dim)).values, mean.values, atol=1e-6)
+    with pytest.raises(RecordingNotFound, match="has no draw 3"):
+        made.token_maps(images=3)
+
+
 def test_other_captures_and_number_formats(tmp_path: Path) -> None:
     queries = take(tmp_path, timesteps=[500], capture={"attention": "queries", "counterfactual": ["cat"], "self_attention": ["4x4"]})
-    assert queries.attention().sizes["token"] == 77 and queries.variable("counterfactual/change").sizes["masked_word"] == 1
+    assert queries.attention().sizes["token"] == 77 and queries.attention().sizes["draw"] == NOISES
+    assert queries.attention().isel(draw=1, step=0).values.any() and queries.variable("counterfactual/change").sizes["masked_word"] == 1
     half = record_noising(
         picture(), "", pipeline=tiny.pipeline().to(torch.bfloat16), progress=False, timesteps=[500], output=str(tmp_path), decode=False
     )
@@ -565,8 +594,8 @@ def test_the_example_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.noises > 1 and asked.timesteps[0] == 999
     written = {line.split(":")[0].strip() for line in Path("experiments/noising.yaml").read_text().splitlines() if line and line[0].isalpha()}
     assert {"picture", "caption", "masks", "timesteps", "noises", "seed"} <= written <= set(Noising.model_fields)
-    run, pixels = noising.plan_noising(load(asked.model, weights=False).with_scheduler("DDPM", {}), asked)
-    assert pixels.shape == (128, 128, 3) and {"fox", "penguin", "forest"} == set(next(a.value for a in run.arrays if a.path == "source/masked"))
+    run = plan(load(asked.model, weights=False).with_scheduler("DDPM", {}), asked)
+    assert run.picture is not None and run.picture.shape == (128, 128, 3) and set(run.masks) == {"fox", "penguin", "forest"}
 
 
 @pytest.mark.slow
@@ -575,9 +604,9 @@ def test_the_model_finds_noise_better_with_the_true_caption(tmp_path: Path, monk
     monkeypatch.chdir(ROOT)
     true = load_noising("experiments/noising.yaml", output=str(tmp_path), timesteps=[900, 600, 200], noises=4, decode=False, capture=LIGHT)
     false = load_noising(true, caption="A robot next to a pizza in the city")
-    runs = [perform_noising(asked, progress=False) for asked in (true, false)]
+    runs = [record(asked, progress=False) for asked in (true, false)]
     losses = [run.variable("forward/loss_mean").sel(step=slice(0, 1)).values for run in runs]
     assert (losses[0] < losses[1]).all()
-    off = ((runs[0].denoised() - runs[0].variable("forward/clean")) ** 2).mean(("image", "channel", "y", "x")).values
+    off = ((runs[0].denoised() - runs[0].variable("forward/clean")) ** 2).mean(("draw", "channel", "y", "x")).values
     assert (np.diff(off) < 0).all()
     assert float(runs[0].variable("source/psnr")) > 20

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from probe import cli, errors, experiment, noising
+from probe import cli, errors, experiment
 from probe.experiment import CaptureOptions, Experiment
+from probe.noising_recipe import Noising
 from probe.terminal import guarded
 from tasks import COMMANDS
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT / "probe").rglob("*.py")), ROOT / "tasks.py"]
 FOREIGN = re.compile(r"\b(pip|cp|chmod|ulimit|apt install|uv|git|ruff|pytest|mypy)\b[^.;]*")  # what other programs' options stand behind
 ERRORS = {name for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.ProbeError)}
-FIELDS = {*Experiment.model_fields, *noising.Noising.model_fields, *CaptureOptions.model_fields}
+FIELDS = {*Experiment.model_fields, *Noising.model_fields, *CaptureOptions.model_fields}
 VALUES = "cut|fp16|cond|queries|maps|summary|off|sqrt_u8|float16|float32|none|true|false|record|default|auto|cpu|fixed"
 SETTING = re.compile(rf"(?:set|use|with|write|or|and) ((?:capture\.)?[a-z_]+): (?:{VALUES})\b", re.I)
 

@@ -14,10 +14,9 @@ import zarr
 
 from probe import dimensions, schema
 from probe.attributes import Attributes
-from probe.noising import record_noising
 from probe.proof.unknown import check_unknown
 from probe.reading.recording import Run
-from probe.running.recorder import record
+from probe.running.recorder import record, record_noising
 from probe.schema import SCHEMA, Variable, array
 
 ACTIVATIONS = ["unet.mid_block", "unet.time_embedding", "vae.decoder.mid_block", "text_encoder.encoder.layers.0", "text_encoder.*embeddings"]
@@ -148,7 +147,7 @@ def test_the_table_has_a_row_for_every_variable() -> None:
 
 
 def test_every_dimension_is_described_and_used() -> None:
-    used = {dim for v in SCHEMA for dim in v.dims} - {"..."} | {"position"}  # of a module's output
+    used = {dim for v in SCHEMA for dim in v.dims} - {"..."} | {"position", "draw"}  # of a module's output; of a noising, for `image`
     reserved = {r.name for r in dimensions.RESERVED if r.kind == "dimension"}
     assert used - dimensions.DIMENSIONS.keys() - reserved == set()
     assert dimensions.DIMENSIONS.keys() <= used

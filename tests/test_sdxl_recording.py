@@ -22,10 +22,9 @@ from tiny_xl import ENCODERS, SMALL, ask, assert_neutral, base, cut_short, faile
 from probe.diffusion.sdxl import StableDiffusionXL
 from probe.errors import ModelError
 from probe.fields import SCHEDULERS
-from probe.noising import record_noising
 from probe.reading.compare import compare
 from probe.reading.recording import Run
-from probe.running.recorder import record, rerun, resume
+from probe.running.recorder import record, record_noising, rerun, resume
 from probe.verify import verify
 from probe.watching import hooks
 

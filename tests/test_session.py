@@ -21,8 +21,9 @@ from probe.proof import schema_checks
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running import planning
+from probe.running.description import describe
 from probe.running.planning import plan
-from probe.running.recorder import describe, record, resume
+from probe.running.recorder import record, resume
 from probe.running.session import Session
 from probe.schema import Array, Variable, array
 from probe.store import RunWriter

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xarray as xr
 
 from probe.cli import dispatch
 from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, StoreError, TooLarge
@@ -48,11 +49,16 @@ def test_values_stay_and_the_old_one_too(old: Path, capsys: pytest.CaptureFixtur
     assert (found.format_version, found.format_status, found.family) == (FORMAT_VERSION, "draft", "sd")
     assert found.guidance_rule == ("none" if "noising" in found else "classifier_free")
     assert found.parent_run == old.stem and found["upgraded"]["from_format"] == 1
-    assert {**found, "upgraded": 0} == {
-        **told,
-        **{name: found[name] for name in ("format_version", "format_status", "family", "guidance_rule", "parent_run")},
-        "upgraded": 0,
+    new = {"format_version", "format_status", "family", "guidance_rule", "parent_run", "kind", "upgraded"}
+    gone = {"experiment", "identity"} if "noising" in found else set()
+    assert {**found, "identity": 0} == {
+        **{name: told[name] for name in told if name not in gone},
+        **{name: found[name] for name in new},
+        "identity": 0,
     }
+    assert found["identity"] == made.recipe.identity() and found["kind"] == Run(old).kind
+    stock = xr.open_datatree(made.path, engine="zarr")
+    assert stock["latents/latents"].dims[1] == stock["images/final"].dims[0] == ("draw" if "noising" in found else "image")
     assert compare(Run(old), made).same and compare(Run(old), made).variables > 50
     assert {path.name for path in made.path.glob("*.png")} == {path.name for path in old.glob("*.png")}
     checks = {check.name: check for check in verify(made)}

@@ -42,7 +42,7 @@ def combined(
     """Maps of all grids as one: each brought to `grid`, (y, x), default the largest given; then the mean over `over`.
 
     *Shape:* (step, token, branch, image, layer, head, y, x) -> the same without what is in `over` ("step", "image", "layer",
-    "head"), float32. A step that was not recorded stays NaN, and does not count where "step" is in `over`.
+    "head"; of a noising "draw" for "image"), float32. A step that was not recorded stays NaN, and does not count where "step" is in `over`.
 
     `weigh` says what counts the same. "layers": each layer, as the mean over its heads. "heads": each head, so that a layer with
     more heads counts more. They are the same where all layers have as many heads. The maps of a `summary` recording are means
@@ -57,7 +57,7 @@ def combined(
     """
     over = texts("over", over)
     for dim in over:
-        one_of("over", dim, ("step", "image", "layer", "head"))
+        one_of("over", dim, ("step", "image", "draw", "layer", "head"))
     one_of("weigh", weigh, get_args(Weigh))
     one_of("method", method, get_args(Method))
     several = maps if isinstance(maps, Iterable) and not isinstance(maps, xr.DataArray | np.ndarray | str | bytes) else [maps]

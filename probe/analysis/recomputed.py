@@ -17,13 +17,14 @@ from xarray.core import indexing
 
 from probe.analysis.maps import maps_of
 
+# `image` or, of a noising, `draw` is the fourth.
 DIMS = ("step", "token", "branch", "image", "layer", "head", "y", "x")
 
 
 class _Maps(BackendArray):
     def __init__(self, query: xr.DataArray, key: np.ndarray):
-        self._query, self._key = query, key
-        sizes = {**query.sizes, "token": key.shape[1]}
+        self._query, self._key = query.rename(draw="image") if "draw" in query.dims else query, key
+        sizes = {**self._query.sizes, "token": key.shape[1]}
         self.shape = tuple(sizes[dim] for dim in DIMS)
         self.dtype = np.dtype(np.float32)
 
@@ -50,4 +51,5 @@ def recomputed(query: xr.DataArray, key: xr.DataArray) -> xr.DataArray:
     sides = key.transpose("branch", "token", "layer", "head", "key_feature").values
     coords = {str(name): value for side in (query, key) for name, value in side.coords.items() if "key_feature" not in value.dims}
     lazy = indexing.LazilyIndexedArray(_Maps(query, sides))
-    return xr.DataArray(xr.Variable(DIMS, lazy), coords=coords, name="cross", attrs={"long_name": "cross-attention, computed from query and key"})
+    dims = ["draw" if dim == "image" and "draw" in query.dims else dim for dim in DIMS]
+    return xr.DataArray(xr.Variable(dims, lazy), coords=coords, name="cross", attrs={"long_name": "cross-attention, computed from query and key"})

@@ -198,10 +198,10 @@ def check_committed(run: Run) -> Check:
         return Check("committed", "failed", f"steps {', '.join(map(str, run.steps[:8]))}: one before the last is missing")
     if run.status == "complete" and done < calls:
         return Check("committed", "failed", f"{done} of {calls} steps; the run is complete")
-    expected = np.isin(np.arange(calls), run.experiment.capture.steps_of(calls)).astype(np.uint8)
+    expected = np.isin(np.arange(calls), run.recipe.capture.steps_of(calls)).astype(np.uint8)
     for grid in run.grids:
         if not np.array_equal(run.variable(f"attention/{grid}/recorded").values, expected):
-            return Check("committed", "failed", f"attention/{grid}/recorded is not capture.steps: {run.experiment.capture.steps}")
+            return Check("committed", "failed", f"attention/{grid}/recorded is not capture.steps: {run.recipe.capture.steps}")
     return Check("committed", "exact", f"all {calls} steps" if done == calls else f"{done} of {calls} steps; the run is {run.status}")
 
 
@@ -290,24 +290,24 @@ def check_picture(run: Run) -> Check:
     if not there:
         return Check("picture", "not checked", f"{expected[0]} is not there")
     for name, pixel in there:
-        shown, experiment = _shown(run.path, name, pixel)
+        shown, experiment = _shown(run, name, pixel)
         if not np.array_equal(shown, pixel):
             return Check("picture", "failed", f"{name} does not show images/final")
-        if json.loads(experiment) != run.attributes["experiment"]:
+        if json.loads(experiment) != run.attributes.recipe:
             return Check("picture", "failed", f"{name} was made from another experiment than the recording's")
     told = f"; every byte as it was written: {', '.join(sealed)}" if sealed else ""
     return Check("picture", "exact", f"{', '.join(name for name, _ in there)}: as images/final, of this experiment{told}")
 
 
-def _shown(path: Path, name: str, expected: np.ndarray) -> tuple[np.ndarray, str]:
+def _shown(run: Run, name: str, expected: np.ndarray) -> tuple[np.ndarray, str]:
     """What a PNG shows, and the experiment in it. Nothing is decoded that is not as large as what is expected."""
-
+    path, asked = run.path, "noising" if run.kind == "noising" else "experiment"
     raw = read_file(path, name, no_longer(path, name, 2 * expected.nbytes + MAX_SAID))
     bomb = Image.DecompressionBombWarning
     try:
         with warnings.catch_warnings(action="error", category=bomb), Image.open(io.BytesIO(raw), formats=("PNG",)) as picture:
             if (picture.height, picture.width, len(picture.getbands())) != expected.shape:
                 return np.zeros(0), "null"
-            return np.asarray(picture), str(picture.info.get("experiment", "null"))
+            return np.asarray(picture), str(picture.info.get(asked, "null"))
     except (OSError, SyntaxError, zlib.error, struct.error, Image.DecompressionBombError, bomb) as error:
         raise refuse(path, f"{name} is no picture that can be read") from error

@@ -24,9 +24,9 @@ ROUNDED = 1e-4  # of the greatest value: one float32 formula, computed by torch 
 def check_forward(run: Run) -> Check:
     """The true noise, and all that is measured by it."""
     clean = clean_of(run)
-    if "noising" in run.attributes:
+    if run.kind == "noising":
         tally = Tally("forward", "noise is that of the seeds; differences, losses and the round trip follow", ROUNDED, ("rounding", *conditions(run)))
-        eps = noise(run.experiment.seed, tuple(clean.shape), run_dtype(run))[0]
+        eps = noise(run.noising.seed, tuple(clean.shape), run_dtype(run))[0]
         _measured(run, tally, clean, eps)
     else:
         tally = Tally("forward", "noise is that of the seeds")

@@ -77,11 +77,11 @@ def _distributions(run: Run) -> Iterator[tuple[str, xr.DataArray, tuple[str, ...
         yield f"attention/{grid}", run.attention(grid), ("token",)
     if "self_attention" in run.tree.children:
         flags = run.variable("committed").values.astype(bool)
-        asked = np.isin(np.arange(len(flags)), run.experiment.capture.steps_of(len(flags)))
+        asked = np.isin(np.arange(len(flags)), run.recipe.capture.steps_of(len(flags)))
         for grid in run.tree["self_attention"].children:
             maps = run.variable(f"self_attention/{grid}/self").isel(step=np.flatnonzero(flags & asked))
             yield f"self_attention/{grid}", maps, ("key_y", "key_x")
-    if "text" in run.tree.children and run.experiment.capture.text and run.steps.size:  # it is written before the first step
+    if "text" in run.tree.children and run.recipe.capture.text and run.steps.size:  # it is written before the first step
         for encoder in run.tree["text"].children:
             attention = run.variable(f"text/{encoder}/attention")
             read = ~attention["branch"].isin(run.attributes.zeroed_branches)
@@ -90,7 +90,7 @@ def _distributions(run: Run) -> Iterator[tuple[str, xr.DataArray, tuple[str, ...
 
 def _nan_is_asked_for(run: Run, part: xr.DataArray) -> bool:
     """on_nan: record writes NaN down, and then every map of the step is NaN, as its latents are."""
-    if run.experiment.on_nan != "record" or "step" not in part.coords:
+    if run.recipe.on_nan != "record" or "step" not in part.coords:
         return False
     return bool(np.isnan(run.variable("latents/prediction").isel(step=int(part["step"])).values).any())
 
@@ -107,7 +107,7 @@ def check_moments(run: Run) -> Check:
             stored, measured = maps.isel(step=index).load(), moments.sel(step=step).load()
             off = unlike_moments(stored.values, measured.values)
             spoilt = np.expand_dims(np.isnan(probabilities(stored.values)).any((-2, -1)), -1) & np.isnan(measured.values)
-            off = np.where(spoilt & (run.experiment.on_nan == "record"), 0.0, np.where(np.isnan(off), np.inf, off))
+            off = np.where(spoilt & (run.recipe.on_nan == "record"), 0.0, np.where(np.isnan(off), np.inf, off))
             worst = int(off.argmax())
             tally.add(float(off.flat[worst]), f"attention/{grid}, {place(measured, worst)}")
             if "head_statistics" in run.tree[f"attention/{grid}"].data_vars:

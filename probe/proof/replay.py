@@ -28,6 +28,7 @@ from probe.diffusion.schedule import Schedule, first_call, set_steps
 from probe.diffusion.start import memory_formats, restart
 from probe.dimensions import GUIDANCE_RULES
 from probe.errors import RecordingDamaged
+from probe.experiment import Experiment
 from probe.fields import SCHEDULERS
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative
@@ -58,7 +59,7 @@ class Call:
 
 def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
     """The committed calls of a run, each from its recorded latents, through a fresh scheduler and without the model."""
-    if "noising" in run.attributes:
+    if run.kind == "noising":
         yield from _noised(run, device)
         return
     asked = run.experiment
@@ -94,8 +95,8 @@ def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
     """The timesteps of a noising: the noise of its seeds, mixed into its clean latents."""
     scheduler, stored = rebuild_scheduler(run), run.latents
     clean = clean_of(run).to(device)
-    eps = noise(run.experiment.seed, tuple(clean.shape), run_dtype(run))[0].to(device)
-    for index, timestep in enumerate(run.attributes["noising"]["timesteps"][: len(run.steps)]):
+    eps = noise(run.noising.seed, tuple(clean.shape), run_dtype(run))[0].to(device)
+    for index, timestep in enumerate(run.noising.timesteps[: len(run.steps)]):
         values, t = stored.isel(step=index).values, torch.tensor(int(timestep), device=device)
         came = scheduler.add_noise(clean, eps, t.repeat(len(clean)))
         latents = arranged(tensor(run, values).to(device), memory_format(came))
@@ -186,27 +187,31 @@ def conditions(run: Run) -> tuple[str, ...]:
 
 def check_schedule(run: Run) -> Check:
     """Noise levels, and whether the scheduler is the one that was asked for."""
-    asked, config = run.experiment, run.attributes["scheduler"]["config"]
+    asked, config = run.recipe, run.attributes["scheduler"]["config"]
     scheduler = rebuild_scheduler(run)
-    noising = run.attributes.get("noising")
-    schedule = Schedule.at(scheduler, noising["timesteps"]) if noising else Schedule.of(scheduler, asked.steps, _begin(run, scheduler))
+    if isinstance(asked, Experiment):
+        schedule = Schedule.of(scheduler, asked.steps, _begin(run, scheduler))
+    else:
+        schedule = Schedule.at(scheduler, asked.timesteps)
     what = f"timestep, sigma and alpha_bar of {type(scheduler).__name__}"
     if calls := schedule.undefined(str(run.attributes["prediction_type"])):
         what += f"; denoised is not defined at step {', '.join(map(str, calls))}, where there is no signal"
     tally = Tally("schedule", what, 1e-4, conditions(run))
     if (named := config.get("_class_name", type(scheduler).__name__)) != type(scheduler).__name__:
         tally.fail(f"its config is of {shown(named)}")
-    kind, options = SCHEDULERS.get(asked.scheduler, (type(scheduler).__name__, {}))
+    sampler, own = asked.sampler
+    kind, options = SCHEDULERS.get(sampler, (type(scheduler).__name__, {}))
     if type(scheduler).__name__ != kind:
-        tally.fail(f"{type(scheduler).__name__} was recorded, {asked.scheduler} was asked for")
-    for name, value in {**options, **asked.scheduler_options}.items():
+        tally.fail(f"{type(scheduler).__name__} was recorded, {sampler} was asked for")
+    for name, value in {**options, **own}.items():
         if (list(value) if isinstance(value, tuple) else value) != config.get(name):
             tally.fail(f"{name} is {config.get(name)!r}, {value!r} was asked for")
     convention = "variance_exploding" if schedule.variance_exploding else "variance_preserving"
     for name, expected in (("latent_convention", convention), ("prediction_type", scheduler.config.prediction_type)):
         if run.attributes[name] != expected:
             tally.fail(f"{name} is {run.attributes[name]}, the scheduler's is {expected}")
-    set_steps(scheduler, asked.steps)
+    if isinstance(asked, Experiment):
+        set_steps(scheduler, asked.steps)
     table = [float(s) for s in getattr(scheduler, "sigmas", schedule.sigmas)]
     wanted = {"step": range(len(schedule.timesteps)), "timestep": schedule.timesteps, "sigma": schedule.sigmas, "alpha_bar": schedule.alpha_bars}
     for name, values in {**wanted, "latents/scheduler_sigmas": table}.items():
@@ -222,20 +227,20 @@ def check_schedule(run: Run) -> Check:
 
 def check_guidance(run: Run) -> Check:
     """uncond + s (cond - uncond), computed with torch in the run's number format."""
-    asked, rule = run.experiment, run.attributes.guidance_rule
+    (scale, rescale), rule = run.recipe.guidance, run.attributes.guidance_rule
     if rule is not None and rule not in GUIDANCE_RULES:
         return Check("guidance", "not checked", f"this version does not know the rule {rule}")
     what = "no guidance: the scheduler got the conditional prediction"
-    if asked.guidance_scale > 1:
-        rescaled = f", rescaled by {asked.guidance_rescale:g}" if asked.guidance_rescale else ""
-        what = f"uncond + {asked.guidance_scale:g} (cond - uncond){rescaled}"
+    if scale > 1:
+        rescaled = f", rescaled by {rescale:g}" if rescale else ""
+        what = f"uncond + {scale:g} (cond - uncond){rescaled}"
     tally = Tally("guidance", what, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
     for index, step in enumerate(run.steps):
         given = run.prediction().isel(step=index).values
-        names = ("uncond", "cond") if asked.guidance_scale > 1 else ("cond",)
+        names = ("uncond", "cond") if scale > 1 else ("cond",)
         with torch.no_grad():
             branches = {branch: prediction_of(run, index, branch) for branch in names}
-            made = guided(branches, asked.guidance_scale, asked.guidance_rescale)
+            made = guided(branches, scale, rescale)
         tally.add(relative(numbers(made), given), f"step {step}{_image(numbers(made), given)}")
     return tally.check()
 
@@ -243,9 +248,9 @@ def check_guidance(run: Run) -> Check:
 def check_scheduler(run: Run) -> Check:
     """Every latent from the seed's noise and the recorded predictions."""
     how = f"{run.attributes['scheduler']['class']} replayed from the seed's noise"
-    if run.experiment.image is not None:
-        how += " in the picture's latents"
-    if "noising" in run.attributes:
+    if isinstance(run.recipe, Experiment):
+        how += " in the picture's latents" if run.recipe.image is not None else ""
+    else:
         how = "the seeds' noise in the picture's latents, at every timestep; nothing is denoised"
     tally = Tally("scheduler", how, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
     for call in replayed(run):

@@ -33,8 +33,9 @@ from probe.proof.map_checks import BOUND, ROUNDED, apart, head_statistics_of, mo
 from probe.proof.replay import Call, numbers, prediction_of, replayed, run_dtype, threads_of
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
+from probe.running.description import describe
 from probe.running.planning import replan
-from probe.running.recorder import describe, said_of_model
+from probe.running.recorder import said_of_model
 from probe.running.session import Session
 from probe.strict_yaml import first_line, shown
 from probe.watching.cost import Cost
@@ -51,7 +52,7 @@ OF_NORM = "of its norm"
 
 def model_of(run: Run, pipeline: Any | None = None) -> Family:
     """The model of a recording, loaded where it ran if this machine has such a device, or `pipeline`. Raises ModelError."""
-    asked = run.experiment
+    asked, (scheduler, options) = run.recipe, run.recipe.sampler
     if pipeline is None:
         kind = str(run.attributes["environment"]["device"])
         try:
@@ -61,8 +62,8 @@ def model_of(run: Run, pipeline: Any | None = None) -> Family:
         revision = run.attributes["model"].get("revision") or asked.revision
         dtype = str(run_dtype(run)).removeprefix("torch.")
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": device}
-        return load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
-    return family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
+        return load(asked.model, **where, scheduler=scheduler, options=options)
+    return family_of(pipeline, scheduler=scheduler, options=options)
 
 
 def check_model(run: Run, model: Family, steps: Sequence[int]) -> Iterator[Check]:
@@ -152,7 +153,7 @@ class Again:
         self.encode = Tally("encode", "the VAE's latents of the picture", self._allowed, because)
         if not because:
             self.maps.allowed, self.maps.because, self.maps.unit = 1.0, (ROUNDED,), BOUND
-        if run.experiment.capture.attention == "queries":
+        if run.recipe.capture.attention == "queries":
             self.maps.nothing = "queries are recorded, maps follow from them: see inside"
         self._store = ComparedStore(run, self._recorded, self._tally_of)
 
@@ -178,7 +179,7 @@ class Again:
             conditioning = session.begin()
             session.first = steps[0] if steps else -1
             yield self.text.check()
-            guidance = run.experiment.guidance_scale, run.experiment.guidance_rescale
+            guidance = run.recipe.guidance
             predict = self._model.predictor(conditioning, plan.rows.images, *guidance)
             for call in replayed(run, self._model.device):
                 if call.model_input is None:
@@ -221,7 +222,7 @@ class Again:
         kept = self._plan.kept
         if kept.end + 1 < kept.tokens:
             shares = np.concatenate([shares[: kept.end + 1], shares[kept.end + 1 :].sum(0, keepdims=True)])
-        mode = self._run.experiment.capture.attention
+        mode = self._run.recipe.capture.attention
         if mode == "queries":
             stored = self._recorded[f"{group}/query"].isel(step=step, layer=number).values  # (branch, image, head, key_feature, y, x)
             made = np.moveaxis(query, 0, 3).astype(stored.dtype)

@@ -18,9 +18,10 @@ import numpy as np
 import xarray as xr
 
 from probe.dimensions import FAMILIES, POOLED, TEXT_ENCODERS, ZEROED
+from probe.experiment import Experiment, load_experiment
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
-from probe.schema import BRANCHES, HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, Asked, array
+from probe.schema import HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, Asked, array
 from probe.words import spelt
 
 COMPONENT = re.compile(r"text_encoder(_[1-9])?|unet|vae")  # what runs: text encoders first, the VAE last
@@ -34,7 +35,7 @@ FIXED = {"moment": MOMENTS, "head_statistic": HEAD_STATISTICS, "statistic": STAT
 def expected_variables(run: Run) -> set[str]:
     """What the experiment of a recording asks for, by path; grids and self-attention layers are those that it has."""
     vae = run.attributes["model"]["f"] > 1
-    asked, found = Asked(run.experiment, "noising" in run.attributes, vae), dict(variables(run))
+    asked, found = Asked(run.recipe, vae), dict(variables(run))
     family = run.attributes.family
     encoders = TEXT_ENCODERS.get(family) or sorted({path.split("/")[1] for path in found if path.startswith("text/")})
     own = {path.split("/")[1]: None for path in found if path.startswith("self_attention/")}
@@ -65,10 +66,13 @@ def check_schema(run: Run) -> Check:
     problems += [problem for path, variable in found.items() for problem in _unlike_schema(run, path, variable)]
     if not problems:
         problems = list(_unlike_sizes(run, found))
-    identity, asked = run.experiment.identity(), run.attributes["experiment"]
-    if asked == run.experiment.resolved() and run.attributes["identity"] != identity:  # not of one with the fields of another version
+    asked = run.recipe
+    if "experiment" in run.attributes:  # so a noising of format 1 says what was asked, and takes its identity from it
+        asked = load_experiment(run.attributes["experiment"])
+    identity, written = asked.identity(), run.attributes["experiment" if isinstance(asked, Experiment) else "noising"]
+    if written == asked.resolved() and run.attributes["identity"] != identity:  # not of one with the fields of another version
         problems.append(f"the experiment is not the one that was recorded: its identity is {identity}, not {run.attributes['identity']}")
-    empty = ["uncond"] if run.attributes.family in ZEROED and not run.experiment.negative_prompt and run.experiment.guidance_scale > 1 else []
+    empty = ["uncond"] if run.attributes.family in ZEROED and run.recipe.texts.get("uncond") == "" else []
     if run.attributes.zeroed_branches not in ([], empty):
         problems.append(f"zeroed_branches is {run.attributes.zeroed_branches}, and only an empty negative prompt of SDXL may be zeros")
     if problems:
@@ -79,11 +83,11 @@ def check_schema(run: Run) -> Check:
 def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
     group, _, name = path.rpartition("/")
     try:
-        known = array(group, name, variable.shape)
+        known = replace(array(group, name, variable.shape), across=run.attributes.across)
         dims = known.dims
     except KeyError:
         return  # another writer's: `probe.proof.unknown` tells of it
-    dtype, storage = str(run.attributes["model"]["dtype"]), run.experiment.capture.dtype
+    dtype, storage = str(run.attributes["model"]["dtype"]), run.recipe.capture.dtype
     run_dtype = "float32" if dtype == "bfloat16" else dtype
     map_dtype = ("float16" if name == "query" else "uint8") if storage == "sqrt_u8" else storage
     upcast = group.startswith("vae/") and run.attributes.get("decoded_in_float32") is True and variable.attrs.get("recorded_dtype") == "float32"
@@ -101,7 +105,7 @@ def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
 
 
 def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
-    asked, f = run.experiment, int(run.attributes["model"]["f"])
+    asked, across, f = run.recipe, run.attributes.across, int(run.attributes["model"]["f"])
     latents = found["latents/latents"].sizes
     pixels = found["images/final"].sizes
     if (pixels["y"], pixels["x"]) != (f * latents["y"], f * latents["x"]):
@@ -109,8 +113,8 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
     if (asked.height or pixels["y"], asked.width or pixels["x"]) != (pixels["y"], pixels["x"]):
         yield f"pictures of {pixels['y']} x {pixels['x']} pixels; {asked.height} x {asked.width} was asked for"
     for path, variable in found.items():
-        if variable.sizes.get("image", asked.images) != asked.images:
-            yield f"{path} holds {variable.sizes['image']} images, not {asked.images}"
+        if variable.sizes.get(across, asked.count) != asked.count:
+            yield f"{path} holds {variable.sizes[across]} {across}s, not {asked.count}"
         name = path.rpartition("/")[2]
         if name in FIXED and tuple(map(str, variable.values)) != FIXED[name]:
             yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(FIXED[name])}"
@@ -119,10 +123,10 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
     if not known or parts != sorted(set(parts)):
         yield f"cost/component is {', '.join(parts)}: text encoders, unet and vae, each once, belong there"
     calls = found["step"].size
-    if "decoded/decoded_step" in found and asked.decode_every:
-        wanted, there = sorted({*range(0, calls, asked.decode_every), calls - 1}), found["decoded/decoded_step"].values.tolist()
+    if "decoded/decoded_step" in found and asked.decoded_every:
+        wanted, there = sorted({*range(0, calls, asked.decoded_every), calls - 1}), found["decoded/decoded_step"].values.tolist()
         if there != wanted:
-            yield f"decoded/decoded_step is {', '.join(map(str, there[:8]))}; decode_every is {asked.decode_every}"
+            yield f"decoded/decoded_step is {', '.join(map(str, there[:8]))}; every {asked.decoded_every} steps were to be"
     for grid in run.grids:
         maps = next(found[f"attention/{grid}/{name}"].sizes for name in ("cross", "query") if f"attention/{grid}/{name}" in found)
         if f"{maps['y']}x{maps['x']}" != grid:
@@ -162,8 +166,8 @@ def check_labels(run: Run) -> Check:
 
 
 def _wrong_branches(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
-    asked = run.experiment
-    called = BRANCHES if asked.guidance_scale > 1 else ("cond",)
+    asked = run.recipe
+    called = tuple(asked.texts)
     kept = tuple(b for b in called if asked.capture.branches in ("both", b))
     for path, variable in found.items():
         if path.rpartition("/")[2] == "branch":
@@ -191,8 +195,7 @@ def _unlike_labels(here: Labels, there: Labels, group: str, other: str) -> Itera
 
 def _misread(run: Run) -> Iterator[str]:
     """What was read and what was cut follow from what was typed."""
-    asked = run.experiment
-    typed = {"cond": asked.prompt, "uncond": asked.negative_prompt}
+    asked, typed = run.recipe, run.attributes.texts
     for branch, read in run.attributes.read_as.items():
         if run.attributes.text_rules == 1 or branch not in typed or not _is_written_out(typed[branch], read):
             yield f"read_as: {read[:60]!r} is not how {typed.get(branch, '')[:60]!r} of {branch[:10]} is read"
@@ -324,7 +327,7 @@ def _decode(pieces: Sequence[str]) -> str:
 
 def _misplaced_layers(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
     """Layers run down, through the middle and up; a block's grid follows from its place; each was asked for, and is there once."""
-    asked = run.experiment.capture
+    asked = run.recipe.capture
     sizes = found["latents/latents"].sizes
     for kind, patterns in (("attention", asked.layers), ("self_attention", asked.self_attention)):
         grids = {path.split("/")[1]: [str(v) for v in found[path].values] for path in found if re.fullmatch(rf"{kind}/[^/]+/layer", path)}

@@ -6,6 +6,7 @@
     run.phrase("scuba diving", of="contribution")               # what was written there, not where was looked
     run.against_others(), run.mass(), run.counterfactual()
 
+Of a noising, `image` is `draw`: `images` and "image" in `over` then choose draws of noise.
 Each is a few lines over `probe.analysis`, where what is computed is described. What a method has no setting for is done with
 xarray: `.sel(image=0)`, `.mean("step")`.
 """
@@ -169,9 +170,7 @@ class Attention:
 
     def read_as(self, branch: str = "cond") -> str:
         """The prompt as the tokenizer got it: textual inversion writes a word once for each of its vectors."""
-        asked = self.attributes.experiment
-        typed = asked.prompt if branch_name(branch) == "cond" else asked.negative_prompt
-        return self.attributes.read_as.get(branch, typed)
+        return self.attributes.read_as.get(branch, self.attributes.texts[branch_name(branch)])
 
     # --- as few ---
 
@@ -203,8 +202,10 @@ class Attention:
         grid = None if grid is None else grid_size(grid)
         if not (patterns := texts("layers", layers)):
             raise _nothing("layers", layers)
-        numbers = {"head": heads, "image": images}
+        across = self.attributes.across
+        numbers = {"head": heads, across: images}
         maps = [self._chosen(name, paths, of, branch, steps, numbers) for name, paths in self._layers(patterns).items()]
+        over = [across if dim == "image" else dim for dim in texts("over", over)]
         return analysis.combined(maps, over, grid, method, weigh).rename(of)
 
     def word_maps(
@@ -260,7 +261,7 @@ class Attention:
         if np.isfinite(stored.values).all():
             return stored
         branch = str(maps["branch"].values[-1])
-        made = self.token_maps(branch=branch).mean("image", skipna=False).transpose("step", "token", "y", "x")
+        made = self.token_maps(branch=branch).mean(self.attributes.across, skipna=False).transpose("step", "token", "y", "x")
         return made.drop_vars([name for name, value in made.coords.items() if not set(value.dims) <= {"step", "token"}]).rename("overview")
 
     def word_overview(self) -> xr.DataArray:
@@ -314,10 +315,11 @@ class Attention:
         for dim, given in numbers.items():
             if given is None:
                 continue
-            wished = chosen(f"{dim}s", given, maps.sizes[dim])
+            setting = "heads" if dim == "head" else "images"
+            wished = chosen(setting, given, maps.sizes[dim])
             several = [*range(maps.sizes[dim])[wished]] if isinstance(wished, slice) else wished
             if not several:
-                raise _nothing(f"{dim}s", given)
+                raise _nothing(setting, given)
             if dim == "head":
                 self._check_heads(grid, "single heads were asked for")
             if wrong := [number for number in several if not 0 <= number < maps.sizes[dim]]:
@@ -332,7 +334,7 @@ class Attention:
     def _check_branch(self, branch: str, there: list[str]) -> None:
         if branch in there:
             return
-        guided = "" if self.attributes.experiment.guidance_scale > 1 else " and guidance_scale above 1"
+        guided = "" if self.attributes.is_guided else " and guidance_scale above 1"
         raise RecordingNotFound(f"{self.name} has no attention maps of the {branch} branch.", f"Record with capture.branches: both{guided}.")
 
     def _asking(self, text: str) -> str:

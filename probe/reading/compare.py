@@ -95,7 +95,7 @@ def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
 
 def compare(a: Run, b: Run) -> Comparison:
     """Compare everything that two recordings hold, some steps at a time, over the steps that both have committed."""
-    one, other = a.attributes["experiment"], b.attributes["experiment"]
+    one, other = ({"kind": run.kind, **run.attributes.recipe} for run in (a, b))
     ignored = ("name", "output", "durability", "device")
     asked = [f"{key}: {one.get(key)} and {other.get(key)}" for key in {**one, **other} if key not in ignored and one.get(key) != other.get(key)]
     first, second = _variables(a), _variables(b)

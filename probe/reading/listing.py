@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
+from probe.attributes import Attributes
 from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
 from probe.files import replace
 from probe.reading.files import GUARDED, MAX_PARTS, NO_LINK, NO_WAIT, READ, no_longer, opened, refuse
 from probe.reading.sample import cache_folder
 from probe.reading.untrusted import MAX_ROOT, check_attributes, read_root
+from probe.schema import counted
 from probe.system import lives, reading
 
 MANY, MAX_ROW, MAX_INDEX = 200, 2**16, 2**28  # recordings for which an index is kept; bytes of a row in it, and of all
@@ -103,6 +105,18 @@ def root_attributes(path: Path) -> dict[str, Any]:
     """The attributes of a recording, from its root file alone. Raises RecordingNotFound or RecordingDamaged."""
     attributes: dict[str, Any] = read_root(Path(path))["attributes"]
     return attributes
+
+
+def picture_and_sampling(told: Attributes) -> tuple[str, str]:
+    """What a recording began from, if it was a picture, and how it went on."""
+    if told.kind == "noising" and (noising := told.noising) is not None:
+        often = f"{counted(len(noising.timesteps), 'timestep')}, {counted(noising.noises, 'draw')} of noise"
+        return noising.picture or "", f"no sampling: noised at {often}, seed {noising.seed}"
+    asked = told.experiment
+    assert asked is not None
+    guidance = f", guidance {asked.guidance_scale:g}" if asked.guidance_scale > 1 else ""
+    strength = f", strength {asked.strength:g}" if asked.image else ""
+    return asked.image or "", f"{told.scheduler.kind}, {counted(asked.steps, 'step')}{guidance}, seed {asked.seed}{strength}"
 
 
 def status_of(attributes: dict[str, Any]) -> str:

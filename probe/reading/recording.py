@@ -34,13 +34,14 @@ from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.experiment import Experiment, load_experiment
 from probe.fields import place
 from probe.files import check_place, storing
+from probe.noising_recipe import Noising, load_noising
 from probe.public import warn_renamed
 from probe.reading import archives, sample
 from probe.reading.attention import Attention, Indices, places
 from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
-from probe.reading.listing import list_runs, recordings_in, root_attributes, status_of
-from probe.schema import counted, near
+from probe.reading.listing import list_runs, picture_and_sampling, recordings_in, root_attributes, status_of
+from probe.schema import near
 from probe.strict_yaml import printable
 from probe.system import exists
 
@@ -84,11 +85,33 @@ class Run(Attention):
 
     @functools.cached_property
     def experiment(self) -> Experiment:
-        """What was asked."""
+        """What a generation was asked for. Raise RecordingNotFound for a noising: it has `run.noising`."""
+        if self.kind != "generation":
+            raise RecordingNotFound(f"{self.name} is a {self.kind}, and has no experiment.", f"Read run.{self.kind}.")
         try:
             return load_experiment(self.attributes["experiment"])
         except ExperimentError as error:
             raise refuse(self.path, f"its experiment is none of this version ({error.cause})") from error
+
+    @functools.cached_property
+    def noising(self) -> Noising:
+        """What a noising was asked for. Raise RecordingNotFound for a generation: it has `run.experiment`."""
+        if self.kind != "noising":
+            raise RecordingNotFound(f"{self.name} is no noising.", "Read run.experiment.")
+        try:
+            return load_noising(self.attributes["noising"])
+        except ExperimentError as error:
+            raise refuse(self.path, f"its noising is none of this version ({error.cause})") from error
+
+    @property
+    def recipe(self) -> Experiment | Noising:
+        """What was asked: `experiment` of a generation, `noising` of a noising."""
+        return self.noising if self.kind == "noising" else self.experiment
+
+    @property
+    def kind(self) -> str:
+        """What was done: generation or noising."""
+        return self.attributes.kind
 
     @property
     def name(self) -> str:
@@ -123,10 +146,10 @@ class Run(Attention):
             raise ExperimentError(f"{self.name} is in files already: {self.path}", "Copy that folder.")
         if not isinstance(path, str | os.PathLike) or Path(path).suffix != ".zarr":
             raise ExperimentError(f"path is {told(path)}, which is no name of a recording.", 'Let it end in .zarr: run.save("runs/mine.zarr").')
-        target, noising = place(str(path)), self.attributes.noising is not None
+        target, noising = place(str(path)), self.kind == "noising"
         with cleanly(), storing(target):
             check_place(target.parent)
-            self.memory.save(target, self.experiment.durability, lambda new: save_sheet(Run(new)) if noising else save(Run(new)))
+            self.memory.save(target, self.recipe.durability, lambda new: save_sheet(Run(new)) if noising else save(Run(new)))
         return Run(target)
 
     def variable(self, path: str) -> xr.DataArray:
@@ -142,7 +165,7 @@ class Run(Attention):
 
     @property
     def latents(self) -> xr.DataArray:
-        """What went into each call. *Shape:* (step, image, channel, y, x)."""
+        """What went into each call. *Shape:* (step, image, channel, y, x); of a noising, `draw` in the place of `image`."""
         return self._latent("latents")
 
     def prediction(self, branch: str | None = None) -> xr.DataArray:
@@ -201,7 +224,7 @@ class Run(Attention):
 
     @property
     def images(self) -> xr.DataArray:
-        """The finished pictures. *Shape:* (image, y, x, rgb) uint8."""
+        """The finished pictures. *Shape:* (image, y, x, rgb) uint8; of a noising (draw, y, x, rgb), its round trip."""
         return self.variable("images/final")
 
     @property
@@ -266,19 +289,12 @@ class Run(Attention):
     def summary(self) -> dict[str, str]:
         """The run in a few labelled words."""
         told = self.attributes
-        asked, model = told.experiment, told.model
-        guidance = f", guidance {asked.guidance_scale:g}" if asked.guidance_scale > 1 else ""
-        sampling = f"{told.scheduler.kind}, {counted(asked.steps, 'step')}{guidance}, seed {asked.seed}"
-        if asked.image:
-            sampling += f", strength {asked.strength:g}"
-        if told.noising is not None:
-            often = f"{counted(asked.steps, 'timestep')}, {counted(asked.images, 'draw')} of noise"
-            sampling = f"no sampling: noised at {often}, seed {asked.seed}"
+        model, (picture, sampling) = told.model, picture_and_sampling(told)
         lines = {
-            "prompt": asked.prompt,
-            "negative prompt": asked.negative_prompt,
+            "prompt": told.texts["cond"],
+            "negative prompt": told.texts["uncond"],
             "model": f"{model.name} ({model.dtype}, {told.environment.device})",
-            "picture": (told.noising and told.noising.picture) or asked.image or "",
+            "picture": picture,
             "sampling": sampling,
             "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} model calls",
             "not finite": ", ".join(f"{count} values of {name}, shown as 0" for name, count in told.decoded_not_finite.items()),

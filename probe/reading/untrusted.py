@@ -12,14 +12,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from probe.attributes import problem_of
+from probe.attributes import kind_of, problem_of
 from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.reading.files import entry_is_link, no_longer, parse_json, read_file, read_json, refuse, refuse_link
 from probe.schema import FORMATS_READ, array
@@ -101,6 +101,7 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
 
     A variable that the schema does not know, of a newer version perhaps, may be there if it is harmless.
     """
+    noising = kind_of(root["attributes"]) == "noising"
     block = root.get("consolidated_metadata")
     nodes = block.get("metadata") if isinstance(block, dict) and block.get("kind") == "inline" else None
     if not isinstance(nodes, dict):
@@ -126,7 +127,7 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
         if node.get("node_type") == "group":
             groups.append(name)
         else:
-            arrays[name] = stored = _stored(path, name, node)
+            arrays[name] = stored = _stored(path, name, node, noising)
             labels += prod(stored.shape) if stored.is_labels else 0
             if labels > MAX_ALL_LABELS:
                 raise refuse(path, f"it has more than {MAX_ALL_LABELS} labels")
@@ -150,7 +151,7 @@ def _no_links(path: Path, group: str) -> None:
                 raise refuse(path, f"{printable(name)} is a pipe or a device")
 
 
-def _stored(path: Path, name: str, node: dict[str, Any]) -> Stored:
+def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Stored:
     def no(what: str) -> NoReturn:
         raise refuse(path, f"{name} {what}")
 
@@ -163,6 +164,8 @@ def _stored(path: Path, name: str, node: dict[str, Any]) -> Stored:
     if keys != {"name": "default", "configuration": {"separator": "."}} or not isinstance(grid, dict) or grid.get("name") != "regular":
         no("is not laid out as recordings are")
     shape, dims = _sizes(node.get("shape"), least=0), node.get("dimension_names") or []
+    if noising and isinstance(dims, list):  # format 1 called draws of noise images
+        dims = ["draw" if dim == "image" else dim for dim in dims]
     chunks = _sizes((grid.get("configuration") or {}).get("chunk_shape"))
     if shape is None or chunks is None or len(shape) != len(chunks):
         no("has no shape, or its chunks have none")
@@ -184,7 +187,7 @@ def _stored(path: Path, name: str, node: dict[str, Any]) -> Stored:
         no("is described with characters that hide what they say")
     group, _, last = name.rpartition("/")
     try:
-        known = array(group, last, shape)
+        known = replace(array(group, last, shape), across="draw" if noising else "image")
         allowed = KINDS.get(known.variable.dtype, (known.variable.dtype,))
         if known.dims != tuple(dims) or kind not in allowed:
             no(f"is {kind} ({', '.join(dims)}), and not {' or '.join(allowed)} ({', '.join(known.dims)})")

@@ -69,7 +69,7 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
     total = np.zeros((largest.sizes["step"], *size), np.float32)
     for maps in grids.values():
         for index in range(len(total)):
-            one = maps.isel(step=index, token=tokens).sum("token").mean(("image", "head")).sum("layer")
+            one = maps.isel(step=index, token=tokens).sum("token").mean((run.attributes.across, "head")).sum("layer")
             total[index] += resize(one.transpose("y", "x").values, size)
     layers = sum(maps.sizes["layer"] for maps in grids.values())
     sigma = run.variable("sigma").sel(step=largest["step"])
@@ -88,13 +88,13 @@ def _read(run: Run, context: str, pipeline: Any | None) -> tuple[Family, Tokens]
         raise RecordingNotFound(f"{run.name} holds no queries to ask.", "Record with capture.attention: queries.")
     if "cond" not in run.variable(f"attention/{grids[0]}/branch").values:
         raise RecordingNotFound(f"{run.name} holds no queries of the cond branch.", "Record with capture.branches: cond or both.")
-    asked = run.experiment
+    asked, (scheduler, options) = run.recipe, run.recipe.sampler
     if pipeline is not None:
-        model = family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
+        model = family_of(pipeline, scheduler=scheduler, options=options)
     else:
         revision = run.attributes["model"]["revision"] or asked.revision  # a name like main may have moved on since
         where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": run.attributes["model"]["dtype"], "device": "cpu"}
-        model = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
+        model = load(asked.model, **where, scheduler=scheduler, options=options)
     if model.digest() != run.attributes["model"]["weights"]:
         raise ModelError(f"{run.name} was recorded with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
     return model, model.tokens(context, asked.over_long)

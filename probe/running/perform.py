@@ -12,6 +12,7 @@ from probe.diffusion.family import Conditioning, Family, Predictions
 from probe.diffusion.sampling import Step, arranged, denoise
 from probe.diffusion.schedule import Schedule, fresh
 from probe.diffusion.start import memory_formats
+from probe.noising_recipe import Noising
 from probe.running.session import Say, Session, StepStore
 from probe.watching.interface import Plan
 from probe.watching.source import Noised, Source
@@ -22,7 +23,7 @@ SAMPLING = "steps guidance_scale guidance_rescale eta seed images height width".
 
 def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bool) -> None:
     """Do what a plan says, and write it down; steps that `writer` has already are replayed, not predicted again."""
-    noising, final = plan.masks is not None, None
+    noising, final = isinstance(plan.recipe, Noising), None
     with Session(model, plan, writer, say) as session:
         conditioning = session.begin()
         steps = noised_steps(model, conditioning, plan) if noising else denoised_steps(model, conditioning, plan, writer)
@@ -59,7 +60,7 @@ def noised_steps(model: Family, conditioning: Conditioning, plan: Plan) -> Itera
 def ask_noised(model: Family, conditioning: Conditioning, schedule: Schedule, clean: torch.Tensor, noise: torch.Tensor) -> Iterator[Step]:
     """Ask the model about latents with known noise in them, at each timestep on its own: nothing is denoised.
 
-    *Shape:* clean and noise (image, channel, y, x). The `next_latents` of every step are the clean ones.
+    *Shape:* clean and noise (draw, channel, y, x). The `next_latents` of every step are the clean ones.
     """
     scheduler, images = fresh(model.scheduler), len(clean)
     predict = model.predictor(conditioning, images)
@@ -73,7 +74,7 @@ def ask_noised(model: Family, conditioning: Conditioning, schedule: Schedule, cl
 
 def _recorded(writer: StepStore, plan: Plan, model: Family) -> Iterator[Predictions]:
     """The predictions of the steps that were committed before."""
-    how, stop = memory_formats(writer.attributes)["prediction"], plan.experiment.on_nan == "stop"
+    how, stop = memory_formats(writer.attributes)["prediction"], plan.recipe.on_nan == "stop"
 
     def read(name: str, index: int) -> torch.Tensor:
         value = torch.from_numpy(read_step(writer, f"latents/{name}", index, stop))

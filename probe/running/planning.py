@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from probe.diffusion.schedule import Schedule, first_call
 from probe.diffusion.schedule_check import held_schedule, recorded_schedule, remarks
 from probe.diffusion.support import refuse_pictures
 from probe.errors import ExperimentError, TooLarge
-from probe.experiment import Experiment, load_experiment
+from probe.experiment import Experiment, Recipe
 from probe.files import check_place
+from probe.noising_recipe import Noising, load_recipe
 from probe.reading.recording import Run
-from probe.schema import BRANCHES
-from probe.source import read_picture
+from probe.source import checked_masks, checked_picture, read_masks, read_picture
 from probe.store import room
 from probe.strict_yaml import first_line
 from probe.watching.cost import Cost
@@ -35,14 +35,14 @@ from probe.watching.labels import GridLabels
 from probe.watching.latents import Latents, Levels
 from probe.watching.outputs import TextOutputs, UnetOutputs, VaeOutputs
 from probe.watching.queries import Queries
-from probe.watching.rehearsal import rehearse
+from probe.watching.rehearsal import Rehearsal, rehearse
 from probe.watching.selection import attention_layers
 from probe.watching.self_attention import SelfAttention
 from probe.watching.source import Noised, Source
 from probe.watching.sums import Sums
 from probe.watching.text_encoder import TextEncoder
 from probe.watching.text_side import TextSide
-from probe.words import RULES
+from probe.words import RULES, occurrences, word_spans
 
 
 def _always(_: Plan) -> bool:
@@ -50,26 +50,26 @@ def _always(_: Plan) -> bool:
 
 
 def _attends(*modes: str) -> Callable[[Plan], bool]:
-    return lambda plan: bool(plan.layers) and plan.experiment.capture.attention in (modes or ("maps", "queries", "summary"))
+    return lambda plan: bool(plan.layers) and plan.recipe.capture.attention in (modes or ("maps", "queries", "summary"))
 
 
 # Every capture, in the order in which they are asked, and when a run has it.
 CAPTURES: tuple[tuple[Callable[..., Capture], Callable[[Plan], bool]], ...] = (
     (Levels, _always),
     (Latents, _always),
-    (Source, lambda plan: plan.picture is not None and plan.masks is None),
+    (Source, lambda plan: plan.picture is not None and isinstance(plan.recipe, Experiment)),
     (Decoded, _always),
-    (Noised, lambda plan: plan.masks is not None),
-    (TextEncoder, lambda plan: plan.experiment.capture.text),
-    (TextOutputs, lambda plan: bool(plan.experiment.capture.activations)),
+    (Noised, lambda plan: isinstance(plan.recipe, Noising)),
+    (TextEncoder, lambda plan: plan.recipe.capture.text),
+    (TextOutputs, lambda plan: bool(plan.recipe.capture.activations)),
     (GridLabels, _attends()),
     (CrossAttention, _attends("maps")),
     (HeadSummary, _attends("summary")),
     (Queries, _attends("queries")),
     (TextSide, _attends()),
     (SelfAttention, lambda plan: bool(plan.self_layers)),
-    (UnetOutputs, lambda plan: plan.experiment.capture.statistics or bool(plan.experiment.capture.activations)),
-    (VaeOutputs, lambda plan: plan.experiment.capture.statistics or bool(plan.experiment.capture.activations)),
+    (UnetOutputs, lambda plan: plan.recipe.capture.statistics or bool(plan.recipe.capture.activations)),
+    (VaeOutputs, lambda plan: plan.recipe.capture.statistics or bool(plan.recipe.capture.activations)),
     (Counterfactual, lambda plan: bool(plan.words)),
     (Sums, _attends()),
     (Cost, _always),
@@ -111,70 +111,139 @@ def size_text(n: float) -> str:
     return f"{n:.1f} TB"
 
 
+@dataclass(frozen=True)
+class Course:
+    """What the steps of a recipe are: the noise levels, and what they begin from.
+
+    `begin` is the first of the scheduler's calls. `size` is (y, x) in pixels, None where the recipe has none.
+    """
+
+    schedule: Schedule
+    size: tuple[int | None, int | None]
+    picture: np.ndarray | None = None
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    begin: int = 0
+    remarks: tuple[str, ...] = ()
+
+
 def plan(
     model: Family,
-    experiment: Experiment,
+    recipe: Recipe,
     picture: np.ndarray | None = None,
+    masks: Mapping[str, np.ndarray] | None = None,
+    *,
     schedule: Schedule | None = None,
     rules: int = RULES,
-    masks: dict[str, np.ndarray] | None = None,
 ) -> Plan:
-    """Settle what a run of `experiment` on `model` records. Raises ExperimentError or PromptError if it cannot be.
+    """Settle what a recipe records of `model`. Raise ExperimentError or PromptError if it cannot be.
 
-    A recording's `picture` is taken instead of reading `experiment.image`; `rules` read its text. Without a `schedule`, it is the
-    scheduler's, held against what that does. With `masks`, if only {}, it is a noising.
+    A `picture` and `masks`, (y, x) by word, take the place of the recipe's files. `schedule` and `rules` of text are
+    those of a recording. Without a `schedule`, the scheduler's is held against what it does.
     """
-    capture = experiment.capture
-    if experiment.image is not None or masks is not None:
-        refuse_pictures(model)
-    called = BRANCHES if experiment.guidance_scale > 1.0 else ("cond",)
-    texts = {"cond": experiment.prompt, "uncond": experiment.negative_prompt}
-    read = {branch: model.tokens(texts[branch], experiment.over_long, rules) for branch in called}
+    course = course_of(model, recipe, picture, masks, schedule)
+    capture, texts = recipe.capture, recipe.texts
+    read = {branch: model.tokens(text, recipe.over_long, rules) for branch, text in texts.items()}
     prompts = {branch: next(iter(tokens.values())) for branch, tokens in read.items()}
-    branches = tuple(b for b in called if capture.branches in ("both", b))
+    branches = tuple(branch for branch in texts if capture.branches in ("both", branch))
     if not branches:
         raise ExperimentError(
-            f"capture.branches: there is no unconditional branch at guidance_scale {experiment.guidance_scale:g}.",
+            f"capture.branches: there is no unconditional branch at guidance_scale {recipe.guidance[0]:g}.",
             "Use a guidance_scale above 1, or capture.branches: cond.",
         )
-    latent_shape = model.latent_shape(experiment.images, experiment.height, experiment.width)
-    tokens = int(prompts["cond"].ids.shape[1])
-    if experiment.image is not None and picture is None:
-        picture = read_picture(experiment.image, latent_shape[2] * model.f, latent_shape[3] * model.f)
-    begin = 0 if experiment.image is None else first_call(model.scheduler, experiment.steps, experiment.strength)
-    schedule = schedule or held_schedule(model, experiment, begin)
-    calls = len(schedule.timesteps)
+    latent_shape = model.latent_shape(recipe.count, *course.size)
+    tokens, calls = int(prompts["cond"].ids.shape[1]), len(course.schedule.timesteps)
+    rehearsal = _rehearsed(model, latent_shape, len(texts), tokens)
+    model.check_reading(read)
+    kept = Kept(tokens - 1 if capture.tokens == "all" or capture.attention == "queries" else max(prompts[b].end for b in branches), tokens)
+    every = recipe.decoded_every
+    facts = Plan(
+        recipe=recipe,
+        tokens=read,
+        schedule=course.schedule,
+        rehearsal=rehearsal,
+        latent_shape=latent_shape,
+        rows=Rows(tuple(texts), branches, recipe.count),
+        kept=kept,
+        layers=attention_layers(rehearsal.grids, capture.layers) if capture.attention != "off" else {},
+        self_layers=attention_layers(rehearsal.self_grids, capture.self_attention, "self_attention"),
+        words=chosen_words(prompts["cond"], capture.counterfactual),
+        recorded=capture.steps_of(calls),
+        decoded=tuple(sorted({*range(0, calls, every), calls - 1})) if every else (),
+        picture=course.picture,
+        masks=course.masks,
+        zeroed_branches=tuple(branch for branch in texts if not model.reads(read[branch], branch)),
+        remarks=(*remarks(model, course.schedule, course.begin), *_unlike_places(read), *course.remarks),
+    )
+    return replace(facts, captures=tuple(_captures(model, facts)))
+
+
+def course_of(
+    model: Family,
+    recipe: Recipe,
+    picture: np.ndarray | None = None,
+    masks: Mapping[str, np.ndarray] | None = None,
+    schedule: Schedule | None = None,
+) -> Course:
+    """Return the noise levels of a recipe, and what it begins from."""
+    if isinstance(recipe, Noising):
+        return _noising_course(model, recipe, picture, masks)
+    assert isinstance(recipe, Experiment)
+    if recipe.image is not None:
+        refuse_pictures(model)
+        if picture is None:
+            picture = read_picture(recipe.image, *_pixels(model, recipe))
+    begin = 0 if recipe.image is None else first_call(model.scheduler, recipe.steps, recipe.strength)
+    schedule = schedule or held_schedule(model, recipe, begin)
+    return Course(schedule, (recipe.height, recipe.width), picture, begin=begin)
+
+
+def _noising_course(model: Family, noising: Noising, picture: np.ndarray | None, masks: Mapping[str, np.ndarray] | None) -> Course:
+    refuse_pictures(model)
+    most = int(model.scheduler.config.num_train_timesteps) - 1
+    if noising.timesteps[0] > most:
+        raise ExperimentError(f"timesteps: {noising.timesteps[0]} is beyond the timesteps of {model.name}.", f"It knows 0 to {most}.")
+    if noising.capture.branches == "uncond":
+        raise ExperimentError("capture.branches: a noising has no unconditional branch.", "Leave the caption empty instead.")
+    if picture is not None:
+        picture = checked_picture(picture, _multiple(model))
+    elif noising.picture is None:
+        raise ExperimentError("picture: there is none.", "Name a PNG or JPEG file: --picture FILE.")
+    else:
+        picture = read_picture(noising.picture, *_pixels(model, noising), "picture")
+    size = int(picture.shape[0]), int(picture.shape[1])
+    held = read_masks(noising.masks, *size) if masks is None else checked_masks(masks, *size)
+    schedule = Schedule.at(model.scheduler, noising.timesteps)
+    return Course(schedule, size, picture, dict(held), remarks=_masks_of_no_word(held, noising.caption))
+
+
+def _pixels(model: Family, recipe: Recipe) -> tuple[int, int]:
+    """The height and width that a model draws."""
+    _, _, y, x = model.latent_shape(1, recipe.height, recipe.width)
+    return y * model.f, x * model.f
+
+
+def _multiple(model: Family) -> int:
+    """What a picture's height and width have to be multiples of."""
+    return int(model.f * 2 ** (len(model.unet.config.down_block_types) - 1))
+
+
+def _rehearsed(model: Family, latent_shape: tuple[int, int, int, int], branches: int, tokens: int) -> Rehearsal:
+    """One call without weights. Raise ExperimentError for a size that the model cannot run on."""
     try:
-        rehearsal = rehearse(model, latent_shape, len(called), tokens)
+        return rehearse(model, latent_shape, branches, tokens)
     except RuntimeError as problem:
         y, x = latent_shape[2] * model.f, latent_shape[3] * model.f
         raise ExperimentError(
             f"height, width: {model.name} cannot run on {y} x {x} pixels ({first_line(problem)[:120]}).",
-            f"Use multiples of {model.f * 2 ** (len(model.unet.config.down_block_types) - 1)}.",
+            f"Use multiples of {_multiple(model)}.",
         ) from problem
-    model.check_reading(read)
-    layers = attention_layers(rehearsal.grids, capture.layers) if capture.attention != "off" else {}
-    selves = attention_layers(rehearsal.self_grids, capture.self_attention, "self_attention")
-    kept = Kept(tokens - 1 if capture.tokens == "all" or capture.attention == "queries" else max(prompts[b].end for b in branches), tokens)
-    facts = Plan(
-        experiment=experiment,
-        tokens=read,
-        schedule=schedule,
-        rehearsal=rehearsal,
-        latent_shape=latent_shape,
-        rows=Rows(called, branches, latent_shape[0]),
-        kept=kept,
-        layers=layers,
-        self_layers=selves,
-        words=chosen_words(prompts["cond"], capture.counterfactual),
-        recorded=capture.steps_of(calls),
-        decoded=tuple(sorted({*range(0, calls, experiment.decode_every), calls - 1})) if experiment.decode_every else (),
-        picture=picture,
-        masks=masks,
-        zeroed_branches=tuple(branch for branch in called if not model.reads(read[branch], branch)),
-        remarks=(*remarks(model, schedule, begin), *_unlike_places(read)),
-    )
-    return replace(facts, captures=tuple(_captures(model, facts)))
+
+
+def _masks_of_no_word(masks: Mapping[str, np.ndarray], caption: str) -> tuple[str, ...]:
+    """What to say of masks whose words the caption does not have: one line, or none."""
+    words = [caption[start:end] for start, end in word_spans(caption)]
+    absent = [word for word in masks if not occurrences(word, words)]
+    return (f"Masks of what is not in the caption: {', '.join(absent)}. They are kept beside the picture.",) if absent else ()
 
 
 def _captures(model: Family, facts: Plan) -> Iterator[Capture]:
@@ -196,16 +265,12 @@ def _unlike_places(read: Mapping[str, Tokens]) -> tuple[str, ...]:
 def replan(model: Family, run: Run, **changes: Any) -> Plan:
     """The plan by which a recording was made, of whatever kind, with the picture and the masks that it holds.
 
-    `changes` are fields of the experiment that differ.
+    `changes` are fields of the recipe that differ.
     """
-    experiment = load_experiment(run.experiment, **changes)
-    picture = None if run.source is None else run.source.values
-    rules = int(run.attributes.get("text_rules", 1))
-    if picture is None or "noising" not in run.attributes:
-        made = plan(model, experiment, picture, recorded_schedule(model, experiment), rules)
-    else:
-        schedule = Schedule.at(model.scheduler, run.attributes["noising"]["timesteps"])
-        made = plan(model, experiment, picture, schedule, rules, recorded_masks(run))
+    recipe = load_recipe(run.recipe, **changes)
+    picture, masks = None if run.source is None else run.source.values, recorded_masks(run)
+    schedule = recorded_schedule(model, recipe) if isinstance(recipe, Experiment) else None
+    made = plan(model, recipe, picture, masks, schedule=schedule, rules=run.attributes.text_rules)
     return replace(made, format_version=run.attributes.recorded_format)
 
 

@@ -1,6 +1,7 @@
-"""Record a run, or go on with one that was interrupted.
+"""Record a run or a noising, or go on with a run that was interrupted.
 
     run = record("experiments/astronaut.yaml")                  # or an Experiment, or a dict of its fields
+    run = record(load_noising("experiments/noising.yaml"))      # or a Noising
     run = record(Experiment(prompt="a cat"), pipeline=pipe)     # an in-memory diffusers StableDiffusionPipeline
     run = resume(open_run("latest"))                            # the same bits as if it had never been interrupted
     again = rerun(run)                                          # recorded once more, from its own record
@@ -13,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import platform
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,84 +24,125 @@ import torch
 
 from probe import pictures
 from probe.arguments import check_options, told
-from probe.conversions import clipping, clipping_text
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family
 from probe.diffusion.loading import load, pick_device
 from probe.diffusion.support import remarks_on_version
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
-from probe.experiment import Experiment, load_experiment
+from probe.experiment import Experiment, Recipe
 from probe.fields import from_home, place
 from probe.files import storing
+from probe.noising_recipe import Noising, load_noising, load_recipe
+from probe.noising_sheet import save_sheet
 from probe.output import tell
 from probe.reading.compare import differing_conditions
 from probe.reading.memory import Memory, nowhere
 from probe.reading.recording import Run, with_files
 from probe.reading.sample import is_copy, place_beside
+from probe.running.description import describe
 from probe.running.perform import perform
-from probe.running.planning import check_size, free_room, plan, replan, size_text
+from probe.running.planning import check_size, free_room, plan, recorded_masks, replan, size_text
 from probe.running.session import Say
-from probe.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.stopping import breakable, cleanly
 from probe.store import MANIFEST, RunWriter
 from probe.strict_yaml import first_line, shown
 from probe.system import exists
 from probe.terminal import shell_path, without_home
 from probe.watching.interface import Plan
-from probe.words import RULES, read_plainly
+from probe.words import read_plainly
 
 LEVELS = ("step", "timestep", "sigma", "alpha_bar", "latents/scheduler_sigmas")
 RECORD_AGAIN = "Record it again: probe rerun."
 
 
 def record(
-    experiment: Experiment | str | Path | Mapping[str, Any],
+    recipe: Recipe | str | Path | Mapping[str, Any],
     pipeline: Any | None = None,
     *,
     max_bytes: int | None = None,
     progress: bool = True,
     **changes: Any,
 ) -> Run:
-    """Run an experiment, record it, and return the finished recording. `changes` are fields that differ from the experiment's.
+    """Do what a recipe asks, record it, and return the finished recording. `changes` are fields that differ from the recipe's.
 
-    `pipeline` is a diffusers StableDiffusionPipeline or StableDiffusionXLPipeline, or a `Family`, to use instead of loading
-    `experiment.model`; it stays on its own device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError
-    before anything is written, a RunFailed after (the recording then opens and holds every committed step).
+    A recipe is an Experiment or a Noising; a file, or a mapping of fields, is read as an Experiment. `pipeline` is a
+    diffusers StableDiffusionPipeline or StableDiffusionXLPipeline, or a `Family`, to use instead of loading `recipe.model`;
+    it stays on its own device and in its own dtype. Progress goes to stderr. Raises ProbeError: a UserError before anything
+    is written, a RunFailed after (the recording then opens and holds every committed step).
 
     With `output=None`, the recording is in memory and no file is written; `run.save(path)` writes it down. What a run that ends
     early had recorded is lost then.
     """
     in_files = changes.get("output", "") is not None
-    asked = load_experiment(experiment, **(changes if in_files else {**changes, "output": Experiment().output}))
-    max_bytes = check_options(max_bytes, progress=progress)
-    room, say = free_room(place(asked.output)) if in_files else None, sayer(progress)
-    with out_of_memory(asked):
-        model = model_for(asked, pipeline, say)
-        if pipeline is not None:
-            refuse_unread(asked.variant, asked.revision, model)
-            if asked.model not in (Experiment().model, model.name):
-                say(f"{asked.model} is not loaded: the pipeline that was given is {model.name}, and is recorded as that.")
-            asked = load_experiment(asked, model=model.name)
-        settled = plan(model, asked)
-        check_size(settled, max_bytes, room)
-        return _record(model, settled, say, progress, in_files=in_files)
+    asked = load_recipe(recipe, **(changes if in_files else {**changes, "output": Experiment().output}))
+    return _carried_out(asked, pipeline, max_bytes=check_options(max_bytes, progress=progress), progress=progress, in_files=in_files)
+
+
+def record_noising(
+    picture: str | Path | np.ndarray,
+    caption: str = "",
+    masks: Mapping[str, np.ndarray] | None = None,
+    *,
+    pipeline: Any | None = None,
+    max_bytes: int | None = None,
+    progress: bool = True,
+    sheet: bool = True,
+    **settings: Any,
+) -> Run:
+    """Noise a picture, record what the model says of it, and return the recording: `record` of a Noising, with arrays.
+
+    `picture` is a file, or (y, x, rgb) uint8 of a size that the model can work on; `masks` are (y, x) by word, of the picture's
+    size. `settings` are fields of `Noising`; `pipeline` is that of `record`. Raises as `record` does.
+    """
+    asked = load_noising({"caption": caption, **settings})
+    if not isinstance(picture, str | Path | np.ndarray):
+        raise ExperimentError(f"picture: a {type(picture).__name__} is neither a file nor an array.", "Give a path, or numpy.asarray(picture).")
+    most = check_options(max_bytes, progress=progress, sheet=sheet)
+    if isinstance(picture, str | Path):
+        asked, given = load_noising(asked, picture=str(picture)), None
+    else:
+        given = picture
+    return _carried_out(asked, pipeline, given, masks, max_bytes=most, progress=progress, sheet=sheet)
 
 
 def rerun(run: Run, pipeline: Any | None = None, *, output: str | Path | None = None, progress: bool = True) -> Run:
-    """Record a run again, from its own record: experiment, commit and number format of the weights, and picture.
+    """Record a run or a noising again, from its own record: recipe, commit and number format of the weights, and picture.
 
-    It is written beside the run, or into the folder `output`. Raises as `record` does. A noising has its own: `probe.noising.rerun_noising`.
+    It is written beside the run, or into the folder `output`. Raises as `record` does.
     """
-    asked = load_experiment(opened(run).experiment, output=str(output or place_beside(with_files(run).path)))
-    room, say = free_room(place(asked.output)), sayer(progress)
+    asked = load_recipe(opened(run).recipe, output=str(output or place_beside(with_files(run).path)))
+    picture = None if run.source is None else run.source.values
+    return _carried_out(asked, pipeline, picture, recorded_masks(run), progress=progress, parent=run)
+
+
+def _carried_out(
+    asked: Experiment | Noising,
+    pipeline: Any | None,
+    picture: np.ndarray | None = None,
+    masks: Mapping[str, np.ndarray] | None = None,
+    *,
+    max_bytes: int | None = None,
+    progress: bool = True,
+    sheet: bool = True,
+    parent: Run | None = None,
+    in_files: bool = True,
+) -> Run:
+    """Record a recipe, `parent`'s as it was recorded; without a `sheet`, no pictures for people are drawn."""
+    room, say = free_room(place(asked.output)) if in_files else None, sayer(progress)
     with out_of_memory(asked):
-        model = model_for(asked, pipeline, say, run)
-        weights = compare_weights(model, run, say)
-        if weights != run.attributes.model.weights and pipeline is not None:  # then they came from elsewhere
-            asked = load_experiment(asked, model=model.name, revision=model.revision, variant=None)
-        settled = plan(model, asked, None if run.source is None else run.source.values)
-        check_size(settled, None, room)
-        return _record(model, settled, say, progress, run.name, weights)
+        model, weights = model_for(asked, pipeline, say, parent), None
+        if parent is not None:
+            weights = compare_weights(model, parent, say)
+            if weights != parent.attributes.model.weights and pipeline is not None:  # then they came from elsewhere
+                asked = load_recipe(asked, model=model.name, revision=model.revision, variant=None)
+        elif pipeline is not None:
+            refuse_unread(asked.variant, asked.revision, model)
+            if asked.model not in (Experiment().model, model.name):
+                say(f"{asked.model} is not loaded: the pipeline that was given is {model.name}, and is recorded as that.")
+            asked = load_recipe(asked, model=model.name)
+        settled = plan(model, asked, picture, masks)
+        check_size(settled, max_bytes, room)
+        return _record(model, settled, say, progress, sheet, None if parent is None else parent.name, weights, in_files)
 
 
 def opened(run: object) -> Run:
@@ -121,31 +162,32 @@ def compare_weights(model: Family, run: Run, say: Say) -> str:
 
 def _record(
     model: Family,
-    run: Plan,
+    plan: Plan,
     say: Say,
     progress: bool,
+    sheet: bool = True,
     parent: str | None = None,
     weights: str | None = None,
     in_files: bool = True,
 ) -> Run:
-    asked, created = run.experiment, datetime.now(UTC).isoformat(timespec="milliseconds")
-    key = hashlib.sha256(json.dumps([asked.resolved(), created]).encode()).hexdigest()[:8]
-    name = f"{asked.run_name}-{key}"
+    asked, created = plan.recipe, datetime.now(UTC).isoformat(timespec="milliseconds")
+    content = json.dumps([asked.resolved(), created]).encode() + (b"" if plan.picture is None else plan.picture.tobytes())
+    name = f"{asked.run_name}-{hashlib.sha256(content).hexdigest()[:8]}"
     path = place(asked.output) / f"{name}.zarr"
-    attributes = {**describe(model, run, weights), "created": created, "parent_run": parent}
-    if plainly := read_plainly([prompt.text for prompt in run.prompts.values()]):
+    attributes = {**describe(model, plan, weights), "created": created, "parent_run": parent}
+    if plainly := read_plainly([prompt.text for prompt in plan.prompts.values()]):
         say(plainly)
     where = path if in_files else "memory"
-    say(f"Recording {run.calls} model calls to {where} (about {size_text(sum(run.forecast().values()))})")
-    for remark in (*remarks_on_version(), *run.remarks):
+    say(f"Recording {plan.calls} model calls to {where} (about {size_text(sum(plan.forecast().values()))})")
+    for remark in (*remarks_on_version(), *plan.remarks):
         say(remark)
     if not in_files:
-        memory = Memory(run.arrays, attributes)
-        perform(model, run, memory, say, progress)
+        memory = Memory(plan.arrays, attributes)
+        perform(model, plan, memory, say, progress)
         memory.complete()
         return Run(nowhere(name), memory)
-    with cleanly(), RunWriter(path, run.arrays, attributes, asked.durability) as writer:
-        _see_through(path, model, run, writer, say, progress)
+    with cleanly(), RunWriter(path, plan.arrays, attributes, asked.durability) as writer:
+        _see_through(path, model, plan, writer, say, progress, sheet)
     return Run(path)
 
 
@@ -167,7 +209,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
         return run
     if is_copy(run.path):
         raise ExperimentError(f"{run.name} is read from a copy of a zip file, and nothing is added to that.", "Unpack it, and resume the folder.")
-    if "noising" in run.attributes:
+    if run.kind == "noising":
         raise ExperimentError(f"{run.name} is a noising, and those are not resumed: each is short.", f"Record it again: probe rerun {run.name}.")
     asked = run.experiment
     with out_of_memory(asked):
@@ -226,7 +268,7 @@ def said_of_model(run: Run, here: Mapping[str, Any]) -> dict[str, tuple[Any, Any
     shared = [key for key in own if key in config and not key.startswith("_")]
     pairs |= {f"scheduler.config.{key}": (config[key], own[key]) for key in shared}
     pairs |= {f"model.{key}": (there["model"][key], here["model"][key]) for key in ("f", "scaling_factor") if key in there["model"]}
-    pairs["model.name"] = from_home(there["model"]["name"]), from_home(run.experiment.model)
+    pairs["model.name"] = from_home(there["model"]["name"]), from_home(run.recipe.model)
     return pairs
 
 
@@ -235,20 +277,21 @@ def sayer(progress: bool) -> Say:
     return (lambda line: tell(without_home(line))) if progress else (lambda _: None)
 
 
-def model_for(asked: Experiment, pipeline: Any | None, say: Say, recorded: Run | None = None) -> Family:
-    """The experiment's model, or that of a `pipeline` in memory, with the experiment's scheduler.
+def model_for(asked: Recipe, pipeline: Any | None, say: Say, recorded: Run | None = None) -> Family:
+    """The recipe's model, or that of a `pipeline` in memory, with the recipe's scheduler.
 
     Of a `recorded` run it is loaded as it was: its commit, where "main" may have moved on, and what an "auto" dtype became.
     """
+    scheduler, options = asked.sampler
     if pipeline is None:
         say(f"Loading {asked.model} ...")
         where: dict[str, Any] = {"revision": asked.revision, "variant": asked.variant, "dtype": asked.dtype, "device": asked.device}
         if recorded is not None:
             there = recorded.attributes.model
             where |= {"revision": there.revision or asked.revision, "dtype": there.dtype}
-        model: Family = load(asked.model, **where, scheduler=asked.scheduler, options=asked.scheduler_options)
+        model: Family = load(asked.model, **where, scheduler=scheduler, options=options)
     else:
-        model = family_of(pipeline, scheduler=asked.scheduler, options=asked.scheduler_options)
+        model = family_of(pipeline, scheduler=scheduler, options=options)
     if pipeline is not None:
         refuse_contradiction(asked.dtype, asked.device, model, recorded)
     return model
@@ -265,7 +308,7 @@ def refuse_contradiction(dtype: str, device: str, model: Family, recorded: Run |
     ):
         if differs:
             to = f'pipeline.to("{value}")' if field == "device" else f"pipeline.to(torch.{value})"
-            instead = f"leave {field} out" if recorded is None else f'record it anew: probe.record(run.experiment, pipeline, {field}="auto")'
+            instead = f"leave {field} out" if recorded is None else f'record it anew: probe.record(run.recipe, pipeline, {field}="auto")'
             raise ExperimentError(f"{field}: {value} is asked for, and the pipeline is {found}.", f"Bring it there, {to}, or {instead}.")
 
 
@@ -279,81 +322,23 @@ def refuse_unread(variant: str | None, revision: str | None, model: Family) -> N
             )
 
 
-def _see_through(path: Path, model: Family, run: Plan, writer: RunWriter, say: Say, progress: bool) -> None:
+def _see_through(path: Path, model: Family, plan: Plan, writer: RunWriter, say: Say, progress: bool, sheet: bool = True) -> None:
+    noising = isinstance(plan.recipe, Noising)
     try:
         with breakable():
-            perform(model, run, writer, say, progress)
-            with storing(path):
-                pictures.save(Run(path))
+            perform(model, plan, writer, say, progress)
+            if sheet:
+                with storing(path):
+                    save_sheet(Run(path)) if noising else pictures.save(Run(path))
             writer.complete()
     except BaseException:
-        say(f"The run ended early. What it had recorded is in {path}; go on with it: probe run --resume {shell_path(path)}")
+        go_on = "" if noising else f"; go on with it: probe run --resume {shell_path(path)}"
+        say(f"The run ended early. What it had recorded is in {path}{go_on}")
         raise
 
 
-def describe(model: Family, run: Plan, weights: str | None = None) -> dict[str, Any]:
-    """The recording's attributes: what was asked, of which model (`weights`: its digest, if it is known), and where it ran."""
-    import diffusers
-    import transformers
-
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "format_version": FORMAT_VERSION,
-        "format_status": FORMAT_STATUS,
-        "family": model.family,
-        "guidance_rule": model.guidance_rule(run.experiment.guidance_scale),
-        "experiment": run.experiment.resolved(),
-        "identity": run.experiment.identity(),
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-            "platform": platform.platform(terse=True),
-            "device": device.type,
-            "device_name": name,
-            "threads": torch.get_num_threads(),
-            "attention_backend": type(next(iter(model.unet.attn_processors.values()))).__name__,
-            "branches_batched": True,
-        },
-        "model": {
-            "name": model.name,
-            "revision": model.revision,
-            "f": model.f,
-            "scaling_factor": model.scaling_factor,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": weights or model.digest(),
-        },
-        "scheduler": {"class": type(model.scheduler).__name__, "config": scheduler_config(model.scheduler)},
-        "prediction_type": model.prediction_type,
-        "latent_convention": "variance_exploding" if run.schedule.variance_exploding else "variance_preserving",
-        "text_rules": RULES,
-        "read_as": {branch: prompt.read_as for branch, prompt in run.prompts.items() if prompt.read_as != prompt.text},
-        **_of_denoised(model, run),
-        "cut_from_prompt": {branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut},
-        **({"zeroed_branches": list(run.zeroed_branches)} if run.zeroed_branches else {}),
-        "decoded_in_float32": model.decoding_dtype == torch.float32 != model.dtype,
-    }
-
-
-def _of_denoised(model: Family, run: Plan) -> dict[str, Any]:
-    """Where denoised is not what the scheduler goes on with, and where it is not defined; nothing, in most runs."""
-    how = clipping(type(model.scheduler).__name__, model.scheduler.config)
-    undefined = list(run.schedule.undefined(model.prediction_type))
-    found: dict[str, Any] = {} if how is None else {"scheduler_clips": clipping_text(how)}
-    return {**found, **({"denoised_not_defined": undefined} if undefined else {})}
-
-
-def scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's settings. JSON has no infinity, which DPMSolverMultistepScheduler's are not without: as text, "-inf"."""
-    found: dict[str, Any] = json.loads(scheduler.to_json_string(), parse_constant=lambda word: str(float(word)))
-    return found
-
-
 @contextlib.contextmanager
-def out_of_memory(asked: Experiment) -> Iterator[None]:
+def out_of_memory(asked: Recipe) -> Iterator[None]:
     """torch's and numpy's three kinds of running out of memory, as one."""
     try:
         yield

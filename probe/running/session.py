@@ -26,7 +26,7 @@ from probe.diffusion.family import TEXT, Arguments, Conditioning, Family
 from probe.diffusion.parts import count_not_finite
 from probe.diffusion.sampling import Step
 from probe.errors import NotFinite, StoreError
-from probe.experiment import Experiment
+from probe.experiment import Recipe
 from probe.watching.hooks import Hooks
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, hooked
 from probe.watching.source import note_memory_format
@@ -70,7 +70,7 @@ class Session:
             for capture in readers if branch not in plan.zeroed_branches else ():
                 capture.expect(branch)
             arguments[branch] = self._model.encode_prompt(plan.tokens[branch], branch)
-            count_not_finite("text_encoder: its output", arguments[branch][TEXT], plan.experiment.on_nan)
+            count_not_finite("text_encoder: its output", arguments[branch][TEXT], plan.recipe.on_nan)
         self._hook(())
         for capture in plan.captures:
             capture.begin(self._store)
@@ -104,7 +104,7 @@ class Session:
             for path in found:
                 if path.startswith("latents/"):
                     name = path.removeprefix("latents/")
-                    check_finite(name, step.index, found[path], self._plan.experiment, step.latents.dtype)
+                    check_finite(name, step.index, found[path], self._plan.recipe, step.latents.dtype)
             return found
 
         self._store.write_step(step.index, ready, sum(tensor.nbytes for tensor in values.values()))
@@ -113,7 +113,7 @@ class Session:
 
     def replay(self, step: Step) -> None:
         """Pass a step that is recorded already. Raise StoreError if its latents come out otherwise than they were recorded."""
-        stop = self._plan.experiment.on_nan == "stop"
+        stop = self._plan.recipe.on_nan == "stop"
         recorded, replayed = read_step(self._store, "latents/latents", step.index, stop), as_numpy(step.latents)
         if not np.array_equal(recorded, replayed, equal_nan=True):
             off = float(np.nan_to_num(np.abs(recorded.astype(np.float64) - replayed), nan=np.inf).max())
@@ -128,7 +128,7 @@ class Session:
     def finish(self, latents: torch.Tensor) -> None:
         """Write what follows from the whole run: the picture, the VAE's inside, sums, cost. Raise NotFinite, StoreError."""
         self._store.flush()
-        check_finite("final_latents", self._plan.calls - 1, as_numpy(latents), self._plan.experiment, latents.dtype)
+        check_finite("final_latents", self._plan.calls - 1, as_numpy(latents), self._plan.recipe, latents.dtype)
         self._hook([capture for capture in self._plan.captures if capture.component in ("vae", "all")])
         for capture in self._plan.captures:
             if capture.finishing:
@@ -146,11 +146,11 @@ class Session:
         self._hooks.__enter__()
 
 
-def check_finite(name: str, step: int, value: np.ndarray, experiment: Experiment, dtype: torch.dtype) -> None:
+def check_finite(name: str, step: int, value: np.ndarray, recipe: Recipe, dtype: torch.dtype) -> None:
     """Raise NotFinite for a NaN or an infinity, unless they are to be recorded; `dtype` is the run's."""
-    if experiment.on_nan == "stop" and not np.isfinite(value).all():
+    if recipe.on_nan == "stop" and not np.isfinite(value).all():
         tries = ["--dtype float32"] * (dtype != torch.float32)
-        tries += ["a smaller guidance_scale"] * (experiment.guidance_scale > 1)
+        tries += ["a smaller guidance_scale"] * (recipe.guidance[0] > 1)
         raise NotFinite(
             f"{name} holds {'NaN' if np.isnan(value).any() else 'infinity'} at step {step}.",
             f"Try {' or '.join(tries) or 'another model'}; on_nan: record writes such values down instead of stopping.",

@@ -33,7 +33,7 @@ class CrossAttention(Capture):
     """
 
     def __init__(self, model: Family, plan: Plan):
-        self._plan, self._storage = plan, plan.experiment.capture.dtype
+        self._plan, self._storage = plan, plan.recipe.capture.dtype
         modules = cross_attention(model.unet)
         self._projections = Projections(modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens)
         self._planes: dict[Grid, torch.Tensor] = {}

@@ -68,7 +68,7 @@ class Decoded(Capture):
         return told
 
     def _count(self, path: str, what: str, pixels: torch.Tensor) -> None:
-        self.not_finite[path] += count_not_finite(what, pixels, self._plan.experiment.on_nan)
+        self.not_finite[path] += count_not_finite(what, pixels, self._plan.recipe.on_nan)
 
 
 def fit_preview(model: Family) -> tuple[np.ndarray, np.ndarray]:

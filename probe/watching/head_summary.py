@@ -21,7 +21,7 @@ class HeadSummary(Capture):
     """The mean maps (token, branch, image, layer, 1, y, x), their moments, and `HEAD_STATISTICS` of every head in float32."""
 
     def __init__(self, model: Family, plan: Plan):
-        self._plan, self._storage = plan, plan.experiment.capture.dtype
+        self._plan, self._storage = plan, plan.recipe.capture.dtype
         modules = cross_attention(model.unet)
         self._projections = Projections(modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens)
 

@@ -8,13 +8,15 @@ with one class, an entry in `probe.schema`, one line in `probe.running.planning.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
+from probe.experiment import Experiment, Recipe
+from probe.noising_recipe import Noising
 from probe.schema import FORMAT_VERSION, Array
 from probe.watching.hooks import Hooks, Watch
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from probe.diffusion.prompts import Prompt
     from probe.diffusion.sampling import Step
     from probe.diffusion.schedule import Schedule
-    from probe.experiment import Experiment
     from probe.watching.rehearsal import Rehearsal
 
 Grid = tuple[int, int]
@@ -134,12 +135,12 @@ class Plan:
 
     `tokens` are what each branch's text became, by text encoder. `layers` and `self_layers` are the recorded attention
     layers with their grids (y, x), in running order; `recorded` are the steps at which they are read, `decoded` those
-    whose latents are decoded. `picture` is what the run begins from, (y, x, rgb) uint8; a noising has `masks`, (y, x)
-    uint8 by word, if only {}. `words` are those to leave out, with their token positions. The texts of `zeroed_branches` are
+    whose latents are decoded. `picture` is what it begins from, (y, x, rgb) uint8; a noising may have `masks`, (y, x)
+    uint8 by word. `words` are those to leave out, with their token positions. The texts of `zeroed_branches` are
     read by no text encoder: the denoiser is given zeros. `format_version` is that of the recording.
     """
 
-    experiment: Experiment
+    recipe: Recipe
     tokens: dict[str, Tokens]
     schedule: Schedule
     rehearsal: Rehearsal
@@ -152,7 +153,7 @@ class Plan:
     recorded: tuple[int, ...]
     decoded: tuple[int, ...]
     picture: np.ndarray | None = None
-    masks: dict[str, np.ndarray] | None = None
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
     zeroed_branches: tuple[str, ...] = ()
     captures: tuple[Capture, ...] = field(default=(), repr=False)
     format_version: int = FORMAT_VERSION
@@ -162,6 +163,20 @@ class Plan:
     def prompts(self) -> dict[str, Prompt]:
         """Each branch's text as the first text encoder reads it."""
         return {branch: next(iter(tokens.values())) for branch, tokens in self.tokens.items()}
+
+    @property
+    def experiment(self) -> Experiment:
+        """What a generation was asked for. Raise TypeError for any other plan."""
+        if not isinstance(self.recipe, Experiment):
+            raise TypeError(f"a {self.recipe.kind} has no experiment")
+        return self.recipe
+
+    @property
+    def noising(self) -> Noising:
+        """What a noising was asked for. Raise TypeError for any other plan."""
+        if not isinstance(self.recipe, Noising):
+            raise TypeError(f"a {self.recipe.kind} is no noising")
+        return self.recipe
 
     @property
     def calls(self) -> int:
@@ -191,7 +206,8 @@ class Plan:
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
         """Every variable of the recording that its format has."""
-        specs = (spec for capture in self.captures for spec in capture.arrays())
+        across = self.recipe.across
+        specs = (replace(spec, across=across) for capture in self.captures for spec in capture.arrays())
         return tuple(spec for spec in specs if spec.variable.since <= self.format_version)
 
     def forecast(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ import torch
 from probe.diffusion.family import Family
 from probe.diffusion.sampling import Step
 from probe.diffusion.schedule import fresh, set_steps
+from probe.experiment import Experiment
 from probe.schema import Array, array
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
 
@@ -22,7 +23,8 @@ class Levels(Capture):
 
     def arrays(self) -> list[Array]:
         schedule, scheduler = self._plan.schedule, fresh(self._scheduler)
-        set_steps(scheduler, self._plan.experiment.steps)
+        if isinstance(self._plan.recipe, Experiment):
+            set_steps(scheduler, self._plan.recipe.steps)
         table = np.array([float(s) for s in getattr(scheduler, "sigmas", schedule.sigmas)])
         return [
             array("", "step", value=np.arange(self._plan.calls)),

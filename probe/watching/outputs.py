@@ -141,7 +141,7 @@ class TextOutputs(Capture):
 
 def outputs_of(model: Family, plan: Plan, component: str, replace: bool = False) -> ModuleOutputs:
     """The outputs of a component's modules that the experiment asks for."""
-    module, capture = model.components().get(component, nn.Module()), plan.experiment.capture
+    module, capture = model.components().get(component, nn.Module()), plan.recipe.capture
     statistics = statistic_paths(model, component, plan.rehearsal) if capture.statistics and component in ("unet", "vae") else []
     return ModuleOutputs(component, module, statistics, activation_paths(plan.rehearsal, capture.activations), replace)
 

@@ -25,7 +25,7 @@ class Queries(Capture):
     def __init__(self, model: Family, plan: Plan):
         self._plan = plan
         # A query is no probability: it has a sign and no bound, so sqrt_u8 cannot hold it.
-        self._dtype = torch.float32 if plan.experiment.capture.dtype == "float32" else torch.float16
+        self._dtype = torch.float32 if plan.recipe.capture.dtype == "float32" else torch.float16
         modules = cross_attention(model.unet)
         self._projections = Projections(modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens)
 

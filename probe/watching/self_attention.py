@@ -20,7 +20,7 @@ class SelfAttention(Capture):
     """Maps (branch, image, layer, head, y, x, key_y, key_x) in the storage dtype: softmax over keys of q k^T / sqrt(d)."""
 
     def __init__(self, model: Family, plan: Plan):
-        self._plan, self._storage = plan, plan.experiment.capture.dtype
+        self._plan, self._storage = plan, plan.recipe.capture.dtype
         self._projections = Projections(self_attention(model.unet), plan.self_layers, plan.rows, self._shapes, self._read)
 
     def arrays(self) -> list[Array]:

@@ -45,7 +45,7 @@ class Source(Capture):
 class Noised(Capture):
     """A noising's picture, masks and noise, and at each timestep what the prediction is worth.
 
-    `clean` is the mean of the VAE's posterior, in latents, for each draw of `noise`. *Shape:* each (image, channel, y, x).
+    `clean` is the mean of the VAE's posterior, in latents, for each draw of `noise`. *Shape:* each (draw, channel, y, x).
     """
 
     component = ""
@@ -71,7 +71,7 @@ class Noised(Capture):
 
     def begin(self, store: Store) -> None:
         assert self._plan.picture is not None
-        self.clean, self.noise = noised(self._model, self._plan.picture, self._plan.rows.images, self._plan.experiment.seed)
+        self.clean, self.noise = noised(self._model, self._plan.picture, self._plan.rows.images, self._plan.recipe.seed)
         store.write("forward/clean", as_numpy(self.clean))
         store.write("forward/noise", as_numpy(self.noise))
         note_memory_format("clean", self.clean, store)
@@ -108,7 +108,7 @@ def source_arrays(model: Family, plan: Plan) -> list[Array]:
 def noised(model: Family, picture: np.ndarray, noises: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A picture's mean latents, once for each draw of noise, and the draws, seeded `seed`, `seed + 1`, ...
 
-    *Shape:* picture (y, x, rgb) uint8; each result (image, channel, y, x).
+    *Shape:* picture (y, x, rgb) uint8; each result (draw, channel, y, x).
     """
     clean = model.encode_picture(picture).repeat(noises, 1, 1, 1)
     return clean, model.begin(seeded(seed, noises), *picture.shape[:2])

@@ -23,7 +23,7 @@ class Sums(Capture):
     component, finishing = "", "Summing up the attention maps"
 
     def __init__(self, model: Family, plan: Plan):
-        self._plan, self._mode = plan, plan.experiment.capture.attention
+        self._plan, self._mode = plan, plan.recipe.capture.attention
 
     def arrays(self) -> list[Array]:
         found = [array(grid_group(grid), "time_sum", self._shape(grid)) for grid in self._plan.grids]
@@ -58,7 +58,7 @@ class Sums(Capture):
         return []
 
     def _maps(self, store: Store, grid: Grid, index: int) -> np.ndarray:
-        group, stop = grid_group(grid), self._plan.experiment.on_nan == "stop"
+        group, stop = grid_group(grid), self._plan.recipe.on_nan == "stop"
         if self._mode == "queries":
             return maps_of(read_step(store, f"{group}/query", index, stop), store.read(f"{group}/key"))
         return probabilities(read_step(store, f"{group}/cross", index, stop))

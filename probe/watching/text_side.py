@@ -28,7 +28,7 @@ class TextSide(Capture):
     def __init__(self, model: Family, plan: Plan):
         modules = cross_attention(model.unet)
         self._modules = {path: modules[path] for path in plan.layers}
-        self._plan, self._mode = plan, plan.experiment.capture.attention
+        self._plan, self._mode = plan, plan.recipe.capture.attention
         self._rows = [plan.rows.of(branch)[0] for branch in plan.kept_branches]
         self._tray = Tray([f"{side} {path}" for path in plan.layers for side in ("key", "value")])
 
