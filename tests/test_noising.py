@@ -201,6 +201,14 @@ def test_a_recipe_of_its_own_is_recorded_as_any_other(tmp_path: Path) -> None:
     assert one.name.startswith("a-cat-on-the-hat-") and one.noising.picture == str(tmp_path / "picture.png")
 
 
+def test_a_noising_in_memory_is_the_one_in_files(tmp_path: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "picture.png")
+    asked = load_noising({"caption": CAPTION, "timesteps": [500], "noises": 2, "height": 32, "width": 32}, output=str(tmp_path))
+    one = record(asked, base(), progress=False, picture=str(tmp_path / "picture.png"))
+    other = record(one.noising, base(), progress=False, output=None).save(tmp_path / "saved.zarr")
+    assert compare(one, other).same and other.latents.dims[1] == "draw" and (other.path / "contact-sheet.png").is_file()
+
+
 def test_draws_are_chosen_as_images_are(made: Run) -> None:
     maps = made.token_maps(images=[2])
     assert maps.dims == ("step", "token", "draw", "y", "x") and maps.sizes["draw"] == 1
