@@ -14,9 +14,9 @@ from unittest import mock
 
 from probe.diffusion.sampling import denoise
 from probe.running import perform, session
-from probe.store import RunWriter
 from probe.watching.hooks import Hooks
 from probe.watching.interface import hooked
+from probe.writing.store import RunWriter
 
 
 @dataclass

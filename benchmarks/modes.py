@@ -17,10 +17,10 @@ import numpy as np
 from benchmarks.models import PROMPT, pipeline
 from probe.analysis.maps import probabilities
 from probe.diffusion.sd import StableDiffusion
-from probe.experiment import load_experiment
 from probe.reading.recording import Run
 from probe.running.planning import plan
 from probe.running.recorder import record
+from probe.settings.experiment import load_experiment
 
 EXACT = {"tokens": "all", "dtype": "float32"}
 WAYS: dict[str, dict[str, Any]] = {

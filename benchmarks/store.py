@@ -24,11 +24,11 @@ import zarr
 
 from benchmarks import models
 from probe.diffusion.sd import StableDiffusion
-from probe.experiment import load_experiment
+from probe.format.schema import FORMAT_VERSION
 from probe.reading.recording import Run
 from probe.running.planning import Plan, plan
-from probe.schema import FORMAT_VERSION
-from probe.store import RunWriter
+from probe.settings.experiment import load_experiment
+from probe.writing.store import RunWriter
 
 LONG = "a photograph of an astronaut riding a horse on the moon"
 Figures = list[tuple[float, ...]]

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from probe import attributes, dimensions, experiment, noising_recipe
+from probe.format import attributes, dimensions
+from probe.settings import experiment, noising
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("ceiling: the true mask at 16x16", "attention, all heads", "contribution", "centred Gaussian", "uniform")
@@ -30,7 +31,7 @@ def short_truth() -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"attention_truth": short_truth},
-    "docs/experiment.md": {"fields": experiment.table, "noising": noising_recipe.table},
+    "docs/experiment.md": {"fields": experiment.table, "noising": noising.table},
     "docs/format.md": {
         "schema": dimensions.schema_table,
         "dimensions": dimensions.dimensions_table,

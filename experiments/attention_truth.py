@@ -61,7 +61,7 @@ from probe.diffusion.loading import load
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError
 from probe.running.recorder import record
-from probe.source import read_masks, read_picture
+from probe.settings.pictures import read_masks, read_picture
 from probe.terminal import Parser, guarded
 
 TIMESTEPS = (100, 300, 500, 700, 900)

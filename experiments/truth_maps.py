@@ -26,9 +26,9 @@ from probe.analysis.masks import average_precision, iou, threshold
 from probe.diffusion.prompts import Prompt
 from probe.diffusion.schedule import Schedule
 from probe.diffusion.sd import StableDiffusion
-from probe.experiment import Experiment
 from probe.reading.recording import Run
 from probe.running.perform import ask_noised
+from probe.settings.experiment import Experiment
 from probe.watching.counterfactual import embeddings_without, word_changes
 from probe.watching.cross_attention import CrossAttention
 from probe.watching.interface import Kept, Plan, Rows, grid_group, hooked

@@ -35,15 +35,6 @@ if TYPE_CHECKING:
         TooLarge,
         UserError,
     )
-    from probe.experiment import (
-        CaptureOptions,
-        Experiment,
-        load_experiment,
-    )
-    from probe.noising_recipe import (
-        Noising,
-        load_noising,
-    )
     from probe.proof.checks import (
         Check,
     )
@@ -73,6 +64,15 @@ if TYPE_CHECKING:
     from probe.running.session import (
         Session,
     )
+    from probe.settings.experiment import (
+        CaptureOptions,
+        Experiment,
+        load_experiment,
+    )
+    from probe.settings.noising import (
+        Noising,
+        load_noising,
+    )
 
 _HOMES = {
     "analysis": "probe.analysis",
@@ -93,11 +93,11 @@ _HOMES = {
     "StoreError": "probe.errors",
     "TooLarge": "probe.errors",
     "UserError": "probe.errors",
-    "CaptureOptions": "probe.experiment",
-    "Experiment": "probe.experiment",
-    "load_experiment": "probe.experiment",
-    "Noising": "probe.noising_recipe",
-    "load_noising": "probe.noising_recipe",
+    "CaptureOptions": "probe.settings.experiment",
+    "Experiment": "probe.settings.experiment",
+    "load_experiment": "probe.settings.experiment",
+    "Noising": "probe.settings.noising",
+    "load_noising": "probe.settings.noising",
     "Check": "probe.proof.checks",
     "Verification": "probe.proof.verdict",
     "Comparison": "probe.reading.compare",

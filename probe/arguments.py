@@ -17,9 +17,9 @@ import numpy as np
 import xarray as xr
 
 from probe.errors import ExperimentError
-from probe.fields import steps_in
-from probe.schema import BRANCHES, near
-from probe.strict_yaml import printable
+from probe.format.schema import BRANCHES, near
+from probe.settings.fields import steps_in
+from probe.text import printable
 
 LARGEST_GRID = 8192  # pixels a side
 

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any
 from probe import output, stopping
 from probe.errors import ExperimentError, RecordingDamaged, RecordingLinked, RecordingNotFound, RecordingUnreadable, StoreError
 from probe.output import rows, say
-from probe.strict_yaml import printable
 from probe.system import FULL
 from probe.terminal import RECORDING, Parser, add_folder, add_run, add_runs, add_save, before_torch, fail, folder, guarded, without_home
+from probe.text import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +57,7 @@ def ask(arguments: list[str]) -> int:
     """
     import numpy as np
 
-    from probe.pictures import ask_name, ask_sheet
+    from probe.figures.sheets import ask_name, ask_sheet
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe ask", description=ask.__doc__)
@@ -130,7 +130,7 @@ def gc(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(arguments)
     options.runs = options.folder or options.runs
-    from probe.upkeep import clear_orphans
+    from probe.writing.upkeep import clear_orphans
 
     with stopping.cleanly():
         found = clear_orphans(Path(options.runs), options.dry_run)
@@ -142,8 +142,8 @@ def gc(arguments: list[str]) -> int:
 
 def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, notes: dict[str, Any] | None = None) -> Path:
     """Draw a picture, and write it into the recording or to a place that was named."""
-    from probe.files import elsewhere
-    from probe.pictures import keep
+    from probe.figures.sheets import keep
+    from probe.writing.files import elsewhere
 
     target = run.path / name if place is None else place
     if place is not None and place.is_dir():
@@ -165,9 +165,9 @@ def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, no
 
 def ls(arguments: list[str]) -> int:
     """List recordings, the newest first."""
-    from probe.attributes import kind_of
+    from probe.format.attributes import kind_of
+    from probe.format.schema import counted
     from probe.reading.listing import listing
-    from probe.schema import counted
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
     add_folder(parser)
@@ -215,7 +215,7 @@ def show(arguments: list[str]) -> int:
         raise ExperimentError("--save says where the sheet of words goes, and no sheet is asked for.", "Add --words.")
     found = open_run(options.run, options.runs)
     if options.words:
-        from probe.pictures import word_sheet
+        from probe.figures.sheets import word_sheet
 
         say(str(_keep(lambda: word_sheet(found), found, "words.png", options.save)))
         if not found.words:
@@ -253,11 +253,11 @@ def _cost_table(cost: Any) -> list[str]:
 
 def rm(arguments: list[str]) -> int:
     """Remove recordings. Asks first, unless --yes is given; never removes one that is being written."""
-    from probe.files import check_no_link
     from probe.reading.listing import recordings_in
     from probe.reading.recording import Run, find_run
     from probe.reading.sample import is_copy
-    from probe.upkeep import check_removable, held, remove
+    from probe.writing.files import check_no_link
+    from probe.writing.upkeep import check_removable, held, remove
 
     parser = Parser(prog="probe rm", description=rm.__doc__)
     parser.add_argument("run", nargs="+", help="paths, or the beginnings of names")
@@ -323,7 +323,7 @@ def dispatch(arguments: list[str]) -> int:
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
-        from probe.schema import near
+        from probe.format.schema import near
 
         fail(f"There is no verb {verb!r}.", near(verb, list(VERBS)))
         return 2
@@ -333,7 +333,7 @@ def dispatch(arguments: list[str]) -> int:
 def _version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    from probe.schema import FORMAT_STATUS, FORMAT_VERSION, FORMATS_READ
+    from probe.format.schema import FORMAT_STATUS, FORMAT_VERSION, FORMATS_READ
 
     try:
         own = version("diffusion-probe")

@@ -25,9 +25,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probe.noising_recipe import Noising, load_noising
 from probe.output import rows, say
 from probe.run import forecast, say_where, size
+from probe.settings.noising import Noising, load_noising
 from probe.terminal import Parser, add_fields, before_torch, described, guarded, overrides
 
 if TYPE_CHECKING:

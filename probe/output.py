@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO, cast
 
 from probe.errors import StoreError
-from probe.strict_yaml import printable
+from probe.text import printable
 
 CURSOR_UP = re.compile(r"(\n|\x1b\[A)*")  # what tqdm writes between several bars
 

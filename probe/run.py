@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
-from probe.experiment import Experiment, Recipe, load_experiment
 from probe.output import rows, say, say_json, tell
+from probe.settings.experiment import Experiment, Recipe, load_experiment
 from probe.terminal import Parser, add_fields, before_torch, called, described, guarded, overrides, shell_path, without_home
 from probe.words import read_plainly
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from probe.errors import ProbeError, RecordingUnreadable, UserError
-from probe.strict_yaml import printable
+from probe.text import printable
 
 # Errors that a file itself makes, by what it is or is not: whoever asked for it says what that means.
 OF_THE_FILE = frozenset(

@@ -21,10 +21,10 @@ from typing import Any, NoReturn, get_args
 
 from probe import output, stopping
 from probe.errors import ProbeError
-from probe.experiment import CaptureOptions, Experiment, Recipe
-from probe.fields import home
 from probe.output import say, tell
-from probe.strict_yaml import read_yaml
+from probe.settings.experiment import CaptureOptions, Experiment, Recipe
+from probe.settings.fields import home
+from probe.settings.strict_yaml import read_yaml
 from probe.system import REMEDY, check_here
 
 

@@ -16,11 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from probe import files
-from probe.digests import seal_holds
 from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, TooLarge
-from probe.files import check_place, storing
-from probe.locks import Lock
+from probe.format.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.output import say, tell
 from probe.proof.checks import MAX_MANIFEST, MAX_PICTURES, files_of
 from probe.proof.verdict import verify
@@ -28,10 +25,13 @@ from probe.reading.files import is_hole, no_longer, opened, read_file, read_json
 from probe.reading.recording import Run, open_run, with_files
 from probe.reading.sample import place_beside
 from probe.reading.untrusted import read_root
-from probe.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.stopping import breakable, cleanly
-from probe.store import MANIFEST
 from probe.terminal import Parser, add_run, before_torch, folder, without_home
+from probe.writing import files
+from probe.writing.digests import seal_holds
+from probe.writing.files import check_place, storing
+from probe.writing.locks import Lock
+from probe.writing.store import MANIFEST
 
 BLOCK = 2**20
 

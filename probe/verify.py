@@ -64,7 +64,7 @@ def main(arguments: list[str], prog: str = "python -m probe.verify") -> int:
 def _steps(run: Run, text: str) -> tuple[int, ...] | None:
     if text == "all":
         return None
-    from probe.experiment import load_experiment
+    from probe.settings.experiment import load_experiment
 
     return load_experiment({"capture": {"steps": text}}).capture.steps_of(run.tree.sizes["step"])
 

@@ -33,14 +33,14 @@ import pytest
 from tiny_runs import ask, model_for, pipeline
 from tqdm.auto import tqdm
 
-from probe.chunks import StepFiles
-from probe.experiment import load_experiment
 from probe.running import recorder
 from probe.running.planning import plan
 from probe.running.recorder import record
-from probe.store import RunWriter
+from probe.settings.experiment import load_experiment
 from probe.terminal import guarded
 from probe.watching import hooks
+from probe.writing.chunks import StepFiles
+from probe.writing.store import RunWriter
 
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 CLONE_NEWNS, CLONE_NEWUSER, MS_PRIVATE, MS_REC = 0x20000, 0x10000000, 1 << 18, 1 << 14
@@ -285,7 +285,7 @@ def _small_disk(folder: Path, room: int) -> None:
 # --- before the fork -------------------------------------------------------------------------------------------------
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "doomed", "probe.pictures", "xarray.backends.zarr", "PIL.PngImagePlugin"])
+CONTEXT.set_forkserver_preload(["pytest", "doomed", "probe.figures.sheets", "xarray.backends.zarr", "PIL.PngImagePlugin"])
 
 # Whoever imports this has the model built and rehearsed, without starting a thread.
 plan(model_for(pipeline(), ask(Path("runs"))), ask(Path("runs")))

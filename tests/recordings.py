@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import zarr
 
-from probe.chunks import checked
-from probe.digests import DIGESTS, read_lines
-from probe.experiment import Experiment
+from probe.format.schema import array
 from probe.proof.checks import digest_now, variables
 from probe.reading.recording import Run
 from probe.reading.untrusted import nodes_of, read_root
-from probe.schema import array
-from probe.store import MANIFEST, RunWriter, manifest
+from probe.settings.experiment import Experiment
+from probe.writing.chunks import checked
+from probe.writing.digests import DIGESTS, read_lines
+from probe.writing.store import MANIFEST, RunWriter, manifest
 
 CALLS = 3
 GRID = "attention/4x4"

@@ -16,9 +16,9 @@ from recordings import recording
 
 from probe.cli import dispatch
 from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingLinked, RecordingNotFound
+from probe.proof.verdict import verify
 from probe.reading.recording import find_run, open_run
 from probe.running.recorder import rerun, resume
-from probe.verify import verify
 
 
 @pytest.fixture(scope="module")

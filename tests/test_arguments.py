@@ -18,13 +18,13 @@ import xarray as xr
 
 from probe import analysis, noising
 from probe.errors import ExperimentError, ProbeError, PromptError, RecordingNotFound
-from probe.experiment import load_experiment
-from probe.noising_recipe import Noising, load_noising
 from probe.proof.verdict import asked_steps
 from probe.reading.attention import places
 from probe.reading.listing import list_runs
 from probe.reading.recording import Run, open_run
 from probe.running.recorder import record, record_noising, rerun, resume
+from probe.settings.experiment import load_experiment
+from probe.settings.noising import Noising, load_noising
 from probe.terminal import overrides
 
 STEPS = 4  # PNDM calls the model once more

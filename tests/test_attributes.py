@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from probe.attributes import Attributes, Part, attributes_of, json_schema, problem_of, table
 from probe.errors import RecordingDamaged
+from probe.format.attributes import Attributes, Part, attributes_of, json_schema, problem_of, table
 from probe.reading.recording import Run
 from probe.reading.untrusted import check_attributes
 from probe.testing.synthetic import synthetic_recording
@@ -148,7 +148,7 @@ def test_checking_is_quick(raw: dict[str, Any]) -> None:
 
 
 def test_the_json_schema_is_printed() -> None:
-    done = subprocess.run([sys.executable, "-m", "probe.attributes"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "probe.format.attributes"], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found == json_schema() and found["type"] == "object"
     assert {"format_version", "status", "model", "scheduler"} <= set(found["required"])

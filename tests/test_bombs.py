@@ -75,7 +75,7 @@ def measured(command: list[str]) -> dict[str, Any]:
 
 def serve() -> None:
     import probe.cli
-    import probe.pictures
+    import probe.figures.sheets
     import probe.reading.compare
     import probe.run
     import probe.verify  # noqa: F401

@@ -20,9 +20,9 @@ from probe.diffusion.model_configs import scheduler_config as check_settings
 from probe.diffusion.schedulers import own_scheduler
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, ModelError, RecordingDamaged, UserError
-from probe.experiment import Experiment
 from probe.proof.replay import rebuild_scheduler
 from probe.reading.recording import Run
+from probe.settings.experiment import Experiment
 
 STEPS = Experiment.model_fields["steps"].metadata[1].le  # the most that may be asked for
 LIMIT = 2.0  # seconds of this process

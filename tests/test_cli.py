@@ -28,17 +28,17 @@ import zarr
 from recordings import change_root, cut
 
 from probe import cli, run
-from probe.chunks import StepFiles
 from probe.diffusion.loading import BUNDLED
-from probe.experiment import CaptureOptions, Experiment, load_experiment
 from probe.output import rows
 from probe.reading.compare import compare
 from probe.reading.recording import Run, list_runs, open_run
 from probe.run import say_where
 from probe.running import recorder
 from probe.running.recorder import record
-from probe.store import RunWriter
+from probe.settings.experiment import CaptureOptions, Experiment, load_experiment
 from probe.terminal import guarded, overrides, shell_path, without_home
+from probe.writing.chunks import StepFiles
+from probe.writing.store import RunWriter
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n"
@@ -775,7 +775,7 @@ def test_diff_names_what_it_cannot_find(call: Command, runs: Path) -> None:
 
 
 def test_gc_removes_what_dead_writers_left_and_no_recording(call: Command, runs: Path) -> None:
-    from probe.schema import array
+    from probe.format.schema import array
 
     kept = sorted(runs.iterdir())
     attributes = {"format_version": 1, "created": "2026-01-01", "experiment": Experiment().resolved()}
@@ -989,7 +989,7 @@ def test_rm_takes_only_recordings(call: Command, runs: Path, tmp_path: Path) -> 
 
 
 def test_rm_refuses_one_that_is_being_written_and_all_that_go_with_it(call: Command, runs: Path) -> None:
-    from probe.schema import array
+    from probe.format.schema import array
 
     attributes = {"format_version": 1, "created": "2026-01-01", "experiment": Experiment().resolved()}
     with RunWriter(runs / "live-11111111.zarr", [array("", "committed", (2,))], attributes):

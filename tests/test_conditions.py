@@ -27,8 +27,8 @@ from torch.nn import functional
 from true_maps import DOWN, EVERYTHING, MIDDLE, Scores, assert_maps
 
 from probe.errors import CaptureError, ExperimentError, ModelError
-from probe.experiment import Experiment
 from probe.running.planning import plan
+from probe.settings.experiment import Experiment
 from probe.watching import conditions
 from probe.watching.conditions import PLAIN, Witness, is_plain
 from probe.watching.cross_attention import CrossAttention

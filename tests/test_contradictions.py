@@ -20,16 +20,16 @@ import torch
 from probe import cli
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, NotFinite, OutOfMemory, PromptError, StoreError, TooLarge
-from probe.experiment import Experiment, load_experiment
-from probe.files import storing
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.planning import check_size, free_room, plan
 from probe.running.recorder import out_of_memory, record, record_noising, rerun, resume
 from probe.running.session import check_finite
-from probe.store import room
-from probe.strict_yaml import first_line
+from probe.settings.experiment import Experiment, load_experiment
 from probe.terminal import guarded
+from probe.text import first_line
+from probe.writing.files import storing
+from probe.writing.store import room
 
 PICTURE = np.zeros((32, 32, 3), np.uint8)
 
@@ -247,7 +247,7 @@ def test_a_picture_that_has_no_room(
     def refuse(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("probe.files.replace", refuse)
+    monkeypatch.setattr("probe.writing.files.replace", refuse)
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
     with pytest.raises(SystemExit):
         guarded(cli.dispatch, ["show", str(whole.path), "--words", *(["--save", str(tmp_path / "x.png")] if named else [])])

@@ -22,17 +22,17 @@ import xarray as xr
 from PIL import Image
 from recordings import ATTRIBUTES
 
-from probe.chunks import checked
-from probe.digests import DIGESTS, digest, marks, read_lines, sealed
 from probe.errors import RecordingDamaged
-from probe.pictures import keep, word_sheet
+from probe.figures.sheets import keep, word_sheet
+from probe.format.schema import array
 from probe.proof.checks import check_committed, check_digests, check_manifest, check_picture
+from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.running.recorder import record, resume
-from probe.schema import array
-from probe.store import RunWriter
-from probe.verify import verify
 from probe.watching import hooks
+from probe.writing.chunks import checked
+from probe.writing.digests import DIGESTS, digest, marks, read_lines, sealed
+from probe.writing.store import RunWriter
 
 ASKED: dict[str, Any] = {"prompt": "a cat", "steps": 4, "scheduler": "DDIM", "images": 2, "decode_every": 1, "capture": {"branches": "both"}}
 

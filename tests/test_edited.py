@@ -21,14 +21,14 @@ from probe.cli import show
 from probe.diffusion.loading import load
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import CaptureError, ModelError, NotFinite, ProbeError, RecordingDamaged
-from probe.experiment import load_experiment
 from probe.proof.checks import check_digests
+from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.running.planning import plan
 from probe.running.recorder import record, resume
-from probe.store import MANIFEST
-from probe.verify import verify
+from probe.settings.experiment import load_experiment
 from probe.watching.hooks import Hooks
+from probe.writing.store import MANIFEST
 
 OFF = {"attention": "off", "text": False, "statistics": False}
 ASKED: dict[str, Any] = {"prompt": "a cat", "steps": 4, "scheduler": "DDIM", "durability": "none", "capture": OFF, "decode_every": 1}

@@ -39,7 +39,7 @@ import probe
 from probe.cli import dispatch
 from probe.errors import RecordingDamaged, RecordingLinked, RecordingNotFound
 from probe.reading import files
-from probe.verify import verify
+from probe.proof.verdict import verify
 
 runs = Path(sys.argv[1])
 assert not files.GUARDED
@@ -70,7 +70,7 @@ print("done")
 RECORDS = """
 filelock.FileLock = filelock.SoftFileLock  # it chose another when it was imported; on Windows it has a third
 import probe
-from probe.verify import verify
+from probe.proof.verdict import verify
 run = probe.record({}, pipeline, steps=3, output=sys.argv[1], durability="step", height=32, width=32)
 assert run.status == "complete" and len(run.steps) >= 3
 failed = [check for check in verify(run) if check.verdict == "failed"]

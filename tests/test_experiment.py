@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from probe.errors import ExperimentError
-from probe.experiment import LARGEST, CaptureOptions, Experiment, load_experiment, parse_experiment, read_yaml
-from probe.fields import SCHEDULERS
+from probe.settings.experiment import LARGEST, CaptureOptions, Experiment, load_experiment, parse_experiment, read_yaml
+from probe.settings.fields import SCHEDULERS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "noising")  # which tests/test_noising.py reads
@@ -322,7 +322,7 @@ def test_scheduler_names_are_diffusers_classes() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, probe.experiment; print(*{'torch', 'numpy', 'diffusers', 'tyro', 'xarray'} & set(sys.modules))"
+    code = "import sys, probe.settings.experiment; print(*{'torch', 'numpy', 'diffusers', 'tyro', 'xarray'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probe.errors import ExperimentError
-from probe.experiment import CaptureOptions, Experiment, load_experiment, parse_experiment
-from probe.noising_recipe import load_noising
+from probe.settings.experiment import CaptureOptions, Experiment, load_experiment, parse_experiment
+from probe.settings.noising import load_noising
 
 FIELDS = [*Experiment.model_fields, *CaptureOptions.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
 ODD_NAMES = [

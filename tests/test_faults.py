@@ -23,16 +23,16 @@ from doomed import Doomed, Ended, Fault, Torn
 from recordings import assert_prefix, cut, only
 from tiny_runs import ask, assert_no_hooks, at_call, pipeline, throw
 
-from probe.digests import DIGESTS
 from probe.errors import NotFinite, OutOfMemory
 from probe.proof.checks import variables
+from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.recording import Run, list_runs
 from probe.running.recorder import record, resume
-from probe.store import MANIFEST
-from probe.upkeep import clear_orphans
-from probe.verify import verify
 from probe.watching import hooks
+from probe.writing.digests import DIGESTS
+from probe.writing.store import MANIFEST
+from probe.writing.upkeep import clear_orphans
 
 STEPS = 8
 TWO_LINES = r"error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n\Z"

@@ -16,13 +16,13 @@ from tiny_runs import take
 from xarray.core import indexing
 
 from probe.errors import RecordingDamaged, RecordingNotFound
+from probe.format.schema import SCHEMA
 from probe.proof.checks import DAMAGE, check_manifest
+from probe.proof.verdict import verify
 from probe.reading.lazy import Untrusting, Values
 from probe.reading.recording import Run
 from probe.reading.untrusted import Stored, nodes_of, read_root
-from probe.schema import SCHEMA
-from probe.store import MANIFEST
-from probe.verify import verify
+from probe.writing.store import MANIFEST
 
 SMALL, LARGE = (200, 50), (2_000, 500)  # flips in chunks and in metadata: by default, and where time does not matter
 COUNTS = [pytest.param(SMALL, id="some"), pytest.param(LARGE, id="all", marks=pytest.mark.slow)]

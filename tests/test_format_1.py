@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from probe.proof.verdict import verify
 from probe.reading.recording import Run, open_run
 from probe.running.recorder import resume
-from probe.verify import verify
 
 FOLDER = Path(__file__).parent / "format_1"
 KINDS = ("default", "noising", "interrupted")

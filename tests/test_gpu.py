@@ -20,8 +20,8 @@ from true_maps import assert_maps, scores
 
 from probe.diffusion.draws import noise
 from probe.errors import ModelError
+from probe.proof.verdict import verify
 from probe.running.recorder import record
-from probe.verify import verify
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from probe import cli
-from probe.schema import FORMAT_VERSION
+from probe.format.schema import FORMAT_VERSION
 from probe.terminal import guarded
 
 ROOT = Path(__file__).resolve().parent.parent

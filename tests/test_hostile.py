@@ -33,14 +33,14 @@ from numcodecs import Zstd
 from PIL import Image
 from recordings import ATTRIBUTES, CALLS, GRID, recording
 
-from probe.digests import sealed
 from probe.errors import RecordingDamaged, RecordingNotFound, RecordingUnreadable
+from probe.format.schema import array
 from probe.proof.checks import DAMAGE, check_picture
 from probe.reading.files import UNLINKED
 from probe.reading.lazy import UNBACKED
 from probe.reading.recording import Run, list_runs
-from probe.schema import array
-from probe.store import MANIFEST, RunWriter
+from probe.writing.digests import sealed
+from probe.writing.store import MANIFEST, RunWriter
 
 ROOT = Path(__file__).parent.parent
 MEGABYTES, SECONDS = 512, 5

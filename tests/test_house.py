@@ -29,22 +29,23 @@ MAX_LINES = 400
 # from nothing else in probe. Modules on one line do not know each other.
 LAYERS = [
     # below the torch line: what reads recordings, and what a viewer needs
-    ("probe.errors", "probe.public", "probe.conversions", "probe.words", "probe.stopping", "probe.reading", "probe.proof"),
-    ("probe.strict_yaml", "probe.testing"),
+    ("probe.errors", "probe.public", "probe.conversions", "probe.text", "probe.words", "probe.stopping"),
+    ("probe.format", "probe.settings", "probe.writing", "probe.reading", "probe.figures", "probe.proof", "probe.testing"),  # their docstrings
+    ("probe.settings.strict_yaml",),
     ("probe.system", "probe.output"),
     ("probe.reading.files",),
     ("probe.reading.archives",),
-    ("probe.schema", "probe.attributes"),
-    ("probe.dimensions",),
-    ("probe.fields",),
-    ("probe.source", "probe.arguments"),
-    ("probe.experiment",),
-    ("probe.noising_recipe",),
-    ("probe.background", "probe.files"),
-    ("probe.digests", "probe.locks"),
-    ("probe.chunks",),
-    ("probe.store",),
-    ("probe.upkeep",),
+    ("probe.format.schema", "probe.format.attributes"),
+    ("probe.format.dimensions",),
+    ("probe.settings.fields",),
+    ("probe.settings.pictures", "probe.arguments"),
+    ("probe.settings.experiment",),
+    ("probe.settings.noising",),
+    ("probe.writing.background", "probe.writing.files"),
+    ("probe.writing.digests", "probe.writing.locks"),
+    ("probe.writing.chunks",),
+    ("probe.writing.store",),
+    ("probe.writing.upkeep",),
     ("probe.analysis.maps", "probe.reading.sample"),
     ("probe.analysis.recomputed", "probe.analysis.averages", "probe.analysis.heads", "probe.analysis.masks"),
     ("probe.analysis",),
@@ -53,8 +54,8 @@ LAYERS = [
     ("probe.reading.lazy", "probe.reading.attention"),
     ("probe.reading.memory",),
     ("probe.reading.recording",),
-    ("probe.pictures", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),
-    ("probe.noising_sheet", "probe.proof.map_checks", "probe.proof.schema_checks", "probe.proof.unknown"),
+    ("probe.figures.sheets", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),
+    ("probe.figures.noising_sheet", "probe.proof.map_checks", "probe.proof.schema_checks", "probe.proof.unknown"),
     ("probe.testing.synthetic",),
     ("probe",),  # probe/__init__.py: the public reading API
     # ================= the torch line =================
@@ -101,19 +102,19 @@ DOORS = "probe.proof.verdict"  # the lowest line of the doors
 LOOKS_UP = {
     ("probe.reading.recording", "probe.reading.compare"),  # run.diff(other)
     ("probe.reading.recording", "probe.proof.verdict"),  # run.verify()
-    ("probe.reading.recording", "probe.pictures"),  # run.save(path)
-    ("probe.reading.recording", "probe.noising_sheet"),  # of a noising
+    ("probe.reading.recording", "probe.figures.sheets"),  # run.save(path)
+    ("probe.reading.recording", "probe.figures.noising_sheet"),  # of a noising
 }
 
 # Some that could import downwards still must not know each other: (who, whom), packages from outside included.
 STRANGERS = [
     ("probe.diffusion.sd", "probe.watching.hooks"),
     ("probe.diffusion.sampling", "probe.watching.hooks"),
-    ("probe.diffusion.sampling", "probe.store"),
-    ("probe.watching.interface", "probe.store"),
+    ("probe.diffusion.sampling", "probe.writing.store"),
+    ("probe.watching.interface", "probe.writing.store"),
     ("probe.watching.interface", "zarr"),
     ("probe.watching.interface", "xarray"),
-    ("probe.edits", "probe.store"),
+    ("probe.edits", "probe.writing.store"),
     ("probe.dashboard.figures", "streamlit"),
 ]
 TORCH = ("torch", "diffusers", "transformers")
@@ -434,7 +435,7 @@ GOOD = {
     "probe/py.typed": "",
     "probe/__init__.py": '"""Reads recordings."""\nif TYPE_CHECKING:\n    from probe.running.recorder import record\n',
     "probe/errors.py": '"""Errors."""\n',
-    "probe/store.py": '"""Stores."""\nimport zarr\nfrom probe.errors import ProbeError\n',
+    "probe/writing/store.py": '"""Stores."""\nimport zarr\nfrom probe.errors import ProbeError\n',
     "probe/watching/hooks.py": '"""Hooks."""\nfrom torch import nn\ndef on(module, hook):\n    return module.register_forward_hook(hook)\n',
     "probe/diffusion/schedule.py": '"""The loop."""\nimport torch\nfrom . import errors\nx = scheduler.alphas_cumprod\n',
     "probe/cli.py": '"""The door."""\nfrom probe import analysis\ndef main():\n    import torch\n    from probe.running.recorder import record\n',
@@ -451,24 +452,29 @@ BREAKS = [
     (torch_below_the_line, "probe/cli.py", '""""""\nclass A:\n    import torch', "probe/cli.py:3: probe.cli imports torch at once"),
     (
         imports_that_point_up,
-        "probe/store.py",
+        "probe/writing/store.py",
         '""""""\nfrom probe.running.recorder import record',
-        "probe/store.py:2: probe.store imports probe.running.recorder: imports point down",
+        "probe/writing/store.py:2: probe.writing.store imports probe.running.recorder: imports point down",
     ),
     (
         imports_that_point_up,
         "probe/errors.py",
-        '""""""\ndef f():\n    from probe import schema',
-        "probe/errors.py:3: probe.errors imports probe.schema: imports",
+        '""""""\ndef f():\n    from probe.format import schema',
+        "probe/errors.py:3: probe.errors imports probe.format.schema: imports",
     ),
     (
         imports_that_point_up,
         "probe/errors.py",
-        '""""""\ndef f():\n    from .schema import near',
-        "probe/errors.py:3: probe.errors imports probe.schema: imports",
+        '""""""\ndef f():\n    from .format.schema import near',
+        "probe/errors.py:3: probe.errors imports probe.format.schema: imports",
     ),
-    (imports_that_point_up, "probe/errors.py", '""""""\nfrom . import schema as s', "probe/errors.py:2: probe.errors imports probe.schema: imports"),
-    (imports_that_point_up, "probe/store.py", '""""""\nfrom probe import Run', "probe.store imports probe: imports point down only"),
+    (
+        imports_that_point_up,
+        "probe/errors.py",
+        '""""""\nfrom .format import schema as s',
+        "probe/errors.py:2: probe.errors imports probe.format.schema: imports",
+    ),
+    (imports_that_point_up, "probe/writing/store.py", '""""""\nfrom probe import Run', "probe.writing.store imports probe: imports point down only"),
     (
         imports_that_point_up,
         "probe/__init__.py",
@@ -477,9 +483,9 @@ BREAKS = [
     ),
     (
         imports_that_point_up,
-        "probe/store.py",
+        "probe/writing/store.py",
         '""""""\nif TYPE_CHECKING:\n    import probe.running.recorder',
-        "probe.store imports probe.running.recorder: imports point",
+        "probe.writing.store imports probe.running.recorder: imports point",
     ),
     (
         imports_that_point_up,
@@ -520,9 +526,9 @@ BREAKS = [
     (strangers_that_met, "probe/dashboard/figures.py", '""""""\nimport streamlit as st', "probe.dashboard.figures must not know streamlit"),
     (
         torch_below_the_line,
-        "probe/store.py",
+        "probe/writing/store.py",
         '""""""\ndef f():\n    import torch',
-        "probe/store.py:3: probe.store is below the torch line and imports torch",
+        "probe/writing/store.py:3: probe.writing.store is below the torch line and imports torch",
     ),
     (torch_below_the_line, "probe/__init__.py", '""""""\nimport diffusers', "probe is below the torch line and imports diffusers"),
     (
@@ -566,7 +572,7 @@ BREAKS = [
     (shapeless_modules, "probe/utils.py", "", "probe/utils.py:1: this name says nothing"),
     (shapeless_modules, "probe/dashboard/helpers.py", "", "probe/dashboard/helpers.py:1: this name says nothing"),
     (shapeless_modules, "experiments/common/x.py", "", "experiments/common/x.py:1: this name says nothing"),
-    (shapeless_modules, "probe/store.py", "\n" * (MAX_LINES + 1), f"probe/store.py:1: {MAX_LINES + 1} lines"),
+    (shapeless_modules, "probe/writing/store.py", "\n" * (MAX_LINES + 1), f"probe/writing/store.py:1: {MAX_LINES + 1} lines"),
     (undocumented_modules, "probe/edits.py", "x = 1", "probe/edits.py:1: no docstring"),
     (undocumented_modules, "probe/dashboard/views/maps.py", '"""  """', "probe/dashboard/views/maps.py:1: no docstring"),
     (untyped_packages, "probe/py.typed", None, "probe/py.typed is missing"),

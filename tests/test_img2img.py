@@ -22,14 +22,14 @@ from probe.diffusion.sampling import denoise
 from probe.diffusion.schedule import Schedule, first_call
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, StoreError
-from probe.experiment import Experiment, load_experiment
-from probe.fields import SCHEDULERS
+from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.planning import plan
 from probe.running.recorder import record, record_noising, rerun, resume
-from probe.source import read_picture
-from probe.verify import verify
+from probe.settings.experiment import Experiment, load_experiment
+from probe.settings.fields import SCHEDULERS
+from probe.settings.pictures import read_picture
 from probe.watching.source import Source
 
 # Building a pipeline around a scheduler whose class clips by default; the pipeline turns that off, and so do we.

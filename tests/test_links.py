@@ -28,17 +28,17 @@ from recordings import ATTRIBUTES
 
 from probe.cli import dispatch
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingLinked, StoreError
-from probe.files import append, check_own, remove, replace
-from probe.locks import Lock
-from probe.pictures import ask_name, ask_sheet, keep, word_sheet
+from probe.figures.sheets import ask_name, ask_sheet, keep, word_sheet
+from probe.format.schema import array
+from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.running.ask import read_out
 from probe.running.recorder import record, rerun, resume
-from probe.schema import array
-from probe.store import RunWriter
-from probe.upkeep import clear_orphans, held
-from probe.verify import verify
 from probe.watching import hooks
+from probe.writing.files import append, check_own, remove, replace
+from probe.writing.locks import Lock
+from probe.writing.store import RunWriter
+from probe.writing.upkeep import clear_orphans, held
 
 NAME = "a-11111111.zarr"
 SAMPLE = (  # one file of each kind

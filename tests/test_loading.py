@@ -24,10 +24,10 @@ from tiny import COMMIT, OLDER, hub_cache
 from probe.diffusion.loading import load
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, ModelError
-from probe.experiment import Experiment, load_experiment
-from probe.fields import from_home, place
 from probe.reading.recording import Run
 from probe.running.recorder import record
+from probe.settings.experiment import Experiment, load_experiment
+from probe.settings.fields import from_home, place
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_thisIsNobodysTokenButItLooksLikeOne"

@@ -11,15 +11,15 @@ import pytest
 import tiny
 import xarray as xr
 
-from probe import pictures
-from probe.digests import DIGESTS
 from probe.errors import ExperimentError, PromptError, RecordingBusy
+from probe.figures import sheets
+from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.ask import read_out
 from probe.running.recorder import record, rerun, resume
 from probe.upgrade import upgrade
-from probe.verify import verify
+from probe.writing.digests import DIGESTS
 
 ASKED: dict[str, Any] = {
     "prompt": "a cat on the hat",
@@ -81,7 +81,7 @@ def test_every_reading_function_works_on_it(run: Run, on_disk: Run) -> None:
         lambda r: r.images,
     ):
         xr.testing.assert_identical(read(run), read(on_disk))
-    assert run.summary().keys() == on_disk.summary().keys() and run._repr_html_() and pictures.contact_sheet(run).size
+    assert run.summary().keys() == on_disk.summary().keys() and run._repr_html_() and sheets.contact_sheet(run).size
     value = run.latents.values
     value[:] = 0
     assert run.latents.values.any(), "what is read is a copy"
@@ -132,7 +132,7 @@ def test_it_is_saved_as_a_recording_that_verifies(run: Run, on_disk: Run, pipe: 
     assert resume(saved, pipe, progress=False).path == saved.path
 
 
-@pytest.mark.parametrize("needs", [resume, rerun, verify, upgrade, pictures.save], ids=lambda needs: needs.__name__)
+@pytest.mark.parametrize("needs", [resume, rerun, verify, upgrade, sheets.save], ids=lambda needs: needs.__name__)
 def test_what_needs_files_is_refused_by_name(needs: Any, run: Run) -> None:
     with pytest.raises(ExperimentError, match=f"{run.name} is in memory alone, and this needs its files") as caught:
         needs(run)

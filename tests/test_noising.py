@@ -22,23 +22,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from probe import cli, noising, store
-from probe.chunks import StepFiles
+from probe import cli, noising
 from probe.diffusion.loading import BUNDLED, load
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, PromptError, RecordingNotFound, TooLarge
-from probe.experiment import load_experiment
-from probe.noising_recipe import Noising, load_noising
-from probe.noising_sheet import CELL, GAP, MARGIN, PALE, noising_sheet
+from probe.figures.noising_sheet import CELL, GAP, MARGIN, PALE, noising_sheet
+from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.planning import plan
 from probe.running.recorder import record, record_noising, resume
-from probe.source import read_masks, read_picture
+from probe.settings.experiment import load_experiment
+from probe.settings.noising import Noising, load_noising
+from probe.settings.pictures import read_masks, read_picture
 from probe.terminal import guarded
-from probe.verify import verify
 from probe.watching import hooks
 from probe.watching.source import psnr
+from probe.writing import store
+from probe.writing.chunks import StepFiles
 
 ROOT = Path(__file__).parent.parent
 CAPTION, TIMESTEPS, NOISES, SEED = "a cat on the hat", (900, 500, 100, 0), 3, 7

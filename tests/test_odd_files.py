@@ -21,11 +21,11 @@ from recordings import recording
 
 from probe.cli import dispatch
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
-from probe.files import append, check_own
-from probe.locks import Lock
 from probe.reading.recording import open_run
-from probe.source import MOST_MASKS, read_masks, read_picture
-from probe.store import RunWriter
+from probe.settings.pictures import MOST_MASKS, read_masks, read_picture
+from probe.writing.files import append, check_own
+from probe.writing.locks import Lock
+from probe.writing.store import RunWriter
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_hostile_masks_are_refused_before_they_are_unpacked(what: str, tmp_path:
 def test_many_masks_that_are_too_large_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "m.npz", *[np.ones((8, 8), np.uint8)] * 5)
     assert len(read_masks([tmp_path / "m.npz"], 8, 8)) == 5
-    monkeypatch.setattr("probe.source.MOST_BYTES", 500)
+    monkeypatch.setattr("probe.settings.pictures.MOST_BYTES", 500)
     with pytest.raises(ExperimentError, match="has 5 masks of 960 bytes together"):
         read_masks([tmp_path / "m.npz"], 8, 8)
 

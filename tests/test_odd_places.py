@@ -22,13 +22,13 @@ import tiny
 
 from probe import cli
 from probe.errors import ExperimentError
-from probe.experiment import Experiment, load_experiment
-from probe.fields import from_home, home, place
 from probe.reading.recording import Run, open_run
 from probe.reading.sample import unpacked
 from probe.running.planning import free_room
 from probe.running.recorder import record
-from probe.source import read_masks, read_picture
+from probe.settings.experiment import Experiment, load_experiment
+from probe.settings.fields import from_home, home, place
+from probe.settings.pictures import read_masks, read_picture
 from probe.terminal import guarded, without_home
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ from probe.diffusion.sampling import denoise
 from probe.diffusion.schedule import Schedule, fresh
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError
-from probe.fields import SCHEDULERS
+from probe.settings.fields import SCHEDULERS
 from probe.watching import hooks
 
 # Building a pipeline around a scheduler whose class clips by default; the pipeline turns that off, and so do we.

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from PIL import Image, ImageDraw, ImageFont
 
-from probe import pictures
-from probe.pictures import CELL, FAINT, GAP, HEAT, INK, MARGIN, PAPER, contact_sheet, heat, overlay
+from probe.figures import sheets
+from probe.figures.sheets import CELL, FAINT, GAP, HEAT, INK, MARGIN, PAPER, contact_sheet, heat, overlay
 from probe.reading.recording import Run
 from probe.running.recorder import record
 
@@ -108,7 +108,7 @@ def test_several_images_are_several_files_and_any_language_survives(tmp_path: Pa
 
 def test_they_can_be_drawn_again(run: Run) -> None:
     before = {file.name: file.read_bytes() for file in run.path.glob("*.png")}
-    assert [path.name for path in pictures.save(Run(run.path))] == ["picture.png", "contact-sheet.png"]
+    assert [path.name for path in sheets.save(Run(run.path))] == ["picture.png", "contact-sheet.png"]
     assert {file.name: pixels(Image.open(file)).tobytes() for file in run.path.glob("*.png")}.keys() == before.keys()
     for name, content in before.items():
         assert (run.path / name).read_bytes() == content, f"{name}: the same recording, the same picture"
@@ -164,7 +164,7 @@ def test_what_is_written_can_be_read_without_a_font_of_the_system(run: Run, monk
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
     contact_sheet(run)
-    pictures.word_sheet(run)
+    sheets.word_sheet(run)
     box = bytes(font.getmask("\uffff"))
     assert len(written) > 30 and bytes(font.getmask("\u2192")) == box, "an arrow is one that it lacks"
     assert {letter for letter in written if not letter.isspace() and bytes(font.getmask(letter)) == box} == set()
@@ -227,7 +227,7 @@ def test_long_and_broken_prompts_stay_on_one_line(tmp_path: Path, prompt: str) -
     faint = np.abs(sheet[MARGIN + 34 : MARGIN + 48] - FAINT).sum(axis=-1).min()
     dark = np.abs(sheet[MARGIN + 34 : MARGIN + 48] - INK).sum(axis=-1).min()
     assert faint < 30 < dark, "the second line is not written over"
-    assert pictures._shorten("x" * 100, 80) == "x" * 79 + "…" and pictures._shorten("a\n b", 80) == "a b"
+    assert sheets._shorten("x" * 100, 80) == "x" * 79 + "…" and sheets._shorten("a\n b", 80) == "a b"
 
 
 def test_a_run_that_recorded_nan_still_ends_and_has_its_pictures(tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ import tiny
 import torch
 from tiny_runs import take
 
-from probe.fields import SCHEDULERS
+from probe.format.schema import Array
 from probe.proof.verdict import WITH_MODEL, verify
 from probe.reading.recording import Run
-from probe.schema import Array
-from probe.store import RunWriter
+from probe.settings.fields import SCHEDULERS
 from probe.watching import cross_attention
 from probe.watching.interface import Plan, Rows
+from probe.writing.store import RunWriter
 
 Values = dict[str, np.ndarray]
 Plant = Callable[[pytest.MonkeyPatch], None]

@@ -17,12 +17,12 @@ import tiny
 import xarray as xr
 from recordings import ATTRIBUTES, recording
 
+from probe.format.schema import array
 from probe.proof.checks import check_digests
+from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.running.recorder import record, resume
-from probe.schema import array
-from probe.store import RunWriter
-from probe.verify import verify
+from probe.writing.store import RunWriter
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux which file a handle is")
 STEPS = 3
@@ -134,7 +134,7 @@ def test_without_durability_nothing_waits_for_the_disk(disk: Disk) -> None:
 
 def test_the_test_sees_what_was_not_forced(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that forgets the names in a folder loses the step, and that is seen."""
-    monkeypatch.setattr("probe.files.sync_folder", lambda _: None)
+    monkeypatch.setattr("probe.writing.files.sync_folder", lambda _: None)
     with RunWriter(disk.known / "a.zarr", [array("", "committed", (2,))], ATTRIBUTES, "step"):
         pass
     assert not list(disk.worst(tmp_path / "left").iterdir())

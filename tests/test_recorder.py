@@ -25,13 +25,13 @@ from probe.analysis.maps import probabilities, word_maps
 from probe.diffusion.loading import load
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, NotFinite, OutOfMemory, StoreError, TooLarge
-from probe.experiment import load_experiment
+from probe.proof.verdict import verify
 from probe.reading.recording import Run, open_run
 from probe.running.planning import Plan, plan
 from probe.running.recorder import record
-from probe.store import MANIFEST
-from probe.verify import verify
+from probe.settings.experiment import load_experiment
 from probe.watching import hooks
+from probe.writing.store import MANIFEST
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from probe import cli, errors, experiment
-from probe.experiment import CaptureOptions, Experiment
-from probe.noising_recipe import Noising
+from probe import cli, errors
+from probe.settings import experiment
+from probe.settings.experiment import CaptureOptions, Experiment
+from probe.settings.noising import Noising
 from probe.terminal import guarded
 from tasks import COMMANDS
 

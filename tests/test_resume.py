@@ -26,16 +26,16 @@ from tiny_runs import FULL, OFF, at_call, pipeline, take, throw
 from probe.diffusion.loading import BUNDLED, load
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ModelError, NotFinite, ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
-from probe.experiment import load_experiment
-from probe.fields import SCHEDULERS
+from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running import recorder
 from probe.running.planning import plan
 from probe.running.recorder import record, rerun, resume
-from probe.store import MANIFEST, RunWriter
-from probe.verify import verify
+from probe.settings.experiment import load_experiment
+from probe.settings.fields import SCHEDULERS
 from probe.watching import hooks
+from probe.writing.store import MANIFEST, RunWriter
 
 
 @functools.cache

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from probe.errors import RecordingNotFound
+from probe.proof.verdict import verify
 from probe.reading import sample
 from probe.reading.recording import open_run
-from probe.verify import verify
 
 ROOT = Path(__file__).parent.parent
 

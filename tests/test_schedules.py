@@ -33,14 +33,14 @@ from probe.diffusion.schedule import Schedule, first_call, fresh
 from probe.diffusion.schedule_check import proven
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, ModelError, UserError
-from probe.experiment import Experiment
-from probe.fields import SCHEDULERS
-from probe.pictures import contact_sheet
+from probe.figures.sheets import contact_sheet
 from probe.proof.replay import check_schedule
+from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.running.planning import plan
 from probe.running.recorder import record
-from probe.verify import verify
+from probe.settings.experiment import Experiment
+from probe.settings.fields import SCHEDULERS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(?s)The configuration file of this scheduler.*clip_sample:FutureWarning",
@@ -501,7 +501,7 @@ def test_what_is_not_defined_is_said_and_not_drawn_black(how: dict[str, Any], de
 
 
 def first_frames(run: Run) -> list[np.ndarray]:
-    from probe.pictures import _steps
+    from probe.figures.sheets import _steps
 
     return [np.asarray(frame) for frame, _, _ in _steps(run, 7)]
 

@@ -12,12 +12,12 @@ import torch
 import xarray as xr
 import zarr
 
-from probe import dimensions, schema
-from probe.attributes import Attributes
+from probe.format import dimensions, schema
+from probe.format.attributes import Attributes
+from probe.format.schema import SCHEMA, Variable, array
 from probe.proof.unknown import check_unknown
 from probe.reading.recording import Run
 from probe.running.recorder import record, record_noising
-from probe.schema import SCHEMA, Variable, array
 
 ACTIVATIONS = ["unet.mid_block", "unet.time_embedding", "vae.decoder.mid_block", "text_encoder.encoder.layers.0", "text_encoder.*embeddings"]
 EVERYTHING: dict[str, Any] = {

@@ -15,7 +15,7 @@ from parity import PROMPT, Case, assert_every_pair_is_covered, label, pairwise
 from tiny_xl import assert_same, base, model_of, ours, peer_of, theirs
 
 from probe.diffusion.sdxl import StableDiffusionXL
-from probe.fields import SCHEDULERS
+from probe.settings.fields import SCHEDULERS
 
 # A scheduler whose class clips by default: this pipeline says so and leaves it.
 pytestmark = pytest.mark.filterwarnings("ignore:(?s)The configuration file of this scheduler.*clip_sample:FutureWarning")

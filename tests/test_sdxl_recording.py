@@ -21,11 +21,11 @@ from tiny_xl import ENCODERS, SMALL, ask, assert_neutral, base, cut_short, faile
 
 from probe.diffusion.sdxl import StableDiffusionXL
 from probe.errors import ModelError
-from probe.fields import SCHEDULERS
+from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.recorder import record, record_noising, rerun, resume
-from probe.verify import verify
+from probe.settings.fields import SCHEDULERS
 from probe.watching import hooks
 
 # A scheduler whose class clips by default: this pipeline says so and leaves it.

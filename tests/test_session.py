@@ -11,13 +11,14 @@ import pytest
 import tiny
 import torch
 
-from probe import schema
 from probe.cli import dispatch
 from probe.diffusion.family import Family, Predictions
 from probe.diffusion.sampling import Step
 from probe.diffusion.sd import StableDiffusion
-from probe.experiment import Experiment, load_experiment
+from probe.format import schema
+from probe.format.schema import Array, Variable, array
 from probe.proof import schema_checks
+from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running import planning
@@ -25,13 +26,12 @@ from probe.running.description import describe
 from probe.running.planning import plan
 from probe.running.recorder import record, resume
 from probe.running.session import Session
-from probe.schema import Array, Variable, array
-from probe.store import RunWriter
-from probe.verify import verify
+from probe.settings.experiment import Experiment, load_experiment
 from probe.watching import hooks
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Values
 from probe.watching.projections import Tray
+from probe.writing.store import RunWriter
 
 STEPS = 4
 

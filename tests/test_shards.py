@@ -12,10 +12,10 @@ import zarr
 from recordings import ATTRIBUTES
 
 from probe.errors import RecordingDamaged
+from probe.format.schema import array
 from probe.reading import lazy
 from probe.reading.recording import Run
-from probe.schema import array
-from probe.store import RunWriter
+from probe.writing.store import RunWriter
 
 SHAPE = (3, 5, 2, 1, 2, 2, 4, 3)  # step, token, branch, image, layer, head, y, x
 CROSS = "attention/4x3/cross"

@@ -10,7 +10,7 @@ import pytest
 
 import probe
 from probe.diffusion.loading import load
-from probe.verify import verify
+from probe.proof.verdict import verify
 
 ASKED = {"prompt": "an astronaut scuba diving", "steps": 4, "device": "cpu", "dtype": "float32", "decode_every": 2}
 

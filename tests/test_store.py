@@ -25,15 +25,15 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore
 
-from probe import files
-from probe.background import Queue
 from probe.errors import NotFinite, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
-from probe.experiment import Experiment
+from probe.format.schema import Array, array
 from probe.proof.checks import files_of
 from probe.reading.recording import Run, find_run, list_runs, open_run
-from probe.schema import Array, array
-from probe.store import MANIFEST, RunWriter, manifest
-from probe.upkeep import clear_orphans
+from probe.settings.experiment import Experiment
+from probe.writing import files
+from probe.writing.background import Queue
+from probe.writing.store import MANIFEST, RunWriter, manifest
+from probe.writing.upkeep import clear_orphans
 
 ROOT = Path(__file__).parent.parent
 CALLS = 5
@@ -375,7 +375,7 @@ def test_a_producer_that_waits_hears_of_an_error(error: Exception, kind: type[Ex
 
 INTERRUPTED = """
 import random, signal, threading
-from probe.background import Queue
+from probe.writing.background import Queue
 
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 rng = random.Random(0)

@@ -19,10 +19,10 @@ from probe.diffusion.loading import load
 from probe.diffusion.sd import StableDiffusion
 from probe.diffusion.support import NEWEST_TESTED
 from probe.errors import ExperimentError, ModelError, UserError
-from probe.experiment import load_experiment
+from probe.proof.verdict import verify
 from probe.reading.recording import open_run
 from probe.running.recorder import record, record_noising, resume
-from probe.verify import verify
+from probe.settings.experiment import load_experiment
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

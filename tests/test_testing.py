@@ -14,10 +14,10 @@ import pytest
 import xarray as xr
 from recordings import with_its_digests
 
+from probe.proof.verdict import verify
 from probe.reading.recording import Run, open_run
 from probe.testing.conformance import ReaderConformance, WriterConformance, stored_values
 from probe.testing.synthetic import NOT_PROVEN, synthetic_recording
-from probe.verify import verify
 
 
 class TestSynthetic(WriterConformance):

@@ -20,11 +20,11 @@ from recordings import GRID, recording
 
 from probe.cli import dispatch
 from probe.errors import RecordingUnreadable
+from probe.proof.verdict import verify
 from probe.reading import sample
 from probe.reading.compare import compare
 from probe.reading.listing import list_runs, listing
 from probe.reading.recording import Run, find_run
-from probe.verify import verify
 
 TROUBLES = "EACCES EPERM EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EMFILE ENFILE ENOMEM EBUSY".split()
 READS: dict[str, Callable[[Path], Any]] = {

@@ -15,14 +15,14 @@ import xarray as xr
 
 from probe.cli import dispatch
 from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, StoreError, TooLarge
+from probe.format.schema import FORMAT_VERSION
+from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.recording import Run, list_runs
 from probe.running.recorder import resume
-from probe.schema import FORMAT_VERSION
 from probe.testing.conformance import stored_values
 from probe.testing.synthetic import synthetic_recording
 from probe.upgrade import upgrade
-from probe.verify import verify
 
 FOLDER = Path(__file__).parent / "format_1"
 
@@ -107,7 +107,7 @@ def test_what_it_does_not_know_is_kept(tmp_path: Path) -> None:
 
 def as_format_1(path: Path) -> Run:
     """Say of a recording that it is of format 1, and make its manifest agree."""
-    from probe.store import MANIFEST, manifest
+    from probe.writing.store import MANIFEST, manifest
 
     root = json.loads((path / "zarr.json").read_text())
     for name in ("format_status", "family", "guidance_rule"):

@@ -34,10 +34,10 @@ from probe.proof.schema_checks import expected_variables, only_the_model_knows
 from probe.proof.verdict import WITH_MODEL, verify
 from probe.reading.recording import Run
 from probe.running.recorder import record
-from probe.store import MANIFEST, manifest
 from probe.verify import main
 from probe.watching import hooks
 from probe.watching.measures import to_storage
+from probe.writing.store import MANIFEST, manifest
 
 ROOT = Path(__file__).parent.parent
 NAMES = "manifest digests committed schema labels softmax moments sums picture schedule guidance scheduler".split()

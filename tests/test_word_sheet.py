@@ -11,11 +11,11 @@ import tiny
 import xarray as xr
 from PIL import Image
 
-from probe import pictures
 from probe.analysis.averages import by_sigma, combined
 from probe.analysis.maps import word_maps, word_names
 from probe.errors import RecordingNotFound
-from probe.pictures import BETWEEN, CELL, GAP, HEAD, HEAT, MARGIN, PAPER, overlay, sheet_of_maps, word_sheet
+from probe.figures import sheets
+from probe.figures.sheets import BETWEEN, CELL, GAP, HEAD, HEAT, MARGIN, PAPER, overlay, sheet_of_maps, word_sheet
 from probe.reading.recording import Run
 from probe.running.recorder import record
 
@@ -87,7 +87,7 @@ def test_without_words_without_guidance_and_from_other_ways_of_recording(tmp_pat
 
 def test_a_prompt_without_words_is_said_on_the_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    monkeypatch.setattr(pictures, "sheet_of_maps", lambda *given: notes.extend(given[2]) or sheet_of_maps(*given))
+    monkeypatch.setattr(sheets, "sheet_of_maps", lambda *given: notes.extend(given[2]) or sheet_of_maps(*given))
     for number, (prompt, negative) in enumerate((("", ""), ("!?", "a hat"), ("a cat", "..."))):
         notes.clear()
         word_sheet(drawn(tmp_path / str(number), prompt=prompt, negative_prompt=negative, images=1, steps=1, capture={"branches": "both"}))
@@ -113,7 +113,7 @@ def test_what_words_did_stands_beside_where_they_were_looked_at(tmp_path: Path) 
 
 def test_a_word_that_was_left_out_at_all_its_places_has_one_map_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    monkeypatch.setattr(pictures, "sheet_of_maps", lambda *given: notes.extend(given[2]) or sheet_of_maps(*given))
+    monkeypatch.setattr(sheets, "sheet_of_maps", lambda *given: notes.extend(given[2]) or sheet_of_maps(*given))
     asked: dict[str, Any] = {"prompt": "A cat on a Cat on a hat", "images": 1, "steps": 1, "guidance_scale": 1}
     run = drawn(tmp_path / "a", **asked, capture={"counterfactual": ["cat", "a", "hat"]})
     sheet = word_sheet(run, bands=1)

@@ -23,12 +23,12 @@ from probe.cli import dispatch
 from probe.diffusion.prompts import BYTES, Prompt, read_prompt
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import CaptureError, ExperimentError, ModelError, PromptError
-from probe.experiment import load_experiment
+from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.running.ask import read_out
 from probe.running.planning import plan
 from probe.running.recorder import record, rerun, resume
-from probe.verify import verify
+from probe.settings.experiment import load_experiment
 from probe.watching.counterfactual import chosen_words
 from probe.watching.interface import hooked
 from probe.watching.text_encoder import TextEncoder
@@ -471,11 +471,11 @@ def test_a_stump_is_found_as_it_is_called(tmp_path: Path) -> None:
 def test_a_recording_by_the_first_rules_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens and words are read again by the rules that made them, when it is proven and when it is resumed."""
     import probe.running.planning as planning
-    import probe.running.recorder as recorder
+    import probe.running.description as description
 
     with monkeypatch.context() as first:
         first.setattr(planning.plan, "__defaults__", (None, None, 1, None))
-        first.setattr(recorder, "RULES", 1)
+        first.setattr(description, "RULES", 1)
         run = take(tmp_path, tiny.pipeline(), f"{NAMASTE} \u00e4 'cat' \U0001f431", capture={"counterfactual": ["*"]})
     assert list(run.words) == ["\u0928\u092e\u0938", "\u0924", "\u00e4", "cat'"]
     assert {check.name: check.detail for check in verify(run, model=tiny.pipeline()) if check.verdict == "failed"} == {}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from probe.errors import ExperimentError
-from probe.experiment import Experiment, load_experiment
+from probe.settings.experiment import Experiment, load_experiment
 
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 SECONDS = 1
@@ -95,7 +95,7 @@ MADE: dict[str, tuple[bytes | Callable[[Path], Any], type, str]] = {
     "a merge key": (b"<<: {steps: 5}\nseed: 1", REFUSED, "merge keys"),
     "an anchor alone": (b"prompt: &p a cat", REFUSED, "anchors"),
     "a tag that runs code": (b"prompt: !!python/object/apply:os.system ['touch owned']", REFUSED, "tags (!)"),
-    "a tag that makes an object": (b"!!python/object:probe.experiment.Experiment {steps: 5}", REFUSED, "tags (!)"),
+    "a tag that makes an object": (b"!!python/object:probe.settings.experiment.Experiment {steps: 5}", REFUSED, "tags (!)"),
     "a tag that names a module": (b"prompt: !!python/name:os.system", REFUSED, "tags (!)"),
     "a tag of one's own": (b"prompt: !mine a cat", REFUSED, "tags (!)"),
     "a tag that is none": (b"prompt: !!", REFUSED, ""),

@@ -15,9 +15,9 @@ from recordings import assert_same
 from probe.diffusion.family import Conditioning
 from probe.diffusion.sampling import Step, denoise
 from probe.diffusion.sd import StableDiffusion
-from probe.experiment import Experiment, load_experiment
 from probe.reading.recording import Run
 from probe.running.recorder import record
+from probe.settings.experiment import Experiment, load_experiment
 from probe.watching import hooks
 
 PROMPT = "a cat on the hat"

@@ -16,11 +16,11 @@ from parity import PROMPT, SEED, assert_bits
 
 from probe.diffusion.sampling import Step
 from probe.diffusion.sdxl import StableDiffusionXL
-from probe.experiment import Experiment, load_experiment
-from probe.fields import SCHEDULERS
+from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.running.recorder import record
-from probe.verify import verify
+from probe.settings.experiment import Experiment, load_experiment
+from probe.settings.fields import SCHEDULERS
 from probe.watching import hooks
 
 STEPS = 3

@@ -11,8 +11,8 @@ import torch
 from tiny_runs import condition, loop
 
 from probe.analysis.maps import probabilities
-from probe.experiment import Experiment
 from probe.reading.recording import Run
+from probe.settings.experiment import Experiment
 from probe.watching import hooks
 from probe.watching.rehearsal import cross_attention
 

@@ -30,8 +30,8 @@ from probe.diffusion.loading import load
 from probe.diffusion.sampling import denoise
 from probe.diffusion.schedule import fresh
 from probe.diffusion.sd import StableDiffusion
-from probe.experiment import Experiment
-from probe.fields import SCHEDULERS
+from probe.settings.experiment import Experiment
+from probe.settings.fields import SCHEDULERS
 
 FIRST_FRESH_SEED = 10_000_000  # training uses seeds from 0 up
 TIMESTEPS = list(range(50, 1000, 100))

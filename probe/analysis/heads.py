@@ -21,7 +21,7 @@ from xarray.core import indexing
 from probe.analysis.maps import missing, normalised, numbers, stacked, steps_of, stepwise
 from probe.arguments import labelled, one_of, whole
 from probe.errors import ExperimentError
-from probe.schema import REST
+from probe.format.schema import REST
 
 END = "<|endoftext|>"
 KINDS = ("BOS", "words", "other", "EOS", "rest")

@@ -5,7 +5,7 @@
     predict(index, model_input, t)                  # Predictions
 
 A family is one file: `probe.diffusion.sd` (Stable Diffusion 1 and 2), `probe.diffusion.sdxl`. Its
-name is the attribute `family` of its recordings; `probe.dimensions` says what readers have to know
+name is the attribute `family` of its recordings; `probe.format.dimensions` says what readers have to know
 of it without the model. The loop (`probe.diffusion.sampling`) scales the latents and calls a
 `Predict`, nothing else of the model. Recorded predictions are another `Predict` (`replaying`).
 """
@@ -223,7 +223,7 @@ class Family(Protocol):
         ...
 
     def guidance_rule(self, guidance_scale: float) -> str:
-        """Return how branches become the prediction, by its name in `probe.dimensions`."""
+        """Return how branches become the prediction, by its name in `probe.format.dimensions`."""
         ...
 
     def predictor(self, conditioning: Conditioning, images: int, guidance_scale: float = 1.0, guidance_rescale: float = 0.0) -> Predict:

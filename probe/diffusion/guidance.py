@@ -30,5 +30,5 @@ def guided(branches: Mapping[str, torch.Tensor], guidance_scale: float, guidance
 
 
 def rule_of(guidance_scale: float) -> str:
-    """Return the name of this rule (`probe.dimensions.GUIDANCE_RULES`): `none` without guidance."""
+    """Return the name of this rule (`probe.format.dimensions.GUIDANCE_RULES`): `none` without guidance."""
     return "classifier_free" if guidance_scale > 1 else "none"

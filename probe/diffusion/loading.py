@@ -22,9 +22,9 @@ from probe.diffusion.single_file import CONFIGS, INDEX, SETTINGS, clip_tokenizer
 from probe.diffusion.support import KINDS_OF, ORDINARY, XL, refuse_other_kinds, refuse_unet
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
-from probe.fields import from_home, place
-from probe.strict_yaml import first_line, printable, shorten, shown
+from probe.settings.fields import from_home, place
 from probe.system import check_here
+from probe.text import first_line, printable, shorten, shown
 
 WHOLE_MODEL = "Is it a whole diffusers directory?"
 BUNDLED = {"emojiworld": Path(__file__).parent.parent / "emojiworld"}

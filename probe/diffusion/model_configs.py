@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from probe.errors import UserError
-from probe.strict_yaml import shown
+from probe.text import shown
 
 Refuse = Callable[[str], UserError]
 

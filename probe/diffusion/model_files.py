@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from probe.errors import ModelError
-from probe.strict_yaml import first_line, shorten, shown
+from probe.text import first_line, shorten, shown
 
 AGAIN = "Fetch the model again."
 WHOLE = "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?"

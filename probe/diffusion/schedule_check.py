@@ -31,8 +31,8 @@ from probe.diffusion.family import Family
 from probe.diffusion.sampling import Start, started, step_options
 from probe.diffusion.schedule import Schedule, first_call, fresh, set_steps
 from probe.errors import ExperimentError
-from probe.experiment import Experiment
-from probe.strict_yaml import first_line
+from probe.settings.experiment import Experiment
+from probe.text import first_line
 
 SHAPE = (2, 4, 2, 2)  # two images with opposite x0, and all else alike: their difference is free of the noise that a step adds
 EXACT, ROUNDING = 1e-3, 1e-5  # what may differ: relative, and of the largest number in a formula (float32 has 6e-8)

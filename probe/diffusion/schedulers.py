@@ -8,8 +8,8 @@ from typing import Any
 from probe.diffusion.model_configs import betas, scheduler_config, scheduler_sizes
 from probe.diffusion.support import SUPPORTED
 from probe.errors import ExperimentError, ModelError
-from probe.fields import SCHEDULERS
-from probe.strict_yaml import first_line, shown
+from probe.settings.fields import SCHEDULERS
+from probe.text import first_line, shown
 
 # What StableDiffusionPipeline forces on every scheduler it is given: x0 in latent space has no reason to lie in [-1, 1].
 FORCED = {"clip_sample": False, "steps_offset": 1}

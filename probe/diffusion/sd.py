@@ -31,7 +31,7 @@ from probe.diffusion.prompts import OverLong, Prompt
 from probe.diffusion.schedulers import FORCED, another_scheduler, check_own
 from probe.diffusion.support import refuse_other_pipelines, refuse_unsupported
 from probe.diffusion.text import check_reading, read, refuse_other_readers
-from probe.fields import from_home
+from probe.settings.fields import from_home
 from probe.words import RULES
 
 ENCODER = "text_encoder"

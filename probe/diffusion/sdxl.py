@@ -40,7 +40,7 @@ from probe.diffusion.support import (
     xl_without_pictures,
 )
 from probe.diffusion.text import check_reading, read, refuse_other_readers
-from probe.fields import from_home
+from probe.settings.fields import from_home
 from probe.words import RULES
 
 FIRST, SECOND = "text_encoder", "text_encoder_2"

@@ -14,8 +14,8 @@ from typing import Any
 
 from probe.diffusion.model_files import ModelFolder, Weight, header
 from probe.errors import ModelError
-from probe.fields import place
-from probe.strict_yaml import shown
+from probe.settings.fields import place
+from probe.text import shown
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 MOST_TENSORS, MOST_BLOCKS = 10_000, 64

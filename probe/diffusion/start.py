@@ -15,7 +15,7 @@ import torch
 from probe.diffusion.draws import draw, seeded
 from probe.diffusion.family import Family
 from probe.diffusion.sampling import Start
-from probe.experiment import Experiment
+from probe.settings.experiment import Experiment
 
 
 def memory_formats(attributes: Mapping[str, Any]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from probe.errors import ModelError
-from probe.strict_yaml import printable, shorten, shown
+from probe.text import printable, shorten, shown
 
 SUPPORTED = "Stable Diffusion 1.x, 2.x and XL text-to-image models are."
 LATER = {

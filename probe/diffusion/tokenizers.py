@@ -8,7 +8,7 @@ from typing import Any
 from probe.diffusion.model_configs import CLASSES
 from probe.diffusion.model_files import ModelFolder
 from probe.errors import ModelError
-from probe.strict_yaml import first_line, printable, shorten, shown
+from probe.text import first_line, printable, shorten, shown
 
 MOST, MOST_ADDED = 16 << 20, 10_000
 WHOLE_MODEL = "Is it a whole diffusers directory?"

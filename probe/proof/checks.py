@@ -28,16 +28,16 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
-from probe.digests import DIGESTS, EMPTY, marks, of_a_step, read_lines, seal_holds, step_of
-from probe.digests import digest as digest_of
 from probe.reading.files import DRAWN, LARGE, entry_is_link, is_hole, no_longer, opened, read_file, read_json, refuse, refuse_link
 from probe.reading.lazy import in_files
 from probe.reading.limits import takes_no_room
 from probe.reading.recording import Run
 from probe.reading.untrusted import MAX_DEPTH, Stored, nodes_of, read_root
-from probe.store import MANIFEST, is_hashed
-from probe.strict_yaml import printable
 from probe.system import exists
+from probe.text import printable
+from probe.writing.digests import DIGESTS, EMPTY, marks, of_a_step, read_lines, seal_holds, step_of
+from probe.writing.digests import digest as digest_of
+from probe.writing.store import MANIFEST, is_hashed
 
 MAX_MANIFEST, MAX_SAID = 16 * 2**20, 2**20  # bytes of a manifest, 150,000 files; of what is said in a picture
 MAX_DIGESTS, MAX_PICTURES = 2 * 2**20, 256 * 2**20  # bytes: 20,000 lines; all pictures together
@@ -151,7 +151,7 @@ def files_of(path: Path) -> set[str]:
 
 
 def digest(run: Run, name: str) -> str:
-    """SHA-256 of one file, as `probe.store.manifest` takes it, a block at a time. Raises RecordingDamaged for one of a strange size."""
+    """SHA-256 of one file, as `probe.writing.store.manifest` takes it, a block at a time. Raises RecordingDamaged for one of a strange size."""
     if name == "zarr.json":  # what is written at the very end is left out
         root = read_root(run.path)
         root["attributes"].pop("status", None)

@@ -26,15 +26,15 @@ from probe.diffusion.model_configs import scheduler_config
 from probe.diffusion.sampling import arranged, memory_format, started, step_options
 from probe.diffusion.schedule import Schedule, first_call, set_steps
 from probe.diffusion.start import memory_formats, restart
-from probe.dimensions import GUIDANCE_RULES
 from probe.errors import RecordingDamaged
-from probe.experiment import Experiment
-from probe.fields import SCHEDULERS
+from probe.format.dimensions import GUIDANCE_RULES
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
-from probe.strict_yaml import printable, shown
+from probe.settings.experiment import Experiment
+from probe.settings.fields import SCHEDULERS
+from probe.text import printable, shown
 
 # Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding grows some fifteenfold.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}

@@ -37,7 +37,7 @@ from probe.running.description import describe
 from probe.running.planning import replan
 from probe.running.recorder import said_of_model
 from probe.running.session import Session
-from probe.strict_yaml import first_line, shown
+from probe.text import first_line, shown
 from probe.watching.cost import Cost
 from probe.watching.hooks import Hooks, Watch
 from probe.watching.interface import Plan, grid_group

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from probe.dimensions import FAMILIES, POOLED, TEXT_ENCODERS, ZEROED
-from probe.experiment import Experiment, load_experiment
+from probe.format.dimensions import FAMILIES, POOLED, TEXT_ENCODERS, ZEROED
+from probe.format.schema import HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, Asked, array
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
-from probe.schema import HEAD_STATISTICS, MOMENTS, REST, SCHEMA, STATISTICS, Asked, array
+from probe.settings.experiment import Experiment, load_experiment
 from probe.words import spelt
 
 COMPONENT = re.compile(r"text_encoder(_[1-9])?|unet|vae")  # what runs: text encoders first, the VAE last

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from probe.attributes import Attributes
-from probe.dimensions import FAMILIES, GUIDANCE_RULES
+from probe.format.attributes import Attributes
+from probe.format.dimensions import FAMILIES, GUIDANCE_RULES
+from probe.format.schema import array
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
-from probe.schema import array
 
 # Attributes that no reader relies on: notes of the writer.
 NOTES = {"writer", "digests", "decoded_in_float32", "scheduler_clips", "denoised_not_defined"}

@@ -31,9 +31,9 @@ from probe.proof.schema_checks import check_labels, check_schema, only_the_model
 from probe.proof.unknown import check_unknown
 from probe.reading.attention import Indices
 from probe.reading.recording import Run, with_files
-from probe.strict_yaml import first_line, printable
 from probe.system import reading
 from probe.terminal import without_home
+from probe.text import first_line, printable
 
 WITH_MODEL = "weights plan text predictions maps attention inside decode encode".split()
 Steps = Indices | str

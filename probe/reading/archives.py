@@ -25,8 +25,8 @@ from typing import IO
 from probe.errors import ProbeError, RecordingDamaged, RecordingNotFound, TooLarge
 from probe.reading.files import DRAWN, is_hole, open_plain
 from probe.stopping import cleanly
-from probe.strict_yaml import printable
 from probe.system import FULL, trouble_in, unreadable
+from probe.text import printable
 
 MOST_ENTRIES, MOST_RATIO, SMALL = 50_000, 100, 64 * 2**20  # files, as of 5 variables at their longest; bytes for one packed byte, beyond this size
 MOST_LISTED, DEPTH = 16 * 2**20, 16  # bytes of the list of files; folders in each other

@@ -29,10 +29,10 @@ from probe.analysis.maps import Method, Normalisation
 from probe.analysis.recomputed import recomputed
 from probe.arguments import branch_name, chosen, chosen_steps, grid_size, one_of, texts, told
 from probe.arguments import text as text_of
-from probe.attributes import Attributes
 from probe.errors import ExperimentError, RecordingNotFound
+from probe.format.attributes import Attributes
+from probe.format.schema import near
 from probe.public import warn_renamed
-from probe.schema import near
 from probe.words import STUMP, split_word
 
 Read = Literal["attention", "contribution"]

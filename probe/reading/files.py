@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from probe.errors import RecordingDamaged, RecordingLinked
-from probe.strict_yaml import printable
 from probe.system import OF_THE_FILE, kind_of, reading
+from probe.text import printable
 
 REMEDY = "Record it again, or remove it."
 UNLINKED = "Its files are links: copy it with cp -rL, and read the copy."

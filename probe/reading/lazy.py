@@ -36,8 +36,8 @@ from probe.reading.files import LARGE, read_file, refuse
 from probe.reading.limits import check_chunk, check_text, takes_no_room
 from probe.reading.shards import read_shards
 from probe.reading.untrusted import Stored, nodes_of, read_root
-from probe.strict_yaml import first_line, printable
 from probe.system import exists, reading, trouble_in, unreadable
+from probe.text import first_line, printable
 
 MAX_ALL_TEXT = 16 * 2**20  # bytes of all variables of text
 UNBACKED, MAX_ABSENT = 64 * 2**20, 4096  # bytes that are made up for one read; chunks without a file that are read at all

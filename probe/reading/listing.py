@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
-from probe.attributes import Attributes
 from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
-from probe.files import replace
+from probe.format.attributes import Attributes
+from probe.format.schema import counted
 from probe.reading.files import GUARDED, MAX_PARTS, NO_LINK, NO_WAIT, READ, no_longer, opened, refuse
 from probe.reading.sample import cache_folder
 from probe.reading.untrusted import MAX_ROOT, check_attributes, read_root
-from probe.schema import counted
 from probe.system import lives, reading
+from probe.writing.files import replace
 
 MANY, MAX_ROW, MAX_INDEX = 200, 2**16, 2**28  # recordings for which an index is kept; bytes of a row in it, and of all
 JUST_NOW = 2 * 10**9  # ns: a file that was written again so soon may have the same time

@@ -22,9 +22,9 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from probe.format.schema import Array
 from probe.reading.lazy import TEXT, dataset
-from probe.schema import Array
-from probe.store import RunWriter, attributes_in_files, fill_value, merged
+from probe.writing.store import RunWriter, attributes_in_files, fill_value, merged
 
 OF_THE_WRITER = ("status", "writer", "digests")
 

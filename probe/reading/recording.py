@@ -26,24 +26,24 @@ import xarray as xr
 from xarray.core.treenode import NotFoundInTreeError
 
 from probe.arguments import branch_name, labelled, text, told, truth_value
-from probe.attributes import Attributes, attributes_of
 from probe.conversions import UNCLIPPED, clipping, clipping_text, denoised_from, eps_from, v_from, variance_preserving
 from probe.conversions import clipped as clip
-from probe.digests import flags_are_lost
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
-from probe.experiment import Experiment, load_experiment
-from probe.fields import place
-from probe.files import check_place, storing
-from probe.noising_recipe import Noising, load_noising
+from probe.format.attributes import Attributes, attributes_of
+from probe.format.schema import near
 from probe.public import warn_renamed
 from probe.reading import archives, sample
 from probe.reading.attention import Attention, Indices, places
 from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
 from probe.reading.listing import list_runs, picture_and_sampling, recordings_in, root_attributes, status_of
-from probe.schema import near
-from probe.strict_yaml import printable
+from probe.settings.experiment import Experiment, load_experiment
+from probe.settings.fields import place
+from probe.settings.noising import Noising, load_noising
 from probe.system import exists
+from probe.text import printable
+from probe.writing.digests import flags_are_lost
+from probe.writing.files import check_place, storing
 
 if TYPE_CHECKING:
     from probe.proof.verdict import Verification
@@ -138,8 +138,8 @@ class Run(Attention):
         `path` is that of the new recording, and ends in .zarr. Raises ExperimentError, RecordingBusy if something is there
         already, StoreError.
         """
-        from probe.noising_sheet import save_sheet
-        from probe.pictures import save
+        from probe.figures.noising_sheet import save_sheet
+        from probe.figures.sheets import save
         from probe.stopping import cleanly
 
         if self.memory is None:

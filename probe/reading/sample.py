@@ -18,8 +18,8 @@ import zipfile
 from pathlib import Path
 
 from probe.errors import RecordingNotFound
-from probe.fields import home
 from probe.reading.archives import into_cache
+from probe.settings.fields import home
 from probe.stopping import cleanly
 from probe.system import may_change, trouble_in, unreadable
 

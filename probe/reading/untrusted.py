@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from probe.attributes import kind_of, problem_of
 from probe.errors import RecordingDamaged, RecordingNotFound
+from probe.format.attributes import kind_of, problem_of
+from probe.format.schema import FORMATS_READ, array
 from probe.reading.files import entry_is_link, no_longer, parse_json, read_file, read_json, refuse, refuse_link
-from probe.schema import FORMATS_READ, array
-from probe.strict_yaml import UNCLEAN, printable, shorten
 from probe.system import reading
+from probe.text import UNCLEAN, printable, shorten
 
 MAX_ROOT, MAX_NODE = 8 * 2**20, 2**20  # bytes of the root file, of any other zarr.json
 MAX_ALL_NODES = 16 * 2**20  # bytes of all of them

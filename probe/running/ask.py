@@ -22,8 +22,8 @@ from probe.diffusion.families import family_of
 from probe.diffusion.family import TEXT, Family, Tokens
 from probe.diffusion.loading import load
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
+from probe.format.schema import near
 from probe.reading.recording import Run
-from probe.schema import near
 from probe.watching.rehearsal import cross_attention
 from probe.watching.text_side import scaled_keys
 from probe.words import occurrences, spelt

@@ -11,8 +11,8 @@ import torch
 
 from probe.conversions import clipping, clipping_text
 from probe.diffusion.family import Family
-from probe.noising_recipe import Noising
-from probe.schema import FORMAT_STATUS, FORMAT_VERSION
+from probe.format.schema import FORMAT_STATUS, FORMAT_VERSION
+from probe.settings.noising import Noising
 from probe.watching.interface import Plan
 from probe.words import RULES
 

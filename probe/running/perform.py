@@ -12,8 +12,8 @@ from probe.diffusion.family import Conditioning, Family, Predictions
 from probe.diffusion.sampling import Step, arranged, denoise
 from probe.diffusion.schedule import Schedule, fresh
 from probe.diffusion.start import memory_formats
-from probe.noising_recipe import Noising
 from probe.running.session import Say, Session, StepStore
+from probe.settings.noising import Noising
 from probe.watching.interface import Plan
 from probe.watching.source import Noised, Source
 from probe.watching.sums import read_step

@@ -18,13 +18,11 @@ from probe.diffusion.schedule import Schedule, first_call
 from probe.diffusion.schedule_check import held_schedule, recorded_schedule, remarks
 from probe.diffusion.support import refuse_pictures
 from probe.errors import ExperimentError, TooLarge
-from probe.experiment import Experiment, Recipe
-from probe.files import check_place
-from probe.noising_recipe import Noising, load_recipe
 from probe.reading.recording import Run
-from probe.source import checked_masks, checked_picture, read_masks, read_picture
-from probe.store import room
-from probe.strict_yaml import first_line
+from probe.settings.experiment import Experiment, Recipe
+from probe.settings.noising import Noising, load_recipe
+from probe.settings.pictures import checked_masks, checked_picture, read_masks, read_picture
+from probe.text import first_line
 from probe.watching.cost import Cost
 from probe.watching.counterfactual import Counterfactual, chosen_words
 from probe.watching.cross_attention import CrossAttention
@@ -43,6 +41,8 @@ from probe.watching.sums import Sums
 from probe.watching.text_encoder import TextEncoder
 from probe.watching.text_side import TextSide
 from probe.words import RULES, occurrences, word_spans
+from probe.writing.files import check_place
+from probe.writing.store import room
 
 
 def _always(_: Plan) -> bool:

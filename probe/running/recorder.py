@@ -22,18 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from probe import pictures
 from probe.arguments import check_options, told
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family
 from probe.diffusion.loading import load, pick_device
 from probe.diffusion.support import remarks_on_version
 from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
-from probe.experiment import Experiment, Recipe
-from probe.fields import from_home, place
-from probe.files import storing
-from probe.noising_recipe import Noising, load_noising, load_recipe
-from probe.noising_sheet import save_sheet
+from probe.figures import sheets
+from probe.figures.noising_sheet import save_sheet
 from probe.output import tell
 from probe.reading.compare import differing_conditions
 from probe.reading.memory import Memory, nowhere
@@ -43,13 +39,17 @@ from probe.running.description import describe
 from probe.running.perform import perform
 from probe.running.planning import check_size, free_room, plan, recorded_masks, replan, size_text
 from probe.running.session import Say
+from probe.settings.experiment import Experiment, Recipe
+from probe.settings.fields import from_home, place
+from probe.settings.noising import Noising, load_noising, load_recipe
 from probe.stopping import breakable, cleanly
-from probe.store import MANIFEST, RunWriter
-from probe.strict_yaml import first_line, shown
 from probe.system import exists
 from probe.terminal import shell_path, without_home
+from probe.text import first_line, shown
 from probe.watching.interface import Plan
 from probe.words import read_plainly
+from probe.writing.files import storing
+from probe.writing.store import MANIFEST, RunWriter
 
 LEVELS = ("step", "timestep", "sigma", "alpha_bar", "latents/scheduler_sigmas")
 RECORD_AGAIN = "Record it again: probe rerun."
@@ -329,7 +329,7 @@ def _see_through(path: Path, model: Family, plan: Plan, writer: RunWriter, say: 
             perform(model, plan, writer, say, progress)
             if sheet:
                 with storing(path):
-                    save_sheet(Run(path)) if noising else pictures.save(Run(path))
+                    save_sheet(Run(path)) if noising else sheets.save(Run(path))
             writer.complete()
     except BaseException:
         go_on = "" if noising else f"; go on with it: probe run --resume {shell_path(path)}"

@@ -22,12 +22,12 @@ from typing import Any, ClassVar
 import numpy as np
 import xarray as xr
 
-from probe.attributes import problem_of
-from probe.dimensions import broken
+from probe.format.attributes import problem_of
+from probe.format.dimensions import broken
+from probe.format.schema import FORMAT_VERSION, FORMATS_READ
 from probe.proof.checks import files_of
 from probe.proof.verdict import verify
 from probe.reading.recording import Run
-from probe.schema import FORMAT_VERSION, FORMATS_READ
 from probe.testing.synthetic import synthetic_recording
 
 

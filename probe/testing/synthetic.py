@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from probe import files
 from probe.analysis.maps import resize
-from probe.experiment import Experiment, load_experiment
-from probe.pictures import save
+from probe.figures.sheets import save
+from probe.format.schema import BRANCHES, FORMAT_STATUS, FORMAT_VERSION, MOMENTS, REST, STATISTICS, Array, Variable, array
 from probe.proof.map_checks import moments_of
 from probe.public import warn_renamed
 from probe.reading.recording import Run
-from probe.schema import BRANCHES, FORMAT_STATUS, FORMAT_VERSION, MOMENTS, REST, STATISTICS, Array, Variable, array
-from probe.store import RunWriter
+from probe.settings.experiment import Experiment, load_experiment
+from probe.writing import files
+from probe.writing.store import RunWriter
 
 F = 8  # pixels per latent
 POSITIONS = 77

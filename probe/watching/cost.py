@@ -12,7 +12,7 @@ import torch
 
 from probe.diffusion.family import Family
 from probe.diffusion.sampling import Step
-from probe.schema import Array, array
+from probe.format.schema import Array, array
 from probe.system import peak_memory
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Store

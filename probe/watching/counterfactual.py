@@ -19,7 +19,7 @@ from probe.diffusion.family import TEXT, Arguments, Family, Tokens, stacked
 from probe.diffusion.prompts import Prompt
 from probe.diffusion.sampling import Step
 from probe.errors import ExperimentError, ModelError
-from probe.schema import Array, array, near
+from probe.format.schema import Array, array, near
 from probe.watching.interface import Capture, Plan, Values
 from probe.words import STUMP, alike
 

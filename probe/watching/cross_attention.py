@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from probe.diffusion.family import Family
-from probe.schema import MOMENTS, Array, array
+from probe.format.schema import MOMENTS, Array, array
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
 from probe.watching.labels import heads_of

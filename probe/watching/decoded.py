@@ -11,7 +11,7 @@ from probe.diffusion.family import Family
 from probe.diffusion.parts import count_not_finite, to_uint8
 from probe.diffusion.sampling import Step
 from probe.diffusion.schedule_check import unclipped_note
-from probe.schema import Array, array
+from probe.format.schema import Array, array
 from probe.watching.interface import Capture, Plan, Store
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from probe.diffusion.family import Family
-from probe.schema import HEAD_STATISTICS, MOMENTS, Array, array
+from probe.format.schema import HEAD_STATISTICS, MOMENTS, Array, array
 from probe.watching.cross_attention import shares_of
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group

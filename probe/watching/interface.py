@@ -2,7 +2,7 @@
 
 A capture owns its variables. It says what it adds to a recording, where it looks, and what it makes of each call of the
 model; planning, writing, resuming and verifying ask it, and know nothing else of it. A new kind of capture is one file
-with one class, an entry in `probe.schema`, one line in `probe.running.planning.CAPTURES`, and the setting that asks for it.
+with one class, an entry in `probe.format.schema`, one line in `probe.running.planning.CAPTURES`, and the setting that asks for it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from probe.experiment import Experiment, Recipe
-from probe.noising_recipe import Noising
-from probe.schema import FORMAT_VERSION, Array
+from probe.format.schema import FORMAT_VERSION, Array
+from probe.settings.experiment import Experiment, Recipe
+from probe.settings.noising import Noising
 from probe.watching.hooks import Hooks, Watch
 
 if TYPE_CHECKING:

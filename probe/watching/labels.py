@@ -10,7 +10,7 @@ import numpy as np
 from probe.diffusion.family import Family
 from probe.diffusion.prompts import Prompt
 from probe.errors import ExperimentError
-from probe.schema import Array, array
+from probe.format.schema import Array, array
 from probe.watching.interface import Capture, Grid, Plan, grid_group
 
 

@@ -8,8 +8,8 @@ import torch
 from probe.diffusion.family import Family
 from probe.diffusion.sampling import Step
 from probe.diffusion.schedule import fresh, set_steps
-from probe.experiment import Experiment
-from probe.schema import Array, array
+from probe.format.schema import Array, array
+from probe.settings.experiment import Experiment
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from probe.schema import STATISTICS
+from probe.format.schema import STATISTICS
 
 
 def attention_maps(query: torch.Tensor, key: torch.Tensor, scale: float, rest: int) -> torch.Tensor:

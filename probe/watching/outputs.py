@@ -11,7 +11,7 @@ from torch import nn
 
 from probe.diffusion.family import Family
 from probe.errors import ExperimentError
-from probe.schema import STATISTICS, Array, array
+from probe.format.schema import STATISTICS, Array, array
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
 from probe.watching.measures import statistics_of

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from probe.diffusion.family import Family
 from probe.errors import ModelError, ProbeError
-from probe.strict_yaml import first_line, printable, shorten
+from probe.text import first_line, printable, shorten
 from probe.watching.conditions import refuse_unwatchable
 from probe.watching.hooks import Hooks, Watch
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from probe.diffusion.family import Family
 from probe.errors import ExperimentError
-from probe.schema import near
+from probe.format.schema import near
 from probe.watching.rehearsal import Rehearsal
 
 STATISTIC_CLASSES = frozenset(

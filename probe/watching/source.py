@@ -13,7 +13,7 @@ from probe.diffusion.family import Family
 from probe.diffusion.sampling import Start, Step, arranged, memory_format
 from probe.diffusion.schedule_check import unclipped_note
 from probe.diffusion.start import begun, memory_formats, restart
-from probe.schema import Array, array
+from probe.format.schema import Array, array
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
 
 

@@ -10,7 +10,7 @@ import torch
 from probe.analysis.maps import maps_of, probabilities, resize
 from probe.diffusion.family import Family
 from probe.errors import RecordingDamaged
-from probe.schema import Array, array
+from probe.format.schema import Array, array
 from probe.watching.interface import Capture, Grid, Plan, Store, grid_group
 from probe.watching.labels import heads_of
 

@@ -11,7 +11,7 @@ import torch
 
 from probe.diffusion.family import Family
 from probe.errors import CaptureError
-from probe.schema import Array, array
+from probe.format.schema import Array, array
 from probe.watching.conditions import FINITE, NOT_FINITE
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Store, as_numpy, numpy_dtype

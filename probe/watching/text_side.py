@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from probe.diffusion.family import Family
-from probe.schema import Array, array
+from probe.format.schema import Array, array
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Values, grid_group
 from probe.watching.labels import heads_of

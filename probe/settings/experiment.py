@@ -26,9 +26,10 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 from pydantic.fields import FieldInfo
 
 from probe.errors import ExperimentError
-from probe.fields import SCHEDULERS, Globs, Line, Option, Place, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words, steps_in
 from probe.output import say
-from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, printable, read_text, read_yaml, shorten, shown
+from probe.settings.fields import SCHEDULERS, Globs, Line, Option, Place, Prompt, Revision, SchedulerName, StepsChoice, Strict, Words, steps_in
+from probe.settings.strict_yaml import LARGEST, read_text, read_yaml
+from probe.text import UNCLEAN, did_you_mean, printable, shorten, shown
 
 Settings = TypeVar("Settings", bound=Strict)
 
@@ -88,7 +89,7 @@ class CaptureOptions(Strict):
 class Recipe(Strict):
     """What is asked of any recording: the model, where it runs, what is recorded, and where that is written.
 
-    Final kinds are `Experiment`, which draws pictures, and `probe.noising_recipe.Noising`, which adds noise to one.
+    Final kinds are `Experiment`, which draws pictures, and `probe.settings.noising.Noising`, which adds noise to one.
     """
 
     kind: ClassVar[str]  # as the attribute `kind` of a recording

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingLinked, StoreError
-from probe.strict_yaml import printable
 from probe.system import FULL, kind_of
+from probe.text import printable
 
 PARTIAL = ".partial"
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # which follows no link

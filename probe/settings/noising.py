@@ -18,10 +18,10 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from probe.errors import ExperimentError
-from probe.experiment import Experiment, Recipe, load_experiment, load_settings
-from probe.experiment import table as fields_table
-from probe.fields import Place, Places, Prompt
-from probe.strict_yaml import shown
+from probe.settings.experiment import Experiment, Recipe, load_experiment, load_settings
+from probe.settings.experiment import table as fields_table
+from probe.settings.fields import Place, Places, Prompt
+from probe.text import shown
 
 
 def _timesteps(value: object) -> object:

@@ -15,8 +15,8 @@ from pathlib import Path
 import filelock
 
 from probe.errors import RecordingBusy, RecordingDamaged, StoreError
-from probe.strict_yaml import printable
 from probe.system import kind_of, lives
+from probe.text import printable
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 EXITING, KILLED = 0x4, 1 << 8  # Linux: in the flags of a process, and among its pending signals

@@ -1,4 +1,4 @@
-"""YAML as people mean it: its plain part, read without surprises, and values shown safely in messages.
+"""YAML as people mean it: its plain part, read without surprises.
 
 Only true and false are bool, only decimal digits are numbers; anchors, aliases, merge keys, tags, keys written twice,
 second documents, control and direction-changing characters are errors that name their line.
@@ -6,47 +6,24 @@ second documents, control and direction-changing characters are errors that name
 
 from __future__ import annotations
 
-import difflib
 import errno
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from probe.errors import ExperimentError
+from probe.text import UNCLEAN, did_you_mean, printable, shorten, shown
 
-MAX_BYTES, MAX_DEPTH, MAX_VALUES, MAX_DIGITS, SHOWN = 64 * 1024, 20, 10_000, 40, 60
+MAX_BYTES, MAX_DEPTH, MAX_VALUES, MAX_DIGITS = 64 * 1024, 20, 10_000, 40
 LARGEST = 2**63 - 1
-# Control characters, those that turn the direction of text, line separators, byte order marks, lone surrogates.
-UNCLEAN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def too_long(where: str) -> ExperimentError:
     return ExperimentError(f"{where}: longer than {MAX_BYTES // 1024} KB", "An experiment is a short text: is this the right file?")
-
-
-def shown(value: object) -> str:
-    """A value as it may stand in a message: short, on one line, without control characters."""
-    try:
-        return shorten(printable(repr(value)))
-    except (ValueError, RecursionError):  # a number of thousands of digits
-        return f"this {type(value).__name__}"
-
-
-def shorten(text: str) -> str:
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first; the name of its class where it says nothing, as a MemoryError may."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -173,8 +150,3 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
         raise ExperimentError(f"{where}: cannot be read ({printable(reason)})", "Name a YAML file that you may read.") from None
-
-
-def did_you_mean(word: str, spellings: Mapping[str, str]) -> str:
-    near = difflib.get_close_matches(word[:SHOWN].casefold(), spellings, n=1)
-    return f"Did you mean {spellings[near[0]]}?" if near else ""

@@ -27,8 +27,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from probe import files
 from probe.system import exists, reading
+from probe.writing import files
 
 DIGESTS = "digests.txt"
 LINE = re.compile(r"([0-9a-f]{64}|-{64}) (.{1,2000})")

@@ -6,7 +6,7 @@ opens while it is being written, after a crash, and when it is complete.
 How it is written (`RunWriter`): a lock beside it; everything created and preallocated in a hidden folder, metadata
 consolidated once, then renamed into place; at each step first the bulk, then the small arrays, then the step's digest, then
 `committed[step] = 1`, the only truth about what is there; at the end a manifest of every file's digest, then `status =
-complete`. Every file is written whole under another name and moved into its place (`probe.files`). Steps go through a
+complete`. Every file is written whole under another name and moved into its place (`probe.writing.files`). Steps go through a
 background thread whose queue is bounded in bytes; an error in it stops the run with its cause.
 
 What has reached the disk, and stays after a power cut: with durability "step" everything of a step, before its flag, and its
@@ -34,16 +34,16 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
-from probe import files
-from probe.background import Queue
-from probe.chunks import StepFiles, checked
-from probe.digests import DIGESTS, Ledger, flags_are_lost, line, marks, of_a_step, read_lines, step_of
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound
-from probe.files import storing
-from probe.locks import Lock
+from probe.format.schema import Array
 from probe.reading.files import DRAWN
-from probe.schema import Array
 from probe.system import trouble_in, unreadable
+from probe.writing import files
+from probe.writing.background import Queue
+from probe.writing.chunks import StepFiles, checked
+from probe.writing.digests import DIGESTS, Ledger, flags_are_lost, line, marks, of_a_step, read_lines, step_of
+from probe.writing.files import storing
+from probe.writing.locks import Lock
 
 MANIFEST = "manifest.json"
 BLOCK = 4096  # of a file on nearly every disk: it takes a whole number of these

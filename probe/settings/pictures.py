@@ -24,10 +24,10 @@ from numpy.lib import format as npy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from probe.errors import ExperimentError, ProbeError
-from probe.fields import place
 from probe.reading.archives import Zip
 from probe.reading.files import open_plain
-from probe.strict_yaml import first_line, printable
+from probe.settings.fields import place
+from probe.text import first_line, printable
 
 FORMATS = ("PNG", "JPEG")
 LEAST, MOST = 8, 2**26  # pixels a side, pixels in all: 64 million

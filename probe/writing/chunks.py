@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from probe import files
-from probe.digests import EMPTY, checksum, mark, marks, pieces
+from probe.writing import files
+from probe.writing.digests import EMPTY, checksum, mark, marks, pieces
 
 NOWHERE = 2**64 - 1
 
@@ -43,7 +43,7 @@ class StepFiles:
         return Path(self._at([step if len(self._shape) > 1 else 0, *[0] * len(self._shape[1:])]))
 
     def write(self, step: int, value: np.ndarray) -> bytes:
-        """Write one step; returns what its digest takes of it (`probe.digests.mark`). Raises OSError."""
+        """Write one step; returns what its digest takes of it (`probe.writing.digests.mark`). Raises OSError."""
         if len(self._shape) == 1:
             if self._along is None:
                 self._along = np.array(self._array[...], self._dtype)

@@ -16,9 +16,9 @@ import numpy as np
 import xarray as xr
 from PIL import Image, ImageDraw, ImageFont
 
-from probe.pictures import FAINT, INK, PAPER, heat, keep_png
+from probe.figures.sheets import FAINT, INK, PAPER, heat, keep_png
+from probe.format.schema import counted
 from probe.reading.recording import Run
-from probe.schema import counted
 
 CELL, GAP, MARGIN, CURVE = 116, 10, 28, 190
 BLUE, PALE = (40, 90, 170), (200, 214, 238)

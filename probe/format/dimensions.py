@@ -1,6 +1,6 @@
 """The dimensions of a recording, how its groups relate, and the names that are reserved.
 
-`probe.schema` says what each variable is. This module says what holds between them, and `broken`
+`probe.format.schema` says what each variable is. This module says what holds between them, and `broken`
 finds where it does not. `python docs/make.py` writes its tables into docs/format.md.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from probe.schema import PICTURE, REST, SCHEMA
+from probe.format.schema import PICTURE, REST, SCHEMA
 
 DIMENSIONS: dict[str, str] = {
     "step": "model calls, in the order of the loop; as long in every group",

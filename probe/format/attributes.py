@@ -5,7 +5,7 @@
     attributes["model"]["dtype"]          # as it is in the file, together with everything unknown
 
 Attributes that are not named here are kept: a newer version's, or a user's own notes.
-`python -m probe.attributes` prints the JSON Schema, `table()` is in docs/format.md.
+`python -m probe.format.attributes` prints the JSON Schema, `table()` is in docs/format.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import SchemaValidator
 
 from probe.output import say
-from probe.strict_yaml import UNCLEAN, printable, shorten
+from probe.text import UNCLEAN, printable, shorten
 
 # Characters that hide what a text says, as pydantic and JSON Schema write them.
 # pydantic refuses lone surrogates itself.

@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from probe import files
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, StoreError
-from probe.files import storing
-from probe.locks import Lock
 from probe.system import may_change, reading
+from probe.writing import files
+from probe.writing.files import storing
+from probe.writing.locks import Lock
 
 LEFT = re.compile(r"\.(.+\.zarr)\.(?:lock|[0-9a-f]+\.partial)", re.DOTALL)
 

@@ -26,7 +26,8 @@ from pydantic import (
 )
 
 from probe.errors import ExperimentError
-from probe.strict_yaml import LARGEST, UNCLEAN, did_you_mean, shown
+from probe.settings.strict_yaml import LARGEST
+from probe.text import UNCLEAN, did_you_mean, shown
 
 SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
     "DDIM": ("DDIMScheduler", {}),

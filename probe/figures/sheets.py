@@ -19,13 +19,13 @@ import numpy as np
 import xarray as xr
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from probe import files
 from probe.analysis import by_kind, by_sigma, word_maps
 from probe.analysis.maps import word_names
-from probe.digests import sealed
 from probe.errors import RecordingNotFound
 from probe.reading.recording import Run, with_files
 from probe.words import STUMP, alike, spelt
+from probe.writing import files
+from probe.writing.digests import sealed
 
 CELL, GAP, MARGIN = 152, 12, 28
 HEAD, BETWEEN = 78, 20  # of a section of maps: above its first row, and between what is side by side

@@ -1,0 +1,1 @@
+"""Pictures for people: labelled arrays in, figures out. Without torch."""

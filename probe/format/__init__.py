@@ -1,0 +1,1 @@
+"""The recording's contract: variables, dimensions and attributes. Without torch."""

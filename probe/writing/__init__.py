@@ -1,0 +1,1 @@
+"""A recording being written, so that it survives anything. Without torch."""
