@@ -88,7 +88,7 @@ def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: i
     prompt, (clean, eps) = conditioning.cond, noised(model, shown.picture, 1, seed)
     rehearsal = rehearse(model, tuple(clean.shape), 1, int(prompt.ids.shape[1]))
     plan = Plan(
-        experiment=Experiment(prompt=shown.caption, guidance_scale=1.0, capture={"dtype": "float32"}),
+        recipe=Experiment(prompt=shown.caption, guidance_scale=1.0, capture={"dtype": "float32"}),
         tokens=conditioning.tokens,
         schedule=schedule,
         rehearsal=rehearsal,

@@ -153,12 +153,12 @@ def test_what_is_looked_at_is_what_a_noising_records(tmp_path: Path) -> None:
     run = record_noising(one.picture, one.caption, pipeline=tiny.pipeline(), progress=False, sheet=False, decode=False, **asked)
     seen = look(model(), one, run.variable("timestep").values.astype(int).tolist(), seed=3)
     for grid, maps, sizes in zip(run.grids, seen.grids, seen.sizes, strict=True):
-        there = run.attention(grid).sel(branch="cond").isel(image=0)
+        there = run.attention(grid).sel(branch="cond").isel(draw=0)
         np.testing.assert_array_equal(there.transpose(*maps.dims).values, maps.values)
         assert list(there["layer"].values) == list(maps["layer"].values)
         np.testing.assert_array_equal(run.variable(f"attention/{grid}/value_size").sel(branch="cond").transpose(*sizes.dims), sizes)
     assert seen.change is not None
-    np.testing.assert_array_equal(run.variable("counterfactual/change").isel(image=0).values, seen.change.values)
+    np.testing.assert_array_equal(run.variable("counterfactual/change").isel(draw=0).values, seen.change.values)
 
 
 def test_a_recorded_run_gives_its_nearest_steps_and_their_mean(tmp_path: Path) -> None:
