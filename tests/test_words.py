@@ -474,7 +474,7 @@ def test_a_recording_by_the_first_rules_stays_what_it_was(tmp_path: Path, monkey
     import probe.running.description as description
 
     with monkeypatch.context() as first:
-        first.setattr(planning.plan, "__defaults__", (None, None, 1, None))
+        first.setattr(planning.plan, "__kwdefaults__", {"schedule": None, "rules": 1})
         first.setattr(description, "RULES", 1)
         run = take(tmp_path, tiny.pipeline(), f"{NAMASTE} \u00e4 'cat' \U0001f431", capture={"counterfactual": ["*"]})
     assert list(run.words) == ["\u0928\u092e\u0938", "\u0924", "\u00e4", "cat'"]
