@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Everything this repository does, from a bare Python 3.11 or newer. Nothing else has to be installed first.
+"""Everything this repository does, from a bare Python 3.11 or newer. Nothing else has to be
+installed first.
 
     python3 tasks.py record experiments/astronaut.yaml    make a recording; all arguments go to `python -m probe.run`
     python3 tasks.py test [pytest arguments]              run the quick tests, or those you name
@@ -10,24 +11,27 @@
     python3 tasks.py release --check                      build wheel and sdist, and use them on every Python that is here,
                                                           with lowest and latest dependencies (--help: what can be chosen)
 
-The first call makes an environment in .venv and installs this checkout there, in the versions of constraints.txt. That
-takes minutes and gigabytes, most of them torch's. Later calls start at once; when pyproject.toml or constraints.txt has
-changed they install first. A call that was interrupted is finished by the next one. What pip said is in
-probe-install.log inside the environment.
+The first call makes an environment in .venv and installs this checkout there, in the versions of
+constraints.txt. That takes minutes and gigabytes, most of them torch's. Later calls start at once;
+when pyproject.toml or constraints.txt has changed they install first. A call that was interrupted
+is finished by the next one. What pip said is in probe-install.log inside the environment.
 
     PROBE_VENV=/some/where     put the environment there. An environment that is already there is used, and its
                                packages are kept as long as constraints.txt agrees with them.
 
-On Linux, torch comes with CUDA by default (about 3 GB to download). Without an NVIDIA GPU the CPU build (0.2 GB) will do:
+On Linux, torch comes with CUDA by default (about 3 GB to download). Without an NVIDIA GPU the CPU
+build (0.2 GB) will do:
 
     python3 -m venv .venv      then, with .venv/bin/pip, install the torch of constraints.txt from the CPU wheel index that
                                "Get started" on PyTorch's site names, and call tasks.py; or set PIP_EXTRA_INDEX_URL to
                                that index for the first call.
 
-Exit codes: 0 all went well; 1 an installation or a check failed; 2 a mistake in the call; else that of what was run.
+Exit codes: 0 all went well; 1 an installation or a check failed; 2 a mistake in the call; else that
+of what was run.
 """
 
-# Only the standard library, and nothing that Python 3.8 cannot parse: an old Python must get as far as our message.
+# Only the standard library, and nothing that Python 3.8 cannot parse: an old Python must get as far
+# as our message.
 
 from __future__ import annotations
 
@@ -54,10 +58,12 @@ ROOT = Path(__file__).resolve().parent
 STAMP = "probe-installed.json"
 LOG = "probe-install.log"
 
-# Tests compare with it; it asks for torchvision, whose usual build breaks a CPU torch, and runs without.
+# Tests compare with it; it asks for torchvision, whose usual build breaks a CPU torch, and runs
+# without.
 WITHOUT_REQUIREMENTS = {"test": "attention-map-diffusers==1.0.0"}
 
-# Settings of pip that would send packages elsewhere, or leave some out, and of Python that would show it those of another.
+# Settings of pip that would send packages elsewhere, or leave some out, and of Python that would
+# show it those of another.
 NOT_FOR_PIP = "PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_DRY_RUN PIP_NO_DEPS PIP_PYTHON PYTHONPATH PYTHONHOME".split()
 
 # Prints what the package and its extras ask for and the environment does not have.
@@ -81,21 +87,35 @@ print(*missing)
 REMEDIES = (  # (what pip said, what to do), the first that matches
     (
         ("No space left on device",),
-        "Free some disk space (an installation needs up to 10 GB), or place it elsewhere with PROBE_VENV; then call again.",
+        "Free some disk space (an installation needs up to 10 GB), or place it elsewhere with "
+        "PROBE_VENV; then call again.",
     ),
     (
         ("the ssl module in Python is not available",),
-        "The environment's Python was built without ssl, which pip needs. Remove the environment, then call tasks.py with another Python: "
+        "The environment's Python was built without ssl, which pip needs. Remove the environment, "
+        "then call tasks.py with another Python: "
         "one where python3 -c 'import ssl' says nothing.",
     ),
     (
-        ("Temporary failure in name resolution", "Max retries exceeded", "Connection", "timed out", "SSLError", "(from versions: none)"),
-        "Check the network and pip's index settings (PIP_INDEX_URL), then call again: what was downloaded is kept.",
+        (
+            "Temporary failure in name resolution",
+            "Max retries exceeded",
+            "Connection",
+            "timed out",
+            "SSLError",
+            "(from versions: none)",
+        ),
+        "Check the network and pip's index settings (PIP_INDEX_URL), then call again: what was "
+        "downloaded is kept.",
     ),
-    (("Permission denied",), "Make the environment's folder writable, or place it elsewhere with PROBE_VENV."),
+    (
+        ("Permission denied",),
+        "Make the environment's folder writable, or place it elsewhere with PROBE_VENV.",
+    ),
     (
         ("No matching distribution", "ResolutionImpossible"),
-        "Your package index lacks a version that constraints.txt asks for. Check PIP_INDEX_URL, or take Python 3.11 to 3.13.",
+        "Your package index lacks a version that constraints.txt asks for. Check PIP_INDEX_URL, "
+        "or take Python 3.11 to 3.13.",
     ),
 )
 
@@ -107,10 +127,15 @@ def main(argv: list[str]) -> int:
     command, rest = argv[0], argv[1:]
     if command not in COMMANDS:
         near, known = difflib.get_close_matches(command, COMMANDS, 1), ", ".join(COMMANDS)
-        stop(f"tasks.py has no {command!r}.", f"Did you mean {near[0]!r}?" if near else f"Choose from: {known}.", code=2)
+        stop(
+            f"tasks.py has no {command!r}.",
+            f"Did you mean {near[0]!r}?" if near else f"Choose from: {known}.",
+            code=2,
+        )
     if sys.version_info < (3, 11):
         stop(
-            f"This is Python {sys.version_info[0]}.{sys.version_info[1]}; Python 3.11 or newer is needed.",
+            f"This is Python {sys.version_info[0]}.{sys.version_info[1]}; Python 3.11 or newer is "
+            "needed.",
             "Call it with a newer one: python3.11 tasks.py ...",
         )
     return COMMANDS[command](rest)
@@ -130,18 +155,27 @@ def test(arguments: list[str]) -> int:
 
 def smoke_files() -> list[str]:
     """The test files with a test of the marker `smoke`: the others need not be imported."""
-    return [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "@pytest.mark.smoke" in path.read_text(encoding="utf-8")]
+    return [
+        str(path)
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "@pytest.mark.smoke" in path.read_text(encoding="utf-8")
+    ]
 
 
 def side_by_side() -> list[str]:
-    """pytest's options for all the tests: several files at a time. Not more than four, since every process holds a torch."""
+    """pytest's options for all the tests: several files at a time.
+
+    Not more than four, since every process holds a torch.
+    """
     return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
 
 
 def check(arguments: list[str]) -> int:
     if arguments not in ([], ["--all"], ["--no-tests"]):
         stop(
-            f"check takes --all, --no-tests or nothing, not {arguments}.", "To run some tests only: python3 tasks.py test <pytest arguments>.", code=2
+            f"check takes --all, --no-tests or nothing, not {arguments}.",
+            "To run some tests only: python3 tasks.py test <pytest arguments>.",
+            code=2,
         )
     python = install("record", "test")
     steps = {
@@ -163,7 +197,11 @@ def check(arguments: list[str]) -> int:
 
 def release(arguments: list[str]) -> int:
     if arguments[:1] != ["--check"]:
-        stop("release only checks: it publishes nothing.", "Call it with --check: python3 tasks.py release --check.", code=2)
+        stop(
+            "release only checks: it publishes nothing.",
+            "Call it with --check: python3 tasks.py release --check.",
+            code=2,
+        )
     hand_over([install("record", "test"), str(ROOT / ".ci" / "release.py"), *arguments[1:]])
 
 
@@ -173,42 +211,66 @@ COMMANDS = {"record": record, "test": test, "check": check, "release": release}
 def install(*extras: str) -> str:
     """Bring the environment to a state that has `extras`; returns the path of its Python.
 
-    The stamp says what is installed. It is marked unfinished before pip starts, and finished only after pip has ended
-    well, so an interrupted installation is seen and repaired by the next call.
+    The stamp says what is installed. It is marked unfinished before pip starts, and finished only
+    after pip has ended well, so an interrupted installation is seen and repaired by the next call.
     """
-    venv = Path(os.path.abspath(os.environ.get("PROBE_VENV") or ROOT / ".venv"))  # not resolved: bin/python is a link  # noqa: PTH100
+    # Not resolved: bin/python is a link.
+    venv = Path(os.path.abspath(os.environ.get("PROBE_VENV") or ROOT / ".venv"))  # noqa: PTH100
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     version = version_of(python)
     if version is None:
         version = create(venv, python)
     stamp = read_stamp(venv)
     sources = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
-    now = {"sources": hashlib.sha256(sources + str(WITHOUT_REQUIREMENTS).encode()).hexdigest(), "checkout": str(ROOT), "python": version}
-    if stamp.get("finished") and set(extras) <= set(stamp["extras"]) and all(stamp.get(key) == value for key, value in now.items()):
+    now = {
+        "sources": hashlib.sha256(sources + str(WITHOUT_REQUIREMENTS).encode()).hexdigest(),
+        "checkout": str(ROOT),
+        "python": version,
+    }
+    if (
+        stamp.get("finished")
+        and set(extras) <= set(stamp["extras"])
+        and all(stamp.get(key) == value for key, value in now.items())
+    ):
         return str(python)
 
     wanted = sorted({*extras, *stamp.get("extras", [])})
     listed = ",".join(wanted)
     if not stamp:
-        say(f"Installing probe[{listed}] into {venv}. The first time this takes 2 to 10 minutes and 2 to 8 GB of disk.")
+        say(
+            f"Installing probe[{listed}] into {venv}. The first time this takes 2 to 10 minutes "
+            "and 2 to 8 GB of disk."
+        )
     elif not stamp.get("finished"):
-        say(f"An installation into {venv} did not finish. Trying again: probe[{listed}], up to some minutes.")
+        say(
+            f"An installation into {venv} did not finish. Trying again: probe[{listed}], up to "
+            "some minutes."
+        )
         forget_half_installed(venv)
     elif set(extras) <= set(stamp["extras"]):
-        say(f"pyproject.toml, constraints.txt, the checkout or Python has changed. Updating {venv}: seconds, unless torch changed.")
+        say(
+            "pyproject.toml, constraints.txt, the checkout or Python has changed. Updating "
+            f"{venv}: seconds, unless torch changed."
+        )
     else:
         say(f"Adding what probe[{listed}] needs to {venv}: up to a minute.")
     write_stamp(venv, dict(now, extras=wanted, finished=False))
     began = time.monotonic()
-    pip_install(python, venv / LOG, ["-e", f"{ROOT}[{listed}]", "-c", str(ROOT / "constraints.txt")])
+    pip_install(
+        python, venv / LOG, ["-e", f"{ROOT}[{listed}]", "-c", str(ROOT / "constraints.txt")]
+    )
     for package in [package for extra, package in WITHOUT_REQUIREMENTS.items() if extra in wanted]:
         pip_install(python, venv / LOG, ["--no-deps", package])
     ask_for = [str(python), "-c", WHAT_IS_MISSING, *wanted]
-    missing = subprocess.run(ask_for, stdout=subprocess.PIPE, text=True, env=environment_of_pip(), check=True).stdout.split()
+    missing = subprocess.run(
+        ask_for, stdout=subprocess.PIPE, text=True, env=environment_of_pip(), check=True
+    ).stdout.split()
     if missing:
         stop(
-            f"pip ended well, but {venv} lacks {', '.join(missing[:5])}{' and more' if missing[5:] else ''}.",
-            "Remove target, prefix, root, dry-run and no-deps from pip's settings (see `pip config list`), then call again.",
+            f"pip ended well, but {venv} lacks "
+            f"{', '.join(missing[:5])}{' and more' if missing[5:] else ''}.",
+            "Remove target, prefix, root, dry-run and no-deps from pip's settings (see `pip "
+            "config list`), then call again.",
         )
     write_stamp(venv, dict(now, extras=wanted, finished=True))
     say(f"Installed in {time.monotonic() - began:.0f} s.")
@@ -217,47 +279,100 @@ def install(*extras: str) -> str:
 
 def version_of(python: Path) -> str | None:
     """Like "3.11"; None if this Python does not start or has no pip."""
-    code = "import sys, importlib.util as u; print('%d.%d' % sys.version_info[:2]); sys.exit(u.find_spec('pip') is None)"
+    code = (
+        "import sys, importlib.util as u; print('%d.%d' % sys.version_info[:2]); "
+        "sys.exit(u.find_spec('pip') is None)"
+    )
     try:
-        asked = subprocess.run([str(python), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+        asked = subprocess.run(
+            [str(python), "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=False,
+        )
     except OSError:
         return None
     version = asked.stdout.strip()
     if version and tuple(map(int, version.split("."))) < (3, 11):
-        stop(f"The environment of {python} is Python {version}; 3.11 or newer is needed.", "Name another folder with PROBE_VENV.")
+        stop(
+            f"The environment of {python} is Python {version}; 3.11 or newer is needed.",
+            "Name another folder with PROBE_VENV.",
+        )
     return version if asked.returncode == 0 else None
 
 
 def create(venv: Path, python: Path) -> str:
-    """Make the environment, or mend one that was left half made: `venv` keeps what is already there."""
-    if venv.exists() and not (venv.is_dir() and ((venv / "pyvenv.cfg").exists() or not any(venv.iterdir()))):
-        stop(f"{venv} exists and is not a Python environment.", "Name an empty or a new folder with PROBE_VENV.")
-    remedy = f"On Debian or Ubuntu: apt install python3-venv. Or, with uv: uv venv --seed {shlex.quote(str(venv))}. Then call again."
+    """Make the environment, or mend one that was left half made: `venv` keeps what is already
+    there.
+    """
+    if venv.exists() and not (
+        venv.is_dir() and ((venv / "pyvenv.cfg").exists() or not any(venv.iterdir()))
+    ):
+        stop(
+            f"{venv} exists and is not a Python environment.",
+            "Name an empty or a new folder with PROBE_VENV.",
+        )
+    remedy = (
+        "On Debian or Ubuntu: apt install python3-venv. Or, with uv: uv venv --seed "
+        f"{shlex.quote(str(venv))}. Then call again."
+    )
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
-        stop("This Python cannot make environments: its venv or ensurepip module is missing.", remedy)
+        stop(
+            "This Python cannot make environments: its venv or ensurepip module is missing.", remedy
+        )
     say(f"Making a Python environment in {venv}: some seconds.")
-    made = subprocess.run([sys.executable, "-m", "venv", str(venv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    made = subprocess.run(
+        [sys.executable, "-m", "venv", str(venv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     version = version_of(python)
     if made.returncode or version is None:
         print(made.stdout.strip()[-2000:], file=sys.stderr)
-        stop("The environment could not be made.", remedy if "ensurepip" in made.stdout else "Name another folder with PROBE_VENV.")
+        stop(
+            "The environment could not be made.",
+            remedy if "ensurepip" in made.stdout else "Name another folder with PROBE_VENV.",
+        )
     return version
 
 
 def forget_half_installed(venv: Path) -> None:
-    """pip takes a package for installed as soon as its metadata is there, but writes INSTALLER and RECORD only at its end."""
-    for metadata in [*venv.glob("lib/python*/site-packages/*.dist-info"), *venv.glob("Lib/site-packages/*.dist-info")]:
+    """pip takes a package for installed as soon as its metadata is there, but writes INSTALLER and
+    RECORD only at its end.
+    """
+    for metadata in [
+        *venv.glob("lib/python*/site-packages/*.dist-info"),
+        *venv.glob("Lib/site-packages/*.dist-info"),
+    ]:
         if not ((metadata / "INSTALLER").exists() and (metadata / "RECORD").exists()):
             shutil.rmtree(metadata)
 
 
 def pip_install(python: Path, log: Path, arguments: list[str]) -> None:
-    """Run pip: all it says goes to `log`, its last line to the terminal; when it fails, its last lines and a remedy."""
+    """Run pip: all it says goes to `log`, its last line to the terminal; when it fails, its last
+    lines and a remedy.
+    """
     terminal = sys.stdout.isatty()
     tail: deque[str] = deque(maxlen=15)
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-user", *arguments]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--no-user",
+        *arguments,
+    ]
     with log.open("w", encoding="utf-8") as file, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", env=environment_of_pip()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=environment_of_pip(),
     ) as pip:
         assert pip.stdout
         try:
@@ -278,12 +393,18 @@ def pip_install(python: Path, log: Path, arguments: list[str]) -> None:
     if pip.returncode:
         print("\n".join(tail), file=sys.stderr)
         said = log.read_text(encoding="utf-8")
-        remedy = next((remedy for signs, remedy in REMEDIES if any(sign in said for sign in signs)), f"Its whole output is in {log}.")
+        remedy = next(
+            (remedy for signs, remedy in REMEDIES if any(sign in said for sign in signs)),
+            f"Its whole output is in {log}.",
+        )
         stop(f"pip could not install into the environment (exit {pip.returncode}).", remedy)
 
 
 def environment_of_pip() -> dict[str, str]:
-    """Return our environment without what would make pip install elsewhere or less. Index, proxy and certificates stay."""
+    """Return our environment without what would make pip install elsewhere or less.
+
+    Index, proxy and certificates stay.
+    """
     return {name: value for name, value in os.environ.items() if name not in NOT_FOR_PIP}
 
 

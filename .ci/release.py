@@ -40,16 +40,42 @@ COLUMNS = ("python", "versions", "wheel", "reads", "records", "parity", "sdist")
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tasks.py release --check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", action="append", default=[], metavar="3.N", help="only this Python; may be repeated")
-    parser.add_argument("--versions", choices=("lowest", "latest"), help="only these direct dependencies [both]")
-    parser.add_argument("--hold", action="append", default=[], metavar="NAME==VERSION", help="keep a package at a version; may be repeated")
+    parser = argparse.ArgumentParser(
+        prog="tasks.py release --check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="3.N",
+        help="only this Python; may be repeated",
+    )
+    parser.add_argument(
+        "--versions", choices=("lowest", "latest"), help="only these direct dependencies [both]"
+    )
+    parser.add_argument(
+        "--hold",
+        action="append",
+        default=[],
+        metavar="NAME==VERSION",
+        help="keep a package at a version; may be repeated",
+    )
     asked = parser.parse_args(arguments)
-    pythons = {minor: path for minor, path in pythons_here().items() if not asked.python or minor in asked.python}
+    pythons = {
+        minor: path
+        for minor, path in pythons_here().items()
+        if not asked.python or minor in asked.python
+    }
     sought = asked.python or [f"3.{minor}" for minor in MINORS]
     missing = [minor for minor in sought if minor not in pythons]
     if not pythons:
-        print(f"Not here: Python {', '.join(missing)}.\nInstall one of them, or name another with --python.", file=sys.stderr)
+        print(
+            f"Not here: Python {', '.join(missing)}.\nInstall one of them, or name another with "
+            "--python.",
+            file=sys.stderr,
+        )
         return 2
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     folder = Path(tempfile.mkdtemp(prefix="probe-release-"))
@@ -58,7 +84,9 @@ def main(arguments: list[str]) -> int:
     for minor, python in pythons.items():
         for versions in (asked.versions,) if asked.versions else ("lowest", "latest"):
             say(f"Python {minor}, {versions} dependencies")
-            cells.append(Cell(minor, versions, python, folder / f"{minor}-{versions}", project, asked.hold))
+            cells.append(
+                Cell(minor, versions, python, folder / f"{minor}-{versions}", project, asked.hold)
+            )
             cells[-1].check(wheel, sdist)
             shutil.rmtree(cells[-1].venv, ignore_errors=True)
     print(*table(cells), sep="\n")
@@ -66,7 +94,10 @@ def main(arguments: list[str]) -> int:
         print(f"Not here, so not tried: Python {', '.join(missing)}.")
     failed = [cell for cell in cells if cell.failed]
     for cell in failed:
-        print(f"Python {cell.minor}, {cell.versions}: {cell.failed} failed; its output is in {cell.log}")
+        print(
+            f"Python {cell.minor}, {cell.versions}: {cell.failed} failed; its output is in "
+            f"{cell.log}"
+        )
     if not failed:
         shutil.rmtree(folder)
     return 1 if failed else 0
@@ -76,7 +107,9 @@ def pythons_here() -> dict[str, Path]:
     """Return the interpreters from 3.11, by version: those on the PATH, then pyenv's."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     named = [shutil.which(f"python3.{minor}") for minor in MINORS]
-    candidates = [Path(path) for path in named if path] + sorted(pyenv.glob("versions/*/bin/python"))
+    candidates = [Path(path) for path in named if path] + sorted(
+        pyenv.glob("versions/*/bin/python")
+    )
     found: dict[str, Path] = {}
     for path in candidates:
         code = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
@@ -93,30 +126,45 @@ def pythons_here() -> dict[str, Path]:
 def build(folder: Path) -> tuple[Path, Path]:
     """Build both distributions; refuse a wheel with another top-level name than probe."""
     say("Building the wheel and the sdist")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT, check=True
+    )
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     names = {name.split("/")[0] for name in contents(wheel)}
     if names != {"probe"}:
-        raise SystemExit(f"The wheel holds {', '.join(sorted(names))}, and not probe alone.\nSee tool.hatch.build in pyproject.toml.")
+        raise SystemExit(
+            f"The wheel holds {', '.join(sorted(names))}, and not probe alone.\nSee "
+            "tool.hatch.build in pyproject.toml."
+        )
     return wheel, sdist
 
 
 def contents(wheel: Path) -> dict[str, int]:
     """Return the CRC of every file of the package in a wheel."""
     with zipfile.ZipFile(wheel) as packed:
-        return {entry.filename: entry.CRC for entry in packed.infolist() if ".dist-info/" not in entry.filename}
+        return {
+            entry.filename: entry.CRC
+            for entry in packed.infolist()
+            if ".dist-info/" not in entry.filename
+        }
 
 
 def lowest(requirements: Iterable[str], versions_of: Callable[[str], Iterable[str]]) -> list[str]:
-    """Return a pin of the lowest version for each requirement that it allows and that the index has.
+    """Return a pin of the lowest version for each requirement that it allows and that the index
+    has.
 
-    `versions_of` returns the versions of a package. Raise ValueError where a requirement has no lower bound, or none fits.
+    `versions_of` returns the versions of a package. Raise ValueError where a requirement has no
+    lower bound, or none fits.
     """
     pins = []
     for requirement in map(Requirement, requirements):
         if not any(bound.operator == ">=" for bound in requirement.specifier):
             raise ValueError(f"{requirement.name} has no lower bound in pyproject.toml.")
-        fitting = [version for version in versions_of(requirement.name) if requirement.specifier.contains(version)]
+        fitting = [
+            version
+            for version in versions_of(requirement.name)
+            if requirement.specifier.contains(version)
+        ]
         if not fitting:
             raise ValueError(f"The index has no wheel that fits {requirement}.")
         pins.append(f"{requirement.name}=={min(fitting, key=Version)}")
@@ -163,7 +211,10 @@ class Cell:
                 self.results[name], self.failed = "FAILED", name
                 return
             finally:
-                say(f"  {name}: {self.results.get(name, 'passed')} after {time.monotonic() - began:.0f} s")
+                say(
+                    f"  {name}: {self.results.get(name, 'passed')} after "
+                    f"{time.monotonic() - began:.0f} s"
+                )
             self.results[name] = f"{time.monotonic() - began:.0f} s"
 
     def install(self, wheel: str) -> None:
@@ -172,14 +223,19 @@ class Cell:
         asked = [*self.requirements(), *self.extra("record")]
         if self.versions == "lowest":
             held = {Requirement(line).name for line in self.hold}
-            pins = lowest([line for line in asked if Requirement(line).name not in held], self.on_the_index)
+            pins = lowest(
+                [line for line in asked if Requirement(line).name not in held], self.on_the_index
+            )
         else:
             pins = []
         (self.folder / "pins.txt").write_text("\n".join([*pins, *self.hold]) + "\n")
         self.pip("install", "-c", str(self.folder / "pins.txt"), wheel)
 
     def reads(self) -> None:
-        absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'diffusers', 'tqdm', 'streamlit')))"
+        absent = (
+            "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'diffusers', "
+            "'tqdm', 'streamlit')))"
+        )
         self.call("python", "-c", absent)
         for words in (["show"], ["show", "--words", "--save", "words.png"], ["verify"]):
             self.call("probe", words[0], "sample", *words[1:])
@@ -188,7 +244,9 @@ class Cell:
         tools = [line for line in self.extra("test") if Requirement(line).name in TOOLS]
         self.pip("install", "-c", str(self.folder / "pins.txt"), f"{wheel}[record]", *tools)
         self.pip("check")
-        with tarfile.open(sdist) as packed:  # tests and pytest's settings; the package is the installed one
+        with tarfile.open(
+            sdist
+        ) as packed:  # tests and pytest's settings; the package is the installed one
             packed.extractall(self.folder, filter="data")
         (source,) = self.folder.glob("*/pyproject.toml")
         source.rename(self.folder / source.name)
@@ -199,7 +257,10 @@ class Cell:
         self.tests("tests/test_parity.py")
 
     def tests(self, file: str) -> None:
-        """Run tests. Warnings of other versions are no failures here; the check with constraints.txt judges them."""
+        """Run tests.
+
+        Warnings of other versions are no failures here; the check with constraints.txt judges them.
+        """
         self.call("python", "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", file)
 
     def same(self, wheel: Path, sdist: Path) -> None:
@@ -227,11 +288,24 @@ class Cell:
         return self.call("python", "-m", "pip", "--disable-pip-version-check", *arguments)
 
     def call(self, program: str, *arguments: str) -> str:
-        """Run a program of the environment, far from the checkout. Raise CalledProcessError if it fails."""
-        settings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        """Run a program of the environment, far from the checkout.
+
+        Raise CalledProcessError if it fails.
+        """
+        settings = {
+            name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+        }
         settings["XDG_CACHE_HOME"] = str(self.folder / "cache")
         command = [str(self.venv / "bin" / program), *arguments]
-        done = subprocess.run(command, cwd=self.folder, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         self.write(f"$ {' '.join(command)}\n{done.stdout}")
         done.check_returncode()
         return done.stdout
@@ -242,9 +316,18 @@ class Cell:
 
 
 def table(cells: Iterable[Cell]) -> list[str]:
-    rows = [COLUMNS, *((cell.minor, cell.versions, *(cell.results.get(name, "-") for name in COLUMNS[2:])) for cell in cells)]
+    rows = [
+        COLUMNS,
+        *(
+            (cell.minor, cell.versions, *(cell.results.get(name, "-") for name in COLUMNS[2:]))
+            for cell in cells
+        ),
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def say(what: str) -> None:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.cuda --model sd1 --dtype float16 --steps 50
 
-The loop is timed by device events, bare against recorded (default capture, to disk), in turn and in reversed order every other
-round; and the times at which the host waits for the device are counted, in a run of their own. Needs CUDA.
+The loop is timed by device events, bare against recorded (default capture, to disk), in turn and in
+reversed order every other round; and the times at which the host waits for the device are counted,
+in a run of their own. Needs CUDA.
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ def main() -> int:
         return 1
     pipe = models.pipeline(asked.model, getattr(torch, asked.dtype), "cuda")
     model = StableDiffusion.of(pipe).with_scheduler("DDIM", {})
-    print(f"P4 {asked.model}, {asked.dtype}, {asked.steps} steps on {torch.cuda.get_device_name()}; {models.machine()}", flush=True)
+    print(
+        f"P4 {asked.model}, {asked.dtype}, {asked.steps} steps on {torch.cuda.get_device_name()}; "
+        f"{models.machine()}",
+        flush=True,
+    )
 
     def bare(events: Events) -> None:
         conditioning = model.condition(models.PROMPT)
@@ -71,11 +76,20 @@ def main() -> int:
         events.end()
 
     def recorded(events: Events) -> None:
-        request = {"prompt": models.PROMPT, "steps": asked.steps, "guidance_scale": 7.5, "scheduler": "DDIM"}
+        request = {
+            "prompt": models.PROMPT,
+            "steps": asked.steps,
+            "guidance_scale": 7.5,
+            "scheduler": "DDIM",
+        }
         with tempfile.TemporaryDirectory() as output, stopwatch(Took(), events.begin, events.end):
             record({**request, "output": output}, pipe, progress=False)
 
-    ways: dict[str, Callable[[Events], None]] = {"bare": bare, "bare again": bare, "recorded": recorded}
+    ways: dict[str, Callable[[Events], None]] = {
+        "bare": bare,
+        "bare again": bare,
+        "recorded": recorded,
+    }
     times: dict[str, list[float]] = {name: [] for name in ways}
     waits = {}
     for index in range(asked.rounds + 1):
@@ -89,7 +103,8 @@ def main() -> int:
     for name in ("bare again", "recorded"):
         ratios = sorted(a / b for a, b in zip(times[name], times["bare"], strict=True))
         print(
-            f"   {name:10} {statistics.median(ratios):.3f}x ({ratios[0]:.3f}, {ratios[-1]:.3f}), goal 1.03; {waits[name]} waits, bare {waits['bare']}"
+            f"   {name:10} {statistics.median(ratios):.3f}x ({ratios[0]:.3f}, {ratios[-1]:.3f}), "
+            f"goal 1.03; {waits[name]} waits, bare {waits['bare']}"
         )
     print(f"   bare: {1000 * statistics.median(times['bare']) / asked.steps:.1f} ms a step")
     return 0

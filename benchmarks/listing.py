@@ -1,7 +1,9 @@
-"""python -m benchmarks.listing [COUNT]: how long a listing of many recordings takes, the first time and again.
+"""python -m benchmarks.listing [COUNT]: how long a listing of many recordings takes, the first time
+and again.
 
-Makes COUNT folders (10,000) with the sample's root file, changed in name, time and prompt, and lists them in fresh processes:
-CPU seconds of `list_runs` alone, and wall seconds of the whole command `probe ls`.
+Makes COUNT folders (10,000) with the sample's root file, changed in name, time and prompt, and
+lists them in fresh processes: CPU seconds of `list_runs` alone, and wall seconds of the whole
+command `probe ls`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def make(folder: Path, count: int) -> None:
     """Recordings that have nothing but a root file, as a writer leaves it."""
     root = json.loads((sample.unpacked() / "zarr.json").read_text())
     for index in range(count):
-        root["attributes"]["created"] = f"2026-01-02T{index // 3600 % 24:02}:{index // 60 % 60:02}:{index % 60:02}.000+00:00"
+        root["attributes"]["created"] = (
+            f"2026-01-02T{index // 3600 % 24:02}:{index // 60 % 60:02}:{index % 60:02}.000+00:00"
+        )
         root["attributes"]["experiment"]["prompt"] = f"An astronaut scuba diving, number {index}"
         path = folder / f"astronaut-{index:08x}.zarr"
         path.mkdir()
@@ -54,10 +58,23 @@ def main(count: int) -> None:
         make(runs, count)
         time.sleep(2.5)  # what was written just now is not kept in the index
         environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-        print(f"{count} recordings, root files of {(next(runs.iterdir()) / 'zarr.json').stat().st_size / 1000:.0f} kB\n")
+        print(
+            f"{count} recordings, root files of "
+            f"{(next(runs.iterdir()) / 'zarr.json').stat().st_size / 1000:.0f} kB\n"
+        )
         print(f"{'':32}{'CPU':>8}{'wall':>8}")
-        for what, code in (("each root file parsed whole", PARSES), ("list_runs, the first time", LISTS), ("list_runs, again", LISTS)):
-            shown = subprocess.run([sys.executable, "-c", code, str(runs)], env=environment, capture_output=True, text=True, check=True).stdout
+        for what, code in (
+            ("each root file parsed whole", PARSES),
+            ("list_runs, the first time", LISTS),
+            ("list_runs, again", LISTS),
+        ):
+            shown = subprocess.run(
+                [sys.executable, "-c", code, str(runs)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
             rows, cpu, wall = json.loads(shown)
             assert rows == count
             print(f"{what:32}{cpu:6.2f} s{wall:6.2f} s")
@@ -66,7 +83,12 @@ def main(count: int) -> None:
             file.unlink()
         for what in ("probe ls, the first time", "probe ls, again"):
             began = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "probe.cli", "ls", str(runs)], env=environment, capture_output=True, check=True)
+            subprocess.run(
+                [sys.executable, "-m", "probe.cli", "ls", str(runs)],
+                env=environment,
+                capture_output=True,
+                check=True,
+            )
             print(f"{what:32}{'':8}{time.perf_counter() - began:6.2f} s")
 
 

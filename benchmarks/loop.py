@@ -1,6 +1,8 @@
-"""A stopwatch on the loop of `probe.record`: how much of it is the model's, how much is recording's.
+"""A stopwatch on the loop of `probe.record`: how much of it is the model's, how much is
+recording's.
 
-It stands in for two names, `denoise` of `probe.running.perform` and `hooked` of `probe.running.session`, and passes everything on.
+It stands in for two names, `denoise` of `probe.running.perform` and `hooked` of
+`probe.running.session`, and passes everything on.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from probe.writing.store import RunWriter
 
 @dataclass
 class Took:
-    """Seconds of a loop without its first step: CPU of all threads, wall; and CPU of what recording adds, by where it is spent.
+    """Seconds of a loop without its first step: CPU of all threads, wall; and CPU of what recording
+    adds, by where it is spent.
 
     `once` is what recording adds to the first step, which also reads what the text offers.
     """
@@ -43,8 +46,11 @@ def nothing() -> None:
 
 
 @contextlib.contextmanager
-def stopwatch(took: Took, begin: Callable[[], None] = nothing, end: Callable[[], None] = nothing) -> Iterator[None]:
-    """Time the loop of a `record` inside this block, from its second step to the last step's being on disk.
+def stopwatch(
+    took: Took, begin: Callable[[], None] = nothing, end: Callable[[], None] = nothing
+) -> Iterator[None]:
+    """Time the loop of a `record` inside this block, from its second step to the last step's being
+    on disk.
 
     `begin` is called before its first step, `end` after its last.
     """
@@ -63,9 +69,15 @@ def stopwatch(took: Took, begin: Callable[[], None] = nothing, end: Callable[[],
         return watch
 
     def watching(*captures: Any) -> Hooks:
-        if took.cpu or not any(capture.component == "unet" for capture in captures):  # outside the loop
+        if took.cpu or not any(
+            capture.component == "unet" for capture in captures
+        ):  # outside the loop
             return hooked(*captures)
-        return Hooks((module, when, timed(callback)) for capture in captures for module, when, callback in capture.watches())
+        return Hooks(
+            (module, when, timed(callback))
+            for capture in captures
+            for module, when, callback in capture.watches()
+        )
 
     def steps(*args: Any, **named: Any) -> Iterator[Any]:
         nonlocal inside
@@ -81,14 +93,20 @@ def stopwatch(took: Took, begin: Callable[[], None] = nothing, end: Callable[[],
             yield step
             if number == 0:
                 begun.append(now())
-                took.once, took.hooks, inside = took.hooks + begun[0][0] - first[0] - inside, 0.0, 0.0
+                took.once, took.hooks, inside = (
+                    took.hooks + begun[0][0] - first[0] - inside,
+                    0.0,
+                    0.0,
+                )
 
     flush = RunWriter.flush
 
     def flushed(writer: RunWriter) -> None:
         flush(writer)
         if begun and not took.cpu:
-            took.cpu, thread, took.wall = (after - before for after, before in zip(now(), begun[0], strict=True))
+            took.cpu, thread, took.wall = (
+                after - before for after, before in zip(now(), begun[0], strict=True)
+            )
             took.handing_over, took.writing = thread - inside, took.cpu - thread
             end()
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory --model small
 
-A fresh process for each mode and number of steps; its resident memory is sampled every 5 ms, from the loop's first step to
-the last step's being on disk (on CUDA: torch.cuda.max_memory_allocated). Without guidance, which halves the time and
-changes nothing that recording keeps.
+A fresh process for each mode and number of steps; its resident memory is sampled every 5 ms, from
+the loop's first step to the last step's being on disk (on CUDA: torch.cuda.max_memory_allocated).
+Without guidance, which halves the time and changes nothing that recording keeps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from probe.running.recorder import record
 
 
 class Peak:
-    """The most resident memory between `begin` and `end`, in bytes above what there was at `begin`."""
+    """The most resident memory between `begin` and `end`, in bytes above what there was at
+    `begin`.
+    """
 
     def __init__(self, cuda: bool):
         self._cuda, self._process, self._done = cuda, psutil.Process(), threading.Event()
@@ -78,7 +80,13 @@ def child(asked: Any) -> None:
     else:
         found = Peak(cuda)
         tokens = "all" if asked.child == "all tokens" else "prompt"
-        request = {"prompt": models.PROMPT, "steps": asked.steps[0], "guidance_scale": 1, "scheduler": "DDIM", "capture": {"tokens": tokens}}
+        request = {
+            "prompt": models.PROMPT,
+            "steps": asked.steps[0],
+            "guidance_scale": 1,
+            "scheduler": "DDIM",
+            "capture": {"tokens": tokens},
+        }
         with tempfile.TemporaryDirectory() as output, stopwatch(Took(), found.begin, found.end):
             record({**request, "output": output}, pipe, progress=False)
     print(json.dumps([found.most, found.most - found.start]))
@@ -86,8 +94,16 @@ def child(asked: Any) -> None:
 
 def main() -> None:
     parser = models.parser(__doc__, rounds=1)
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 50], help="the two lengths that the slope is taken between")
-    parser.add_argument("--modes", nargs="+", choices=("default", "all tokens"), default=["default", "all tokens"])
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[10, 50],
+        help="the two lengths that the slope is taken between",
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=("default", "all tokens"), default=["default", "all tokens"]
+    )
     parser.add_argument("--child", help="for its own use: run one mode")
     asked = parser.parse_args()
     if asked.child:
@@ -100,8 +116,23 @@ def main() -> None:
             found = []
             for _ in range(asked.rounds):
                 same = ["--model", asked.model, "--dtype", asked.dtype, "--device", asked.device]
-                command = [sys.executable, "-m", "benchmarks.memory", *same, "--steps", str(steps), "--child", mode]
-                found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])[0])
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.memory",
+                    *same,
+                    "--steps",
+                    str(steps),
+                    "--child",
+                    mode,
+                ]
+                found.append(
+                    json.loads(
+                        subprocess.run(
+                            command, check=True, capture_output=True, text=True
+                        ).stdout.splitlines()[-1]
+                    )[0]
+                )
             peaks[mode, steps] = statistics.median(found) / 1e6
             print(f"{mode:12} {steps:3} steps: peak {peaks[mode, steps]:7.0f} MB", flush=True)
     short, long = min(asked.steps), max(asked.steps)
@@ -109,7 +140,8 @@ def main() -> None:
         extra = {steps: peaks[mode, steps] - peaks["bare", steps] for steps in asked.steps}
         slope = (extra[long] - extra[short]) / max(long - short, 1)
         print(
-            f"P5 {mode:12} extra {extra[short]:6.1f} MB at {short} steps, {extra[long]:6.1f} MB at {long} (goal 128); {slope:+.2f} MB a step (goal 1)"
+            f"P5 {mode:12} extra {extra[short]:6.1f} MB at {short} steps, {extra[long]:6.1f} MB at "
+            f"{long} (goal 128); {slope:+.2f} MB a step (goal 1)"
         )
 
 

@@ -22,24 +22,45 @@ from probe.diffusion.loading import BUNDLED
 
 NAMES = ("small", "bundled", "sd1")
 PROMPT = "An astronaut scuba diving"
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 CHANNELS = {"small": (64, 128, 256, 256), "sd1": (320, 640, 1280, 1280)}
 PARAMETERS = {"small": 37_522_628, "sd1": 859_520_964}
 
 
-def pipeline(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", *, whole: bool = False) -> Any:
-    """A Stable Diffusion pipeline. With `device="meta"` it has no weights: enough to plan a recording.
+def pipeline(
+    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", *, whole: bool = False
+) -> Any:
+    """A Stable Diffusion pipeline. With `device="meta"` it has no weights: enough to plan a
+    recording.
 
-    Text encoder and VAE stand outside the loop that is measured, so those of `small` and `sd1` are thin, unless `whole`.
+    Text encoder and VAE stand outside the loop that is measured, so those of `small` and `sd1` are
+    thin, unless `whole`.
     """
     if name == "bundled":
-        loaded = StableDiffusionPipeline.from_pretrained(BUNDLED["emojiworld"], dtype=dtype, safety_checker=None, requires_safety_checker=False)
+        loaded = StableDiffusionPipeline.from_pretrained(
+            BUNDLED["emojiworld"], dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
         return _quiet(loaded.to(device))
     torch.manual_seed(0)
     words = CLIPTokenizer.from_pretrained(BUNDLED["emojiworld"] / "tokenizer")
-    text = {"num_hidden_layers": 12, "num_attention_heads": 12} if whole else {"num_hidden_layers": 2, "num_attention_heads": 12}
+    text = (
+        {"num_hidden_layers": 12, "num_attention_heads": 12}
+        if whole
+        else {"num_hidden_layers": 2, "num_attention_heads": 12}
+    )
     with torch.device("meta" if device == "meta" else "cpu"):
-        unet = UNet2DConditionModel(sample_size=64, block_out_channels=CHANNELS[name], cross_attention_dim=768, attention_head_dim=8)
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=CHANNELS[name],
+            cross_attention_dim=768,
+            attention_head_dim=8,
+        )
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512) if whole else (32, 32, 32, 32),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -48,9 +69,20 @@ def pipeline(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu",
             sample_size=512,
             scaling_factor=0.18215,
         )
-        encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, **text))
+        encoder = CLIPTextModel(
+            CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, **text)
+        )
     assert sum(parameter.numel() for parameter in unet.parameters()) == PARAMETERS[name]
-    made = StableDiffusionPipeline(vae, encoder, words, unet, DDIMScheduler(**SCHEDULE), None, None, requires_safety_checker=False)
+    made = StableDiffusionPipeline(
+        vae,
+        encoder,
+        words,
+        unet,
+        DDIMScheduler(**SCHEDULE),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
     return _quiet(made if device == "meta" else made.to(device, dtype))
 
 
@@ -66,7 +98,10 @@ def parser(about: str | None, rounds: int = 7, **options: Any) -> argparse.Argum
 
 def machine() -> str:
     """What ran it, for the table's head."""
-    return f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    return (
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
 
 
 def _quiet(made: Any) -> Any:

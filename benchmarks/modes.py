@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.modes
 
-Bytes: forecast for Stable Diffusion v1 at 512 pixels and 50 DDIM steps with the prompt "An astronaut scuba diving", from its
-configuration alone. Error: greatest absolute difference, over every map of a recording of the bundled model, from maps in
-float32 of all 77 tokens. A summary's are compared with the mean over heads.
+Bytes: forecast for Stable Diffusion v1 at 512 pixels and 50 DDIM steps with the prompt "An
+astronaut scuba diving", from its configuration alone. Error: greatest absolute difference, over
+every map of a recording of the bundled model, from maps in float32 of all 77 tokens. A summary's
+are compared with the mean over heads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,15 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def attention_bytes(capture: dict[str, Any]) -> int:
-    asked = load_experiment({"prompt": PROMPT, "steps": 50, "guidance_scale": 7.5, "scheduler": "DDIM", "capture": capture})
+    asked = load_experiment(
+        {
+            "prompt": PROMPT,
+            "steps": 50,
+            "guidance_scale": 7.5,
+            "scheduler": "DDIM",
+            "capture": capture,
+        }
+    )
     forecast = plan(StableDiffusion.of(pipeline("sd1", device="meta")), asked).forecast()
     return sum(n for path, n in forecast.items() if path.startswith("attention/"))
 
@@ -50,7 +59,11 @@ def error(found: Run, exact: Run) -> float:
         for index in range(truth.sizes["step"]):
             one = probabilities(maps.isel(step=index).sel(token=tokens).values)
             whole = truth.isel(step=index).sel(token=tokens)
-            expected = whole.values if maps.sizes["head"] == truth.sizes["head"] else whole.mean("head", keepdims=True).values
+            expected = (
+                whole.values
+                if maps.sizes["head"] == truth.sizes["head"]
+                else whole.mean("head", keepdims=True).values
+            )
             worst = max(worst, float(np.abs(one - expected).max()))
     return worst
 
@@ -60,14 +73,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
 
         def run(capture: dict[str, Any]) -> Run:
-            return record({"prompt": PROMPT, "steps": 30, "seed": 5, "output": output, "capture": capture}, pipe, progress=False)
+            return record(
+                {"prompt": PROMPT, "steps": 30, "seed": 5, "output": output, "capture": capture},
+                pipe,
+                progress=False,
+            )
 
         exact = run(EXACT)
         default = attention_bytes({})
-        print(f"{'capture':46} {'SD v1, 512 px, 50 steps':>24} {'of the default':>15} {'greatest error':>15}")
+        print(
+            f"{'capture':46} {'SD v1, 512 px, 50 steps':>24} {'of the default':>15} "
+            f"{'greatest error':>15}"
+        )
         for name, capture in WAYS.items():
             size = attention_bytes(capture)
-            print(f"{name:46} {size / 1e6:21.0f} MB {size / default:14.1f}x {error(run(capture), exact):15.1e}")
+            print(
+                f"{name:46} {size / 1e6:21.0f} MB {size / default:14.1f}x "
+                f"{error(run(capture), exact):15.1e}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""What recording costs the loop: P1 (nothing changes), P2, P2b, P3 (self time), P13 (exactness), and on CUDA P4.
+"""What recording costs the loop: P1 (nothing changes), P2, P2b, P3 (self time), P13 (exactness),
+and on CUDA P4.
 
     python -m benchmarks.overhead --model small
     python -m benchmarks.overhead --model sd1 --rounds 3 --steps 2          # long
     python -m benchmarks.overhead --model sd1 --dtype float16 --device cuda  # P4
 
-One process, one thread, the variants in turn and in reversed order every other round, ratios taken round by
-round. A whole run is `probe.record`, with a stopwatch on what recording adds to the loop.
+One process, one thread, the variants in turn and in reversed order every other round, ratios taken
+round by round. A whole run is `probe.record`, with a stopwatch on what recording adds to the loop.
 
-*Self time* is CPU time: of the loop's thread in everything that is not model or scheduler (hooks, and handing a step over),
-plus that of all other threads until the last step is on disk (writer and zarr; torch has one thread here, the loop's). It is
-divided by the CPU time of the bare loop. A shared machine disturbs CPU times far less than wall time. *CPU ratio* is the
-loop's whole CPU time, recorded against bare: the cross-check, as good as its spread in `bare again`. The first step of each
-loop is a warm-up and not counted; `once` is what recording adds to it, in milliseconds.
+*Self time* is CPU time: of the loop's thread in everything that is not model or scheduler (hooks,
+and handing a step over), plus that of all other threads until the last step is on disk (writer and
+zarr; torch has one thread here, the loop's). It is divided by the CPU time of the bare loop. A
+shared machine disturbs CPU times far less than wall time. *CPU ratio* is the loop's whole CPU time,
+recorded against bare: the cross-check, as good as its spread in `bare again`. The first step of
+each loop is a warm-up and not counted; `once` is what recording adds to it, in milliseconds.
 """
 
 from __future__ import annotations
@@ -49,7 +51,12 @@ class Bench:
     def __init__(self, pipe: Any, steps: int, folder: str):
         self.pipe, self.model, self.folder = pipe, StableDiffusion.of(pipe), folder
         self.steps = steps
-        self.asked = {"prompt": models.PROMPT, "steps": steps, "guidance_scale": 7.5, "scheduler": "DDIM"}
+        self.asked = {
+            "prompt": models.PROMPT,
+            "steps": steps,
+            "guidance_scale": 7.5,
+            "scheduler": "DDIM",
+        }
         self.final: dict[str, np.ndarray] = {}
 
     def bare(self, name: str) -> Took:
@@ -67,7 +74,11 @@ class Bench:
     def recorded(self, name: str) -> Took:
         took = Took()
         with tempfile.TemporaryDirectory(dir=self.folder) as output, stopwatch(took):
-            run = record({**self.asked, "output": output, "capture": CAPTURES[name][1]}, self.pipe, progress=False)
+            run = record(
+                {**self.asked, "output": output, "capture": CAPTURES[name][1]},
+                self.pipe,
+                progress=False,
+            )
             self.final[name] = run.variable("latents/final_latents").values.astype(np.float32)
         return took
 
@@ -79,18 +90,36 @@ def spread(values: list[float], unit: str = "%") -> str:
 
 def main() -> None:
     parser = models.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=4, help="steps of each loop, the first not counted (default: 4)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=4,
+        help="steps of each loop, the first not counted (default: 4)",
+    )
     parser.add_argument("--variants", nargs="+", choices=list(CAPTURES), default=list(CAPTURES))
     asked = parser.parse_args()
-    print(f"{asked.model}, {asked.dtype}, {asked.steps} guided steps, {asked.rounds} rounds; {models.machine()}", flush=True)
+    print(
+        f"{asked.model}, {asked.dtype}, {asked.steps} guided steps, {asked.rounds} rounds; "
+        f"{models.machine()}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(models.pipeline(asked.model, getattr(torch, asked.dtype)), asked.steps, folder)
-        ways: dict[str, Callable[[str], Took]] = {"bare": bench.bare, "bare again": bench.bare, **dict.fromkeys(asked.variants, bench.recorded)}
+        bench = Bench(
+            models.pipeline(asked.model, getattr(torch, asked.dtype)), asked.steps, folder
+        )
+        ways: dict[str, Callable[[str], Took]] = {
+            "bare": bench.bare,
+            "bare again": bench.bare,
+            **dict.fromkeys(asked.variants, bench.recorded),
+        }
         rounds: list[dict[str, Took]] = []
         for index in range(asked.rounds):
             order = list(ways)[:: 1 if index % 2 == 0 else -1]
             rounds.append({name: ways[name](name) for name in order})
-            print(f"round {index + 1} of {asked.rounds}: bare {rounds[-1]['bare'].cpu:.1f} s CPU", flush=True)
+            print(
+                f"round {index + 1} of {asked.rounds}: bare {rounds[-1]['bare'].cpu:.1f} s CPU",
+                flush=True,
+            )
         heads = f"{'hooks':>7} {'hand over':>9} {'writing':>8} {'once':>6}   bits"
         print(f"\n{'':34} {'self time':24} {'goal':>6}   {'CPU ratio':26} {heads}")
         for name in list(ways)[1:]:
@@ -98,17 +127,28 @@ def main() -> None:
             differing = int(np.sum(bench.final[name] != bench.final["bare"]))
             bits = "equal" if not differing else f"{differing} DIFFER"
             if name == "bare again":
-                print(f"{name + ' (control)':34} {'':24} {'':>6}   {spread(ratio):26} {'':>7} {'':>9} {'':>8} {'':>6}   {bits}")
+                print(
+                    f"{name + ' (control)':34} {'':24} {'':>6}   {spread(ratio):26} {'':>7} "
+                    f"{'':>9} {'':>8} {'':>6}   {bits}"
+                )
                 continue
             bare = [took["bare"].cpu for took in rounds]
-            parts = [[getattr(took[name], part) for took in rounds] for part in ("hooks", "handing_over", "writing", "own")]
-            hooks, over, writing, _ = (100 * statistics.median(a / b for a, b in zip(part, bare, strict=True)) for part in parts)
+            parts = [
+                [getattr(took[name], part) for took in rounds]
+                for part in ("hooks", "handing_over", "writing", "own")
+            ]
+            hooks, over, writing, _ = (
+                100 * statistics.median(a / b for a, b in zip(part, bare, strict=True))
+                for part in parts
+            )
             own = spread([100 * a / b for a, b in zip(parts[-1], bare, strict=True)])
             once = 1000 * statistics.median(took[name].once for took in rounds)
             goal = GOALS.get((asked.model, asked.dtype), {}).get(name)
             limit = "" if goal is None else f"{goal:g}%"
             costs = f"{hooks:6.2f}% {over:8.2f}% {writing:7.2f}% {once:6.0f}"
-            print(f"{CAPTURES[name][0]:34} {own:24} {limit:>6}   {spread(ratio):26} {costs}   {bits}")
+            print(
+                f"{CAPTURES[name][0]:34} {own:24} {limit:>6}   {spread(ratio):26} {costs}   {bits}"
+            )
 
 
 if __name__ == "__main__":

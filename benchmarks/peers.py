@@ -1,17 +1,20 @@
 """P14: what recording attention costs beside other ways of getting the same maps, all in one run.
 
     OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 BLOSC_NTHREADS=1 python -m benchmarks.peers --model small
-    OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 BLOSC_NTHREADS=1 python -m benchmarks.peers --model bundled
+    OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 BLOSC_NTHREADS=1 python -m benchmarks.peers --model
+    bundled
 
-Variants are taken in turn, in reversed order every other round; `bare again` is the control; the first step of each loop is a
-warm-up. Everything is CPU time of one thread. Ours is written to disk, in float16; the others' maps stay in memory, in float32.
+Variants are taken in turn, in reversed order every other round; `bare again` is the control; the
+first step of each loop is a warm-up. Everything is CPU time of one thread. Ours is written to disk,
+in float16; the others' maps stay in memory, in float32.
 
-*Attention time* is what the maps alone cost. Ours: self time (hooks, handing over and writing threads, see `overhead.py`), less
-that of a recording with `capture.attention: off`, latents and predictions being recorded in both. attention-map-diffusers 1.0.0
-keeps queries and keys and makes the maps afterwards: time in its collector, and of `compute()`. It keeps both branches and all
-77 tokens, so it is set beside our default, and beside the same amount from us. A processor that multiplies eagerly, in
-cross-attention alone, is shown without a goal: what it costs is in its CPU ratio only, for it takes the place of torch's own
-attention, which changes the bits.
+*Attention time* is what the maps alone cost. Ours: self time (hooks, handing over and writing
+threads, see `overhead.py`), less that of a recording with `capture.attention: off`, latents and
+predictions being recorded in both. attention-map-diffusers 1.0.0 keeps queries and keys and makes
+the maps afterwards: time in its collector, and of `compute()`. It keeps both branches and all 77
+tokens, so it is set beside our default, and beside the same amount from us. A processor that
+multiplies eagerly, in cross-attention alone, is shown without a goal: what it costs is in its CPU
+ratio only, for it takes the place of torch's own attention, which changes the bits.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ GOAL = 0.6
 
 @dataclass
 class Cost(Took):
-    """`attention`: CPU seconds of the maps alone, where they can be told apart; `megabytes`: kept for each counted step."""
+    """`attention`: CPU seconds of the maps alone, where they can be told apart; `megabytes`: kept
+    for each counted step.
+    """
 
     attention: float = 0.0
     megabytes: float = 0.0
@@ -58,12 +63,21 @@ class Cost(Took):
 
 @dataclass
 class Eager:
-    """Cross-attention that multiplies eagerly and keeps its map. *Shape:* (branch x image x head, pixel, token)."""
+    """Cross-attention that multiplies eagerly and keeps its map.
+
+    *Shape:* (branch x image x head, pixel, token).
+    """
 
     kept: list[torch.Tensor] = field(default_factory=list)
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-        sides = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        sides = (
+            attn.to_q(hidden_states),
+            attn.to_k(encoder_hidden_states),
+            attn.to_v(encoder_hidden_states),
+        )
         query, key, value = (attn.head_to_batch_dim(side) for side in sides)
         shares = attn.get_attention_scores(query, key)
         self.kept.append(shares)
@@ -85,7 +99,11 @@ class Peers(Bench):
     def ours(self, name: str) -> Cost:
         took = Cost()
         with tempfile.TemporaryDirectory(dir=self.folder) as output, stopwatch(took):
-            run = record({**self.asked, "output": output, "capture": {**MAPS_ONLY, **OURS[name]}}, self.pipe, progress=False)
+            run = record(
+                {**self.asked, "output": output, "capture": {**MAPS_ONLY, **OURS[name]}},
+                self.pipe,
+                progress=False,
+            )
             self.final[name] = run.variable("latents/final_latents").values.astype("float32")
             took.megabytes = attention_bytes(run) / self.steps / 1e6
             took.layers = sum(run.attention(grid).sizes["layer"] for grid in run.grids)
@@ -93,7 +111,14 @@ class Peers(Bench):
 
     def peer(self, name: str) -> Cost:
         took = Cost()
-        with AttentionCapture(self.pipe, relations="image->text", timesteps="all", heads="all", offload=None, dtype="float32") as capture:
+        with AttentionCapture(
+            self.pipe,
+            relations="image->text",
+            timesteps="all",
+            heads="all",
+            offload=None,
+            dtype="float32",
+        ) as capture:
             collect = capture.collector.capture_qk
 
             def timed(*args: Any, **named: Any) -> Any:
@@ -129,8 +154,16 @@ class Peers(Bench):
                 module.set_processor(before[path])
         return took
 
-    def measure(self, name: str, took: Cost, begin: Callable[[], None], made: Callable[[], list[torch.Tensor]]) -> None:
-        """A bare loop from its second step on, with what somebody else does in it, until `made` has their maps."""
+    def measure(
+        self,
+        name: str,
+        took: Cost,
+        begin: Callable[[], None],
+        made: Callable[[], list[torch.Tensor]],
+    ) -> None:
+        """A bare loop from its second step on, with what somebody else does in it, until `made` has
+        their maps.
+        """
         cpu = wall = 0.0
         for step in self.loop():
             final = step.next_latents
@@ -146,7 +179,9 @@ class Peers(Bench):
 
 def attention_bytes(run: Run) -> int:
     """What attention takes on the disk."""
-    return sum(file.stat().st_size for file in (Path(run.path) / "attention").rglob("*") if file.is_file())
+    return sum(
+        file.stat().st_size for file in (Path(run.path) / "attention").rglob("*") if file.is_file()
+    )
 
 
 def told(name: str, rounds: Sequence[Mapping[str, Cost]], steps: int, differing: int) -> str:
@@ -157,7 +192,10 @@ def told(name: str, rounds: Sequence[Mapping[str, Cost]], steps: int, differing:
     last = rounds[-1][name]
     kept = f"{last.megabytes:6.1f} MB {last.layers:6}" if last.layers else ""
     costs = f"{spread(own, ' ms') if any(own) else '':30} {f'{hooks:.1f} ms' if hooks else '':>9}"
-    return f"{name:26} {costs}  {ratio:28} {kept:18} {'equal' if not differing else f'{differing} DIFFER'}"
+    return (
+        f"{name:26} {costs}  {ratio:28} {kept:18} "
+        f"{'equal' if not differing else f'{differing} DIFFER'}"
+    )
 
 
 def attention_time(name: str, rounds: Sequence[Mapping[str, Cost]]) -> list[float]:
@@ -169,26 +207,53 @@ def attention_time(name: str, rounds: Sequence[Mapping[str, Cost]]) -> list[floa
 
 def main() -> None:
     parser = models.parser(__doc__, rounds=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps of each loop, the first not counted (default: 2)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=2,
+        help="steps of each loop, the first not counted (default: 2)",
+    )
     asked = parser.parse_args()
-    print(f"{asked.model}, {asked.dtype}, {asked.steps} guided steps, {asked.rounds} rounds; {models.machine()}", flush=True)
+    print(
+        f"{asked.model}, {asked.dtype}, {asked.steps} guided steps, {asked.rounds} rounds; "
+        f"{models.machine()}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        bench = Peers(models.pipeline(asked.model, getattr(torch, asked.dtype)), asked.steps, folder)
-        ways: dict[str, Callable[[str], Cost]] = {"bare": bench.plain, "bare again": bench.plain, **dict.fromkeys(OURS, bench.ours)}
+        bench = Peers(
+            models.pipeline(asked.model, getattr(torch, asked.dtype)), asked.steps, folder
+        )
+        ways: dict[str, Callable[[str], Cost]] = {
+            "bare": bench.plain,
+            "bare again": bench.plain,
+            **dict.fromkeys(OURS, bench.ours),
+        }
         ways |= {PEER: bench.peer, EAGER: bench.eager}
         rounds: list[dict[str, Cost]] = []
         for index in range(asked.rounds):
             order = list(ways)[:: 1 if index % 2 == 0 else -1]
             rounds.append({name: ways[name](name) for name in order})
-            print(f"round {index + 1} of {asked.rounds}: bare {rounds[-1]['bare'].cpu:.2f} s CPU", flush=True)
-    print(f"\n{'':26} {'attention time a step':30} {'hooks':>9}  {'CPU ratio':28} {'kept':>9} {'layers':>6}   bits")
+            print(
+                f"round {index + 1} of {asked.rounds}: bare {rounds[-1]['bare'].cpu:.2f} s CPU",
+                flush=True,
+            )
+    print(
+        f"\n{'':26} {'attention time a step':30} {'hooks':>9}  {'CPU ratio':28} {'kept':>9} "
+        f"{'layers':>6}   bits"
+    )
     for name in list(ways)[1:]:
-        print(told(name, rounds, asked.steps, int((bench.final[name] != bench.final["bare"]).sum())))
+        print(
+            told(name, rounds, asked.steps, int((bench.final[name] != bench.final["bare"]).sum()))
+        )
     print("\nExtra attention time against attention-map-diffusers, same layers")
     theirs = attention_time(PEER, rounds)
     for name in [way for way in OURS if way != "off"]:
         ratios = [a / b for a, b in zip(attention_time(name, rounds), theirs, strict=True)]
-        goal = f"   goal <= {GOAL}x: {'met' if statistics.median(ratios) <= GOAL else 'missed'}" if name == "maps" else ""
+        goal = (
+            f"   goal <= {GOAL}x: {'met' if statistics.median(ratios) <= GOAL else 'missed'}"
+            if name == "maps"
+            else ""
+        )
         print(f"{name:26} {spread(ratios, 'x')}{goal}")
 
 

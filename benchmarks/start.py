@@ -2,7 +2,8 @@
 
     python -m benchmarks.start
 
-Each command runs in a fresh process, imports and loading included, with the threads that it chooses itself.
+Each command runs in a fresh process, imports and loading included, with the threads that it chooses
+itself.
 """
 
 from __future__ import annotations
@@ -16,8 +17,26 @@ import tempfile
 import time
 
 EXAMPLE = "experiments/astronaut.yaml"
-EVERYTHING = ["--capture.branches", "both", "--capture.tokens", "all", "--capture.statistics", "true", "--capture.text", "true"]
-NOTHING = ["--capture.attention", "off", "--capture.text", "false", "--capture.statistics", "false", "--decode-every", "0"]
+EVERYTHING = [
+    "--capture.branches",
+    "both",
+    "--capture.tokens",
+    "all",
+    "--capture.statistics",
+    "true",
+    "--capture.text",
+    "true",
+]
+NOTHING = [
+    "--capture.attention",
+    "off",
+    "--capture.text",
+    "false",
+    "--capture.statistics",
+    "false",
+    "--decode-every",
+    "0",
+]
 
 
 def timed(command: list[str], threads: int | None = None) -> tuple[float, float]:
@@ -35,7 +54,9 @@ def row(name: str, command: list[str], rounds: int, goal: str, threads: int | No
     found = [timed(command, threads) for _ in range(rounds)]
     wall, cpu = ([taken[clock] for taken in found] for clock in (0, 1))
     print(
-        f"{name:44} wall {min(wall):6.2f} s at least, {statistics.median(wall):6.2f} median; CPU {statistics.median(cpu):6.2f} s   {goal}", flush=True
+        f"{name:44} wall {min(wall):6.2f} s at least, {statistics.median(wall):6.2f} median; CPU "
+        f"{statistics.median(cpu):6.2f} s   {goal}",
+        flush=True,
     )
 
 

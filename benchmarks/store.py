@@ -2,8 +2,9 @@
 
     python -m benchmarks.store --model sd1
 
-No model runs: a plan on the meta device says which arrays there are, and they are filled with random probabilities. Writing is
-held against numpy's `tofile` of the same bytes into as many files in the same folders, in turn.
+No model runs: a plan on the meta device says which arrays there are, and they are filled with
+random probabilities. Writing is held against numpy's `tofile` of the same bytes into as many files
+in the same folders, in turn.
 """
 
 from __future__ import annotations
@@ -35,11 +36,22 @@ Figures = list[tuple[float, ...]]
 
 
 def planned(model: str, steps: int, prompt: str = models.PROMPT, **capture: Any) -> Plan:
-    """The plan of a guided run on a model without weights, with the scheduler of Stable Diffusion v1-4 (one call more)."""
+    """The plan of a guided run on a model without weights, with the scheduler of Stable Diffusion
+    v1-4 (one call more).
+    """
     pipe = models.pipeline(model, device="meta", whole=True)
-    asked = {"prompt": prompt, "steps": steps, "guidance_scale": 7.5, "scheduler": "PNDM", "capture": capture}
+    asked = {
+        "prompt": prompt,
+        "steps": steps,
+        "guidance_scale": 7.5,
+        "scheduler": "PNDM",
+        "capture": capture,
+    }
     experiment = load_experiment(asked)
-    return plan(StableDiffusion.of(pipe).with_scheduler(experiment.scheduler, {"skip_prk_steps": True}), experiment)
+    return plan(
+        StableDiffusion.of(pipe).with_scheduler(experiment.scheduler, {"skip_prk_steps": True}),
+        experiment,
+    )
 
 
 def one_step(run: Plan) -> dict[str, np.ndarray]:
@@ -60,7 +72,11 @@ def one_step(run: Plan) -> dict[str, np.ndarray]:
 def attributes(run: Plan) -> dict[str, Any]:
     """What a reader insists on."""
     return {
-        **{"format_version": FORMAT_VERSION, "created": "2026-01-01T00:00:00.000+00:00", "experiment": run.experiment.resolved()},
+        **{
+            "format_version": FORMAT_VERSION,
+            "created": "2026-01-01T00:00:00.000+00:00",
+            "experiment": run.experiment.resolved(),
+        },
         **{"environment": {"device": "meta"}, "model": {"name": "benchmark", "dtype": "float32"}},
         **{"scheduler": {"class": "PNDMScheduler", "config": {}}},
         **{"prediction_type": "epsilon", "latent_convention": "variance_preserving"},
@@ -156,17 +172,32 @@ def spread(found: list[float], digits: int) -> str:
 
 
 def sizes(model: str, steps: int, folder: Path) -> None:
-    print(f"P7 size of {steps} steps, {model}, 512 pixels, forecast without weights (goals 370 MB, sqrt_u8 170 MB)")
+    print(
+        f"P7 size of {steps} steps, {model}, 512 pixels, forecast without weights (goals 370 MB, "
+        "sqrt_u8 170 MB)"
+    )
     for prompt in (LONG, models.PROMPT):
-        for name, capture in {"default": {}, "sqrt_u8": {"dtype": "sqrt_u8"}, "all tokens": {"tokens": "all"}}.items():
+        for name, capture in {
+            "default": {},
+            "sqrt_u8": {"dtype": "sqrt_u8"},
+            "all tokens": {"tokens": "all"},
+        }.items():
             run = planned(model, steps, prompt, **capture)
             forecast, values = run.forecast(), one_step(run)
             maps = sum(count for path, count in forecast.items() if path.endswith("/cross"))
-            line = f"   {len(run.kept.positions):2} positions, {name:11} {sum(forecast.values()) / 1e6:7.1f} MB, of which maps {maps / 1e6:7.1f} MB"
+            line = (
+                f"   {len(run.kept.positions):2} positions, {name:11} "
+                f"{sum(forecast.values()) / 1e6:7.1f} MB, of which maps {maps / 1e6:7.1f} MB"
+            )
             if name == "default":
                 path = folder / "sized.zarr"
                 written(run, path, values)
-                found = sum(file.stat().st_size for array in values for file in (path / array).iterdir() if file.name != "zarr.json")
+                found = sum(
+                    file.stat().st_size
+                    for array in values
+                    for file in (path / array).iterdir()
+                    if file.name != "zarr.json"
+                )
                 more = 100 * found / sum(forecast[array] for array in values) - 100
                 line += f"; on disk {more:+.2f}% (checksums, indices)"
                 shutil.rmtree(path)
@@ -177,7 +208,10 @@ def milliseconds(act: Callable[[], Any], rounds: int = 15) -> str:
     act()
     times = [measured(act) for _ in range(rounds)]
     wall, cpu = ([1000 * found[clock] for found in times] for clock in (0, 1))
-    return f"{min(wall):7.2f} ms at least, {statistics.median(wall):7.2f} median, {statistics.median(cpu):7.2f} ms of CPU"
+    return (
+        f"{min(wall):7.2f} ms at least, {statistics.median(wall):7.2f} median, "
+        f"{statistics.median(cpu):7.2f} ms of CPU"
+    )
 
 
 def read_benchmark(model: str, folder: Path) -> None:
@@ -186,7 +220,9 @@ def read_benchmark(model: str, folder: Path) -> None:
             "probe, the root      (goal  3)": lambda: Run(path).attributes,
             "probe, the tree      (goal 40)": lambda: Run(path).tree,
             "stock zarr, the root          ": lambda: zarr.open_group(path, mode="r"),
-            "stock xarray, the tree        ": lambda: xr.open_datatree(path, engine="zarr", chunks=None),
+            "stock xarray, the tree        ": lambda: xr.open_datatree(
+                path, engine="zarr", chunks=None
+            ),
         }
         for name, way in ways.items():
             print(f"P8 opening {steps:2} steps: {name} {milliseconds(way)}", flush=True)
@@ -199,13 +235,23 @@ def read_benchmark(model: str, folder: Path) -> None:
     token = 2
 
     def maps(**at: int) -> list[np.ndarray]:
-        return [found.variable(f"attention/{grid}/cross").isel(token=token, **at).values for grid in found.grids]
+        return [
+            found.variable(f"attention/{grid}/cross").isel(token=token, **at).values
+            for grid in found.grids
+        ]
 
     overview = f"attention/{found.grids[0]}/overview"
-    print(f"P9 one token, all layers and heads: one step  {milliseconds(lambda: maps(step=7))} (goal 3)", flush=True)
-    print(f"                                    all steps {milliseconds(maps)} (goal 130)", flush=True)
     print(
-        f"                                its overview  {milliseconds(lambda: found.variable(overview).isel(token=token).values)} (goal 1.5)",
+        f"P9 one token, all layers and heads: one step  {milliseconds(lambda: maps(step=7))} "
+        "(goal 3)",
+        flush=True,
+    )
+    print(
+        f"                                    all steps {milliseconds(maps)} (goal 130)", flush=True
+    )
+    print(
+        "                                its overview  "
+        f"{milliseconds(lambda: found.variable(overview).isel(token=token).values)} (goal 1.5)",
         flush=True,
     )
 

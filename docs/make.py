@@ -17,7 +17,13 @@ from probe.format import attributes, dimensions
 from probe.settings import experiment, noising
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ("ceiling: the true mask at 16x16", "attention, all heads", "contribution", "centred Gaussian", "uniform")
+SHORT = (
+    "ceiling: the true mask at 16x16",
+    "attention, all heads",
+    "contribution",
+    "centred Gaussian",
+    "uniform",
+)
 
 
 def short_truth() -> str:
@@ -49,9 +55,13 @@ def made(document: str, text: str) -> str:
     for name, table in PARTS[document].items():
         pattern = rf"(<!-- {name} -->\n).*?\n?(<!-- /{name} -->)"
         if len(re.findall(pattern, text, re.S)) != 1:
-            raise ValueError(f"{document} needs the markers <!-- {name} --> and <!-- /{name} -->, once each")
+            raise ValueError(
+                f"{document} needs the markers <!-- {name} --> and <!-- /{name} -->, once each"
+            )
         part = table()
-        text = re.sub(pattern, lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text, flags=re.S)
+        text = re.sub(
+            pattern, lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text, flags=re.S
+        )
     return text
 
 

@@ -4,19 +4,23 @@
     python -m experiments.attention_truth --markdown --figure experiments/attention_truth.png       # docs/attention-truth.md and its figure
     python -m experiments.attention_truth --model DIRECTORY --folder PICTURES    # any Stable Diffusion 1.x or 2.x, your own pictures
 
-Scenes with known masks are encoded, noised to each timestep with known noise, and the UNet is asked once. The map of each subject's
-word is scored against its mask: average precision (AP, needs no threshold) and IoU. Beside it stand maps that know
-nothing (uniform, a centred Gaussian, the other subject's word, a UNet with random weights), one that knows everything (the true mask
-at the grid of the maps), and other ways to ask the same model (contribution, counterfactual, a word's map less that of the others).
+Scenes with known masks are encoded, noised to each timestep with known noise, and the UNet is asked
+once. The map of each subject's word is scored against its mask: average precision (AP, needs no
+threshold) and IoU. Beside it stand maps that know nothing (uniform, a centred Gaussian, the other
+subject's word, a UNet with random weights), one that knows everything (the true mask at the grid of
+the maps), and other ways to ask the same model (contribution, counterfactual, a word's map less
+that of the others).
 
-Three sets of pictures that share none: one ranks the heads, one chooses how many of them to use and each map's threshold, and only
-the third is scored. Intervals are 95%, from resampling pictures. Everything is of one checkpoint: it says how results vary with
-pictures, not with training. The bundled model was trained to bind nouns to words (half of its last training hid start, end and
-padding tokens): do not expect its figures of a model that was not. Scenes have half one subject, half two; their seeds (see SEEDS)
-are none that training used.
+Three sets of pictures that share none: one ranks the heads, one chooses how many of them to use and
+each map's threshold, and only the third is scored. Intervals are 95%, from resampling pictures.
+Everything is of one checkpoint: it says how results vary with pictures, not with training. The
+bundled model was trained to bind nouns to words (half of its last training hid start, end and
+padding tokens): do not expect its figures of a model that was not. Scenes have half one subject,
+half two; their seeds (see SEEDS) are none that training used.
 
-Generated pictures (DDIM, 30 steps, guidance 3) have no masks. There the truth is what a small segmenter sees, which is trained first
-(about 5 minutes; experiments/emojiworld/segmenter.py) and whose own mIoU is printed.
+Generated pictures (DDIM, 30 steps, guidance 3) have no masks. There the truth is what a small
+segmenter sees, which is trained first (about 5 minutes; experiments/emojiworld/segmenter.py) and
+whose own mIoU is printed.
 
 A folder for --folder holds, for each picture:
     NAME.png (or .jpg)    the picture; it is scaled and cut to the model's size, and so are its masks
@@ -65,17 +69,25 @@ from probe.settings.pictures import read_masks, read_picture
 from probe.terminal import Parser, guarded
 
 TIMESTEPS = (100, 300, 500, 700, 900)
-SEEDS = {"ranking": 50_000_000, "choosing": 51_000_000, "scored": 52_000_000}  # training draws scenes 0 to 39,999
+SEEDS = {
+    "ranking": 50_000_000,
+    "choosing": 51_000_000,
+    "scored": 52_000_000,
+}  # training draws scenes 0 to 39,999
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # how many of the best heads are tried
 STEPS, GUIDANCE = 30, 3.0
 
-Found = tuple[Shown, xr.DataArray, xr.DataArray]  # a picture, its maps (map, step, word, y, x), their truth (word, y, x)
+Found = tuple[
+    Shown, xr.DataArray, xr.DataArray
+]  # a picture, its maps (map, step, word, y, x), their truth (word, y, x)
 
-# --- pictures with truth ---------------------------------------------------------------------------------------------
+# --- pictures with truth --------------------------------------------------------------------------
 
 
 def scenes(model: StableDiffusion, count: int, first: int) -> list[Shown]:
-    """Fresh scenes from seed `first` on, as many with one subject as with two, at the model's size; the truth is of the subjects."""
+    """Fresh scenes from seed `first` on, as many with one subject as with two, at the model's size;
+    the truth is of the subjects.
+    """
     _, _, *latents = model.latent_shape(1)
     size = (model.f * latents[1], model.f * latents[0])
     found: dict[int, list[Shown]] = {1: [], 2: []}
@@ -85,88 +97,183 @@ def scenes(model: StableDiffusion, count: int, first: int) -> list[Shown]:
         scene = world.draw_scene(seed)
         n = len(scene.subjects)
         if len(found[n]) < wanted[n]:
-            picture = np.asarray(Image.fromarray(scene.image).resize(size, Image.Resampling.LANCZOS))
-            masks = {name: np.asarray(Image.fromarray(scene.masks[name]).resize(size, Image.Resampling.NEAREST)) for name in scene.subjects}
+            picture = np.asarray(
+                Image.fromarray(scene.image).resize(size, Image.Resampling.LANCZOS)
+            )
+            masks = {
+                name: np.asarray(
+                    Image.fromarray(scene.masks[name]).resize(size, Image.Resampling.NEAREST)
+                )
+                for name in scene.subjects
+            }
             found[n].append(Shown(str(seed), picture, scene.caption, masks))
         seed += 1
     return found[1] + found[2]
 
 
 def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
-    """The pictures of a folder with captions and masks, each as the model's size asks. Raises ExperimentError or PromptError."""
+    """The pictures of a folder with captions and masks, each as the model's size asks.
+
+    Raises ExperimentError or PromptError.
+    """
     _, _, *latents = model.latent_shape(1)
     height, width = (model.f * side for side in latents)
     if not folder.is_dir():
-        raise ExperimentError(f"folder: {folder} is no folder.", "Name one with NAME.png, NAME.txt and NAME.WORD.png; --help describes it.")
-    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg")), key=lambda file: (file.stem, file.suffix))
-    shown, pictures = [], [file for file in files if "." not in file.stem]
-    if lonely := [file.name for file in files if file.stem.split(".")[0] not in {picture.stem for picture in pictures}]:
         raise ExperimentError(
-            f"folder: {lonely[0]} is a mask of no picture.", "A picture's name has no dot: NAME.png, and NAME.WORD.png for its masks."
+            f"folder: {folder} is no folder.",
+            "Name one with NAME.png, NAME.txt and NAME.WORD.png; --help describes it.",
         )
-    if blurred := [file.name for file in files if "." in file.stem and file.suffix.lower() != ".png"]:
-        raise ExperimentError(f"folder: {blurred[0]} is a mask as JPEG, which blurs its edge.", "Save it as PNG: NAME.WORD.png.")
+    files = sorted(
+        (file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg")),
+        key=lambda file: (file.stem, file.suffix),
+    )
+    shown, pictures = [], [file for file in files if "." not in file.stem]
+    if lonely := [
+        file.name
+        for file in files
+        if file.stem.split(".")[0] not in {picture.stem for picture in pictures}
+    ]:
+        raise ExperimentError(
+            f"folder: {lonely[0]} is a mask of no picture.",
+            "A picture's name has no dot: NAME.png, and NAME.WORD.png for its masks.",
+        )
+    if blurred := [
+        file.name for file in files if "." in file.stem and file.suffix.lower() != ".png"
+    ]:
+        raise ExperimentError(
+            f"folder: {blurred[0]} is a mask as JPEG, which blurs its edge.",
+            "Save it as PNG: NAME.WORD.png.",
+        )
     if twice := [two.name for one, two in itertools.pairwise(files) if one.stem == two.stem]:
-        raise ExperimentError(f"folder: {twice[0]} is there under another suffix too.", "Leave one of the two files.")
+        raise ExperimentError(
+            f"folder: {twice[0]} is there under another suffix too.", "Leave one of the two files."
+        )
     for file in pictures:
         told = file.with_suffix(".txt")
         if not told.is_file():
-            raise ExperimentError(f"folder: {file.name} has no caption.", f"Write what it shows into {told.name}, in one line.")
+            raise ExperimentError(
+                f"folder: {file.name} has no caption.",
+                f"Write what it shows into {told.name}, in one line.",
+            )
         caption = " ".join(told.read_text(encoding="utf-8", errors="replace").split())
-        masks = {mask.stem.partition(".")[2]: mask for mask in files if mask.stem.startswith(f"{file.stem}.")}
+        masks = {
+            mask.stem.partition(".")[2]: mask
+            for mask in files
+            if mask.stem.startswith(f"{file.stem}.")
+        }
         if not masks:
-            raise ExperimentError(f"folder: {file.name} has no mask.", f"Add {file.stem}.WORD.png for a word of its caption, white where it is.")
+            raise ExperimentError(
+                f"folder: {file.name} has no mask.",
+                f"Add {file.stem}.WORD.png for a word of its caption, white where it is.",
+            )
         prompt = model.read(caption)
         for word, mask in masks.items():
             if not places_of(prompt, word):
-                raise ExperimentError(f"folder: {mask.name}: {word!r} is not in the caption {caption!r}.", "Name the mask by a word of the caption.")
-        inside = {word: read_masks([mask], height, width, "folder")[mask.stem].astype(bool) for word, mask in masks.items()}
+                raise ExperimentError(
+                    f"folder: {mask.name}: {word!r} is not in the caption {caption!r}.",
+                    "Name the mask by a word of the caption.",
+                )
+        inside = {
+            word: read_masks([mask], height, width, "folder")[mask.stem].astype(bool)
+            for word, mask in masks.items()
+        }
         shown.append(Shown(file.stem, read_picture(file, height, width, "folder"), caption, inside))
     if len(shown) < 6:
         raise ExperimentError(
-            f"folder: {folder} has {len(shown)} pictures.", "At least 6 are needed: a third each to rank heads, to choose, to score."
+            f"folder: {folder} has {len(shown)} pictures.",
+            "At least 6 are needed: a third each to rank heads, to choose, to score.",
         )
     return shown
 
 
-def drawn(model: StableDiffusion, segmenter: segmenting.Segmenter, asked: Sequence[Asked], steps: int = STEPS) -> Iterator[Found]:
-    """Pictures of some prompts, recorded as any run, and what the segmenter says is in them; without those where a subject is missing."""
-    for seed, one in enumerate(tqdm(asked, desc="generated pictures", unit="picture", mininterval=5)):
+def drawn(
+    model: StableDiffusion,
+    segmenter: segmenting.Segmenter,
+    asked: Sequence[Asked],
+    steps: int = STEPS,
+) -> Iterator[Found]:
+    """Pictures of some prompts, recorded as any run, and what the segmenter says is in them;
+    without those where a subject is missing.
+    """
+    for seed, one in enumerate(
+        tqdm(asked, desc="generated pictures", unit="picture", mininterval=5)
+    ):
         with tempfile.TemporaryDirectory() as folder:
-            capture = {"counterfactual": list(one.subjects), "text": False, "statistics": False, "dtype": "float32", "steps": "::3"}
-            asking = {"prompt": one.prompt, "seed": seed, "steps": steps, "guidance_scale": GUIDANCE, "scheduler": "DDIM", "capture": capture}
+            capture = {
+                "counterfactual": list(one.subjects),
+                "text": False,
+                "statistics": False,
+                "dtype": "float32",
+                "steps": "::3",
+            }
+            asking = {
+                "prompt": one.prompt,
+                "seed": seed,
+                "steps": steps,
+                "guidance_scale": GUIDANCE,
+                "scheduler": "DDIM",
+                "capture": capture,
+            }
             run = record({**asking, "output": folder, "durability": "none"}, model, progress=False)
             picture = run.images.values[0]
             masks = segmenter.masks(picture, one.subjects)
             if len(masks) == len(one.subjects):
-                truth = xr.DataArray(np.stack([*masks.values()]).astype(np.float32), dims=("word", "y", "x"), coords={"word": list(masks)})
+                truth = xr.DataArray(
+                    np.stack([*masks.values()]).astype(np.float32),
+                    dims=("word", "y", "x"),
+                    coords={"word": list(masks)},
+                )
                 seen = recorded(run, model.read(one.prompt), TIMESTEPS, one.subjects)
                 yield Shown(str(seed), picture, one.prompt, masks), candidates(seen, truth), truth
 
 
-# --- the study -------------------------------------------------------------------------------------------------------
+# --- the study ------------------------------------------------------------------------------------
 
 
 def looked(
-    model: StableDiffusion, shown: Sequence[Shown], timesteps: Sequence[int], label: str, whole: bool = True, seed: int = 0
+    model: StableDiffusion,
+    shown: Sequence[Shown],
+    timesteps: Sequence[int],
+    label: str,
+    whole: bool = True,
+    seed: int = 0,
 ) -> Iterator[Found]:
-    """Each picture with its maps and their truth. Not `whole`: without the counterfactual and random weights, which take time."""
+    """Each picture with its maps and their truth.
+
+    Not `whole`: without the counterfactual and random weights, which take time.
+    """
     blind = random_weights(model, seed) if whole else None
     for index, one in enumerate(tqdm(shown, desc=label, unit="picture", mininterval=5)):
         seen = look(model, one, timesteps, seed + index, counterfactual=whole)
         truth = one.truth()
-        yield one, candidates(seen, truth, look(blind, one, timesteps, seed + index, counterfactual=False) if blind else None), truth
+        yield (
+            one,
+            candidates(
+                seen,
+                truth,
+                look(blind, one, timesteps, seed + index, counterfactual=False) if blind else None,
+            ),
+            truth,
+        )
 
 
 def ranked(found: Iterable[Found]) -> list[str]:
     """The heads by their AP, mean over pictures and steps, the best first."""
-    scores = [precision(maps.sel(map=[n for n in maps["map"].values if n.startswith("head/")]), truth) for _, maps, truth in found]
+    scores = [
+        precision(maps.sel(map=[n for n in maps["map"].values if n.startswith("head/")]), truth)
+        for _, maps, truth in found
+    ]
     mean = of_scenes(scores).mean(("scene", "step"))
     return [str(name) for name in mean["map"].values[np.argsort(-mean.values, kind="stable")]]
 
 
-def chosen(found: Iterable[Found], heads: Sequence[str], counts: Sequence[int]) -> tuple[list[str], xr.DataArray]:
-    """How many of the ranked heads make the best mean map, by AP, and every map's best level. *Shape:* of the levels (map, step)."""
+def chosen(
+    found: Iterable[Found], heads: Sequence[str], counts: Sequence[int]
+) -> tuple[list[str], xr.DataArray]:
+    """How many of the ranked heads make the best mean map, by AP, and every map's best level.
+
+    *Shape:* of the levels (map, step).
+    """
     counts = [n for n in counts if n <= len(heads)]
     precisions, levels = [], []
     for _, maps, truth in found:
@@ -181,7 +288,9 @@ def chosen(found: Iterable[Found], heads: Sequence[str], counts: Sequence[int]) 
 
 
 def scores_of(found: Iterable[Found], heads: Sequence[str], levels: xr.DataArray) -> xr.Dataset:
-    """AP and IoU of every map of every picture, (scene, map, step); `things` (scene): how many words have a truth."""
+    """AP and IoU of every map of every picture, (scene, map, step); `things` (scene): how many
+    words have a truth.
+    """
     parts, names, things, captions = [], [], [], []
     for shown, maps, truth in found:
         whole = xr.concat([maps, best_of(maps, heads, "best heads")], "map")
@@ -191,71 +300,160 @@ def scores_of(found: Iterable[Found], heads: Sequence[str], levels: xr.DataArray
         things.append(len(shown.masks))
         captions.append(shown.caption)
     if not parts:
-        raise ExperimentError("Nothing is left to score: in no picture was every subject found.", "Draw more: --pictures 64.")
-    return of_scenes(parts).assign_coords(scene=names, things=("scene", things), caption=("scene", captions))
+        raise ExperimentError(
+            "Nothing is left to score: in no picture was every subject found.",
+            "Draw more: --pictures 64.",
+        )
+    return of_scenes(parts).assign_coords(
+        scene=names, things=("scene", things), caption=("scene", captions)
+    )
 
 
-def study(model: StableDiffusion, sets: dict[str, list[Shown]], timesteps: Sequence[int], seed: int = 0) -> xr.Dataset:
-    """Rank heads on the first set, choose their number and all levels on the second, score the third. As `scores_of`, with what was chosen."""
+def study(
+    model: StableDiffusion, sets: dict[str, list[Shown]], timesteps: Sequence[int], seed: int = 0
+) -> xr.Dataset:
+    """Rank heads on the first set, choose their number and all levels on the second, score the
+    third. As `scores_of`, with what was chosen.
+    """
     model = model.with_scheduler("DDPM", {})
-    heads = ranked(looked(model, sets["ranking"], timesteps, "ranking heads", whole=False, seed=seed))
-    best, levels = chosen(looked(model, sets["choosing"], timesteps, "choosing thresholds", seed=seed + 1_000_000), heads, COUNTS)
-    scores = scores_of(looked(model, sets["scored"], timesteps, "scoring", seed=seed + 2_000_000), best, levels)
+    heads = ranked(
+        looked(model, sets["ranking"], timesteps, "ranking heads", whole=False, seed=seed)
+    )
+    best, levels = chosen(
+        looked(model, sets["choosing"], timesteps, "choosing thresholds", seed=seed + 1_000_000),
+        heads,
+        COUNTS,
+    )
+    scores = scores_of(
+        looked(model, sets["scored"], timesteps, "scoring", seed=seed + 2_000_000), best, levels
+    )
     sizes = {name: len(shown) for name, shown in sets.items()}
-    return scores.assign(level=levels.sel(map=scores["map"])).assign_attrs(heads=best, ranking=heads, sets=sizes, model=model.name, seed=seed)
+    return scores.assign(level=levels.sel(map=scores["map"])).assign_attrs(
+        heads=best, ranking=heads, sets=sizes, model=model.name, seed=seed
+    )
 
 
 def split(shown: list[Shown], seed: int) -> dict[str, list[Shown]]:
     """A folder's pictures as three sets of a third each."""
     order = [shown[i] for i in np.random.default_rng(seed).permutation(len(shown))]
     third = len(shown) // 3
-    return {"ranking": order[:third], "choosing": order[third : 2 * third], "scored": order[2 * third :]}
+    return {
+        "ranking": order[:third],
+        "choosing": order[third : 2 * third],
+        "scored": order[2 * third :],
+    }
 
 
 def study_pictures(model: StableDiffusion, heads: list[str], count: int) -> xr.Dataset:
-    """The maps of generated pictures against a segmenter. A quarter as many more are drawn to choose the levels; heads are as chosen on scenes."""
+    """The maps of generated pictures against a segmenter.
+
+    A quarter as many more are drawn to choose the levels; heads are as chosen on scenes.
+    """
     segmenter = segmenting.train(model)
     own = {
-        f"{label}, {n}": [float(of[k]) for k in ("mean", "low", "high")] for (label, n), of in segmenting.own_scores(segmenter, model, 300).items()
+        f"{label}, {n}": [float(of[k]) for k in ("mean", "low", "high")]
+        for (label, n), of in segmenting.own_scores(segmenter, model, 300).items()
     }
     few, half = max(2, count // 8), count // 2
     listed = asked_for(few + half, sealed=False)
-    groups = [[one for one in listed if one.group == group] for group in ("seen pairs", "two subjects")]
-    _, levels = chosen(drawn(model, segmenter, [one for group in groups for one in group[:few]]), heads, [len(heads)])
-    scores = scores_of(drawn(model, segmenter, [one for group in groups for one in group[few:]]), heads, levels)
-    return scores.assign(level=levels.sel(map=scores["map"])).assign_attrs(heads=heads, drawn=2 * half, segmenter=own, model=model.name)
+    groups = [
+        [one for one in listed if one.group == group] for group in ("seen pairs", "two subjects")
+    ]
+    _, levels = chosen(
+        drawn(model, segmenter, [one for group in groups for one in group[:few]]),
+        heads,
+        [len(heads)],
+    )
+    scores = scores_of(
+        drawn(model, segmenter, [one for group in groups for one in group[few:]]), heads, levels
+    )
+    return scores.assign(level=levels.sel(map=scores["map"])).assign_attrs(
+        heads=heads, drawn=2 * half, segmenter=own, model=model.name
+    )
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
     made = Parser(prog="python -m experiments.attention_truth", description=__doc__)
-    made.add_argument("--model", default="emojiworld", help="emojiworld (bundled), a Hugging Face id, or a local diffusers directory [emojiworld]")
-    made.add_argument("--scenes", type=int, default=200, metavar="N", help="scenes that are scored; half as many more rank heads and choose [200]")
-    made.add_argument("--folder", type=Path, help="pictures, captions and masks of your own, in place of scenes and generated pictures")
-    made.add_argument("--timesteps", default=",".join(map(str, TIMESTEPS)), metavar="T,T", help="how much noise, by the model's t [%(default)s]")
-    made.add_argument("--pictures", type=int, default=64, metavar="N", help="generated pictures that are scored; 0: none [64]")
-    made.add_argument("--seed", type=int, default=0, help="of the noise, the random weights, and how a folder is split [0]")
-    made.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"], help="number format of the model [auto]")
-    made.add_argument("--device", default="auto", help="where the model runs: auto, cpu, cuda [auto]")
-    made.add_argument("--scores", type=Path, help="a JSON file for all scores; what it holds already is not measured again")
+    made.add_argument(
+        "--model",
+        default="emojiworld",
+        help="emojiworld (bundled), a Hugging Face id, or a local diffusers directory [emojiworld]",
+    )
+    made.add_argument(
+        "--scenes",
+        type=int,
+        default=200,
+        metavar="N",
+        help="scenes that are scored; half as many more rank heads and choose [200]",
+    )
+    made.add_argument(
+        "--folder",
+        type=Path,
+        help="pictures, captions and masks of your own, in place of scenes and generated pictures",
+    )
+    made.add_argument(
+        "--timesteps",
+        default=",".join(map(str, TIMESTEPS)),
+        metavar="T,T",
+        help="how much noise, by the model's t [%(default)s]",
+    )
+    made.add_argument(
+        "--pictures",
+        type=int,
+        default=64,
+        metavar="N",
+        help="generated pictures that are scored; 0: none [64]",
+    )
+    made.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the noise, the random weights, and how a folder is split [0]",
+    )
+    made.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        help="number format of the model [auto]",
+    )
+    made.add_argument(
+        "--device", default="auto", help="where the model runs: auto, cpu, cuda [auto]"
+    )
+    made.add_argument(
+        "--scores",
+        type=Path,
+        help="a JSON file for all scores; what it holds already is not measured again",
+    )
     made.add_argument("--figure", type=Path, help="draw the figure into this PNG")
     made.add_argument(
-        "--markdown", action="store_true", help="print the section of docs/attention-truth.md, one table in Markdown, in place of all tables"
+        "--markdown",
+        action="store_true",
+        help="print the section of docs/attention-truth.md, one table in Markdown, in place of "
+        "all tables",
     )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
 def measured(options: argparse.Namespace) -> dict[str, xr.Dataset]:
-    """The scores of what the options ask for: `scenes`, and for the bundled world `pictures`. Those kept in `options.scores` are read from there."""
+    """The scores of what the options ask for: `scenes`, and for the bundled world `pictures`.
+
+    Those kept in `options.scores` are read from there.
+    """
     words = options.timesteps.split(",")
     if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) < len(words):
-        raise ExperimentError(f"timesteps: {options.timesteps!r} is no list of timesteps.", "Write whole numbers, each once: 100,500,900.")
+        raise ExperimentError(
+            f"timesteps: {options.timesteps!r} is no list of timesteps.",
+            "Write whole numbers, each once: 100,500,900.",
+        )
     timesteps = [int(word) for word in words]
     if options.folder is None and options.scenes < 4:
-        raise ExperimentError(f"scenes: {options.scenes} are too few.", "At least 4 can be scored: --scenes 200.")
+        raise ExperimentError(
+            f"scenes: {options.scenes} are too few.", "At least 4 can be scored: --scenes 200."
+        )
     found = kept_in(options.scores)
     wanted = ["scenes", *(["pictures"] if options.folder is None and options.pictures else [])]
     if not set(wanted) - set(found):
@@ -263,40 +461,63 @@ def measured(options: argparse.Namespace) -> dict[str, xr.Dataset]:
     model = load(options.model, dtype=options.dtype, device=options.device)
     most = int(model.scheduler.config.num_train_timesteps) - 1
     if max(timesteps) > most:
-        raise ExperimentError(f"timesteps: {max(timesteps)} is beyond the timesteps of {model.name}.", f"It knows 0 to {most}.")
+        raise ExperimentError(
+            f"timesteps: {max(timesteps)} is beyond the timesteps of {model.name}.",
+            f"It knows 0 to {most}.",
+        )
     _, _, *latents = model.latent_shape(1)
     if "pictures" in wanted and any(model.f * side != world.SIZE for side in latents):
         size = " x ".join(str(model.f * side) for side in latents)
-        cause = f"pictures: the segmenter knows pictures of {world.SIZE} x {world.SIZE} pixels, and {model.name} draws {size}."
+        cause = (
+            f"pictures: the segmenter knows pictures of {world.SIZE} x {world.SIZE} pixels, and "
+            f"{model.name} draws {size}."
+        )
         raise ExperimentError(cause, "Leave them out: --pictures 0.")
     if "scenes" not in found:
         if options.folder is not None:
             sets = split(read_folder(options.folder, model), options.seed)
         else:
-            counts = {"ranking": max(2, options.scenes // 5), "choosing": max(2, 3 * options.scenes // 10), "scored": options.scenes}
+            counts = {
+                "ranking": max(2, options.scenes // 5),
+                "choosing": max(2, 3 * options.scenes // 10),
+                "scored": options.scenes,
+            }
             sets = {name: scenes(model, n, SEEDS[name]) for name, n in counts.items()}
         found["scenes"] = study(model, sets, timesteps, options.seed)
         keep(found, options.scores)
     if "pictures" in wanted and "pictures" not in found:
-        found["pictures"] = study_pictures(model, list(found["scenes"].attrs["heads"]), options.pictures)
+        found["pictures"] = study_pictures(
+            model, list(found["scenes"].attrs["heads"]), options.pictures
+        )
         keep(found, options.scores)
     return found
 
 
 def kept_in(file: Path | None) -> dict[str, xr.Dataset]:
-    """Scores from a file that `keep` wrote; none without one. Raises ExperimentError for another file."""
+    """Scores from a file that `keep` wrote; none without one.
+
+    Raises ExperimentError for another file.
+    """
     if file is None or not file.exists():
         return {}
     try:
-        return {name: xr.Dataset.from_dict(one) for name, one in json.loads(file.read_text(encoding="utf-8")).items()}
+        return {
+            name: xr.Dataset.from_dict(one)
+            for name, one in json.loads(file.read_text(encoding="utf-8")).items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise ExperimentError(f"scores: {file} does not hold scores of this program.", "Name another file, or delete it.") from problem
+        raise ExperimentError(
+            f"scores: {file} does not hold scores of this program.",
+            "Name another file, or delete it.",
+        ) from problem
 
 
 def keep(found: dict[str, xr.Dataset], file: Path | None) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({name: one.to_dict() for name, one in found.items()}), encoding="utf-8")
+        file.write_text(
+            json.dumps({name: one.to_dict() for name, one in found.items()}), encoding="utf-8"
+        )
 
 
 def main(arguments: list[str]) -> int:

@@ -1,14 +1,16 @@
 # %% [markdown]
 # # A deep dive into Stable Diffusion
 #
-# You know the one line: `pipe("An astronaut scuba diving").images`. A sentence goes in, a picture comes out. This lesson opens
-# the box. It tells in order what happens between the two, and shows each thing on a real model: `emojiworld`, which comes with
-# this toolkit. It has the parts and the code path of Stable Diffusion v1, and is small enough for a laptop.
+# You know the one line: `pipe("An astronaut scuba diving").images`. A sentence goes in, a picture
+# comes out. This lesson opens the box. It tells in order what happens between the two, and shows
+# each thing on a real model: `emojiworld`, which comes with this toolkit. It has the parts and the
+# code path of Stable Diffusion v1, and is small enough for a laptop.
 #
 #     python -m experiments.deep_dive        # the pictures go to runs/deep_dive; --help tells what can be changed
 #
-# Or open this file as cells (VS Code, Spyder, or `jupytext --to notebook`) and run them one by one; the pictures then appear
-# below their cells. No result is written into the text. Each is computed when you run it, so change what you like and look.
+# Or open this file as cells (VS Code, Spyder, or `jupytext --to notebook`) and run them one by one;
+# the pictures then appear below their cells. No result is written into the text. Each is computed
+# when you run it, so change what you like and look.
 
 # %%
 import argparse
@@ -27,7 +29,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import probe
-from experiments.drawing import BLUE, RED, Cost, Line, Row, Scale, areas, chart, sheet, signed, table
+from experiments.drawing import (
+    BLUE,
+    RED,
+    Cost,
+    Line,
+    Row,
+    Scale,
+    areas,
+    chart,
+    sheet,
+    signed,
+    table,
+)
 from probe.analysis.maps import word_maps
 from probe.conversions import denoised_from
 from probe.diffusion.draws import noise
@@ -36,10 +50,31 @@ from probe.diffusion.loading import BUNDLED, load
 from probe.diffusion.sampling import denoise
 
 NOTEBOOK = hasattr(builtins, "get_ipython")
-parser = argparse.ArgumentParser(description="What happens inside Stable Diffusion, told with the bundled model.")
-parser.add_argument("--out", type=Path, default=Path("runs/deep_dive"), help="folder for the pictures (default: %(default)s)")
-parser.add_argument("--steps", type=int, default=30, choices=range(6, 101), metavar="6..100", help="denoising steps (default: %(default)s)")
-parser.add_argument("--noises", type=int, default=16, choices=range(2, 65), metavar="2..64", help="noises per timestep (default: %(default)s)")
+parser = argparse.ArgumentParser(
+    description="What happens inside Stable Diffusion, told with the bundled model."
+)
+parser.add_argument(
+    "--out",
+    type=Path,
+    default=Path("runs/deep_dive"),
+    help="folder for the pictures (default: %(default)s)",
+)
+parser.add_argument(
+    "--steps",
+    type=int,
+    default=30,
+    choices=range(6, 101),
+    metavar="6..100",
+    help="denoising steps (default: %(default)s)",
+)
+parser.add_argument(
+    "--noises",
+    type=int,
+    default=16,
+    choices=range(2, 65),
+    metavar="2..64",
+    help="noises per timestep (default: %(default)s)",
+)
 options = parser.parse_args([] if NOTEBOOK else None)
 OUT, STEPS, NOISES = options.out, options.steps, options.noises
 PROMPT, SEED, GUIDANCE = "An astronaut scuba diving", 5, 3.0
@@ -58,60 +93,91 @@ def show(name, picture):
 # %% [markdown]
 # ## 1. One line
 #
-# This is all that most people ever see. (The arguments are the same as for Stable Diffusion; the safety checker is left out, as there is
-# nothing to check for in a world of emoji.) In its training the model saw astronauts, and it saw scuba diving, but never both
-# at once. It has to put them together.
+# This is all that most people ever see. (The arguments are the same as for Stable Diffusion; the
+# safety checker is left out, as there is nothing to check for in a world of emoji.) In its training
+# the model saw astronauts, and it saw scuba diving, but never both at once. It has to put them
+# together.
 
 # %%
-pipe = StableDiffusionPipeline.from_pretrained(BUNDLED["emojiworld"], safety_checker=None, requires_safety_checker=False)
+pipe = StableDiffusionPipeline.from_pretrained(
+    BUNDLED["emojiworld"], safety_checker=None, requires_safety_checker=False
+)
 pipe.to(torch.float32)
 pipe.set_progress_bar_config(disable=True)
 ask = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 one_line = pipe(PROMPT, **ask, generator=torch.Generator().manual_seed(SEED)).images[0]
 
 print(f"{PROMPT!r}: a picture of {one_line.width} x {one_line.height} pixels, from one line.")
-show("1-one-line", sheet(PROMPT, f"{STEPS} steps, guidance {GUIDANCE:g}, seed {SEED}", [""], [Row("", [one_line])], cell=384))
+show(
+    "1-one-line",
+    sheet(
+        PROMPT,
+        f"{STEPS} steps, guidance {GUIDANCE:g}, seed {SEED}",
+        [""],
+        [Row("", [one_line])],
+        cell=384,
+    ),
+)
 
 # %% [markdown]
 # ## 2. By hand
 #
-# Behind the line are two halves. A **text understander** reads the sentence and turns it into numbers. An **image generator** makes a
-# picture of these numbers. It has two parts itself: an *image information creator*, which works over many steps on a small
-# array of numbers called **latents**, and a **decoder**, which paints the picture, once, at the end.
+# Behind the line are two halves. A **text understander** reads the sentence and turns it into
+# numbers. An **image generator** makes a picture of these numbers. It has two parts itself: an
+# *image information creator*, which works over many steps on a small array of numbers called
+# **latents**, and a **decoder**, which paints the picture, once, at the end.
 #
-# Here each is called by hand. `denoise` is the loop of the image information creator; it hands out every step, and we keep
-# them all to look at later.
+# Here each is called by hand. `denoise` is the loop of the image information creator; it hands out
+# every step, and we keep them all to look at later.
 
 # %%
 model = load("emojiworld", dtype="float32", device="cpu")
 conditioning = model.condition(PROMPT)  # the text understander
-steps = list(denoise(model, conditioning, steps=STEPS, guidance_scale=GUIDANCE, seed=SEED))  # the image information creator
+steps = list(
+    denoise(model, conditioning, steps=STEPS, guidance_scale=GUIDANCE, seed=SEED)
+)  # the image information creator
 latents = steps[-1].next_latents
 by_hand = model.decode(latents)[0]  # the decoder
 
-same_latents = pipe(PROMPT, **ask, generator=torch.Generator().manual_seed(SEED), output_type="latent").images
+same_latents = pipe(
+    PROMPT, **ask, generator=torch.Generator().manual_seed(SEED), output_type="latent"
+).images
 assert torch.equal(latents, same_latents), "by hand came to other latents than the one line"
-assert torch.equal(by_hand[0], torch.from_numpy(np.array(one_line))), "by hand came to another picture than the one line"
+assert torch.equal(by_hand[0], torch.from_numpy(np.array(one_line))), (
+    "by hand came to another picture than the one line"
+)
 print(f"{len(steps)} calls of the UNet, {latents.numel()} latents, {by_hand.numel()} pixel values:")
 print("by hand and by one line agree in every bit.")
 
-# %% [markdown]
-# So nothing is hidden from us. Whatever we look at from here on *is* what the one line does, not something like it.
+# %% [markdown] So nothing is hidden from us. Whatever we look at from here on *is* what the one
+# line does, not something like it.
 #
 # ## 3. Three components and their shapes
 #
-# *Text encoder*, *UNet with its scheduler*, *VAE*. To know what is special to our small model and what is common to the family,
-# we put Stable Diffusion v1 beside it: its own configuration on the "meta" device, where tensors have a shape and no content.
-# That takes no weights.
+# *Text encoder*, *UNet with its scheduler*, *VAE*. To know what is special to our small model and
+# what is common to the family, we put Stable Diffusion v1 beside it: its own configuration on the
+# "meta" device, where tensors have a shape and no content. That takes no weights.
 
 # %%
 with torch.device("meta"):
-    text_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    text_config = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
     sd1 = {
         "text encoder": CLIPTextModel(text_config),
-        "UNet": UNet2DConditionModel(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8),
-        "VAE": AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks),
+        "UNet": UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=768,
+            attention_head_dim=8,
+        ),
+        "VAE": AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks
+        ),
     }
 ours = {"text encoder": model.text_encoder, "UNet": model.unet, "VAE": model.vae}
 
@@ -120,55 +186,116 @@ ours = {"text encoder": model.text_encoder, "UNet": model.unet, "VAE": model.vae
 def follow(text_encoder, unet, vae, ids):
     """Send ids through the three components, and say what comes out of each."""
     embeddings = text_encoder(ids)[0]
-    x = torch.zeros(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size, device=ids.device)
+    x = torch.zeros(
+        1,
+        unet.config.in_channels,
+        unet.config.sample_size,
+        unet.config.sample_size,
+        device=ids.device,
+    )
     eps = unet(x, torch.tensor(500, device=ids.device), encoder_hidden_states=embeddings).sample
     pixels = vae.decode(x).sample
-    found = {"tokenizer: ids": ids, "text encoder: embeddings": embeddings, "UNet, in: latents": x, "UNet, out: predicted noise": eps}
-    found |= {"VAE decoder: picture": pixels, "VAE encoder: latents again": vae.encode(pixels).latent_dist.mean}
+    found = {
+        "tokenizer: ids": ids,
+        "text encoder: embeddings": embeddings,
+        "UNet, in: latents": x,
+        "UNet, out: predicted noise": eps,
+    }
+    found |= {
+        "VAE decoder: picture": pixels,
+        "VAE encoder: latents again": vae.encode(pixels).latent_dist.mean,
+    }
     return {name: " x ".join(map(str, tensor.shape[1:])) for name, tensor in found.items()}
 
 
-here, there = follow(*ours.values(), conditioning.cond.ids), follow(*sd1.values(), conditioning.cond.ids.to("meta"))
-print(table(["what comes out", "emojiworld", "Stable Diffusion v1"], [(name, here[name], there[name]) for name in here]), "\n")
-million = [[f"{sum(p.numel() for p in parts[name].parameters()) / 1e6:.1f} million" for parts in (ours, sd1)] for name in ours]
-print(table(["parameters", "emojiworld", "Stable Diffusion v1"], [(name, *counts) for name, counts in zip(ours, million, strict=True)]))
+here, there = (
+    follow(*ours.values(), conditioning.cond.ids),
+    follow(*sd1.values(), conditioning.cond.ids.to("meta")),
+)
+print(
+    table(
+        ["what comes out", "emojiworld", "Stable Diffusion v1"],
+        [(name, here[name], there[name]) for name in here],
+    ),
+    "\n",
+)
+million = [
+    [
+        f"{sum(p.numel() for p in parts[name].parameters()) / 1e6:.1f} million"
+        for parts in (ours, sd1)
+    ]
+    for name in ours
+]
+print(
+    table(
+        ["parameters", "emojiworld", "Stable Diffusion v1"],
+        [(name, *counts) for name, counts in zip(ours, million, strict=True)],
+    )
+)
 
 # %% [markdown]
 # ### Text: words, tokens, ids, vectors
 #
-# The **tokenizer** cuts the sentence into pieces that it knows, and gives each piece its number. It puts a start token in front and
-# an end token behind, and repeats the end until the row is full: the model always reads a row of the same length.
+# The **tokenizer** cuts the sentence into pieces that it knows, and gives each piece its number. It
+# puts a start token in front and an end token behind, and repeats the end until the row is full:
+# the model always reads a row of the same length.
 #
-# The **text encoder** turns each id into a vector, and lets each vector look at those before it. So a vector stands for a token
-# *in its sentence*: at the same place, the same word after other words keeps its id and gets another vector.
+# The **text encoder** turns each id into a vector, and lets each vector look at those before it. So
+# a vector stands for a token *in its sentence*: at the same place, the same word after other words
+# keeps its id and gets another vector.
 
 # %%
 read = conditioning.cond
 first = range(read.end + 2)  # the start, the words, the end, and one of the repeats
 words = [read.words[number] if number >= 0 else "" for number in read.word_of]
-print(table(["position", "token", "id", "word"], [(i, read.tokens[i], int(read.ids[0, i]), words[i]) for i in first]))
-print(f"  ... and {len(read.tokens) - len(first)} more like the last, to position {len(read.tokens) - 1}")
+print(
+    table(
+        ["position", "token", "id", "word"],
+        [(i, read.tokens[i], int(read.ids[0, i]), words[i]) for i in first],
+    )
+)
+print(
+    f"  ... and {len(read.tokens) - len(first)} more like the last, to position "
+    f"{len(read.tokens) - 1}"
+)
 
 place = read.end - 1
 other = model.read(f"a picture of {words[place]}")
-assert other.end == read.end, "the second sentence must be as long as the prompt, to have the word at the same place: change it"
+assert other.end == read.end, (
+    "the second sentence must be as long as the prompt, to have the word at the same place: change "
+    "it"
+)
 assert other.ids[0, place] == read.ids[0, place]
-alike = float(cosine_similarity(conditioning.cond_embedding[0, place], model.encode(other)[0, place], dim=0))
-print(f"{words[place]!r} in {read.text!r} and in {other.text!r}: the same id, and vectors of cosine {alike:.2f}.")
+alike = float(
+    cosine_similarity(conditioning.cond_embedding[0, place], model.encode(other)[0, place], dim=0)
+)
+print(
+    f"{words[place]!r} in {read.text!r} and in {other.text!r}: the same id, and vectors of cosine "
+    f"{alike:.2f}."
+)
 
 vectors = conditioning.cond_embedding[0, : read.end + 2]
 colours = signed(float(vectors.abs().quantile(0.99)))
 pictures = [colours(vector.reshape(8, -1)) for vector in vectors]
 label = f"{vectors.shape[1]} numbers a\ntoken, folded\ninto {len(pictures[0])} rows"
 note = "the text encoder's output, the only thing that the UNet ever learns of the sentence"
-show("3-embeddings", sheet("One vector for each token", note, [read.tokens[i] for i in first], [Row(label, pictures, scale=colours)]))
+show(
+    "3-embeddings",
+    sheet(
+        "One vector for each token",
+        note,
+        [read.tokens[i] for i in first],
+        [Row(label, pictures, scale=colours)],
+    ),
+)
 
 # %% [markdown]
 # ### VAE: pixels to latents and back
 #
-# The **encoder** squeezes a picture into latents; the **decoder** paints a picture from latents. Something is lost. How much, the
-# PSNR tells (peak signal-to-noise ratio, in decibels; more is better). We try the picture that was just made, which is easy, as
-# this decoder painted it; and a drawing from outside of the model's world, with fine lines.
+# The **encoder** squeezes a picture into latents; the **decoder** paints a picture from latents.
+# Something is lost. How much, the PSNR tells (peak signal-to-noise ratio, in decibels; more is
+# better). We try the picture that was just made, which is easy, as this decoder painted it; and a
+# drawing from outside of the model's world, with fine lines.
 
 
 # %%
@@ -185,7 +312,12 @@ def paint(some_latents):
 
 
 def psnr(one, other):
-    return float(10 * np.log10(255**2 / np.square(np.array(one, np.float32) - np.array(other, np.float32)).mean()))
+    return float(
+        10
+        * np.log10(
+            255**2 / np.square(np.array(one, np.float32) - np.array(other, np.float32)).mean()
+        )
+    )
 
 
 stranger = Image.new("RGB", one_line.size, (214, 234, 248))
@@ -198,20 +330,41 @@ for offset in range(0, 52, 4):
 
 three, loss_colours = signed(3), Scale(0, 0.25, form="{:.0%}")
 rows, score = [], {}
-for label, picture in {"the picture\njust made": one_line, "a drawing from\noutside its world": stranger}.items():
+for label, picture in {
+    "the picture\njust made": one_line,
+    "a drawing from\noutside its world": stranger,
+}.items():
     squeezed = encode(picture)
     back = paint(squeezed)[0]
     score[label] = psnr(picture, back)
     lost = np.abs(np.array(picture, np.float32) - back).mean(-1) / 255
     spread = [f"std {channel.std():.2f}" for channel in squeezed[0]]
     pictures = [picture, *map(three, squeezed[0]), back, loss_colours(lost)]
-    rows.append(Row(label, pictures, ["", *spread, f"{score[label]:.1f} dB", f"mean {lost.mean():.1%}"], loss_colours))
-heads = ["picture", *(f"latents, channel {index}" for index in range(len(latents[0]))), "back again", "what was lost"]
-note = f"latents from {three.least:g} (blue) over white to {three.greatest:g} (red); what was lost as a share of full brightness, scale on the right"
+    rows.append(
+        Row(
+            label,
+            pictures,
+            ["", *spread, f"{score[label]:.1f} dB", f"mean {lost.mean():.1%}"],
+            loss_colours,
+        )
+    )
+heads = [
+    "picture",
+    *(f"latents, channel {index}" for index in range(len(latents[0]))),
+    "back again",
+    "what was lost",
+]
+note = (
+    f"latents from {three.least:g} (blue) over white to {three.greatest:g} (red); what was lost as "
+    "a share of full brightness, scale on the right"
+)
 show("3-round-trip", sheet("Through the VAE and back", note, heads, rows))
 
 pixels = one_line.width * one_line.height * 3
-print(f"{pixels} numbers become {latents.numel()}: {pixels / latents.numel():.0f} times fewer, f = {model.f} pixels a latent along each side.")
+print(
+    f"{pixels} numbers become {latents.numel()}: {pixels / latents.numel():.0f} times fewer, f = "
+    f"{model.f} pixels a latent along each side."
+)
 for label, value in score.items():
     print(f"round trip of {' '.join(label.split())}: {value:.1f} dB")
 
@@ -224,12 +377,14 @@ for label, value in score.items():
 #
 # $$x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\; \varepsilon$$
 #
-# The schedule $\bar\alpha_t$ falls from nearly one (all picture) to nearly nought (all noise). This costs nothing, works with any
-# picture, noise and timestep, and **we know the answer**, since we drew the noise ourselves. So there are as many exercises
-# as one likes: here is $x_t$; which noise is in it?
+# The schedule $\bar\alpha_t$ falls from nearly one (all picture) to nearly nought (all noise). This
+# costs nothing, works with any picture, noise and timestep, and **we know the answer**, since we
+# drew the noise ourselves. So there are as many exercises as one likes: here is $x_t$; which noise
+# is in it?
 #
-# Below, the UNet answers. What it takes for noise is held against what was added. The last row shows the picture that would
-# remain if it were right: the more noise, the less there is to go by, and the vaguer it gets.
+# Below, the UNet answers. What it takes for noise is held against what was added. The last row
+# shows the picture that would remain if it were right: the more noise, the less there is to go by,
+# and the vaguer it gets.
 
 # %%
 alpha_bar = model.scheduler.alphas_cumprod  # one number for each timestep of the training
@@ -247,33 +402,53 @@ T = [20, 100, 250, 450, 650, 850, 990]
 noisy, answers, remains = [], [], []
 for t in T:
     x = alpha_bar[t].sqrt() * x0 + (1 - alpha_bar[t]).sqrt() * eps
-    assert torch.allclose(x, model.scheduler.add_noise(x0, eps, torch.tensor([t])), atol=1e-6), "the formula is not what the scheduler does"
+    assert torch.allclose(x, model.scheduler.add_noise(x0, eps, torch.tensor([t])), atol=1e-6), (
+        "the formula is not what the scheduler does"
+    )
     noisy.append(x)
     answers.append(predict_noise(x, t))
     remains.append(denoised_from(answers[-1], x, float(alpha_bar[t]), model.prediction_type))
 
 remaining = paint(torch.cat(remains))
 rows = [
-    Row("picture and noise,\ndecoded", paint(torch.cat(noisy)), [f"{alpha_bar[t].sqrt():.0%} + {(1 - alpha_bar[t]).sqrt():.0%} noise" for t in T]),
+    Row(
+        "picture and noise,\ndecoded",
+        paint(torch.cat(noisy)),
+        [f"{alpha_bar[t].sqrt():.0%} + {(1 - alpha_bar[t]).sqrt():.0%} noise" for t in T],
+    ),
     Row("the noise that\nwas added\n(channel 0)", [three(eps[0, 0])] * len(T), scale=three),
     Row("what the UNet\ntakes for noise", [three(answer[0, 0]) for answer in answers], scale=three),
-    Row("its mistake", [three((answer - eps)[0, 0]) for answer in answers], [f"loss {mse_loss(answer, eps):.3f}" for answer in answers], three),
-    Row("what remains,\ndecoded", remaining, [f"{psnr(picture, one_line):.1f} dB" for picture in remaining]),
+    Row(
+        "its mistake",
+        [three((answer - eps)[0, 0]) for answer in answers],
+        [f"loss {mse_loss(answer, eps):.3f}" for answer in answers],
+        three,
+    ),
+    Row(
+        "what remains,\ndecoded",
+        remaining,
+        [f"{psnr(picture, one_line):.1f} dB" for picture in remaining],
+    ),
 ]
 note = "and what the UNet makes of it in a single call; loss: mean squared error of all channels"
-show("4-forward", sheet("Forward: the same noise in growing amounts", note, [f"t = {t}" for t in T], rows))
+show(
+    "4-forward",
+    sheet("Forward: the same noise in growing amounts", note, [f"t = {t}" for t in T], rows),
+)
 
 # %% [markdown]
 # ### Training: get better at exactly this
 #
-# The **loss** is the mean squared distance between the noise that was added and the noise that was predicted. Training draws a
-# picture, a timestep and a noise, computes the loss, moves each weight a little to where the loss falls, and begins again, very
-# often. That is the whole objective:
+# The **loss** is the mean squared distance between the noise that was added and the noise that was
+# predicted. Training draws a picture, a timestep and a noise, computes the loss, moves each weight
+# a little to where the loss falls, and begins again, very often. That is the whole objective:
 #
-# $$L = \mathbb{E}_{x_0, t, \varepsilon} \left\| \varepsilon - \varepsilon_\theta(x_t, t, \text{text}) \right\|^2$$
+# $$L = \mathbb{E}_{x_0, t, \varepsilon} \left\| \varepsilon - \varepsilon_\theta(x_t, t,
+# \text{text}) \right\|^2$$
 #
-# How large is it? That depends on $t$, and for each $t$ on the noise one happens to draw, so we draw several. Beside it stands a lazy
-# student, who calls the whole of the input noise. Where there is hardly anything but noise he is right: a low loss there means little.
+# How large is it? That depends on $t$, and for each $t$ on the noise one happens to draw, so we
+# draw several. Beside it stands a lazy student, who calls the whole of the input noise. Where there
+# is hardly anything but noise he is right: a low loss there means little.
 
 # %%
 times = [10, 40, 80, *range(150, 1000, 120), 999]
@@ -285,14 +460,32 @@ for t in times:
     lazy.append((x - draws).square().mean((1, 2, 3)).numpy())
 losses, lazy = np.array(losses), np.array(lazy)  # (timestep, noise)
 
-figures = [[f"{value:.4f}" for value in row] for row in zip(losses.mean(1), losses.std(1, ddof=1), lazy.mean(1), strict=True)]
-print(table(["timestep", "loss, mean", "spread (std)", "lazy student"], [(t, *row) for t, row in zip(times, figures, strict=True)]))
+figures = [
+    [f"{value:.4f}" for value in row]
+    for row in zip(losses.mean(1), losses.std(1, ddof=1), lazy.mean(1), strict=True)
+]
+print(
+    table(
+        ["timestep", "loss, mean", "spread (std)", "lazy student"],
+        [(t, *row) for t, row in zip(times, figures, strict=True)],
+    )
+)
 note = f"line: mean over {NOISES} noises; band: from the least to the greatest; one picture"
 lines = [Line("UNet", BLUE, losses), Line("lazy student", RED, lazy)]
-show("4-loss", chart("How wrong is the predicted noise?", note, "timestep t (more noise to the right)", "loss: mean squared error", times, lines))
+show(
+    "4-loss",
+    chart(
+        "How wrong is the predicted noise?",
+        note,
+        "timestep t (more noise to the right)",
+        "loss: mean squared error",
+        times,
+        lines,
+    ),
+)
 
-# %% [markdown]
-# And here is one step of training, on a copy of the UNet: one exercise, its loss, the slope, a small move of every weight downhill.
+# %% [markdown] And here is one step of training, on a copy of the UNet: one exercise, its loss, the
+# slope, a small move of every weight downhill.
 
 # %%
 student, t = copy.deepcopy(model.unet), T[3]
@@ -301,21 +494,28 @@ loss = mse_loss(student(**exercise).sample, eps)
 loss.backward()
 with torch.no_grad():
     learning = [weights for weights in student.parameters() if weights.grad is not None]
-    rate = 0.01 * loss / sum(weights.grad.square().sum() for weights in learning)  # so that the loss falls by about a hundredth
+    rate = (
+        0.01 * loss / sum(weights.grad.square().sum() for weights in learning)
+    )  # so that the loss falls by about a hundredth
     for weights in learning:
         weights -= rate * weights.grad
     after = mse_loss(student(**exercise).sample, eps)
-print(f"one step at t = {t}: loss {loss:.5f} -> {after:.5f} ({after / loss - 1:+.2%}). Very many of these made the model.")
+print(
+    f"one step at t = {t}: loss {loss:.5f} -> {after:.5f} ({after / loss - 1:+.2%}). Very many of "
+    "these made the model."
+)
 
 # %% [markdown]
 # ### Backward: out of nothing but noise
 #
-# Now the other way. Begin with pure noise, pretend that a picture is in it, and ask the UNet which part is noise. It cannot
-# know, so it gives its best guess. By squared error the best guess is a mean: at first of all pictures that the words allow, which
-# is a blur. The **scheduler** takes a little of the noise away, and we ask again. With every step fewer pictures are left.
+# Now the other way. Begin with pure noise, pretend that a picture is in it, and ask the UNet which
+# part is noise. It cannot know, so it gives its best guess. By squared error the best guess is a
+# mean: at first of all pictures that the words allow, which is a blur. The **scheduler** takes a
+# little of the noise away, and we ask again. With every step fewer pictures are left.
 #
-# Each question is asked twice: with your prompt (*cond*) and with an empty one (*uncond*). The difference is what the words add, and
-# **guidance** exaggerates it $s$ times: $\varepsilon = \varepsilon_u + s\,(\varepsilon_c - \varepsilon_u)$. The whole loop, written out:
+# Each question is asked twice: with your prompt (*cond*) and with an empty one (*uncond*). The
+# difference is what the words add, and **guidance** exaggerates it $s$ times: $\varepsilon =
+# \varepsilon_u + s\,(\varepsilon_c - \varepsilon_u)$. The whole loop, written out:
 
 # %%
 scheduler = copy.deepcopy(model.scheduler)
@@ -324,92 +524,164 @@ x = noise(SEED, tuple(x0.shape), x0.dtype)[0] * scheduler.init_noise_sigma
 both = torch.cat([conditioning.uncond_embedding, conditioning.cond_embedding])
 for t in scheduler.timesteps:
     with torch.no_grad():
-        eps_uncond, eps_cond = model.unet(torch.cat([x, x]), t, encoder_hidden_states=both).sample.chunk(2)
+        eps_uncond, eps_cond = model.unet(
+            torch.cat([x, x]), t, encoder_hidden_states=both
+        ).sample.chunk(2)
     x = scheduler.step(eps_uncond + GUIDANCE * (eps_cond - eps_uncond), t, x).prev_sample
 
 assert torch.equal(x, latents), "the loop written out came to other latents"
-print(f"the loop written out: the same bits again, after {len(scheduler.timesteps)} calls with {type(scheduler).__name__}.")
+print(
+    f"the loop written out: the same bits again, after {len(scheduler.timesteps)} calls with "
+    f"{type(scheduler).__name__}."
+)
 
-# %% [markdown]
-# Look at it from left to right. "Believed" is the picture that remains if all predicted noise is taken away at once. Without words
-# the model believes in some picture of its world; the words pull; guidance pulls harder. How far they move the believed latents $x_0$
-# (by $\sigma$ times the change in the noise) is written below. Watch it shrink.
+# %% [markdown] Look at it from left to right. "Believed" is the picture that remains if all
+# predicted noise is taken away at once. Without words the model believes in some picture of its
+# world; the words pull; guidance pulls harder. How far they move the believed latents $x_0$ (by
+# $\sigma$ times the change in the noise) is written below. Watch it shrink.
 
 # %%
-chosen = [steps[index] for index in np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))]
+chosen = [
+    steps[index] for index in np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
+]
 for step in steps:
-    assert torch.equal(step.prediction, guide(step.prediction_uncond, step.prediction_cond, GUIDANCE)), "guidance is not what it is said to be"
+    assert torch.equal(
+        step.prediction, guide(step.prediction_uncond, step.prediction_cond, GUIDANCE)
+    ), "guidance is not what it is said to be"
 
 
 def believed(prediction):
-    """The pictures that remain if all of this prediction is taken away, one for each of the chosen steps."""
-    of = [denoised_from(getattr(step, prediction), step.model_input, step.alpha_bar, step.prediction_type) for step in chosen]
+    """The pictures that remain if all of this prediction is taken away, one for each of the chosen
+    steps.
+    """
+    of = [
+        denoised_from(
+            getattr(step, prediction), step.model_input, step.alpha_bar, step.prediction_type
+        )
+        for step in chosen
+    ]
     return paint(torch.cat(of))
 
 
-added = [(step.prediction_cond - step.prediction_uncond)[0].square().mean(0).sqrt().numpy() for step in chosen]
+added = [
+    (step.prediction_cond - step.prediction_uncond)[0].square().mean(0).sqrt().numpy()
+    for step in chosen
+]
 pull = Scale(0, float(np.max(added)))
-moved = [f"moves x0 by {step.sigma * found.mean():.3f}" for step, found in zip(chosen, added, strict=True)]
+moved = [
+    f"moves x0 by {step.sigma * found.mean():.3f}"
+    for step, found in zip(chosen, added, strict=True)
+]
 rows = [
-    Row("what goes in,\ndecoded", paint(torch.cat([step.latents for step in chosen])), [f"t {s.timestep:.0f}, sigma {s.sigma:.2f}" for s in chosen]),
-    Row("what is taken for\nnoise, guided\n(channel 0)", [three(step.eps[0, 0]) for step in chosen], scale=three),
+    Row(
+        "what goes in,\ndecoded",
+        paint(torch.cat([step.latents for step in chosen])),
+        [f"t {s.timestep:.0f}, sigma {s.sigma:.2f}" for s in chosen],
+    ),
+    Row(
+        "what is taken for\nnoise, guided\n(channel 0)",
+        [three(step.eps[0, 0]) for step in chosen],
+        scale=three,
+    ),
     Row("believed without\nwords (uncond)", believed("prediction_uncond")),
     Row("believed with\nwords (cond)", believed("prediction_cond")),
     Row("where the words\nchange the noise", [pull(found) for found in added], moved, pull),
     Row(f"believed, guided:\n{GUIDANCE:g} times the\ndifference", believed("prediction")),
 ]
 note = "the words' change: root mean square over channels of cond - uncond"
-show("4-backward", sheet("Backward: from noise to a picture", note, [f"step {step.index}" for step in chosen], rows))
+show(
+    "4-backward",
+    sheet(
+        "Backward: from noise to a picture", note, [f"step {step.index}" for step in chosen], rows
+    ),
+)
 
 # %% [markdown]
 # ### How the words get in
 #
-# Inside of the UNet each place of the latents asks every token "do you concern me?", and takes up what the tokens have to say, in
-# proportion to the answers. That is **cross-attention**, and it can be watched: `probe.record` runs the same once more and writes
-# everything down. Watching changes nothing; this is checked here, too.
+# Inside of the UNet each place of the latents asks every token "do you concern me?", and takes up
+# what the tokens have to say, in proportion to the answers. That is **cross-attention**, and it can
+# be watched: `probe.record` runs the same once more and writes everything down. Watching changes
+# nothing; this is checked here, too.
 #
-# Start, end and padding get their share as well. Mind what such a map is: where the model *looked*. That may be the thing that the
-# word names, and it need not be. And mind whose it is: `emojiworld` was **trained to bind nouns to words**. Half of its last training
-# hid start, end and padding. Do not expect its maps, or its shares, of a model that was not trained like this.
+# Start, end and padding get their share as well. Mind what such a map is: where the model *looked*.
+# That may be the thing that the word names, and it need not be. And mind whose it is: `emojiworld`
+# was **trained to bind nouns to words**. Half of its last training hid start, end and padding. Do
+# not expect its maps, or its shares, of a model that was not trained like this.
 
 # %%
-asked = {"name": "deep-dive", "prompt": PROMPT, "seed": SEED, "steps": STEPS, "guidance_scale": GUIDANCE, "dtype": "float32", "device": "cpu"}
+asked = {
+    "name": "deep-dive",
+    "prompt": PROMPT,
+    "seed": SEED,
+    "steps": STEPS,
+    "guidance_scale": GUIDANCE,
+    "dtype": "float32",
+    "device": "cpu",
+}
 run = probe.record({**asked, "output": str(OUT)}, progress=False)
-assert np.array_equal(run.variable("latents/final_latents").values, latents.numpy()), "recording changed the picture"
+assert np.array_equal(run.variable("latents/final_latents").values, latents.numpy()), (
+    "recording changed the picture"
+)
 print(f"recorded: {run.path}")
 
-overview = run.overview()  # (step, token, y, x): of each place's attention, the share of each token; mean over heads, then layers
+# (step, token, y, x): of each place's attention, the share of each token; mean over heads, then
+# layers
+overview = run.overview()
 labels = run.tree[f"attention/{run.grids[0]}"].dataset.isel(branch=-1)
 share, number = overview.mean(("step", "y", "x")).values, labels["word_index"].values
 ends = share[number < 0][1:].sum()
-print(f"of all attention, {share[0]:.0%} goes to the start token, {share[number >= 0].sum():.0%} to words, {ends:.0%} to the end and the padding,")
+print(
+    f"of all attention, {share[0]:.0%} goes to the start token, {share[number >= 0].sum():.0%} to "
+    f"words, {ends:.0%} to the end and the padding,"
+)
 print("in a model that was trained to bind nouns to words.")
 
 maps = word_maps(overview, labels["word"].values, number)  # (step, word, y, x)
 thirds = np.array_split(np.arange(maps.sizes["step"]), 3)
-spans = {"first third of steps": thirds[0], "second": thirds[1], "last": thirds[2], "all steps": np.arange(maps.sizes["step"])}
+spans = {
+    "first third of steps": thirds[0],
+    "second": thirds[1],
+    "last": thirds[2],
+    "all steps": np.arange(maps.sizes["step"]),
+}
 rows = []
 for index, word in enumerate(maps["word"].values):
     found = [maps.isel(word=index, step=span).mean("step").values for span in spans.values()]
     colours = Scale(float(np.min(found)), float(np.max(found)), form="{:.1%}")
-    rows.append(Row(str(word), [colours.over(one_line, m) for m in found], [f"mean {m.mean():.1%}" for m in found], colours))
-note = "a word's share of each place's attention, in a model trained to bind nouns to words; mean over heads, then layers; one scale a word"
-show("4-attention", sheet("Where the picture looked at each word", note, list(spans), rows, cell=160))
+    rows.append(
+        Row(
+            str(word),
+            [colours.over(one_line, m) for m in found],
+            [f"mean {m.mean():.1%}" for m in found],
+            colours,
+        )
+    )
+note = (
+    "a word's share of each place's attention, in a model trained to bind nouns to words; mean "
+    "over heads, then layers; one scale a word"
+)
+show(
+    "4-attention", sheet("Where the picture looked at each word", note, list(spans), rows, cell=160)
+)
 
 # %% [markdown]
 # ## 5. Why latents
 #
-# All of this would work on pixels, too: give the UNet three colours instead of latent channels, and let it run. It is only slow. The
-# idea of Stable Diffusion (Rombach et al. 2022) is to squeeze first, to diffuse what was squeezed, and to paint once at the end.
+# All of this would work on pixels, too: give the UNet three colours instead of latent channels, and
+# let it run. It is only slow. The idea of Stable Diffusion (Rombach et al. 2022) is to squeeze
+# first, to diffuse what was squeezed, and to paint once at the end.
 #
-# How slow? We count the floating-point operations of one call of the *same* UNet on latents and on pixels: on the meta device, so
-# that nothing is estimated and nothing has to run. Convolutions grow with the number of places. Attention, in which every
-# place of a layer looks at every other, grows with its *square*.
+# How slow? We count the floating-point operations of one call of the *same* UNet on latents and on
+# pixels: on the meta device, so that nothing is estimated and nothing has to run. Convolutions grow
+# with the number of places. Attention, in which every place of a layer looks at every other, grows
+# with its *square*.
 #
-# Nobody has to pay all of that: a model for pixels can do with attention on coarse grids (Ho et al. 2020). So a third UNet is counted:
-# the same on pixels, without attention on grids wider than the widest that Stable Diffusion v1 has on latents. Beside both stands how
-# many times as many places there are. The factors differ because the same UNet pays the square on its widest grids, where the third
-# UNet has no attention layer at all.
+# Nobody has to pay all of that: a model for pixels can do with attention on coarse grids (Ho et al.
+# 2020). So a third UNet is counted: the same on pixels, without attention on grids wider than the
+# widest that Stable Diffusion v1 has on latents. Beside both stands how many times as many places
+# there are. The factors differ because the same UNet pays the square on its widest grids, where the
+# third UNet has no attention layer at all.
 
 
 # %%
@@ -417,28 +689,51 @@ WIDEST = sd1["UNet"].config.sample_size
 
 
 def coarse(unet, side):
-    """The blocks of this UNet for inputs of (side, side), without attention on grids wider than `WIDEST`; and the widest grid that is left."""
+    """The blocks of this UNet for inputs of (side, side), without attention on grids wider than
+    `WIDEST`; and the widest grid that is left.
+    """
     levels = [side // 2**level for level in range(len(unet.config.down_block_types))]
-    down = ["DownBlock2D" if wide > WIDEST else kind for kind, wide in zip(unet.config.down_block_types, levels, strict=True)]
-    up = ["UpBlock2D" if wide > WIDEST else kind for kind, wide in zip(unet.config.up_block_types, levels[::-1], strict=True)]
-    return {"down_block_types": down, "up_block_types": up}, max(wide for wide in levels if wide <= WIDEST)
+    down = [
+        "DownBlock2D" if wide > WIDEST else kind
+        for kind, wide in zip(unet.config.down_block_types, levels, strict=True)
+    ]
+    up = [
+        "UpBlock2D" if wide > WIDEST else kind
+        for kind, wide in zip(unet.config.up_block_types, levels[::-1], strict=True)
+    ]
+    return {"down_block_types": down, "up_block_types": up}, max(
+        wide for wide in levels if wide <= WIDEST
+    )
 
 
 def same_unet(unet, channels, side, **other):
-    """The same UNet for inputs of (channels, side, side), its weights drawn at random; `other`: what is configured otherwise."""
+    """The same UNet for inputs of (channels, side, side), its weights drawn at random; `other`:
+    what is configured otherwise.
+    """
     own = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    return UNet2DConditionModel(**own | {"in_channels": channels, "out_channels": channels, "sample_size": side} | other).eval()
+    return UNet2DConditionModel(
+        **own | {"in_channels": channels, "out_channels": channels, "sample_size": side} | other
+    ).eval()
 
 
 def operations(unet, channels, side, **other):
-    """FLOPs of one call of this UNet for an input of (channels, side, side), and which share of them is attention's products."""
+    """FLOPs of one call of this UNet for an input of (channels, side, side), and which share of
+    them is attention's products.
+    """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         tokens = torch.zeros(1, len(read.tokens), unet.config.cross_attention_dim)
-        same_unet(unet, channels, side, **other)(torch.zeros(1, channels, side, side), 500, encoder_hidden_states=tokens)
+        same_unet(unet, channels, side, **other)(
+            torch.zeros(1, channels, side, side), 500, encoder_hidden_states=tokens
+        )
     counts = counter.get_flop_counts()["Global"]
     total = sum(counts.values())
-    # On the meta device attention falls into its two products, which are the only batched ones ("bmm") in a UNet.
-    attention = sum(n for operation, n in counts.items() if "bmm" in str(operation) or "attention" in str(operation))
+    # On the meta device attention falls into its two products, which are the only batched ones
+    # ("bmm") in a UNet.
+    attention = sum(
+        n
+        for operation, n in counts.items()
+        if "bmm" in str(operation) or "attention" in str(operation)
+    )
     assert 0 < attention < total, "the counter does not see attention"
     return total, attention / total
 
@@ -450,35 +745,74 @@ for name, unet, f in (
 ):
     channels, side = unet.config.in_channels, unet.config.sample_size
     blocks, widest = coarse(unet, side * f)
-    cheap, dear, fair = operations(unet, channels, side), operations(unet, 3, side * f), operations(unet, 3, side * f, **blocks)
+    cheap, dear, fair = (
+        operations(unet, channels, side),
+        operations(unet, 3, side * f),
+        operations(unet, 3, side * f, **blocks),
+    )
     times = [f"{total / cheap[0]:.0f}" for total, _ in (cheap, dear, fair)]
-    beside = f"{times[2]} times with attention only up to {WIDEST} x {WIDEST}; {f**2} times the places"
+    beside = (
+        f"{times[2]} times with attention only up to {WIDEST} x {WIDEST}; {f**2} times the places"
+    )
     sizes = f"{cheap[0] / 1e9:,.1f} against {dear[0] / 1e9:,.1f} GFLOP"
-    costs.append(Cost(f"{name}: {times[1]} times", f"{sizes}\n{beside}", cheap[0], dear[0], dear[1]))
+    costs.append(
+        Cost(f"{name}: {times[1]} times", f"{sizes}\n{beside}", cheap[0], dear[0], dear[1])
+    )
     kinds = (
         ("latents", channels, side, side, cheap, times[0], 1),
         ("pixels", 3, side * f, side * f, dear, times[1], f**2),
         ("pixels**", 3, side * f, widest, fair, times[2], f**2),
     )
     for kind, depth, width, grid, (total, part), often, places in kinds:
-        scores = unet.config.attention_head_dim * grid**4 * 4 / 1e9  # heads x places x places, four bytes each
+        scores = (
+            unet.config.attention_head_dim * grid**4 * 4 / 1e9
+        )  # heads x places x places, four bytes each
         size = f"{depth * width**2 * 4 / 1e3:,.0f} kB"
         figures = (f"{scores:,.3f} GB", f"{total / 1e9:,.1f}", f"{part:.0%}", often, places)
         rows.append((name, kind, f"{depth} x {width} x {width}", size, *figures))
-print(table(["model", "on", "input", "its size", "scores*", "GFLOP a call", "attention", "times", "places, times"], rows))
-print("  * of one self-attention layer of its finest grid (heads x places x places), if they were all kept at once")
+print(
+    table(
+        [
+            "model",
+            "on",
+            "input",
+            "its size",
+            "scores*",
+            "GFLOP a call",
+            "attention",
+            "times",
+            "places, times",
+        ],
+        rows,
+    )
+)
+print(
+    "  * of one self-attention layer of its finest grid (heads x places x places), if they were "
+    "all kept at once"
+)
 print(f"  ** the same UNet, with attention only on grids of at most {WIDEST} x {WIDEST}")
-show("5-cost", areas("The cost of one call of the same UNet, as area", "on latents", "on pixels: attention", "on pixels: the rest", costs))
+show(
+    "5-cost",
+    areas(
+        "The cost of one call of the same UNet, as area",
+        "on latents",
+        "on pixels: attention",
+        "on pixels: the rest",
+        costs,
+    ),
+)
 
-# %% [markdown]
-# Counted is not measured, so we let the small one run for once: on latents, and on pixels, with weights drawn at random. Then a whole
-# picture: all calls, with and without words, and for latents the painting on top.
+# %% [markdown] Counted is not measured, so we let the small one run for once: on latents, and on
+# pixels, with weights drawn at random. Then a whole picture: all calls, with and without words, and
+# for latents the painting on top.
 
 
 # %%
 @torch.no_grad()
 def seconds(call, repeats):
-    """Processor time of a call, which other programs on the machine do not lengthen as they do the time on the wall."""
+    """Processor time of a call, which other programs on the machine do not lengthen as they do the
+    time on the wall.
+    """
     found = []
     for _ in range(repeats):
         start = time.process_time()
@@ -493,16 +827,28 @@ fast = seconds(lambda: model.unet(x0, 500, encoder_hidden_states=text), 7)
 slow = seconds(lambda: on_pixels(torch.zeros(1, 3, side, side), 500, encoder_hidden_states=text), 1)
 painting, calls = seconds(lambda: model.decode(latents), 3), 2 * len(steps)
 whole = calls * fast + painting
-print(f"one call of the same UNet on pixels has {costs[0].large / costs[0].small:.0f} times the operations of one on latents")
+print(
+    f"one call of the same UNet on pixels has {costs[0].large / costs[0].small:.0f} times the "
+    "operations of one on latents"
+)
 print(f"({costs[0].note.splitlines()[1]}), and takes {slow / fast:.0f} times the processor time.")
-print(f"A whole picture takes {calls * slow / whole:.0f} times the processor time on pixels: {calls} calls of that UNet, against as many on latents")
-print(f"and the decoder's painting, which takes {painting / whole:.1%} of the processor time of the picture on latents.")
+print(
+    f"A whole picture takes {calls * slow / whole:.0f} times the processor time on pixels: {calls} "
+    "calls of that UNet, against as many on latents"
+)
+print(
+    f"and the decoder's painting, which takes {painting / whole:.1%} of the processor time of the "
+    "picture on latents."
+)
 easy, hard = score.values()
-print(f"The price: a round trip of {easy:.1f} dB for what the decoder can paint, and {hard:.1f} dB for what it never saw.")
+print(
+    f"The price: a round trip of {easy:.1f} dB for what the decoder can paint, and {hard:.1f} dB "
+    "for what it never saw."
+)
 
-# %% [markdown]
-# That is all of it. A sentence became vectors. Noise became latents, a little at a time, while every place asked the words
-# what to be. A decoder painted the latents. Where to go from here:
+# %% [markdown] That is all of it. A sentence became vectors. Noise became latents, a little at a
+# time, while every place asked the words what to be. A decoder painted the latents. Where to go
+# from here:
 #
 # * `probe show latest --runs runs/deep_dive` tells what else is in the recording of section four;
 # * `experiments/astronaut.yaml` is an experiment to change and to run: `python -m probe.run experiments/astronaut.yaml`;

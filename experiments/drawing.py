@@ -1,4 +1,5 @@
-"""Labelled pictures for lessons and reports, with nothing but PIL: sheets of pictures, line charts, areas, tables.
+"""Labelled pictures for lessons and reports, with nothing but PIL: sheets of pictures, line charts,
+areas, tables.
 
 sheet(title, note, heads, rows)          # a grid; each row has its own label, captions and colour scale
 chart(title, note, xlabel, ylabel, ...)  # lines with bands
@@ -38,16 +39,39 @@ class Scale:
 
     def over(self, picture: Image.Image, values: np.ndarray) -> Image.Image:
         """The numbers (y, x), smoothly enlarged, laid over a greyed picture."""
-        large = np.asarray(Image.fromarray(values.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC))
+        large = np.asarray(
+            Image.fromarray(values.astype(np.float32)).resize(
+                picture.size, Image.Resampling.BICUBIC
+            )
+        )
         grey = np.asarray(picture.convert("L").convert("RGB"), np.float32)
-        weight = 0.25 + 0.65 * np.clip((large - self.least) / max(self.greatest - self.least, 1e-12), 0, 1)[..., None]
-        return Image.fromarray((grey * (1 - weight) + self(large) * weight).round().astype(np.uint8))
+        weight = (
+            0.25
+            + 0.65
+            * np.clip((large - self.least) / max(self.greatest - self.least, 1e-12), 0, 1)[
+                ..., None
+            ]
+        )
+        return Image.fromarray(
+            (grey * (1 - weight) + self(large) * weight).round().astype(np.uint8)
+        )
 
 
 def blue_to_red(values: np.ndarray) -> np.ndarray:
-    """Numbers in 0..1 as colours from blue over white (one half) to red. *Shape:* (...) -> (..., rgb) uint8."""
+    """Numbers in 0..1 as colours from blue over white (one half) to red.
+
+    *Shape:* (...) -> (..., rgb) uint8.
+    """
     part = (2 * values - 1)[..., None]
-    return np.asarray(np.where(part < 0, 255 + part * (255 - np.array(BLUE)), 255 - part * (255 - np.array(RED)))).round().astype(np.uint8)
+    return (
+        np.asarray(
+            np.where(
+                part < 0, 255 + part * (255 - np.array(BLUE)), 255 - part * (255 - np.array(RED))
+            )
+        )
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def signed(limit: float) -> Scale:
@@ -57,7 +81,9 @@ def signed(limit: float) -> Scale:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a sheet: what it is, its pictures (PIL or rgb arrays), a caption below each, and its colours' scale."""
+    """One row of a sheet: what it is, its pictures (PIL or rgb arrays), a caption below each, and
+    its colours' scale.
+    """
 
     label: str
     pictures: Sequence[Any]
@@ -65,7 +91,9 @@ class Row:
     scale: Scale | None = None
 
 
-def sheet(title: str, note: str, heads: Sequence[str], rows: Sequence[Row], cell: int = 132) -> Image.Image:
+def sheet(
+    title: str, note: str, heads: Sequence[str], rows: Sequence[Row], cell: int = 132
+) -> Image.Image:
     """A grid of pictures under a title. Small ones, latents say, are enlarged with hard edges."""
     left = 168 if any(row.label for row in rows) else 24
     wide, tops = cell + 12, [106]
@@ -79,34 +107,63 @@ def sheet(title: str, note: str, heads: Sequence[str], rows: Sequence[Row], cell
     for column, head in enumerate(heads):
         _write(draw, (left + column * wide + cell / 2, 98), head, 14, anchor="md")
     for row, top in zip(rows, tops, strict=False):
-        draw.multiline_text((24, top + cell / 2), row.label, INK, font=ImageFont.load_default(15), anchor="lm", spacing=5)
+        draw.multiline_text(
+            (24, top + cell / 2),
+            row.label,
+            INK,
+            font=ImageFont.load_default(15),
+            anchor="lm",
+            spacing=5,
+        )
         for column, picture in enumerate(row.pictures):
-            shown = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+            shown = (
+                picture
+                if isinstance(picture, Image.Image)
+                else Image.fromarray(np.asarray(picture))
+            )
             how = Image.Resampling.NEAREST if shown.width * 4 <= cell else Image.Resampling.LANCZOS
             page.paste(shown.resize((cell, cell), how), (left + column * wide, top))
             if row.captions:
-                _write(draw, (left + column * wide + cell / 2, top + cell + 4), row.captions[column], 12, FAINT, "ma")
+                _write(
+                    draw,
+                    (left + column * wide + cell / 2, top + cell + 4),
+                    row.captions[column],
+                    12,
+                    FAINT,
+                    "ma",
+                )
         if row.scale:
             x = left + len(heads) * wide
-            bar = row.scale(np.linspace(row.scale.greatest, row.scale.least, cell)[:, None].repeat(12, 1))
+            bar = row.scale(
+                np.linspace(row.scale.greatest, row.scale.least, cell)[:, None].repeat(12, 1)
+            )
             page.paste(Image.fromarray(bar), (x, top))
             draw.rectangle((x, top, x + 11, top + cell - 1), outline=RULE)
             _write(draw, (x + 18, top), row.scale.form.format(row.scale.greatest), 12, FAINT)
-            _write(draw, (x + 18, top + cell), row.scale.form.format(row.scale.least), 12, FAINT, "ld")
+            _write(
+                draw, (x + 18, top + cell), row.scale.form.format(row.scale.least), 12, FAINT, "ld"
+            )
     return page
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart, and the band around it: `values` is (point, draw); the line is the mean, the band least to greatest."""
+    """A line of a chart, and the band around it: `values` is (point, draw); the line is the mean,
+    the band least to greatest.
+    """
 
     label: str
     colour: Colour
     values: np.ndarray
 
 
-def chart(title: str, note: str, xlabel: str, ylabel: str, x: Sequence[float], lines: Sequence[Line]) -> Image.Image:
-    """Lines with bands over x, the vertical axis logarithmic. Drawn at double size and reduced, so that edges are smooth."""
+def chart(
+    title: str, note: str, xlabel: str, ylabel: str, x: Sequence[float], lines: Sequence[Line]
+) -> Image.Image:
+    """Lines with bands over x, the vertical axis logarithmic.
+
+    Drawn at double size and reduced, so that edges are smooth.
+    """
     page = Image.new("RGB", (1960, 1040), PAPER)
     draw = ImageDraw.Draw(page)
     _write(draw, (48, 32), title, 44)
@@ -117,7 +174,9 @@ def chart(title: str, note: str, xlabel: str, ylabel: str, x: Sequence[float], l
     bottom, top = min(found.min() for found in logs), max(found.max() for found in logs)
 
     def at(value: float, log: float) -> tuple[float, float]:
-        return left + (right - left) * (value - min(x)) / (max(x) - min(x)), low - (low - high) * (log - bottom) / (top - bottom)
+        return left + (right - left) * (value - min(x)) / (max(x) - min(x)), low - (low - high) * (
+            log - bottom
+        ) / (top - bottom)
 
     for decade in range(int(np.ceil(bottom)), int(np.floor(top)) + 1):
         draw.line([at(min(x), decade), at(max(x), decade)], RULE, 2)
@@ -129,7 +188,10 @@ def chart(title: str, note: str, xlabel: str, ylabel: str, x: Sequence[float], l
     _write(draw, (right, low + 70), xlabel, 28, INK, "ra")
     for line, found in zip(lines, logs, strict=True):
         edge = [*zip(x, found.max(1), strict=True), *reversed([*zip(x, found.min(1), strict=True)])]
-        draw.polygon([at(*point) for point in edge], tuple(round(255 - (255 - c) * 0.25) for c in line.colour))
+        draw.polygon(
+            [at(*point) for point in edge],
+            tuple(round(255 - (255 - c) * 0.25) for c in line.colour),
+        )
     ends = []
     for line in lines:
         mean = [at(*point) for point in zip(x, np.log10(line.values.mean(1)), strict=True)]
@@ -144,7 +206,10 @@ def chart(title: str, note: str, xlabel: str, ylabel: str, x: Sequence[float], l
 
 @dataclass(frozen=True)
 class Cost:
-    """Two costs in one unit, a small and a large one, and which share of the large one is `part`. The note has up to two lines."""
+    """Two costs in one unit, a small and a large one, and which share of the large one is `part`.
+
+    The note has up to two lines.
+    """
 
     label: str
     note: str
@@ -153,8 +218,12 @@ class Cost:
     part: float
 
 
-def areas(title: str, small: str, part: str, rest: str, costs: Sequence[Cost], edge: int = 400) -> Image.Image:
-    """Each pair of costs as two squares whose areas are in proportion, the small one inside of the large one."""
+def areas(
+    title: str, small: str, part: str, rest: str, costs: Sequence[Cost], edge: int = 400
+) -> Image.Image:
+    """Each pair of costs as two squares whose areas are in proportion, the small one inside of the
+    large one.
+    """
     page = Image.new("RGB", (24 + len(costs) * (edge + 36), edge + 176), PAPER)
     draw = ImageDraw.Draw(page)
     _write(draw, (24, 16), title, 22)
@@ -178,9 +247,20 @@ def table(heads: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """Rows of text below their heads, in aligned columns."""
     cells = [[str(cell) for cell in row] for row in [heads, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  " + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = [
+        "  "
+        + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
     return "\n".join([lines[0], "  " + "   ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _write(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: Colour = INK, anchor: str = "la") -> None:
+def _write(
+    draw: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    text: str,
+    size: int,
+    fill: Colour = INK,
+    anchor: str = "la",
+) -> None:
     draw.text(at, text, fill, font=ImageFont.load_default(size), anchor=anchor)

@@ -1,12 +1,14 @@
-"""Every map that could say where a word is in a picture, and how right each is: what `experiments.attention_truth` measures with.
+"""Every map that could say where a word is in a picture, and how right each is: what
+`experiments.attention_truth` measures with.
 
     seen = look(model, shown, timesteps, seed=0)               # the picture noised, the UNet asked, its maps captured
     maps = candidates(seen, shown, truth)                      # (map, step, word, y, x), all on one grid
     levels = best_levels([level_scores(maps, truth), ...])     # from pictures that are not scored
     scored(maps, truth, levels)                                # AP and IoU of each map
 
-Maps and truth meet on `SIDE` x `SIDE` places: there a place is inside when the mask covers at least half of it. Maps are brought to it
-bilinearly, as `probe.analysis` does it. A threshold is a level of the map scaled from 0 to 1, so that one level fits pictures of all kinds.
+Maps and truth meet on `SIDE` x `SIDE` places: there a place is inside when the mask covers at least
+half of it. Maps are brought to it bilinearly, as `probe.analysis` does it. A threshold is a level
+of the map scaled from 0 to 1, so that one level fits pictures of all kinds.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ LEVELS = np.linspace(0, 0.95, 20)
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture whose truth is known: (y, x, rgb) uint8, its caption, and for some of the caption's words a mask, (y, x) bool."""
+    """A picture whose truth is known: (y, x, rgb) uint8, its caption, and for some of the caption's
+    words a mask, (y, x) bool.
+    """
 
     name: str
     picture: np.ndarray
@@ -52,13 +56,18 @@ class Shown:
 
     def truth(self) -> xr.DataArray:
         """(word, y, x): of each of `SIDE` x `SIDE` places the share that is inside."""
-        masks = xr.DataArray(np.stack([*self.masks.values()]).astype(np.float32), dims=("word", "y", "x"), coords={"word": list(self.masks)})
+        masks = xr.DataArray(
+            np.stack([*self.masks.values()]).astype(np.float32),
+            dims=("word", "y", "x"),
+            coords={"word": list(self.masks)},
+        )
         return on_grid(masks, (SIDE, SIDE), "area")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model looked at, for each grid: maps (step, token, layer, head, y, x), and the sizes of what tokens write (token, layer, head).
+    """What a model looked at, for each grid: maps (step, token, layer, head, y, x), and the sizes
+    of what tokens write (token, layer, head).
 
     `change` is the counterfactual map of each word, (step, word, y, x), where it was asked for.
     """
@@ -70,21 +79,44 @@ class Seen:
 
 
 def places_of(prompt: Prompt, word: str) -> list[int]:
-    """The token positions of a word or phrase, each time the prompt has it; case does not count. Empty where it has not."""
-    wanted, words = word.casefold().split(), [text.casefold() for text in prompt.words]
-    starts = [i for i in range(len(words) - len(wanted) + 1) if wanted and words[i : i + len(wanted)] == wanted]
-    return [place for start in starts for index in range(start, start + len(wanted)) for place in prompt.spans[index]]
+    """The token positions of a word or phrase, each time the prompt has it; case does not count.
 
-
-# --- asking the model ------------------------------------------------------------------------------------------------
-
-
-def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: int = 0, counterfactual: bool = True) -> Seen:
-    """Noise a picture to each timestep, the noise the same, and see where the UNet looks at each token of the caption.
-
-    `model` has a scheduler that keeps variance one (DDPM, as for `probe.noising`). Nothing is written to disk.
+    Empty where it has not.
     """
-    conditioning, schedule = model.condition(shown.caption, guided=False), Schedule.at(model.scheduler, timesteps)
+    wanted, words = word.casefold().split(), [text.casefold() for text in prompt.words]
+    starts = [
+        i
+        for i in range(len(words) - len(wanted) + 1)
+        if wanted and words[i : i + len(wanted)] == wanted
+    ]
+    return [
+        place
+        for start in starts
+        for index in range(start, start + len(wanted))
+        for place in prompt.spans[index]
+    ]
+
+
+# --- asking the model -----------------------------------------------------------------------------
+
+
+def look(
+    model: StableDiffusion,
+    shown: Shown,
+    timesteps: Sequence[int],
+    seed: int = 0,
+    counterfactual: bool = True,
+) -> Seen:
+    """Noise a picture to each timestep, the noise the same, and see where the UNet looks at each
+    token of the caption.
+
+    `model` has a scheduler that keeps variance one (DDPM, as for `probe.noising`). Nothing is
+    written to disk.
+    """
+    conditioning, schedule = (
+        model.condition(shown.caption, guided=False),
+        Schedule.at(model.scheduler, timesteps),
+    )
     prompt, (clean, eps) = conditioning.cond, noised(model, shown.picture, 1, seed)
     rehearsal = rehearse(model, tuple(clean.shape), 1, int(prompt.ids.shape[1]))
     plan = Plan(
@@ -105,56 +137,98 @@ def look(model: StableDiffusion, shown: Shown, timesteps: Sequence[int], seed: i
     steps, maps = [], []
     loop = ask_noised(model, conditioning, schedule, clean, eps)
     for index in range(plan.calls):
-        with hooked(attention, *([] if index else [text])):  # what tokens write is the same at every step
+        with hooked(
+            attention, *([] if index else [text])
+        ):  # what tokens write is the same at every step
             step = next(loop)
         maps.append(attention.take(step))
         sizes = sizes or text.take(step)
         steps.append(step)
     change = None
     if counterfactual:
-        embeddings = embeddings_without(model, conditioning.tokens["cond"], {word: places_of(prompt, word) for word in shown.masks})
+        embeddings = embeddings_without(
+            model,
+            conditioning.tokens["cond"],
+            {word: places_of(prompt, word) for word in shown.masks},
+        )
         found = [word_changes(model, step, embeddings)[:, 0].cpu().numpy() for step in steps]
-        change = xr.DataArray(np.stack(found), dims=("step", "word", "y", "x"), coords={"step": list(timesteps), "word": list(shown.masks)})
+        change = xr.DataArray(
+            np.stack(found),
+            dims=("step", "word", "y", "x"),
+            coords={"step": list(timesteps), "word": list(shown.masks)},
+        )
     grids, written = [], []
     for grid, paths in plan.grids.items():
         coords = {"step": list(timesteps), "token": list(plan.kept.positions), "layer": paths}
         whole = np.stack([of[f"{grid_group(grid)}/cross"][:, 0, 0].cpu().numpy() for of in maps])
-        grids.append(xr.DataArray(whole, dims=("step", "token", "layer", "head", "y", "x"), coords=coords))
+        grids.append(
+            xr.DataArray(whole, dims=("step", "token", "layer", "head", "y", "x"), coords=coords)
+        )
         sides = sizes[f"{grid_group(grid)}/value_size"][0].cpu().numpy()
-        written.append(xr.DataArray(sides, dims=("token", "layer", "head"), coords={"token": coords["token"], "layer": paths}))
+        written.append(
+            xr.DataArray(
+                sides,
+                dims=("token", "layer", "head"),
+                coords={"token": coords["token"], "layer": paths},
+            )
+        )
     return Seen(prompt, grids, written, change)
 
 
 def recorded(run: Run, prompt: Prompt, timesteps: Sequence[int], words: Sequence[str]) -> Seen:
-    """The same of a recorded run: its recorded steps nearest to some timesteps, and "all", the mean over those that were recorded."""
+    """The same of a recorded run: its recorded steps nearest to some timesteps, and "all", the mean
+    over those that were recorded.
+    """
     steps = run.attention(run.grids[0])["step"].values
     at = run.variable("timestep").sel(step=steps).values
     near = [int(np.abs(at - t).argmin()) for t in timesteps]
 
     def few(maps: xr.DataArray) -> xr.DataArray:
-        there = maps.sel(step=steps).drop_vars([name for name, value in maps.coords.items() if "step" in value.dims])
-        both = xr.concat([there.isel(step=near), there.mean("step").expand_dims("step")], "step", coords="minimal", compat="override")
+        there = maps.sel(step=steps).drop_vars(
+            [name for name, value in maps.coords.items() if "step" in value.dims]
+        )
+        both = xr.concat(
+            [there.isel(step=near), there.mean("step").expand_dims("step")],
+            "step",
+            coords="minimal",
+            compat="override",
+        )
         return both.assign_coords(step=[*map(str, timesteps), "all"])
 
-    grids = [few(run.attention(grid).sel(branch="cond").isel(image=0).astype(np.float32).load()) for grid in run.grids]
-    sizes = [run.variable(f"attention/{grid}/value_size").sel(branch="cond").load() for grid in run.grids]
+    grids = [
+        few(run.attention(grid).sel(branch="cond").isel(image=0).astype(np.float32).load())
+        for grid in run.grids
+    ]
+    sizes = [
+        run.variable(f"attention/{grid}/value_size").sel(branch="cond").load() for grid in run.grids
+    ]
     change = None
     if "counterfactual" in run.tree.children:
-        change = few(run.variable("counterfactual/change").isel(image=0).load()).rename(masked_word="word").sel(word=list(words))
+        change = (
+            few(run.variable("counterfactual/change").isel(image=0).load())
+            .rename(masked_word="word")
+            .sel(word=list(words))
+        )
     return Seen(prompt, grids, sizes, change)
 
 
-# --- every map -------------------------------------------------------------------------------------------------------
+# --- every map ------------------------------------------------------------------------------------
 
 
 def candidates(seen: Seen, truth: xr.DataArray, random: Seen | None = None) -> xr.DataArray:
-    """Every map of each word whose truth is known, on the grid of the truth. *Shape:* truth (word, y, x) -> (map, step, word, y, x).
+    """Every map of each word whose truth is known, on the grid of the truth. *Shape:* truth (word,
+    y, x) -> (map, step, word, y, x).
 
-    By name: `attention` (mean over layers and heads), `grid/GRID`, `layer/GRID/PATH` and `head/GRID/PATH/N`; `against others`, `contribution`,
-    `counterfactual`; what knows nothing: `random` (a UNet with random weights), `Gaussian`, `uniform`, and, of two words, `other
-    word`; and what knows all: `ceiling/...`, the true mask at each grid of the UNet. What does not exist is left out.
+    By name: `attention` (mean over layers and heads), `grid/GRID`, `layer/GRID/PATH` and
+    `head/GRID/PATH/N`; `against others`, `contribution`, `counterfactual`; what knows nothing:
+    `random` (a UNet with random weights), `Gaussian`, `uniform`, and, of two words, `other word`;
+    and what knows all: `ceiling/...`, the true mask at each grid of the UNet. What does not exist
+    is left out.
     """
-    side, things = (truth.sizes["y"], truth.sizes["x"]), [str(word) for word in truth["word"].values]
+    side, things = (
+        (truth.sizes["y"], truth.sizes["x"]),
+        [str(word) for word in truth["word"].values],
+    )
     merged = [_merged(maps, seen.prompt, things) for maps in seen.grids]
     own = [maps.isel(word=slice(len(things))) for maps in merged]
     attention = combined(own, grid=side)
@@ -166,9 +240,14 @@ def candidates(seen: Seen, truth: xr.DataArray, random: Seen | None = None) -> x
         for layer in single["layer"].values:
             heads = single.sel(layer=layer, drop=True)
             found[f"layer/{grid}/{layer}"] = heads.mean("head")
-            found |= {f"head/{grid}/{layer}/{head}": heads.isel(head=head) for head in range(heads.sizes["head"])}
+            found |= {
+                f"head/{grid}/{layer}/{head}": heads.isel(head=head)
+                for head in range(heads.sizes["head"])
+            }
     if merged[0].sizes["word"] > 1:
-        found["against others"] = against_others(combined(merged, grid=side)).isel(word=slice(len(things)))
+        found["against others"] = against_others(combined(merged, grid=side)).isel(
+            word=slice(len(things))
+        )
     sized = [contribution(maps, sizes) for maps, sizes in zip(seen.grids, seen.sizes, strict=True)]
     written = [_merged(maps, seen.prompt, things).isel(word=slice(len(things))) for maps in sized]
     found["contribution"] = combined(written, grid=side)
@@ -177,20 +256,34 @@ def candidates(seen: Seen, truth: xr.DataArray, random: Seen | None = None) -> x
     if len(things) > 1:
         found["other word"] = attention.roll(word=1)
     if random is not None:
-        found["random"] = combined([_merged(maps, seen.prompt, things).isel(word=slice(len(things))) for maps in random.grids], grid=side)
+        found["random"] = combined(
+            [
+                _merged(maps, seen.prompt, things).isel(word=slice(len(things)))
+                for maps in random.grids
+            ],
+            grid=side,
+        )
     y, x = np.meshgrid(*((np.arange(n) + 0.5) / n - 0.5 for n in side), indexing="ij")
-    found["Gaussian"] = xr.zeros_like(attention) + xr.DataArray(np.exp(-8 * (y**2 + x**2)), dims=("y", "x"))
+    found["Gaussian"] = xr.zeros_like(attention) + xr.DataArray(
+        np.exp(-8 * (y**2 + x**2)), dims=("y", "x")
+    )
     found["uniform"] = xr.ones_like(attention)
     for maps in own:
-        true = on_grid(on_grid(truth.drop_vars("word"), (maps.sizes["y"], maps.sizes["x"]), "area"), side)
+        true = on_grid(
+            on_grid(truth.drop_vars("word"), (maps.sizes["y"], maps.sizes["x"]), "area"), side
+        )
         found[f"ceiling/{maps.sizes['y']}x{maps.sizes['x']}"] = xr.zeros_like(attention) + true
     rows = [one.transpose("step", "word", "y", "x").values for one in found.values()]
     coords = {"map": list(found), "step": attention["step"].values, "word": things}
-    return xr.DataArray(np.stack(rows).astype(np.float32), dims=("map", "step", "word", "y", "x"), coords=coords)
+    return xr.DataArray(
+        np.stack(rows).astype(np.float32), dims=("map", "step", "word", "y", "x"), coords=coords
+    )
 
 
 def _merged(maps: xr.DataArray, prompt: Prompt, things: Sequence[str]) -> xr.DataArray:
-    """The maps of some words or phrases, then those of the other content words: (step, token, ...) -> (step, word, ...)."""
+    """The maps of some words or phrases, then those of the other content words: (step, token, ...)
+    -> (step, word, ...).
+    """
     number: dict[int, int] = {}
     texts: list[str] = []
     for thing in things:
@@ -205,37 +298,54 @@ def _merged(maps: xr.DataArray, prompt: Prompt, things: Sequence[str]) -> xr.Dat
 
 
 def best_of(maps: xr.DataArray, heads: Sequence[str], name: str) -> xr.DataArray:
-    """The mean map of some heads, as one more map. *Shape:* (map, step, word, y, x) -> (1, step, word, y, x)."""
+    """The mean map of some heads, as one more map.
+
+    *Shape:* (map, step, word, y, x) -> (1, step, word, y, x).
+    """
     return maps.sel(map=list(heads)).mean("map").expand_dims(map=[name])
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def precision(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
-    """AP of each map, mean over words. *Shape:* (map, step, word, y, x), (word, y, x) -> (map, step)."""
+    """AP of each map, mean over words.
+
+    *Shape:* (map, step, word, y, x), (word, y, x) -> (map, step).
+    """
     return average_precision(maps, truth >= 0.5).mean("word")
 
 
 def level_scores(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
     """IoU at each of `LEVELS`, mean over words. *Shape:* as `precision` -> (level, map, step)."""
     scaled, inside = normalised(maps, "min-max"), truth >= 0.5
-    return xr.concat([iou(threshold(scaled, level), inside).mean("word") for level in LEVELS], xr.Variable("level", LEVELS))
+    return xr.concat(
+        [iou(threshold(scaled, level), inside).mean("word") for level in LEVELS],
+        xr.Variable("level", LEVELS),
+    )
 
 
 def best_levels(scores: Sequence[xr.DataArray]) -> xr.DataArray:
-    """The level with the best mean IoU over some pictures, for each map and step. *Shape:* each (level, map, step) -> (map, step)."""
+    """The level with the best mean IoU over some pictures, for each map and step.
+
+    *Shape:* each (level, map, step) -> (map, step).
+    """
     return of_scenes(scores).mean("scene").idxmax("level")
 
 
 def of_scenes(parts: Sequence[Scores]) -> Scores:
-    """What was computed for each picture, put together, (scene, ...); NaN where a picture has not a map, as of the other of two words."""
+    """What was computed for each picture, put together, (scene, ...); NaN where a picture has not a
+    map, as of the other of two words.
+    """
     names = list(dict.fromkeys(str(name) for part in parts for name in part["map"].values))
     return xr.concat([part.reindex(map=names) for part in parts], "scene")
 
 
 def scored(maps: xr.DataArray, truth: xr.DataArray, levels: xr.DataArray) -> xr.Dataset:
-    """AP, and IoU at levels that were chosen elsewhere, mean over words. *Shape:* as `precision` -> each (map, step)."""
+    """AP, and IoU at levels that were chosen elsewhere, mean over words.
+
+    *Shape:* as `precision` -> each (map, step).
+    """
     inside = truth >= 0.5
     masks = threshold(normalised(maps, "min-max"), levels.sel(map=maps["map"], step=maps["step"]))
     parts = {"AP": average_precision(maps, inside), "IoU": iou(masks, inside)}

@@ -1,10 +1,12 @@
-"""What people give to a method, checked before anything is computed: indices, text, names, arrays with labels.
+"""What people give to a method, checked before anything is computed: indices, text, names, arrays
+with labels.
 
     chosen("heads", [0, 2], 8)                  # [0, 2]; a mask of 8 truth values is the indices where it is true
     labelled("maps", maps, "y", "x")            # an xarray array with these dimensions, or an ExperimentError
     branch_name("uncond")
 
-A value of the wrong kind is an `ExperimentError` that says what to give. It is never read as something else.
+A value of the wrong kind is an `ExperimentError` that says what to give. It is never read as
+something else.
 """
 
 from __future__ import annotations
@@ -37,24 +39,35 @@ def told(value: object) -> str:
 def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
     """Raises ExperimentError, which names the choices, for a value that is none of them."""
     if not isinstance(value, str) or value not in choices:
-        raise ExperimentError(f"{setting} is {told(value)}, which is no choice.", f"Choose from: {', '.join(choices)}.")
+        raise ExperimentError(
+            f"{setting} is {told(value)}, which is no choice.",
+            f"Choose from: {', '.join(choices)}.",
+        )
 
 
 def truth_value(setting: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise ExperimentError(f"{setting} is {told(value)}, which is no truth value.", "Give True or False.")
+        raise ExperimentError(
+            f"{setting} is {told(value)}, which is no truth value.", "Give True or False."
+        )
     return bool(value)
 
 
 def whole(setting: str, value: object, least: int = 0, most: int | None = None) -> int:
     """A whole number in bounds, also numpy's."""
     if not _is_whole(value) or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
-        raise ExperimentError(f"{setting} is {told(value)}.", f"Give a whole number from {least} {'up' if most is None else f'to {most}'}.")
+        raise ExperimentError(
+            f"{setting} is {told(value)}.",
+            f"Give a whole number from {least} {'up' if most is None else f'to {most}'}.",
+        )
     return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def check_options(max_bytes: object, **switches: object) -> int | None:
-    """The limit in bytes, or None, with the truth values that stand beside it. Raises ExperimentError."""
+    """The limit in bytes, or None, with the truth values that stand beside it.
+
+    Raises ExperimentError.
+    """
     for setting, value in switches.items():
         truth_value(setting, value)
     return None if max_bytes is None else whole("max_bytes", max_bytes)
@@ -62,7 +75,9 @@ def check_options(max_bytes: object, **switches: object) -> int | None:
 
 def text(setting: str, value: object) -> str:
     if not isinstance(value, str):
-        raise ExperimentError(f"{setting} is {told(value)}, which is no text.", f'Give {setting} as text: "...".')
+        raise ExperimentError(
+            f"{setting} is {told(value)}, which is no text.", f'Give {setting} as text: "...".'
+        )
     return value
 
 
@@ -72,9 +87,14 @@ def texts(setting: str, value: object) -> list[str]:
         return [value]
     if isinstance(value, np.ndarray | xr.DataArray):
         value = value.values.tolist() if isinstance(value, xr.DataArray) else value.tolist()
-    if not isinstance(value, Collection) or isinstance(value, bytes) or not all(isinstance(item, str) for item in value):
+    if (
+        not isinstance(value, Collection)
+        or isinstance(value, bytes)
+        or not all(isinstance(item, str) for item in value)
+    ):
         raise ExperimentError(
-            f"{setting} is {told(value)}, which is neither text nor several texts.", f'Give text, or a list of it: ["..."] as {setting}.'
+            f"{setting} is {told(value)}, which is neither text nor several texts.",
+            f'Give text, or a list of it: ["..."] as {setting}.',
         )
     return [str(item) for item in value]
 
@@ -85,24 +105,40 @@ def branch_name(branch: object, other: str = "") -> str:
         return branch
     meant = near(branch, BRANCHES) if isinstance(branch, str) else ""
     meant = meant if meant.startswith("Did") else ""
-    raise ExperimentError(f"There is no branch {told(branch)}.", meant or f"branch may be {other}'cond' or 'uncond'.")
+    raise ExperimentError(
+        f"There is no branch {told(branch)}.", meant or f"branch may be {other}'cond' or 'uncond'."
+    )
 
 
 def grid_size(grid: object) -> tuple[int, int]:
     """(y, x), two whole numbers from 1 to `LARGEST_GRID`."""
-    sides = list(grid) if isinstance(grid, tuple | list) or (isinstance(grid, np.ndarray) and grid.ndim) else []
+    sides = (
+        list(grid)
+        if isinstance(grid, tuple | list) or (isinstance(grid, np.ndarray) and grid.ndim)
+        else []
+    )
     if len(sides) != 2 or not all(_is_whole(side) and 1 <= side <= LARGEST_GRID for side in sides):
-        raise ExperimentError(f"grid is {told(grid)}.", f"Give (y, x), two whole numbers from 1 to {LARGEST_GRID}, such as (64, 64).")
+        raise ExperimentError(
+            f"grid is {told(grid)}.",
+            f"Give (y, x), two whole numbers from 1 to {LARGEST_GRID}, such as (64, 64).",
+        )
     return int(sides[0]), int(sides[1])
 
 
 def chosen(setting: str, given: object, size: int) -> list[int] | slice:
-    """Indices of `size` things: a whole number, several, a slice, or a mask of `size` truth values in an array.
+    """Indices of `size` things: a whole number, several, a slice, or a mask of `size` truth values
+    in an array.
 
-    They may be negative, and are not looked up here. Raises ExperimentError, also for a fraction and for a single truth value.
+    They may be negative, and are not looked up here. Raises ExperimentError, also for a fraction
+    and for a single truth value.
     """
     if isinstance(given, slice):
-        if not all(part is None or _is_whole(part) for part in (given.start, given.stop, given.step)) or given.step == 0:
+        if (
+            not all(
+                part is None or _is_whole(part) for part in (given.start, given.stop, given.step)
+            )
+            or given.step == 0
+        ):
             raise _no_indices(setting, given)
         return given
     if _is_whole(given):
@@ -111,10 +147,21 @@ def chosen(setting: str, given: object, size: int) -> list[int] | slice:
         array = np.asarray(given)
         if array.dtype == bool:
             if array.shape != (size,):
-                raise ExperimentError(f"{setting} is a mask of shape {array.shape}.", f"Give one truth value for each of the {size}, or indices.")
+                raise ExperimentError(
+                    f"{setting} is a mask of shape {array.shape}.",
+                    f"Give one truth value for each of the {size}, or indices.",
+                )
             return [int(index) for index in np.flatnonzero(array)]
-        given = array.tolist() if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size) else None
-    if not isinstance(given, Sequence | Set) or isinstance(given, str | bytes) or not all(map(_is_whole, given)):
+        given = (
+            array.tolist()
+            if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
+            else None
+        )
+    if (
+        not isinstance(given, Sequence | Set)
+        or isinstance(given, str | bytes)
+        or not all(map(_is_whole, given))
+    ):
         raise _no_indices(setting, given)
     return [int(index) for index in (sorted(given) if isinstance(given, Set) else given)]
 
@@ -130,7 +177,10 @@ def chosen_steps(given: object, size: int) -> list[int] | slice:
 
 
 def _no_indices(setting: str, given: object) -> ExperimentError:
-    return ExperimentError(f"{setting} is {told(given)}, which is no choice of indices.", "Give whole numbers from 0: 3, [0, 2], or slice(0, 4).")
+    return ExperimentError(
+        f"{setting} is {told(given)}, which is no choice of indices.",
+        "Give whole numbers from 0: 3, [0, 2], or slice(0, 4).",
+    )
 
 
 def _is_whole(value: Any) -> bool:
@@ -141,13 +191,18 @@ def labelled(name: str, array: object, *dims: str) -> xr.DataArray:
     """An xarray array of numbers or truth values that has these dimensions."""
     if not isinstance(array, xr.DataArray):
         raise ExperimentError(
-            f"{name}: {told(array)} is no xarray.DataArray.", f"Give an array with labels{_with(dims)}, as the methods of a run return."
+            f"{name}: {told(array)} is no xarray.DataArray.",
+            f"Give an array with labels{_with(dims)}, as the methods of a run return.",
         )
     if array.dtype.kind not in "buif":
-        raise ExperimentError(f"{name}: values of type {array.dtype} are no numbers.", "Give an array of numbers.")
+        raise ExperimentError(
+            f"{name}: values of type {array.dtype} are no numbers.", "Give an array of numbers."
+        )
     if lost := [dim for dim in dims if dim not in array.dims]:
         raise ExperimentError(
-            f"{name} has no dimension {printable(lost[0])}: it has {', '.join(map(str, array.dims)) or 'none'}.", f"Give an array{_with(dims)}."
+            f"{name} has no dimension {printable(lost[0])}: it has "
+            f"{', '.join(map(str, array.dims)) or 'none'}.",
+            f"Give an array{_with(dims)}.",
         )
     return array
 
@@ -161,10 +216,14 @@ def mask(name: str, given: object, maps: xr.DataArray) -> xr.DataArray:
     if isinstance(given, np.ndarray) and not isinstance(given, np.ma.MaskedArray):
         if given.shape != (size := (maps.sizes["y"], maps.sizes["x"])):
             raise ExperimentError(
-                f"{name} is an array of shape {given.shape}, and the maps have {size[0]} x {size[1]} pixels (y, x).",
-                "Bring the maps to its size with on_grid, or label its dimensions: xarray.DataArray(mask, dims=...).",
+                f"{name} is an array of shape {given.shape}, and the maps have {size[0]} x "
+                f"{size[1]} pixels (y, x).",
+                "Bring the maps to its size with on_grid, or label its dimensions: "
+                "xarray.DataArray(mask, dims=...).",
             )
         given = xr.DataArray(given, dims=("y", "x"))
     if not isinstance(given, xr.DataArray):
-        raise ExperimentError(f"{name}: {told(given)} is no mask.", "Give a (y, x) array of truth values.")
+        raise ExperimentError(
+            f"{name}: {told(given)} is no mask.", "Give a (y, x) array of truth values."
+        )
     return labelled(name, given, "y", "x")

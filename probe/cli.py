@@ -12,9 +12,9 @@
     probe rm RUN ...              remove recordings
     probe gc                      remove what killed writers left behind
 
-RUN is a path, the beginning of a name, latest, or sample (which comes with probe). `probe VERB --help` tells more,
-`probe --version` which version this is. Exit codes: 0 done, 1 failed or something differs, 2 a request that cannot be
-met, 130 stopped with Ctrl-C.
+RUN is a path, the beginning of a name, latest, or sample (which comes with probe). `probe VERB
+--help` tells more, `probe --version` which version this is. Exit codes: 0 done, 1 failed or
+something differs, 2 a request that cannot be met, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,10 +32,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe import output, stopping
-from probe.errors import ExperimentError, RecordingDamaged, RecordingLinked, RecordingNotFound, RecordingUnreadable, StoreError
+from probe.errors import (
+    ExperimentError,
+    RecordingDamaged,
+    RecordingLinked,
+    RecordingNotFound,
+    RecordingUnreadable,
+    StoreError,
+)
 from probe.output import rows, say
 from probe.system import FULL
-from probe.terminal import RECORDING, Parser, add_folder, add_run, add_runs, add_save, before_torch, fail, folder, guarded, without_home
+from probe.terminal import (
+    RECORDING,
+    Parser,
+    add_folder,
+    add_run,
+    add_runs,
+    add_save,
+    before_torch,
+    fail,
+    folder,
+    guarded,
+    without_home,
+)
 from probe.text import printable
 
 if TYPE_CHECKING:
@@ -46,14 +65,18 @@ if TYPE_CHECKING:
 
 
 def _door(module: str, *called: str) -> Callable[[list[str]], int]:
-    """Return a command that is a module of its own, which is imported when it is called; help says what was `called`."""
+    """Return a command that is a module of its own, which is imported when it is called; help says
+    what was `called`.
+    """
     return lambda arguments: int(importlib.import_module(module).main(arguments, *called))
 
 
 def ask(arguments: list[str]) -> int:
-    """Where the picture would have looked at a word: a read-out of a recording made with capture.attention: queries.
+    """Where the picture would have looked at a word: a read-out of a recording made with
+    capture.attention: queries.
 
-    The word did not influence the picture; the text encoder and the layers' key projections run, the UNet does not.
+    The word did not influence the picture; the text encoder and the layers' key projections run,
+    the UNet does not.
     """
     import numpy as np
 
@@ -63,7 +86,9 @@ def ask(arguments: list[str]) -> int:
     parser = Parser(prog="probe ask", description=ask.__doc__)
     parser.add_argument("run", help=RECORDING)
     parser.add_argument("word", help="a word or a phrase")
-    parser.add_argument("--context", help='the sentence that is read, which has to contain the word ["a WORD"]')
+    parser.add_argument(
+        "--context", help='the sentence that is read, which has to contain the word ["a WORD"]'
+    )
     add_runs(parser)
     add_save(parser)
     options = parser.parse_args(arguments)
@@ -80,19 +105,34 @@ def ask(arguments: list[str]) -> int:
         one = maps.isel(step=part)
         y, x = np.unravel_index(int(one.mean("step").values.argmax()), one.shape[1:])
         sigma = one["sigma"].values
-        table.append((f"{sigma.max():.2f} to {sigma.min():.2f}", f"{float(one.mean()):.2%}", f"{float(one.mean('step').max()):.2%}", f"({y}, {x})"))
+        table.append(
+            (
+                f"{sigma.max():.2f} to {sigma.min():.2f}",
+                f"{float(one.mean()):.2%}",
+                f"{float(one.mean('step').max()):.2%}",
+                f"({y}, {x})",
+            )
+        )
     say(*rows(table, ("sigma", "mean share", "greatest", "at (y, x)")), "", str(picture))
     return 0
 
 
 def rerun(arguments: list[str]) -> int:
-    """Record a run again from its own record, and compare. Exit code 0: the same bits; 1: something differs."""
+    """Record a run again from its own record, and compare.
+
+    Exit code 0: the same bits; 1: something differs.
+    """
     from probe.reading.compare import compare
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe rerun", description=rerun.__doc__)
     add_run(parser)
-    parser.add_argument("--output", metavar="FOLDER", type=folder, help="write the new recording there [beside the old one]")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=folder,
+        help="write the new recording there [beside the old one]",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     before = open_run(options.run, options.runs)
@@ -105,7 +145,10 @@ def rerun(arguments: list[str]) -> int:
 
 
 def diff(arguments: list[str]) -> int:
-    """What differs between two recordings: what was asked, the conditions, the values. Exit code 0: the same bits; 1: something differs."""
+    """What differs between two recordings: what was asked, the conditions, the values.
+
+    Exit code 0: the same bits; 1: something differs.
+    """
     from probe.reading.compare import compare
     from probe.reading.recording import open_run
 
@@ -124,7 +167,10 @@ def _tell(found: Comparison, one: str, other: str) -> int:
 
 
 def gc(arguments: list[str]) -> int:
-    """Remove what killed writers left behind: half-made folders, lock files, parts of files. Recordings stay."""
+    """Remove what killed writers left behind: half-made folders, lock files, parts of files.
+
+    Recordings stay.
+    """
     parser = Parser(prog="probe gc", description=gc.__doc__)
     add_folder(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -136,11 +182,21 @@ def gc(arguments: list[str]) -> int:
         found = clear_orphans(Path(options.runs), options.dry_run)
     say(*map(str, found))
     done = "Would remove" if options.dry_run else "Removed"
-    say(f"{done} {len(found)} left by writers that died." if found else f"Nothing to remove in {options.runs}.")
+    say(
+        f"{done} {len(found)} left by writers that died."
+        if found
+        else f"Nothing to remove in {options.runs}."
+    )
     return 0
 
 
-def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, notes: dict[str, Any] | None = None) -> Path:
+def _keep(
+    draw: Callable[[], Image],
+    run: Run,
+    name: str,
+    place: Path | None,
+    notes: dict[str, Any] | None = None,
+) -> Path:
     """Draw a picture, and write it into the recording or to a place that was named."""
     from probe.figures.sheets import keep
     from probe.writing.files import elsewhere
@@ -149,7 +205,10 @@ def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, no
     if place is not None and place.is_dir():
         target = target / name
     if target.suffix.lower() != ".png":
-        raise ExperimentError(f"--save: {target} is no PNG file.", f"Name one: --save {shlex.quote(str(target.with_suffix('.png')))}")
+        raise ExperimentError(
+            f"--save: {target} is no PNG file.",
+            f"Name one: --save {shlex.quote(str(target.with_suffix('.png')))}",
+        )
     picture = draw()
     try:
         with stopping.cleanly():
@@ -157,9 +216,17 @@ def _keep(draw: Callable[[], Image], run: Run, name: str, place: Path | None, no
     except OSError as error:
         reason = error.strerror or str(error)
         where = f"--save {elsewhere(name)}"
-        remedy = f"Name another place: {where}" if place is None else f"Name a folder that exists and can be written: {where}"
+        remedy = (
+            f"Name another place: {where}"
+            if place is None
+            else f"Name a folder that exists and can be written: {where}"
+        )
         if error.errno in FULL:
-            remedy = f"Free some room there, or name another disk: {where}" if place is None else "Free some room there, or name another disk."
+            remedy = (
+                f"Free some room there, or name another disk: {where}"
+                if place is None
+                else "Free some room there, or name another disk."
+            )
         raise StoreError(f"{target} could not be written: {reason}.", remedy) from error
 
 
@@ -181,19 +248,41 @@ def ls(arguments: list[str]) -> int:
     for row in found:
         path, attributes = row.path, row.attributes
         if attributes is None:
-            state = "unreadable" if isinstance(row.error, RecordingUnreadable) else "links" if isinstance(row.error, RecordingLinked) else "damaged"
+            state = (
+                "unreadable"
+                if isinstance(row.error, RecordingUnreadable)
+                else "links"
+                if isinstance(row.error, RecordingLinked)
+                else "damaged"
+            )
             table.append((path.name.removesuffix(".zarr"), state, "", "", "", ""))
             if row.error is not None and state != "damaged":
                 troubles.append(f"{row.error.cause} {row.error.remedy}")
             continue
         if kind_of(attributes) == "noising":
             asked = attributes["noising"]
-            text, sampling = asked["caption"], f"noised at {counted(len(asked['timesteps']), 'timestep')}, seed {asked['seed']}"
+            text, sampling = (
+                asked["caption"],
+                f"noised at {counted(len(asked['timesteps']), 'timestep')}, seed {asked['seed']}",
+            )
         else:
             asked = attributes["experiment"]
-            text, sampling = asked["prompt"], f"{counted(asked['steps'], 'step')}, guidance {asked['guidance_scale']:g}, seed {asked['seed']}"
+            text, sampling = (
+                asked["prompt"],
+                f"{counted(asked['steps'], 'step')}, guidance {asked['guidance_scale']:g}, seed "
+                f"{asked['seed']}",
+            )
         when = attributes.get("created", "")[:16].replace("T", " ")
-        table.append((path.name.removesuffix(".zarr"), attributes["status"], _shorten(asked["model"], 40), sampling, _shorten(text, 40), when))
+        table.append(
+            (
+                path.name.removesuffix(".zarr"),
+                attributes["status"],
+                _shorten(asked["model"], 40),
+                sampling,
+                _shorten(text, 40),
+                when,
+            )
+        )
     say(*rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
     if troubles:
         say("", *map(without_home, troubles))
@@ -201,18 +290,25 @@ def ls(arguments: list[str]) -> int:
 
 
 def show(arguments: list[str]) -> int:
-    """What a recording holds: the run in short, its variables, what each part cost, and its pictures."""
+    """What a recording holds: the run in short, its variables, what each part cost, and its
+    pictures.
+    """
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe show", description=show.__doc__)
     add_run(parser)
     parser.add_argument(
-        "--words", action="store_true", help="draw where the picture looked at each word and what was written there, by noise level, into words.png"
+        "--words",
+        action="store_true",
+        help="draw where the picture looked at each word and what was written there, by noise "
+        "level, into words.png",
     )
     add_save(parser)
     options = parser.parse_args(arguments)
     if options.save and not options.words:
-        raise ExperimentError("--save says where the sheet of words goes, and no sheet is asked for.", "Add --words.")
+        raise ExperimentError(
+            "--save says where the sheet of words goes, and no sheet is asked for.", "Add --words."
+        )
     found = open_run(options.run, options.runs)
     if options.words:
         from probe.figures.sheets import word_sheet
@@ -226,7 +322,14 @@ def show(arguments: list[str]) -> int:
     for group in found.tree.subtree:
         for name, variable in group.to_dataset(inherit=False).data_vars.items():
             shape = " x ".join(f"{dim} {size}" for dim, size in variable.sizes.items())
-            table.append((f"{group.path.rstrip('/')}/{name}", str(variable.dtype), shape, str(variable.attrs.get("long_name", ""))))
+            table.append(
+                (
+                    f"{group.path.rstrip('/')}/{name}",
+                    str(variable.dtype),
+                    shape,
+                    str(variable.attrs.get("long_name", "")),
+                )
+            )
     say(*rows(table, ("variable", "type", "shape", "what it is")), "")
     cost = found.tree["cost"].dataset if "cost" in found.tree.children else {}
     timed = all(name in cost for name in ("component", "seconds", "flops", "peak_memory"))
@@ -237,11 +340,17 @@ def show(arguments: list[str]) -> int:
 
 
 def _cost_table(cost: Any) -> list[str]:
-    """Return the costs of a recording as lines; recordings of format 1 do not say how large a component is."""
+    """Return the costs of a recording as lines; recordings of format 1 do not say how large a
+    component is.
+    """
     table = []
     for part in cost["component"].values:
         of_part = cost.sel(component=part)
-        row = [str(part), f"{float(of_part['seconds']):.2f} s", f"{int(of_part['flops']) / 1e9:.2f} GFLOP a call"]
+        row = [
+            str(part),
+            f"{float(of_part['seconds']):.2f} s",
+            f"{int(of_part['flops']) / 1e9:.2f} GFLOP a call",
+        ]
         if "parameters" in cost and "weight_bytes" in cost:
             sizes = int(of_part["parameters"]) / 1e6, int(of_part["weight_bytes"]) / 1e6
             row += [f"{sizes[0]:.1f} M parameters", f"{sizes[1]:.1f} MB of weights"]
@@ -252,7 +361,10 @@ def _cost_table(cost: Any) -> list[str]:
 
 
 def rm(arguments: list[str]) -> int:
-    """Remove recordings. Asks first, unless --yes is given; never removes one that is being written."""
+    """Remove recordings.
+
+    Asks first, unless --yes is given; never removes one that is being written.
+    """
     from probe.reading.listing import recordings_in
     from probe.reading.recording import Run, find_run
     from probe.reading.sample import is_copy
@@ -264,18 +376,25 @@ def rm(arguments: list[str]) -> int:
     add_runs(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
-    paths: list[Path] = list({path.absolute(): path for path in (find_run(name, options.runs) for name in options.run)}.values())
+    paths: list[Path] = list(
+        {
+            path.absolute(): path for path in (find_run(name, options.runs) for name in options.run)
+        }.values()
+    )
     for path in paths:
         if is_copy(path):
             raise ExperimentError(
-                f"{path.name} is read from a copy, and no recording of yours.", "Remove a zip file yourself: nothing else holds it."
+                f"{path.name} is read from a copy, and no recording of yours.",
+                "Remove a zip file yourself: nothing else holds it.",
             )
         check_no_link(path)
         try:
             Run(path)
         except (RecordingDamaged, RecordingNotFound):
             here = {listed.absolute() for listed in recordings_in(options.runs)}
-            if path.absolute() not in here:  # a damaged recording may go, somebody else's data may not
+            if (
+                path.absolute() not in here
+            ):  # a damaged recording may go, somebody else's data may not
                 raise
     with stopping.cleanly(), contextlib.ExitStack() as stack:
         for path in paths:
@@ -286,7 +405,10 @@ def rm(arguments: list[str]) -> int:
             with stopping.breakable():
                 answer = output.ask(f"Remove {'these' if len(paths) > 1 else 'this'}? [y/N] ")
             if answer is None:
-                fail("Nothing was removed: there is nobody to ask.", "Give --yes to remove without asking.")
+                fail(
+                    "Nothing was removed: there is nobody to ask.",
+                    "Give --yes to remove without asking.",
+                )
                 return 2
             if answer.strip().lower() not in ("y", "yes"):
                 say("Nothing was removed.")
@@ -341,7 +463,9 @@ def _version() -> str:
         own = "(not installed)"
     read = " and ".join(map(str, FORMATS_READ))
     status = "" if FORMAT_STATUS == "final" else f" ({FORMAT_STATUS})"
-    return f"probe {own}, which writes recordings of format {FORMAT_VERSION}{status} and reads {read}"
+    return (
+        f"probe {own}, which writes recordings of format {FORMAT_VERSION}{status} and reads {read}"
+    )
 
 
 def main() -> None:

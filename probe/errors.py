@@ -1,4 +1,5 @@
-"""Everything that can go wrong, as one tree. An error says its cause in one line and its remedy in another.
+"""Everything that can go wrong, as one tree. An error says its cause in one line and its remedy in
+another.
 
 ProbeError
 |-- UserError                      the request cannot be met: exit code 2
@@ -72,7 +73,10 @@ class RecordingLinked(RecordingDamaged):
 
 
 class RecordingUnreadable(UserError, OSError):
-    """The system did not read a recording. Nothing is known to be wrong with the recording: never remove it for this."""
+    """The system did not read a recording.
+
+    Nothing is known to be wrong with the recording: never remove it for this.
+    """
 
 
 class RecordingBusy(UserError, RuntimeError):

@@ -1,17 +1,19 @@
-"""python -m probe.noising FILE.yaml: the forward process. Noise a real picture, and see what the model makes of it.
+"""python -m probe.noising FILE.yaml: the forward process. Noise a real picture, and see what the
+model makes of it.
 
-A picture is encoded, mixed with known noise at chosen timesteps, and the UNet says what of it is noise. Recorded for each
-timestep: the noised latents, the prediction, its difference from the true noise, the denoised latents, the loss over
-several draws of noise, and the cross-attention. What is asked is a YAML file (see experiments/noising.yaml), and every
-field can be overridden on the command line:
+A picture is encoded, mixed with known noise at chosen timesteps, and the UNet says what of it is
+noise. Recorded for each timestep: the noised latents, the prediction, its difference from the true
+noise, the denoised latents, the loss over several draws of noise, and the cross-attention. What is
+asked is a YAML file (see experiments/noising.yaml), and every field can be overridden on the
+command line:
 
-    python -m probe.noising experiments/noising.yaml
-    python -m probe.noising experiments/noising.yaml --timesteps 100,500,900 --noises 16
-    python -m probe.noising experiments/noising.yaml --picture my.jpg --caption "A cat on the moon" --masks "" --dry-run
+    python -m probe.noising experiments/noising.yaml python -m probe.noising
+    experiments/noising.yaml --timesteps 100,500,900 --noises 16 python -m probe.noising
+    experiments/noising.yaml --picture my.jpg --caption "A cat on the moon" --masks "" --dry-run
 
-From Python: `probe.record(load_noising(FILE))`, or, with arrays, `probe.record_noising(picture, "a cat", {"cat": mask})`.
-The recording is read like any other. Along its dimension `draw` lie the draws of noise; its steps are the timesteps,
-the noisiest first.
+From Python: `probe.record(load_noising(FILE))`, or, with arrays, `probe.record_noising(picture, "a
+cat", {"cat": mask})`. The recording is read like any other. Along its dimension `draw` lie the
+draws of noise; its steps are the timesteps, the noisiest first.
 """
 
 from __future__ import annotations
@@ -36,9 +38,23 @@ if TYPE_CHECKING:
 
 def parser(prog: str = "python -m probe.noising") -> argparse.ArgumentParser:
     made = Parser(prog=prog, description=described(__doc__, "python -m probe.noising", prog))
-    made.add_argument("noising", nargs="?", type=Path, help="a YAML file; without one, --picture FILE and the defaults")
-    made.add_argument("--dry-run", action="store_true", help="show what would be recorded, and how large it would be, without weights or work")
-    made.add_argument("--max-bytes", type=size, metavar="SIZE", help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)")
+    made.add_argument(
+        "noising",
+        nargs="?",
+        type=Path,
+        help="a YAML file; without one, --picture FILE and the defaults",
+    )
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would be recorded, and how large it would be, without weights or work",
+    )
+    made.add_argument(
+        "--max-bytes",
+        type=size,
+        metavar="SIZE",
+        help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)",
+    )
     made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_fields(made, Noising)
@@ -64,11 +80,17 @@ def main(arguments: list[str], prog: str = "python -m probe.noising") -> int:
 def told_losses(run: Run) -> list[str]:
     """The losses as a table, and the VAE's round trip."""
     root, forward = run.tree.to_dataset(), run.tree["forward"].dataset
-    columns = ("timestep", "sigma", "loss", "spread")[: 4 if run.noising.noises > 1 else 3]  # one draw of noise has no spread
+    columns = ("timestep", "sigma", "loss", "spread")[
+        : 4 if run.noising.noises > 1 else 3
+    ]  # one draw of noise has no spread
     lines = [
         (f"{t:.0f}", f"{sigma:.3g}", f"{mean:.4f}", f"{spread:.4f}")[: len(columns)]
         for t, sigma, mean, spread in zip(
-            root["timestep"].values, root["sigma"].values, forward["loss_mean"].values, forward["loss_spread"].values, strict=True
+            root["timestep"].values,
+            root["sigma"].values,
+            forward["loss_mean"].values,
+            forward["loss_spread"].values,
+            strict=True,
         )
     ]
     trip = float(run.variable("source/psnr"))

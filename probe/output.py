@@ -1,12 +1,14 @@
-"""The one door to the terminal. What passes it has no escape sequence, control character or mark that turns text around.
+"""The one door to the terminal. What passes it has no escape sequence, control character or mark
+that turns text around.
 
     say("one line", "another")       # stdout; a line that was not asked for cannot come in
     tell("how far it is")            # stderr; nobody need hear it
     say_json(findings)               # JSON, whatever is in it
     with harmless_streams(): ...     # the same for what libraries print
 
-Characters that a terminal's encoding lacks are written as \\u4e2d. A closed stream hears nothing, and so does one whose reader
-has gone, such as head: that is no error, and the command ends with its own exit code.
+Characters that a terminal's encoding lacks are written as \\u4e2d. A closed stream hears nothing,
+and so does one whose reader has gone, such as head: that is no error, and the command ends with its
+own exit code.
 """
 
 from __future__ import annotations
@@ -32,16 +34,24 @@ def say(*lines: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Print a value as JSON. Whatever a terminal could not show is written as an escape of JSON's own."""
+    """Print a value as JSON.
+
+    Whatever a terminal could not show is written as an escape of JSON's own.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = json.dumps(value, indent=2, ensure_ascii=not encoding.lower().startswith("utf"))
     if encoding.lower().startswith("utf"):
-        text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in json.dumps(value, indent=2, ensure_ascii=False))
+        text = "".join(
+            c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1]
+            for c in json.dumps(value, indent=2, ensure_ascii=False)
+        )
     _say(f"{text}\n")
 
 
 def tell(*lines: str) -> None:
-    """Print lines on stderr, where anybody hears it: a run does not end because its terminal went away."""
+    """Print lines on stderr, where anybody hears it: a run does not end because its terminal went
+    away.
+    """
     with contextlib.suppress(OSError, ValueError), _heard(sys.stderr):
         _put(sys.stderr, "".join(f"{printable(line)}\n" for line in lines))
         flush(sys.stderr)
@@ -62,7 +72,10 @@ def rows(table: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
     """The lines of a plain table with aligned columns, of printable characters."""
     lines = [list(header), *([printable(cell) for cell in line] for line in table)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
 
 
 def flush(stream: TextIO | None) -> None:
@@ -73,7 +86,8 @@ def flush(stream: TextIO | None) -> None:
 
 
 def close() -> None:
-    """Write out what waits in both streams, as a command's last act. What cannot be written is dropped.
+    """Write out what waits in both streams, as a command's last act. What cannot be written is
+    dropped.
 
     Python would fail to write it again at its exit, and replace the exit code by 120.
     """
@@ -88,7 +102,10 @@ def close() -> None:
 def harmless_streams() -> Iterator[None]:
     """Let whatever is printed meanwhile, also by libraries, pass the door."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = cast(TextIO, _Door(before[0])), cast(TextIO, _Door(before[1], must_arrive=False))
+    sys.stdout, sys.stderr = (
+        cast(TextIO, _Door(before[0])),
+        cast(TextIO, _Door(before[1], must_arrive=False)),
+    )
     try:
         yield
     finally:
@@ -147,7 +164,9 @@ class _Door:
 
 @contextlib.contextmanager
 def unsaid(logger: str, text: str) -> Iterator[None]:
-    """One message of a library, by its logger and a part of its text, is not logged while this lasts. Every other one is."""
+    """One message of a library, by its logger and a part of its text, is not logged while this
+    lasts. Every other one is.
+    """
 
     def other(record: logging.LogRecord) -> bool:
         return text not in record.getMessage()
@@ -187,5 +206,6 @@ def _heard(stream: TextIO | None) -> Iterator[None]:
         _mute(stream)
     except OSError as error:
         raise StoreError(
-            f"What was to be printed could not be written: {error.strerror or error}.", "Free some room there, or send it to another place."
+            f"What was to be printed could not be written: {error.strerror or error}.",
+            "Free some room there, or send it to another place.",
         ) from error

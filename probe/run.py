@@ -1,6 +1,7 @@
 """python -m probe.run EXPERIMENT.yaml: record a run.
 
-What is asked is a YAML file (see experiments/astronaut.yaml), and every field can be overridden on the command line:
+What is asked is a YAML file (see experiments/astronaut.yaml), and every field can be overridden on
+the command line:
 
     python -m probe.run experiments/astronaut.yaml
     python -m probe.run experiments/astronaut.yaml --guidance-scale 2 --seed 7
@@ -22,7 +23,17 @@ from typing import TYPE_CHECKING
 from probe.errors import ExperimentError
 from probe.output import rows, say, say_json, tell
 from probe.settings.experiment import Experiment, Recipe, load_experiment
-from probe.terminal import Parser, add_fields, before_torch, called, described, guarded, overrides, shell_path, without_home
+from probe.terminal import (
+    Parser,
+    add_fields,
+    before_torch,
+    called,
+    described,
+    guarded,
+    overrides,
+    shell_path,
+    without_home,
+)
 from probe.words import read_plainly
 
 if TYPE_CHECKING:
@@ -34,10 +45,25 @@ EXAMPLE = "experiments/astronaut.yaml"
 
 def parser(prog: str = "python -m probe.run") -> argparse.ArgumentParser:
     made = Parser(prog=prog, description=described(__doc__, "python -m probe.run", prog))
-    made.add_argument("experiment", nargs="?", type=Path, help="a YAML file; without one, the default experiment")
-    made.add_argument("--dry-run", action="store_true", help="show what would be recorded, and how large it would be, without weights or work")
-    made.add_argument("--max-bytes", type=size, metavar="SIZE", help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)")
-    made.add_argument("--resume", metavar="RUN", help="go on with an unfinished recording: a path, the beginning of a name, or latest")
+    made.add_argument(
+        "experiment", nargs="?", type=Path, help="a YAML file; without one, the default experiment"
+    )
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would be recorded, and how large it would be, without weights or work",
+    )
+    made.add_argument(
+        "--max-bytes",
+        type=size,
+        metavar="SIZE",
+        help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)",
+    )
+    made.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with an unfinished recording: a path, the beginning of a name, or latest",
+    )
     made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_fields(made)
@@ -56,7 +82,9 @@ def main(arguments: list[str], prog: str = "python -m probe.run") -> int:
         return forecast(asked, options.max_bytes)
     from probe.running.recorder import record
 
-    return say_where(record(asked, max_bytes=options.max_bytes, progress=not options.quiet), options.quiet)
+    return say_where(
+        record(asked, max_bytes=options.max_bytes, progress=not options.quiet), options.quiet
+    )
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -85,14 +113,29 @@ def say_where(run: Run, quiet: bool) -> int:
     pictures = ", ".join(sorted(file.name for file in run.path.glob("*.png")))
     path, folder = shell_path(run.path), shell_path(run.path.parent)
     where = "" if run.path.parent == Path("runs") else f" --runs {folder}"
-    say("", *f"{run!r}".split("\n"), "", f"Recording  {without_home(str(run.path))}", f"Pictures   {pictures} (inside it)", "")
-    say(f"Look       {probe} show {run.name}{where}", f"Check      {probe} verify {run.name}{where}")
-    say(f"Read       {python} -c 'import probe, sys; print(probe.open_run(sys.argv[1]).tree)' {path}")  # the shell knows what ~ is
+    say(
+        "",
+        *f"{run!r}".split("\n"),
+        "",
+        f"Recording  {without_home(str(run.path))}",
+        f"Pictures   {pictures} (inside it)",
+        "",
+    )
+    say(
+        f"Look       {probe} show {run.name}{where}", f"Check      {probe} verify {run.name}{where}"
+    )
+    say(
+        f"Read       {python} -c 'import probe, sys; print(probe.open_run(sys.argv[1]).tree)' "
+        f"{path}"
+    )  # the shell knows what ~ is
     return 0
 
 
 def forecast(asked: Recipe, limit: int | None) -> int:
-    """Tell what a recipe will record, and how large that is. Raise TooLarge when it is over the limit."""
+    """Tell what a recipe will record, and how large that is.
+
+    Raise TooLarge when it is over the limit.
+    """
     from probe.diffusion.loading import load
     from probe.running.planning import plan
 
@@ -117,17 +160,35 @@ def tell_forecast(settled: Plan, limit: int | None) -> int:
     from probe.running.planning import check_size, size_text
 
     sizes = settled.forecast()
-    shapes = {a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True)) for a in settled.arrays}
+    shapes = {
+        a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True))
+        for a in settled.arrays
+    }
     kinds = {a.path: a.dtype for a in settled.arrays}
     large = sorted((path for path in sizes if sizes[path] >= 1000), key=lambda path: -sizes[path])
     if plainly := read_plainly([prompt.text for prompt in settled.prompts.values()]):
         tell(plainly)
     latents = " x ".join(map(str, settled.latent_shape))
-    say("", f"{settled.calls} model calls, latents {latents}, branches: {', '.join(settled.computed_branches)}", "")
-    say(*rows([(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large], ("variable", "type", "shape", "size")))
+    say(
+        "",
+        f"{settled.calls} model calls, latents {latents}, branches: "
+        f"{', '.join(settled.computed_branches)}",
+        "",
+    )
+    say(
+        *rows(
+            [(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large],
+            ("variable", "type", "shape", "size"),
+        )
+    )
     rest = sum(sizes[path] for path in sizes if path not in large)
     total = sum(sizes.values())
-    say("", f"and {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together {size_text(total)} ({total} bytes).", *settled.remarks)
+    say(
+        "",
+        f"and {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together "
+        f"{size_text(total)} ({total} bytes).",
+        *settled.remarks,
+    )
     check_size(settled, limit, None)
     return 0
 

@@ -5,9 +5,10 @@
         with breakable():        # and stops the work here, as KeyboardInterrupt
             ...
 
-`begin` imports nothing slow before it has taken over Ctrl-C: until then a press ends in Python's own traceback.
-Outside of `cleanly` a press ends the process at once. A second press changes nothing, and LIMIT seconds after the first
-the process ends in any case. Without `begin`, as in a notebook, Python's own Ctrl-C stays and these do nothing.
+`begin` imports nothing slow before it has taken over Ctrl-C: until then a press ends in Python's
+own traceback. Outside of `cleanly` a press ends the process at once. A second press changes
+nothing, and LIMIT seconds after the first the process ends in any case. Without `begin`, as in a
+notebook, Python's own Ctrl-C stays and these do nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _depth = 0
 
 
 def begin() -> None:
-    """Take over Ctrl-C for this process. Where it is ignored, as in a job in the background, it stays ignored."""
+    """Take over Ctrl-C for this process.
+
+    Where it is ignored, as in a job in the background, it stays ignored.
+    """
     global _begun
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _press)
@@ -50,7 +54,10 @@ def ignore() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """Exit. After Ctrl-C at once: torch takes seconds to shut down, and there is nothing left to do."""
+    """Exit.
+
+    After Ctrl-C at once: torch takes seconds to shut down, and there is nothing left to do.
+    """
     ignore()
     if _begun and code == 130:
         os._exit(code)
@@ -58,7 +65,9 @@ def end(code: int) -> NoReturn:
 
 
 class cleanly:
-    """What begins in this block is ended in order: a press of Ctrl-C waits for the block's end, or for `breakable`."""
+    """What begins in this block is ended in order: a press of Ctrl-C waits for the block's end, or
+    for `breakable`.
+    """
 
     def __enter__(self) -> None:
         global _depth, _breakable
@@ -66,7 +75,12 @@ class cleanly:
         _breakable = False
         _depth += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
         global _depth, _breakable, _raised
         _depth -= 1
         _breakable = self._outer

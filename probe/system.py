@@ -1,4 +1,5 @@
-"""What the operating system says, in words: why it did not read a recording, and what helps; whether a process lives.
+"""What the operating system says, in words: why it did not read a recording, and what helps;
+whether a process lives.
 
 with reading(path):          # an error of the system becomes a RecordingUnreadable: the recording is probably whole
     os.scandir(path)
@@ -20,7 +21,8 @@ from pathlib import Path
 from probe.errors import ProbeError, RecordingUnreadable, UserError
 from probe.text import printable
 
-# Errors that a file itself makes, by what it is or is not: whoever asked for it says what that means.
+# Errors that a file itself makes, by what it is or is not: whoever asked for it says what that
+# means.
 OF_THE_FILE = frozenset(
     getattr(errno, name)
     for name in "ENOENT ENOTDIR EISDIR ELOOP ENXIO ENODEV ENAMETOOLONG EINVAL EMLINK EEXIST EPIPE".split()
@@ -29,34 +31,52 @@ OF_THE_FILE = frozenset(
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDIES = {
     "Ask its owner, or change its permissions: chmod -R u+rX.": "EACCES EPERM",
-    "Copy it to another disk, and check this one.": "EIO EUCLEAN EBADMSG EFAULT EREMOTEIO ENOMEDIUM",
-    "Mount the network share again, then try again.": "ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOTCONN ECONNRESET ECONNREFUSED "
+    "Copy it to another disk, and check this one.": "EIO EUCLEAN EBADMSG EFAULT EREMOTEIO "
+    "ENOMEDIUM",
+    "Mount the network share again, then try again.": "ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH "
+    "ENETDOWN ENETUNREACH ENOTCONN ECONNRESET ECONNREFUSED "
     "ECONNABORTED ENOLINK ECOMM EPROTO",
     "Close some files or recordings, or allow more: ulimit -n 4096.": "EMFILE",
     "Close other programs: the system has no open files left.": "ENFILE",
     "Close other programs, or read fewer steps at once.": "ENOMEM",
-    "Try again in a moment: something else is using it.": "EBUSY EAGAIN ETXTBSY EDEADLK ENOLCK EINTR",
+    "Try again in a moment: something else is using it.": "EBUSY EAGAIN ETXTBSY EDEADLK ENOLCK "
+    "EINTR",
 }
-REMEDY = {getattr(errno, name): remedy for remedy, names in REMEDIES.items() for name in names.split() if hasattr(errno, name)}
+REMEDY = {
+    getattr(errno, name): remedy
+    for remedy, names in REMEDIES.items()
+    for name in names.split()
+    if hasattr(errno, name)
+}
 
 
 def trouble_in(error: BaseException | None) -> OSError | None:
-    """The system's error in an error, or in what it was made from; None where a file is to blame, or nobody."""
+    """The system's error in an error, or in what it was made from; None where a file is to blame,
+    or nobody.
+    """
     for _ in range(20):
         if error is None:
             return None
         if isinstance(error, MemoryError) and not isinstance(error, ProbeError):
             return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        if isinstance(error, RuntimeError) and (said := re.search(r"\(os error (\d+)\)", str(error))):  # as zarrs says it
+        if isinstance(error, RuntimeError) and (
+            said := re.search(r"\(os error (\d+)\)", str(error))
+        ):  # as zarrs says it
             error = OSError(int(said[1]), os.strerror(int(said[1])))
-        if isinstance(error, OSError) and isinstance(error.errno, int) and error.errno not in OF_THE_FILE:
+        if (
+            isinstance(error, OSError)
+            and isinstance(error.errno, int)
+            and error.errno not in OF_THE_FILE
+        ):
             return error
         error = error.__cause__ or error.__context__
     return None
 
 
 def check_here() -> None:
-    """Raise UserError where the current folder was removed: torch's libraries end the process there, without a word of ours."""
+    """Raise UserError where the current folder was removed: torch's libraries end the process
+    there, without a word of ours.
+    """
     try:
         Path.cwd()
     except FileNotFoundError as error:
@@ -69,11 +89,18 @@ def may_change(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
 
 
-def unreadable(path: str | Path, trouble: OSError, what: str = "The recording is") -> RecordingUnreadable:
+def unreadable(
+    path: str | Path, trouble: OSError, what: str = "The recording is"
+) -> RecordingUnreadable:
     """The error for a recording, or a folder of them, that the system did not read."""
-    said = trouble.strerror or (os.strerror(trouble.errno) if trouble.errno else type(trouble).__name__)
+    said = trouble.strerror or (
+        os.strerror(trouble.errno) if trouble.errno else type(trouble).__name__
+    )
     remedy = REMEDY.get(trouble.errno or 0, "Check the disk, then try again.")
-    made = RecordingUnreadable(f"{printable(str(path))} could not be read: {printable(said)}. {what} probably whole.", remedy)
+    made = RecordingUnreadable(
+        f"{printable(str(path))} could not be read: {printable(said)}. {what} probably whole.",
+        remedy,
+    )
     made.errno, made.strerror = trouble.errno, said
     return made
 
@@ -91,7 +118,13 @@ def reading(path: str | Path, what: str = "The recording is") -> Iterator[None]:
         raise unreadable(path, trouble, what) from error
 
 
-KINDS = ((stat.S_ISLNK, "a link"), (stat.S_ISREG, "a file"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+KINDS = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 
 def kind_of(found: os.stat_result) -> str:
@@ -100,7 +133,10 @@ def kind_of(found: os.stat_result) -> str:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether something is at `path`, a broken link included. Raises RecordingUnreadable where the system cannot tell."""
+    """Whether something is at `path`, a broken link included.
+
+    Raises RecordingUnreadable where the system cannot tell.
+    """
     with reading(path):
         try:
             os.lstat(path)
@@ -129,13 +165,18 @@ def lives(process: int) -> bool:
 def _lives_on_windows(process: int) -> bool:
     kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined,unused-ignore]
     kernel.OpenProcess.restype = ctypes.c_void_p
-    kernel.GetExitCodeProcess.argtypes, kernel.CloseHandle.argtypes = (ctypes.c_void_p, ctypes.c_void_p), (ctypes.c_void_p,)
+    kernel.GetExitCodeProcess.argtypes, kernel.CloseHandle.argtypes = (
+        (ctypes.c_void_p, ctypes.c_void_p),
+        (ctypes.c_void_p,),
+    )
     handle = kernel.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
     if not handle:
         return bool(ctypes.get_last_error() != 87)  # type: ignore[attr-defined,unused-ignore]  # ERROR_INVALID_PARAMETER: there is none
     try:
         code = ctypes.c_ulong()
-        return not kernel.GetExitCodeProcess(handle, ctypes.byref(code)) or code.value == 259  # STILL_ACTIVE
+        return (
+            not kernel.GetExitCodeProcess(handle, ctypes.byref(code)) or code.value == 259
+        )  # STILL_ACTIVE
     finally:
         kernel.CloseHandle(handle)
 
@@ -156,7 +197,12 @@ def _peak_on_windows() -> int:
     class Counters(ctypes.Structure):
         """PROCESS_MEMORY_COUNTERS of psapi.h."""
 
-        _fields_ = [("cb", ctypes.c_ulong), ("faults", ctypes.c_ulong), ("peak", ctypes.c_size_t), *((f"more{i}", ctypes.c_size_t) for i in range(7))]
+        _fields_ = [
+            ("cb", ctypes.c_ulong),
+            ("faults", ctypes.c_ulong),
+            ("peak", ctypes.c_size_t),
+            *((f"more{i}", ctypes.c_size_t) for i in range(7)),
+        ]
 
     counters = Counters()
     counters.cb = ctypes.sizeof(counters)
@@ -164,4 +210,8 @@ def _peak_on_windows() -> int:
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
     ask = kernel.K32GetProcessMemoryInfo
     ask.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong)
-    return int(counters.peak) if ask(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb) else 0
+    return (
+        int(counters.peak)
+        if ask(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb)
+        else 0
+    )

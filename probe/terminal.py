@@ -1,7 +1,8 @@
-"""How the commands speak: one line of cause and one of remedy, exit codes, and command lines made from the schema of an experiment.
+"""How the commands speak: one line of cause and one of remedy, exit codes, and command lines made
+from the schema of an experiment.
 
-Exit codes: 0 done, 1 failed or something differs, 2 a request that cannot be met, 130 stopped with Ctrl-C. A traceback
-is shown only with --debug.
+Exit codes: 0 done, 1 failed or something differs, 2 a request that cannot be met, 130 stopped with
+Ctrl-C. A traceback is shown only with --debug.
 """
 
 from __future__ import annotations
@@ -34,11 +35,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         if sys.version_info >= (3, 14):
             options["color"] = False
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
 
     def error(self, message: str) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
-        wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        wrong = (
+            [word.split("=")[0] for word in message.split() if word.startswith("--")]
+            if "unrecognized" in message
+            else []
+        )
         if "--version" in wrong:
             fail(message, "See probe --version.")
             raise SystemExit(2)
@@ -47,7 +54,9 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        (tell if file is not None and file is sys.stderr else say)(*message.removesuffix("\n").split("\n"))
+        (tell if file is not None and file is sys.stderr else say)(
+            *message.removesuffix("\n").split("\n")
+        )
 
 
 def folder(text: str) -> str:
@@ -71,11 +80,15 @@ def add_runs(parser: Parser) -> None:
 
 def add_folder(parser: Parser) -> None:
     parser.add_argument("folder", nargs="?", type=folder, help="folder of recordings [runs]")
-    parser.add_argument("--runs", type=folder, default="runs", help="the same, as other commands name it [runs]")
+    parser.add_argument(
+        "--runs", type=folder, default="runs", help="the same, as other commands name it [runs]"
+    )
 
 
 def add_save(parser: Parser) -> None:
-    parser.add_argument("--save", metavar="FILE", type=Path, help="write the picture there [into the recording]")
+    parser.add_argument(
+        "--save", metavar="FILE", type=Path, help="write the picture there [into the recording]"
+    )
 
 
 def fail(cause: str, remedy: str = "") -> None:
@@ -86,25 +99,33 @@ def fail(cause: str, remedy: str = "") -> None:
 
 
 def described(doc: str | None, module: str, prog: str) -> str:
-    """Return a module's docstring as the description of a command, under the name that it was called by."""
+    """Return a module's docstring as the description of a command, under the name that it was
+    called by.
+    """
     return (doc or "").replace(module, prog)
 
 
 def without_home(text: str) -> str:
-    """A text for a log, in which paths in the home folder begin with ~: a shell still takes them, and nobody's name is told."""
+    """A text for a log, in which paths in the home folder begin with ~: a shell still takes them,
+    and nobody's name is told.
+    """
     own = home()
     return re.sub(rf"(?<![^\s\"'(=:]){re.escape(str(own))}(?=/)", "~", text) if own else text
 
 
 def shell_path(path: Path) -> str:
-    """A path as a shell takes it, in a command that people copy: quoted where it must be, with ~ for the home folder."""
+    """A path as a shell takes it, in a command that people copy: quoted where it must be, with ~
+    for the home folder.
+    """
     text = without_home(str(path))
     start = "~/" if text.startswith("~/") else ""
     return start + shlex.quote(text[len(start) :])
 
 
 def called() -> tuple[str, str]:
-    """Return what a shell calls probe and Python by: by their names, or by the path of this Python where `probe` is not on PATH."""
+    """Return what a shell calls probe and Python by: by their names, or by the path of this Python
+    where `probe` is not on PATH.
+    """
     if shutil.which("probe"):
         return "probe", "python"
     python = Path(sys.executable)
@@ -114,11 +135,16 @@ def called() -> tuple[str, str]:
 
 
 def before_torch(quiet: bool) -> None:
-    """Check what torch needs of this place, and turn off the libraries' own chatter. Call it before they are imported."""
+    """Check what torch needs of this place, and turn off the libraries' own chatter.
+
+    Call it before they are imported.
+    """
     check_here()
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1")
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not quiet else "1"
+    )
 
 
 def guarded(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -162,7 +188,10 @@ def _code_of(main: Callable[[list[str]], int], arguments: list[str], debug: bool
 
 
 def _without_docstrings(_: list[str]) -> int:
-    fail("python -OO takes away texts that probe and its libraries need.", "Leave out -OO, or PYTHONOPTIMIZE=2; -O will do.")
+    fail(
+        "python -OO takes away texts that probe and its libraries need.",
+        "Leave out -OO, or PYTHONOPTIMIZE=2; -O will do.",
+    )
     return 2
 
 
@@ -171,16 +200,37 @@ def _show_traceback() -> None:
 
 
 def _condition(error: Exception) -> tuple[str, str]:
-    """Cause and remedy of an error that is none of ours: of the system, of a package that is missing, or a fault of probe."""
-    needed = ("torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "scipy", "tqdm")
+    """Cause and remedy of an error that is none of ours: of the system, of a package that is
+    missing, or a fault of probe.
+    """
+    needed = (
+        "torch",
+        "diffusers",
+        "transformers",
+        "huggingface_hub",
+        "safetensors",
+        "scipy",
+        "tqdm",
+    )
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in needed:
-        return f"This needs {(error.name or '').partition('.')[0]}, which is not installed.", "pip install 'diffusion-probe[record]'"
+        return (
+            f"This needs {(error.name or '').partition('.')[0]}, which is not installed.",
+            "pip install 'diffusion-probe[record]'",
+        )
     if isinstance(error, MemoryError):
-        return "The machine has no memory left.", "Close other programs, or take a smaller recording."
+        return (
+            "The machine has no memory left.",
+            "Close other programs, or take a smaller recording.",
+        )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{shown_path(error.filename)}: " if error.filename is not None else ""
-        return f"{where}{os.strerror(error.errno)}.", SYSTEM.get(error.errno, "Check the disk and its permissions, then try again.")
-    return f"{type(error).__name__}: {error}", "This is a fault of probe itself: run again with --debug, and report what it prints."
+        return f"{where}{os.strerror(error.errno)}.", SYSTEM.get(
+            error.errno, "Check the disk and its permissions, then try again."
+        )
+    return (
+        f"{type(error).__name__}: {error}",
+        "This is a fault of probe itself: run again with --debug, and report what it prints.",
+    )
 
 
 SYSTEM = REMEDY | {
@@ -202,11 +252,13 @@ def shown_path(path: object) -> str:
     return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"
 
 
-# --- an experiment's fields as options -------------------------------------------------------------------------------
+# --- an experiment's fields as options ------------------------------------------------------------
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type[Recipe] = Experiment) -> None:
-    """An option for every field of an experiment, or of other settings: --guidance-scale, --capture.dtype, ..."""
+    """An option for every field of an experiment, or of other settings: --guidance-scale,
+    --capture.dtype, ...
+    """
     for prefix, fields, title in (
         ("", settings.ordered_fields(), f"{settings.__name__.lower()} (each overrides the file)"),
         ("capture.", CaptureOptions.model_fields, "capture (what is recorded)"),
@@ -215,7 +267,11 @@ def add_fields(parser: argparse.ArgumentParser, settings: type[Recipe] = Experim
         for name, field in fields.items():
             if name in ("capture", "scheduler_options"):
                 continue
-            choices = [str(c) for c in get_args(field.annotation)] if str(field.annotation).startswith("typing.Literal") else None
+            choices = (
+                [str(c) for c in get_args(field.annotation)]
+                if str(field.annotation).startswith("typing.Literal")
+                else None
+            )
             default = field.get_default(call_default_factory=True)
             shown = (
                 "none"
@@ -228,11 +284,18 @@ def add_fields(parser: argparse.ArgumentParser, settings: type[Recipe] = Experim
             )
             help_text = f"{field.description} [{shown}]".replace("%", "%%")
             metavar = "{" + ",".join(choices) + "}" if choices else _metavar(field.annotation)
-            group.add_argument(f"--{(prefix + name).replace('_', '-')}", dest=f"field {prefix}{name}", metavar=metavar, help=help_text)
+            group.add_argument(
+                f"--{(prefix + name).replace('_', '-')}",
+                dest=f"field {prefix}{name}",
+                metavar=metavar,
+                help=help_text,
+            )
 
 
 def overrides(options: argparse.Namespace, settings: type[Recipe] = Experiment) -> dict[str, Any]:
-    """What was given on the command line, by dotted field name, each text read as its field's type."""
+    """What was given on the command line, by dotted field name, each text read as its field's
+    type.
+    """
     found = {}
     for name, text in vars(options).items():
         if name.startswith("field ") and text is not None:
@@ -248,12 +311,27 @@ def _value(annotation: Any, text: str) -> Any:
         return [part for part in text.split(",") if part]
     if text.lower() == "none" and type(None) in get_args(annotation):
         return None
-    return read_yaml(f"value: {text}", "command line").get("value") if kind in ("INT", "FLOAT", "BOOL") else text
+    return (
+        read_yaml(f"value: {text}", "command line").get("value")
+        if kind in ("INT", "FLOAT", "BOOL")
+        else text
+    )
 
 
 def _metavar(annotation: Any) -> str:
     text = str(annotation)
-    for kind, word in (("tuple[int, ...]", "LIST"), ("tuple", "GLOBS"), ("bool", "BOOL"), ("float", "FLOAT"), ("int", "INT")):
-        if (annotation.__class__ is type and annotation.__name__ == kind) or f"{kind}[" in text or f"{kind} " in text or text.startswith(kind):
+    for kind, word in (
+        ("tuple[int, ...]", "LIST"),
+        ("tuple", "GLOBS"),
+        ("bool", "BOOL"),
+        ("float", "FLOAT"),
+        ("int", "INT"),
+    ):
+        if (
+            (annotation.__class__ is type and annotation.__name__ == kind)
+            or f"{kind}[" in text
+            or f"{kind} " in text
+            or text.startswith(kind)
+        ):
             return word
     return "TEXT"

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 SHOWN = 60  # characters of a value in a message
 # Control characters, those that turn the direction of text, line separators, byte order marks,
 # lone surrogates.
-UNCLEAN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
+UNCLEAN = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
+)
 
 
 def shown(value: object) -> str:
@@ -29,7 +31,9 @@ def shorten(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; the name of its class where it says nothing, as a MemoryError may."""
+    """What an error says first; the name of its class where it says nothing, as a MemoryError
+    may.
+    """
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -1,7 +1,8 @@
-"""probe upgrade RUN: verify a recording of an older format, and copy it into a new one in the newest.
+"""probe upgrade RUN: verify a recording of an older format, and copy it into a new one in the
+newest.
 
-The old recording is only read. The copy lies beside it under a name of its own, names the old one as
-its parent, and has the same values, bit for bit.
+The old recording is only read. The copy lies beside it under a name of its own, names the old one
+as its parent, and has the same values, bit for bit.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ BLOCK = 2**20
 
 
 def upgrade(run: Run, output: str | Path | None = None, *, progress: bool = True) -> Run:
-    """Copy a recording into one of the newest format, beside it or into the folder `output`, and return that.
+    """Copy a recording into one of the newest format, beside it or into the folder `output`, and
+    return that.
 
-    A recording of the newest format is returned as it is. Raises ExperimentError for one that is not complete,
-    RecordingDamaged for one that does not verify, RecordingBusy if its copy is there already, TooLarge, StoreError.
+    A recording of the newest format is returned as it is. Raises ExperimentError for one that is
+    not complete, RecordingDamaged for one that does not verify, RecordingBusy if its copy is there
+    already, TooLarge, StoreError.
     """
     step = _steps(progress)
     run = with_files(run)
@@ -48,8 +51,14 @@ def upgrade(run: Run, output: str | Path | None = None, *, progress: bool = True
         step(f"{run.name} has format {FORMAT_VERSION} already.")
         return run
     if run.status != "complete":
-        remedy = "Finish it first: probe run --resume." if run.status == "interrupted" else "Record it again: probe rerun."
-        raise ExperimentError(f"{run.name} is {run.status}, and only what is complete can be upgraded.", remedy)
+        remedy = (
+            "Finish it first: probe run --resume."
+            if run.status == "interrupted"
+            else "Record it again: probe rerun."
+        )
+        raise ExperimentError(
+            f"{run.name} is {run.status}, and only what is complete can be upgraded.", remedy
+        )
     step(f"Verifying {run.name} ...")
     for check in verify(run):
         if check.verdict == "failed":
@@ -61,7 +70,9 @@ def upgrade(run: Run, output: str | Path | None = None, *, progress: bool = True
 
 
 def check_target(run: Run, where: Path) -> Path:
-    """Return the path of the copy: named after the old recording's content, so that there is one copy of each."""
+    """Return the path of the copy: named after the old recording's content, so that there is one
+    copy of each.
+    """
     manifest = json.dumps(read_json(run.path, MANIFEST, MAX_MANIFEST), sort_keys=True)
     key = hashlib.sha256(f"{FORMAT_VERSION}\n{manifest}".encode()).hexdigest()[:8]
     target = where / f"{run.recipe.run_name}-{key}.zarr"
@@ -81,7 +92,9 @@ def _copy(run: Run, target: Path, step: Callable[[str], None]) -> None:
         try:
             if os.path.lexists(target):
                 told = f"{run.name} was upgraded before: {target}."
-                raise RecordingBusy(told, "Read that one. To make it anew, remove it first: probe rm.")
+                raise RecordingBusy(
+                    told, "Read that one. To make it anew, remove it first: probe rm."
+                )
             hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{files.PARTIAL}")
             try:
                 hidden.mkdir()
@@ -97,7 +110,9 @@ def _copy(run: Run, target: Path, step: Callable[[str], None]) -> None:
 
 
 def _fill(run: Run, hidden: Path, step: Callable[[str], None]) -> None:
-    """Copy every file, hold each against the manifest, and write the new attributes and manifest."""
+    """Copy every file, hold each against the manifest, and write the new attributes and
+    manifest.
+    """
     written = read_json(run.path, MANIFEST, MAX_MANIFEST)
     names = sorted(written.keys() - {"zarr.json"})
     for number, name in enumerate(names, 1):
@@ -132,7 +147,9 @@ def upgraded(run: Run, attributes: dict[str, Any]) -> dict[str, Any]:
     guided = run.attributes.is_guided
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     kept = dict(attributes)
-    if run.kind == "noising":  # format 1 said it as an experiment too, and took the identity from that
+    if (
+        run.kind == "noising"
+    ):  # format 1 said it as an experiment too, and took the identity from that
         kept.pop("experiment", None)
         kept["identity"] = run.recipe.identity()
     return {
@@ -148,10 +165,14 @@ def upgraded(run: Run, attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def draws_named(node: dict[str, Any]) -> dict[str, Any]:
-    """Return a zarr.json with the dimension `draw` where format 1 has `image`, in it and in all that it lists."""
+    """Return a zarr.json with the dimension `draw` where format 1 has `image`, in it and in all
+    that it lists.
+    """
     made = dict(node)
     if node.get("dimension_names"):
-        made["dimension_names"] = ["draw" if dim == "image" else dim for dim in node["dimension_names"]]
+        made["dimension_names"] = [
+            "draw" if dim == "image" else dim for dim in node["dimension_names"]
+        ]
     if block := node.get("consolidated_metadata"):
         nodes = {name: draws_named(inner) for name, inner in block["metadata"].items()}
         made["consolidated_metadata"] = {**block, "metadata": nodes}
@@ -182,17 +203,23 @@ def _steps(progress: bool) -> Callable[[str], None]:
     return (lambda line: tell(without_home(line))) if progress else (lambda _: None)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def main(arguments: list[str]) -> int:
-    """Copy a recording of an older format into a new one in the newest. It is verified first, and only read.
+    """Copy a recording of an older format into a new one in the newest. It is verified first, and
+    only read.
 
     The new recording names the old one as its parent. A recording that does not verify is refused.
     """
     parser = Parser(prog="probe upgrade", description=main.__doc__)
     add_run(parser)
-    parser.add_argument("--output", metavar="FOLDER", type=folder, help="write the new recording there [beside the old one]")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=folder,
+        help="write the new recording there [beside the old one]",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     before_torch(options.quiet)

@@ -1,4 +1,5 @@
-"""python -m probe.verify RUN: is a recording what it says it is? With --model, the model is asked again.
+"""python -m probe.verify RUN: is a recording what it says it is? With --model, the model is asked
+again.
 
 From the recording alone:
 
@@ -14,8 +15,8 @@ With --model, from its recorded latents (probe.proof.repredict):
 
     weights, plan, text, predictions, maps, attention, inside, decode, encode
 
-The verdict of each is "exact"; "within tolerance", for a reason that is named, such as another device; or "failed", and
-where. What cannot be checked says why. Exit code 1 if anything failed.
+The verdict of each is "exact"; "within tolerance", for a reason that is named, such as another
+device; or "failed", and where. What cannot be checked says why. Exit code 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -39,8 +40,16 @@ from probe.terminal import Parser, add_run, before_torch, described, guarded
 def parser(prog: str = "python -m probe.verify") -> argparse.ArgumentParser:
     made = Parser(prog=prog, description=described(__doc__, "python -m probe.verify", prog))
     add_run(made)
-    made.add_argument("--model", action="store_true", help="load the recording's model, and let it predict again from the recorded latents")
-    made.add_argument("--steps", default="all", help='with --model, at which steps: all, "start:stop:step", or "0,5,-1" [all]')
+    made.add_argument(
+        "--model",
+        action="store_true",
+        help="load the recording's model, and let it predict again from the recorded latents",
+    )
+    made.add_argument(
+        "--steps",
+        default="all",
+        help='with --model, at which steps: all, "start:stop:step", or "0,5,-1" [all]',
+    )
     made.add_argument("--json", action="store_true", help="the findings as JSON")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
@@ -49,14 +58,18 @@ def parser(prog: str = "python -m probe.verify") -> argparse.ArgumentParser:
 def main(arguments: list[str], prog: str = "python -m probe.verify") -> int:
     options = parser(prog).parse_args(arguments)
     if options.steps != "all" and not options.model:
-        raise ExperimentError("--steps says at which steps the model is asked, and no model is.", "Add --model.")
+        raise ExperimentError(
+            "--steps says at which steps the model is asked, and no model is.", "Add --model."
+        )
     run = open_run(options.run, options.runs)
     before_torch(True)
     found = verify(run, model=options.model, steps=_steps(run, options.steps))
     if options.json:
         say_json(found.as_json())
     else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000  # in a pipe, a finding is a line
+        width = (
+            shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+        )  # in a pipe, a finding is a line
         say(*found.lines(width))
     return 1 if found.failed else 0
 

@@ -3,10 +3,11 @@
     spelt("Don't, CAFE\u0301 \U0001f431!")                       # ["don't", "café", "🐱"]
     occurrences("scuba-diving", ["a", "Scuba", "diving"])    # [range(1, 3)]
 
-A word is a run of letters and digits. Combining marks and invisible joiners belong to the word before them, an apostrophe
-to the letters on both sides of it. A symbol, such as an emoji with all its modifiers, is a word of its own. Everything else,
-hyphens and underscores too, lies between words. What is typed in another case, in another normal form of Unicode or with the
-other apostrophe is the same word. `RULES` is the version of these rules; recordings say by which theirs were made.
+A word is a run of letters and digits. Combining marks and invisible joiners belong to the word
+before them, an apostrophe to the letters on both sides of it. A symbol, such as an emoji with all
+its modifiers, is a word of its own. Everything else, hyphens and underscores too, lies between
+words. What is typed in another case, in another normal form of Unicode or with the other apostrophe
+is the same word. `RULES` is the version of these rules; recordings say by which theirs were made.
 """
 
 from __future__ import annotations
@@ -41,12 +42,16 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 
 def spelt(text: str) -> list[str]:
-    """The words of a text as they are compared; without letters, digits and symbols there are none."""
+    """The words of a text as they are compared; without letters, digits and symbols there are
+    none.
+    """
     return [alike(text[start:end]) for start, end in word_spans(text)]
 
 
 def alike(text: str) -> str:
-    """The one form of all texts that count as the same: small letters, composed, without invisible characters."""
+    """The one form of all texts that count as the same: small letters, composed, without invisible
+    characters.
+    """
     small = unicodedata.normalize("NFD", text).casefold().replace(APOSTROPHES[1], APOSTROPHES[0])
     return unicodedata.normalize("NFC", "".join(c for c in small if not _is_invisible(c)))
 
@@ -54,24 +59,36 @@ def alike(text: str) -> str:
 def occurrences(text: str, labels: Sequence[str]) -> list[range]:
     """Each place where the words of `text` follow one another among a prompt's words.
 
-    A label that is no single word by the rules, such as `<cat-toy>` or a word's stump `ze…`, is found as it is written. Words
-    of a recording that older rules made are found by those rules too.
+    A label that is no single word by the rules, such as `<cat-toy>` or a word's stump `ze…`, is
+    found as it is written. Words of a recording that older rules made are found by those rules too.
     """
     if not (whole := alike(text.strip())):
         return []
-    parts = [[alike(label)] if label.endswith(STUMP) else spelt(label) or [alike(label)] for label in labels]
+    parts = [
+        [alike(label)] if label.endswith(STUMP) else spelt(label) or [alike(label)]
+        for label in labels
+    ]
     same = [i for i, label in enumerate(labels) if alike(label) == whole]
     odd = [range(i, i + 1) for i in same if parts[i] != [whole] or labels[i].endswith(STUMP)]
-    return odd or _runs_of_parts(spelt(text) or [whole], parts) or _runs_of_parts(FIRST_WORD.findall(whole), parts)
+    return (
+        odd
+        or _runs_of_parts(spelt(text) or [whole], parts)
+        or _runs_of_parts(FIRST_WORD.findall(whole), parts)
+    )
 
 
 def runs(wanted: list[str], words: list[str]) -> list[int]:
     """Where `wanted` begins among words, each time that it is there whole."""
-    return [i for i in range(len(words) - len(wanted) + 1) if wanted and words[i : i + len(wanted)] == wanted]
+    return [
+        i
+        for i in range(len(words) - len(wanted) + 1)
+        if wanted and words[i : i + len(wanted)] == wanted
+    ]
 
 
 def split_word(prompt: str, cut: str) -> str:
-    """The word in whose middle begins what was cut from the end of a prompt; "" where it begins between two words.
+    """The word in whose middle begins what was cut from the end of a prompt; "" where it begins
+    between two words.
 
     Between two vectors of one word, `<toy>_1` and `<toy>_2`, is in its middle.
     """
@@ -84,38 +101,61 @@ def split_word(prompt: str, cut: str) -> str:
 
 
 def other_syntax(text: str) -> list[str]:
-    """What a prompt has of other programs' syntax, each once: weights as in (cat:1.2), BREAK, <lora:...>."""
+    """What a prompt has of other programs' syntax, each once: weights as in (cat:1.2), BREAK,
+    <lora:...>.
+    """
     shouted = text.upper() == text
-    return list(dict.fromkeys(found for found in OTHER_SYNTAX.findall(text) if not (shouted and found in ("AND", "BREAK"))))
+    return list(
+        dict.fromkeys(
+            found
+            for found in OTHER_SYNTAX.findall(text)
+            if not (shouted and found in ("AND", "BREAK"))
+        )
+    )
 
 
 def read_plainly(prompts: Sequence[str]) -> str:
-    """One line that says which parts of some prompts are not the syntax that they seem to be; "" if there are none."""
+    """One line that says which parts of some prompts are not the syntax that they seem to be; "" if
+    there are none.
+    """
     found = list(dict.fromkeys(part for prompt in prompts for part in other_syntax(prompt)))
     if not found:
         return ""
-    shown = ", ".join(part if len(part) <= 40 else f"{part[:40]}..." for part in found[:5]) + (", ..." if found[5:] else "")
-    return f"Read as plain text, as diffusers reads it: {shown}. Weights, BREAK, AND and the like are the syntax of other programs."
+    shown = ", ".join(part if len(part) <= 40 else f"{part[:40]}..." for part in found[:5]) + (
+        ", ..." if found[5:] else ""
+    )
+    return (
+        f"Read as plain text, as diffusers reads it: {shown}. Weights, BREAK, AND and the like are "
+        "the syntax of other programs."
+    )
 
 
 def _end_of_word(text: str, at: int) -> int:
     """Where the word ends that begins at `at`; `at` where none begins."""
     end = at + 1
     if text[at].isalnum():
-        while end < len(text) and (text[end].isalnum() or _joins(text[end]) or _apostrophe_inside(text, end)):
+        while end < len(text) and (
+            text[end].isalnum() or _joins(text[end]) or _apostrophe_inside(text, end)
+        ):
             end += 1
         return end
     if not _is_symbol(text, at):
         return at
     if _is_regional(text[at]) and end < len(text) and _is_regional(text[end]):
         end += 1  # two make a flag
-    while end < len(text) and (_joins(text[end]) or "\U0001f3fb" <= text[end] <= "\U0001f3ff" or (text[end - 1] == JOINER and _is_symbol(text, end))):
+    while end < len(text) and (
+        _joins(text[end])
+        or "\U0001f3fb" <= text[end] <= "\U0001f3ff"
+        or (text[end - 1] == JOINER and _is_symbol(text, end))
+    ):
         end += 1
     return end
 
 
 def _joins(c: str) -> bool:
-    """Whether it is a combining mark, a variation selector, a joiner or another invisible character within words."""
+    """Whether it is a combining mark, a variation selector, a joiner or another invisible character
+    within words.
+    """
     return unicodedata.category(c)[0] == "M" or _is_invisible(c)
 
 
@@ -128,8 +168,12 @@ def _apostrophe_inside(text: str, at: int) -> bool:
 
 
 def _is_symbol(text: str, at: int) -> bool:
-    """Whether it is a picture of its own: also of private use, newer than this Unicode, or made one by a variation selector."""
-    return unicodedata.category(text[at]) in ("So", "Co", "Cn") or (text[at + 1 : at + 2] == EMOJI_STYLE and not text[at].isspace())
+    """Whether it is a picture of its own: also of private use, newer than this Unicode, or made one
+    by a variation selector.
+    """
+    return unicodedata.category(text[at]) in ("So", "Co", "Cn") or (
+        text[at + 1 : at + 2] == EMOJI_STYLE and not text[at].isspace()
+    )
 
 
 def _is_regional(c: str) -> bool:
@@ -137,10 +181,14 @@ def _is_regional(c: str) -> bool:
 
 
 def _runs_of_parts(wanted: list[str], parts: list[list[str]]) -> list[range]:
-    """The places, from the beginning of one label to the end of one, where the parts of labels spell what is wanted."""
+    """The places, from the beginning of one label to the end of one, where the parts of labels
+    spell what is wanted.
+    """
     flat = [part for label in parts for part in label]
     label_of = [label for label, its in enumerate(parts) for _ in its]
     begins = {label_of.index(label) for label in set(label_of)}
     found = [range(i, i + len(wanted)) for i in runs(wanted, flat)]
-    whole = [at for at in found if at[0] in begins and (at[-1] + 1 == len(flat) or at[-1] + 1 in begins)]
+    whole = [
+        at for at in found if at[0] in begins and (at[-1] + 1 == len(flat) or at[-1] + 1 in begins)
+    ]
     return [range(label_of[at[0]], label_of[at[-1]] + 1) for at in whole]

@@ -1,4 +1,6 @@
-"""What people do to a model before they use it: adapters, other processors, slicing, off-loading, token merging."""
+"""What people do to a model before they use it: adapters, other processors, slicing, off-loading,
+token merging.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,21 @@ TOKENS = 77
 
 def lora(pipe: Any) -> None:
     torch.manual_seed(5)
-    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_out.0"], init_lora_weights=False))
+    pipe.unet.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_out.0"], init_lora_weights=False)
+    )
 
 
 def two_loras(pipe: Any) -> None:
     for name, seed in (("one", 5), ("other", 6)):
         torch.manual_seed(seed)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # two adapters are meant here
-            pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), name)
+            warnings.filterwarnings(
+                "ignore", message="Already found a `peft_config` attribute"
+            )  # two adapters are meant here
+            pipe.unet.add_adapter(
+                peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), name
+            )
     pipe.unet.set_adapters(["one", "other"], [0.7, -0.5])
 
 
@@ -52,10 +60,17 @@ def normed_text(pipe: Any) -> None:
 class Own:
     """A processor that nobody knows, and that does what the usual one does."""
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
-            side.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for side in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
+            side.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for side in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
         )
         found = self.multiply(query, key, value).transpose(1, 2).flatten(2)
         out: torch.Tensor = attn.to_out[1](attn.to_out[0](found))
@@ -72,9 +87,19 @@ def everywhere(processor: Callable[[], Any]) -> Callable[[Any], None]:
 class Swapped(AttnProcessor):
     """Prompt-to-prompt's way: two tokens exchange their attention, after the softmax."""
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, *_: Any, **__: Any) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor:
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (attn.head_to_batch_dim(side) for side in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)))
+        query, key, value = (
+            attn.head_to_batch_dim(side)
+            for side in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
+        )
         shares = attn.get_attention_scores(query, key)
         shares[..., [1, 5]] = shares[..., [5, 1]]
         out: torch.Tensor = attn.to_out[0](attn.batch_to_head_dim(shares @ value))
@@ -114,11 +139,16 @@ WORKS: dict[str, Callable[[Any], None]] = {
     "sliced attention": lambda pipe: pipe.enable_attention_slicing(1),
     "sliced into many heads": lambda pipe: pipe.enable_attention_slicing("auto"),
     "vae slicing": lambda pipe: pipe.vae.enable_slicing(),
-    "channels last": lambda pipe: [part.to(memory_format=torch.channels_last) for part in (pipe.unet, pipe.vae)],
+    "channels last": lambda pipe: [
+        part.to(memory_format=torch.channels_last) for part in (pipe.unet, pipe.vae)
+    ],
     "freeu": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
     "plain processor": everywhere(AttnProcessor),
     "unknown processor": everywhere(Own),
-    "gradient checkpointing": lambda pipe: (pipe.unet.enable_gradient_checkpointing(), pipe.unet.train()),
+    "gradient checkpointing": lambda pipe: (
+        pipe.unet.enable_gradient_checkpointing(),
+        pipe.unet.train(),
+    ),
     "model offload": model_offload,
     "normed text": normed_text,
 }

@@ -1,7 +1,7 @@
 """What holds for every test: no network, one thread, and the same examples each time.
 
-The environment is set when pytest reads this file, before any test module imports torch or huggingface_hub, which
-read these variables once. Nothing here imports torch.
+The environment is set when pytest reads this file, before any test module imports torch or
+huggingface_hub, which read these variables once. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", STREAMLIT_BROWSER_GATHER_USAGE_STATS="false")
-os.environ.pop("PYTHONUNBUFFERED", None)  # a reader's machine sets neither, and what is buffered fails later
+os.environ.update(
+    HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", STREAMLIT_BROWSER_GATHER_USAGE_STATS="false"
+)
+os.environ.pop(
+    "PYTHONUNBUFFERED", None
+)  # a reader's machine sets neither, and what is buffered fails later
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores are several times slower than one
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two threads on two busy cores are several times slower than one
 
 import pytest
 from hypothesis import settings
@@ -27,14 +33,18 @@ settings.load_profile("ci")
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """A plugin may have imported torch before this file was read; then only this call reaches it."""
+    """A plugin may have imported torch before this file was read; then only this call reaches
+    it.
+    """
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _a_home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A home folder beside what tests write: where TMPDIR lies in the real one, paths would be said as ~/..."""
+    """A home folder beside what tests write: where TMPDIR lies in the real one, paths would be said
+    as ~/...
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HOME", "USERPROFILE"):
             patch.setenv(name, str(tmp_path_factory.mktemp("home")))
@@ -43,7 +53,10 @@ def _a_home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_fonts() -> Iterator[None]:
-    """Hide what a bare machine does not have: fonts in files, and raqm. Pillow's own font remains."""
+    """Hide what a bare machine does not have: fonts in files, and raqm.
+
+    Pillow's own font remains.
+    """
     truetype, check = ImageFont.truetype, features.check
 
     def refuse(font: Any = None, *args: Any, **settings: Any) -> ImageFont.FreeTypeFont:

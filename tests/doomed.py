@@ -1,11 +1,13 @@
-"""Recordings in processes of their own, to be killed, interrupted, or refused by the disk at a moment of choice.
+"""Recordings in processes of their own, to be killed, interrupted, or refused by the disk at a
+moment of choice.
 
     with Doomed(asked, Fault("kill", at=120)) as child:    # at the 120th operation on its files
         ended = child.end()                                # exit code, what it said, which steps it had acknowledged
 
-They are forked from one clean process that has imported torch and built the tiny model, so each starts in no time; they
-record with the real recorder. Operations on files are seen by an audit hook, below everything that is tested. What goes
-into an open file no audit hook sees: there the write of a step's part counts, and `Torn` kills inside it.
+They are forked from one clean process that has imported torch and built the tiny model, so each
+starts in no time; they record with the real recorder. Operations on files are seen by an audit
+hook, below everything that is tested. What goes into an open file no audit hook sees: there the
+write of a step's part counts, and `Torn` kills inside it.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ CLONE_NEWNS, CLONE_NEWUSER, MS_PRIVATE, MS_REC = 0x20000, 0x10000000, 1 << 18, 1
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the `at`th operation on the recording's files: "kill", "interrupt", or an error's name, "ENOSPC"."""
+    """What happens at the `at`th operation on the recording's files: "kill", "interrupt", or an
+    error's name, "ENOSPC".
+    """
 
     act: str = ""
     at: int = 0
@@ -57,9 +61,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Torn:
-    """While the array number `part` of `step` is written, its file may not grow beyond `size` bytes.
+    """While the array number `part` of `step` is written, its file may not grow beyond `size`
+    bytes.
 
-    The system then ends the process in the middle of that write, or refuses the rest of it if it is to `survive`.
+    The system then ends the process in the middle of that write, or refuses the rest of it if it is
+    to `survive`.
     """
 
     step: int
@@ -75,18 +81,33 @@ class Ended:
     code: int
     said: str
     acknowledged: int
-    operations: list[tuple[int, str]]  # of each: how many steps were acknowledged before, and what it was
+    operations: list[
+        tuple[int, str]
+    ]  # of each: how many steps were acknowledged before, and what it was
     seconds: float = 0.0
     marks: list[str] = field(default_factory=list)
 
 
 class Doomed:
-    """A child that records. `pause` are seconds that each call of the UNet takes longer, so that there is time to look."""
+    """A child that records.
 
-    def __init__(self, asked: dict[str, Any], fault: Fault | Torn | None = None, *, pause: float = 0.0, room: int = 0, unseen: bool = False):
+    `pause` are seconds that each call of the UNet takes longer, so that there is time to look.
+    """
+
+    def __init__(
+        self,
+        asked: dict[str, Any],
+        fault: Fault | Torn | None = None,
+        *,
+        pause: float = 0.0,
+        room: int = 0,
+        unseen: bool = False,
+    ):
         self._reports, reporting = CONTEXT.Pipe(duplex=False)
         self._speech, speaking = CONTEXT.Pipe(duplex=False)
-        self.process = CONTEXT.Process(target=_live, args=(asked, fault, pause, room, unseen, reporting, speaking), daemon=True)
+        self.process = CONTEXT.Process(
+            target=_live, args=(asked, fault, pause, room, unseen, reporting, speaking), daemon=True
+        )
         self.process.start()
         reporting.close()
         speaking.close()
@@ -103,7 +124,9 @@ class Doomed:
         self._speech.close()
 
     def wait_for(self, what: str, step: int) -> bool:
-        """Wait until it reports that a step is "begun" or "acknowledged"; False if it ended before."""
+        """Wait until it reports that a step is "begun" or "acknowledged"; False if it ended
+        before.
+        """
         while (report := self._next()) is not None:
             if report == (what, step):
                 return True
@@ -154,14 +177,24 @@ class Doomed:
         return report
 
 
-# --- inside the child ------------------------------------------------------------------------------------------------
+# --- inside the child -----------------------------------------------------------------------------
 
 
 def _live(
-    asked: dict[str, Any], fault: Fault | Torn | None, pause: float, room: int, unseen: bool, reports: Connection, speech: Connection
+    asked: dict[str, Any],
+    fault: Fault | Torn | None,
+    pause: float,
+    room: int,
+    unseen: bool,
+    reports: Connection,
+    speech: Connection,
 ) -> NoReturn:
-    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork of a process with threads may hang"
-    tqdm.set_lock(threading.RLock())  # else a killed child leaves one of the system's semaphores behind
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, (
+        "a fork of a process with threads may hang"
+    )
+    tqdm.set_lock(
+        threading.RLock()
+    )  # else a killed child leaves one of the system's semaphores behind
     signal.signal(signal.SIGINT, signal.default_int_handler)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in (1, 2):
@@ -200,7 +233,9 @@ def _tell(reports: Connection, what: str, value: Any) -> None:
 
 
 def _report_steps(reports: Connection) -> list[int]:
-    """Report when the writing of each step begins, and when it is acknowledged; returns the list of these."""
+    """Report when the writing of each step begins, and when it is acknowledged; returns the list of
+    these.
+    """
     acknowledged: list[int] = []
     write_step = RunWriter._write_step
 
@@ -214,14 +249,18 @@ def _report_steps(reports: Connection) -> list[int]:
     return acknowledged
 
 
-def _watch_files(folder: str, fault: Fault | Torn | None, reports: Connection, acknowledged: list[int]) -> list[tuple[int, str]]:
+def _watch_files(
+    folder: str, fault: Fault | Torn | None, reports: Connection, acknowledged: list[int]
+) -> list[tuple[int, str]]:
     operations: list[tuple[int, str]] = []
     number = itertools.count(1)
 
     def operation(what: str) -> None:
         operations.append((len(acknowledged), what))
         at = next(number)
-        if not isinstance(fault, Fault) or not (at == fault.at or (fault.forever and at > fault.at)):
+        if not isinstance(fault, Fault) or not (
+            at == fault.at or (fault.forever and at > fault.at)
+        ):
             return
         if fault.act == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -234,10 +273,16 @@ def _watch_files(folder: str, fault: Fault | Torn | None, reports: Connection, a
             raise OSError(code, os.strerror(code))
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in OPERATIONS or not isinstance(arguments[0], str) or not arguments[0].startswith(folder):
+        if (
+            event not in OPERATIONS
+            or not isinstance(arguments[0], str)
+            or not arguments[0].startswith(folder)
+        ):
             return
         only_reads = event == "open" and arguments[2] & os.O_ACCMODE == os.O_RDONLY
-        does_nothing = event == "os.mkdir" and Path(arguments[0]).is_dir()  # zarr makes sure of a folder before each write
+        does_nothing = (
+            event == "os.mkdir" and Path(arguments[0]).is_dir()
+        )  # zarr makes sure of a folder before each write
         if not only_reads and not does_nothing:
             operation(f"{event} {arguments[0].removeprefix(folder)}")
 
@@ -273,26 +318,37 @@ def _small_disk(folder: Path, room: int) -> None:
     private = libc.unshare(CLONE_NEWNS) == 0
     if not private and libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0:
         private = True  # a user with no number in there may mount, but not make files: EOVERFLOW
-        for name, line in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        for name, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{user} {user} 1"),
+            ("gid_map", f"{group} {group} 1"),
+        ):
             Path("/proc/self", name).write_text(line)
     mounted = private and libc.mount(None, b"/", None, MS_PRIVATE | MS_REC, None) == 0
-    mounted = mounted and libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={room}".encode()) == 0
+    mounted = (
+        mounted
+        and libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={room}".encode()) == 0
+    )
     if not mounted:
         print("no mount:", os.strerror(ctypes.get_errno()), flush=True)
         os._exit(99)
 
 
-# --- before the fork -------------------------------------------------------------------------------------------------
+# --- before the fork ------------------------------------------------------------------------------
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "doomed", "probe.figures.sheets", "xarray.backends.zarr", "PIL.PngImagePlugin"])
+CONTEXT.set_forkserver_preload(
+    ["pytest", "doomed", "probe.figures.sheets", "xarray.backends.zarr", "PIL.PngImagePlugin"]
+)
 
 # Whoever imports this has the model built and rehearsed, without starting a thread.
 plan(model_for(pipeline(), ask(Path("runs"))), ask(Path("runs")))
 
 
 def start() -> None:
-    """Start the process that children are forked from; of the paths in `sys.path` it would know nothing by itself."""
+    """Start the process that children are forked from; of the paths in `sys.path` it would know
+    nothing by itself.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.forkserver.ensure_running()

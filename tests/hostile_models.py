@@ -1,8 +1,10 @@
-"""Load model folders, each in a fork of one warmed-up process, with a limit of memory and time; say how each ended.
+"""Load model folders, each in a fork of one warmed-up process, with a limit of memory and time; say
+how each ended.
 
     python tests/hostile_models.py FOLDER ...      one line of JSON for each folder, in order
 
-What a load may never do is watched in the fork: unpickle, reach for the network, start a program, write or remove a file.
+What a load may never do is watched in the fork: unpickle, reach for the network, start a program,
+write or remove a file.
 """
 
 from __future__ import annotations
@@ -23,14 +25,31 @@ from probe.errors import ProbeError
 from probe.terminal import before_torch
 
 ROOM, SECONDS = 1 << 30, 8
-WATCHED = ("pickle.find_class", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.remove", "os.rename")
+WATCHED = (
+    "pickle.find_class",
+    "socket.connect",
+    "socket.getaddrinfo",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.remove",
+    "os.rename",
+)
 
 
 def watch(broken: list[str]) -> None:
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        writes = (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
         if event in WATCHED or writes:
-            at = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes | os.PathLike) else str(arguments[0])
+            at = (
+                os.fsdecode(arguments[0])
+                if isinstance(arguments[0], str | bytes | os.PathLike)
+                else str(arguments[0])
+            )
             broken.append(f"{event} {at}")
 
     def unpickled(*_: Any, **__: Any) -> None:
@@ -44,8 +63,15 @@ def attempt(folder: str) -> dict[str, Any]:
     """Load a model, and return how that ended."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + SECONDS, int(time.process_time()) + SECONDS + 1))
-    before, started, broken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), []
+    resource.setrlimit(
+        resource.RLIMIT_CPU,
+        (int(time.process_time()) + SECONDS, int(time.process_time()) + SECONDS + 1),
+    )
+    before, started, broken = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        time.process_time(),
+        [],
+    )
     watch(broken)
     error: BaseException | None = None
     try:

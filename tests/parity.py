@@ -1,4 +1,6 @@
-"""The loop and diffusers' own pipeline, asked for the same picture, and cases that meet every pair of settings."""
+"""The loop and diffusers' own pipeline, asked for the same picture, and cases that meet every pair
+of settings.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def pairs(case: Case) -> set[tuple[int, Any, int, Any]]:
 
 @functools.cache
 def pairwise(*factors: tuple[Any, ...]) -> list[Case]:
-    """A covering array. Greedy: always the first case that covers the most pairs not yet covered."""
+    """A covering array.
+
+    Greedy: always the first case that covers the most pairs not yet covered.
+    """
     product = list(itertools.product(*factors))
     missing, rows = set().union(*map(pairs, product)), []
     while missing:
@@ -42,11 +47,15 @@ def label(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).replace(" ", "")
 
 
-def theirs(pipeline: Any, *, steps: int, images: int = 1, negative: str = "", **how: Any) -> tuple[torch.Tensor, np.ndarray]:
+def theirs(
+    pipeline: Any, *, steps: int, images: int = 1, negative: str = "", **how: Any
+) -> tuple[torch.Tensor, np.ndarray]:
     """The latents of the pipeline's last step and its uint8 pictures, from one call."""
     kept: list[torch.Tensor] = []
 
-    def keep(_: Any, index: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def keep(
+        _: Any, index: int, timestep: Any, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         kept.append(tensors["latents"])
         return tensors
 
@@ -63,13 +72,17 @@ def theirs(pipeline: Any, *, steps: int, images: int = 1, negative: str = "", **
     return kept[-1], np.stack([np.asarray(picture) for picture in pictures])
 
 
-def ours(model: Family, *, guidance_scale: float, negative: str = "", size_ids: Any = None, **how: Any) -> list[Step]:
+def ours(
+    model: Family, *, guidance_scale: float, negative: str = "", size_ids: Any = None, **how: Any
+) -> list[Step]:
     told = {} if size_ids is None else {"size_ids": size_ids}
     conditioning = model.condition(PROMPT, negative, guided=guidance_scale > 1, **told)
     return list(denoise(model, conditioning, seed=SEED, guidance_scale=guidance_scale, **how))
 
 
-def assert_bits(model: Family, steps: list[Step], latents: torch.Tensor, pictures: np.ndarray) -> torch.Tensor:
+def assert_bits(
+    model: Family, steps: list[Step], latents: torch.Tensor, pictures: np.ndarray
+) -> torch.Tensor:
     """The last latents, which are those of the pipeline, as is their picture: bit for bit."""
     last = steps[-1].next_latents
     assert bool(torch.isfinite(last).all())

@@ -1,4 +1,6 @@
-"""Recordings for tests, made without torch, and what is done to recordings: damaged, cut short, compared."""
+"""Recordings for tests, made without torch, and what is done to recordings: damaged, cut short,
+compared.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,10 @@ def with_its_digests(path: Path) -> Path:
     """Make the digests and the manifest of a recording agree with what somebody planted in it."""
     run, arrays = Run(path), nodes_of(path, read_root(path))[1]
     if (path / DIGESTS).exists():
-        lines = [f"{digest_now(run, arrays, what)} {what}\n" for what in read_lines((path / DIGESTS).read_bytes())]
+        lines = [
+            f"{digest_now(run, arrays, what)} {what}\n"
+            for what in read_lines((path / DIGESTS).read_bytes())
+        ]
         (path / DIGESTS).write_text("".join(lines))
     (path / MANIFEST).write_text(json.dumps(manifest(path)))
     return path
@@ -122,7 +127,9 @@ def cut(whole: Run, folder: Path, step: int) -> Run:
     late = AT_THE_END if step else f"{AT_THE_END}|{AT_THE_FIRST_STEP}"
     for name, variable in variables(whole):
         if name == "decoded/picture":  # in one file, rewritten whenever one more picture is there
-            zarr.open_array(path, path=name, mode="r+")[(whole.variable("decoded/decoded_step").values < step).sum() :] = 0
+            zarr.open_array(path, path=name, mode="r+")[
+                (whole.variable("decoded/decoded_step").values < step).sum() :
+            ] = 0
             gone = []
         elif variable.dims[:1] == ("step",) and variable.ndim > 1:
             gone = [f"c.{index}.*" for index in range(step, calls)]
@@ -133,16 +140,27 @@ def cut(whole: Run, folder: Path, step: int) -> Run:
     for file in (*path.glob("*.png"), path / MANIFEST):
         file.unlink()
     lines = (path / DIGESTS).read_text().splitlines(keepends=True)
-    until = next((at for at, line in enumerate(lines) if line.endswith(f" step {step}\n")), len(lines))
-    (path / DIGESTS).write_text("".join(line for line in lines[:until] if not re.fullmatch(late, line[65:-1])))
-    run = change_root(Run(path), lambda attributes: attributes.update(status="running", writer={"pid": nobody(), "host": socket.gethostname()}))
+    until = next(
+        (at for at, line in enumerate(lines) if line.endswith(f" step {step}\n")), len(lines)
+    )
+    (path / DIGESTS).write_text(
+        "".join(line for line in lines[:until] if not re.fullmatch(late, line[65:-1]))
+    )
+    run = change_root(
+        Run(path),
+        lambda attributes: attributes.update(
+            status="running", writer={"pid": nobody(), "host": socket.gethostname()}
+        ),
+    )
     flag(run, [1] * step + [0] * (calls - step))
     return run
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray, what: str) -> None:
     assert found.dtype == expected.dtype and found.shape == expected.shape, what
-    assert np.array_equal(found, expected, equal_nan=True), f"{what} differ by up to {np.abs(found - expected).max()}"
+    assert np.array_equal(found, expected, equal_nan=True), (
+        f"{what} differ by up to {np.abs(found - expected).max()}"
+    )
 
 
 def assert_prefix(run: Run, whole: Run, count: int | None = None) -> None:
@@ -153,7 +171,9 @@ def assert_prefix(run: Run, whole: Run, count: int | None = None) -> None:
     for group in ("latents", *(f"attention/{grid}" for grid in whole.grids), "unet"):
         for name, variable in whole.tree[group].data_vars.items():
             if variable.dims[0] == "step" and variable.ndim > 1:
-                assert_same(run.tree[group][name].values[:steps], variable.values[:steps], f"{group}/{name}")
+                assert_same(
+                    run.tree[group][name].values[:steps], variable.values[:steps], f"{group}/{name}"
+                )
 
 
 def only(folder: Path) -> Run:

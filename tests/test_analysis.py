@@ -39,13 +39,17 @@ SIDES = st.integers(1, 40)
 def torchs(maps: np.ndarray, grid: tuple[int, int], method: str = "bilinear") -> np.ndarray:
     """torch's own: pixel centres aligned, and no antialiasing when it shrinks."""
     flat = torch.from_numpy(maps.reshape(-1, 1, *maps.shape[-2:]).astype(np.float64))
-    made = torch.nn.functional.interpolate(flat, size=grid, mode=method, align_corners=False, antialias=False)
+    made = torch.nn.functional.interpolate(
+        flat, size=grid, mode=method, align_corners=False, antialias=False
+    )
     return made.numpy().reshape(*maps.shape[:-2], *grid)
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @given(SIDES, SIDES, SIDES, SIDES)
-def test_resize_is_torchs_interpolation(method: Method, y: int, x: int, to_y: int, to_x: int) -> None:
+def test_resize_is_torchs_interpolation(
+    method: Method, y: int, x: int, to_y: int, to_x: int
+) -> None:
     maps = np.random.default_rng([y, x]).random((3, 2, y, x), np.float32)
     found = resize(maps, (to_y, to_x), method)
     assert found.shape == (3, 2, to_y, to_x) and found.dtype == np.float32
@@ -57,10 +61,25 @@ def test_area_is_the_mean_over_what_is_covered(y: int, x: int, times_y: int, tim
     maps = np.random.default_rng([y, x]).random((3, y * times_y, x * times_x), np.float32)
     wanted = maps.reshape(3, y, times_y, x, times_x).mean(axis=(2, 4))
     np.testing.assert_allclose(resize(maps, (y, x), "area"), wanted, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(resize(wanted, maps.shape[1:], "area"), np.kron(wanted, np.ones((times_y, times_x))), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        resize(wanted, maps.shape[1:], "area"),
+        np.kron(wanted, np.ones((times_y, times_x))),
+        rtol=0,
+        atol=1e-6,
+    )
 
 
-@pytest.mark.parametrize("grids", [((8, 8), (64, 64)), ((64, 64), (8, 8)), ((5, 7), (13, 9)), ((13, 9), (5, 7)), ((1, 1), (4, 6)), ((6, 9), (1, 1))])
+@pytest.mark.parametrize(
+    "grids",
+    [
+        ((8, 8), (64, 64)),
+        ((64, 64), (8, 8)),
+        ((5, 7), (13, 9)),
+        ((13, 9), (5, 7)),
+        ((1, 1), (4, 6)),
+        ((6, 9), (1, 1)),
+    ],
+)
 def test_resize_up_and_down(grids: tuple[tuple[int, int], tuple[int, int]]) -> None:
     source, target = grids
     maps = np.random.default_rng(0).random((4, *source), np.float32)
@@ -74,13 +93,22 @@ def test_resize_of_the_same_grid_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic", "area"])
 @given(SIDES, SIDES, SIDES, SIDES)
-def test_what_summed_to_one_still_does(method: Method, y: int, x: int, to_y: int, to_x: int) -> None:
-    maps = np.random.default_rng([x, y]).dirichlet(np.ones(5), (y, x)).astype(np.float32).transpose(2, 0, 1)
+def test_what_summed_to_one_still_does(
+    method: Method, y: int, x: int, to_y: int, to_x: int
+) -> None:
+    maps = (
+        np.random.default_rng([x, y])
+        .dirichlet(np.ones(5), (y, x))
+        .astype(np.float32)
+        .transpose(2, 0, 1)
+    )
     np.testing.assert_allclose(resize(maps, (to_y, to_x), method).sum(axis=0), 1, rtol=0, atol=4e-6)
 
 
 def test_a_constant_map_stays_constant_and_extremes_do_not_grow() -> None:
-    np.testing.assert_allclose(resize(np.full((3, 4), 0.3, np.float32), (17, 5)), 0.3, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(
+        resize(np.full((3, 4), 0.3, np.float32), (17, 5)), 0.3, rtol=0, atol=1e-7
+    )
     maps = np.random.default_rng(0).random((6, 6), np.float32)
     found = resize(maps, (31, 2))
     assert maps.min() - 1e-6 <= found.min() and found.max() <= maps.max() + 1e-6
@@ -97,7 +125,12 @@ def test_floats_are_probabilities_as_they_are() -> None:
 def test_every_code_is_the_square_of_its_share() -> None:
     codes = np.arange(256, dtype=np.uint8)
     found = probabilities(codes)
-    assert found.dtype == np.float32 and found[0] == 0 and found[255] == 1 and (np.diff(found) > 0).all()
+    assert (
+        found.dtype == np.float32
+        and found[0] == 0
+        and found[255] == 1
+        and (np.diff(found) > 0).all()
+    )
     np.testing.assert_allclose(found, (codes / 255.0) ** 2, rtol=1e-6)
     np.testing.assert_array_equal(to_storage(torch.from_numpy(found), "sqrt_u8").numpy(), codes)
 
@@ -107,7 +140,7 @@ def test_codes_are_off_by_4_thousandths_at_most() -> None:
     assert np.abs(probabilities(to_storage(p, "sqrt_u8").numpy()) - p.numpy()).max() <= 4e-3
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 # "a cat, a catfish": BOS a cat , a cat fish EOS rest
 WORDS = np.array(["", "a", "cat", "", "a", "catfish", "catfish", "", ""], dtype=object)
@@ -117,19 +150,33 @@ NUMBERS = np.array([-1, 0, 1, -1, 2, 3, 3, -1, -1])
 def token_maps(*dims: str) -> xr.DataArray:
     sizes = {"step": 2, "token": len(WORDS), "y": 3, "x": 4}
     values = np.random.default_rng(0).random([sizes[d] for d in dims]).astype(np.float32)
-    coords = {"token": np.array([0, 1, 2, 3, 4, 5, 6, 7, -1]), "word": ("token", WORDS), "word_index": ("token", NUMBERS)}
+    coords = {
+        "token": np.array([0, 1, 2, 3, 4, 5, 6, 7, -1]),
+        "word": ("token", WORDS),
+        "word_index": ("token", NUMBERS),
+    }
     return xr.DataArray(values, dims=dims, coords=coords, name="overview")
 
 
-@pytest.mark.parametrize("dims", [("token", "y", "x"), ("step", "token", "y", "x"), ("y", "x", "token")])
+@pytest.mark.parametrize(
+    "dims", [("token", "y", "x"), ("step", "token", "y", "x"), ("y", "x", "token")]
+)
 def test_words_are_the_sums_of_their_tokens(dims: tuple[str, ...]) -> None:
     maps = token_maps(*dims)
     found = word_maps(maps, WORDS, NUMBERS)
-    assert found.dims == tuple("word" if d == "token" else d for d in dims) and found.dtype == np.float32 and found.name == "overview"
-    assert found["word"].values.tolist() == ["a", "cat", "a", "catfish"], "repeated words stay apart, in the prompt's order"
+    assert (
+        found.dims == tuple("word" if d == "token" else d for d in dims)
+        and found.dtype == np.float32
+        and found.name == "overview"
+    )
+    assert found["word"].values.tolist() == ["a", "cat", "a", "catfish"], (
+        "repeated words stay apart, in the prompt's order"
+    )
     assert found["word_index"].values.tolist() == [0, 1, 2, 3]
     xr.testing.assert_identical(found, word_maps(maps))  # by the maps' own labels
-    np.testing.assert_allclose(word_maps(maps, merge="mean").isel(word=3), found.isel(word=3) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        word_maps(maps, merge="mean").isel(word=3), found.isel(word=3) / 2, rtol=1e-6
+    )
     for index, positions in enumerate(([1], [2], [4], [5, 6])):
         wanted = maps.isel(token=positions).sum("token")
         np.testing.assert_allclose(found.isel(word=index).values, wanted.values, rtol=1e-6)
@@ -139,7 +186,9 @@ def test_other_coordinates_stay() -> None:
     maps = token_maps("step", "token", "y", "x").assign_coords(step=[4, 9], branch="cond")
     found = word_maps(maps, WORDS, NUMBERS)
     assert found["step"].values.tolist() == [4, 9] and str(found["branch"].values) == "cond"
-    assert set(found.coords) == {"step", "branch", "word", "word_index"}, "what told of tokens is gone"
+    assert set(found.coords) == {"step", "branch", "word", "word_index"}, (
+        "what told of tokens is gone"
+    )
 
 
 def test_a_prompt_without_words_has_no_maps() -> None:
@@ -155,11 +204,13 @@ def test_a_word_that_was_not_kept_is_left_out() -> None:
     assert found["word"].values.tolist() == ["a", "catfish"]
 
 
-# --- a recording's maps, made by hand --------------------------------------------------------------------------------
+# --- a recording's maps, made by hand -------------------------------------------------------------
 
 GRIDS = {"4x6": (4, 6), "2x3": (2, 3)}
 LAYERS = {"4x6": ["down", "up"], "2x3": ["mid"]}
-NEGATIVE = np.array(["", "hat", "", "", "", "", "", "", ""], dtype=object)  # BOS hat EOS and padding
+NEGATIVE = np.array(
+    ["", "hat", "", "", "", "", "", "", ""], dtype=object
+)  # BOS hat EOS and padding
 SIGMA = xr.DataArray([10.0, 4.0, 1.0, 0.1], dims="step", coords={"step": [0, 1, 2, 5]})
 
 
@@ -167,23 +218,41 @@ def recorded(dtype: str = "float32", heads: int = 2, images: int = 2) -> list[xr
     """Maps of two grids as `Run.attention` gives them: shares over tokens."""
     found = []
     for grid, (y, x) in GRIDS.items():
-        shares = np.random.default_rng([y, x]).dirichlet(np.ones(len(WORDS)) / 2, (4, 2, images, len(LAYERS[grid]), heads, y, x))
+        shares = np.random.default_rng([y, x]).dirichlet(
+            np.ones(len(WORDS)) / 2, (4, 2, images, len(LAYERS[grid]), heads, y, x)
+        )
         maps = np.moveaxis(shares, -1, 1).astype(np.float32)
-        values = to_storage(torch.from_numpy(maps), dtype).numpy() if dtype == "sqrt_u8" else maps.astype(dtype)
+        values = (
+            to_storage(torch.from_numpy(maps), dtype).numpy()
+            if dtype == "sqrt_u8"
+            else maps.astype(dtype)
+        )
         coords = {
             "step": SIGMA["step"].values,
             "token": [0, 1, 2, 3, 4, 5, 6, 7, -1],
             "branch": ["uncond", "cond"],
             "layer": LAYERS[grid],
             "word": (("branch", "token"), np.stack([NEGATIVE, WORDS])),
-            "word_index": (("branch", "token"), np.stack([np.where(NEGATIVE == "hat", 0, -1), NUMBERS])),
+            "word_index": (
+                ("branch", "token"),
+                np.stack([np.where(NEGATIVE == "hat", 0, -1), NUMBERS]),
+            ),
         }
-        found.append(xr.DataArray(values, dims=("step", "token", "branch", "image", "layer", "head", "y", "x"), coords=coords, name="cross"))
+        found.append(
+            xr.DataArray(
+                values,
+                dims=("step", "token", "branch", "image", "layer", "head", "y", "x"),
+                coords=coords,
+                name="cross",
+            )
+        )
     return found
 
 
 def by_hand(maps: list[xr.DataArray], method: str = "bilinear") -> np.ndarray:
-    """The mean over steps, layers and heads of every map brought to 4 x 6, one after the other, with torch."""
+    """The mean over steps, layers and heads of every map brought to 4 x 6, one after the other,
+    with torch.
+    """
     found = []
     for one in maps:
         for layer in range(one.sizes["layer"]):
@@ -197,7 +266,11 @@ def by_hand(maps: list[xr.DataArray], method: str = "bilinear") -> np.ndarray:
 def test_the_global_map_is_the_mean_of_all_maps_on_one_grid(dtype: str) -> None:
     maps = recorded(dtype)
     found = combined(maps, over=("step", "layer", "head"))
-    assert found.dims == ("token", "branch", "image", "y", "x") and found.sizes["y"] == 4 and found.dtype == np.float32
+    assert (
+        found.dims == ("token", "branch", "image", "y", "x")
+        and found.sizes["y"] == 4
+        and found.dtype == np.float32
+    )
     np.testing.assert_allclose(found.values, by_hand(maps), atol=1e-6)
     assert found.attrs["terms"] == 4 * 3 * 2, "DAAM's sum is this many times as large"
     if dtype != "sqrt_u8":
@@ -205,9 +278,14 @@ def test_the_global_map_is_the_mean_of_all_maps_on_one_grid(dtype: str) -> None:
 
 
 def test_the_global_map_of_daam_in_one_line() -> None:
-    """As castorini/daam computes it: maps summed over steps, bicubic, clipped, the mean over layers and heads, then over a word's tokens."""
+    """As castorini/daam computes it: maps summed over steps, bicubic, clipped, the mean over layers
+    and heads, then over a word's tokens.
+    """
     maps = recorded()
-    daam = word_maps(combined(maps, over=("step", "layer", "head"), method="bicubic").sel(branch="cond"), merge="mean")
+    daam = word_maps(
+        combined(maps, over=("step", "layer", "head"), method="bicubic").sel(branch="cond"),
+        merge="mean",
+    )
     wanted = by_hand(maps, "bicubic")[[5, 6], 1].mean(axis=0)  # the tokens of "catfish"
     np.testing.assert_allclose(daam.sel(word="catfish").values, wanted, atol=1e-6)
     assert daam.attrs["terms"] == 4 * 3 * 2, "of which the paper has the sum"
@@ -218,15 +296,22 @@ def test_a_mean_over_some_dimensions_keeps_the_others() -> None:
     steps = combined(maps)
     assert steps.dims == ("step", "token", "branch", "image", "y", "x") and steps.name == "cross"
     np.testing.assert_allclose(steps.mean("step").values, by_hand(maps), atol=1e-6)
-    assert steps["step"].values.tolist() == [0, 1, 2, 5] and steps["branch"].values.tolist() == ["uncond", "cond"]
+    assert steps["step"].values.tolist() == [0, 1, 2, 5] and steps["branch"].values.tolist() == [
+        "uncond",
+        "cond",
+    ]
     one = combined(maps[0].sel(layer="up"), over=("head", "image"), grid=(8, 5))
     assert one.dims == ("step", "token", "branch", "y", "x") and str(one["layer"].values) == "up"
     np.testing.assert_allclose(
-        one.isel(step=2).values, torchs(maps[0].sel(layer="up").isel(step=2).mean(("head", "image")).values, (8, 5)), atol=1e-6
+        one.isel(step=2).values,
+        torchs(maps[0].sel(layer="up").isel(step=2).mean(("head", "image")).values, (8, 5)),
+        atol=1e-6,
     )
     apart = combined(maps[1], over=(), method="area", grid=(1, 1))
     np.testing.assert_allclose(apart.values[..., 0, 0], maps[1].mean(("y", "x")).values, atol=1e-6)
-    turned = [one.transpose("x", "head", "token", "image", "step", "y", "layer", "branch") for one in maps]
+    turned = [
+        one.transpose("x", "head", "token", "image", "step", "y", "layer", "branch") for one in maps
+    ]
     xr.testing.assert_allclose(combined(turned).transpose(*steps.dims), steps)
 
 
@@ -250,7 +335,9 @@ def test_a_misspelt_setting_is_not_passed_over() -> None:
     ):
         with pytest.raises(ExperimentError) as caught:
             misspelt()
-        assert caught.value.cause.startswith(f"{setting} is '") and caught.value.cause.endswith("', which is no choice.")
+        assert caught.value.cause.startswith(f"{setting} is '") and caught.value.cause.endswith(
+            "', which is no choice."
+        )
         assert caught.value.remedy == f"Choose from: {choices}."
 
 
@@ -271,16 +358,25 @@ def test_steps_that_were_not_recorded_do_not_count(dtype: str) -> None:
     for none in (whole[0].isel(step=[]), holed[0].isel(step=[1])):
         with pytest.raises(RecordingNotFound, match="no step was recorded"):
             combined(none, over=over)
-    for function in (combined, lambda one: by_sigma(one, 2, SIGMA), lambda one: word_maps(one.sel(branch="cond"))):
+    for function in (
+        combined,
+        lambda one: by_sigma(one, 2, SIGMA),
+        lambda one: word_maps(one.sel(branch="cond")),
+    ):
         with pytest.raises(RecordingNotFound, match="no step was recorded"):
             function(whole[0].isel(step=[]))
 
 
 def test_one_bad_value_is_not_swallowed() -> None:
     maps = recorded()
-    maps[0][{"step": 1, "token": 2, "branch": 1, "image": 0, "layer": 0, "head": 0, "y": 1, "x": 1}] = np.nan
+    maps[0][
+        {"step": 1, "token": 2, "branch": 1, "image": 0, "layer": 0, "head": 0, "y": 1, "x": 1}
+    ] = np.nan
     found = combined(maps, over=("step", "layer", "head"))
-    assert np.isnan(found.isel(token=2, branch=1, image=0)).any() and np.isfinite(found.isel(image=1)).all()
+    assert (
+        np.isnan(found.isel(token=2, branch=1, image=0)).any()
+        and np.isfinite(found.isel(image=1)).all()
+    )
 
 
 def test_only_one_step_is_read_at_a_time() -> None:
@@ -295,14 +391,26 @@ def test_only_one_step_is_read_at_a_time() -> None:
             self.values, self.shape, self.dtype = values, values.shape, values.dtype
 
         def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
-            return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self.read)
+            return indexing.explicit_indexing_adapter(
+                key, self.shape, indexing.IndexingSupport.OUTER, self.read
+            )
 
         def read(self, key: tuple) -> np.ndarray:
             asked.append(np.arange(self.shape[0])[key[0]])
-            return self.values[key[0]][np.ix_(*(np.atleast_1d(np.arange(n)[k]) for n, k in zip(self.shape[1:], key[1:], strict=True)))]
+            return self.values[key[0]][
+                np.ix_(
+                    *(
+                        np.atleast_1d(np.arange(n)[k])
+                        for n, k in zip(self.shape[1:], key[1:], strict=True)
+                    )
+                )
+            ]
 
     maps = recorded()[0]
-    lazy = xr.DataArray(xr.Variable(maps.dims, indexing.LazilyIndexedArray(Watched(maps.values))), coords=maps.coords)
+    lazy = xr.DataArray(
+        xr.Variable(maps.dims, indexing.LazilyIndexedArray(Watched(maps.values))),
+        coords=maps.coords,
+    )
     for function in (
         combined,
         lambda one: combined(one, ("step", "head")),
@@ -315,7 +423,7 @@ def test_only_one_step_is_read_at_a_time() -> None:
         xr.testing.assert_allclose(found, function(maps))
 
 
-# --- bands of noise --------------------------------------------------------------------------------------------------
+# --- bands of noise -------------------------------------------------------------------------------
 
 
 def test_bands_are_means_over_their_steps_the_noisiest_first() -> None:
@@ -323,8 +431,12 @@ def test_bands_are_means_over_their_steps_the_noisiest_first() -> None:
     found = by_sigma(maps, [0.1, 1, 5, 20], SIGMA)
     assert found.dims == ("band", *maps.dims[1:]) and "step" not in found.coords
     for band, steps in enumerate(([0], [1, 2], [3])):
-        np.testing.assert_allclose(found.isel(band=band), maps.isel(step=steps).mean("step"), atol=1e-7)
-    assert found["sigma_from"].values.tolist() == [5, 1, 0.1] and found["sigma_to"].values.tolist() == [20, 5, 1]
+        np.testing.assert_allclose(
+            found.isel(band=band), maps.isel(step=steps).mean("step"), atol=1e-7
+        )
+    assert found["sigma_from"].values.tolist() == [5, 1, 0.1] and found[
+        "sigma_to"
+    ].values.tolist() == [20, 5, 1]
     assert found["steps"].values.tolist() == [1, 2, 1]
     xr.testing.assert_identical(by_sigma(maps.assign_coords(sigma=SIGMA), [0.1, 1, 5, 20]), found)
 
@@ -334,15 +446,24 @@ def test_bands_of_equal_width_in_log_sigma_hold_every_step() -> None:
     found = by_sigma(maps, 2, SIGMA)
     assert found["steps"].values.tolist() == [3, 1], "10, 4 and 1 are above 1"
     np.testing.assert_allclose(found["sigma_from"].values, [1, 0.1])
-    np.testing.assert_allclose((found * found["steps"]).sum("band") / 4, maps.mean("step"), atol=1e-6)
+    np.testing.assert_allclose(
+        (found * found["steps"]).sum("band") / 4, maps.mean("step"), atol=1e-6
+    )
     empty = by_sigma(maps, 20, SIGMA)
-    assert int(empty["steps"].sum()) == 4 and np.isnan(empty.isel(band=empty["steps"].values == 0)).all()
+    assert (
+        int(empty["steps"].sum()) == 4
+        and np.isnan(empty.isel(band=empty["steps"].values == 0)).all()
+    )
 
 
 def test_noise_without_a_logarithm_is_in_the_outermost_bands() -> None:
     maps = combined(recorded())
     found = by_sigma(maps, 2, SIGMA.copy(data=[np.inf, 4.0, 1.0, 0.0]))
-    assert found["steps"].values.tolist() == [2, 2] and found["sigma_to"].values[0] == np.inf and found["sigma_from"].values[-1] == 0
+    assert (
+        found["steps"].values.tolist() == [2, 2]
+        and found["sigma_to"].values[0] == np.inf
+        and found["sigma_from"].values[-1] == 0
+    )
     assert by_sigma(maps, 3, SIGMA * 0 + 2)["steps"].values.sum() == 4, "one noise level, one band"
     outside = by_sigma(maps, [0.5, 5], SIGMA)
     assert outside["steps"].values.tolist() == [2], "a step outside of the edges is in no band"
@@ -361,14 +482,17 @@ def test_bands_that_make_no_sense() -> None:
         by_sigma(maps, 3, SIGMA * 0)
 
 
-# --- words of two branches, phrases ----------------------------------------------------------------------------------
+# --- words of two branches, phrases ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "sqrt_u8"])
 def test_words_of_stored_maps_are_sums_of_shares(dtype: str) -> None:
     maps = recorded(dtype)[0]
     found = word_maps(maps.sel(branch=["cond"]))
-    assert found.dims == ("step", "word", "branch", "image", "layer", "head", "y", "x") and found.dtype == np.float32
+    assert (
+        found.dims == ("step", "word", "branch", "image", "layer", "head", "y", "x")
+        and found.dtype == np.float32
+    )
     wanted = probabilities(maps.values)[:, [5, 6], 1:].sum(axis=1)
     np.testing.assert_allclose(found.isel(word=3).values, wanted, rtol=1e-6)
 
@@ -377,11 +501,21 @@ def test_the_words_of_two_branches_stay_apart() -> None:
     maps = recorded()[0]
     with pytest.raises(ValueError, match="different tokens"):
         word_maps(maps)
-    found = {branch: word_maps(maps.sel(branch=branch), cut=cut) for branch, cut in (("uncond", ""), ("cond", "and more"))}
-    assert found["uncond"]["word"].values.tolist() == ["hat"] and found["cond"]["word"].values.tolist() == ["a", "cat", "a", "catfish"]
+    found = {
+        branch: word_maps(maps.sel(branch=branch), cut=cut)
+        for branch, cut in (("uncond", ""), ("cond", "and more"))
+    }
+    assert found["uncond"]["word"].values.tolist() == ["hat"] and found["cond"][
+        "word"
+    ].values.tolist() == ["a", "cat", "a", "catfish"]
     np.testing.assert_array_equal(found["uncond"].isel(word=0), maps.sel(branch="uncond", token=1))
-    assert found["cond"].attrs["cut_from_prompt"] == "and more" and "cut_from_prompt" not in found["uncond"].attrs
-    np.testing.assert_array_equal(word_maps(maps.sel(branch=["cond"])).isel(branch=0), found["cond"])
+    assert (
+        found["cond"].attrs["cut_from_prompt"] == "and more"
+        and "cut_from_prompt" not in found["uncond"].attrs
+    )
+    np.testing.assert_array_equal(
+        word_maps(maps.sel(branch=["cond"])).isel(branch=0), found["cond"]
+    )
 
 
 def sentence(text: str) -> xr.DataArray:
@@ -400,12 +534,21 @@ def test_a_phrase_is_its_words_together_each_time_it_occurs() -> None:
         and found["word_index"].values.tolist() == [0, 6]
     )
     for index, start in enumerate((0, 6)):
-        np.testing.assert_allclose(found.isel(word=index), words.isel(word=[start, start + 1]).sum("word"))
+        np.testing.assert_allclose(
+            found.isel(word=index), words.isel(word=[start, start + 1]).sum("word")
+        )
     assert phrase(words, "CAT")["word_index"].values.tolist() == [2, 5]
     np.testing.assert_array_equal(phrase(words, "cat"), words.isel(word=[2, 5]))
-    assert phrase(words, "cat, and")["word"].values.tolist() == ["cat and"], "punctuation does not count"
+    assert phrase(words, "cat, and")["word"].values.tolist() == ["cat and"], (
+        "punctuation does not count"
+    )
     assert phrase(sentence("the cat's hat"), "cat's hat").sizes["word"] == 1
-    assert phrase(words.transpose("y", "step", "x", "word"), "cat and").dims == ("y", "step", "x", "word")
+    assert phrase(words.transpose("y", "step", "x", "word"), "cat and").dims == (
+        "y",
+        "step",
+        "x",
+        "word",
+    )
 
 
 def test_a_phrase_that_is_not_there() -> None:
@@ -431,16 +574,28 @@ def test_a_phrase_that_is_not_there() -> None:
 
 def test_a_word_that_was_cut_in_its_middle_is_no_word_of_the_prompt() -> None:
     prompt = "a, cat. a catfish's hat"
-    for cut, split in (("fish's hat", "catfish's"), ("'s hat", "catfish's"), ("catfish's hat", ""), (" hat", ""), ("at", "hat"), ("", "")):
+    for cut, split in (
+        ("fish's hat", "catfish's"),
+        ("'s hat", "catfish's"),
+        ("catfish's hat", ""),
+        (" hat", ""),
+        ("at", "hat"),
+        ("", ""),
+    ):
         assert split_word(prompt, cut) == split
     found = word_maps(token_maps("token", "y", "x"), cut="let of a dog", split="Catfishlet")
     assert found["word"].values.tolist() == ["a", "cat", "a", "catfish\u2026"]
     for text in ("catfishlet", "CATFISH", "a catfish", "a catfishlet of"):
         with pytest.raises(PromptError) as caught:
             phrase(found, text)
-        assert caught.value.cause == "'catfishlet' was cut in its middle: the model read only 'catfish' of it."
+        assert (
+            caught.value.cause
+            == "'catfishlet' was cut in its middle: the model read only 'catfish' of it."
+        )
         assert caught.value.remedy == "Shorten the prompt and record it again."
-    with pytest.raises(PromptError, match="'a dog' was cut from the prompt: the model never read 'let of a dog'"):
+    with pytest.raises(
+        PromptError, match="'a dog' was cut from the prompt: the model never read 'let of a dog'"
+    ):
         phrase(found, "a dog")
     with pytest.raises(PromptError, match="'let of' is not in the prompt"):
         phrase(found, "let of")
@@ -450,19 +605,29 @@ def test_a_word_that_was_cut_in_its_middle_is_no_word_of_the_prompt() -> None:
 def test_content_words() -> None:
     words = sentence("A cat next to the Guitar on THE moon and a cat")
     found = content_words(words)
-    assert found["word"].values.tolist() == ["cat", "Guitar", "moon", "cat"] and found["word_index"].values.tolist() == [1, 5, 8, 11]
+    assert found["word"].values.tolist() == ["cat", "Guitar", "moon", "cat"] and found[
+        "word_index"
+    ].values.tolist() == [1, 5, 8, 11]
     assert content_words(words, leave_out=["cat"]).sizes["word"] == 10
     assert content_words(sentence("of the")).sizes["word"] == 0
 
 
-# --- scales ----------------------------------------------------------------------------------------------------------
+# --- scales ---------------------------------------------------------------------------------------
 
-MAPS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=3, max_dims=3, max_side=5), elements=st.floats(0, 1, width=32, allow_subnormal=False))
+MAPS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=3, max_dims=3, max_side=5),
+    elements=st.floats(0, 1, width=32, allow_subnormal=False),
+)
 
 
 def words_of(values: np.ndarray) -> xr.DataArray:
     names = np.array([f"word{i}" for i in range(len(values))], dtype=object)
-    return xr.DataArray(values, dims=("word", "y", "x"), coords={"word": names, "word_index": ("word", np.arange(len(values)))})
+    return xr.DataArray(
+        values,
+        dims=("word", "y", "x"),
+        coords={"word": names, "word_index": ("word", np.arange(len(values)))},
+    )
 
 
 @given(MAPS)
@@ -474,28 +639,45 @@ def test_scales_are_what_they_say(values: np.ndarray) -> None:
     spread = normalised(maps, "min-max")
     for one, found in zip(values, spread.values, strict=True):
         assert (found.min(), found.max()) == ((0, 1) if one.max() > one.min() else (0, 0))
-        np.testing.assert_array_equal(np.sign(np.diff(one.ravel().astype(float))) * np.diff(found.ravel()) >= 0, True)
+        np.testing.assert_array_equal(
+            np.sign(np.diff(one.ravel().astype(float))) * np.diff(found.ravel()) >= 0, True
+        )
 
 
 @settings(max_examples=30)
 @given(MAPS, st.integers(0, 2**32))
-def test_scales_and_differences_do_not_depend_on_the_order_of_words(values: np.ndarray, seed: int) -> None:
+def test_scales_and_differences_do_not_depend_on_the_order_of_words(
+    values: np.ndarray, seed: int
+) -> None:
     maps = words_of(values)
     order = np.random.default_rng(seed).permutation(len(values))
     for how in ("none", "min-max", "words", "space"):
-        xr.testing.assert_allclose(normalised(maps.isel(word=order), how), normalised(maps, how).isel(word=order))
+        xr.testing.assert_allclose(
+            normalised(maps.isel(word=order), how), normalised(maps, how).isel(word=order)
+        )
     if len(values) > 1:
-        xr.testing.assert_allclose(against_others(maps.isel(word=order)), against_others(maps).isel(word=order), atol=1e-6)
+        xr.testing.assert_allclose(
+            against_others(maps.isel(word=order)), against_others(maps).isel(word=order), atol=1e-6
+        )
 
 
 def test_scales_keep_labels_and_nan() -> None:
-    maps = words_of(np.array([[[0.1, np.nan]], [[0.3, 0.5]]], np.float32)).assign_coords(branch="cond")
+    maps = words_of(np.array([[[0.1, np.nan]], [[0.3, 0.5]]], np.float32)).assign_coords(
+        branch="cond"
+    )
     for how in ("min-max", "words", "space"):
         found = normalised(maps, how)
-        assert set(found.coords) == set(maps.coords) and found.dims == maps.dims and found.dtype == np.float32
+        assert (
+            set(found.coords) == set(maps.coords)
+            and found.dims == maps.dims
+            and found.dtype == np.float32
+        )
         assert np.isnan(found.isel(word=0, x=1))
     np.testing.assert_allclose(normalised(maps, "words").isel(x=0).values.ravel(), [0.25, 0.75])
-    assert normalised(words_of(np.zeros((4, 2, 2), np.float32)), "words").values.tolist() == np.full((4, 2, 2), 0.25).tolist()
+    assert (
+        normalised(words_of(np.zeros((4, 2, 2), np.float32)), "words").values.tolist()
+        == np.full((4, 2, 2), 0.25).tolist()
+    )
     assert normalised(maps.isel(word=[]), "words").sizes["word"] == 0
 
 
@@ -504,7 +686,9 @@ def test_against_others_is_the_difference_to_their_mean(values: np.ndarray) -> N
     found = against_others(words_of(values))
     for index in range(len(values)):
         others = [value for i, value in enumerate(values) if i != index]
-        np.testing.assert_allclose(found.isel(word=index), values[index] - np.mean(others, axis=0), atol=1e-5)
+        np.testing.assert_allclose(
+            found.isel(word=index), values[index] - np.mean(others, axis=0), atol=1e-5
+        )
     np.testing.assert_allclose(found.sum("word"), 0, atol=1e-5)
 
 
@@ -514,17 +698,30 @@ def test_one_word_has_no_others() -> None:
 
 
 def test_another_grid_keeps_labels_and_the_order_of_dimensions() -> None:
-    maps = recorded("float16")[0].transpose("y", "token", "x", "step", "branch", "image", "layer", "head")
+    maps = recorded("float16")[0].transpose(
+        "y", "token", "x", "step", "branch", "image", "layer", "head"
+    )
     found = on_grid(maps, (3, 9))
-    assert found.dims == maps.dims and found.sizes["y"] == 3 and found.sizes["x"] == 9 and set(found.coords) == set(maps.coords)
-    np.testing.assert_allclose(found.isel(y=1, x=4, step=2), on_grid(maps.isel(step=2), (3, 9)).isel(y=1, x=4))
+    assert (
+        found.dims == maps.dims
+        and found.sizes["y"] == 3
+        and found.sizes["x"] == 9
+        and set(found.coords) == set(maps.coords)
+    )
+    np.testing.assert_allclose(
+        found.isel(y=1, x=4, step=2), on_grid(maps.isel(step=2), (3, 9)).isel(y=1, x=4)
+    )
     np.testing.assert_array_equal(on_grid(maps, (4, 6)), maps)
 
 
 def test_numbers_are_decoded_and_labelled() -> None:
     maps = recorded("sqrt_u8")[0].assign_attrs(encoding="sqrt_u8", units="1")
     found = numbers(maps)
-    assert found.dtype == np.float32 and set(found.coords) == set(maps.coords) and found.attrs == {"units": "1"}
+    assert (
+        found.dtype == np.float32
+        and set(found.coords) == set(maps.coords)
+        and found.attrs == {"units": "1"}
+    )
     assert maps.attrs["encoding"] == "sqrt_u8", "what was given is as it was"
     np.testing.assert_array_equal(found.values, probabilities(maps.values))
     assert numbers(found.astype("float64")).dtype == np.float64
@@ -533,7 +730,7 @@ def test_numbers_are_decoded_and_labelled() -> None:
     assert len(list(steps_of(maps.isel(step=0)))) == 1
 
 
-# --- a recording -----------------------------------------------------------------------------------------------------
+# --- a recording ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -558,22 +755,38 @@ def test_the_words_of_a_recording(run: Run) -> None:
     assert word_maps(combined(maps).sel(branch="uncond"))["word"].values.tolist() == ["a", "hat"]
     cond = word_maps(combined(maps).sel(branch="cond"))
     assert cond["word"].values.tolist() == "a cat and an astronaut scuba diving and a cat".split()
-    assert cond.dims == ("step", "word", "image", "y", "x") and cond["step"].values.tolist() == [0, 1, 3]
+    assert cond.dims == ("step", "word", "image", "y", "x") and cond["step"].values.tolist() == [
+        0,
+        1,
+        3,
+    ]
     np.testing.assert_allclose(cond.mean(("step", "image")), run.word_overview(), atol=1e-5)
-    assert phrase(cond, "cat")["word_index"].values.tolist() == [1, 9] and phrase(cond, "Scuba Diving").sizes["word"] == 1
+    assert (
+        phrase(cond, "cat")["word_index"].values.tolist() == [1, 9]
+        and phrase(cond, "Scuba Diving").sizes["word"] == 1
+    )
     bands = by_sigma(cond, 2, run.variable("sigma"))
-    assert bands["steps"].values.sum() == 3 and np.isfinite(bands.isel(band=bands["steps"].values > 0)).all()
+    assert (
+        bands["steps"].values.sum() == 3
+        and np.isfinite(bands.isel(band=bands["steps"].values > 0)).all()
+    )
 
 
 def test_all_steps_of_the_file_give_what_its_recorded_steps_give(run: Run) -> None:
-    """The file as stock xarray opens it, with the codes of steps that were never written, and its own sums over steps."""
+    """The file as stock xarray opens it, with the codes of steps that were never written, and its
+    own sums over steps.
+    """
     over = ("step", "layer", "head")
     raw = [run.variable(f"attention/{grid}/cross") for grid in run.grids]
     assert raw[0].sizes["step"] == 5 and raw[0].dtype == np.uint8
-    xr.testing.assert_identical(combined(raw, over), combined([run.attention(grid) for grid in run.grids], over))
+    xr.testing.assert_identical(
+        combined(raw, over), combined([run.attention(grid) for grid in run.grids], over)
+    )
     for grid, found in zip(run.grids, raw, strict=True):
         sums = run.variable(f"attention/{grid}/time_sum")
-        np.testing.assert_allclose(combined(found, ["step"]) * 3, sums.transpose(*found.dims[1:]), atol=1e-5)
+        np.testing.assert_allclose(
+            combined(found, ["step"]) * 3, sums.transpose(*found.dims[1:]), atol=1e-5
+        )
 
 
 def test_what_was_cut_is_said(tmp_path: Path) -> None:
@@ -591,6 +804,8 @@ def test_what_was_cut_is_said(tmp_path: Path) -> None:
     run = record(asked, pipeline=tiny.pipeline(), progress=False)
     words = run.word_maps()
     assert words.sizes["word"] == 75 and words.attrs["cut_from_prompt"].endswith("on the hat")
-    with pytest.raises(PromptError, match="'the hat' was cut from the prompt: the model never read"):
+    with pytest.raises(
+        PromptError, match="'the hat' was cut from the prompt: the model never read"
+    ):
         phrase(words, "the hat")
     assert phrase(words, "a cat").sizes["word"] == 37

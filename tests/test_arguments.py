@@ -1,6 +1,8 @@
-"""A wrong argument ends in an error of ours with cause and remedy: never in a raw TypeError, never in another number.
+"""A wrong argument ends in an error of ours with cause and remedy: never in a raw TypeError, never
+in another number.
 
-Every argument of the reading API is tried with values that people pass by mistake, on one recording.
+Every argument of the reading API is tried with values that people pass by mistake, on one
+recording.
 """
 
 from __future__ import annotations
@@ -29,15 +31,62 @@ from probe.terminal import overrides
 
 STEPS = 4  # PNDM calls the model once more
 ODD: list[Any] = [
-    *(5, -99, 0.5, float("nan"), True, None, "x", "", "a\nb", b"cat", [0], [0.5], [True], [None], ["x"], [[0]], [], (), {}, {"a": 1}, set()),
-    *(slice("a"), slice(0, 1, 0), object(), lambda: 1, range(3), np.float64(1), np.True_, np.array(1.0), np.array(2), np.array([0.5])),
-    *(np.zeros((2, 2)), np.array(["x"]), np.zeros(3, bool), xr.DataArray(1), xr.DataArray([1.0, 2.0], dims="x"), xr.Dataset(), 10**30, 1j),
+    *(
+        5,
+        -99,
+        0.5,
+        float("nan"),
+        True,
+        None,
+        "x",
+        "",
+        "a\nb",
+        b"cat",
+        [0],
+        [0.5],
+        [True],
+        [None],
+        ["x"],
+        [[0]],
+        [],
+        (),
+        {},
+        {"a": 1},
+        set(),
+    ),
+    *(
+        slice("a"),
+        slice(0, 1, 0),
+        object(),
+        lambda: 1,
+        range(3),
+        np.float64(1),
+        np.True_,
+        np.array(1.0),
+        np.array(2),
+        np.array([0.5]),
+    ),
+    *(
+        np.zeros((2, 2)),
+        np.array(["x"]),
+        np.zeros(3, bool),
+        xr.DataArray(1),
+        xr.DataArray([1.0, 2.0], dims="x"),
+        xr.Dataset(),
+        10**30,
+        1j,
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    asked = {"prompt": "a cat and a hat", "steps": STEPS, "output": str(tmp_path_factory.mktemp("runs")), "capture": {"branches": "both"}}
+    asked = {
+        "prompt": "a cat and a hat",
+        "steps": STEPS,
+        "output": str(tmp_path_factory.mktemp("runs")),
+        "capture": {"branches": "both"},
+    }
     return record(asked, pipeline=tiny.pipeline(), progress=False)
 
 
@@ -100,17 +149,30 @@ def test_every_public_method_with_arguments_is_here() -> None:
 
 
 @pytest.mark.parametrize(("method", "argument"), list(arguments()))
-def test_an_odd_value_is_an_answer_or_an_error_of_ours(run: Run, method: str, argument: str) -> None:
-    calls = [functools.partial(getattr(run, method), **{**METHODS[method], argument: value}) for value in ODD]
-    refused = [assert_ours(f"{method}({argument}={value!r})", call) for value, call in zip(ODD, calls, strict=True)]
+def test_an_odd_value_is_an_answer_or_an_error_of_ours(
+    run: Run, method: str, argument: str
+) -> None:
+    calls = [
+        functools.partial(getattr(run, method), **{**METHODS[method], argument: value})
+        for value in ODD
+    ]
+    refused = [
+        assert_ours(f"{method}({argument}={value!r})", call)
+        for value, call in zip(ODD, calls, strict=True)
+    ]
     assert sum(refused) > len(ODD) / 2
 
 
 def test_odd_steps_are_refused_before_the_model_is_asked(run: Run) -> None:
-    refused = [assert_ours(f"steps={value!r}", lambda value=value: asked_steps(run, value)) for value in ODD]
+    refused = [
+        assert_ours(f"steps={value!r}", lambda value=value: asked_steps(run, value))
+        for value in ODD
+    ]
     assert sum(refused) > len(ODD) / 2
     calls = run.variable("committed").size
-    assert asked_steps(run, [0, -1]) == asked_steps(run, "0,-1") == [0, calls - 1] and asked_steps(run, slice(3, 99)) == [3, 4]
+    assert asked_steps(run, [0, -1]) == asked_steps(run, "0,-1") == [0, calls - 1] and asked_steps(
+        run, slice(3, 99)
+    ) == [3, 4]
     with pytest.raises(ExperimentError, match="steps: 9 is not a committed step"):
         asked_steps(run, [9])
 
@@ -131,10 +193,21 @@ NO_INDICES: list[Any] = [
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [*((setting, value) for setting in ("steps", "heads", "images") for value in NO_INDICES), ("heads", "0"), ("images", "0")]
+    ("setting", "value"),
+    [
+        *((setting, value) for setting in ("steps", "heads", "images") for value in NO_INDICES),
+        ("heads", "0"),
+        ("images", "0"),
+    ],
 )
 def test_what_is_no_index_is_never_read_as_one(run: Run, setting: str, value: Any) -> None:
-    for read in (run.token_maps, run.word_maps, run.mass, run.against_others, lambda **choice: run.phrase("cat", **choice)):
+    for read in (
+        run.token_maps,
+        run.word_maps,
+        run.mass,
+        run.against_others,
+        lambda **choice: run.phrase("cat", **choice),
+    ):
         with pytest.raises(ExperimentError, match=setting) as error:
             read(**{setting: value})
         assert error.value.remedy
@@ -144,7 +217,9 @@ def test_masks_slices_and_text_choose_what_they_say(run: Run) -> None:
     calls = len(run.steps)
     mask = np.arange(calls) % 2 == 0
     assert same(run.word_maps(steps=mask), run.word_maps(steps=np.flatnonzero(mask)))
-    assert same(run.word_maps(steps=xr.DataArray(mask, dims="step")), run.word_maps(steps=[0, 2, 4]))
+    assert same(
+        run.word_maps(steps=xr.DataArray(mask, dims="step")), run.word_maps(steps=[0, 2, 4])
+    )
     heads = run.attention().sizes["head"]
     assert same(run.word_maps(heads=np.arange(heads) == 1), run.word_maps(heads=1))
     assert same(run.word_maps(heads=slice(0, 1)), run.word_maps(heads=np.int64(0)))
@@ -159,7 +234,9 @@ def test_masks_slices_and_text_choose_what_they_say(run: Run) -> None:
 
 def test_indices_in_disorder_are_no_slice(run: Run) -> None:
     """[0, 0, 2] was read as 0 to 2, and [0, 2, 1, 3] as 0 to 3."""
-    assert isinstance(places(np.array([0, 0, 2])), np.ndarray) and isinstance(places(np.array([0, 2, 1, 3])), np.ndarray)
+    assert isinstance(places(np.array([0, 0, 2])), np.ndarray) and isinstance(
+        places(np.array([0, 2, 1, 3])), np.ndarray
+    )
     assert places(np.array([2, 3, 4])) == slice(2, 5)
     assert list(run.token_maps(steps=[0, 2, 1, 3])["step"].values) == [0, 2, 1, 3]
     every = run.token_maps()
@@ -168,17 +245,37 @@ def test_indices_in_disorder_are_no_slice(run: Run) -> None:
 
 @pytest.mark.parametrize("branch", ["x", 5, "", [0], "Cond"])
 def test_a_branch_is_named_as_a_branch(run: Run, branch: Any) -> None:
-    for read in (run.prediction, run.eps, run.v, run.denoised, run.tokens, run.cut, run.read_as, lambda b: run.word_maps(branch=b)):
+    for read in (
+        run.prediction,
+        run.eps,
+        run.v,
+        run.denoised,
+        run.tokens,
+        run.cut,
+        run.read_as,
+        lambda b: run.word_maps(branch=b),
+    ):
         with pytest.raises(ExperimentError, match="There is no branch") as error:
             read(branch)
         assert isinstance(error.value, ValueError) and "cond" in error.value.remedy
-    with pytest.raises(ExperimentError, match=r"branch may be None \(what the scheduler got\), 'cond' or 'uncond'"):
+    with pytest.raises(
+        ExperimentError, match=r"branch may be None \(what the scheduler got\), 'cond' or 'uncond'"
+    ):
         run.prediction("x")
 
 
 def test_an_attribute_that_is_not_there_is_not_damage(run: Run, tmp_path: Path) -> None:
-    for place in (("x",), ("noising",), ("model", "x"), ("created", "2"), ("scheduler", "class", "x")):
-        with pytest.warns(DeprecationWarning, match="renamed"), pytest.raises(RecordingNotFound, match="has no attribute") as error:
+    for place in (
+        ("x",),
+        ("noising",),
+        ("model", "x"),
+        ("created", "2"),
+        ("scheduler", "class", "x"),
+    ):
+        with (
+            pytest.warns(DeprecationWarning, match="renamed"),
+            pytest.raises(RecordingNotFound, match="has no attribute") as error,
+        ):
             run.said(*place)
         assert "damaged" not in str(error.value) and "remove" not in str(error.value)
     with pytest.warns(DeprecationWarning, match="renamed"), pytest.raises(ExperimentError):
@@ -204,7 +301,7 @@ def test_what_is_said_of_some(run: Run) -> None:
         run.phrase("")
 
 
-# --- analysis -----------------------------------------------------------------------------------------------------------
+# --- analysis -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", analysis.__all__)
@@ -215,23 +312,67 @@ def test_analysis_of_what_is_no_array(run: Run, name: str) -> None:
     masks = words > 0
     scores = xr.DataArray(np.arange(12.0).reshape(4, 3), dims=("scene", "head"))
     good: dict[str, Any] = {
-        **{"maps": words, "words": words, "masks": masks, "truth": masks, "values": maps, "scores": scores, "stored": maps.values, "text": "cat"},
-        **{"at": 0.5, "grid": (4, 4), "how": {"overlap": "cosine", "normalised": "none"}.get(name, "none"), "sizes": None},
+        **{
+            "maps": words,
+            "words": words,
+            "masks": masks,
+            "truth": masks,
+            "values": maps,
+            "scores": scores,
+            "stored": maps.values,
+            "text": "cat",
+        },
+        **{
+            "at": 0.5,
+            "grid": (4, 4),
+            "how": {"overlap": "cosine", "normalised": "none"}.get(name, "none"),
+            "sizes": None,
+        },
     }
-    if name in ("combined", "by_sigma", "token_kinds", "word_maps", "head_statistics", "contribution"):
+    if name in (
+        "combined",
+        "by_sigma",
+        "token_kinds",
+        "word_maps",
+        "head_statistics",
+        "contribution",
+    ):
         good["maps"] = maps
     if name == "contribution":
-        good["maps"], good["sizes"] = run.attention(), run.variable(f"attention/{run.grids[0]}/value_size")
+        good["maps"], good["sizes"] = (
+            run.attention(),
+            run.variable(f"attention/{run.grids[0]}/value_size"),
+        )
     function: Callable[..., Any] = getattr(analysis, name)
     parameters = inspect.signature(function).parameters
-    right = {key: good[key] for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    right = {
+        key: good[key]
+        for key, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
     if name == "by_sigma":
         right["sigma"] = run.variable("sigma")
     function(**right)
-    more = ("bands", "over", "seed", "level", "merge", "method", "weigh", "resamples", "classes", "pool", "least", "sigma", "kinds")
+    more = (
+        "bands",
+        "over",
+        "seed",
+        "level",
+        "merge",
+        "method",
+        "weigh",
+        "resamples",
+        "classes",
+        "pool",
+        "least",
+        "sigma",
+        "kinds",
+    )
     for key in (key for key in parameters if key in (*right, *more)):
         for value in ODD:
-            assert_ours(f"{name}({key}={value!r})", functools.partial(function, **{**right, key: value}))
+            assert_ours(
+                f"{name}({key}={value!r})", functools.partial(function, **{**right, key: value})
+            )
 
 
 def test_average_precision_takes_a_plain_mask(run: Run) -> None:
@@ -240,8 +381,16 @@ def test_average_precision_takes_a_plain_mask(run: Run) -> None:
     mask[1:3, 2:] = True
     found = analysis.average_precision(maps, mask)
     assert same(found, analysis.average_precision(maps, xr.DataArray(mask, dims=("y", "x"))))
-    assert same(analysis.iou(maps > 0.1, mask), analysis.iou(maps > 0.1, xr.DataArray(mask, dims=("y", "x"))))
-    for wrong, said in ((mask[1:], "an array of shape"), (mask.astype(int), "mask > 0"), (mask.tolist(), "is no mask"), (None, "is no mask")):
+    assert same(
+        analysis.iou(maps > 0.1, mask),
+        analysis.iou(maps > 0.1, xr.DataArray(mask, dims=("y", "x"))),
+    )
+    for wrong, said in (
+        (mask[1:], "an array of shape"),
+        (mask.astype(int), "mask > 0"),
+        (mask.tolist(), "is no mask"),
+        (None, "is no mask"),
+    ):
         with pytest.raises(ExperimentError) as error:
             analysis.average_precision(maps, wrong)  # type: ignore[arg-type]
         assert said in str(error.value)
@@ -250,15 +399,31 @@ def test_average_precision_takes_a_plain_mask(run: Run) -> None:
             analysis.ranked_heads(scores)  # type: ignore[arg-type]
 
 
-# --- what is asked ------------------------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
-    asked = load_experiment({"steps": np.int64(3), "capture": {"steps": [np.int32(0), np.uint8(2)]}, "scheduler_options": {"x": np.int16(4)}})
-    assert asked == load_experiment({"steps": 3, "capture": {"steps": [0, 2]}, "scheduler_options": {"x": 4}})
+    asked = load_experiment(
+        {
+            "steps": np.int64(3),
+            "capture": {"steps": [np.int32(0), np.uint8(2)]},
+            "scheduler_options": {"x": np.int16(4)},
+        }
+    )
+    assert asked == load_experiment(
+        {"steps": 3, "capture": {"steps": [0, 2]}, "scheduler_options": {"x": 4}}
+    )
     assert type(asked.steps) is int and load_experiment(asked, seed=np.uint64(7)).seed == 7
-    assert load_noising({"timesteps": [np.int64(5), np.int32(9)]}).timesteps == (9, 5) == load_noising({"timesteps": np.array([5, 9])}).timesteps
-    assert load_noising({"timesteps": range(100, 400, 100)}).timesteps == (300, 200, 100) and load_noising({"timesteps": 500}).timesteps == (500,)
+    assert (
+        load_noising({"timesteps": [np.int64(5), np.int32(9)]}).timesteps
+        == (9, 5)
+        == load_noising({"timesteps": np.array([5, 9])}).timesteps
+    )
+    assert load_noising({"timesteps": range(100, 400, 100)}).timesteps == (
+        300,
+        200,
+        100,
+    ) and load_noising({"timesteps": 500}).timesteps == (500,)
     for wrong in (True, np.True_, np.float64(3), 3.0, "3", np.array([3])):
         with pytest.raises(ExperimentError, match=r"steps: .* is not a whole number"):
             load_experiment({"steps": wrong})
@@ -267,7 +432,9 @@ def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
             load_noising({"timesteps": some})
 
 
-@pytest.mark.parametrize("text", ["[900, 500, 100]", "[100,500,900]", "100,500,900", "900, 500, 100", "100:901:400"])
+@pytest.mark.parametrize(
+    "text", ["[900, 500, 100]", "[100,500,900]", "100,500,900", "900, 500, 100", "100:901:400"]
+)
 def test_timesteps_are_written_on_the_command_line_as_in_yaml(text: str, tmp_path: Path) -> None:
     options = noising.parser().parse_args(["--timesteps", text])
     assert load_noising({}, **overrides(options, Noising)).timesteps == (900, 500, 100)
@@ -296,16 +463,38 @@ def test_a_line_says_which_character_is_wrong() -> None:
 
 def test_lcm_says_how_many_steps_it_takes(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="its original_inference_steps are 50") as error:
-        record({"steps": 51, "scheduler": "LCM", "output": str(tmp_path)}, pipeline=tiny.pipeline(), progress=False)
+        record(
+            {"steps": 51, "scheduler": "LCM", "output": str(tmp_path)},
+            pipeline=tiny.pipeline(),
+            progress=False,
+        )
     assert "original_inference_steps: 51" in error.value.remedy
-    asked = {"prompt": "a cat", "steps": 51, "scheduler": "LCM", "scheduler_options": {"original_inference_steps": 51}, "output": str(tmp_path)}
+    asked = {
+        "prompt": "a cat",
+        "steps": 51,
+        "scheduler": "LCM",
+        "scheduler_options": {"original_inference_steps": 51},
+        "output": str(tmp_path),
+    }
     with pytest.raises(ProbeError, match="more than --max-bytes"):  # the remedy gets further
         record(asked, pipeline=tiny.pipeline(), progress=False, max_bytes=1)
 
 
-@pytest.mark.parametrize("options", [{"max_bytes": "1"}, {"max_bytes": True}, {"max_bytes": -1}, {"max_bytes": 1.5}, {"progress": "no"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_bytes": "1"},
+        {"max_bytes": True},
+        {"max_bytes": -1},
+        {"max_bytes": 1.5},
+        {"progress": "no"},
+    ],
+)
 def test_the_options_of_record(tmp_path: Path, options: dict[str, Any]) -> None:
-    for call in (lambda: record({"output": str(tmp_path)}, **options), lambda: record_noising("x.png", output=str(tmp_path), **options)):
+    for call in (
+        lambda: record({"output": str(tmp_path)}, **options),
+        lambda: record_noising("x.png", output=str(tmp_path), **options),
+    ):
         with pytest.raises(ExperimentError, match=next(iter(options))):
             call()
 
@@ -329,15 +518,29 @@ MASK = np.eye(32, dtype=bool)
         (None, None, "picture: a NoneType is neither a file nor an array"),
     ],
 )
-def test_pictures_and_masks_of_a_noising(tmp_path: Path, picture: Any, masks: Any, said: str) -> None:
+def test_pictures_and_masks_of_a_noising(
+    tmp_path: Path, picture: Any, masks: Any, said: str
+) -> None:
     with pytest.raises(ExperimentError) as error:
-        record_noising(picture, "a cat", masks, output=str(tmp_path), pipeline=tiny.pipeline(), progress=False)
+        record_noising(
+            picture, "a cat", masks, output=str(tmp_path), pipeline=tiny.pipeline(), progress=False
+        )
     assert said in str(error.value) and error.value.remedy and not list(tmp_path.iterdir())
 
 
-def test_a_mask_of_a_word_that_is_not_in_the_caption_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings: dict[str, Any] = {"noises": 1, "timesteps": [500], "output": str(tmp_path), "pipeline": tiny.pipeline(), "sheet": False}
-    record_noising(PICTURE, "a Cat, a hat", {"cat": MASK, "dog": MASK, "scuba diving": MASK}, **settings)
+def test_a_mask_of_a_word_that_is_not_in_the_caption_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {
+        "noises": 1,
+        "timesteps": [500],
+        "output": str(tmp_path),
+        "pipeline": tiny.pipeline(),
+        "sheet": False,
+    }
+    record_noising(
+        PICTURE, "a Cat, a hat", {"cat": MASK, "dog": MASK, "scuba diving": MASK}, **settings
+    )
     assert "Masks of what is not in the caption: dog, scuba diving." in capsys.readouterr().err
     record_noising(PICTURE, "a cat, a hat", {"cat": MASK}, **settings)
     assert "not in the caption" not in capsys.readouterr().err

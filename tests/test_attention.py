@@ -1,4 +1,6 @@
-"""What a run says of its attention: the same as doing it by hand with `probe.analysis`, and whatever is not there is said in one line."""
+"""What a run says of its attention: the same as doing it by hand with `probe.analysis`, and
+whatever is not there is said in one line.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,17 @@ import pytest
 import tiny
 import xarray as xr
 
-from probe.analysis import against_others, by_kind, by_sigma, combined, content_words, contribution, normalised, phrase, word_maps
+from probe.analysis import (
+    against_others,
+    by_kind,
+    by_sigma,
+    combined,
+    content_words,
+    contribution,
+    normalised,
+    phrase,
+    word_maps,
+)
 from probe.cli import dispatch
 from probe.errors import ExperimentError, PromptError, RecordingNotFound
 from probe.reading.recording import Run
@@ -22,9 +34,27 @@ PROMPT = "a cat, on the hat of a cat"
 
 
 def take(folder: Path, capture: dict[str, Any] | None = None, **asked: Any) -> Run:
-    plain = {"prompt": PROMPT, "negative_prompt": "an astronaut", "steps": 4, "images": 2, "height": 24, "width": 48, "scheduler": "DDIM"}
-    settings = {"branches": "both", "dtype": "float32", "text": False, "statistics": False, **(capture or {})}
-    return record({**plain, "output": str(folder), "capture": settings, **asked}, pipeline=tiny.pipeline(), progress=False)
+    plain = {
+        "prompt": PROMPT,
+        "negative_prompt": "an astronaut",
+        "steps": 4,
+        "images": 2,
+        "height": 24,
+        "width": 48,
+        "scheduler": "DDIM",
+    }
+    settings = {
+        "branches": "both",
+        "dtype": "float32",
+        "text": False,
+        "statistics": False,
+        **(capture or {}),
+    }
+    return record(
+        {**plain, "output": str(folder), "capture": settings, **asked},
+        pipeline=tiny.pipeline(),
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,31 +73,50 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         "cond": take(folder / "cond", {"branches": "cond", "steps": "0,2"}),
         "unguided": take(folder / "unguided", {"branches": "cond"}, guidance_scale=1),
         "empty": take(folder / "empty", prompt="", steps=1, images=1),
-        "split": take(folder / "split", prompt="cat " * 73 + "zebra of a hat", over_long="cut", steps=1, images=1),
-        "cut": take(folder / "cut", prompt="a cat " * 40 + "hat", over_long="cut", steps=1, images=1),
+        "split": take(
+            folder / "split",
+            prompt="cat " * 73 + "zebra of a hat",
+            over_long="cut",
+            steps=1,
+            images=1,
+        ),
+        "cut": take(
+            folder / "cut", prompt="a cat " * 40 + "hat", over_long="cut", steps=1, images=1
+        ),
     }
 
 
-# --- the same as by hand ---------------------------------------------------------------------------------------------
+# --- the same as by hand --------------------------------------------------------------------------
 
 
 def test_tokens_and_words_are_those_of_the_analysis(run: Run) -> None:
     every = [run.attention(grid) for grid in run.grids]
     for branch in ("uncond", "cond"):
         words = word_maps(combined(every).sel(branch=branch))
-        xr.testing.assert_allclose(run.token_maps(branch=branch), combined(every).sel(branch=branch, drop=True))
+        xr.testing.assert_allclose(
+            run.token_maps(branch=branch), combined(every).sel(branch=branch, drop=True)
+        )
         found = run.word_maps(branch=branch)
         np.testing.assert_allclose(found.transpose(*words.dims).values, words.values, atol=1e-7)
         assert found["word"].values.tolist() == words["word"].values.tolist()
-    assert run.word_maps()["word"].values.tolist() == "a cat on the hat of a cat".split(), "words that are there twice stay apart"
-    assert run.word_maps(branch="uncond")["word"].values.tolist() == ["an", "astronaut"], "the negative prompt's own"
-    np.testing.assert_allclose(run.word_maps().mean(("step", "image")).values, run.word_overview().values, atol=1e-6)
+    assert run.word_maps()["word"].values.tolist() == "a cat on the hat of a cat".split(), (
+        "words that are there twice stay apart"
+    )
+    assert run.word_maps(branch="uncond")["word"].values.tolist() == ["an", "astronaut"], (
+        "the negative prompt's own"
+    )
+    np.testing.assert_allclose(
+        run.word_maps().mean(("step", "image")).values, run.word_overview().values, atol=1e-6
+    )
 
 
 def test_daam_in_one_line(run: Run) -> None:
     found = run.word_maps(over=("step", "layer", "head"), method="bicubic", merge="mean")
     maps = [run.attention(grid) for grid in run.grids]
-    by_hand = word_maps(combined(maps, over=("step", "layer", "head"), method="bicubic").sel(branch="cond"), merge="mean")
+    by_hand = word_maps(
+        combined(maps, over=("step", "layer", "head"), method="bicubic").sel(branch="cond"),
+        merge="mean",
+    )
     np.testing.assert_allclose(found.values, by_hand.values, atol=1e-7)
     assert found.dims == ("word", "image", "y", "x")
 
@@ -84,14 +133,21 @@ def test_a_choice_is_a_part(of: Any, run: Run) -> None:
     one = run.token_maps(of=of, layers=grid, heads=0, steps=slice(2, None), grid=(5, 7))
     expected = combined(maps.sel(branch="cond").isel(step=slice(2, None), head=[0]), grid=(5, 7))
     np.testing.assert_allclose(one.values, expected.values, rtol=1e-5)
-    np.testing.assert_array_equal(run.token_maps(of=of, images=[1]).values, run.token_maps(of=of).isel(image=[1]).values)
-    assert run.token_maps(of=of, layers=["mid_block.*", "up_blocks.*"]).sizes == run.token_maps(of=of).sizes
+    np.testing.assert_array_equal(
+        run.token_maps(of=of, images=[1]).values, run.token_maps(of=of).isel(image=[1]).values
+    )
+    assert (
+        run.token_maps(of=of, layers=["mid_block.*", "up_blocks.*"]).sizes
+        == run.token_maps(of=of).sizes
+    )
 
 
 def test_one_number_is_a_list_of_one(run: Run) -> None:
     wanted = run.token_maps(heads=[1], images=[0], steps=[2], over="layer")
     for kind in (int, np.int64, np.uint8):
-        xr.testing.assert_identical(run.token_maps(heads=kind(1), images=kind(0), steps=kind(2), over=("layer",)), wanted)
+        xr.testing.assert_identical(
+            run.token_maps(heads=kind(1), images=kind(0), steps=kind(2), over=("layer",)), wanted
+        )
     xr.testing.assert_identical(run.word_maps(steps=0), run.word_maps(steps=[0]))
     xr.testing.assert_identical(run.word_maps(bands=np.int64(2)), run.word_maps(bands=2))
     edges = run.word_maps(bands=np.array([0.01, 1, 100]))
@@ -101,16 +157,25 @@ def test_one_number_is_a_list_of_one(run: Run) -> None:
 def test_contribution_is_attention_times_what_is_written(run: Run, others: dict[str, Run]) -> None:
     for one in (run, others["queries"]):
         for grid in one.grids:
-            by_hand = contribution(one.attention(grid), one.variable(f"attention/{grid}/value_size"))
+            by_hand = contribution(
+                one.attention(grid), one.variable(f"attention/{grid}/value_size")
+            )
             np.testing.assert_array_equal(one.contribution(grid).values, by_hand.values)
-    np.testing.assert_allclose(run.word_maps(of="contribution").values, others["queries"].word_maps(of="contribution").values, atol=1e-6)
+    np.testing.assert_allclose(
+        run.word_maps(of="contribution").values,
+        others["queries"].word_maps(of="contribution").values,
+        atol=1e-6,
+    )
 
 
 def test_noise_levels_and_scales(run: Run) -> None:
     found = run.word_maps(bands=2, normalise="space")
     words = word_maps(by_sigma(run.token_maps(), 2, run.variable("sigma")))
     np.testing.assert_allclose(found.values, normalised(words, "space").values, atol=1e-7)
-    assert found["steps"].values.sum() == 4 and found["sigma_from"].values[0] > found["sigma_from"].values[1]
+    assert (
+        found["steps"].values.sum() == 4
+        and found["sigma_from"].values[0] > found["sigma_from"].values[1]
+    )
     np.testing.assert_allclose(found.sum(("y", "x")).values, 1, atol=1e-5)
 
 
@@ -126,7 +191,13 @@ def test_a_phrase_and_a_word_against_the_others(run: Run) -> None:
 
 def test_no_attention_is_dropped(run: Run, others: dict[str, Run]) -> None:
     found = run.mass()
-    assert found["kind"].values.tolist() == ["BOS", "words", "other", "EOS", "rest"] and found.dims == ("step", "kind", "image")
+    assert found["kind"].values.tolist() == [
+        "BOS",
+        "words",
+        "other",
+        "EOS",
+        "rest",
+    ] and found.dims == ("step", "kind", "image")
     np.testing.assert_allclose(found.sum("kind").values, 1, atol=1e-5)
     assert (found.values > 0).all(), "the comma is `other`"
     xr.testing.assert_allclose(found, by_kind(run.token_maps().mean(("y", "x"))))
@@ -137,14 +208,21 @@ def test_no_attention_is_dropped(run: Run, others: dict[str, Run]) -> None:
 
 def test_what_words_did(run: Run) -> None:
     found = run.counterfactual()
-    assert found.dims == ("step", "masked_word", "image", "y", "x") and found["masked_word"].values.tolist() == ["cat", "hat"]
+    assert found.dims == ("step", "masked_word", "image", "y", "x") and found[
+        "masked_word"
+    ].values.tolist() == ["cat", "hat"]
     assert np.isfinite(found.values).all() and float(found.max()) > 0
 
 
 def test_what_was_cut_is_said_aloud(others: dict[str, Run]) -> None:
     run = others["cut"]
-    assert run.word_maps().attrs["cut_from_prompt"].endswith("hat") and "cut_from_prompt" not in run.word_maps(branch="uncond").attrs
-    with pytest.raises(PromptError, match="'hat' was cut from the prompt: the model never read") as caught:
+    assert (
+        run.word_maps().attrs["cut_from_prompt"].endswith("hat")
+        and "cut_from_prompt" not in run.word_maps(branch="uncond").attrs
+    )
+    with pytest.raises(
+        PromptError, match="'hat' was cut from the prompt: the model never read"
+    ) as caught:
         run.phrase("hat")
     assert caught.value.remedy == "Shorten the prompt and record it again."
 
@@ -155,34 +233,43 @@ def test_a_word_that_was_cut_in_its_middle_is_said_aloud(others: dict[str, Run])
     for words in (run.word_maps(), run.word_maps(of="contribution"), run.word_overview()):
         assert words["word"].values.tolist() == ["cat"] * 73 + ["ze\u2026"]
     for text in ("zebra", "ze", "cat zebra"):
-        with pytest.raises(PromptError, match="'zebra' was cut in its middle: the model read only 'ze' of it") as caught:
+        with pytest.raises(
+            PromptError, match="'zebra' was cut in its middle: the model read only 'ze' of it"
+        ) as caught:
             run.phrase(text)
         assert caught.value.remedy == "Shorten the prompt and record it again."
-    with pytest.raises(PromptError, match="'a hat' was cut from the prompt: the model never read 'bra of a hat'"):
+    with pytest.raises(
+        PromptError, match="'a hat' was cut from the prompt: the model never read 'bra of a hat'"
+    ):
         run.phrase("a hat")
-    assert others["cut"].cut()[1] == "" and others["cut"].word_maps()["word"].values[-1] == "a", "cut between two words"
+    assert others["cut"].cut()[1] == "" and others["cut"].word_maps()["word"].values[-1] == "a", (
+        "cut between two words"
+    )
 
 
-# --- what is not there -----------------------------------------------------------------------------------------------
+# --- what is not there ----------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[str, Callable[[Run], object], str, str]] = {
     "a word": (
         "cond",
         lambda run: run.phrase("green fish"),
         "'green fish' is not in the prompt.",
-        "Its words: a, cat, on, the, hat, of. For any other word: record with capture.attention: queries, then probe ask latest 'green fish'",
+        "Its words: a, cat, on, the, hat, of. For any other word: record with capture.attention: "
+        "queries, then probe ask latest 'green fish'",
     ),
     "nearly a word": (
         "queries",
         lambda run: run.phrase("hut"),
         "'hut' is not in the prompt.",
-        "Did you mean hat? Its words: a, cat, on, the, hat, of. For any other word: probe ask {path} hut",
+        "Did you mean hat? Its words: a, cat, on, the, hat, of. For any other word: probe ask "
+        "{path} hut",
     ),
     "an empty prompt": (
         "empty",
         lambda run: run.phrase("cat"),
         "'cat' is not in the prompt.",
-        "The prompt has no words. For any other word: record with capture.attention: queries, then probe ask latest cat",
+        "The prompt has no words. For any other word: record with capture.attention: queries, "
+        "then probe ask latest cat",
     ),
     "nothing to set against": (
         "empty",
@@ -196,8 +283,18 @@ REFUSED: dict[str, tuple[str, Callable[[Run], object], str, str]] = {
         "'up_block.*' matches no layer whose attention {name} has.",
         "Did you mean up_blocks.* or ",
     ),
-    "a grid": ("cond", lambda run: run.word_maps(layers="64x64"), "'64x64' matches no layer", "Did you mean 3x6 or 6x12?"),
-    "the grid of an array": ("cond", lambda run: run.contribution("6x13"), "{name} has no attention maps at 6x13.", "Did you mean 6x12"),
+    "a grid": (
+        "cond",
+        lambda run: run.word_maps(layers="64x64"),
+        "'64x64' matches no layer",
+        "Did you mean 3x6 or 6x12?",
+    ),
+    "the grid of an array": (
+        "cond",
+        lambda run: run.contribution("6x13"),
+        "{name} has no attention maps at 6x13.",
+        "Did you mean 6x12",
+    ),
     "a branch": (
         "cond",
         lambda run: run.word_maps(branch="uncond"),
@@ -210,15 +307,30 @@ REFUSED: dict[str, tuple[str, Callable[[Run], object], str, str]] = {
         "{name} has no attention maps of the uncond branch.",
         "Record with capture.branches: both and guidance_scale above 1.",
     ),
-    "a branch that is none": ("cond", lambda run: run.word_maps(branch="uncnd"), "There is no branch 'uncnd'.", "Did you mean uncond"),
+    "a branch that is none": (
+        "cond",
+        lambda run: run.word_maps(branch="uncnd"),
+        "There is no branch 'uncnd'.",
+        "Did you mean uncond",
+    ),
     "the prediction of a branch": (
         "unguided",
         lambda run: run.prediction("uncond"),
         "{name} has no prediction_uncond: it ran without guidance.",
         "Record with guidance_scale above 1. It has: ",
     ),
-    "any maps": ("off", lambda run: run.word_maps(), "{name} has no attention maps.", "Record with capture.attention: maps."),
-    "any words": ("off", lambda run: run.phrase("cat"), "{name} has no attention maps.", "Record with capture.attention: maps."),
+    "any maps": (
+        "off",
+        lambda run: run.word_maps(),
+        "{name} has no attention maps.",
+        "Record with capture.attention: maps.",
+    ),
+    "any words": (
+        "off",
+        lambda run: run.phrase("cat"),
+        "{name} has no attention maps.",
+        "Record with capture.attention: maps.",
+    ),
     "single heads": (
         "summary",
         lambda run: run.contribution(),
@@ -231,9 +343,24 @@ REFUSED: dict[str, tuple[str, Callable[[Run], object], str, str]] = {
         "{name} holds means over heads, and single heads were asked for.",
         "Record with capture.attention: maps or queries.",
     ),
-    "a head": ("cond", lambda run: run.word_maps(heads=[0, 9]), "{name} has no head 9 at 6x12.", "It has heads 0 to "),
-    "an image": ("cond", lambda run: run.word_maps(images=[2]), "{name} has no image 2 at 6x12.", "It has images 0 to 1."),
-    "a step": ("cond", lambda run: run.word_maps(steps=[1]), "{name} has no attention maps of step 1.", "It has steps 0, 2; see capture.steps."),
+    "a head": (
+        "cond",
+        lambda run: run.word_maps(heads=[0, 9]),
+        "{name} has no head 9 at 6x12.",
+        "It has heads 0 to ",
+    ),
+    "an image": (
+        "cond",
+        lambda run: run.word_maps(images=[2]),
+        "{name} has no image 2 at 6x12.",
+        "It has images 0 to 1.",
+    ),
+    "a step": (
+        "cond",
+        lambda run: run.word_maps(steps=[1]),
+        "{name} has no attention maps of step 1.",
+        "It has steps 0, 2; see capture.steps.",
+    ),
     "no step of those there are": (
         "queries",
         lambda run: run.word_maps(steps=slice(10, 20)),
@@ -323,13 +450,32 @@ def test_one_line_of_cause_and_one_of_remedy(what: str, others: dict[str, Run]) 
 def test_from_the_command_line(others: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
     off, cond = others["off"], others["cond"]
     for arguments, cause, remedy in (
-        (["show", str(off.path), "--words"], f"{off.name} has no attention maps.", "Record with capture.attention: maps."),
-        (["ask", str(off.path), "fish"], f"{off.name} holds no queries to ask.", "Record with capture.attention: queries."),
-        (["ask", str(cond.path), "fish"], f"{cond.name} holds no queries to ask.", "Record with capture.attention: queries."),
-        (["ask", str(cond.path), " "], "There is no word to ask for.", "Name one: probe ask latest fish"),
+        (
+            ["show", str(off.path), "--words"],
+            f"{off.name} has no attention maps.",
+            "Record with capture.attention: maps.",
+        ),
+        (
+            ["ask", str(off.path), "fish"],
+            f"{off.name} holds no queries to ask.",
+            "Record with capture.attention: queries.",
+        ),
+        (
+            ["ask", str(cond.path), "fish"],
+            f"{cond.name} holds no queries to ask.",
+            "Record with capture.attention: queries.",
+        ),
+        (
+            ["ask", str(cond.path), " "],
+            "There is no word to ask for.",
+            "Name one: probe ask latest fish",
+        ),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             guarded(dispatch, arguments)
         assert end.value.code == 2
-        assert [line.strip() for line in capsys.readouterr().err.splitlines()] == [f"error: {cause}", remedy]
+        assert [line.strip() for line in capsys.readouterr().err.splitlines()] == [
+            f"error: {cause}",
+            remedy,
+        ]

@@ -1,4 +1,6 @@
-"""The measure of attention maps: known answers, the product's own recordings, sets that share nothing, and bad input in plain words."""
+"""The measure of attention maps: known answers, the product's own recordings, sets that share
+nothing, and bad input in plain words.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,19 @@ import xarray as xr
 from PIL import Image
 
 from experiments import attention_truth as truth_of
-from experiments.attention_truth import SEEDS, Found, chosen, drawn, main, ranked, read_folder, scenes, scores_of, split, study
+from experiments.attention_truth import (
+    SEEDS,
+    Found,
+    chosen,
+    drawn,
+    main,
+    ranked,
+    read_folder,
+    scenes,
+    scores_of,
+    split,
+    study,
+)
 from experiments.attention_truth_report import BOUND, by_method, draw_figure, section, told
 from experiments.emojiworld import judge, report, segmenter, world
 from experiments.emojiworld.report import Asked
@@ -64,7 +78,9 @@ def shown(seed: int = 0, caption: str = CAPTION, words: tuple[str, ...] = ("cat"
 
 
 def planted(one: Shown, grid: int = 8, wrong: tuple[int, ...] = ()) -> Seen:
-    """Maps that are the true masks at a grid, in every layer and head but for the heads `wrong`, which show noise."""
+    """Maps that are the true masks at a grid, in every layer and head but for the heads `wrong`,
+    which show noise.
+    """
     prompt = model().read(one.caption)
     positions = [*range(prompt.end + 1), -1]
     random = np.random.default_rng(int(one.name))
@@ -79,17 +95,23 @@ def planted(one: Shown, grid: int = 8, wrong: tuple[int, ...] = ()) -> Seen:
     coords = {"step": list(TIMESTEPS), "token": positions, "layer": ["a", "b"]}
     maps = xr.DataArray(values, dims=("step", "token", "layer", "head", "y", "x"), coords=coords)
     sizes = xr.DataArray(
-        np.full((len(positions), 2, 3), 2.0, np.float32), dims=("token", "layer", "head"), coords={"token": positions, "layer": ["a", "b"]}
+        np.full((len(positions), 2, 3), 2.0, np.float32),
+        dims=("token", "layer", "head"),
+        coords={"token": positions, "layer": ["a", "b"]},
     )
     return Seen(prompt, [maps], [sizes])
 
 
-def found(count: int, first: int = 0, wrong: tuple[int, ...] = (), words: tuple[str, ...] = ("cat", "hat")) -> list[Found]:
+def found(
+    count: int, first: int = 0, wrong: tuple[int, ...] = (), words: tuple[str, ...] = ("cat", "hat")
+) -> list[Found]:
     listed = [shown(first + i, words=words) for i in range(count)]
-    return [(one, candidates(planted(one, wrong=wrong), one.truth()), one.truth()) for one in listed]
+    return [
+        (one, candidates(planted(one, wrong=wrong), one.truth()), one.truth()) for one in listed
+    ]
 
 
-# --- known answers ---------------------------------------------------------------------------------------------------
+# --- known answers --------------------------------------------------------------------------------
 
 
 def test_a_perfect_map_reaches_the_ceiling_and_an_even_one_is_chance() -> None:
@@ -98,30 +120,50 @@ def test_a_perfect_map_reaches_the_ceiling_and_an_even_one_is_chance() -> None:
     scores = scored(maps, truth, levels)
     for name in ("attention", "grid/8x8", "layer/8x8/b", "head/8x8/a/2", "contribution"):
         for kind in ("AP", "IoU"):
-            np.testing.assert_allclose(scores[kind].sel(map=name), scores[kind].sel(map="ceiling/8x8"), atol=1e-5)
-    assert (scores.AP.sel(map="ceiling/8x8") > 0.8).all() and (scores.AP.sel(map="ceiling/8x8") < 1).all()
+            np.testing.assert_allclose(
+                scores[kind].sel(map=name), scores[kind].sel(map="ceiling/8x8"), atol=1e-5
+            )
+    assert (scores.AP.sel(map="ceiling/8x8") > 0.8).all() and (
+        scores.AP.sel(map="ceiling/8x8") < 1
+    ).all()
     share = np.mean([mask.mean() for mask in one.masks.values()])
-    assert np.allclose(scores.AP.sel(map="uniform"), share) and np.allclose(scores.IoU.sel(map="uniform"), share)
+    assert np.allclose(scores.AP.sel(map="uniform"), share) and np.allclose(
+        scores.IoU.sel(map="uniform"), share
+    )
     assert (scores.AP.sel(map="other word") < scores.AP.sel(map="attention")).all()
 
 
 def test_the_other_word_is_the_map_of_the_other_word() -> None:
     ((_, maps, _),) = found(1)
-    np.testing.assert_array_equal(maps.sel(map="other word", word="cat"), maps.sel(map="attention", word="hat"))
+    np.testing.assert_array_equal(
+        maps.sel(map="other word", word="cat"), maps.sel(map="attention", word="hat")
+    )
     ((_, alone, _),) = found(1, words=("hat",))
-    assert "other word" not in alone["map"].values and "against others" in alone["map"].values  # "cat" is another word, of unknown truth
+    assert (
+        "other word" not in alone["map"].values and "against others" in alone["map"].values
+    )  # "cat" is another word, of unknown truth
 
 
 def test_words_and_phrases_are_found_by_their_tokens() -> None:
     prompt = model().read("A cat in the hat, the cat scuba diving on hats")
-    texts = {word: [prompt.tokens[place] for place in places_of(prompt, word)] for word in ("cat", "Scuba diving", "hat", "dog", "diving on cat", "")}
-    assert texts["cat"] == ["cat", "cat"] and texts["hat"] == ["hat"] and texts["Scuba diving"] == ["scuba", "diving"]
+    texts = {
+        word: [prompt.tokens[place] for place in places_of(prompt, word)]
+        for word in ("cat", "Scuba diving", "hat", "dog", "diving on cat", "")
+    }
+    assert (
+        texts["cat"] == ["cat", "cat"]
+        and texts["hat"] == ["hat"]
+        and texts["Scuba diving"] == ["scuba", "diving"]
+    )
     assert texts["dog"] == texts["diving on cat"] == texts[""] == []
 
 
 def test_the_best_level_is_the_one_with_the_best_mean() -> None:
     names = {"map": ["m"], "step": [1], "level": LEVELS}
-    one, two = (xr.DataArray(np.zeros((len(LEVELS), 1, 1)), dims=("level", "map", "step"), coords=names) for _ in range(2))
+    one, two = (
+        xr.DataArray(np.zeros((len(LEVELS), 1, 1)), dims=("level", "map", "step"), coords=names)
+        for _ in range(2)
+    )
     one[4], two[7], one[9], two[9] = 0.8, 0.8, 0.5, 0.5
     assert float(best_levels([one, two]).item()) == LEVELS[9]
 
@@ -132,7 +174,9 @@ def test_the_good_heads_are_ranked_first_and_used_alone() -> None:
     heads, levels = chosen(found(4, 10, wrong=(0, 2)), order, (2, 3, 6))
     assert heads == order[:2]
     scores = scores_of(found(4, 20, wrong=(0, 2)), heads, levels)
-    np.testing.assert_allclose(scores.AP.sel(map="best heads"), scores.AP.sel(map="ceiling/8x8"), atol=1e-5)
+    np.testing.assert_allclose(
+        scores.AP.sel(map="best heads"), scores.AP.sel(map="ceiling/8x8"), atol=1e-5
+    )
     assert (scores.AP.sel(map="best heads") > scores.AP.sel(map="attention")).all()
 
 
@@ -140,30 +184,69 @@ def test_truth_is_the_share_of_each_place() -> None:
     mask = np.zeros((128, 128), bool)
     mask[10:21, :64] = True
     truth = Shown("", np.zeros((128, 128, 3), np.uint8), "", {"cat": mask}).truth()
-    assert truth.shape == (1, SIDE, SIDE) and float(truth[0, 10, 31]) == 0.5 and float(truth[0, 9, 31]) == 1 and float(truth[0, 9, 32]) == 0
+    assert (
+        truth.shape == (1, SIDE, SIDE)
+        and float(truth[0, 10, 31]) == 0.5
+        and float(truth[0, 9, 31]) == 1
+        and float(truth[0, 9, 32]) == 0
+    )
 
 
-# --- the model is asked as the product asks it -----------------------------------------------------------------------
+# --- the model is asked as the product asks it ----------------------------------------------------
 
 
 def test_what_is_looked_at_is_what_a_noising_records(tmp_path: Path) -> None:
     one = shown()
-    capture = {"dtype": "float32", "counterfactual": ["cat", "hat"], "text": False, "statistics": False}
-    asked = {"timesteps": list(TIMESTEPS), "noises": 1, "seed": 3, "capture": capture, "output": str(tmp_path)}
-    run = record_noising(one.picture, one.caption, pipeline=tiny.pipeline(), progress=False, sheet=False, decode=False, **asked)
+    capture = {
+        "dtype": "float32",
+        "counterfactual": ["cat", "hat"],
+        "text": False,
+        "statistics": False,
+    }
+    asked = {
+        "timesteps": list(TIMESTEPS),
+        "noises": 1,
+        "seed": 3,
+        "capture": capture,
+        "output": str(tmp_path),
+    }
+    run = record_noising(
+        one.picture,
+        one.caption,
+        pipeline=tiny.pipeline(),
+        progress=False,
+        sheet=False,
+        decode=False,
+        **asked,
+    )
     seen = look(model(), one, run.variable("timestep").values.astype(int).tolist(), seed=3)
     for grid, maps, sizes in zip(run.grids, seen.grids, seen.sizes, strict=True):
         there = run.attention(grid).sel(branch="cond").isel(draw=0)
         np.testing.assert_array_equal(there.transpose(*maps.dims).values, maps.values)
         assert list(there["layer"].values) == list(maps["layer"].values)
-        np.testing.assert_array_equal(run.variable(f"attention/{grid}/value_size").sel(branch="cond").transpose(*sizes.dims), sizes)
+        np.testing.assert_array_equal(
+            run.variable(f"attention/{grid}/value_size").sel(branch="cond").transpose(*sizes.dims),
+            sizes,
+        )
     assert seen.change is not None
-    np.testing.assert_array_equal(run.variable("counterfactual/change").isel(draw=0).values, seen.change.values)
+    np.testing.assert_array_equal(
+        run.variable("counterfactual/change").isel(draw=0).values, seen.change.values
+    )
 
 
 def test_a_recorded_run_gives_its_nearest_steps_and_their_mean(tmp_path: Path) -> None:
     capture = {"dtype": "float32", "counterfactual": ["cat"]}
-    run = record({"prompt": CAPTION, "steps": 6, "scheduler": "DDIM", "output": str(tmp_path), "capture": capture}, tiny.pipeline(), progress=False)
+    run = record(
+        {
+            "prompt": CAPTION,
+            "steps": 6,
+            "scheduler": "DDIM",
+            "output": str(tmp_path),
+            "capture": capture,
+        },
+        tiny.pipeline(),
+        progress=False,
+    )
     seen = recorded(run, model().read(CAPTION), TIMESTEPS, ["cat"])
     whole = run.attention(run.grids[0]).sel(branch="cond").isel(image=0)
     near = [int(np.abs(run.variable("timestep").values - t).argmin()) for t in TIMESTEPS]
@@ -180,12 +263,16 @@ def test_random_weights_are_others_of_the_same_shape_and_leave_chance_as_it_was(
     blind = random_weights(model(), seed=1)
     assert torch.equal(torch.rand(3), expected)
     one, two = model().unet.state_dict(), blind.unet.state_dict()
-    assert one.keys() == two.keys() and not torch.equal(one["conv_in.weight"], two["conv_in.weight"]) and blind.vae is model().vae
+    assert (
+        one.keys() == two.keys()
+        and not torch.equal(one["conv_in.weight"], two["conv_in.weight"])
+        and blind.vae is model().vae
+    )
     again = random_weights(model(), seed=1).unet.state_dict()
     assert all(torch.equal(two[name], again[name]) for name in two)
 
 
-# --- sets that share nothing -----------------------------------------------------------------------------------------
+# --- sets that share nothing ----------------------------------------------------------------------
 
 
 def test_the_sets_have_scenes_of_their_own() -> None:
@@ -193,32 +280,65 @@ def test_the_sets_have_scenes_of_their_own() -> None:
     seeds = [int(one.name) for part in sets.values() for one in part]
     assert len(set(seeds)) == 15 and min(seeds) >= 40_000  # training draws 0 to 39,999
     assert [len(one.masks) for one in sets["scored"]] == [1, 1, 1, 2, 2]
-    assert all(one.picture.shape == (32, 32, 3) and mask.shape == (32, 32) for part in sets.values() for one in part for mask in one.masks.values())
-    others = [report.FIRST_FRESH_SEED, *judge.FIRST_SEED.values(), judge.TEST_SEED, segmenter.FIRST_SEED, segmenter.TEST_SEED, *SEEDS.values()]
+    assert all(
+        one.picture.shape == (32, 32, 3) and mask.shape == (32, 32)
+        for part in sets.values()
+        for one in part
+        for mask in one.masks.values()
+    )
+    others = [
+        report.FIRST_FRESH_SEED,
+        *judge.FIRST_SEED.values(),
+        judge.TEST_SEED,
+        segmenter.FIRST_SEED,
+        segmenter.TEST_SEED,
+        *SEEDS.values(),
+    ]
     apart = np.diff(sorted(others))
     assert apart.min() >= 1_000_000
 
 
 def test_thresholds_do_not_see_what_is_scored() -> None:
-    sets = {"ranking": [shown(0), shown(1)], "choosing": [shown(2), shown(3)], "scored": [shown(4), shown(5), shown(6, words=("hat",))]}
+    sets = {
+        "ranking": [shown(0), shown(1)],
+        "choosing": [shown(2), shown(3)],
+        "scored": [shown(4), shown(5), shown(6, words=("hat",))],
+    }
     before = study(model(), sets, TIMESTEPS)
-    moved = [replace(one, masks={word: np.roll(mask, 9, axis=1) for word, mask in one.masks.items()}) for one in sets["scored"]]
+    moved = [
+        replace(one, masks={word: np.roll(mask, 9, axis=1) for word, mask in one.masks.items()})
+        for one in sets["scored"]
+    ]
     after = study(model(), {**sets, "scored": moved}, TIMESTEPS)
     assert before.attrs["heads"] == after.attrs["heads"] and before.level.identical(after.level)
     assert not before.AP.sel(map="attention").identical(after.AP.sel(map="attention"))
-    tuned = [replace(one, masks={word: np.roll(mask, 9, axis=1) for word, mask in one.masks.items()}) for one in sets["choosing"]]
+    tuned = [
+        replace(one, masks={word: np.roll(mask, 9, axis=1) for word, mask in one.masks.items()})
+        for one in sets["choosing"]
+    ]
     other = study(model(), {**sets, "choosing": tuned}, TIMESTEPS)
     assert not before.level.identical(other.level)  # the set that chooses does choose
-    assert before.AP.sel(map="attention").identical(other.AP.sel(map="attention"))  # which AP knows nothing of
-    assert np.isnan(before.AP.sel(map="other word", scene="6")).all() and before["things"].values.tolist() == [2, 2, 1]
+    assert before.AP.sel(map="attention").identical(
+        other.AP.sel(map="attention")
+    )  # which AP knows nothing of
+    assert np.isnan(before.AP.sel(map="other word", scene="6")).all() and before[
+        "things"
+    ].values.tolist() == [2, 2, 1]
     assert {"random", "counterfactual", "against others"} <= set(before["map"].values)
     text = told({"scenes": before})
-    assert "3 pictures are scored, with one checkpoint" in text and "Where attention is not a good segmenter: at high noise" in text
+    assert (
+        "3 pictures are scored, with one checkpoint" in text
+        and "Where attention is not a good segmenter: at high noise" in text
+    )
     rows = {row["map"]: row for row in by_method(before)}
-    assert rows["the other subject's word"]["AP, one subject"] == "" and rows["uniform"]["AP, two subjects"] != ""
+    assert (
+        rows["the other subject's word"]["AP, one subject"] == ""
+        and rows["uniform"]["AP, two subjects"] != ""
+    )
     expected = interval(before.AP.sel(map="attention").mean("step")[:2])
     assert (
-        rows["attention, all heads"]["AP, two subjects"] == f"{float(expected['mean']):.2f} ({float(expected.low):.2f} to {float(expected.high):.2f})"
+        rows["attention, all heads"]["AP, two subjects"]
+        == f"{float(expected['mean']):.2f} ({float(expected.low):.2f} to {float(expected.high):.2f})"
     )
     figure = draw_figure(before)
     assert figure.size[0] == 1200 and len(figure.getcolors()) > 10
@@ -227,11 +347,16 @@ def test_thresholds_do_not_see_what_is_scored() -> None:
 def test_a_folder_is_split_into_thirds_that_share_nothing() -> None:
     sets = split([shown(i) for i in range(10)], seed=3)
     names = {name: {one.name for one in part} for name, part in sets.items()}
-    assert [len(part) for part in names.values()] == [3, 3, 4] and len(set.union(*names.values())) == 10
-    assert {name: [one.name for one in part] for name, part in split([shown(i) for i in range(10)], seed=4).items()} != names
+    assert [len(part) for part in names.values()] == [3, 3, 4] and len(
+        set.union(*names.values())
+    ) == 10
+    assert {
+        name: [one.name for one in part]
+        for name, part in split([shown(i) for i in range(10)], seed=4).items()
+    } != names
 
 
-# --- pictures of one's own -------------------------------------------------------------------------------------------
+# --- pictures of one's own ------------------------------------------------------------------------
 
 
 def fill(folder: Path, count: int = 6) -> Path:
@@ -254,13 +379,25 @@ def test_a_folder_is_read_as_it_lies(tmp_path: Path, suffix: str) -> None:
     for index, one in enumerate(read):
         expected = shown(index)
         assert one.caption == CAPTION and one.masks.keys() == expected.masks.keys()
-        assert np.array_equal(one.picture, expected.picture) and all(np.array_equal(one.masks[word], expected.masks[word]) for word in one.masks)
+        assert np.array_equal(one.picture, expected.picture) and all(
+            np.array_equal(one.masks[word], expected.masks[word]) for word in one.masks
+        )
 
 
-def test_the_command_measures_a_folder_with_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_measures_a_folder_with_any_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     tiny.pipeline().save_pretrained(tmp_path / "model")
-    given = ["--folder", str(fill(tmp_path / "own")), "--model", str(tmp_path / "model"), "--timesteps", "100,900", "--markdown"]
+    given = [
+        "--folder",
+        str(fill(tmp_path / "own")),
+        "--model",
+        str(tmp_path / "model"),
+        "--timesteps",
+        "100,900",
+        "--markdown",
+    ]
     given += ["--scores", str(tmp_path / "scores.json"), "--figure", str(tmp_path / "figure.png")]
     assert main(given) == 0
     said = capsys.readouterr().out
@@ -294,8 +431,16 @@ def wrong(folder: Path, kind: str) -> None:
     [
         ("no caption", "p3.png has no caption", "p3.txt"),
         ("no mask", "p3.png has no mask", "p3.WORD.png"),
-        ("another word", "p3.dog.png: 'dog' is not in the caption 'a cat and a hat'", "a word of the caption"),
-        ("empty mask", "p3.cat.png has nothing inside", "white (255; in an array not 0) where its word is"),
+        (
+            "another word",
+            "p3.dog.png: 'dog' is not in the caption 'a cat and a hat'",
+            "a word of the caption",
+        ),
+        (
+            "empty mask",
+            "p3.cat.png has nothing inside",
+            "white (255; in an array not 0) where its word is",
+        ),
         ("mask as JPEG", "p3.dog.jpg is a mask as JPEG", "Save it as PNG"),
         ("picture twice", "p3.png is there under another suffix too", "Leave one of the two"),
         ("mask alone", "q.cat.png is a mask of no picture", "no dot"),
@@ -309,7 +454,9 @@ def test_what_is_wrong_in_a_folder_is_said_in_two_lines(
     wrong(fill(tmp_path / "own"), kind)
     tiny.pipeline().save_pretrained(tmp_path / "model")
     capsys.readouterr()
-    assert_refused(["--folder", tmp_path / "own", "--model", tmp_path / "model"], cause, remedy, capsys)
+    assert_refused(
+        ["--folder", tmp_path / "own", "--model", tmp_path / "model"], cause, remedy, capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -322,32 +469,58 @@ def test_what_is_wrong_in_a_folder_is_said_in_two_lines(
         (["--scense", "2"], "unrecognized arguments", "--scenes"),
     ],
 )
-def test_options_that_make_no_sense_are_said_in_two_lines(capsys: pytest.CaptureFixture[str], given: list[str], cause: str, remedy: str) -> None:
+def test_options_that_make_no_sense_are_said_in_two_lines(
+    capsys: pytest.CaptureFixture[str], given: list[str], cause: str, remedy: str
+) -> None:
     assert_refused(given, cause, remedy, capsys)
 
 
-def test_other_files_of_scores_and_models_of_other_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_files_of_scores_and_models_of_other_sizes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "scores.json").write_text("[1, 2]")
-    assert_refused(["--scores", tmp_path / "scores.json"], "does not hold scores", "Name another file", capsys)
+    assert_refused(
+        ["--scores", tmp_path / "scores.json"], "does not hold scores", "Name another file", capsys
+    )
     tiny.pipeline().save_pretrained(tmp_path / "model")
     capsys.readouterr()
-    assert_refused(["--model", tmp_path / "model"], "knows pictures of 128 x 128 pixels", "--pictures 0", capsys)
+    assert_refused(
+        ["--model", tmp_path / "model"],
+        "knows pictures of 128 x 128 pixels",
+        "--pictures 0",
+        capsys,
+    )
 
 
-def assert_refused(given: list[Any], cause: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused(
+    given: list[Any], cause: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         guarded(main, [str(word) for word in given])
-    lines = [line for line in capsys.readouterr().err.splitlines() if "Loading" not in line and line.strip()]
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "Loading" not in line and line.strip()
+    ]
     assert ended.value.code == 2 and len(lines) == 2, lines
     assert lines[0].startswith("error: ") and cause in lines[0] and remedy in lines[1]
 
 
 def test_help_teaches() -> None:
     said = truth_of.parser().format_help()
-    assert all(word in said for word in ("NAME.WORD.png", "one checkpoint", "--markdown", "--model DIRECTORY --folder PICTURES", "share none"))
+    assert all(
+        word in said
+        for word in (
+            "NAME.WORD.png",
+            "one checkpoint",
+            "--markdown",
+            "--model DIRECTORY --folder PICTURES",
+            "share none",
+        )
+    )
 
 
-# --- the segmenter ---------------------------------------------------------------------------------------------------
+# --- the segmenter --------------------------------------------------------------------------------
 
 
 def test_the_segmenter_learns_from_the_masks_of_scenes() -> None:
@@ -357,7 +530,10 @@ def test_the_segmenter_learns_from_the_masks_of_scenes() -> None:
         number = judge.SUBJECTS.index(name) + 1
         share = scene.masks[name].reshape(64, 2, 64, 2).mean(axis=(1, 3))
         assert (share[classes == number] >= 0.5).all() and (classes[share > 0.5] == number).all()
-    assert set(np.unique(classes)) == {0, *(judge.SUBJECTS.index(name) + 1 for name in scene.subjects)}
+    assert set(np.unique(classes)) == {
+        0,
+        *(judge.SUBJECTS.index(name) + 1 for name in scene.subjects),
+    }
 
 
 def sees_only(subject: str) -> segmenter.Segmenter:
@@ -371,11 +547,22 @@ def sees_only(subject: str) -> segmenter.Segmenter:
 
 
 def test_of_generated_pictures_those_count_in_which_every_subject_is_seen() -> None:
-    asked = [Asked("", ("cat",), "snow"), Asked("", ("cat", "owl"), "snow", "above"), Asked("", ("owl",), "snow")]
-    pictures = [*drawn(load("emojiworld", dtype="float32", device="cpu"), sees_only("cat"), asked, steps=4)]
+    asked = [
+        Asked("", ("cat",), "snow"),
+        Asked("", ("cat", "owl"), "snow", "above"),
+        Asked("", ("owl",), "snow"),
+    ]
+    pictures = [
+        *drawn(load("emojiworld", dtype="float32", device="cpu"), sees_only("cat"), asked, steps=4)
+    ]
     ((one, maps, truth),) = pictures
-    assert one.caption == "a cat in the snow" and truth.shape == (1, SIDE, SIDE) and bool(truth.all())
-    assert list(maps["step"].values) == [*map(str, truth_of.TIMESTEPS), "all"] and "counterfactual" in maps["map"].values
+    assert (
+        one.caption == "a cat in the snow" and truth.shape == (1, SIDE, SIDE) and bool(truth.all())
+    )
+    assert (
+        list(maps["step"].values) == [*map(str, truth_of.TIMESTEPS), "all"]
+        and "counterfactual" in maps["map"].values
+    )
     assert np.allclose(precision(maps, truth), 1)  # where all is true, every map is right
 
 
@@ -383,30 +570,47 @@ def test_the_segmenter_trains_and_is_taken_from_its_folder_afterwards(tmp_path: 
     bundled = load("emojiworld", dtype="float32", device="cpu")
     made = segmenter.train(bundled, scenes=60, steps=4, folder=tmp_path)
     again = segmenter.train(bundled, scenes=60, steps=4, folder=tmp_path)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in made.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in made.state_dict().items()
+    )
     own = segmenter.own_scores(sees_only("cat"), bundled, 30)
-    assert all(0 <= float(one["mean"]) < 0.2 for one in own.values()) and set(own) == {(k, n) for k in ("scenes", "VAE round trips") for n in (1, 2)}
+    assert all(0 <= float(one["mean"]) < 0.2 for one in own.values()) and set(own) == {
+        (k, n) for k in ("scenes", "VAE round trips") for n in (1, 2)
+    }
 
 
 @pytest.mark.slow
 def test_a_short_training_finds_subjects_in_scenes_and_in_round_trips(tmp_path: Path) -> None:
     bundled = load("emojiworld", dtype="float32", device="cpu")
-    own = segmenter.own_scores(segmenter.train(bundled, scenes=400, steps=200, folder=tmp_path), bundled, 30)
+    own = segmenter.own_scores(
+        segmenter.train(bundled, scenes=400, steps=200, folder=tmp_path), bundled, 30
+    )
     assert all(float(one["mean"]) > 0.25 for one in own.values())
 
 
-# --- said with its condition -----------------------------------------------------------------------------------------
+# --- said with its condition ----------------------------------------------------------------------
 
 
 def test_figures_of_the_bundled_model_stand_beside_how_it_was_trained() -> None:
-    sets = {"ranking": [shown(0)], "choosing": [shown(2)], "scored": [shown(4), shown(6, words=("hat",))]}
+    sets = {
+        "ranking": [shown(0)],
+        "choosing": [shown(2)],
+        "scored": [shown(4), shown(6, words=("hat",))],
+    }
     own = study(model(), sets, TIMESTEPS)
     bundled = own.assign_attrs(model="emojiworld")
     for tell in (told, section):
-        assert BOUND in tell({"scenes": bundled}) and BOUND not in tell({"scenes": own}), "another model was not trained like this"
+        assert BOUND in tell({"scenes": bundled}) and BOUND not in tell({"scenes": own}), (
+            "another model was not trained like this"
+        )
     assert f"| map ({BOUND}) |" in section({"scenes": bundled})
-    assert "accuracy" not in told({"scenes": own}) + section({"scenes": own}), "an empty mask has a high one"
-    ink = [(np.asarray(draw_figure(one).convert("L"))[40:66] < 200).sum() for one in (own.assign_attrs(model="another"), bundled)]
+    assert "accuracy" not in told({"scenes": own}) + section({"scenes": own}), (
+        "an empty mask has a high one"
+    )
+    ink = [
+        (np.asarray(draw_figure(one).convert("L"))[40:66] < 200).sum()
+        for one in (own.assign_attrs(model="another"), bundled)
+    ]
     assert ink[1] > 1.3 * ink[0], "it is below the figure's title"
 
 
@@ -415,10 +619,15 @@ def test_the_readme_and_the_card_say_it_where_they_show_maps() -> None:
         " ".join((ROOT / path).read_text().replace("**", "").split())
         for path in ("README.md", "probe/emojiworld/README.md", "docs/attention-truth.md")
     )
-    top, short = readme.split("## Start")[0], readme.split("## How good are attention maps?")[1].split("## ")[0]
+    top, short = (
+        readme.split("## Start")[0],
+        readme.split("## How good are attention maps?")[1].split("## ")[0],
+    )
     assert BOUND in card[:200] and BOUND in top
     assert short.count(BOUND) >= 2, "before the table and in its head"
-    assert page.count(BOUND) >= 4, "below the picture, before the table, in its first sentence and its head"
+    assert page.count(BOUND) >= 4, (
+        "below the picture, before the table, in its first sentence and its head"
+    )
     (picture,) = re.findall(r"!\[([^\]]*)\]\(../experiments/attention_truth.png\)", page)
     assert BOUND in picture
     for table in (part.split("<!-- attention_truth -->")[1] for part in (readme, page)):

@@ -1,7 +1,8 @@
-"""Every command on every hostile recording: at most 5 s of CPU and 256 MB more than the same command on a good one.
+"""Every command on every hostile recording: at most 5 s of CPU and 256 MB more than the same
+command on a good one.
 
-A few bytes that would become much: claims, counts, sums. Each command runs in a fork of a process that is warm, up to where a
-model would be loaded.
+A few bytes that would become much: claims, counts, sums. Each command runs in a fork of a process
+that is warm, up to where a model would be loaded.
 """
 
 from __future__ import annotations
@@ -52,7 +53,14 @@ def commands(path: Path) -> dict[str, list[str]]:
 
 
 def memory(name: str) -> float:
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) / 1024
+    return (
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(name)
+        )
+        / 1024
+    )
 
 
 def measured(command: list[str]) -> dict[str, Any]:
@@ -70,7 +78,12 @@ def measured(command: list[str]) -> dict[str, Any]:
             said = "" if "torch" in str(error) else traceback.format_exc()
         except BaseException:
             said = traceback.format_exc()
-    return {"said": said, "seconds": time.process_time() - began, "megabytes": memory("VmHWM") - before, "shown": shown.getvalue()[:100_000]}
+    return {
+        "said": said,
+        "seconds": time.process_time() - began,
+        "megabytes": memory("VmHWM") - before,
+        "shown": shown.getvalue()[:100_000],
+    }
 
 
 def serve() -> None:
@@ -92,7 +105,11 @@ def serve() -> None:
             os._exit(0)
         os.close(theirs)
         with os.fdopen(ours) as answer:
-            print(answer.read() or json.dumps({"said": "died", "seconds": 60, "megabytes": 6000, "shown": ""}), flush=True)
+            print(
+                answer.read()
+                or json.dumps({"said": "died", "seconds": 60, "megabytes": 6000, "shown": ""}),
+                flush=True,
+            )
         os.waitpid(child, 0)
 
 
@@ -100,7 +117,9 @@ def serve() -> None:
 def measure() -> Iterator[Callable[[list[str]], dict[str, Any]]]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, "-c", "import test_bombs; test_bombs.serve()"]
-    with subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
 
         def ask(command: list[str]) -> dict[str, Any]:
             assert process.stdin and process.stdout
@@ -121,7 +140,7 @@ def usual(good: Path, measure: Callable[[list[str]], dict[str, Any]]) -> dict[st
     return {name: measure(command) for name, command in commands(good).items()}
 
 
-# --- bombs -----------------------------------------------------------------------------------------------------------
+# --- bombs ----------------------------------------------------------------------------------------
 
 
 def checked(raw: bytes) -> bytes:
@@ -143,13 +162,30 @@ def node(path: Path, name: str, change: Callable[[Node], Any]) -> None:
 
 
 def shaped(shape: list[int], chunks: list[int]) -> Callable[[Node], Any]:
-    return lambda it: it.update(shape=shape, chunk_grid={"name": "regular", "configuration": {"chunk_shape": chunks}})
+    return lambda it: it.update(
+        shape=shape, chunk_grid={"name": "regular", "configuration": {"chunk_shape": chunks}}
+    )
 
 
-def array(path: Path, shape: list[int], dims: list[str], dtype: str = "float64", fill: Any = 0.0, chunks: list[int] | None = None) -> Node:
+def array(
+    path: Path,
+    shape: list[int],
+    dims: list[str],
+    dtype: str = "float64",
+    fill: Any = 0.0,
+    chunks: list[int] | None = None,
+) -> Node:
     there: Node = json.loads((path / "latents/latents/zarr.json").read_text())
     grid = {"name": "regular", "configuration": {"chunk_shape": chunks or shape}}
-    return {**there, "shape": shape, "chunk_grid": grid, "dimension_names": dims, "data_type": dtype, "fill_value": fill, "attributes": {}}
+    return {
+        **there,
+        "shape": shape,
+        "chunk_grid": grid,
+        "dimension_names": dims,
+        "data_type": dtype,
+        "fill_value": fill,
+        "attributes": {},
+    }
 
 
 def many(path: Path, names: list[str], what: Node) -> None:
@@ -162,7 +198,12 @@ def many(path: Path, names: list[str], what: Node) -> None:
         else:
             os.link(first, path / name / "zarr.json")
     listed = {key: value for key, value in what.items() if key != "consolidated_metadata"}
-    root(path, lambda content: content["consolidated_metadata"]["metadata"].update(dict.fromkeys(names, listed)))
+    root(
+        path,
+        lambda content: content["consolidated_metadata"]["metadata"].update(
+            dict.fromkeys(names, listed)
+        ),
+    )
 
 
 def without(path: Path, *groups: str) -> None:
@@ -170,7 +211,11 @@ def without(path: Path, *groups: str) -> None:
         shutil.rmtree(path / group)
     root(
         path,
-        lambda it: [it["consolidated_metadata"]["metadata"].pop(n) for n in list(it["consolidated_metadata"]["metadata"]) if n.startswith(groups)],
+        lambda it: [
+            it["consolidated_metadata"]["metadata"].pop(n)
+            for n in list(it["consolidated_metadata"]["metadata"])
+            if n.startswith(groups)
+        ],
     )
 
 
@@ -201,20 +246,34 @@ def huge_claim_unknown(path: Path) -> None:
 
 
 def huge_tokens(path: Path) -> None:
-    node(path, f"{GRID}/cross", shaped([3, 300_000_000, 1, 1, 2, 2, 4, 4], [1, 300_000_000, 1, 1, 2, 2, 4, 4]))
+    node(
+        path,
+        f"{GRID}/cross",
+        shaped([3, 300_000_000, 1, 1, 2, 2, 4, 4], [1, 300_000_000, 1, 1, 2, 2, 4, 4]),
+    )
 
 
 def many_labels(path: Path) -> None:
     many(path, [f"g{i}" for i in range(900)], GROUP)
-    many(path, [f"g{i}/component" for i in range(900)], array(path, [100_000], ["component"], "int64", 0))
+    many(
+        path,
+        [f"g{i}/component" for i in range(900)],
+        array(path, [100_000], ["component"], "int64", 0),
+    )
 
 
 def fat_nodes(path: Path) -> None:
-    many(path, [f"g{i}" for i in range(1900)], {**GROUP, "consolidated_metadata": {"x": list(range(100_000))}})
+    many(
+        path,
+        [f"g{i}" for i in range(1900)],
+        {**GROUP, "consolidated_metadata": {"x": list(range(100_000))}},
+    )
 
 
 def fat_text_nodes(path: Path) -> None:
-    many(path, [f"g{i}" for i in range(1900)], {**GROUP, "consolidated_metadata": {"x": "y" * 10**6}})
+    many(
+        path, [f"g{i}" for i in range(1900)], {**GROUP, "consolidated_metadata": {"x": "y" * 10**6}}
+    )
 
 
 def many_groups(path: Path) -> None:
@@ -235,12 +294,21 @@ def many_written_arrays(path: Path) -> None:
 
 def many_texts(path: Path) -> None:
     text = json.loads((path / "cost/component/zarr.json").read_text())
-    zstd = [{"name": "vlen-utf8"}, {"name": "zstd", "configuration": {"level": 0, "checksum": False}}]
+    zstd = [
+        {"name": "vlen-utf8"},
+        {"name": "zstd", "configuration": {"level": 0, "checksum": False}},
+    ]
     grid = {"name": "regular", "configuration": {"chunk_shape": [1]}}
     names = [f"latents/t{i}" for i in range(1900)]
-    many(path, names, {**text, "shape": [1], "chunk_grid": grid, "dimension_names": ["place"], "codecs": zstd})
+    many(
+        path,
+        names,
+        {**text, "shape": [1], "chunk_grid": grid, "dimension_names": ["place"], "codecs": zstd},
+    )
     size = 4 * 2**20 - 8
-    (path / names[0] / "c.0").write_bytes(bytes(Zstd(level=19).encode(struct.pack("<II", 1, size) + b"x" * size)))
+    (path / names[0] / "c.0").write_bytes(
+        bytes(Zstd(level=19).encode(struct.pack("<II", 1, size) + b"x" * size))
+    )
     for name in names[1:]:
         os.link(path / names[0] / "c.0", path / name / "c.0")
 
@@ -286,8 +354,20 @@ def overlapping_chunks(path: Path) -> None:
     shape = [3, count, 1, 1, 1, 2, 64, 64]
     many(path, ["attention"], GROUP)
     many(path, ["attention/64x64"], GROUP)
-    described = array(path, shape, ["step", "token", "branch", "image", "layer", "head", "y", "x"], "float16", 0.0, [1, *shape[1:]])
-    inner = {"chunk_shape": [1, 1, *shape[2:]], "codecs": described["codecs"], "index_codecs": described["codecs"], "index_location": "end"}
+    described = array(
+        path,
+        shape,
+        ["step", "token", "branch", "image", "layer", "head", "y", "x"],
+        "float16",
+        0.0,
+        [1, *shape[1:]],
+    )
+    inner = {
+        "chunk_shape": [1, 1, *shape[2:]],
+        "codecs": described["codecs"],
+        "index_codecs": described["codecs"],
+        "index_location": "end",
+    }
     described["codecs"] = [{"name": "sharding_indexed", "configuration": inner}]
     many(path, ["attention/64x64/cross"], described)
     chunk = checked(bytes(size))
@@ -309,20 +389,34 @@ def json_objects(path: Path) -> None:
 
 
 def many_attributes(path: Path) -> None:
-    root(path, lambda it: it["attributes"]["environment"].update({f"k{i}": 1 for i in range(190_000)}))
+    root(
+        path,
+        lambda it: it["attributes"]["environment"].update({f"k{i}": 1 for i in range(190_000)}),
+    )
 
 
 def many_fields(path: Path) -> None:
-    root(path, lambda it: it["attributes"]["experiment"].update({f"k{i}": 1 for i in range(190_000)}))
+    root(
+        path, lambda it: it["attributes"]["experiment"].update({f"k{i}": 1 for i in range(190_000)})
+    )
 
 
 def many_chosen_steps(path: Path) -> None:
-    root(path, lambda it: it["attributes"]["experiment"]["capture"].update(steps=",".join(["1"] * 300_000)))
+    root(
+        path,
+        lambda it: it["attributes"]["experiment"]["capture"].update(
+            steps=",".join(["1"] * 300_000)
+        ),
+    )
 
 
 def deep_attributes(path: Path) -> None:
     deep = "[" * 900 + "]" * 900
-    (path / "zarr.json").write_text((path / "zarr.json").read_text().replace('"environment": {', f'"environment": {{"deep": {deep}, ', 1))
+    (path / "zarr.json").write_text(
+        (path / "zarr.json")
+        .read_text()
+        .replace('"environment": {', f'"environment": {{"deep": {deep}, ', 1)
+    )
 
 
 def long_text(path: Path) -> None:
@@ -346,13 +440,21 @@ def picture_bomb(path: Path) -> None:
     """A PNG whose text grows to a gigabyte, one of 16 gigapixels, and very many."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 6, 8, 2, 0, 0, 0))
     text = chunk(b"iTXt", b"experiment\0\1\0\0\0" + zlib.compress(bytes(10**9), 9))
-    (path / "picture.png").write_bytes(head + text + chunk(b"IDAT", zlib.compress(bytes(6 * 28))) + chunk(b"IEND", b""))
-    large = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2**17, 2**17, 8, 2, 0, 0, 0))
-    (path / "contact-sheet.png").write_bytes(large + chunk(b"IDAT", zlib.compress(bytes(10**8), 9)) + chunk(b"IEND", b""))
+    (path / "picture.png").write_bytes(
+        head + text + chunk(b"IDAT", zlib.compress(bytes(6 * 28))) + chunk(b"IEND", b"")
+    )
+    large = b"\x89PNG\r\n\x1a\n" + chunk(
+        b"IHDR", struct.pack(">IIBBBBB", 2**17, 2**17, 8, 2, 0, 0, 0)
+    )
+    (path / "contact-sheet.png").write_bytes(
+        large + chunk(b"IDAT", zlib.compress(bytes(10**8), 9)) + chunk(b"IEND", b"")
+    )
 
 
 def manifest_bomb(path: Path) -> None:
@@ -374,18 +476,41 @@ BOMBS: dict[str, Callable[[Path], None]] = {
         manifest_bomb, many_files,
     )
 }  # fmt: skip
-QUICK = {"huge claim", "huge claim unknown", "fat nodes", "many labels", "large numbers", "picture bomb", "json numbers"}
+QUICK = {
+    "huge claim",
+    "huge claim unknown",
+    "fat nodes",
+    "many labels",
+    "large numbers",
+    "picture bomb",
+    "json numbers",
+}
 
 
-@pytest.mark.parametrize("bomb", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BOMBS])
+@pytest.mark.parametrize(
+    "bomb",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BOMBS],
+)
 def test_a_few_bytes_do_not_become_much(
-    bomb: str, good: Path, usual: dict[str, dict[str, Any]], tmp_path: Path, measure: Callable[[list[str]], dict[str, Any]]
+    bomb: str,
+    good: Path,
+    usual: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    measure: Callable[[list[str]], dict[str, Any]],
 ) -> None:
     path = Path(shutil.copytree(good, tmp_path / "runs" / "mine.zarr"))
     BOMBS[bomb](path)
     for name, command in commands(path).items():
         found = measure(command)
-        assert "Traceback" not in found["said"] and found["said"] != "died", f"{name}: {found['said']}"
-        assert all(len(line) < 600 and line.isprintable() for line in found["said"].splitlines()), f"{name}: {found['said'][:2000]!r}"
-        assert found["seconds"] <= usual[name]["seconds"] + SECONDS, f"{name}: {found['seconds']:.1f} s, {found['said'][:200]}"
-        assert found["megabytes"] <= usual[name]["megabytes"] + MEGABYTES, f"{name}: {found['megabytes']:.0f} MB, {found['said'][:200]}"
+        assert "Traceback" not in found["said"] and found["said"] != "died", (
+            f"{name}: {found['said']}"
+        )
+        assert all(len(line) < 600 and line.isprintable() for line in found["said"].splitlines()), (
+            f"{name}: {found['said'][:2000]!r}"
+        )
+        assert found["seconds"] <= usual[name]["seconds"] + SECONDS, (
+            f"{name}: {found['seconds']:.1f} s, {found['said'][:200]}"
+        )
+        assert found["megabytes"] <= usual[name]["megabytes"] + MEGABYTES, (
+            f"{name}: {found['megabytes']:.0f} MB, {found['said'][:200]}"
+        )

@@ -1,4 +1,6 @@
-"""No scheduler runs long on settings that are accepted: in a recording, in a model's folder or in an experiment."""
+"""No scheduler runs long on settings that are accepted: in a recording, in a model's folder or in
+an experiment.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,15 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 KINDS = {
     name: kind
     for name in dir(diffusers)
-    if isinstance(kind := getattr(diffusers, name), type) and issubclass(kind, diffusers.SchedulerMixin) and kind is not diffusers.SchedulerMixin
+    if isinstance(kind := getattr(diffusers, name), type)
+    and issubclass(kind, diffusers.SchedulerMixin)
+    and kind is not diffusers.SchedulerMixin
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # of settings that make no sense
-SLOW = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")  # near the limit, for each setting
+SLOW = (
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+)  # near the limit, for each setting
 
 
 def at_their_bounds(kind: type[Any]) -> Iterator[dict[str, Any]]:
@@ -61,9 +68,19 @@ def seconds(kind: type[Any], settings: dict[str, Any]) -> float:
     return time.process_time() - start
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in sorted(KINDS)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        for name in sorted(KINDS)
+    ],
+)
 def test_each_setting_at_its_bound(name: str) -> None:
-    slow = {str(settings)[:80]: took for settings in at_their_bounds(KINDS[name]) if (took := seconds(KINDS[name], settings)) > LIMIT}
+    slow = {
+        str(settings)[:80]: took
+        for settings in at_their_bounds(KINDS[name])
+        if (took := seconds(KINDS[name], settings)) > LIMIT
+    }
     assert not slow
 
 
@@ -72,11 +89,15 @@ def test_the_slowest_with_the_most_timesteps(name: str) -> None:
     assert seconds(KINDS[name], next(at_their_bounds(KINDS[name]))) < LIMIT
 
 
-OVER: dict[str, int] = {name: most + 1 for name, (_, most) in SCHEDULER_SIZES.items()} | {"a_setting_of_tomorrow": MOST_NUMBER + 1}
+OVER: dict[str, int] = {name: most + 1 for name, (_, most) in SCHEDULER_SIZES.items()} | {
+    "a_setting_of_tomorrow": MOST_NUMBER + 1
+}
 
 
 @pytest.mark.parametrize("setting", OVER)
-def test_over_its_bound_it_is_refused_by_name_wherever_it_is_written(setting: str, tmp_path: Path) -> None:
+def test_over_its_bound_it_is_refused_by_name_wherever_it_is_written(
+    setting: str, tmp_path: Path
+) -> None:
     settings = {setting: OVER[setting]}
     told = f": {setting} is {OVER[setting]}, "
     path = recording(tmp_path / "a.zarr")

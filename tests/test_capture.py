@@ -1,4 +1,6 @@
-"""What is captured equals what diffusers computes itself, for every layer, step, branch, head and image."""
+"""What is captured equals what diffusers computes itself, for every layer, step, branch, head and
+image.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,17 @@ from probe.watching.selection import activation_paths, attention_layers
 SHAPE = {"images": 2, "width": 48, "steps": 2}
 
 
-# --- maps ------------------------------------------------------------------------------------------------------------
+# --- maps -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return take(tmp_path_factory.mktemp("everything"), **SHAPE, capture=EVERYTHING, negative_prompt="scuba diving")
+    return take(
+        tmp_path_factory.mktemp("everything"),
+        **SHAPE,
+        capture=EVERYTHING,
+        negative_prompt="scuba diving",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +55,20 @@ def expected(everything: Run) -> Scores:
 
 def test_maps_are_diffusers_own(everything: Run, expected: Scores) -> None:
     assert_maps(everything, expected, 1e-6)
-    layers = [layer for grid in everything.grids for layer in everything.attention(grid)["layer"].values]
+    layers = [
+        layer for grid in everything.grids for layer in everything.attention(grid)["layer"].values
+    ]
     assert sorted(layers) == sorted(cross_attention(pipeline().unet)) and len(layers) == 4
-    assert everything.attention().sizes == {"step": 3, "token": 77, "branch": 2, "image": 2, "layer": 3, "head": 2, "y": 8, "x": 12}
+    assert everything.attention().sizes == {
+        "step": 3,
+        "token": 77,
+        "branch": 2,
+        "image": 2,
+        "layer": 3,
+        "head": 2,
+        "y": 8,
+        "x": 12,
+    }
 
 
 @pytest.mark.parametrize(
@@ -65,8 +83,14 @@ def test_maps_are_diffusers_own(everything: Run, expected: Scores) -> None:
     ],
     ids=["default", "unguided", "uncond", "empty", "longer negative", "cut"],
 )
-def test_maps_for_other_requests(changes: dict[str, Any], capture: dict[str, Any], tmp_path: Path) -> None:
-    run = take(tmp_path, **{**SHAPE, **changes}, capture={"dtype": "float32", "statistics": False, **capture})
+def test_maps_for_other_requests(
+    changes: dict[str, Any], capture: dict[str, Any], tmp_path: Path
+) -> None:
+    run = take(
+        tmp_path,
+        **{**SHAPE, **changes},
+        capture={"dtype": "float32", "statistics": False, **capture},
+    )
     assert_maps(run, scores(pipeline(), run.experiment), 1e-6)
 
 
@@ -81,8 +105,12 @@ def test_maps_for_other_requests(changes: dict[str, Any], capture: dict[str, Any
     ],
     ids=str,
 )
-def test_maps_of_other_transformers(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
-    """q and k are widened before they are multiplied, so the maps of a half-precision run are as exact as any."""
+def test_maps_of_other_transformers(
+    dtype: torch.dtype, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """q and k are widened before they are multiplied, so the maps of a half-precision run are as
+    exact as any.
+    """
     pipe = tiny.pipeline(**options).to(dtype)
     run = take(tmp_path, pipe, steps=2, capture={**EVERYTHING, "statistics": False})
     assert_maps(run, scores(pipe, run.experiment), 1e-6)
@@ -91,7 +119,9 @@ def test_maps_of_other_transformers(dtype: torch.dtype, options: dict[str, Any],
 
 
 def test_maps_stored_in_float16_are_off_by_half_a_unit_in_the_last_place(tmp_path: Path) -> None:
-    """A float16 near p has 11 bits: off by p * 2^-11 at most, which is 2.4e-4 near 1 and below 3e-5 where p < 1/16."""
+    """A float16 near p has 11 bits: off by p * 2^-11 at most, which is 2.4e-4 near 1 and below 3e-5
+    where p < 1/16.
+    """
     run = take(tmp_path, **SHAPE, capture={**EVERYTHING, "dtype": "float16"})
     rows = scores(pipeline(), run.experiment)
     assert_maps(run, rows, 1e-6, relative=2**-11)
@@ -120,11 +150,16 @@ def test_storage_is_as_exact_as_it_says() -> None:
 def test_kept_tokens_and_rest_sum_to_one(tmp_path: Path) -> None:
     run = take(tmp_path, **SHAPE)
     maps = run.attention()
-    assert maps["token"].values.tolist() == [*range(7), -1] and maps["token_text"].values[0, -1] == "rest"
+    assert (
+        maps["token"].values.tolist() == [*range(7), -1]
+        and maps["token_text"].values[0, -1] == "rest"
+    )
     np.testing.assert_allclose(probabilities(maps.values).sum(axis=1), 1, atol=5e-4)
 
 
-@pytest.mark.parametrize("what", ["grid transposed", "heads", "branches", "images", "tokens", "step", "one value"])
+@pytest.mark.parametrize(
+    "what", ["grid transposed", "heads", "branches", "images", "tokens", "step", "one value"]
+)
 def test_meta_a_wrong_map_is_noticed(what: str, everything: Run, expected: Scores) -> None:
     def spoil(rows: torch.Tensor) -> torch.Tensor:
         flips = {"branches": 0, "images": 1, "heads": 2, "tokens": 4}
@@ -143,20 +178,30 @@ def test_meta_a_wrong_map_is_noticed(what: str, everything: Run, expected: Score
         assert_maps(everything, wrong[::-1] if what == "step" else wrong, 1e-6)
 
 
-# --- moments, statistics, activations --------------------------------------------------------------------------------
+# --- moments, statistics, activations -------------------------------------------------------------
 
 
 def test_moments_are_the_mass_and_centre_of_each_map(everything: Run) -> None:
     for grid in everything.grids:
         maps = everything.attention(grid).values.astype(np.float64)
         moments = everything.variable(f"attention/{grid}/moments")
-        assert moments.dims[-1] == "moment" and moments["moment"].values.tolist() == ["mass", "centroid_y", "centroid_x"]
+        assert moments.dims[-1] == "moment" and moments["moment"].values.tolist() == [
+            "mass",
+            "centroid_y",
+            "centroid_x",
+        ]
         y, x = ((np.arange(n) + 0.5) / n for n in maps.shape[-2:])
         mass = maps.mean(axis=(-2, -1))
         total = maps.sum(axis=(-2, -1))
-        found = [mass, (maps.sum(axis=-1) * y).sum(axis=-1) / total, (maps.sum(axis=-2) * x).sum(axis=-1) / total]
+        found = [
+            mass,
+            (maps.sum(axis=-1) * y).sum(axis=-1) / total,
+            (maps.sum(axis=-2) * x).sum(axis=-1) / total,
+        ]
         np.testing.assert_allclose(moments.values, np.stack(found, axis=-1), atol=1e-6)
-        assert found[1].std() > 1e-4, "every map has its centre in the middle: this could not notice y and x exchanged"
+        assert found[1].std() > 1e-4, (
+            "every map has its centre in the middle: this could not notice y and x exchanged"
+        )
 
 
 def test_moments_are_taken_before_storage(tmp_path: Path, everything: Run) -> None:
@@ -168,9 +213,17 @@ def test_moments_are_taken_before_storage(tmp_path: Path, everything: Run) -> No
 
 
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
-def test_statistics_and_activations_are_those_of_the_modules_outputs(guidance_scale: float, tmp_path: Path) -> None:
+def test_statistics_and_activations_are_those_of_the_modules_outputs(
+    guidance_scale: float, tmp_path: Path
+) -> None:
     pipe = pipeline()
-    patterns = ("unet.mid_block", "unet.up_blocks.1.resnets.*", "unet.time_embedding", "vae.decoder.mid_block", "text_encoder.encoder.layers.*")
+    patterns = (
+        "unet.mid_block",
+        "unet.up_blocks.1.resnets.*",
+        "unet.time_embedding",
+        "vae.decoder.mid_block",
+        "text_encoder.encoder.layers.*",
+    )
     run = take(tmp_path, **SHAPE, guidance_scale=guidance_scale, capture={"activations": patterns})
     settled = plan(model_for(pipe, run.experiment), run.experiment)
     seen: dict[str, list[torch.Tensor]] = {}
@@ -183,57 +236,97 @@ def test_statistics_and_activations_are_those_of_the_modules_outputs(guidance_sc
 
         return callback
 
-    whole = {f"{part}.{path}": module for part in ("unet", "vae", "text_encoder") for path, module in getattr(pipe, part).named_modules()}
-    outputs = [capture._outputs for capture in settled.captures if isinstance(capture, UnetOutputs | VaeOutputs | TextOutputs)]
+    whole = {
+        f"{part}.{path}": module
+        for part in ("unet", "vae", "text_encoder")
+        for path, module in getattr(pipe, part).named_modules()
+    }
+    outputs = [
+        capture._outputs
+        for capture in settled.captures
+        if isinstance(capture, UnetOutputs | VaeOutputs | TextOutputs)
+    ]
     wanted = [path for own in outputs for path in (*own.statistics, *own.whole)]
     with hooks.Hooks([(whole[path], "output", keep(path)) for path in dict.fromkeys(wanted)]):
         last = bare(pipe, run.experiment)[-1]
         model_for(pipe, run.experiment).decode(last.next_latents)
     branches = ["uncond", "cond"] if guidance_scale > 1 else ["cond"]
     parts = ("unet", "vae")
-    statistics_of_part = {part: [path for own in outputs for path in own.statistics if path.startswith(f"{part}.")] for part in parts}
+    statistics_of_part = {
+        part: [path for own in outputs for path in own.statistics if path.startswith(f"{part}.")]
+        for part in parts
+    }
     assert len(statistics_of_part["unet"]) > 10 and len(statistics_of_part["vae"]) > 5
     for part in ("unet", "vae"):
         statistics = run.variable(f"{part}/statistics")
         assert statistics["statistic"].values.tolist() == ["mean", "std", "min", "max"]
-        assert statistics["module"].values.tolist() == [path.removeprefix(f"{part}.") for path in statistics_of_part[part]]
+        assert statistics["module"].values.tolist() == [
+            path.removeprefix(f"{part}.") for path in statistics_of_part[part]
+        ]
         for number, path in enumerate(statistics_of_part[part]):
             for step, output in enumerate(seen[path]):
                 flat = output.double().flatten(1)
-                numbers = torch.stack([flat.mean(1), flat.std(1, correction=0), flat.amin(1), flat.amax(1)])
-                found = statistics.values[step][..., number] if part == "unet" else statistics.values[..., number]
+                numbers = torch.stack(
+                    [flat.mean(1), flat.std(1, correction=0), flat.amin(1), flat.amax(1)]
+                )
+                found = (
+                    statistics.values[step][..., number]
+                    if part == "unet"
+                    else statistics.values[..., number]
+                )
                 expected = numbers.unflatten(1, (len(branches), 2)) if part == "unet" else numbers
-                np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5, err_msg=path)
+                np.testing.assert_allclose(
+                    found, expected.numpy(), rtol=1e-5, atol=1e-5, err_msg=path
+                )
     for path in (path for own in outputs for path in own.whole):
         part, module = path.split(".", 1)
         found = run.variable(f"{part}/{module}/activation").values
         if part == "unet":
-            expected_values = torch.stack([output.unflatten(0, (len(branches), 2)) for output in seen[path]])
+            expected_values = torch.stack(
+                [output.unflatten(0, (len(branches), 2)) for output in seen[path]]
+            )
         elif part == "vae":
             expected_values = seen[path][0]
-        else:  # encoded in the order cond, uncond, after both were held against the pipeline's own reading
+        else:
+            # encoded in the order cond, uncond, after both were held against the pipeline's own
+            # reading
             expected_values = torch.cat(seen[path][: -len(branches) - 1 : -1])
         assert np.array_equal(found, expected_values.numpy()), path
 
 
 def test_statistics_of_a_constant_and_of_large_half_precision_values() -> None:
     mean, std, low, high = statistics_of(torch.full((2, 3, 4), 6e4, dtype=torch.float16))
-    assert mean.tolist() == low.tolist() == high.tolist() == [6e4 - 6e4 % 32] * 2 and std.tolist() == [0, 0]
+    assert mean.tolist() == low.tolist() == high.tolist() == [
+        6e4 - 6e4 % 32
+    ] * 2 and std.tolist() == [0, 0]
 
 
-# --- choosing --------------------------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("patterns", "count"),
-    [(("*",), 4), (("up_blocks.*",), 2), (("8x8",), 3), (("4x4", "down_*"), 2), (("4x4", "mid_block*"), 1), ((DOWN,), 1)],
+    [
+        (("*",), 4),
+        (("up_blocks.*",), 2),
+        (("8x8",), 3),
+        (("4x4", "down_*"), 2),
+        (("4x4", "mid_block*"), 1),
+        ((DOWN,), 1),
+    ],
     ids=str,
 )
-def test_layers_are_chosen_by_glob_or_grid(patterns: tuple[str, ...], count: int, tmp_path: Path) -> None:
+def test_layers_are_chosen_by_glob_or_grid(
+    patterns: tuple[str, ...], count: int, tmp_path: Path
+) -> None:
     asked = ask(tmp_path, capture={"layers": patterns})
     settled = plan(StableDiffusion.of(pipeline()), asked)
     assert len(settled.layers) == count
-    order = [DOWN, MIDDLE, *(f"up_blocks.1.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1))]
+    order = [
+        DOWN,
+        MIDDLE,
+        *(f"up_blocks.1.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1)),
+    ]
     assert list(settled.layers) == [path for path in order if path in settled.layers]  # as they run
 
 
@@ -246,13 +339,20 @@ def test_only_the_chosen_layers_are_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "remedy"),
-    [("mid_blck.*", "Did you mean mid_block"), ("up_block.*", "Did you mean up_blocks"), ("16x16", "There are: 8x8, 4x4, down_blocks")],
+    [
+        ("mid_blck.*", "Did you mean mid_block"),
+        ("up_block.*", "Did you mean up_blocks"),
+        ("16x16", "There are: 8x8, 4x4, down_blocks"),
+    ],
 )
 def test_a_layer_that_is_not_there_is_refused_with_near_names(pattern: str, remedy: str) -> None:
     rehearsal = rehearse(StableDiffusion.of(pipeline()), (1, 4, 8, 8), 2, 77)
     with pytest.raises(ExperimentError) as caught:
         attention_layers(rehearsal.grids, [pattern])
-    assert f"capture.layers: '{pattern}' matches no" in caught.value.cause and caught.value.remedy.startswith(remedy)
+    assert (
+        f"capture.layers: '{pattern}' matches no" in caught.value.cause
+        and caught.value.remedy.startswith(remedy)
+    )
 
 
 def test_a_module_that_is_not_there_or_runs_twice_is_refused() -> None:
@@ -265,7 +365,7 @@ def test_a_module_that_is_not_there_or_runs_twice_is_refused() -> None:
         activation_paths(rehearsal, [twice[0]])
 
 
-# --- hooks that fire 0 or 2 times ------------------------------------------------------------------------------------
+# --- hooks that fire 0 or 2 times -----------------------------------------------------------------
 
 
 class Silent:
@@ -274,13 +374,32 @@ class Silent:
     def __init__(self, silent: str):
         self.silent = silent
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
         assert encoder_hidden_states is not None
         linear = torch.nn.functional.linear
-        query = linear(hidden_states, attn.to_q.weight) if "q" in self.silent else attn.to_q(hidden_states)
-        key = linear(encoder_hidden_states, attn.to_k.weight) if "k" in self.silent else attn.to_k(encoder_hidden_states)
-        query, key, value = (attn.head_to_batch_dim(tensor) for tensor in (query, key, attn.to_v(encoder_hidden_states)))
-        out: torch.Tensor = attn.to_out[0](attn.batch_to_head_dim(attn.get_attention_scores(query, key) @ value))
+        query = (
+            linear(hidden_states, attn.to_q.weight)
+            if "q" in self.silent
+            else attn.to_q(hidden_states)
+        )
+        key = (
+            linear(encoder_hidden_states, attn.to_k.weight)
+            if "k" in self.silent
+            else attn.to_k(encoder_hidden_states)
+        )
+        query, key, value = (
+            attn.head_to_batch_dim(tensor)
+            for tensor in (query, key, attn.to_v(encoder_hidden_states))
+        )
+        out: torch.Tensor = attn.to_out[0](
+            attn.batch_to_head_dim(attn.get_attention_scores(query, key) @ value)
+        )
         return out
 
 
@@ -292,7 +411,12 @@ class Twice(AttnProcessor2_0):
         self.again = again
 
     def __call__(
-        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, *args: Any, **named: Any
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *args: Any,
+        **named: Any,
     ) -> torch.Tensor:
         for name, given in (("q", hidden_states), ("k", encoder_hidden_states)):
             if name in self.again:
@@ -311,7 +435,9 @@ class Twice(AttnProcessor2_0):
     ],
     ids=["nothing fires", "only k fires", "only q fires", "both fire twice", "q fires twice"],
 )
-def test_a_layer_that_fires_0_or_2_times_stops_the_run(processor: Any, message: str, tmp_path: Path) -> None:
+def test_a_layer_that_fires_0_or_2_times_stops_the_run(
+    processor: Any, message: str, tmp_path: Path
+) -> None:
     pipe = tiny.pipeline()
     cross_attention(pipe.unet)[MIDDLE].set_processor(processor)
     with pytest.raises(CaptureError, match=message) as caught:
@@ -325,7 +451,10 @@ def test_a_layer_that_fires_0_or_2_times_stops_the_run(processor: Any, message: 
 def test_a_run_that_leaves_such_a_layer_out_goes_through(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     cross_attention(pipe.unet)[MIDDLE].set_processor(Twice("qk"))
-    assert take(tmp_path, pipe, steps=1, capture={"layers": ("down_blocks.*", "up_blocks.*")}).status == "complete"
+    assert (
+        take(tmp_path, pipe, steps=1, capture={"layers": ("down_blocks.*", "up_blocks.*")}).status
+        == "complete"
+    )
 
 
 def test_a_silent_processor_is_neutral_enough_to_be_a_fair_test() -> None:
@@ -369,7 +498,9 @@ def test_a_tray_wants_each_name_once() -> None:
 
 
 def test_hooks_are_on_only_while_they_are_wanted() -> None:
-    """At a step that is not recorded no capture has a hook on the attention layers, and the recorded step is read once."""
+    """At a step that is not recorded no capture has a hook on the attention layers, and the
+    recorded step is read once.
+    """
     pipe, asked = pipeline(), ask(Path(), steps=3, capture={"steps": "1"})
     model = StableDiffusion.of(pipe).with_scheduler(asked.scheduler, {})
     settled = plan(model, asked)
@@ -379,12 +510,22 @@ def test_hooks_are_on_only_while_they_are_wanted() -> None:
         steps = denoise(model, conditioning, steps=3, guidance_scale=asked.guidance_scale)
         for index in range(settled.calls):
             with session.watching(index):
-                on.append(sum(hooks.count(module) for path, module in pipe.unet.named_modules() if path.endswith("attn2.to_q")))
+                on.append(
+                    sum(
+                        hooks.count(module)
+                        for path, module in pipe.unet.named_modules()
+                        if path.endswith("attn2.to_q")
+                    )
+                )
                 step = next(steps)
             session.record(step)
     others = [0] * (settled.calls - 2)
     assert on == [0, len(settled.layers), *others], "a hook is on where it is not wanted"
-    assert [any("/cross" in name for name in names) for names in taken] == [False, True, *map(bool, others)]
+    assert [any("/cross" in name for name in names) for names in taken] == [
+        False,
+        True,
+        *map(bool, others),
+    ]
     assert hooks.count(pipe.unet) == hooks.count(pipe.text_encoder) == 0
 
 
@@ -393,10 +534,19 @@ def test_a_rehearsal_is_remembered_for_what_it_depends_on(monkeypatch: pytest.Mo
     model, made = StableDiffusion.of(pipe), list[tuple[Any, ...]]()
     real = rehearsal._rehearse
     monkeypatch.setattr(rehearsal, "_REHEARSED", {})
-    monkeypatch.setattr(rehearsal, "_rehearse", lambda *arguments: (made.append(arguments), real(*arguments))[1])
+    monkeypatch.setattr(
+        rehearsal, "_rehearse", lambda *arguments: (made.append(arguments), real(*arguments))[1]
+    )
     first = rehearse(model, (1, 4, 8, 8), 2, 77)
-    assert rehearse(StableDiffusion.of(tiny.pipeline(seed=1)), (1, 4, 8, 8), 2, 77) is first, "of the same configs"
-    for shape, branches, tokens in (((2, 4, 8, 8), 2, 77), ((1, 4, 8, 6), 2, 77), ((1, 4, 8, 8), 1, 77), ((1, 4, 8, 8), 2, 40)):
+    assert rehearse(StableDiffusion.of(tiny.pipeline(seed=1)), (1, 4, 8, 8), 2, 77) is first, (
+        "of the same configs"
+    )
+    for shape, branches, tokens in (
+        ((2, 4, 8, 8), 2, 77),
+        ((1, 4, 8, 6), 2, 77),
+        ((1, 4, 8, 8), 1, 77),
+        ((1, 4, 8, 8), 2, 40),
+    ):
         assert rehearse(model, shape, branches, tokens) != first
     pipe.vae.enable_slicing()
     rehearse(model, (1, 4, 8, 8), 2, 77)
@@ -404,7 +554,9 @@ def test_a_rehearsal_is_remembered_for_what_it_depends_on(monkeypatch: pytest.Mo
     rehearse(StableDiffusion.of(tiny.pipeline(attention_head_dim=4)), (1, 4, 8, 8), 2, 77)
     assert len(made) == len(rehearsal._REHEARSED) == 8 == rehearsal.REMEMBERED
     rehearse(model, (3, 4, 8, 8), 2, 77)
-    assert len(rehearsal._REHEARSED) == 8 and all(known is not first for known in rehearsal._REHEARSED.values()), "the oldest one goes"
+    assert len(rehearsal._REHEARSED) == 8 and all(
+        known is not first for known in rehearsal._REHEARSED.values()
+    ), "the oldest one goes"
 
 
 class Taken:

@@ -1,7 +1,9 @@
-"""What people do to a pipeline before they run it: recording it is exact, or it is refused by name. Never a wrong map in silence.
+"""What people do to a pipeline before they run it: recording it is exact, or it is refused by name.
+Never a wrong map in silence.
 
-The reference is what the layers hand to torch: `scaled_dot_product_attention` and diffusers' `get_attention_scores` are
-listened to during a run without hooks, so an error in where our hooks sit, or when, cannot be in it too.
+The reference is what the layers hand to torch: `scaled_dot_product_attention` and diffusers'
+`get_attention_scores` are listened to during a run without hooks, so an error in where our hooks
+sit, or when, cannot be in it too.
 """
 
 from __future__ import annotations
@@ -35,34 +37,57 @@ from probe.watching.cross_attention import CrossAttention
 from probe.watching.interface import hooked
 from probe.watching.rehearsal import cross_attention
 
-ASKED = {"steps": 2, "images": 2, "width": 48, "negative_prompt": "scuba diving", "capture": EVERYTHING}
+ASKED = {
+    "steps": 2,
+    "images": 2,
+    "width": 48,
+    "negative_prompt": "scuba diving",
+    "capture": EVERYTHING,
+}
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[torch.Tensor]]:
-    """Every softmax(q k^T) over tokens that is computed inside the block, in order. *Shape:* (batch x head, pixel, token) float64."""
+    """Every softmax(q k^T) over tokens that is computed inside the block, in order.
+
+    *Shape:* (batch x head, pixel, token) float64.
+    """
     heard: list[torch.Tensor] = []
     fused, plain = functional.scaled_dot_product_attention, Attention.get_attention_scores
 
-    def hear_fused(query: torch.Tensor, key: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
-        if key.shape[-2] == TOKENS and query.shape[-2] != TOKENS:  # neither self-attention nor the text encoder
+    def hear_fused(
+        query: torch.Tensor, key: torch.Tensor, *args: Any, **named: Any
+    ) -> torch.Tensor:
+        if (
+            key.shape[-2] == TOKENS and query.shape[-2] != TOKENS
+        ):  # neither self-attention nor the text encoder
             assert named.get("attn_mask") is None and not named.get("is_causal")
             scale = named.get("scale") or query.shape[-1] ** -0.5
-            heard.append((query.double() @ key.double().transpose(-1, -2) * scale).softmax(-1).flatten(0, 1))
+            heard.append(
+                (query.double() @ key.double().transpose(-1, -2) * scale).softmax(-1).flatten(0, 1)
+            )
         return fused(query, key, *args, **named)
 
-    def hear_plain(attn: Any, query: torch.Tensor, key: torch.Tensor, mask: Any = None) -> torch.Tensor:
+    def hear_plain(
+        attn: Any, query: torch.Tensor, key: torch.Tensor, mask: Any = None
+    ) -> torch.Tensor:
         shares = plain(attn, query, key, mask)
         if key.shape[-2] == TOKENS:
             heard.append(shares.double())
         return shares
 
-    with mock.patch.object(functional, "scaled_dot_product_attention", hear_fused), mock.patch.object(Attention, "get_attention_scores", hear_plain):
+    with (
+        mock.patch.object(functional, "scaled_dot_product_attention", hear_fused),
+        mock.patch.object(Attention, "get_attention_scores", hear_plain),
+    ):
         yield heard
 
 
 def attended(pipe: Any, asked: Experiment) -> Scores:
-    """By step and layer, what the layers multiplied. *Shape:* (branch, image, head, pixel, token)."""
+    """By step and layer, what the layers multiplied.
+
+    *Shape:* (branch, image, head, pixel, token).
+    """
     settled = plan(model_for(pipe, asked), asked)
     with listening() as heard:
         steps = bare(pipe, asked)
@@ -76,12 +101,14 @@ def attended(pipe: Any, asked: Experiment) -> Scores:
         assert parts[0].shape[1] == grid[0] * grid[1]
         return torch.cat(parts).unflatten(0, (len(settled.computed_branches), asked.images, heads))
 
-    found = [{path: layer(path, grid) for path, grid in settled.rehearsal.grids.items()} for _ in steps]
+    found = [
+        {path: layer(path, grid) for path, grid in settled.rehearsal.grids.items()} for _ in steps
+    ]
     assert next(calls, None) is None
     return found
 
 
-# --- what works ------------------------------------------------------------------------------------------------------
+# --- what works -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WORKS)
@@ -109,10 +136,12 @@ def test_vae_tiling_leaves_out_the_statistics_of_what_runs_tile_by_tile(tmp_path
     assert not np.array_equal(run.images.values, whole.images.values), "nothing was tiled"
     assert "statistics" in whole.tree["vae"] and "statistics" not in run.tree.get("vae", {})
     with pytest.raises(ExperimentError, match=r"vae\.decoder\.mid_block runs \d+ times a call"):
-        take(tmp_path / "refused", pipe, steps=1, capture={"activations": ("vae.decoder.mid_block",)})
+        take(
+            tmp_path / "refused", pipe, steps=1, capture={"activations": ("vae.decoder.mid_block",)}
+        )
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 class Masked(Own):
@@ -120,7 +149,9 @@ class Masked(Own):
 
     def multiply(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         mask = torch.arange(key.shape[2]) < key.shape[2] - 2
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[None, None, None])
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask[None, None, None]
+        )
 
 
 class Sharper(Own):
@@ -140,9 +171,18 @@ class Rotated(Own):
 class Unchecked(Own):
     """Multiplies with the output weights by hand: what it computed cannot be seen."""
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
         out, attn_out = attn.to_out[0], mock.Mock(wraps=attn)
-        attn_out.heads, attn_out.to_out = attn.heads, [lambda x: functional.linear(x, out.weight, out.bias), attn.to_out[1]]
+        attn_out.heads, attn_out.to_out = (
+            attn.heads,
+            [lambda x: functional.linear(x, out.weight, out.bias), attn.to_out[1]],
+        )
         return super().__call__(attn_out, hidden_states, encoder_hidden_states)
 
 
@@ -164,13 +204,17 @@ def added_tokens(pipe: Any) -> None:
 
 
 def other_scale(pipe: Any) -> None:
-    """AttnProcessor2_0 lets torch choose the scale; one that is set on the module is read by nobody but us."""
+    """AttnProcessor2_0 lets torch choose the scale; one that is set on the module is read by nobody
+    but us.
+    """
     for module in cross_attention(pipe.unet).values():
         module.scale *= 20
 
 
 def new_forward(pipe: Any) -> None:
-    """The older way of prompt-to-prompt: the module's forward is replaced, its processor stays as it is."""
+    """The older way of prompt-to-prompt: the module's forward is replaced, its processor stays as
+    it is.
+    """
     for module in cross_attention(pipe.unet).values():
         module.forward = lambda *args, attn=module, **named: Swapped()(attn, *args, **named)
 
@@ -202,26 +246,58 @@ def casting(pipe: Any) -> None:
 
 WRONG = rf"^{DOWN} does not compute softmax\(q k\^T\) v"
 REFUSED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
-    "fused": (lambda pipe: pipe.fuse_qkv_projections(vae=False), rf"^{DOWN} has fused QKV projections", "unfuse_qkv_projections"),
+    "fused": (
+        lambda pipe: pipe.fuse_qkv_projections(vae=False),
+        rf"^{DOWN} has fused QKV projections",
+        "unfuse_qkv_projections",
+    ),
     "compiled": (compiled_unet, r"^unet is compiled", "pipeline.unet._orig_mod"),
-    "compiled in place": (lambda pipe: pipe.unet.compile(backend="eager"), r"^unet is compiled", "before compiling"),
+    "compiled in place": (
+        lambda pipe: pipe.unet.compile(backend="eager"),
+        r"^unet is compiled",
+        "before compiling",
+    ),
     "compiled forward": (compiled_forward, r"^unet is compiled", "before compiling"),
-    "compiled blocks": (lambda pipe: pipe.unet.compile_repeated_blocks(backend="eager"), r"^unet\.down_blocks\.0\S+ is compiled", "before compiling"),
+    "compiled blocks": (
+        lambda pipe: pipe.unet.compile_repeated_blocks(backend="eager"),
+        r"^unet\.down_blocks\.0\S+ is compiled",
+        "before compiling",
+    ),
     "compiled decoder": (compiled_decode, r"^vae is compiled", "before compiling"),
     "sequential offload": (sequential_offload, r"^unet\S* is off-loaded", "remove_all_hooks"),
-    "offload elsewhere": (offload_elsewhere, r"^unet is off-loaded: accelerate moves its weights to meta", "remove_all_hooks"),
-    "layerwise casting": (casting, r"^unet\S* is wrapped by diffusers' layerwise_casting hook", "without it"),
+    "offload elsewhere": (
+        offload_elsewhere,
+        r"^unet is off-loaded: accelerate moves its weights to meta",
+        "remove_all_hooks",
+    ),
+    "layerwise casting": (
+        casting,
+        r"^unet\S* is wrapped by diffusers' layerwise_casting hook",
+        "without it",
+    ),
     "masked": (everywhere(Masked), WRONG, "set_default_attn_processor"),
     "sharper": (everywhere(Sharper), WRONG, "set_default_attn_processor"),
     "rotated": (everywhere(Rotated), WRONG, "set_default_attn_processor"),
     "swapped": (everywhere(Swapped), WRONG, "leave the layer out"),
-    "unchecked": (everywhere(Unchecked), rf"{DOWN} does not compute.*could not be checked", "leave the layer out"),
+    "unchecked": (
+        everywhere(Unchecked),
+        rf"{DOWN} does not compute.*could not be checked",
+        "leave the layer out",
+    ),
     "other scale": (other_scale, WRONG, "leave the layer out"),
     "new forward": (new_forward, WRONG, "leave the layer out"),
     "merging": (merging, rf"^{DOWN} multiplies \(4, 48\) queries", "token merging"),
-    "added tokens": (added_tokens, rf"^{DOWN} multiplies .* with \(4, 81\) keys, not .* with \(4, 77\)", "image prompt"),
+    "added tokens": (
+        added_tokens,
+        rf"^{DOWN} multiplies .* with \(4, 81\) keys, not .* with \(4, 77\)",
+        "image prompt",
+    ),
 }
-NOT_RUN = ("sequential offload", "offload elsewhere", "layerwise casting")  # nor does our loop, whose latents go where the weights are
+NOT_RUN = (
+    "sequential offload",
+    "offload elsewhere",
+    "layerwise casting",
+)  # nor does our loop, whose latents go where the weights are
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -255,7 +331,9 @@ def test_only_the_layer_that_differs_is_refused(tmp_path: Path) -> None:
     cross_attention(pipe.unet)[MIDDLE].set_processor(Masked())
     with pytest.raises(CaptureError, match=rf"^{MIDDLE} does not compute"):
         take(tmp_path / "all", pipe, **ASKED)
-    run = take(tmp_path / "others", pipe, **{**ASKED, "capture": {**EVERYTHING, "layers": ("8x12",)}})
+    run = take(
+        tmp_path / "others", pipe, **{**ASKED, "capture": {**EVERYTHING, "layers": ("8x12",)}}
+    )
     assert run.status == "complete"
 
 
@@ -267,19 +345,29 @@ def test_a_lora_that_comes_after_the_hooks_is_noticed(tmp_path: Path) -> None:
     reader = next(capture for capture in settled.captures if isinstance(capture, CrossAttention))
     with hooked(reader):
         lora(pipe)
-        with pytest.raises(CaptureError, match=rf"^{DOWN}: to_q or to_k was replaced while recording"):
+        with pytest.raises(
+            CaptureError, match=rf"^{DOWN}: to_q or to_k was replaced while recording"
+        ):
             bare(pipe, asked)
 
 
-# --- the checks can fail ---------------------------------------------------------------------------------------------
+# --- the checks can fail --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_witness_believes_the_usual_processor_in_any_dtype_and_no_other(dtype: torch.dtype) -> None:
+def test_the_witness_believes_the_usual_processor_in_any_dtype_and_no_other(
+    dtype: torch.dtype,
+) -> None:
     """All that `is_plain` lets through unproven would also be proven."""
     pipe = tiny.pipeline().to(dtype)
     asked = ask(Path(), steps=1)
-    for processor, fails in ((AttnProcessor2_0(), False), (AttnProcessor(), False), (Own(), False), (Sharper(), True), (Masked(), True)):
+    for processor, fails in (
+        (AttnProcessor2_0(), False),
+        (AttnProcessor(), False),
+        (Own(), False),
+        (Sharper(), True),
+        (Masked(), True),
+    ):
         pipe.unet.set_attn_processor(processor)
         with mock.patch.object(conditions, "is_plain", return_value=False):
             witness = Witness(cross_attention(pipe.unet), [1])
@@ -317,8 +405,12 @@ def test_known_processors_are_those_of_diffusers_and_cost_nothing() -> None:
         assert not is_plain(module), "a class of the same name from elsewhere"
 
 
-def test_parts_of_any_size_make_the_same_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps are computed in parts of a few heads: one at a time, all at once, and with a last part that is smaller."""
+def test_parts_of_any_size_make_the_same_maps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Maps are computed in parts of a few heads: one at a time, all at once, and with a last part
+    that is smaller.
+    """
     pipe = tiny.pipeline(attention_head_dim=4)
     for heads in (1, 3, 100):
         monkeypatch.setattr("probe.watching.cross_attention.IN_CACHE", heads * TOKENS * 96)

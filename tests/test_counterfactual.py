@@ -31,18 +31,37 @@ def test_a_change_is_the_difference_of_two_predictions(scheduler: str, tmp_path:
     with torch.no_grad():
         texts = [model.text_encoder(i)[0].repeat(2, 1, 1) for i in (prompt.ids, ids)]
         one = steps[2]
-        whole, other = (model.unet(one.model_input, one.timestep, encoder_hidden_states=text, return_dict=False)[0] for text in texts)
-    np.testing.assert_allclose(found.sel(masked_word="hat").isel(step=2).values, (whole - other).abs().mean(1).numpy(), atol=1e-5)
+        whole, other = (
+            model.unet(
+                one.model_input, one.timestep, encoder_hidden_states=text, return_dict=False
+            )[0]
+            for text in texts
+        )
+    np.testing.assert_allclose(
+        found.sel(masked_word="hat").isel(step=2).values,
+        (whole - other).abs().mean(1).numpy(),
+        atol=1e-5,
+    )
     assert float(found.isel(step=2).max()) > 1e-4, "these words do something"
 
 
 def test_everything_else_is_recorded_as_without_it(tmp_path: Path) -> None:
-    capture = {"branches": "both", "tokens": "all", "activations": ("unet.mid_block",), "self_attention": ("*",)}
+    capture = {
+        "branches": "both",
+        "tokens": "all",
+        "activations": ("unet.mid_block",),
+        "self_attention": ("*",),
+    }
     plain = take(tmp_path, capture=capture)
     asked = take(tmp_path, capture={**capture, "counterfactual": ("*",)})
-    differing = [d for d in compare(plain, asked).differences if not d.variable.startswith("counterfactual/")]
+    differing = [
+        d for d in compare(plain, asked).differences if not d.variable.startswith("counterfactual/")
+    ]
     assert differing == []
-    assert np.isfinite(asked.tree["cost"]["unet_seconds"].values).all() and asked.tree["cost"].sizes["step"] == plain.tree["cost"].sizes["step"]
+    assert (
+        np.isfinite(asked.tree["cost"]["unet_seconds"].values).all()
+        and asked.tree["cost"].sizes["step"] == plain.tree["cost"].sizes["step"]
+    )
 
 
 def test_words_are_chosen_by_text(tmp_path: Path) -> None:
@@ -54,7 +73,9 @@ def test_words_are_chosen_by_text(tmp_path: Path) -> None:
         assert sorted(chosen_words(capital, wanted).items()) == sorted(
             {"A": [1, 7], "cat": [2, 8], "in": [3], "the": [4], "hat": [5], "of": [6]}.items()
         ), "the same tokens are the same word"
-    with pytest.raises(ExperimentError, match=r"capture\.counterfactual: 'bat' is not a word of") as caught:
+    with pytest.raises(
+        ExperimentError, match=r"capture\.counterfactual: 'bat' is not a word of"
+    ) as caught:
         chosen_words(prompt, ("bat",))
     assert "cat" in caught.value.remedy and "hat" in caught.value.remedy
     for wanted in ("cat", "*"):

@@ -1,7 +1,8 @@
-"""Ctrl-C, from a command's first line to its last: exit code 130, no traceback, nothing left over, and soon.
+"""Ctrl-C, from a command's first line to its last: exit code 130, no traceback, nothing left over,
+and soon.
 
-Each press goes to a process of its own, at a moment of its life: while it imports, loads, begins, records, ends. Then
-the same again with impatient presses after the first.
+Each press goes to a process of its own, at a moment of its life: while it imports, loads, begins,
+records, ends. Then the same again with impatient presses after the first.
 """
 
 from __future__ import annotations
@@ -25,15 +26,37 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 10  # seconds; on a machine that does nothing else it is 2
 RUN = ("probe.run", "--steps", "40", "--capture.steps", "0:5", "--output", "out")
 SCENE = str(ROOT / "experiments" / "fox-and-penguin")
-NOISING = ("probe.noising", "--picture", f"{SCENE}.png", "--caption", "A fox next to a penguin", "--masks", f"{SCENE}-masks.npz", "--output", "out")
+NOISING = (
+    "probe.noising",
+    "--picture",
+    f"{SCENE}.png",
+    "--caption",
+    "A fox next to a penguin",
+    "--masks",
+    f"{SCENE}-masks.npz",
+    "--output",
+    "out",
+)
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGINT is sent to a process, which needs POSIX")
-needs_the_bundled_model = pytest.mark.skipif(not (BUNDLED["emojiworld"] / "model_index.json").is_file(), reason="probe/emojiworld is not there")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="SIGINT is sent to a process, which needs POSIX"
+)
+needs_the_bundled_model = pytest.mark.skipif(
+    not (BUNDLED["emojiworld"] / "model_index.json").is_file(),
+    reason="probe/emojiworld is not there",
+)
 
 
 def begun(folder: Path, *command: str, wait: str = " argparse") -> subprocess.Popen[bytes]:
-    """A command that runs in `folder` and has imported `wait`; argparse comes right after the first lines."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    """A command that runs in `folder` and has imported `wait`; argparse comes right after the first
+    lines.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
     with (folder / "said").open("wb") as said:
         running = subprocess.Popen(
             [sys.executable, "-X", "importtime", "-m", *command],
@@ -41,7 +64,9 @@ def begun(folder: Path, *command: str, wait: str = " argparse") -> subprocess.Po
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=said,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run as a background job, where it is ignored
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # tests may run as a background job, where it is ignored
         )
     while wait not in (folder / "said").read_text():
         assert running.poll() is None, f"it ended before {wait}"
@@ -50,18 +75,29 @@ def begun(folder: Path, *command: str, wait: str = " argparse") -> subprocess.Po
 
 
 def stopped(running: subprocess.Popen[bytes], folder: Path, again: int = 0) -> float:
-    """Press Ctrl-C, and `again` some more; everything that was promised then holds. Return how long it took."""
+    """Press Ctrl-C, and `again` some more; everything that was promised then holds.
+
+    Return how long it took.
+    """
     start = time.monotonic()
     for _ in range(again + 1):
         if running.poll() is None:
             running.send_signal(signal.SIGINT)
         time.sleep(0.03 if again else 0)
     code, took = running.wait(timeout=60), time.monotonic() - start
-    err = "\n".join(line for line in (folder / "said").read_text().split("\n") if not line.startswith("import time:"))
+    err = "\n".join(
+        line
+        for line in (folder / "said").read_text().split("\n")
+        if not line.startswith("import time:")
+    )
     assert code == 130, (code, err[-2000:])
     assert "Traceback" not in err and err.count("Stopped.") == 1, err[-2000:]
     assert took < LIMIT
-    left = [path for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith((".partial", ".lock", ".tmp"))]
+    left = [
+        path
+        for path in folder.rglob("*")
+        if path.name.startswith(".") or path.name.endswith((".partial", ".lock", ".tmp"))
+    ]
     assert not left
     for path in (folder / "out").glob("*.zarr") if (folder / "out").is_dir() else ():
         made = Run(path)
@@ -71,7 +107,11 @@ def stopped(running: subprocess.Popen[bytes], folder: Path, again: int = 0) -> f
 
 
 @pytest.mark.parametrize("again", [0, 4])
-@pytest.mark.parametrize("command", [("probe.run",), ("probe.noising",), ("probe.verify",), ("probe.cli", "ls"), ("probe", "ls")], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [("probe.run",), ("probe.noising",), ("probe.verify",), ("probe.cli", "ls"), ("probe", "ls")],
+    ids=str,
+)
 def test_during_the_imports(tmp_path: Path, command: tuple[str, ...], again: int) -> None:
     """Its first line has run as soon as `argparse` is imported."""
     stopped(begun(tmp_path, *command), tmp_path, again)
@@ -86,10 +126,14 @@ def test_while_torch_is_imported(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    "command", [RUN, NOISING, ("probe", "verify", "sample"), ("probe", "show", "sample", "--words")], ids=["run", "noising", "verify", "show"]
+    "command",
+    [RUN, NOISING, ("probe", "verify", "sample"), ("probe", "show", "sample", "--words")],
+    ids=["run", "noising", "verify", "show"],
 )
 def test_at_any_moment(tmp_path: Path, command: tuple[str, ...]) -> None:
-    """At 8 moments from the first line to the end of an undisturbed call, each with a folder of its own."""
+    """At 8 moments from the first line to the end of an undisturbed call, each with a folder of its
+    own.
+    """
     (tmp_path / "whole").mkdir()
     running, start = begun(tmp_path / "whole", *command), time.monotonic()
     assert running.wait(timeout=200) == 0
@@ -106,16 +150,37 @@ def test_at_any_moment(tmp_path: Path, command: tuple[str, ...]) -> None:
 
 
 def test_every_command_begins_with_it() -> None:
-    """The first thing that runs in each, before any other import: what comes earlier dies with a traceback."""
+    """The first thing that runs in each, before any other import: what comes earlier dies with a
+    traceback.
+    """
     for name in ("run", "noising", "verify", "cli"):
         body = ast.parse((ROOT / "probe" / f"{name}.py").read_text()).body
-        first = next(node for node in body if not isinstance(node, ast.Expr) and ast.unparse(node) != "from __future__ import annotations")
-        assert ast.unparse(first) == "if __name__ == '__main__':\n    from probe import stopping\n    stopping.begin()", name
+        first = next(
+            node
+            for node in body
+            if not isinstance(node, ast.Expr)
+            and ast.unparse(node) != "from __future__ import annotations"
+        )
+        assert (
+            ast.unparse(first)
+            == "if __name__ == '__main__':\n    from probe import stopping\n    stopping.begin()"
+        ), name
     assert 'probe = "probe.__main__:main"' in (ROOT / "pyproject.toml").read_text()
-    code = "import os, signal, sys; before = set(sys.modules); import probe.stopping; print(*set(sys.modules) - before)"
+    code = (
+        "import os, signal, sys; before = set(sys.modules); import probe.stopping; "
+        "print(*set(sys.modules) - before)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    loaded = subprocess.run([sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert set(loaded.stdout.split()) == {"__future__", "probe", "probe.stopping"}, "a press while anything else is imported dies with a traceback"
+    loaded = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(loaded.stdout.split()) == {"__future__", "probe", "probe.stopping"}, (
+        "a press while anything else is imported dies with a traceback"
+    )
 
 
 @pytest.mark.parametrize("slow", ["threading", "contextlib", "typing", "traceback"])
@@ -139,7 +204,7 @@ main()
     assert (done.returncode, done.stderr.strip()) == (130, "Stopped.")
 
 
-# --- the same in small: blocks that end in order -----------------------------------------------------------------------
+# --- the same in small: blocks that end in order --------------------------------------------------
 
 SCRIPT = """
 import os, signal, sys, time
@@ -171,9 +236,12 @@ CASES = {
     "with cleanly():\n  press()\n  say('ended in order')": ORDERED,
     "with cleanly():\n  press(); press(); press()\n  say('ended in order')": ORDERED,
     "with cleanly():\n  with breakable():\n    press()\n    say('never')": "interrupted",
-    "with cleanly():\n  press()\n  say('waits')\n  with breakable():\n    say('never')": "waits interrupted",
+    "with cleanly():\n  press()\n  say('waits')\n  with breakable():\n    say('never')": "waits "
+    "interrupted",
     "with cleanly():\n  try:\n    with breakable(): press()\n  finally:\n    press()\n    say('ended in order')": ORDERED,
-    "with cleanly():\n  with breakable():\n    with cleanly():\n      press()\n      say('inner')\n    say('never')": "inner interrupted",
+    "with cleanly():\n  with breakable():\n    with cleanly():\n      press()\n      say('inner')\n    say('never')": "inner "
+    ""
+    "interrupted",
     "with cleanly():\n  try:\n    press()\n    raise OSError('so')\n  finally:\n    say('ended in order')": ORDERED,
 }
 
@@ -186,12 +254,17 @@ def test_a_press_waits_for_what_must_end_in_order(body: str, said: str) -> None:
 
 
 def test_who_cannot_end_in_order_ends_at_the_limit() -> None:
-    code, out, err = small("stopping.LIMIT = 0.2\nwith cleanly():\n    press()\n    time.sleep(20)\n    say('never')")
+    code, out, err = small(
+        "stopping.LIMIT = 0.2\nwith cleanly():\n    press()\n    time.sleep(20)\n    say('never')"
+    )
     assert (code, out, err) == (130, "", "Stopped.")
 
 
 def test_where_it_is_ignored_it_stays_ignored() -> None:
-    code = "import os, signal; from probe import stopping; stopping.begin(); os.kill(os.getpid(), signal.SIGINT); print('went on')"
+    code = (
+        "import os, signal; from probe import stopping; stopping.begin(); os.kill(os.getpid(), "
+        "signal.SIGINT); print('went on')"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code],

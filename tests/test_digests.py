@@ -1,7 +1,9 @@
-"""A recording without a manifest can be proved too: each committed step, and each thing that is written once, has a digest of its own.
+"""A recording without a manifest can be proved too: each committed step, and each thing that is
+written once, has a digest of its own.
 
-Whatever is deleted, changed or swapped in a recording that was interrupted is found; what its writer may leave when it is killed is not
-called damage. And every byte of a picture is accounted for.
+Whatever is deleted, changed or swapped in a recording that was interrupted is found; what its
+writer may leave when it is killed is not called damage. And every byte of a picture is accounted
+for.
 """
 
 from __future__ import annotations
@@ -34,7 +36,14 @@ from probe.writing.chunks import checked
 from probe.writing.digests import DIGESTS, digest, marks, read_lines, sealed
 from probe.writing.store import RunWriter
 
-ASKED: dict[str, Any] = {"prompt": "a cat", "steps": 4, "scheduler": "DDIM", "images": 2, "decode_every": 1, "capture": {"branches": "both"}}
+ASKED: dict[str, Any] = {
+    "prompt": "a cat",
+    "steps": 4,
+    "scheduler": "DDIM",
+    "images": 2,
+    "decode_every": 1,
+    "capture": {"branches": "both"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +84,9 @@ def test_an_interrupted_recording_is_proved(left: Path) -> None:
         xr.open_datatree(left, engine="zarr", chunks=None).load()
 
 
-@pytest.mark.parametrize("number", [30, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize(
+    "number", [30, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
 def test_every_file_that_is_deleted_is_missed(number: int, run: Run) -> None:
     """All but those of the step that was being written, and what is drawn for people."""
     unseen = []
@@ -119,49 +130,89 @@ def at(lines: list[str], what: str) -> int:
 
 LATENTS = "latents/latents/c.{}.0.0.0.0"
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "a changed value": lambda path: rewrite(path / LATENTS.format(1), lambda values: values.__setitem__(5, 1.5)),
+    "a changed value": lambda path: rewrite(
+        path / LATENTS.format(1), lambda values: values.__setitem__(5, 1.5)
+    ),
     "two steps swapped": lambda path: swap(path / LATENTS.format(0), path / LATENTS.format(1)),
-    "a later step as an earlier": lambda path: shutil.copy(path / LATENTS.format(2), path / LATENTS.format(0)),
-    "two variables swapped": lambda path: swap(path / LATENTS.format(1), path / "latents/prediction/c.1.0.0.0.0"),
+    "a later step as an earlier": lambda path: shutil.copy(
+        path / LATENTS.format(2), path / LATENTS.format(0)
+    ),
+    "two variables swapped": lambda path: swap(
+        path / LATENTS.format(1), path / "latents/prediction/c.1.0.0.0.0"
+    ),
     "a label swapped": lambda path: swap(path / "sigma/c.0", path / "alpha_bar/c.0"),
-    "an older flag": lambda path: (path / "committed/c.0").write_bytes(checked(bytes([1, 0, 0, 0]))),
+    "an older flag": lambda path: (path / "committed/c.0").write_bytes(
+        checked(bytes([1, 0, 0, 0]))
+    ),
     "no flags": lambda path: (path / "committed/c.0").unlink(),
     "no digests": lambda path: (path / DIGESTS).unlink(),
     "empty digests": lambda path: (path / DIGESTS).write_text(""),
     "a missing line": lambda path: lines_of(path, lambda lines: lines.pop(at(lines, "step 1"))),
-    "a missing last line": lambda path: lines_of(path, lambda lines: lines.pop(at(lines, "step 2"))),
-    "lines swapped": lambda path: lines_of(path, lambda lines: lines.__setitem__(at(lines, "step 1"), lines[at(lines, "step 0")][:64] + " step 1\n")),
-    "a line that says nothing": lambda path: lines_of(path, lambda lines: lines.insert(2, "nothing\n")),
-    "a line of what is not there": lambda path: lines_of(path, lambda lines: lines.append(f"{'0' * 64} latents/other\n")),
-    "a flip in the digests": lambda path: lines_of(path, lambda lines: lines.__setitem__(3, ("1" if lines[3][0] != "1" else "2") + lines[3][1:])),
+    "a missing last line": lambda path: lines_of(
+        path, lambda lines: lines.pop(at(lines, "step 2"))
+    ),
+    "lines swapped": lambda path: lines_of(
+        path,
+        lambda lines: lines.__setitem__(
+            at(lines, "step 1"), lines[at(lines, "step 0")][:64] + " step 1\n"
+        ),
+    ),
+    "a line that says nothing": lambda path: lines_of(
+        path, lambda lines: lines.insert(2, "nothing\n")
+    ),
+    "a line of what is not there": lambda path: lines_of(
+        path, lambda lines: lines.append(f"{'0' * 64} latents/other\n")
+    ),
+    "a flip in the digests": lambda path: lines_of(
+        path,
+        lambda lines: lines.__setitem__(3, ("1" if lines[3][0] != "1" else "2") + lines[3][1:]),
+    ),
 }
 
 
 @pytest.mark.parametrize("what", DAMAGES)
 def test_damage_is_found(what: str, run: Run) -> None:
-    """And what verify finds broken in the steps is not gone on with in silence, where the steps are what is broken."""
+    """And what verify finds broken in the steps is not gone on with in silence, where the steps are
+    what is broken.
+    """
     DAMAGES[what](run.path)
     assert failed(run.path), what
     if what == "no flags":
         with pytest.raises(RecordingDamaged, match=r"committed/c\.0"):
             _ = Run(run.path).steps
-    if what in ("no flags", "no digests", "empty digests", "a missing line", "a missing last line", "a line that says nothing"):
+    if what in (
+        "no flags",
+        "no digests",
+        "empty digests",
+        "a missing line",
+        "a missing last line",
+        "a line that says nothing",
+    ):
         with pytest.raises(RecordingDamaged) as caught:
             RunWriter(run.path, [array("", "committed", (4,))], {}, resume=True)
-        assert ("committed/c.0" if what == "no flags" else DIGESTS) in caught.value.cause and "probe rerun" in caught.value.remedy
+        assert (
+            "committed/c.0" if what == "no flags" else DIGESTS
+        ) in caught.value.cause and "probe rerun" in caught.value.remedy
 
 
 def test_what_a_killed_writer_leaves_is_no_damage(run: Run, pipe: Any) -> None:
-    """A step without its flag, half a line, a file under its other name; and what is resumed has the digests of a run nobody stopped."""
+    """A step without its flag, half a line, a file under its other name; and what is resumed has
+    the digests of a run nobody stopped.
+    """
     with (run.path / DIGESTS).open("a") as file:
         file.write(f"{'0' * 64} step 3\n{'1' * 30}")
     (run.path / "latents/latents/c.3.0.0.0.0.0123abcd.partial").write_bytes(b"half")
     assert failed(run.path) == []
     assert (run.path / DIGESTS).read_text().endswith("1" * 30)
     again = resume(run, pipe, progress=False)
-    assert failed(again.path) == [] and check_digests(again).verdict == check_manifest(again).verdict == "exact"
+    assert (
+        failed(again.path) == []
+        and check_digests(again).verdict == check_manifest(again).verdict == "exact"
+    )
     lines = read_lines((again.path / DIGESTS).read_bytes())
-    assert {f"step {step}" for step in range(4)} < lines.keys() and not list(again.path.rglob("*.partial"))
+    assert {f"step {step}" for step in range(4)} < lines.keys() and not list(
+        again.path.rglob("*.partial")
+    )
     assert DIGESTS in json.loads((again.path / "manifest.json").read_text())
 
 
@@ -190,7 +241,10 @@ def test_a_recording_that_is_being_written_is_proved_at_every_moment(tmp_path: P
             writer.flush()
         writer.write("cost/step_seconds", [1, 2, 3])
         found = check_digests(Run(tmp_path / "a.zarr"))
-        assert found.verdict == "exact" and found.detail == "3 steps and 5 other parts are what was written"
+        assert (
+            found.verdict == "exact"
+            and found.detail == "3 steps and 5 other parts are what was written"
+        )
         writer.complete()
 
 
@@ -210,14 +264,35 @@ def test_an_older_recording_says_that_it_was_not_checked(run: Run) -> None:
 
 
 def test_a_digest_is_of_names_and_values() -> None:
-    one, other = (marks(np.full((2, 3), value, np.float32), (1, 3), np.float32("nan")) for value in (1, 2))
-    assert len({digest(of) for of in ({"a": one}, {"b": one}, {"a": other}, {"a": one, "b": other}, {"a": other, "b": one}, {})}) == 6
+    one, other = (
+        marks(np.full((2, 3), value, np.float32), (1, 3), np.float32("nan")) for value in (1, 2)
+    )
+    assert (
+        len(
+            {
+                digest(of)
+                for of in (
+                    {"a": one},
+                    {"b": one},
+                    {"a": other},
+                    {"a": one, "b": other},
+                    {"a": other, "b": one},
+                    {},
+                )
+            }
+        )
+        == 6
+    )
     nothing = marks(np.full((2, 3), np.nan, np.float32), (1, 3), np.float32("nan"))
-    assert digest({"a": one, "b": nothing}) == digest({"a": one}), "nothing but fill values is no file"
-    assert marks(np.array([["a", ""]], object), None, "") != marks(np.array([["", "a"]], object), None, "")
+    assert digest({"a": one, "b": nothing}) == digest({"a": one}), (
+        "nothing but fill values is no file"
+    )
+    assert marks(np.array([["a", ""]], object), None, "") != marks(
+        np.array([["", "a"]], object), None, ""
+    )
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def test_every_flip_in_a_picture_is_seen(pipe: Any, tmp_path: Path) -> None:
@@ -228,13 +303,20 @@ def test_every_flip_in_a_picture_is_seen(pipe: Any, tmp_path: Path) -> None:
     rng = random.Random(4)
     for name in ("picture.png", "contact-sheet.png", "words.png"):
         content = (run.path / name).read_bytes()
-        places = [*range(0, 8 * 40, 9), *rng.sample(range(8 * len(content)), 30), *range(8 * (len(content) - 100), 8 * len(content), 13)]
+        places = [
+            *range(0, 8 * 40, 9),
+            *rng.sample(range(8 * len(content)), 30),
+            *range(8 * (len(content) - 100), 8 * len(content), 13),
+        ]
         for bit in places:
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
             (run.path / name).write_bytes(flipped)
             found = check_picture(run)
-            assert (found.verdict, found.detail) == ("failed", f"{name} is not as it was written"), bit
+            assert (found.verdict, found.detail) == (
+                "failed",
+                f"{name} is not as it was written",
+            ), bit
         (run.path / name).write_bytes(content[:-7])
         assert check_picture(run).verdict == "failed"
         (run.path / name).write_bytes(content)

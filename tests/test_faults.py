@@ -1,7 +1,9 @@
-"""Whatever happens to a run, it ends in a clear line and a readable prefix, and is never called complete.
+"""Whatever happens to a run, it ends in a clear line and a readable prefix, and is never called
+complete.
 
-Killed at any moment, interrupted, refused by the disk, out of memory, given NaN, watched while it writes. The recorder
-is the real one, in a process of its own where that process is to die (tests/doomed.py).
+Killed at any moment, interrupted, refused by the disk, out of memory, given NaN, watched while it
+writes. The recorder is the real one, in a process of its own where that process is to die
+(tests/doomed.py).
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ TWO_LINES = r"error: (?P<cause>[^\n]+)\n       (?P<remedy>[^\n]+)\n\Z"
 
 
 def asked(folder: Path, **changes: Any) -> dict[str, Any]:
-    return ask(folder, **{"steps": STEPS, "scheduler": "DPM++2M", "durability": "run", **changes}).resolved()
+    return ask(
+        folder, **{"steps": STEPS, "scheduler": "DPM++2M", "durability": "run", **changes}
+    ).resolved()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,8 +77,12 @@ def visible(folder: Path) -> list[Path]:
 
 
 def assert_readable(path: Path, whole: Run, least: int = 0) -> int:
-    """Stock xarray opens it, warnings being errors; every committed step holds the bits of the whole run. How many there are."""
-    tree = xr.open_datatree(path, engine="zarr", chunks=None).load()  # all of it, the step that was being written too
+    """Stock xarray opens it, warnings being errors; every committed step holds the bits of the
+    whole run. How many there are.
+    """
+    tree = xr.open_datatree(
+        path, engine="zarr", chunks=None
+    ).load()  # all of it, the step that was being written too
     committed = tree["committed"].values.tolist()
     done = sum(committed)
     assert committed == [1] * done + [0] * (len(committed) - done) and done >= least
@@ -82,25 +90,39 @@ def assert_readable(path: Path, whole: Run, least: int = 0) -> int:
         group, _, last = name.rpartition("/")
         found = tree[group or "/"].to_dataset(inherit=False).variables[last]
         if variable.dims[:1] == ("step",) and variable.ndim > 1:
-            np.testing.assert_array_equal(found.isel(step=slice(done)).values, variable.isel(step=slice(done)).values, name)
+            np.testing.assert_array_equal(
+                found.isel(step=slice(done)).values, variable.isel(step=slice(done)).values, name
+            )
         else:
             _ = found.values
     return done
 
 
-# --- kill -9 ---------------------------------------------------------------------------------------------------------
+# --- kill -9 --------------------------------------------------------------------------------------
 
 
-def kills(number: int, unharmed: Ended, rng: random.Random) -> Iterator[tuple[str, Fault | Torn | None, tuple[str, int] | None, float]]:
-    """Ways to die: what it is, the fault, and, for a kill from outside, the report that it waits for and the seconds until then.
+def kills(
+    number: int, unharmed: Ended, rng: random.Random
+) -> Iterator[tuple[str, Fault | Torn | None, tuple[str, int] | None, float]]:
+    """Ways to die: what it is, the fault, and, for a kill from outside, the report that it waits
+    for and the seconds until then.
 
-    A fifth each: at any moment of the whole life; at any operation on files; at an operation within the steps; from outside
-    while a step is being written or just after; and inside the write of a chunk, where the system itself ends the process.
+    A fifth each: at any moment of the whole life; at any operation on files; at an operation within
+    the steps; from outside while a step is being written or just after; and inside the write of a
+    chunk, where the system itself ends the process.
     """
     within = [at for at, (steps, _) in enumerate(unharmed.operations, 1) if 0 < steps < STEPS]
-    parts = [what for steps, what in unharmed.operations if steps == 1 and what.startswith("write ")]
+    parts = [
+        what for steps, what in unharmed.operations if steps == 1 and what.startswith("write ")
+    ]
     for index in range(number):
-        kind = ("any moment", "any operation", "an operation of a step", "a step, from outside", "inside a chunk")[index % 5]
+        kind = (
+            "any moment",
+            "any operation",
+            "an operation of a step",
+            "a step, from outside",
+            "inside a chunk",
+        )[index % 5]
         if kind == "any moment":
             yield kind, None, None, rng.uniform(0, unharmed.seconds)
         elif kind == "any operation":
@@ -108,14 +130,30 @@ def kills(number: int, unharmed: Ended, rng: random.Random) -> Iterator[tuple[st
         elif kind == "an operation of a step":
             yield kind, Fault("kill", rng.choice(within)), None, 0
         elif kind == "a step, from outside":
-            yield kind, None, (rng.choice(("begun", "acknowledged")), rng.randint(1, STEPS - 3)), rng.uniform(0, 0.01)
+            yield (
+                kind,
+                None,
+                (rng.choice(("begun", "acknowledged")), rng.randint(1, STEPS - 3)),
+                rng.uniform(0, 0.01),
+            )
         else:
-            yield kind, Torn(rng.randint(1, STEPS - 1), rng.randrange(len(parts)), rng.randint(1, 100)), None, 0
+            yield (
+                kind,
+                Torn(rng.randint(1, STEPS - 1), rng.randrange(len(parts)), rng.randint(1, 100)),
+                None,
+                0,
+            )
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
-def test_kill_minus_9_at_any_moment(number: int, whole: Run, unharmed: Ended, tmp_path: Path) -> None:
-    """No recording is unreadable, no acknowledged step is lost, and what is resumed has the bits of the run nobody killed."""
+@pytest.mark.parametrize(
+    "number", [40, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+)
+def test_kill_minus_9_at_any_moment(
+    number: int, whole: Run, unharmed: Ended, tmp_path: Path
+) -> None:
+    """No recording is unreadable, no acknowledged step is lost, and what is resumed has the bits of
+    the run nobody killed.
+    """
     between = torn = created = resumed = 0
     rng = random.Random(number)
     for index, (kind, fault, report, delay) in enumerate(kills(number, unharmed, rng)):
@@ -128,64 +166,104 @@ def test_kill_minus_9_at_any_moment(number: int, whole: Run, unharmed: Ended, tm
                 child.signal(signal.SIGKILL)
             ended = child.end()
         what = f"{kind}, {fault or report} {delay}"
-        # How many operations there are differs with the durability and with the order of threads: the last may never come.
-        outlived = kind == "any moment" or (isinstance(fault, Fault) and len(ended.operations) < fault.at)
-        assert ended.code in (-signal.SIGKILL, -signal.SIGXFSZ) or (outlived and ended.code == 0), (what, ended.said)
+        # How many operations there are differs with the durability and with the order of threads:
+        # the last may never come.
+        outlived = kind == "any moment" or (
+            isinstance(fault, Fault) and len(ended.operations) < fault.at
+        )
+        assert ended.code in (-signal.SIGKILL, -signal.SIGXFSZ) or (outlived and ended.code == 0), (
+            what,
+            ended.said,
+        )
         found = visible(folder)
         assert len(found) <= 1 and (found or not ended.acknowledged), what
         created += len(found)
         for path in found:
             done = assert_readable(path, whole, ended.acknowledged)
             run = Run(path)
-            assert run.status == ("complete" if run.attributes["status"] == "complete" else "interrupted"), what
-            assert run.status != "complete" or (done == STEPS and not [c for c in verify(run) if c.verdict == "failed"]), what
+            assert run.status == (
+                "complete" if run.attributes["status"] == "complete" else "interrupted"
+            ), what
+            assert run.status != "complete" or (
+                done == STEPS and not [c for c in verify(run) if c.verdict == "failed"]
+            ), what
             between += 0 < done < STEPS
             if kind == "inside a chunk":
-                short = [file for file in path.rglob("*.partial") if file.stat().st_size <= fault.size]  # type: ignore[union-attr]
+                short = [
+                    file for file in path.rglob("*.partial") if file.stat().st_size <= fault.size
+                ]  # type: ignore[union-attr]
                 torn += len(short) == 1
-            assert index % 8 or not [check for check in verify(run) if check.verdict == "failed"], what
+            assert index % 8 or not [check for check in verify(run) if check.verdict == "failed"], (
+                what
+            )
             if index % 4 == 0 and run.status != "complete":
                 again = resume(run, pipeline(), progress=False)
                 found_again = compare(whole, again)
-                assert found_again.same and again.status == "complete", (what, found_again.differences)
+                assert found_again.same and again.status == "complete", (
+                    what,
+                    found_again.differences,
+                )
                 resumed += 1
         clear_orphans(folder)
         assert sorted(folder.glob("*")) == found, f"{what}: something is left"
-    print(f"{number} kills: {created} left a recording, {between} between first and last step, {torn} inside a chunk, {resumed} resumed")
+    print(
+        f"{number} kills: {created} left a recording, {between} between first and last step, "
+        f"{torn} inside a chunk, {resumed} resumed"
+    )
     assert between >= number / 2 and torn >= 5 and resumed >= number / 8
 
 
 def test_killed_before_its_text_was_written(whole: Run, tmp_path: Path) -> None:
-    """A child that dies before the first step may leave a text that is not there, and nothing of it was promised."""
+    """A child that dies before the first step may leave a text that is not there, and nothing of it
+    was promised.
+    """
     run = cut(whole, tmp_path, 0)
     for name in ("embedding", "hidden", "output", "attention"):
         for file in (run.path / "text/text_encoder" / name).glob("c*"):
             file.unlink()
-    lines = (run.path / DIGESTS).read_text().splitlines(keepends=True)  # a line comes after what it is of
-    written_at_once = [line for line in lines if not re.search(r" (text/text_encoder/(embedding|hidden|output|attention)|preview/.*)$", line)]
+    lines = (
+        (run.path / DIGESTS).read_text().splitlines(keepends=True)
+    )  # a line comes after what it is of
+    written_at_once = [
+        line
+        for line in lines
+        if not re.search(
+            r" (text/text_encoder/(embedding|hidden|output|attention)|preview/.*)$", line
+        )
+    ]
     (run.path / DIGESTS).write_text("".join(written_at_once))
-    assert not run.steps.size and not [check for check in verify(Run(run.path)) if check.verdict == "failed"]
+    assert not run.steps.size and not [
+        check for check in verify(Run(run.path)) if check.verdict == "failed"
+    ]
 
 
 def test_what_a_kill_leaves_is_what_the_tests_of_resuming_cut(whole: Run, tmp_path: Path) -> None:
-    """A child is killed while the third step waits to be predicted: the same files, with the same bytes."""
+    """A child is killed while the third step waits to be predicted: the same files, with the same
+    bytes.
+    """
     with Doomed(asked(tmp_path / "killed"), pause=0.5) as child:
         assert child.wait_for("acknowledged", 2)
         child.signal(signal.SIGKILL)
         child.end()
     (killed,) = visible(tmp_path / "killed")
     made = cut(whole, tmp_path, 3).path
-    left, expected = ({str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()} for path in (killed, made))
+    left, expected = (
+        {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()}
+        for path in (killed, made)
+    )
     assert left.keys() == expected.keys()
     unlike = {name for name in left if left[name].read_bytes() != expected[name].read_bytes()}
     assert "zarr.json" in unlike, "who wrote it, when, and where to"
-    assert all("/cross/" in name for name in unlike - {"zarr.json"}), "in a shard the tokens lie as the writer's threads met"
+    assert all("/cross/" in name for name in unlike - {"zarr.json"}), (
+        "in a shard the tokens lie as the writer's threads met"
+    )
     assert compare(Run(killed), Run(made)).same
 
 
-# --- the disk --------------------------------------------------------------------------------------------------------
+# --- the disk -------------------------------------------------------------------------------------
 
-# Of the lock the run is complete by then; of a folder another thread may have made the same a moment ago.
+# Of the lock the run is complete by then; of a folder another thread may have made the same a
+# moment ago.
 HARMLESS = r"os\.remove /\.[^/]*\.lock|os\.mkdir .*"
 
 
@@ -194,7 +272,11 @@ def assert_refused(ended: Ended, folder: Path, whole: Run, what: str, cause: str
     assert ended.code == 1, (what, ended.code, ended.said)
     assert "Traceback" not in ended.said
     told = re.search(TWO_LINES, ended.said)
-    assert told and f"could not be written: {cause}." in told["cause"] and told["remedy"].startswith(("Free some room", "Check the disk")), (
+    assert (
+        told
+        and f"could not be written: {cause}." in told["cause"]
+        and told["remedy"].startswith(("Free some room", "Check the disk"))
+    ), (
         what,
         ended.said,
     )
@@ -205,9 +287,14 @@ def assert_refused(ended: Ended, folder: Path, whole: Run, what: str, cause: str
 
 def refuse(number: int, whole: Run, folder: Path, forever: bool, **changes: Any) -> str:
     """A child whose `number`th operation on files fails; returns what that was."""
-    with Doomed(asked(folder, durability="none", **changes), Fault(("ENOSPC", "EIO")[number % 2], number, forever)) as child:
+    with Doomed(
+        asked(folder, durability="none", **changes),
+        Fault(("ENOSPC", "EIO")[number % 2], number, forever),
+    ) as child:
         ended = child.end()
-    if not ended.marks:  # a life has some operations more or fewer, as its threads meet: the last of this one came before
+    # a life has some operations more or fewer, as its threads meet: the last of this one came
+    # before
+    if not ended.marks:
         assert ended.code == 0 and number > 1, "nothing was refused"
         return refuse(number - 1, whole, folder.with_name(f"{folder.name}-"), forever, **changes)
     what = f"{number}: {ended.marks[0]}"
@@ -225,7 +312,12 @@ def test_a_disk_that_refuses_an_operation(whole: Run, unharmed: Ended, tmp_path:
     rng, last = random.Random(1), len(unharmed.operations)
     ends = [at for at, (steps, _) in enumerate(unharmed.operations, 1) if steps == STEPS]
     steps = [at for at, (steps, _) in enumerate(unharmed.operations, 1) if 0 < steps < STEPS]
-    chosen = [*rng.sample(range(1, steps[0]), 5), *rng.sample(steps, 5), *rng.sample(ends, 4), *range(last - 6, last + 1)]
+    chosen = [
+        *rng.sample(range(1, steps[0]), 5),
+        *rng.sample(steps, 5),
+        *rng.sample(ends, 4),
+        *range(last - 6, last + 1),
+    ]
     for number in chosen:
         refuse(number, whole, tmp_path / str(number), forever=bool(rng.randrange(2)))
 
@@ -234,7 +326,11 @@ def test_a_disk_that_refuses_an_operation(whole: Run, unharmed: Ended, tmp_path:
 @pytest.mark.timeout(3000)
 def test_a_disk_that_refuses_any_operation_of_a_run_of_five_steps(tmp_path: Path) -> None:
     """Every one of them: by turns only once, and from then on."""
-    few: dict[str, Any] = {"steps": 5, "scheduler": "DDIM", "capture": {"layers": ("4x4",), "text": False, "statistics": False}}
+    few: dict[str, Any] = {
+        "steps": 5,
+        "scheduler": "DDIM",
+        "capture": {"layers": ("4x4",), "text": False, "statistics": False},
+    }
     with Doomed(asked(tmp_path / "whole", durability="none", **few)) as child:
         ended = child.end()
     whole = only(tmp_path / "whole")
@@ -249,63 +345,102 @@ def test_a_file_that_may_not_grow(part: int, whole: Run, tmp_path: Path) -> None
     with Doomed(asked(tmp_path), Torn(3, part, 70, survive=True)) as child:
         ended = child.end()
     assert_refused(ended, tmp_path, whole, str(part), "File too large")
-    assert only(tmp_path).steps.tolist() == [0, 1, 2] and only(tmp_path).attributes["status"] == "running", "not even the status fits"
+    assert (
+        only(tmp_path).steps.tolist() == [0, 1, 2]
+        and only(tmp_path).attributes["status"] == "running"
+    ), "not even the status fits"
 
 
 @pytest.mark.parametrize("share", [0.2, 0.75, 0.9, 0.99])
-def test_a_disk_that_is_really_full(share: float, whole: Run, unharmed: Ended, tmp_path: Path) -> None:
-    """A file system of its own with too little room: refused at the beginning or, where that does not see it, in the steps or at the end."""
-    needed = sum(-(-file.stat().st_size // 4096) * 4096 for file in whole.path.rglob("*") if file.is_file())
+def test_a_disk_that_is_really_full(
+    share: float, whole: Run, unharmed: Ended, tmp_path: Path
+) -> None:
+    """A file system of its own with too little room: refused at the beginning or, where that does
+    not see it, in the steps or at the end.
+    """
+    needed = sum(
+        -(-file.stat().st_size // 4096) * 4096 for file in whole.path.rglob("*") if file.is_file()
+    )
     folder = tmp_path / "disk"
-    with Doomed(asked(folder), room=int(needed * share) // 4096 * 4096, unseen=share >= 0.5) as child:
+    with Doomed(
+        asked(folder), room=int(needed * share) // 4096 * 4096, unseen=share >= 0.5
+    ) as child:
         ended = child.end()
     if ended.code == 99:
         pytest.skip(f"this system lets nobody mount a file system ({ended.said.strip()})")
     if share < 0.5:  # the forecast sees that before anything is written
-        assert ended.code == 2 and "more than the room on the disk" in ended.said and visible(tmp_path / "disk-seen") == []
+        assert (
+            ended.code == 2
+            and "more than the room on the disk" in ended.said
+            and visible(tmp_path / "disk-seen") == []
+        )
         return
     assert_refused(ended, tmp_path / "disk-seen", whole, str(share), "No space left on device")
 
 
-# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+# --- Ctrl-C ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [10, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize(
+    "number", [10, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])]
+)
 def test_ctrl_c_at_any_moment(number: int, whole: Run, unharmed: Ended, tmp_path: Path) -> None:
-    """At random operations on files, and from outside in the middle of steps: soon over, exit code 130, and it opens."""
+    """At random operations on files, and from outside in the middle of steps: soon over, exit code
+    130, and it opens.
+    """
     rng, slowest, opened = random.Random(number), 0.0, 0
     for index in range(number):
         folder = tmp_path / str(index)
-        fault = Fault("interrupt", rng.randint(1, len(unharmed.operations) - 1)) if index % 2 == 0 else None
+        fault = (
+            Fault("interrupt", rng.randint(1, len(unharmed.operations) - 1))
+            if index % 2 == 0
+            else None
+        )
         with Doomed(asked(folder), fault) as child:
             if fault is None:
                 child.wait_for(rng.choice(("begun", "acknowledged")), rng.randrange(STEPS - 2))
                 time.sleep(rng.uniform(0, 0.02))
                 child.signal(signal.SIGINT)
             ended = child.end()
-        assert ended.code == 130 and ended.said.endswith("\nStopped.\n") and "Traceback" not in ended.said, (index, ended.code, ended.said)
+        assert (
+            ended.code == 130
+            and ended.said.endswith("\nStopped.\n")
+            and "Traceback" not in ended.said
+        ), (index, ended.code, ended.said)
         slowest = max(slowest, ended.seconds)
         for path in visible(folder):
             done = assert_readable(path, whole, ended.acknowledged)
             run = Run(path)
-            if fault and run.status == "complete":  # all that was left to do was to take the lock away
-                assert done == STEPS and re.fullmatch(HARMLESS, ended.operations[fault.at - 1][1]), (index, ended.operations[fault.at - 1])
+            if (
+                fault and run.status == "complete"
+            ):  # all that was left to do was to take the lock away
+                assert done == STEPS and re.fullmatch(
+                    HARMLESS, ended.operations[fault.at - 1][1]
+                ), (index, ended.operations[fault.at - 1])
                 assert compare(whole, run).same and clear_orphans(folder)
                 continue
             assert run.status == "interrupted", (index, run.status)
             assert f"go on with it: probe run --resume {path}" in ended.said or not len(run.steps)
             opened += 1
-        left = [path.name for path in folder.iterdir() if path not in visible(folder)] if folder.exists() else []
+        left = (
+            [path.name for path in folder.iterdir() if path not in visible(folder)]
+            if folder.exists()
+            else []
+        )
         assert not left, left
-    print(f"{number} times Ctrl-C: at most {slowest:.2f} s to the end, {opened} had begun a recording")
+    print(
+        f"{number} times Ctrl-C: at most {slowest:.2f} s to the end, {opened} had begun a recording"
+    )
     assert slowest <= 2 and opened >= number / 2
 
 
-# --- out of memory, and values that are not finite -------------------------------------------------------------------
+# --- out of memory, and values that are not finite ------------------------------------------------
 
 HUNGER: dict[str, Callable[[], object]] = {
     "torch's allocator of the CPU": lambda: torch.empty(2**50),
-    "torch's error on a GPU": throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")),
+    "torch's error on a GPU": throw(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
+    ),
     "numpy's": lambda: np.empty(2**50),
 }
 
@@ -313,7 +448,10 @@ HUNGER: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("what", HUNGER)
 def test_out_of_memory_in_a_step(what: str, whole: Run, tmp_path: Path) -> None:
     pipe = pipeline()
-    with hooks.Hooks([(pipe.unet, "input", at_call(3, HUNGER[what]))]), pytest.raises(OutOfMemory) as caught:
+    with (
+        hooks.Hooks([(pipe.unet, "input", at_call(3, HUNGER[what]))]),
+        pytest.raises(OutOfMemory) as caught,
+    ):
         record(asked(tmp_path), pipe, progress=False)
     assert (
         caught.value.cause.startswith(("Out of memory on cpu: ", "Out of memory on cuda: "))
@@ -325,7 +463,9 @@ def test_out_of_memory_in_a_step(what: str, whole: Run, tmp_path: Path) -> None:
     assert_prefix(only(tmp_path), whole, 3)
 
 
-def test_out_of_memory_while_a_step_is_written(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_a_step_is_written(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def hungry(name: str, step: int, *_: Any) -> None:
         if step == 2:
             np.empty(2**50)
@@ -343,17 +483,25 @@ def test_nan_at_any_step(step: int, whole: Run, tmp_path: Path) -> None:
     bias = pipe.unet.conv_out.bias
     healthy = bias.data.clone()
     try:
-        with hooks.Hooks([(pipe.unet, "input", at_call(step, lambda: bias.data.fill_(float("nan"))))]), pytest.raises(NotFinite) as caught:
+        with (
+            hooks.Hooks(
+                [(pipe.unet, "input", at_call(step, lambda: bias.data.fill_(float("nan"))))]
+            ),
+            pytest.raises(NotFinite) as caught,
+        ):
             record(asked(tmp_path, capture={"text": False}), pipe, progress=False)
     finally:
         bias.data.copy_(healthy)
-    assert caught.value.cause == f"prediction_uncond holds NaN at step {step}." and "on_nan: record" in caught.value.remedy
+    assert (
+        caught.value.cause == f"prediction_uncond holds NaN at step {step}."
+        and "on_nan: record" in caught.value.remedy
+    )
     run = only(tmp_path)
     assert run.status == "failed" and not (run.path / MANIFEST).exists()
     assert_prefix(run, whole, step)
 
 
-# --- somebody who watches --------------------------------------------------------------------------------------------
+# --- somebody who watches -------------------------------------------------------------------------
 
 
 def test_a_reader_that_polls_sees_only_what_stays(whole: Run, tmp_path: Path) -> None:
@@ -369,8 +517,15 @@ def test_a_reader_that_polls_sees_only_what_stays(whole: Run, tmp_path: Path) ->
                 assert len(run.steps) >= seen[-1] and run.name in repr(run)
                 if len(run.steps):
                     overview, final = run.overview(), whole.overview()
-                    np.testing.assert_allclose(overview.values, final.isel(step=slice(overview.sizes["step"])).values, atol=1e-5)
-                    np.testing.assert_array_equal(run.denoised().values, whole.denoised().isel(step=slice(len(run.steps))).values)
+                    np.testing.assert_allclose(
+                        overview.values,
+                        final.isel(step=slice(overview.sizes["step"])).values,
+                        atol=1e-5,
+                    )
+                    np.testing.assert_array_equal(
+                        run.denoised().values,
+                        whole.denoised().isel(step=slice(len(run.steps))).values,
+                    )
         ended = child.end()
     assert ended.code == 0, ended.said
     assert seen == sorted(seen) and len(set(seen)) >= 3, seen

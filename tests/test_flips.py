@@ -1,4 +1,6 @@
-"""A flipped bit in a finished recording never goes unseen: verify sees it in any file, and reading sees it in any chunk."""
+"""A flipped bit in a finished recording never goes unseen: verify sees it in any file, and reading
+sees it in any chunk.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from probe.reading.recording import Run
 from probe.reading.untrusted import Stored, nodes_of, read_root
 from probe.writing.store import MANIFEST
 
-SMALL, LARGE = (200, 50), (2_000, 500)  # flips in chunks and in metadata: by default, and where time does not matter
+SMALL, LARGE = (
+    (200, 50),
+    (2_000, 500),
+)  # flips in chunks and in metadata: by default, and where time does not matter
 COUNTS = [pytest.param(SMALL, id="some"), pytest.param(LARGE, id="all", marks=pytest.mark.slow)]
 EVERYTHING: dict[str, Any] = {
     "branches": "both",
@@ -39,7 +44,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     """Finished recordings that hold, together, every kind of array that a run can record."""
     folder = tmp_path_factory.mktemp("flips")
     modes = ("maps", "queries", "summary")
-    return [take(folder, steps=2, scheduler="DDIM", decode_every=1, name=mode, capture={**EVERYTHING, "attention": mode}) for mode in modes]
+    return [
+        take(
+            folder,
+            steps=2,
+            scheduler="DDIM",
+            decode_every=1,
+            name=mode,
+            capture={**EVERYTHING, "attention": mode},
+        )
+        for mode in modes
+    ]
 
 
 @contextlib.contextmanager
@@ -60,13 +75,21 @@ def arrays(run: Run) -> dict[str, Stored]:
 
 
 def chunks(run: Run, name: str) -> list[Path]:
-    return sorted(file for file in (run.path / name).iterdir() if file.name == "c" or file.name.startswith("c."))
+    return sorted(
+        file
+        for file in (run.path / name).iterdir()
+        if file.name == "c" or file.name.startswith("c.")
+    )
 
 
 def test_the_recordings_hold_every_kind_of_array(runs: list[Run]) -> None:
     found = {name.rpartition("/")[2] for run in runs for name in arrays(run) if chunks(run, name)}
     elsewhere = {"pooled"}  # of SDXL: a chunk like any other
-    assert found >= {variable.name for variable in SCHEMA if variable.group not in ("source", "forward")} - elsewhere
+    assert (
+        found
+        >= {variable.name for variable in SCHEMA if variable.group not in ("source", "forward")}
+        - elsewhere
+    )
 
 
 @pytest.mark.parametrize("counts", COUNTS)
@@ -74,31 +97,60 @@ def test_a_flipped_bit_in_a_chunk_is_seen(counts: tuple[int, int], runs: list[Ru
     """By the manifest, and by whoever reads the value: its checksum does not agree."""
     draw = random.Random(7)
     known = [arrays(run) for run in runs]
-    places = [(run, name, stored) for run, found in zip(runs, known, strict=True) for name, stored in found.items() if chunks(run, name)]
+    places = [
+        (run, name, stored)
+        for run, found in zip(runs, known, strict=True)
+        for name, stored in found.items()
+        if chunks(run, name)
+    ]
     draw.shuffle(places)
     unseen = []
     for index in range(counts[0]):
-        run, name, stored = places[index % len(places)]  # every variable as often as any other, however large it is
+        run, name, stored = places[
+            index % len(places)
+        ]  # every variable as often as any other, however large it is
         file = draw.choice(chunks(run, name))
         bit = draw.randrange(8 * file.stat().st_size)
         what = f"bit {bit} of {file.relative_to(run.path.parent)}"
-        values = xr.Variable(stored.dims, indexing.LazilyIndexedArray(Values(Untrusting(run.path, known[runs.index(run)]), stored)))
+        values = xr.Variable(
+            stored.dims,
+            indexing.LazilyIndexedArray(
+                Values(Untrusting(run.path, known[runs.index(run)]), stored)
+            ),
+        )
         with flipped(file, bit):
             found = check_manifest(run)
-            assert (found.verdict, found.detail) == ("failed", f"1 files changed: {file.relative_to(run.path)}"), what
+            assert (found.verdict, found.detail) == (
+                "failed",
+                f"1 files changed: {file.relative_to(run.path)}",
+            ), what
             said = refusal(lambda values=values: np.asarray(values))
         if said is None:
             unseen.append((name, what))
         else:
-            assert f"{run.path.name}: {name} cannot be read" in said or f"{name} is not the text" in said, (what, said)
-    assert not {what for name, what in unseen if any("crc32c" in json.dumps(found[name].metadata["codecs"]) for found in known if name in found)}
+            assert (
+                f"{run.path.name}: {name} cannot be read" in said
+                or f"{name} is not the text" in said
+            ), (what, said)
+    assert not {
+        what
+        for name, what in unseen
+        if any(
+            "crc32c" in json.dumps(found[name].metadata["codecs"])
+            for found in known
+            if name in found
+        )
+    }
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_a_flipped_bit_in_metadata_is_seen(counts: tuple[int, int], runs: list[Run]) -> None:
     """By whoever opens the recording, in one line, or by the manifest."""
     draw = random.Random(8)
-    files = [[run.path / "zarr.json", run.path / MANIFEST, *sorted(run.path.glob("*/**/zarr.json"))] for run in runs]
+    files = [
+        [run.path / "zarr.json", run.path / MANIFEST, *sorted(run.path.glob("*/**/zarr.json"))]
+        for run in runs
+    ]
     refused = 0
     for index in range(counts[1]):
         run, which = runs[index % len(runs)], files[index % len(runs)]
@@ -134,7 +186,17 @@ def manifest_of(run: Run) -> str:
         return "failed"
 
 
-@pytest.mark.parametrize("name", ["latents/prediction", "attention/8x8/cross", "attention/8x8/token_text", "step", "cost/peak_memory", "zarr.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "latents/prediction",
+        "attention/8x8/cross",
+        "attention/8x8/token_text",
+        "step",
+        "cost/peak_memory",
+        "zarr.json",
+    ],
+)
 def test_verify_as_a_whole_sees_it(name: str, runs: list[Run]) -> None:
     """And says so of that check, whatever the others make of it."""
     run = runs[0]
@@ -142,5 +204,11 @@ def test_verify_as_a_whole_sees_it(name: str, runs: list[Run]) -> None:
     bit = 8 * file.read_bytes().index(b"torch") if name == "zarr.json" else 40
     with flipped(file, bit):
         checks = {check.name: check for check in verify(Run(run.path))}
-    assert checks["manifest"].verdict == "failed" and checks["manifest"].detail.startswith(f"1 files changed: {file.relative_to(run.path)}")
-    assert all(check.verdict == "exact" for check in verify(Run(run.path)) if check.name in ("manifest", "committed", "schema"))
+    assert checks["manifest"].verdict == "failed" and checks["manifest"].detail.startswith(
+        f"1 files changed: {file.relative_to(run.path)}"
+    )
+    assert all(
+        check.verdict == "exact"
+        for check in verify(Run(run.path))
+        if check.name in ("manifest", "committed", "schema")
+    )

@@ -1,7 +1,9 @@
-"""Recordings of format 1, made by the code at commit fc5c2b4: they open, read and verify for ever, and one goes on where it was killed.
+"""Recordings of format 1, made by the code at commit fc5c2b4: they open, read and verify for ever,
+and one goes on where it was killed.
 
-`format_1/` holds three: a default one, a noising, and one whose writer was killed after two of four steps. Beside each lie the
-verdicts that `probe verify` gave then, and a digest of every variable's values as stock xarray read them.
+`format_1/` holds three: a default one, a noising, and one whose writer was killed after two of four
+steps. Beside each lie the verdicts that `probe verify` gave then, and a digest of every variable's
+values as stock xarray read them.
 """
 
 from __future__ import annotations
@@ -43,8 +45,14 @@ def digests(tree: xr.DataTree, steps: int) -> dict[str, str]:
     found = {}
     for node in tree.subtree:
         for name, variable in node.to_dataset(inherit=False).variables.items():
-            values = (variable.isel(step=slice(steps)) if "step" in variable.dims else variable).values
-            raw = json.dumps(values.tolist()).encode() if values.dtype.kind in "OTU" else np.ascontiguousarray(values).tobytes()
+            values = (
+                variable.isel(step=slice(steps)) if "step" in variable.dims else variable
+            ).values
+            raw = (
+                json.dumps(values.tolist()).encode()
+                if values.dtype.kind in "OTU"
+                else np.ascontiguousarray(values).tobytes()
+            )
             found[f"{node.path}/{name}".strip("/")] = hashlib.sha256(raw).hexdigest()[:16]
     return found
 
@@ -54,7 +62,9 @@ def test_it_opens_and_every_value_is_what_it_was(recordings: dict[str, Path], ki
     run = open_run(recordings[kind])
     assert len(run.steps) == said(kind)["steps"]
     assert digests(run.tree, len(run.steps)) == said(kind)["values"]
-    assert digests(xr.open_datatree(run.path, engine="zarr"), len(run.steps)) == said(kind)["values"], "stock xarray reads the same"
+    assert (
+        digests(xr.open_datatree(run.path, engine="zarr"), len(run.steps)) == said(kind)["values"]
+    ), "stock xarray reads the same"
     assert run.status == ("interrupted" if kind == "interrupted" else "complete")
     assert run.word_overview().sizes["word"] and repr(run)
 
@@ -63,23 +73,52 @@ def test_draws_of_noise_are_called_so(recordings: dict[str, Path]) -> None:
     """Format 1 called them images, and said what was asked as an experiment too."""
     run = open_run(recordings["noising"])
     raw = json.loads((run.path / "latents" / "latents" / "zarr.json").read_text())
-    assert raw["dimension_names"] == ["step", "image", "channel", "y", "x"] and "kind" not in run.attributes
-    assert run.latents.dims == ("step", "draw", "channel", "y", "x") and run.latents.sizes["draw"] == run.noising.noises
-    assert not [path for node in run.tree.subtree for path, found in node.dataset.variables.items() if "image" in found.dims]
-    assert run.kind == "noising" and run.recipe is run.noising and run.noising.timesteps == tuple(run.variable("timestep").values)
+    assert (
+        raw["dimension_names"] == ["step", "image", "channel", "y", "x"]
+        and "kind" not in run.attributes
+    )
+    assert (
+        run.latents.dims == ("step", "draw", "channel", "y", "x")
+        and run.latents.sizes["draw"] == run.noising.noises
+    )
+    assert not [
+        path
+        for node in run.tree.subtree
+        for path, found in node.dataset.variables.items()
+        if "image" in found.dims
+    ]
+    assert (
+        run.kind == "noising"
+        and run.recipe is run.noising
+        and run.noising.timesteps == tuple(run.variable("timestep").values)
+    )
     other = open_run(recordings["default"])
-    assert other.kind == "generation" and other.recipe is other.experiment and other.latents.dims[1] == "image"
+    assert (
+        other.kind == "generation"
+        and other.recipe is other.experiment
+        and other.latents.dims[1] == "image"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["alone", "model"])
+@pytest.mark.parametrize(
+    "model", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["alone", "model"]
+)
 def test_it_verifies(recordings: dict[str, Path], kind: str, model: bool) -> None:
     then = said(kind)["verify"]["with the model" if model else "without the model"]
     now = {check.name: check for check in verify(open_run(recordings[kind]), model=model)}
     assert {name: check.detail for name, check in now.items() if check.verdict == "failed"} == {}
     assert then.keys() <= now.keys(), "no check was dropped"
-    assert [name for name, verdict in then.items() if verdict != "not checked" and now[name].verdict == "not checked"] == []
-    lost = [name for name, verdict in then.items() if verdict == "exact" and now[name].verdict != "exact" and not now[name].because]
+    assert [
+        name
+        for name, verdict in then.items()
+        if verdict != "not checked" and now[name].verdict == "not checked"
+    ] == []
+    lost = [
+        name
+        for name, verdict in then.items()
+        if verdict == "exact" and now[name].verdict != "exact" and not now[name].because
+    ]
     assert lost == [], "exact then, and less now without a reason in this machine's conditions"
 
 
@@ -91,7 +130,9 @@ def test_a_flipped_bit_in_one_is_found(recordings: dict[str, Path], tmp_path: Pa
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     file.write_bytes(content)
-    assert "manifest" in [check.name for check in verify(Run(tmp_path / "default.zarr")) if check.verdict == "failed"]
+    assert "manifest" in [
+        check.name for check in verify(Run(tmp_path / "default.zarr")) if check.verdict == "failed"
+    ]
 
 
 def test_the_interrupted_one_goes_on_to_its_end(tmp_path: Path) -> None:

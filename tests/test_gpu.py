@@ -1,7 +1,8 @@
-"""The same promises on CUDA, in float16, with the full configuration of Stable Diffusion v1 and random weights.
+"""The same promises on CUDA, in float16, with the full configuration of Stable Diffusion v1 and
+random weights.
 
-Run them with `pytest -m gpu`; without CUDA they fail, they do not pass by being skipped. What they assert is the code
-that other tests run on the CPU (tiny_runs.py, true_maps.py).
+Run them with `pytest -m gpu`; without CUDA they fail, they do not pass by being skipped. What they
+assert is the code that other tests run on the CPU (tiny_runs.py, true_maps.py).
 """
 
 from __future__ import annotations
@@ -39,11 +40,19 @@ def stable_diffusion_v1() -> Any:
         layers_per_block=2,
         sample_size=512,
     )
-    ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
-    text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, **ends))
+    ends = {
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+    text = CLIPTextModel(
+        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, **ends)
+    )
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = PNDMScheduler(**betas, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    pipe = StableDiffusionPipeline(vae, text, words, unet, scheduler, None, None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        vae, text, words, unet, scheduler, None, None, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -57,12 +66,20 @@ def pipe() -> Any:
 def test_the_loop_has_the_bits_of_the_pipeline(pipe: Any, tmp_path: Path) -> None:
     asked = ask(tmp_path, guidance_scale=7.5)
     seeds = [torch.Generator().manual_seed(asked.seed)]
-    one_line = pipe(asked.prompt, num_inference_steps=asked.steps, guidance_scale=7.5, generator=seeds, output_type="latent").images
+    one_line = pipe(
+        asked.prompt,
+        num_inference_steps=asked.steps,
+        guidance_scale=7.5,
+        generator=seeds,
+        output_type="latent",
+    ).images
     assert torch.equal(bare(pipe, asked)[-1].next_latents, one_line)
 
 
 def test_recording_changes_no_bit(pipe: Any, tmp_path: Path) -> None:
-    asked = ask(tmp_path, capture={"branches": "both", "tokens": "all", "activations": ("unet.mid_block",)})
+    asked = ask(
+        tmp_path, capture={"branches": "both", "tokens": "all", "activations": ("unet.mid_block",)}
+    )
     before = bare(pipe, asked)
     run = record(asked, pipe, progress=False)
     assert_neutral(run, before)
@@ -79,21 +96,39 @@ def test_a_seed_means_the_same_noise_on_every_device(pipe: Any, tmp_path: Path) 
 
 
 def test_maps_are_diffusers_own(pipe: Any, tmp_path: Path) -> None:
-    run = record(ask(tmp_path, steps=2, capture={"branches": "both", "tokens": "all", "dtype": "float32"}), pipe, progress=False)
+    run = record(
+        ask(tmp_path, steps=2, capture={"branches": "both", "tokens": "all", "dtype": "float32"}),
+        pipe,
+        progress=False,
+    )
     assert_maps(run, scores(pipe, run.experiment), 1e-5)
 
 
-def test_an_offloaded_model_is_refused_by_name_and_the_remedy_works(pipe: Any, tmp_path: Path) -> None:
-    """`enable_model_cpu_offload` leaves the weights on the CPU until a part is called: a run cannot tell where they will be."""
-    asked = ask(tmp_path, steps=2, capture={"branches": "both", "tokens": "all", "dtype": "float32"})
+def test_an_offloaded_model_is_refused_by_name_and_the_remedy_works(
+    pipe: Any, tmp_path: Path
+) -> None:
+    """`enable_model_cpu_offload` leaves the weights on the CPU until a part is called: a run cannot
+    tell where they will be.
+    """
+    asked = ask(
+        tmp_path, steps=2, capture={"branches": "both", "tokens": "all", "dtype": "float32"}
+    )
     moved = stable_diffusion_v1().to(torch.float16)
     moved.enable_model_cpu_offload()
-    with pytest.raises(ModelError, match=r"^unet is off-loaded: accelerate moves its weights to cuda") as caught:
+    with pytest.raises(
+        ModelError, match=r"^unet is off-loaded: accelerate moves its weights to cuda"
+    ) as caught:
         record(asked, moved, progress=False)
-    assert caught.value.remedy == "Call pipeline.remove_all_hooks(), then pipeline.to(device), if the model fits there."
+    assert (
+        caught.value.remedy
+        == "Call pipeline.remove_all_hooks(), then pipeline.to(device), if the model fits there."
+    )
     assert list(tmp_path.glob("*.zarr")) == []
     moved.remove_all_hooks()
-    run, stays = record(asked, moved.to("cuda"), progress=False), record(asked, pipe, progress=False)
+    run, stays = (
+        record(asked, moved.to("cuda"), progress=False),
+        record(asked, pipe, progress=False),
+    )
     for grid in stays.grids:
         np.testing.assert_array_equal(run.attention(grid).values, stays.attention(grid).values)
     assert_no_hooks(moved)

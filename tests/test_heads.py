@@ -1,4 +1,6 @@
-"""Single heads: known shapes, the properties that a measure must have, and a recording held against what it says of itself."""
+"""Single heads: known shapes, the properties that a measure must have, and a recording held against
+what it says of itself.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from probe.analysis.averages import combined
-from probe.analysis.heads import KINDS, by_kind, contribution, head_statistics, overlap, ranked_heads, token_kinds
+from probe.analysis.heads import (
+    KINDS,
+    by_kind,
+    contribution,
+    head_statistics,
+    overlap,
+    ranked_heads,
+    token_kinds,
+)
 from probe.analysis.maps import normalised, numbers, word_maps
 from probe.reading.recording import Run
 
-MAPS = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.floats(0, 1, width=32, allow_subnormal=False))
+MAPS = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    elements=st.floats(0, 1, width=32, allow_subnormal=False),
+)
 
 
 def record(folder: Path, **changes: object) -> Run:
@@ -45,7 +59,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def every(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same run, with each of the 77 tokens kept, at one grid."""
-    capture = {"branches": "both", "dtype": "float32", "tokens": "all", "layers": ["3x6"], "text": False, "statistics": False}
+    capture = {
+        "branches": "both",
+        "dtype": "float32",
+        "tokens": "all",
+        "layers": ["3x6"],
+        "text": False,
+        "statistics": False,
+    }
     return record(tmp_path_factory.mktemp("runs"), capture=capture)
 
 
@@ -53,14 +74,16 @@ def plain(values: object, *dims: str) -> xr.DataArray:
     return xr.DataArray(np.asarray(values, np.float32), dims=(*dims, "y", "x"))
 
 
-# --- shape -----------------------------------------------------------------------------------------------------------
+# --- shape ----------------------------------------------------------------------------------------
 
 
 def test_an_even_map_a_point_and_nothing() -> None:
     point = np.zeros((4, 6))
     point[1, 2] = 0.3
     found = head_statistics(plain([np.full((4, 6), 0.5), point, np.zeros((4, 6))], "head"))
-    assert all(variable.dims == ("head",) and variable.dtype == np.float32 for variable in found.values())
+    assert all(
+        variable.dims == ("head",) and variable.dtype == np.float32 for variable in found.values()
+    )
     np.testing.assert_allclose(found["mass"], [0.5, 0.3 / 24, 0], rtol=1e-6)
     np.testing.assert_allclose(found["entropy"], [np.log(24), 0, np.nan], atol=1e-6)
     np.testing.assert_allclose(found["concentration"], [0, 23 / 24, np.nan], atol=1e-6)
@@ -72,7 +95,9 @@ def test_an_even_map_a_point_and_nothing() -> None:
 
 @given(MAPS)
 def test_concentration_is_the_mean_difference_of_two_pixels(values: np.ndarray) -> None:
-    """The other definition of the Gini index: the mean absolute difference of two values, over twice their mean."""
+    """The other definition of the Gini index: the mean absolute difference of two values, over
+    twice their mean.
+    """
     if values.sum() < 1e-6:
         return
     pairs = np.abs(values.reshape(-1, 1).astype(float) - values.reshape(1, -1))
@@ -85,7 +110,10 @@ def test_shape_knows_no_scale_no_place_and_no_grid(values: np.ndarray, scale: fl
     if values.sum() < 1e-3:
         return
     one = head_statistics(plain(values))
-    turned, scaled = head_statistics(plain(values[::-1].T)), head_statistics(plain(values * np.float32(scale)))
+    turned, scaled = (
+        head_statistics(plain(values[::-1].T)),
+        head_statistics(plain(values * np.float32(scale))),
+    )
     finer = head_statistics(plain(np.kron(values, np.ones((2, 2)))))
     for name in ("entropy", "concentration"):
         np.testing.assert_allclose(turned[name], one[name], atol=2e-5)
@@ -106,74 +134,126 @@ def test_change_is_how_much_of_a_map_moved_since_the_step_before() -> None:
 
 
 def test_a_recording_says_the_same_of_itself(run: Run, tmp_path: Path) -> None:
-    """Its moments were taken in the hook, before storage; so were the statistics of every head in a summary."""
-    summary = record(tmp_path, capture={"branches": "both", "attention": "summary", "text": False, "statistics": False})
+    """Its moments were taken in the hook, before storage; so were the statistics of every head in a
+    summary.
+    """
+    summary = record(
+        tmp_path,
+        capture={"branches": "both", "attention": "summary", "text": False, "statistics": False},
+    )
     for grid in run.grids:
         maps = run.attention(grid)
         found = head_statistics(maps)
         assert found["mass"].dims == maps.dims[:-2] and set(found.coords) == set(maps.coords)
         mass = run.variable(f"attention/{grid}/moments").sel(moment="mass")
         np.testing.assert_allclose(found["mass"], mass, rtol=1e-4, atol=1e-7)
-        stored = summary.variable(f"attention/{grid}/head_statistics").sel(head_statistic="entropy").rename(each_head="head")
-        np.testing.assert_allclose(found["entropy"], stored.transpose(*found["entropy"].dims), atol=1e-4)
+        stored = (
+            summary.variable(f"attention/{grid}/head_statistics")
+            .sel(head_statistic="entropy")
+            .rename(each_head="head")
+        )
+        np.testing.assert_allclose(
+            found["entropy"], stored.transpose(*found["entropy"].dims), atol=1e-4
+        )
         for name in found:
             assert np.isfinite(found[name].isel(step=slice(1, None))).all()
 
 
-# --- overlap ---------------------------------------------------------------------------------------------------------
+# --- overlap --------------------------------------------------------------------------------------
 
 
 def test_overlap_of_known_maps() -> None:
-    maps = plain([[[1, 1, 0, 0]], [[2, 2, 0, 0]], [[0, 0, 3, 3]], [[0, 1, 1, 0]]], "word").assign_coords(word=["cat", "cat", "hat", "sea"])
+    maps = plain(
+        [[[1, 1, 0, 0]], [[2, 2, 0, 0]], [[0, 0, 3, 3]], [[0, 1, 1, 0]]], "word"
+    ).assign_coords(word=["cat", "cat", "hat", "sea"])
     same, apart = [1, 1, 0, 0.5], [0, 0, 1, 0.5]
     np.testing.assert_allclose(overlap(maps), [same, same, apart, [0.5, 0.5, 0.5, 1]], atol=1e-6)
     third = [1 / 3, 1 / 3, 1 / 3, 1]
-    np.testing.assert_allclose(overlap(maps, "iou"), [[1, 1, 0, 1 / 3], [1, 1, 0, 1 / 3], [0, 0, 1, 1 / 3], third], atol=1e-6)
+    np.testing.assert_allclose(
+        overlap(maps, "iou"),
+        [[1, 1, 0, 1 / 3], [1, 1, 0, 1 / 3], [0, 0, 1, 1 / 3], third],
+        atol=1e-6,
+    )
     assert overlap(maps)["other_word"].values.tolist() == maps["word"].values.tolist()
 
 
 @pytest.mark.parametrize("how", ["cosine", "iou"])
-@given(hnp.arrays(np.float32, (3, 3, 4), elements=st.floats(0.0625, 1, width=32)), st.permutations(range(3)))
-def test_overlap_is_symmetric_and_knows_no_order(how: str, values: np.ndarray, order: list[int]) -> None:
+@given(
+    hnp.arrays(np.float32, (3, 3, 4), elements=st.floats(0.0625, 1, width=32)),
+    st.permutations(range(3)),
+)
+def test_overlap_is_symmetric_and_knows_no_order(
+    how: str, values: np.ndarray, order: list[int]
+) -> None:
     maps = plain(values, "word").assign_coords(word=list("abc"))
     found = overlap(maps, how)
     np.testing.assert_allclose(found, found.transpose(), atol=1e-5)
-    np.testing.assert_allclose(overlap(maps.isel(word=order), how), found.isel(word=order, other_word=order), atol=1e-5)
+    np.testing.assert_allclose(
+        overlap(maps.isel(word=order), how), found.isel(word=order, other_word=order), atol=1e-5
+    )
     own = np.diag(found.values)
     assert ((own > 0.9999) | np.isnan(own)).all() and not (found > 1).any()
     if how == "iou":
         spread = normalised(maps, "min-max").values
-        wanted = np.minimum(spread[0], spread[1]).sum() / max(np.maximum(spread[0], spread[1]).sum(), 1e-30)
+        wanted = np.minimum(spread[0], spread[1]).sum() / max(
+            np.maximum(spread[0], spread[1]).sum(), 1e-30
+        )
         assert np.isnan(found[0, 1]) or float(found[0, 1]) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_overlap_of_a_recording_is_by_head(run: Run) -> None:
     words = word_maps(run.attention(run.grids[-1]).sel(branch="cond"))
     found = overlap(words)
-    assert found.dims[-1] == "other_word" and set(found.dims) == {"step", "word", "image", "layer", "head", "other_word"}
+    assert found.dims[-1] == "other_word" and set(found.dims) == {
+        "step",
+        "word",
+        "image",
+        "layer",
+        "head",
+        "other_word",
+    }
     one = {"step": 1, "image": 1, "layer": 0, "head": 1}
     a, b = (words.isel(**one, word=i).values.ravel() for i in (1, 4))
-    assert float(found.isel(**one, word=1, other_word=4)) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
+    assert float(found.isel(**one, word=1, other_word=4)) == pytest.approx(
+        a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5
+    )
     assert overlap(words.isel(word=[])).sizes["word"] == 0
 
 
-# --- kinds of tokens -------------------------------------------------------------------------------------------------
+# --- kinds of tokens ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["run", "every"])
-def test_every_token_is_of_one_kind_and_all_masses_sum_to_one(which: str, request: pytest.FixtureRequest) -> None:
+def test_every_token_is_of_one_kind_and_all_masses_sum_to_one(
+    which: str, request: pytest.FixtureRequest
+) -> None:
     maps = request.getfixturevalue(which).attention("3x6")
     kinds = token_kinds(maps)
     cond, uncond = (kinds.sel(branch=branch).values.tolist() for branch in ("cond", "uncond"))
-    assert cond[:8] == ["BOS", "words", "words", "other", "words", "words", "words", "EOS"] and set(cond[8:]) == {"rest"}
+    assert cond[:8] == ["BOS", "words", "words", "other", "words", "words", "words", "EOS"] and set(
+        cond[8:]
+    ) == {"rest"}
     assert uncond[:3] == ["BOS", "words", "EOS"] and set(uncond[3:]) == {"rest"}
     mass = by_kind(head_statistics(maps)["mass"])
-    assert mass["kind"].values.tolist() == list(KINDS) and mass.dims == ("step", "kind", "branch", "image", "layer", "head")
+    assert mass["kind"].values.tolist() == list(KINDS) and mass.dims == (
+        "step",
+        "kind",
+        "branch",
+        "image",
+        "layer",
+        "head",
+    )
     np.testing.assert_allclose(mass.sum("kind"), 1, atol=1e-5)
     assert float(abs(mass.sel(kind="other", branch="uncond")).max()) == 0
     whole = by_kind(combined(maps).sel(branch="cond"))
-    np.testing.assert_allclose(whole.sel(kind="words"), combined(maps).sel(branch="cond", token=[1, 2, 4, 5, 6]).sum("token"), atol=1e-6)
-    np.testing.assert_allclose(whole.mean(("y", "x")), mass.sel(branch="cond").mean(("layer", "head")), atol=1e-5)
+    np.testing.assert_allclose(
+        whole.sel(kind="words"),
+        combined(maps).sel(branch="cond", token=[1, 2, 4, 5, 6]).sum("token"),
+        atol=1e-6,
+    )
+    np.testing.assert_allclose(
+        whole.mean(("y", "x")), mass.sel(branch="cond").mean(("layer", "head")), atol=1e-5
+    )
 
 
 def test_kinds_of_the_padding_agree_however_it_was_kept(run: Run, every: Run) -> None:
@@ -188,37 +268,57 @@ def test_kinds_can_be_given_and_none_is_dropped(run: Run) -> None:
     found = by_kind(values, kinds)
     np.testing.assert_allclose(found.sum("kind"), 1, atol=1e-5)
     some = by_kind(run.attention().sel(token=[1, 2], branch="cond"))
-    assert some["kind"].values.tolist() == list(KINDS) and float(some.sel(kind=["BOS", "EOS", "rest"]).sum()) == 0
+    assert (
+        some["kind"].values.tolist() == list(KINDS)
+        and float(some.sel(kind=["BOS", "EOS", "rest"]).sum()) == 0
+    )
 
 
-# --- ranking ---------------------------------------------------------------------------------------------------------
+# --- ranking --------------------------------------------------------------------------------------
 
 
 def scores(scenes: int = 40, signal: float = 0.3) -> xr.DataArray:
     """Scores of six heads, of which the one at ("up", 1) is better."""
     values = np.random.default_rng(0).normal(0.4, 0.1, (scenes, 2, 3))
     values[:, 1, 1] += signal
-    return xr.DataArray(values, dims=("scene", "layer", "head"), coords={"layer": ["down", "up"], "scene": [f"s{i}" for i in range(scenes)]})
+    return xr.DataArray(
+        values,
+        dims=("scene", "layer", "head"),
+        coords={"layer": ["down", "up"], "scene": [f"s{i}" for i in range(scenes)]},
+    )
 
 
 def test_heads_are_chosen_on_one_half_and_reported_on_the_other() -> None:
     given_, found = scores(), ranked_heads(scores())
-    assert (str(found["layer"].values[0]), int(found["head"].values[0])) == ("up", 1) and found.sizes["rank"] == 6
+    assert (str(found["layer"].values[0]), int(found["head"].values[0])) == (
+        "up",
+        1,
+    ) and found.sizes["rank"] == 6
     assert (np.diff(found["chosen"]) <= 0).all()
     chose, report = found["chosen_scene"].values.tolist(), found["reported_scene"].values.tolist()
-    assert len(chose) == len(report) == 20 and set(chose) | set(report) == set(given_["scene"].values.tolist()) and not set(chose) & set(report)
+    assert (
+        len(chose) == len(report) == 20
+        and set(chose) | set(report) == set(given_["scene"].values.tolist())
+        and not set(chose) & set(report)
+    )
     for rank in range(6):
         place = {"layer": found["layer"].values[rank], "head": found["head"].values[rank]}
         np.testing.assert_allclose(found["chosen"][rank], given_.sel(scene=chose, **place).mean())
-        np.testing.assert_allclose(found["reported"][rank], given_.sel(scene=report, **place).mean())
-        np.testing.assert_allclose(found["reported_scores"].isel(rank=rank), given_.sel(scene=report, **place))
+        np.testing.assert_allclose(
+            found["reported"][rank], given_.sel(scene=report, **place).mean()
+        )
+        np.testing.assert_allclose(
+            found["reported_scores"].isel(rank=rank), given_.sel(scene=report, **place)
+        )
     assert found.attrs["split"] == "20 scenes chose, 20 others report; drawn with seed 0"
     assert ranked_heads(scores(), seed=1)["chosen_scene"].values.tolist() != chose
     xr.testing.assert_identical(ranked_heads(scores()), found)
 
 
 def test_the_reported_half_does_not_know_what_was_chosen_by_chance() -> None:
-    """Of many heads that are all alike the best of the choosing half looks good there, and ordinary on the other half."""
+    """Of many heads that are all alike the best of the choosing half looks good there, and ordinary
+    on the other half.
+    """
     rng = np.random.default_rng(0)
     noise = xr.DataArray(rng.normal(0.5, 0.1, (20, 30, 20)), dims=("scene", "layer", "head"))
     best = ranked_heads(noise).isel(rank=0)
@@ -233,31 +333,48 @@ def test_scenes_without_the_word_and_heads_that_are_not_there() -> None:
     holed[:20, 1, 1] = np.nan
     holed[:, 0, 2] = np.nan
     found = ranked_heads(holed)
-    assert found.sizes["rank"] == 5 and (str(found["layer"].values[0]), int(found["head"].values[0])) == ("up", 1)
-    assert float(found["chosen"][0]) == pytest.approx(float(holed.sel(scene=found["chosen_scene"].values, layer="up")[:, 1].mean()))
+    assert found.sizes["rank"] == 5 and (
+        str(found["layer"].values[0]),
+        int(found["head"].values[0]),
+    ) == ("up", 1)
+    assert float(found["chosen"][0]) == pytest.approx(
+        float(holed.sel(scene=found["chosen_scene"].values, layer="up")[:, 1].mean())
+    )
     with pytest.raises(ValueError, match="two halves"):
         ranked_heads(scores(1))
     turned = ranked_heads(scores().transpose("head", "scene", "layer"))
     assert (str(turned["layer"].values[0]), int(turned["head"].values[0])) == ("up", 1)
 
 
-# --- contribution ----------------------------------------------------------------------------------------------------
+# --- contribution ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "sqrt_u8"])
-def test_contribution_is_the_product_and_is_computed_when_it_is_read(dtype: str, run: Run, tmp_path: Path) -> None:
+def test_contribution_is_the_product_and_is_computed_when_it_is_read(
+    dtype: str, run: Run, tmp_path: Path
+) -> None:
     if dtype == "sqrt_u8":
         run = record(tmp_path, capture={"branches": "both", "dtype": dtype, "text": False})
     for grid in run.grids:
         maps, sizes = run.attention(grid), run.variable(f"attention/{grid}/value_size")
         found = contribution(maps, sizes)
         assert not found.variable._in_memory, "lazy"
-        assert found.dims == maps.dims and set(found.coords) == set(maps.coords) and found.dtype == np.float32
+        assert (
+            found.dims == maps.dims
+            and set(found.coords) == set(maps.coords)
+            and found.dtype == np.float32
+        )
         wanted = numbers(maps) * sizes
         np.testing.assert_allclose(
-            found.isel(step=1, token=[2, -1], layer=0, y=1).values, wanted.isel(step=1, token=[2, -1], layer=0, y=1).values, rtol=1e-6
+            found.isel(step=1, token=[2, -1], layer=0, y=1).values,
+            wanted.isel(step=1, token=[2, -1], layer=0, y=1).values,
+            rtol=1e-6,
         )
-        np.testing.assert_allclose(found.sel(branch="cond").isel(x=slice(1, 4)), wanted.sel(branch="cond").isel(x=slice(1, 4)), rtol=1e-6)
+        np.testing.assert_allclose(
+            found.sel(branch="cond").isel(x=slice(1, 4)),
+            wanted.sel(branch="cond").isel(x=slice(1, 4)),
+            rtol=1e-6,
+        )
         np.testing.assert_allclose(found.values, wanted.values, rtol=1e-6)
 
 
@@ -266,8 +383,15 @@ def test_contribution_of_a_part_goes_by_label(run: Run) -> None:
     maps, sizes = run.attention(grid), run.variable(f"attention/{grid}/value_size")
     whole = contribution(maps, sizes).load()
     some = maps.sel(branch="cond", token=[-1, 2], layer=maps["layer"].values[::-1])
-    np.testing.assert_array_equal(contribution(some, sizes), whole.sel(branch="cond", token=[-1, 2], layer=maps["layer"].values[::-1]))
-    for lost, part in (("head", maps.isel(head=0)), ("head", maps.isel(head=[1])), ("layer", maps.mean("layer"))):
+    np.testing.assert_array_equal(
+        contribution(some, sizes),
+        whole.sel(branch="cond", token=[-1, 2], layer=maps["layer"].values[::-1]),
+    )
+    for lost, part in (
+        ("head", maps.isel(head=0)),
+        ("head", maps.isel(head=[1])),
+        ("layer", maps.mean("layer")),
+    ):
         with pytest.raises(ValueError, match=f"multiply before the mean over {lost}s"):
             contribution(part, sizes)
     with pytest.raises(ValueError, match="of another recording or grid"):
@@ -275,7 +399,10 @@ def test_contribution_of_a_part_goes_by_label(run: Run) -> None:
 
 
 def test_everything_that_reads_maps_reads_contributions(run: Run) -> None:
-    parts = [contribution(run.attention(grid), run.variable(f"attention/{grid}/value_size")) for grid in run.grids]
+    parts = [
+        contribution(run.attention(grid), run.variable(f"attention/{grid}/value_size"))
+        for grid in run.grids
+    ]
     found = combined(parts, over=("step", "layer", "head"))
     by_hand = combined([numbers(part) for part in parts], over=("step", "layer", "head"))
     xr.testing.assert_allclose(found, by_hand)

@@ -1,4 +1,6 @@
-"""A model made by an enemy is refused by name: quickly, in little memory, and without a look outside its folder."""
+"""A model made by an enemy is refused by name: quickly, in little memory, and without a look
+outside its folder.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def says(file: str, **changes: Any) -> Change:
 
 
 def holds(file: str, content: str | bytes) -> Change:
-    return lambda folder: (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda folder: (folder / file).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
 
 
 def pipe(file: str) -> Change:
@@ -188,7 +192,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         change(folders[case])
     command = [sys.executable, str(ROOT / "tests/hostile_models.py"), *map(str, folders.values())]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip(folders, map(json.loads, done.stdout.splitlines()), strict=True))
 
@@ -201,7 +207,11 @@ def test_a_good_model_loads_within_the_limits(ended: dict[str, dict[str, Any]]) 
 def test_a_hostile_model_is_refused_by_name(case: str, ended: dict[str, dict[str, Any]]) -> None:
     end = ended[case]
     assert (end["kind"], end.get("code")) == ("ModelError", 2), end
-    assert CASES[case][1] in end["cause"] and "\n" not in end["cause"] + end["remedy"] and end["remedy"], end
+    assert (
+        CASES[case][1] in end["cause"]
+        and "\n" not in end["cause"] + end["remedy"]
+        and end["remedy"]
+    ), end
     assert len(end["cause"]) < 500 and end["cause"].isprintable()
     assert end["broken"] == [], "it unpickles, writes, removes, starts or calls nothing"
     assert end["seconds"] < 5 and end["megabytes"] < 256, end

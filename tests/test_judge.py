@@ -1,4 +1,6 @@
-"""The judges that score generated pictures: what they learn from, what they count as recognised, and how the report sums it up."""
+"""The judges that score generated pictures: what they learn from, what they count as recognised,
+and how the report sums it up.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,34 @@ from PIL import Image
 
 from experiments.emojiworld import judge as judging
 from experiments.emojiworld import world
-from experiments.emojiworld.judge import SETTINGS, SUBJECTS, Answer, Judge, own_accuracy, train, vary
+from experiments.emojiworld.judge import (
+    SETTINGS,
+    SUBJECTS,
+    Answer,
+    Judge,
+    own_accuracy,
+    train,
+    vary,
+)
 from experiments.emojiworld.report import Asked, asked_for, interval, prompts, score
 from probe.diffusion.loading import load
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def answer_of(*pictures: dict[str, float], setting: str | None = "snow", sure_of_setting: float = 0.99, **places: tuple[float, float]) -> Answer:
-    """An answer with the given probabilities of subjects, one dict a picture, all in one setting."""
-    subjects, settings = torch.full((len(pictures), len(SUBJECTS)), 0.01), torch.full((len(pictures), len(SETTINGS)), 0.001)
+def answer_of(
+    *pictures: dict[str, float],
+    setting: str | None = "snow",
+    sure_of_setting: float = 0.99,
+    **places: tuple[float, float],
+) -> Answer:
+    """An answer with the given probabilities of subjects, one dict a picture, all in one
+    setting.
+    """
+    subjects, settings = (
+        torch.full((len(pictures), len(SUBJECTS)), 0.01),
+        torch.full((len(pictures), len(SETTINGS)), 0.001),
+    )
     where = torch.full((len(pictures), len(SUBJECTS), 2), 0.5)
     settings[:, SETTINGS.index(setting)] = sure_of_setting
     for i, probabilities in enumerate(pictures):
@@ -39,14 +59,20 @@ def test_recognised_is_leading_and_sure() -> None:
 
 
 def test_of_two_subjects_both_have_to_be_there() -> None:
-    answer = answer_of({"cat": 0.9, "dog": 0.7}, {"cat": 0.9, "dog": 0.5}, {"cat": 0.9, "fox": 0.8, "dog": 0.7})
+    answer = answer_of(
+        {"cat": 0.9, "dog": 0.7}, {"cat": 0.9, "dog": 0.5}, {"cat": 0.9, "fox": 0.8, "dog": 0.7}
+    )
     assert answer.shows([("dog", "cat")] * 3).tolist() == [True, False, False]
 
 
 def test_a_setting_has_to_lead_and_be_sure() -> None:
     asked = ["snow", "moon", None]
     assert answer_of({}, {}, {}).set_in(asked).tolist() == [True, False, False]
-    assert answer_of({}, {}, {}, sure_of_setting=0.7).set_in(asked).tolist() == [False, False, False]
+    assert answer_of({}, {}, {}, sure_of_setting=0.7).set_in(asked).tolist() == [
+        False,
+        False,
+        False,
+    ]
     assert answer_of({}, {}, {}, setting=None).set_in(asked).tolist() == [False, False, True]
 
 
@@ -58,12 +84,18 @@ def test_relations_are_read_from_places() -> None:
 
 
 def test_scores_belong_to_their_prompts() -> None:
-    asked = [Asked("two", ("cat", "dog"), "snow", "above"), Asked("two", ("fox", "owl"), "moon", "next to")]
+    asked = [
+        Asked("two", ("cat", "dog"), "snow", "above"),
+        Asked("two", ("fox", "owl"), "moon", "next to"),
+    ]
     both, one = {"cat": 0.9, "dog": 0.9}, {"fox": 0.9}
     scores = score(asked, answer_of(both, one, one, both, cat=(0.5, 0.2), dog=(0.5, 0.8)), images=2)
     assert scores["subject"].tolist() == [[1, 0], [0, 0]]
     assert scores["setting"].tolist() == [[1, 1], [0, 0]]
-    assert scores["relation"].isnan().tolist() == [[False, True], [True, True]]  # asked only where both subjects are there
+    assert scores["relation"].isnan().tolist() == [
+        [False, True],
+        [True, True],
+    ]  # asked only where both subjects are there
     assert scores["relation"][0, 0] == 1
 
 
@@ -73,11 +105,15 @@ def test_intervals_resample_prompts_not_pictures() -> None:
     mean, low, high = interval(together)
     assert mean == 0.5 and low < 0.3 and high > 0.7
     assert interval(apart) == (0.5, 0.5, 0.5)
-    assert interval(together[:, :1].T) == interval(together[:, :1])  # of a single prompt, its pictures
+    assert interval(together[:, :1].T) == interval(
+        together[:, :1]
+    )  # of a single prompt, its pictures
     some = together.clone()
     some[:, 4:] = torch.nan
     assert interval(some)[0] == 0.5
-    assert interval(torch.full((3, 2), torch.nan))[0] != interval(torch.full((3, 2), torch.nan))[0]  # NaN: never asked
+    assert (
+        interval(torch.full((3, 2), torch.nan))[0] != interval(torch.full((3, 2), torch.nan))[0]
+    )  # NaN: never asked
 
 
 def test_an_interval_of_certainties_is_not_empty() -> None:
@@ -88,10 +124,18 @@ def test_an_interval_of_certainties_is_not_empty() -> None:
 
 
 def test_sealed_pairs_are_asked_for_only_on_request() -> None:
-    open_pairs = {(subject, one.setting) for one in asked_for(48, sealed=False) for subject in one.subjects}
+    open_pairs = {
+        (subject, one.setting) for one in asked_for(48, sealed=False) for subject in one.subjects
+    }
     assert not open_pairs & world.HELD_OUT_SEALED
-    assert {(one.subjects[0], one.setting) for one in asked_for(48, sealed=True) if one.group == "left out, sealed"} == world.HELD_OUT_SEALED
-    sealed_captions = {world.caption_of((subject,), setting, None) for subject, setting in world.HELD_OUT_SEALED}
+    assert {
+        (one.subjects[0], one.setting)
+        for one in asked_for(48, sealed=True)
+        if one.group == "left out, sealed"
+    } == world.HELD_OUT_SEALED
+    sealed_captions = {
+        world.caption_of((subject,), setting, None) for subject, setting in world.HELD_OUT_SEALED
+    }
     assert not sealed_captions & set(prompts())
 
 
@@ -101,14 +145,22 @@ def test_what_is_asked_for_is_balanced_and_seen() -> None:
     two = [one for one in asked if one.group == "two subjects"]
     assert len(seen) == len(two) == 48 == len(set(seen))
     assert all([one.subjects[0] for one in seen].count(subject) == 2 for subject in world.SUBJECTS)
-    assert not {(subject, one.setting) for one in [*seen, *two] for subject in one.subjects} & world.HELD_OUT
+    assert (
+        not {(subject, one.setting) for one in [*seen, *two] for subject in one.subjects}
+        & world.HELD_OUT
+    )
     assert {one.relation for one in two} == set(world.RELATIONS)
     assert asked == asked_for(48, sealed=False)
 
 
 def test_judges_see_scenes_of_their_own_and_all_pairs() -> None:
     ranges = [range(first, first + 2 * judging.APART) for first in judging.FIRST_SEED.values()]
-    assert all(a.stop <= b.start for a, b in zip(ranges, [*ranges[1:], range(judging.TEST_SEED, judging.TEST_SEED + 1)], strict=True))
+    assert all(
+        a.stop <= b.start
+        for a, b in zip(
+            ranges, [*ranges[1:], range(judging.TEST_SEED, judging.TEST_SEED + 1)], strict=True
+        )
+    )
     assert ranges[0].start > 10_000_000 + judging.APART
     data = judging.draw(judging.FIRST_SEED["tuning"], 900, strangers="training", every=8)
     assert (data.subjects[::8] == 0).all()
@@ -120,7 +172,9 @@ def test_judges_see_scenes_of_their_own_and_all_pairs() -> None:
 
 def test_round_trips_come_first_and_stay_recognisable() -> None:
     plain = judging.draw(7, 80).pictures.float()
-    through = judging.draw(7, 80, trips=50, model=load("emojiworld", dtype="float32", device="cpu")).pictures.float()
+    through = judging.draw(
+        7, 80, trips=50, model=load("emojiworld", dtype="float32", device="cpu")
+    ).pictures.float()
     changed = (plain - through).abs().mean(dim=(1, 2, 3))
     assert (changed[:50] > 0).all() and (changed[50:] == 0).all()
     assert changed.max() < 40
@@ -128,7 +182,9 @@ def test_round_trips_come_first_and_stay_recognisable() -> None:
 
 def test_pictures_vary_by_chance_alone() -> None:
     pictures = judging.draw(0, 4).pictures
-    first, again, other = (vary(pictures, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        vary(pictures, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.shape == (4, 3, 64, 64) and first.abs().max() <= 1
@@ -153,7 +209,9 @@ def test_places_follow_the_votes() -> None:
             return votes
 
     one = Voter("tuning").eval()
-    assert one.judge(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).places[0, 2].tolist() == pytest.approx([6.5 / 8, 1.5 / 8], abs=1e-3)
+    assert one.judge(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).places[
+        0, 2
+    ].tolist() == pytest.approx([6.5 / 8, 1.5 / 8], abs=1e-3)
 
 
 def test_a_missing_judge_names_the_command(tmp_path: Path) -> None:
@@ -168,7 +226,9 @@ def test_a_judge_learns_and_comes_back_the_same(tmp_path: Path) -> None:
     again = judging.load_judge("tuning", tmp_path)
     pictures = judging.draw(judging.TEST_SEED, 100).pictures
     assert torch.equal(made.judge(pictures).subjects, again.judge(pictures).subjects)
-    resumed = train("tuning", model, scenes=1000, steps=250, folder=tmp_path)  # nothing is left to do
+    resumed = train(
+        "tuning", model, scenes=1000, steps=250, folder=tmp_path
+    )  # nothing is left to do
     assert torch.equal(resumed.judge(pictures).subjects, made.judge(pictures).subjects)
     scenes, *_ = own_accuracy(made, model, 100)
     assert scenes["setting"].float().mean() > 0.8  # chance: one in nine
@@ -180,11 +240,24 @@ def test_a_judge_learns_and_comes_back_the_same(tmp_path: Path) -> None:
 def test_the_report_runs_whole(tmp_path: Path) -> None:
     torch.save(Judge("tuning").state_dict(), tmp_path / "tuning-judge.pt")
     sizes = "--scenes 4 --judge tuning --pairs 2 --seeds 1 --steps 2 --training-scenes 20 --markdown".split()
-    places = ["--judges", str(tmp_path), "--sheet", str(tmp_path / "sheet.png"), "--nearest", str(tmp_path / "nearest.png")]
+    places = [
+        "--judges",
+        str(tmp_path),
+        "--sheet",
+        str(tmp_path / "sheet.png"),
+        "--nearest",
+        str(tmp_path / "nearest.png"),
+    ]
     command = [sys.executable, "-m", "experiments.emojiworld.report", *sizes, *places]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "| tuning | seen pairs" in done.stdout and "left out, development" in done.stdout and "sealed" not in done.stdout
+    assert (
+        "| tuning | seen pairs" in done.stdout
+        and "left out, development" in done.stdout
+        and "sealed" not in done.stdout
+    )
     for name, width in (("sheet.png", 8 * world.SIZE), ("nearest.png", 2 * world.SIZE + 4)):
         with Image.open(tmp_path / name) as page:
             assert page.width == width

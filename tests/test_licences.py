@@ -1,4 +1,6 @@
-"""The emoji's licences lie beside the sheet and in the wheel, and the package's licence expression names them."""
+"""The emoji's licences lie beside the sheet and in the wheel, and the package's licence expression
+names them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ EXPRESSION = "MIT AND Apache-2.0 AND OFL-1.1"
 def test_each_licence_of_the_package_is_there_whole() -> None:
     files = {path for pattern in PROJECT["license-files"] for path in ROOT.glob(pattern)}
     assert files == {ROOT / "LICENSE", *(WORLD / "LICENSES").iterdir()}
-    heads = {"LICENSE": "MIT License", "Apache-2.0.txt": "Apache License Version 2.0, January 2004", "OFL-1.1.txt": "Copyright 2022 Google Inc."}
+    heads = {
+        "LICENSE": "MIT License",
+        "Apache-2.0.txt": "Apache License Version 2.0, January 2004",
+        "OFL-1.1.txt": "Copyright 2022 Google Inc.",
+    }
     ends = {
         "LICENSE": "OTHER DEALINGS IN THE SOFTWARE.",
         "Apache-2.0.txt": "limitations under the License.",
@@ -31,7 +37,9 @@ def test_each_licence_of_the_package_is_there_whole() -> None:
         text = " ".join(file.read_text(encoding="utf-8").split())
         assert text.startswith(heads[file.name]) and text.endswith(ends[file.name]), file
     named = PROJECT["license"].split(" AND ")
-    assert PROJECT["license"] == EXPRESSION and {f"{name}.txt" for name in named[1:]} <= {file.name for file in files}
+    assert PROJECT["license"] == EXPRESSION and {f"{name}.txt" for name in named[1:]} <= {
+        file.name for file in files
+    }
 
 
 def test_the_notice_says_what_was_taken() -> None:
@@ -43,11 +51,19 @@ def test_the_notice_says_what_was_taken() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_licences(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         inside = {Path(name).name: name for name in packed.namelist() if ".dist-info/" in name}
         metadata = Parser().parsestr(packed.read(inside["METADATA"]).decode())
         assert metadata["License-Expression"] == EXPRESSION
         for file in (ROOT / "LICENSE", *(WORLD / "LICENSES").iterdir()):
-            assert "/licenses/" in inside[file.name] and packed.read(inside[file.name]) == file.read_bytes()
+            assert (
+                "/licenses/" in inside[file.name]
+                and packed.read(inside[file.name]) == file.read_bytes()
+            )

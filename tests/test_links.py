@@ -1,7 +1,8 @@
-"""Nothing outside a recording is ever written, renamed or removed, whatever in it is a link, and whichever command meets it.
+"""Nothing outside a recording is ever written, renamed or removed, whatever in it is a link, and
+whichever command meets it.
 
-A recording in which one file or folder is not its own: a symbolic link, or another name of a file elsewhere. Every command is
-given it in turn, and the file elsewhere stays, byte for byte.
+A recording in which one file or folder is not its own: a symbolic link, or another name of a file
+elsewhere. Every command is given it in turn, and the file elsewhere stays, byte for byte.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from probe.writing.upkeep import clear_orphans, held
 
 NAME = "a-11111111.zarr"
 SAMPLE = (  # one file of each kind
-    "zarr.json digests.txt committed/c.0 committed/zarr.json attention/8x8/token_text/c.0.0 text/text_encoder/hidden/c.0.0.0.0 "
+    "zarr.json digests.txt committed/c.0 committed/zarr.json attention/8x8/token_text/c.0.0 "
+    "text/text_encoder/hidden/c.0.0.0.0 "
     "latents/latents/c.1.0.0.0.0 latents/latents/c.2.0.0.0.0 latents/latents/left.0123abcd.partial "
     "attention/8x8/query/c.0.0.0.0.0.0.0.0 attention/8x8/key/c.0.0.0.0.0 words.png"
 ).split()
@@ -55,34 +57,53 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory, pipe: Any) -> Path:
-    """A recording whose writer died within its third step, with a sheet of words that was drawn afterwards."""
+    """A recording whose writer died within its third step, with a sheet of words that was drawn
+    afterwards.
+    """
     folder, calls = tmp_path_factory.mktemp("left"), iter(range(9))
 
     def stop(_: object) -> None:
         if next(calls) == 2:
             raise KeyboardInterrupt
 
-    asked = {"prompt": "a cat", "steps": 4, "scheduler": "DDIM", "capture": {"attention": "queries"}, "output": str(folder)}
+    asked = {
+        "prompt": "a cat",
+        "steps": 4,
+        "scheduler": "DDIM",
+        "capture": {"attention": "queries"},
+        "output": str(folder),
+    }
     with hooks.Hooks([(pipe.unet, "input", stop)]), pytest.raises(KeyboardInterrupt):
         record(asked, pipe, progress=False)
     (path,) = folder.glob("*.zarr")
     path = path.rename(folder / NAME)
     keep(word_sheet(Run(path)), Run(path), "words.png")
-    for of, to in (("latents/latents/c.1.0.0.0.0", "latents/latents/c.2.0.0.0.0"), ("zarr.json", "latents/latents/left.0123abcd.partial")):
+    for of, to in (
+        ("latents/latents/c.1.0.0.0.0", "latents/latents/c.2.0.0.0.0"),
+        ("zarr.json", "latents/latents/left.0123abcd.partial"),
+    ):
         shutil.copy(path / of, path / to)
     return path
 
 
 @pytest.mark.parametrize("name", ["", "latents", "latents/prediction", "attention/8x8"])
-def test_a_folder_that_becomes_a_link_while_it_is_written(name: str, tmp_path: Path, pipe: Any) -> None:
-    """Somebody puts a link to the same folder of another recording in a folder's place: nothing is written through it."""
+def test_a_folder_that_becomes_a_link_while_it_is_written(
+    name: str, tmp_path: Path, pipe: Any
+) -> None:
+    """Somebody puts a link to the same folder of another recording in a folder's place: nothing is
+    written through it.
+    """
     asked = {"prompt": "a cat", "steps": 5, "scheduler": "DDIM"}
-    other = record({**asked, "seed": 1, "output": str(tmp_path / "elsewhere")}, pipe, progress=False)
+    other = record(
+        {**asked, "seed": 1, "output": str(tmp_path / "elsewhere")}, pipe, progress=False
+    )
     before, calls = outside(other.path), iter(range(99))
 
     def swap(_: object) -> None:
         if next(calls) == 3:
-            time.sleep(0.5)  # the steps before are written: who swaps within a step has a moment's chance
+            time.sleep(
+                0.5
+            )  # the steps before are written: who swaps within a step has a moment's chance
             (path,) = (tmp_path / "runs").glob("*.zarr")
             (path / name).rename(tmp_path / "aside")
             (path / name).symlink_to(other.path / name)
@@ -93,7 +114,11 @@ def test_a_folder_that_becomes_a_link_while_it_is_written(name: str, tmp_path: P
 
 
 def outside(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def ask(run: Run, pipe: Any) -> None:
@@ -101,7 +126,9 @@ def ask(run: Run, pipe: Any) -> None:
     keep(ask_sheet(run, maps), run, ask_name(maps))
 
 
-def every_command(path: Path, pipe: Any, *, heavy: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+def every_command(
+    path: Path, pipe: Any, *, heavy: bool
+) -> Iterator[tuple[str, Callable[[], object]]]:
     runs = path.parent
     yield "ls", lambda: dispatch(["ls", str(runs)])
     yield "show", lambda: dispatch(["show", str(path)])
@@ -116,7 +143,15 @@ def every_command(path: Path, pipe: Any, *, heavy: bool) -> Iterator[tuple[str, 
     yield "rm", lambda: dispatch(["rm", "--yes", str(path)])
 
 
-def walk(left: Path, folder: Path, pipe: Any, name: str, how: Callable[[Path, Path], object], *, heavy: bool = False) -> None:
+def walk(
+    left: Path,
+    folder: Path,
+    pipe: Any,
+    name: str,
+    how: Callable[[Path, Path], object],
+    *,
+    heavy: bool = False,
+) -> None:
     """Make one file a link to a file outside, and give the recording to every command."""
     path, elsewhere = folder / "runs" / NAME, folder / "elsewhere"
     elsewhere.mkdir(parents=True)
@@ -140,21 +175,31 @@ def hard(link: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [symbolic, hard])
-def test_no_command_writes_through_a_link(how: Callable[[Path, Path], None], left: Path, pipe: Any, tmp_path: Path) -> None:
-    for name in SAMPLE if how is symbolic else (*SAMPLE[1:3], *SAMPLE[6:9], SAMPLE[-1]):  # readers refuse the former at once
+def test_no_command_writes_through_a_link(
+    how: Callable[[Path, Path], None], left: Path, pipe: Any, tmp_path: Path
+) -> None:
+    for name in (
+        SAMPLE if how is symbolic else (*SAMPLE[1:3], *SAMPLE[6:9], SAMPLE[-1])
+    ):  # readers refuse the former at once
         walk(left, tmp_path / "case", pipe, name, how, heavy=name == SAMPLE[1])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("how", [symbolic, hard])
-def test_no_command_writes_through_any_file_that_is_a_link(how: Callable[[Path, Path], None], left: Path, pipe: Any, tmp_path: Path) -> None:
+def test_no_command_writes_through_any_file_that_is_a_link(
+    how: Callable[[Path, Path], None], left: Path, pipe: Any, tmp_path: Path
+) -> None:
     for index, file in enumerate(sorted(file for file in left.rglob("*") if file.is_file())):
         walk(left, tmp_path / "case", pipe, str(file.relative_to(left)), how, heavy=index % 25 == 0)
 
 
-@pytest.mark.parametrize("name", ["latents", "latents/latents", "committed", "text", "attention/8x8/key"])
-def test_no_command_writes_into_a_folder_that_is_a_link(name: str, left: Path, pipe: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["latents", "latents/latents", "committed", "text", "attention/8x8/key"]
+)
+def test_no_command_writes_into_a_folder_that_is_a_link(
+    name: str, left: Path, pipe: Any, tmp_path: Path
+) -> None:
     path, elsewhere = tmp_path / "runs" / NAME, tmp_path / "elsewhere"
     shutil.copytree(left, path)
     (path / name).rename(elsewhere)
@@ -168,17 +213,28 @@ def test_no_command_writes_into_a_folder_that_is_a_link(name: str, left: Path, p
 
 
 def test_what_the_walk_relies_on(left: Path, pipe: Any, tmp_path: Path) -> None:
-    """Without a link every command does its work: the recording above is one that goes on, and is drawn, asked and removed."""
+    """Without a link every command does its work: the recording above is one that goes on, and is
+    drawn, asked and removed.
+    """
     path = tmp_path / "runs" / NAME
     shutil.copytree(left, path)
-    done = [name for name, call in every_command(path, pipe, heavy=False) if call() is not None or name == "ask"]
-    assert done == ["ls", "show", "show --words", "verify", "diff", "ask", "gc", "resume", "rm"] and not path.exists()
+    done = [
+        name
+        for name, call in every_command(path, pipe, heavy=False)
+        if call() is not None or name == "ask"
+    ]
+    assert (
+        done == ["ls", "show", "show --words", "verify", "diff", "ask", "gc", "resume", "rm"]
+        and not path.exists()
+    )
 
 
-# --- taking over -----------------------------------------------------------------------------------------------------
+# --- taking over ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["zarr.json", "latents/latents/c.2.0.0.0.0", "text", "digests.txt"])
+@pytest.mark.parametrize(
+    "name", ["zarr.json", "latents/latents/c.2.0.0.0.0", "text", "digests.txt"]
+)
 def test_a_recording_with_a_link_is_not_taken_over(name: str, left: Path, tmp_path: Path) -> None:
     """Nothing in it is written before all of it was looked at, and it is said what helps."""
     path = Path(shutil.copytree(left, tmp_path / NAME))
@@ -188,7 +244,10 @@ def test_a_recording_with_a_link_is_not_taken_over(name: str, left: Path, tmp_pa
     with pytest.raises(RecordingLinked) as caught:
         RunWriter(path, [], {}, resume=True)
     assert f"{name} is a link" in caught.value.cause and "cp -rL" in caught.value.remedy
-    assert outside(path) == before and sorted(file.name for file in tmp_path.iterdir()) == [NAME, "elsewhere"]
+    assert outside(path) == before and sorted(file.name for file in tmp_path.iterdir()) == [
+        NAME,
+        "elsewhere",
+    ]
     copy = tmp_path / "copy.zarr"
     assert os.system(f"cp -rL {path} {copy}") == 0
     check_own(copy)
@@ -207,15 +266,19 @@ def test_a_recording_that_is_a_link_is_not_written(left: Path, tmp_path: Path) -
     ):
         with pytest.raises(RecordingLinked) as caught:
             write()
-        assert "is a link" in caught.value.cause and str(tmp_path / "real.zarr") in caught.value.remedy
+        assert (
+            "is a link" in caught.value.cause and str(tmp_path / "real.zarr") in caught.value.remedy
+        )
     assert outside(tmp_path / "real.zarr") == before and link.is_symlink()
 
 
-# --- gc, and locks ---------------------------------------------------------------------------------------------------
+# --- gc, and locks --------------------------------------------------------------------------------
 
 
 def test_gc_follows_no_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A recording that is a link, leftovers that are links, locks that are links of both kinds; and it comes to its end."""
+    """A recording that is a link, leftovers that are links, locks that are links of both kinds; and
+    it comes to its end.
+    """
     runs, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
     for folder in (runs, elsewhere / "inside"):
         folder.mkdir(parents=True)
@@ -236,12 +299,19 @@ def test_gc_follows_no_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     before, there = outside(elsewhere), sorted(runs.rglob("*"))
     assert dispatch(["gc", "--dry-run", str(runs)]) == 0 and sorted(runs.rglob("*")) == there
     assert dispatch(["gc", str(runs)]) == 0 and outside(elsewhere) == before
-    assert sorted(path.name for path in runs.iterdir()) == [".e.zarr.lock", ".g.zarr.backup.partial", "evil.zarr", "whole.zarr"]
+    assert sorted(path.name for path in runs.iterdir()) == [
+        ".e.zarr.lock",
+        ".g.zarr.backup.partial",
+        "evil.zarr",
+        "whole.zarr",
+    ]
     assert [path.name for path in (runs / "whole.zarr").iterdir()] == ["below"]
     assert clear_orphans(runs) == [] and "Nothing to remove" not in capsys.readouterr().out
 
 
-def test_one_leftover_that_cannot_be_removed_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_leftover_that_cannot_be_removed_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f".{name}.zarr.0123abcd.partial").mkdir()
     real = shutil.rmtree
@@ -258,23 +328,34 @@ def test_one_leftover_that_cannot_be_removed_keeps_no_other(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("how", [symbolic, hard])
-def test_a_lock_that_is_a_link_is_not_touched(how: Callable[[Path, Path], None], left: Path, tmp_path: Path) -> None:
+def test_a_lock_that_is_a_link_is_not_touched(
+    how: Callable[[Path, Path], None], left: Path, tmp_path: Path
+) -> None:
     path = Path(shutil.copytree(left, tmp_path / NAME))
     (tmp_path / "elsewhere").write_text("somebody else's")
     how(tmp_path / f".{NAME}.lock", tmp_path / "elsewhere")
-    for take in (lambda: RunWriter(path, [], {}, resume=True), lambda: held(path).__enter__(), lambda: dispatch(["rm", "--yes", str(path)])):
+    for take in (
+        lambda: RunWriter(path, [], {}, resume=True),
+        lambda: held(path).__enter__(),
+        lambda: dispatch(["rm", "--yes", str(path)]),
+    ):
         with pytest.raises(RecordingDamaged, match="is no lock: it is a link"):
             take()
     assert (tmp_path / "elsewhere").read_text() == "somebody else's" and path.is_dir()
 
 
 def test_a_killed_writer_has_a_moment_to_die(left: Path, tmp_path: Path) -> None:
-    """It frees its memory first and its lock last: whoever goes on at once waits for that, and for no writer that lives."""
+    """It frees its memory first and its lock last: whoever goes on at once waits for that, and for
+    no writer that lives.
+    """
     path = Path(shutil.copytree(left, tmp_path / NAME))
     hold = (
-        f"import sys, filelock; lock = filelock.FileLock({str(tmp_path / f'.{NAME}.lock')!r}); lock.acquire(); print(1, flush=True); sys.stdin.read()"
+        f"import sys, filelock; lock = filelock.FileLock({str(tmp_path / f'.{NAME}.lock')!r}); "
+        "lock.acquire(); print(1, flush=True); sys.stdin.read()"
     )
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert holder.stdin and holder.stdout and holder.stdout.readline()
 
     def named(pid: int) -> None:
@@ -286,7 +367,9 @@ def test_a_killed_writer_has_a_moment_to_die(left: Path, tmp_path: Path) -> None
     with pytest.raises(RecordingBusy, match=f"by process {holder.pid} on"):
         Lock(path).acquire(patience=20)
     dead = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked how it ended: the system still knows it
+    os.waitid(
+        os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT
+    )  # nobody has asked how it ended: the system still knows it
     named(dead.pid)
     timer = threading.Timer(0.3, holder.stdin.close)
     timer.start()
@@ -299,25 +382,33 @@ def test_a_killed_writer_has_a_moment_to_die(left: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_disk_without_locks_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_locks_is_named(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    for take in (Lock(tmp_path / "a.zarr").acquire, lambda: RunWriter(tmp_path / "a.zarr", [array("", "committed", (2,))], ATTRIBUTES)):
+    for take in (
+        Lock(tmp_path / "a.zarr").acquire,
+        lambda: RunWriter(tmp_path / "a.zarr", [array("", "committed", (2,))], ATTRIBUTES),
+    ):
         with pytest.raises(StoreError) as caught:
             take()
         assert "has no locks" in caught.value.cause and "--output" in caught.value.remedy
 
 
-# --- the one way to write --------------------------------------------------------------------------------------------
+# --- the one way to write -------------------------------------------------------------------------
 
 
 def test_a_link_goes_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     for number, how in enumerate((symbolic, hard)):
         elsewhere, file = tmp_path / f"elsewhere {number}", tmp_path / f"file {number}"
         elsewhere.write_bytes(b"somebody else's")
-        for write in (lambda file=file: replace(file, [b"a", np.frombuffer(b"b", np.uint8).data], True), lambda file=file: remove(file, True)):
+        for write in (
+            lambda file=file: replace(file, [b"a", np.frombuffer(b"b", np.uint8).data], True),
+            lambda file=file: remove(file, True),
+        ):
             how(file, elsewhere)
             with pytest.raises((RecordingLinked, OSError)):
                 append(file, b"more", False)

@@ -1,4 +1,6 @@
-"""A listing of many recordings: what a whole parse of each would say, quickly, and never from an index that a file contradicts."""
+"""A listing of many recordings: what a whole parse of each would say, quickly, and never from an
+index that a file contradicts.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def runs(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(module, "JUST_NOW", 0)
     for index in range(COUNT):
         content = json.loads(root)
-        content["attributes"]["created"] = f"2026-01-02T03:{index // 60:02}:{index % 60:02}.000+00:00"
+        content["attributes"]["created"] = (
+            f"2026-01-02T03:{index // 60:02}:{index % 60:02}.000+00:00"
+        )
         content["attributes"]["experiment"]["prompt"] = f"café 🐱 number {index}"
         file = tmp_path / "runs" / f"cat-{index:03}.zarr" / "zarr.json"
         file.parent.mkdir(parents=True)
@@ -66,34 +70,57 @@ def reads(monkeypatch: pytest.MonkeyPatch, runs: Path) -> tuple[list[Listed], in
         return listing(runs), opened
 
 
-def test_rows_are_what_a_whole_parse_says_the_first_time_and_again(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_what_a_whole_parse_says_the_first_time_and_again(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, opened = reads(monkeypatch, runs)
     again, reopened = reads(monkeypatch, runs)
     assert opened == COUNT and reopened == 0
-    assert first == again and [row.path.name for row in first] == [f"cat-{index:03}.zarr" for index in reversed(range(COUNT))]
+    assert first == again and [row.path.name for row in first] == [
+        f"cat-{index:03}.zarr" for index in reversed(range(COUNT))
+    ]
     assert all(row.attributes == whole(row.path) and row.error is None for row in first)
     assert list_runs(runs) == [(row.path, row.attributes) for row in first]
-    assert find_run("latest", runs).name == "cat-219.zarr" and find_run("cat-007", runs).name == "cat-007.zarr"
+    assert (
+        find_run("latest", runs).name == "cat-219.zarr"
+        and find_run("cat-007", runs).name == "cat-007.zarr"
+    )
 
 
 CHANGES: dict[str, Callable[[str], str]] = {
     "cut": lambda text: text[:-50],
     "nothing but attributes": lambda text: text[: text.index(', "zarr_format"')] + "}",
     "another kind": lambda text: text.replace('"node_type": "group"}', '"node_type": "array"}'),
-    "zarr's second format": lambda text: text.replace('"zarr_format": 3, "consolidated', '"zarr_format": 2, "consolidated'),
-    "second attributes": lambda text: text[:-1].replace("café", "x") + ', "attributes": {"format_version": 1}, "node_type": "group"}',
-    "second attributes, escaped": lambda text: text[:-1] + ', "\\u0061ttributes": {"format\\u005fversion": 1}, "node_type": "group"}',
+    "zarr's second format": lambda text: text.replace(
+        '"zarr_format": 3, "consolidated', '"zarr_format": 2, "consolidated'
+    ),
+    "second attributes": lambda text: (
+        text[:-1].replace("café", "x")
+        + ', "attributes": {"format_version": 1}, "node_type": "group"}'
+    ),
+    "second attributes, escaped": lambda text: (
+        text[:-1] + ', "\\u0061ttributes": {"format\\u005fversion": 1}, "node_type": "group"}'
+    ),
     "second attributes, whole": lambda text: (
-        text[:-1] + ', "attributes": ' + json.dumps(json.loads(text)["attributes"] | {"created": "2030"}) + ', "node_type": "group"}'
+        text[:-1]
+        + ', "attributes": '
+        + json.dumps(json.loads(text)["attributes"] | {"created": "2030"})
+        + ', "node_type": "group"}'
     ),
     "laid out in lines": lambda text: json.dumps(json.loads(text), indent=2),
     "in another order": lambda text: json.dumps(dict(reversed(json.loads(text).items()))),
     "no number": lambda text: text.replace('"device": "cpu"', '"device": "cpu", "threads": NaN'),
     "no number, where it may be": lambda text: text.replace('"-inf"', "-Infinity"),
-    "half a character": lambda text: text.replace('"device": "cpu"', '"device": "cpu", "note": "\\ud800"'),
-    "large and small numbers": lambda text: text.replace('"device": "cpu"', '"device": "cpu", "n": [12345678901234567890123, 0.1, 1e-320, -0.0]'),
+    "half a character": lambda text: text.replace(
+        '"device": "cpu"', '"device": "cpu", "note": "\\ud800"'
+    ),
+    "large and small numbers": lambda text: text.replace(
+        '"device": "cpu"', '"device": "cpu", "n": [12345678901234567890123, 0.1, 1e-320, -0.0]'
+    ),
     "a prompt that moves the cursor": lambda text: text.replace("caf", "\\u001b[2J"),
-    "deep": lambda text: text.replace('"device": "cpu"', '"device": "cpu", "deep": ' + "[" * 500 + "]" * 500),
+    "deep": lambda text: text.replace(
+        '"device": "cpu"', '"device": "cpu", "deep": ' + "[" * 500 + "]" * 500
+    ),
     "another version": lambda text: text.replace('"format_version": 1', '"format_version": 99'),
     "empty": lambda text: "",
     "the same key twice": lambda text: text.replace('"seed": 0', '"seed": 0, "seed": 7'),
@@ -116,21 +143,37 @@ def test_a_file_that_changes_is_read_again(runs: Path, monkeypatch: pytest.Monke
     listing(runs)
     file = runs / "cat-005.zarr" / "zarr.json"
     before = file.stat()
-    file.write_text(file.read_text().replace("complete", "failed").replace("number 5", "number 5  "))
+    file.write_text(
+        file.read_text().replace("complete", "failed").replace("number 5", "number 5  ")
+    )
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert file.stat().st_size == before.st_size, "the same size and time: the other time of it tells"
+    assert file.stat().st_size == before.st_size, (
+        "the same size and time: the other time of it tells"
+    )
     rows, opened = reads(monkeypatch, runs)
-    assert opened == 1 and [row.attributes["status"] for row in rows if row.path == file.parent and row.attributes] == ["failed"]
+    assert opened == 1 and [
+        row.attributes["status"] for row in rows if row.path == file.parent and row.attributes
+    ] == ["failed"]
     shutil.rmtree(runs / "cat-006.zarr")
     (runs / "cat-007.zarr").rename(runs / "dog-007.zarr")
     rows, opened = reads(monkeypatch, runs)
-    assert opened == 1 and len(rows) == COUNT - 1 and "dog-007.zarr" in {row.path.name for row in rows}
+    assert (
+        opened == 1 and len(rows) == COUNT - 1 and "dog-007.zarr" in {row.path.name for row in rows}
+    )
 
 
-@pytest.mark.parametrize("name", ["tab\tand\nline", "half \udcff", "café 🐱"], ids=["a tab and a line", "no text", "an emoji"])
-def test_any_name_and_any_layout_is_kept(name: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["tab\tand\nline", "half \udcff", "café 🐱"],
+    ids=["a tab and a line", "no text", "an emoji"],
+)
+def test_any_name_and_any_layout_is_kept(
+    name: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (runs / "cat-005.zarr").rename(path := runs / f"{name}.zarr")
-    (path / "zarr.json").write_text(json.dumps(json.loads((path / "zarr.json").read_text()), indent="\t"))
+    (path / "zarr.json").write_text(
+        json.dumps(json.loads((path / "zarr.json").read_text()), indent="\t")
+    )
     first, opened = reads(monkeypatch, runs)
     assert opened == COUNT and reads(monkeypatch, runs) == (first, 0)
 
@@ -167,20 +210,32 @@ def test_a_row_without_a_mark_is_no_recording(runs: Path) -> None:
     assert missing.attributes is None and missing.error is not None
 
 
-def test_where_no_index_can_be_kept_there_is_none(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_index_can_be_kept_there_is_none(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(listing(runs)) == COUNT and {path.name for path in tmp_path.iterdir()} == {"file", "runs"}
+    assert len(listing(runs)) == COUNT and {path.name for path in tmp_path.iterdir()} == {
+        "file",
+        "runs",
+    }
 
 
 def test_a_writer_that_died_is_said_of_a_row_that_was_kept(runs: Path) -> None:
     file = runs / "cat-001.zarr" / "zarr.json"
     content = json.loads(file.read_text())
-    content["attributes"] |= {"status": "running", "writer": {"pid": os.getpid(), "host": os.uname().nodename}}
+    content["attributes"] |= {
+        "status": "running",
+        "writer": {"pid": os.getpid(), "host": os.uname().nodename},
+    }
     file.write_text(json.dumps(content))
 
     def status() -> str:
-        return next(row.attributes["status"] for row in listing(runs) if row.path == file.parent and row.attributes)
+        return next(
+            row.attributes["status"]
+            for row in listing(runs)
+            if row.path == file.parent and row.attributes
+        )
 
     assert status() == status() == "running"
     child = os.fork()
@@ -193,8 +248,12 @@ def test_a_writer_that_died_is_said_of_a_row_that_was_kept(runs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_are_listed_in_a_second(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BARS P17: 1 s the first time, 0.3 s again; here with twice the time, since tests share a machine."""
+def test_ten_thousand_are_listed_in_a_second(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BARS P17: 1 s the first time, 0.3 s again; here with twice the time, since tests share a
+    machine.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "JUST_NOW", 0)
     padded = json.loads(root)

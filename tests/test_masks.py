@@ -1,4 +1,6 @@
-"""Metrics on answers that are known by hand, and against the definitions written out the slow way."""
+"""Metrics on answers that are known by hand, and against the definitions written out the slow
+way.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from probe.analysis.maps import on_grid
-from probe.analysis.masks import area_threshold, argmax_masks, average_precision, interval, iou, mean_iou, pixel_accuracy, threshold
+from probe.analysis.masks import (
+    area_threshold,
+    argmax_masks,
+    average_precision,
+    interval,
+    iou,
+    mean_iou,
+    pixel_accuracy,
+    threshold,
+)
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6)
 TRUE = [[True, True, False], [False, False, False]]
@@ -28,7 +39,7 @@ def scored(draw: st.DrawFn) -> tuple[xr.DataArray, xr.DataArray]:
     return grid(levels / np.float32(7)), grid(draw(hnp.arrays(bool, shape)))
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def test_a_threshold_is_reached_and_not_passed() -> None:
@@ -38,24 +49,41 @@ def test_a_threshold_is_reached_and_not_passed() -> None:
 
 def test_a_threshold_of_its_own_for_each_map_goes_by_name() -> None:
     maps = grid(np.arange(12.0).reshape(2, 2, 3), "word").assign_coords(word=["cat", "hat"])
-    levels = xr.DataArray([[4.0, 9.0], [0.0, 20.0]], dims=("scene", "word"), coords={"word": ["cat", "hat"]})
+    levels = xr.DataArray(
+        [[4.0, 9.0], [0.0, 20.0]], dims=("scene", "word"), coords={"word": ["cat", "hat"]}
+    )
     found = threshold(maps, levels)
-    assert found.sum(("y", "x")).transpose("scene", "word").values.tolist() == [[2, 3], [6, 0]] and found.dims[-2:] == ("y", "x")
+    assert found.sum(("y", "x")).transpose("scene", "word").values.tolist() == [
+        [2, 3],
+        [6, 0],
+    ] and found.dims[-2:] == ("y", "x")
     with pytest.raises(ValueError, match="exact"):
         threshold(maps, levels.assign_coords(word=["cat", "dog"]))
 
 
 def test_the_greatest_word_takes_the_pixel_and_the_first_of_equals() -> None:
     maps = grid([[[0.1, 0.5, 0.3, np.nan]], [[0.2, 0.5, np.nan, np.nan]]], "word").astype("float32")
-    assert argmax_masks(maps).values.tolist() == [[[False, True, True, False]], [[True, False, False, False]]]
-    assert argmax_masks(maps, least=0.25).values.tolist() == [[[False, True, True, False]], [[False, False, False, False]]]
+    assert argmax_masks(maps).values.tolist() == [
+        [[False, True, True, False]],
+        [[True, False, False, False]],
+    ]
+    assert argmax_masks(maps, least=0.25).values.tolist() == [
+        [[False, True, True, False]],
+        [[False, False, False, False]],
+    ]
     moved = maps.transpose("y", "word", "x")
     assert argmax_masks(moved).dims == moved.dims
     xr.testing.assert_equal(argmax_masks(moved).transpose(*maps.dims), argmax_masks(maps))
     assert argmax_masks(maps.isel(word=[])).shape == (0, 1, 4)
 
 
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)), elements=st.floats(0, 1, width=32)))
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)),
+        elements=st.floats(0, 1, width=32),
+    )
+)
 def test_every_pixel_belongs_to_one_word(values: np.ndarray) -> None:
     found = argmax_masks(grid(values, "word"))
     assert (found.sum("word") == 1).all()
@@ -63,7 +91,9 @@ def test_every_pixel_belongs_to_one_word(values: np.ndarray) -> None:
 
 
 @given(scored())
-def test_the_mask_at_the_true_area_has_the_true_area_but_for_ties(both: tuple[xr.DataArray, xr.DataArray]) -> None:
+def test_the_mask_at_the_true_area_has_the_true_area_but_for_ties(
+    both: tuple[xr.DataArray, xr.DataArray],
+) -> None:
     maps, truth = both
     level, area = area_threshold(maps, truth), int(truth.sum())
     mask = threshold(maps, level)
@@ -74,17 +104,27 @@ def test_the_mask_at_the_true_area_has_the_true_area_but_for_ties(both: tuple[xr
 
 
 def test_the_true_area_of_maps_without_ties_is_met() -> None:
-    maps = grid(np.random.default_rng(0).permutation(60).reshape(3, 4, 5).astype("float32"), "layer")
+    maps = grid(
+        np.random.default_rng(0).permutation(60).reshape(3, 4, 5).astype("float32"), "layer"
+    )
     truth = grid(np.random.default_rng(1).random((2, 4, 5)) < 0.3, "scene")
     found = threshold(maps, area_threshold(maps, truth)).sum(("y", "x"))
     assert (found == truth.sum(("y", "x"))).all() and set(found.dims) == {"layer", "scene"}
 
 
-# --- agreement -------------------------------------------------------------------------------------------------------
+# --- agreement ------------------------------------------------------------------------------------
 
 
 def test_iou_of_known_masks() -> None:
-    masks = grid([TRUE, [[False, True, True], [False, False, False]], [[False] * 3] * 2, [[False, False, True], [False] * 3]], "mask")
+    masks = grid(
+        [
+            TRUE,
+            [[False, True, True], [False, False, False]],
+            [[False] * 3] * 2,
+            [[False, False, True], [False] * 3],
+        ],
+        "mask",
+    )
     assert iou(masks, grid(TRUE)).values.tolist() == [1, 1 / 3, 0, 0]
     assert np.isnan(iou(grid([[False]]), grid([[False]])))
 
@@ -96,13 +136,22 @@ def test_iou_is_the_jaccard_index_of_sets_of_pixels(values: np.ndarray) -> None:
     wanted = [len(a & b) / len(a | b) if a | b else np.nan for a, b in zip(*sets, strict=True)]
     np.testing.assert_allclose(iou(masks, truth).values, wanted)
     xr.testing.assert_equal(iou(masks, truth), iou(truth, masks))
-    both, either = (sum(len(f(a, b)) for a, b in zip(*sets, strict=True)) for f in (set.intersection, set.union))
-    np.testing.assert_allclose(float(iou(masks, truth, pool=["scene"])), both / either if either else np.nan)
-    np.testing.assert_allclose(float(mean_iou(masks, truth, ["scene"])), np.nanmean(wanted) if np.isfinite(wanted).any() else np.nan)
+    both, either = (
+        sum(len(f(a, b)) for a, b in zip(*sets, strict=True)) for f in (set.intersection, set.union)
+    )
+    np.testing.assert_allclose(
+        float(iou(masks, truth, pool=["scene"])), both / either if either else np.nan
+    )
+    np.testing.assert_allclose(
+        float(mean_iou(masks, truth, ["scene"])),
+        np.nanmean(wanted) if np.isfinite(wanted).any() else np.nan,
+    )
 
 
 def test_mean_iou_by_scene_and_by_pixel() -> None:
-    """One small object found whole, one large object found by half: pooled, the large one counts more."""
+    """One small object found whole, one large object found by half: pooled, the large one counts
+    more.
+    """
     truth = np.zeros((2, 10, 10), bool)
     truth[0, 0, :2], truth[1, :8] = True, True
     found = truth.copy()
@@ -121,9 +170,15 @@ def test_pixel_accuracy_of_each_mask_and_of_classes() -> None:
 
 def test_masks_and_truth_go_by_name_and_fit() -> None:
     rng = np.random.default_rng(0)
-    masks, truth = grid(rng.random((2, 3, 4, 5)) < 0.5, "layer", "scene"), grid(rng.random((3, 4, 5)) < 0.5, "scene")
+    masks, truth = (
+        grid(rng.random((2, 3, 4, 5)) < 0.5, "layer", "scene"),
+        grid(rng.random((3, 4, 5)) < 0.5, "scene"),
+    )
     turned = masks.transpose("y", "scene", "x", "layer")
-    xr.testing.assert_equal(iou(masks, truth), iou(turned, truth.transpose("x", "y", "scene")).transpose("layer", "scene"))
+    xr.testing.assert_equal(
+        iou(masks, truth),
+        iou(turned, truth.transpose("x", "y", "scene")).transpose("layer", "scene"),
+    )
     with pytest.raises(ValueError, match="no common grid"):
         iou(masks, grid(np.zeros((8, 8), bool)))
     with pytest.raises(ValueError, match="make masks of it first"):
@@ -134,11 +189,13 @@ def test_masks_and_truth_go_by_name_and_fit() -> None:
         iou(masks.assign_coords(scene=[0, 1, 2]), truth.assign_coords(scene=[0, 1, 9]))
 
 
-# --- average precision -----------------------------------------------------------------------------------------------
+# --- average precision ----------------------------------------------------------------------------
 
 
 def slow_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The definition: over falling levels, precision of all at or above it times the growth of recall."""
+    """The definition: over falling levels, precision of all at or above it times the growth of
+    recall.
+    """
     total, recall = 0.0, 0.0
     for level in sorted(set(scores.ravel().tolist()), reverse=True):
         found = scores >= level
@@ -160,26 +217,41 @@ def test_average_precision_is_its_definition(both: tuple[xr.DataArray, xr.DataAr
 
 def test_average_precision_of_known_maps() -> None:
     truth = grid(TRUE)
-    perfect, worst = grid([[0.9, 0.8, 0.1], [0.2, 0.1, 0.0]]), grid([[0.0, 0.1, 0.5], [0.5, 0.5, 0.5]])
+    perfect, worst = (
+        grid([[0.9, 0.8, 0.1], [0.2, 0.1, 0.0]]),
+        grid([[0.0, 0.1, 0.5], [0.5, 0.5, 0.5]]),
+    )
     assert float(average_precision(perfect, truth)) == 1
     assert float(average_precision(worst, truth)) == pytest.approx((1 / 5 + 2 / 6) / 2)
-    assert float(average_precision(grid(np.full((2, 3), 0.4)), truth)) == pytest.approx(2 / 6), "a constant map: the share of what is true"
-    assert float(average_precision(grid([[0.9, 0.1, 0.5], [0.2, 0.1, 0.0]]), truth)) == pytest.approx((1 + 2 / 5) / 2), "the tie at 0.1"
+    assert float(average_precision(grid(np.full((2, 3), 0.4)), truth)) == pytest.approx(2 / 6), (
+        "a constant map: the share of what is true"
+    )
+    assert float(
+        average_precision(grid([[0.9, 0.1, 0.5], [0.2, 0.1, 0.0]]), truth)
+    ) == pytest.approx((1 + 2 / 5) / 2), "the tie at 0.1"
     assert np.isnan(average_precision(grid([[0.9, np.nan, 0.5], [0.2, 0.1, 0.0]]), truth))
 
 
 @given(scored(), st.integers(0, 2**32))
-def test_average_precision_knows_no_place_and_no_scale(both: tuple[xr.DataArray, xr.DataArray], seed: int) -> None:
+def test_average_precision_knows_no_place_and_no_scale(
+    both: tuple[xr.DataArray, xr.DataArray], seed: int
+) -> None:
     maps, truth = both
     order = np.random.default_rng(seed).permutation(maps.size)
     moved = [grid(one.values.ravel()[order].reshape(one.shape)) for one in both]
-    np.testing.assert_allclose(average_precision(*moved), average_precision(maps, truth), equal_nan=True)
-    np.testing.assert_allclose(average_precision(maps**3 * 5 - 2, truth), average_precision(maps, truth), equal_nan=True)
+    np.testing.assert_allclose(
+        average_precision(*moved), average_precision(maps, truth), equal_nan=True
+    )
+    np.testing.assert_allclose(
+        average_precision(maps**3 * 5 - 2, truth), average_precision(maps, truth), equal_nan=True
+    )
 
 
 def test_many_maps_at_once_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    maps = grid(rng.random((5, 3, 4, 6)).round(1).astype("float16"), "scene", "layer").assign_coords(layer=["a", "b", "c"])
+    maps = grid(
+        rng.random((5, 3, 4, 6)).round(1).astype("float16"), "scene", "layer"
+    ).assign_coords(layer=["a", "b", "c"])
     truth = grid(rng.random((5, 4, 6)) < 0.4, "scene")
     whole, levels = average_precision(maps, truth), area_threshold(maps, truth)
     assert whole.dims == ("scene", "layer") and whole["layer"].values.tolist() == ["a", "b", "c"]
@@ -200,11 +272,13 @@ def test_codes_of_one_byte_score_as_what_they_stand_for() -> None:
     xr.testing.assert_equal(threshold(codes, 0.25), threshold(plain, 0.25))
 
 
-# --- grids -----------------------------------------------------------------------------------------------------------
+# --- grids ----------------------------------------------------------------------------------------
 
 
 @given(SHAPES, SHAPES)
-def test_the_mean_over_areas_keeps_the_area(source: tuple[int, ...], target: tuple[int, ...]) -> None:
+def test_the_mean_over_areas_keeps_the_area(
+    source: tuple[int, ...], target: tuple[int, ...]
+) -> None:
     mask = grid(np.random.default_rng(source).random(source) < 0.5)
     found = on_grid(mask, (target[0], target[1]), "area")
     assert found.dims == ("y", "x") and found.dtype == np.float32
@@ -215,10 +289,12 @@ def test_the_mean_over_areas_keeps_the_area(source: tuple[int, ...], target: tup
 def test_a_mask_on_a_coarser_grid_is_the_share_that_is_covered() -> None:
     mask = grid([[True, True, False, False], [True, False, False, False]])
     assert on_grid(mask, (1, 2), "area").values.tolist() == [[0.75, 0.0]]
-    np.testing.assert_allclose(on_grid(mask, (1, 3), "area").values, [[0.875, 0.25, 0]], atol=1e-7)  # by 1 1/3 pixels each
+    np.testing.assert_allclose(
+        on_grid(mask, (1, 3), "area").values, [[0.875, 0.25, 0]], atol=1e-7
+    )  # by 1 1/3 pixels each
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
+# --- intervals ------------------------------------------------------------------------------------
 
 
 def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -232,10 +308,17 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 def test_an_interval_is_seeded_and_leaves_out_what_is_not_there() -> None:
-    scores = xr.DataArray([[0.1, np.nan], [0.5, np.nan], [np.nan, 0.3], [0.9, np.nan]], dims=("scene", "word"), coords={"word": ["cat", "hat"]})
+    scores = xr.DataArray(
+        [[0.1, np.nan], [0.5, np.nan], [np.nan, 0.3], [0.9, np.nan]],
+        dims=("scene", "word"),
+        coords={"word": ["cat", "hat"]},
+    )
     found = interval(scores)
     np.testing.assert_allclose(found["mean"].values, [0.5, 0.3])
-    assert found["scenes"].values.tolist() == [3, 1] and found["word"].values.tolist() == ["cat", "hat"]
+    assert found["scenes"].values.tolist() == [3, 1] and found["word"].values.tolist() == [
+        "cat",
+        "hat",
+    ]
     assert 0.1 <= float(found["low"][0]) < 0.5 < float(found["high"][0]) <= 0.9
     assert np.isnan(found["low"][1]) and np.isnan(found["high"][1]), "one scene has no interval"
     xr.testing.assert_identical(found, interval(scores))
@@ -252,8 +335,14 @@ def test_an_interval_is_seeded_and_leaves_out_what_is_not_there() -> None:
 @settings(max_examples=30)
 @given(st.permutations(range(6)))
 def test_scores_side_by_side_are_drawn_alike(order: list[int]) -> None:
-    """What pairs scores is their scene: the interval of a difference is that of the differences, and words do not mix."""
-    scores = xr.DataArray(np.random.default_rng(0).random((9, 6)), dims=("scene", "word"), coords={"word": list("abcdef")})
+    """What pairs scores is their scene: the interval of a difference is that of the differences,
+    and words do not mix.
+    """
+    scores = xr.DataArray(
+        np.random.default_rng(0).random((9, 6)),
+        dims=("scene", "word"),
+        coords={"word": list("abcdef")},
+    )
     xr.testing.assert_allclose(interval(scores.isel(word=order)), interval(scores).isel(word=order))
     constant = interval(scores - (scores - 0.25))
     np.testing.assert_allclose(constant["low"], 0.25)

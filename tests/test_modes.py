@@ -30,7 +30,9 @@ def mode(folder: Path, name: str, **capture: Any) -> Run:
     return take(folder, capture={**EVERYTHING, "attention": name, **capture}, images=2)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("float16", 2e-3), ("sqrt_u8", 2e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("float32", 1e-6), ("float16", 2e-3), ("sqrt_u8", 2e-3)]
+)
 def test_queries_give_every_map(dtype: str, error: float, maps: Run, tmp_path: Path) -> None:
     run = mode(tmp_path, "queries", dtype=dtype, tokens="prompt")
     for grid in maps.grids:
@@ -55,7 +57,9 @@ def test_recomputed_maps_can_be_addressed_as_recorded_ones(maps: Run, tmp_path: 
     ):
         np.testing.assert_allclose(found.isel(index).values, expected.isel(index).values, atol=1e-6)
     np.testing.assert_allclose(
-        found.sel(token=4, branch="cond").mean("head").values, expected.sel(token=4, branch="cond").mean("head").values, atol=1e-6
+        found.sel(token=4, branch="cond").mean("head").values,
+        expected.sel(token=4, branch="cond").mean("head").values,
+        atol=1e-6,
     )
 
 
@@ -63,13 +67,25 @@ def test_a_summary_is_the_mean_of_the_heads_and_what_each_did(maps: Run, tmp_pat
     run = mode(tmp_path, "summary")
     for grid in maps.grids:
         whole = maps.attention(grid)
-        np.testing.assert_allclose(run.attention(grid).values, whole.mean("head", keepdims=True).values, atol=1e-6)
+        np.testing.assert_allclose(
+            run.attention(grid).values, whole.mean("head", keepdims=True).values, atol=1e-6
+        )
         found = run.variable(f"attention/{grid}/head_statistics")
         moments = maps.variable(f"attention/{grid}/moments")
-        np.testing.assert_allclose(found.sel(head_statistic=["mass", "centroid_y", "centroid_x"]).values, moments.values, atol=1e-6)
-        np.testing.assert_allclose(found.sel(head_statistic="greatest").values, whole.max(("y", "x")).values, atol=1e-6)
+        np.testing.assert_allclose(
+            found.sel(head_statistic=["mass", "centroid_y", "centroid_x"]).values,
+            moments.values,
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(
+            found.sel(head_statistic="greatest").values, whole.max(("y", "x")).values, atol=1e-6
+        )
         shares = (whole / whole.sum(("y", "x"))).values
-        np.testing.assert_allclose(found.sel(head_statistic="entropy").values, -(shares * np.log(shares)).sum((-1, -2)), atol=1e-4)
+        np.testing.assert_allclose(
+            found.sel(head_statistic="entropy").values,
+            -(shares * np.log(shares)).sum((-1, -2)),
+            atol=1e-4,
+        )
     np.testing.assert_allclose(run.overview().values, maps.overview().values, atol=1e-6)
 
 
@@ -85,26 +101,44 @@ def test_the_forecast_of_each_mode_is_what_is_written(name: str, tmp_path: Path)
     from probe.diffusion.sd import StableDiffusion
     from probe.running.planning import plan
 
-    asked = ask(tmp_path, capture={**EVERYTHING, "attention": name, "self_attention": ("*",), "steps": "0,2"})
+    asked = ask(
+        tmp_path,
+        capture={**EVERYTHING, "attention": name, "self_attention": ("*",), "steps": "0,2"},
+    )
     forecast = plan(StableDiffusion.of(pipeline()), asked).forecast()
     run = record(asked, pipeline(), progress=False)
     for path in ("query", "key", "cross", "moments", "head_statistics", "value_size"):
         for grid in run.grids:
             if f"attention/{grid}/{path}" in forecast:
-                written = sum(f.stat().st_size for f in (run.path / "attention" / grid / path).glob("c*"))
+                written = sum(
+                    f.stat().st_size for f in (run.path / "attention" / grid / path).glob("c*")
+                )
                 overhead = 24 * 77 * 2  # a checksum and an index entry of each token, at 2 steps
-                assert written == pytest.approx(forecast[f"attention/{grid}/{path}"], rel=0.02, abs=overhead), path
+                assert written == pytest.approx(
+                    forecast[f"attention/{grid}/{path}"], rel=0.02, abs=overhead
+                ), path
 
 
 def test_self_attention_is_a_softmax_over_places(tmp_path: Path) -> None:
-    asked = ask(tmp_path, capture={"self_attention": ("*",), "dtype": "float32", "branches": "both"})
+    asked = ask(
+        tmp_path, capture={"self_attention": ("*",), "dtype": "float32", "branches": "both"}
+    )
     run = record(asked, pipeline(), progress=False)
     unet = pipeline().unet
     seen: dict[str, list[torch.Tensor]] = {}
-    selves = {path: part for path, part in unet.named_modules() if getattr(part, "is_cross_attention", None) is False}
+    selves = {
+        path: part
+        for path, part in unet.named_modules()
+        if getattr(part, "is_cross_attention", None) is False
+    }
     from probe.watching.hooks import Hooks
 
-    with Hooks([(part, "input", lambda value, path=path: seen.setdefault(path, []).append(value)) for path, part in selves.items()]):
+    with Hooks(
+        [
+            (part, "input", lambda value, path=path: seen.setdefault(path, []).append(value))
+            for path, part in selves.items()
+        ]
+    ):
         bare(pipeline(), asked)
     checked = 0
     for grid in run.tree["self_attention"].children:
@@ -113,16 +147,29 @@ def test_self_attention_is_a_softmax_over_places(tmp_path: Path) -> None:
         for path in found["layer"].values:
             part = selves[str(path)]
             with torch.no_grad():  # diffusers' own scores
-                q, k = (part.head_to_batch_dim(side(seen[str(path)][1])) for side in (part.to_q, part.to_k))
+                q, k = (
+                    part.head_to_batch_dim(side(seen[str(path)][1]))
+                    for side in (part.to_q, part.to_k)
+                )
                 scores = part.get_attention_scores(q, k).unflatten(0, (2, part.heads))
-            np.testing.assert_allclose(found.sel(layer=path).isel(step=1, image=0).values.reshape(scores.shape), scores.numpy(), atol=1e-6)
+            np.testing.assert_allclose(
+                found.sel(layer=path).isel(step=1, image=0).values.reshape(scores.shape),
+                scores.numpy(),
+                atol=1e-6,
+            )
             checked += 1
     assert checked == len(selves)
 
 
-@pytest.mark.parametrize("capture", [{"attention": "queries"}, {"attention": "off", "self_attention": ["4x4"]}], ids=["queries", "self"])
+@pytest.mark.parametrize(
+    "capture",
+    [{"attention": "queries"}, {"attention": "off", "self_attention": ["4x4"]}],
+    ids=["queries", "self"],
+)
 @pytest.mark.parametrize("processor", [Swapped, Own], ids=["foreign", "own, but the same"])
-def test_an_unknown_processor_is_proven_in_every_mode(capture: dict[str, Any], processor: Any, tmp_path: Path) -> None:
+def test_an_unknown_processor_is_proven_in_every_mode(
+    capture: dict[str, Any], processor: Any, tmp_path: Path
+) -> None:
     """One that edits the attention is refused by name; one that computes the same is recorded."""
     pipe = tiny.pipeline()
     pipe.unet.set_attn_processor(processor())
@@ -146,12 +193,17 @@ def test_self_attention_is_refused_where_it_would_be_too_large(tmp_path: Path) -
     asked = ask(tmp_path, capture={"self_attention": ("8x8",)})
     with pytest.raises(TooLarge, match="self_attention/8x8/self"):
         record(asked, pipeline(), progress=False, max_bytes=300_000)
-    with pytest.raises(ExperimentError, match=r"capture\.self_attention: 'down\.\*' matches no self-attention layer"):
+    with pytest.raises(
+        ExperimentError,
+        match=r"capture\.self_attention: 'down\.\*' matches no self-attention layer",
+    ):
         record(ask(tmp_path, capture={"self_attention": ("down.*",)}), pipeline(), progress=False)
 
 
 def test_value_size_is_what_a_token_writes(tmp_path: Path) -> None:
-    """For one head and token: attention 1 to that token and 0 elsewhere, through the layer's own output matrix."""
+    """For one head and token: attention 1 to that token and 0 elsewhere, through the layer's own
+    output matrix.
+    """
     run = take(tmp_path, capture={"branches": "both", "tokens": "all"})
     text = torch.from_numpy(np.array(run.variable("text/text_encoder/output").values))
     for grid in run.grids:
@@ -163,9 +215,15 @@ def test_value_size_is_what_a_token_writes(tmp_path: Path) -> None:
                 width = value.shape[-1] // module.heads
                 for head in range(module.heads):
                     alone = torch.zeros_like(value)
-                    alone[..., head * width : (head + 1) * width] = value[..., head * width : (head + 1) * width]
-                    written = torch.nn.functional.linear(alone, module.to_out[0].weight).norm(dim=-1)
-                    np.testing.assert_allclose(sizes.sel(layer=path).isel(head=head).values, written.numpy(), rtol=1e-4)
+                    alone[..., head * width : (head + 1) * width] = value[
+                        ..., head * width : (head + 1) * width
+                    ]
+                    written = torch.nn.functional.linear(alone, module.to_out[0].weight).norm(
+                        dim=-1
+                    )
+                    np.testing.assert_allclose(
+                        sizes.sel(layer=path).isel(head=head).values, written.numpy(), rtol=1e-4
+                    )
 
 
 def test_value_size_of_rest_is_the_mean_of_its_tokens(tmp_path: Path) -> None:
@@ -184,7 +242,10 @@ def test_an_adapter_on_the_output_matrix_is_seen() -> None:
     class Adapted(torch.nn.Module):
         def __init__(self, base: torch.nn.Linear):
             super().__init__()
-            self.base, self.extra = base, torch.nn.Linear(base.in_features, base.out_features, bias=False)
+            self.base, self.extra = (
+                base,
+                torch.nn.Linear(base.in_features, base.out_features, bias=False),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.base(x) + self.extra(x)
@@ -205,7 +266,10 @@ def test_an_adapter_on_the_output_matrix_is_seen() -> None:
 
 def test_maps_of_is_a_softmax() -> None:
     rng = np.random.default_rng(0)
-    query, key = rng.standard_normal((1, 1, 2, 3, 4, 5, 6)).astype("f4") * 9, rng.standard_normal((1, 7, 2, 3, 4)).astype("f4") * 9
+    query, key = (
+        rng.standard_normal((1, 1, 2, 3, 4, 5, 6)).astype("f4") * 9,
+        rng.standard_normal((1, 7, 2, 3, 4)).astype("f4") * 9,
+    )
     found = maps_of(query, key)
     logits = np.einsum("bilhfyx,btlhf->tbilhyx", query.astype("f8"), key.astype("f8"))
     expected = np.exp(logits - logits.max(0)) / np.exp(logits - logits.max(0)).sum(0)

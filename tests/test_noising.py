@@ -63,8 +63,16 @@ def base(prediction: str = "epsilon") -> Any:
 
 
 def take(folder: Path, prediction: str = "epsilon", **changes: Any) -> Run:
-    asked = {"timesteps": list(TIMESTEPS), "noises": NOISES, "seed": SEED, "output": str(folder), **changes}
-    return record_noising(picture(), CAPTION, masks(), pipeline=base(prediction), progress=False, **asked)
+    asked = {
+        "timesteps": list(TIMESTEPS),
+        "noises": NOISES,
+        "seed": SEED,
+        "output": str(folder),
+        **changes,
+    }
+    return record_noising(
+        picture(), CAPTION, masks(), pipeline=base(prediction), progress=False, **asked
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +84,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def velocity(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One of a model that predicts velocity. Not to be changed."""
-    return take(tmp_path_factory.mktemp("velocity"), "v_prediction", capture={"statistics": False}, decode=False)
+    return take(
+        tmp_path_factory.mktemp("velocity"),
+        "v_prediction",
+        capture={"statistics": False},
+        decode=False,
+    )
 
 
 def value(run: Run, path: str) -> torch.Tensor:
     return torch.from_numpy(run.variable(path).values)
 
 
-# --- what is recorded ------------------------------------------------------------------------------------------------
+# --- what is recorded -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -96,9 +109,16 @@ def test_every_number_is_what_it_must_be(made: Run, velocity: Run, prediction: s
     with torch.no_grad():
         clean = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         text = model.encode(model.read(CAPTION)).repeat(NOISES, 1, 1)
-    eps = torch.cat([torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED + i)) for i in range(NOISES)])
+    eps = torch.cat(
+        [
+            torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED + i))
+            for i in range(NOISES)
+        ]
+    )
     assert torch.equal(value(run, "forward/noise"), eps)
-    torch.testing.assert_close(value(run, "forward/clean"), clean.repeat(NOISES, 1, 1, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        value(run, "forward/clean"), clean.repeat(NOISES, 1, 1, 1), rtol=1e-5, atol=1e-6
+    )
     clean = value(run, "forward/clean")
     assert tuple(run.tree["timestep"].values) == TIMESTEPS and run.status == "complete"
     for index, t in enumerate(TIMESTEPS):
@@ -107,26 +127,49 @@ def test_every_number_is_what_it_must_be(made: Run, velocity: Run, prediction: s
         with torch.no_grad():
             said = pipe.unet(x, torch.tensor(t), encoder_hidden_states=text).sample
         assert torch.equal(value(run, "latents/latents")[index], x)
-        assert torch.equal(value(run, "latents/prediction")[index], said), "recording changes nothing"
+        assert torch.equal(value(run, "latents/prediction")[index], said), (
+            "recording changes nothing"
+        )
         wanted = eps if prediction == "epsilon" else model.scheduler.get_velocity(clean, eps, at)
         loss = ((said - wanted) ** 2).mean(dim=(1, 2, 3))
         torch.testing.assert_close(value(run, "forward/loss")[index], loss, rtol=1e-4, atol=1e-6)
         a = float(model.scheduler.alphas_cumprod[t])
         noise = said if prediction == "epsilon" else a**0.5 * said + (1 - a) ** 0.5 * x
-        torch.testing.assert_close(value(run, "forward/difference")[index], noise - eps, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(value(run, "forward/noise_loss")[index], ((noise - eps) ** 2).mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(value(run, "forward/denoised")[index], (x - (1 - a) ** 0.5 * noise) / a**0.5, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            value(run, "forward/difference")[index], noise - eps, rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            value(run, "forward/noise_loss")[index],
+            ((noise - eps) ** 2).mean(dim=(1, 2, 3)),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+        torch.testing.assert_close(
+            value(run, "forward/denoised")[index],
+            (x - (1 - a) ** 0.5 * noise) / a**0.5,
+            rtol=1e-3,
+            atol=1e-4,
+        )
         assert float(run.tree["alpha_bar"][index]) == a
     losses = run.variable("forward/loss").values.astype(np.float64)
     np.testing.assert_allclose(run.variable("forward/loss_mean").values, losses.mean(1))
-    np.testing.assert_allclose(run.variable("forward/loss_spread").values, np.std(losses, axis=1, ddof=1))
+    np.testing.assert_allclose(
+        run.variable("forward/loss_spread").values, np.std(losses, axis=1, ddof=1)
+    )
     assert [hooks.count(part) for part in (pipe.unet, pipe.vae, pipe.text_encoder)] == [0, 0, 0]
 
 
 def test_derived_on_reading_is_what_was_recorded(made: Run) -> None:
-    np.testing.assert_allclose(made.denoised().values, made.variable("forward/denoised").values, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        made.denoised().values, made.variable("forward/denoised").values, rtol=1e-5, atol=1e-5
+    )
     difference = made.eps() - made.variable("forward/noise")
-    np.testing.assert_allclose(difference.transpose(*made.latents.dims).values, made.variable("forward/difference").values, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        difference.transpose(*made.latents.dims).values,
+        made.variable("forward/difference").values,
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_attention_is_that_of_the_layer(made: Run) -> None:
@@ -139,10 +182,19 @@ def test_attention_is_that_of_the_layer(made: Run) -> None:
     for index, t in enumerate(TIMESTEPS):
         seen: list[torch.Tensor] = []
         with hooks.Hooks([(module, "input", seen.append)]), torch.no_grad():
-            pipe.unet(value(made, "latents/latents")[index], torch.tensor(t), encoder_hidden_states=text)
-            query, key = (module.head_to_batch_dim(part) for part in (module.to_q(seen[0]), module.to_k(text)))
+            pipe.unet(
+                value(made, "latents/latents")[index], torch.tensor(t), encoder_hidden_states=text
+            )
+            query, key = (
+                module.head_to_batch_dim(part) for part in (module.to_q(seen[0]), module.to_k(text))
+            )
             scores = module.get_attention_scores(query, key).unflatten(0, (NOISES, module.heads))
-        maps = made.attention("8x8").isel(step=index, branch=0, layer=0).transpose("draw", "head", "y", "x", "token").values
+        maps = (
+            made.attention("8x8")
+            .isel(step=index, branch=0, layer=0)
+            .transpose("draw", "head", "y", "x", "token")
+            .values
+        )
         np.testing.assert_allclose(maps.reshape(scores.shape), scores.numpy(), atol=1e-6)
 
 
@@ -152,34 +204,53 @@ def test_picture_masks_and_the_round_trip(made: Run) -> None:
         assert np.array_equal(made.variable("source/mask").sel(masked=word).values, mask)
     pipe = base()
     with torch.no_grad():
-        decoded = pipe.vae.decode(value(made, "forward/clean")[:1] / pipe.vae.config.scaling_factor).sample
+        decoded = pipe.vae.decode(
+            value(made, "forward/clean")[:1] / pipe.vae.config.scaling_factor
+        ).sample
     trip = pipe.image_processor.numpy_to_pil(pipe.image_processor.postprocess(decoded, "np"))[0]
     assert np.array_equal(made.images.values[0], np.asarray(trip))
     error = np.mean((np.asarray(trip, float) - picture()) ** 2)
-    assert float(made.variable("source/psnr")) == pytest.approx(20 * np.log10(255) - 10 * np.log10(error))
+    assert float(made.variable("source/psnr")) == pytest.approx(
+        20 * np.log10(255) - 10 * np.log10(error)
+    )
     assert made.variable("decoded/picture").sizes["decoded_step"] == len(TIMESTEPS)
 
 
 @given(st.integers(1, 254), st.integers(-1, 1))
 def test_psnr_on_known_answers(level: int, off: int) -> None:
     flat = np.full((4, 4, 3), level, np.uint8)
-    assert psnr(flat, flat + np.int8(off).astype(np.uint8)) == (float("inf") if off == 0 else pytest.approx(48.1308, abs=1e-4))
+    assert psnr(flat, flat + np.int8(off).astype(np.uint8)) == (
+        float("inf") if off == 0 else pytest.approx(48.1308, abs=1e-4)
+    )
 
 
 def test_a_draw_is_the_same_however_many_are_drawn_and_wherever(tmp_path: Path, made: Run) -> None:
     one = take(tmp_path, noises=1, seed=SEED + 1, timesteps=[500], capture=LIGHT)
-    assert np.array_equal(one.variable("forward/noise").values[0], made.variable("forward/noise").values[1])
+    assert np.array_equal(
+        one.variable("forward/noise").values[0], made.variable("forward/noise").values[1]
+    )
     assert np.array_equal(one.latents.values[0, 0], made.latents.values[1, 1])
-    assert np.isnan(one.variable("forward/loss_spread").values).all() and np.isfinite(one.variable("forward/loss_mean").values).all()
+    assert (
+        np.isnan(one.variable("forward/loss_spread").values).all()
+        and np.isfinite(one.variable("forward/loss_mean").values).all()
+    )
 
 
 def test_anyone_can_read_it(made: Run) -> None:
     """Stock xarray, no warning; the noise levels beside the losses."""
     tree = xr.open_datatree(made.path, engine="zarr")
     assert tree["forward/loss"].dims == ("step", "draw") and tree["forward/loss"].shape == (4, 3)
-    assert dict(tree["forward"].dataset["difference"].sizes) == {"step": 4, "draw": 3, "channel": 4, "y": 8, "x": 8}
+    assert dict(tree["forward"].dataset["difference"].sizes) == {
+        "step": 4,
+        "draw": 3,
+        "channel": 4,
+        "y": 8,
+        "x": 8,
+    }
     assert (made.path / store.MANIFEST).is_file()
-    assert "noised at 4 timesteps, 3 draws of noise, seed 7" in repr(made) and "guidance" not in repr(made)
+    assert "noised at 4 timesteps, 3 draws of noise, seed 7" in repr(
+        made
+    ) and "guidance" not in repr(made)
     with Image.open(made.path / "contact-sheet.png") as sheet:
         assert json.loads(sheet.text["noising"]) == made.attributes["noising"]  # type: ignore[attr-defined]
         assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
@@ -187,27 +258,57 @@ def test_anyone_can_read_it(made: Run) -> None:
 
 
 def test_a_recipe_of_its_own_is_recorded_as_any_other(tmp_path: Path) -> None:
-    """`record` of a Noising and `record_noising` are one path: the same bits, and the same said of them."""
+    """`record` of a Noising and `record_noising` are one path: the same bits, and the same said of
+    them.
+    """
     Image.fromarray(picture()).save(tmp_path / "picture.png")
-    asked = load_noising({"caption": CAPTION, "timesteps": [500, 100], "noises": 2, "capture": {"attention": "queries"}}, output=str(tmp_path))
-    one = record(asked, base(), progress=False, picture=str(tmp_path / "picture.png"), height=32, width=32)
-    again = {name: value for name, value in asked.resolved().items() if name not in ("picture", "caption", "masks")} | {"height": 32, "width": 32}
-    other = record_noising(tmp_path / "picture.png", CAPTION, pipeline=base(), progress=False, **again)
+    asked = load_noising(
+        {
+            "caption": CAPTION,
+            "timesteps": [500, 100],
+            "noises": 2,
+            "capture": {"attention": "queries"},
+        },
+        output=str(tmp_path),
+    )
+    one = record(
+        asked, base(), progress=False, picture=str(tmp_path / "picture.png"), height=32, width=32
+    )
+    again = {
+        name: value
+        for name, value in asked.resolved().items()
+        if name not in ("picture", "caption", "masks")
+    } | {"height": 32, "width": 32}
+    other = record_noising(
+        tmp_path / "picture.png", CAPTION, pipeline=base(), progress=False, **again
+    )
     found = compare(one, other)
     assert found.same and not found.asked and found.variables > 50
     assert (one.kind, one.recipe, one.attributes["kind"]) == ("noising", one.noising, "noising")
-    assert "experiment" not in one.attributes and one.attributes["identity"] == one.noising.identity() == other.attributes["identity"]
+    assert (
+        "experiment" not in one.attributes
+        and one.attributes["identity"] == one.noising.identity() == other.attributes["identity"]
+    )
     with pytest.raises(RecordingNotFound, match="is a noising, and has no experiment"):
         _ = one.experiment
-    assert one.name.startswith("a-cat-on-the-hat-") and one.noising.picture == str(tmp_path / "picture.png")
+    assert one.name.startswith("a-cat-on-the-hat-") and one.noising.picture == str(
+        tmp_path / "picture.png"
+    )
 
 
 def test_a_noising_in_memory_is_the_one_in_files(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "picture.png")
-    asked = load_noising({"caption": CAPTION, "timesteps": [500], "noises": 2, "height": 32, "width": 32}, output=str(tmp_path))
+    asked = load_noising(
+        {"caption": CAPTION, "timesteps": [500], "noises": 2, "height": 32, "width": 32},
+        output=str(tmp_path),
+    )
     one = record(asked, base(), progress=False, picture=str(tmp_path / "picture.png"))
     other = record(one.noising, base(), progress=False, output=None).save(tmp_path / "saved.zarr")
-    assert compare(one, other).same and other.latents.dims[1] == "draw" and (other.path / "contact-sheet.png").is_file()
+    assert (
+        compare(one, other).same
+        and other.latents.dims[1] == "draw"
+        and (other.path / "contact-sheet.png").is_file()
+    )
 
 
 def test_draws_are_chosen_as_images_are(made: Run) -> None:
@@ -215,23 +316,43 @@ def test_draws_are_chosen_as_images_are(made: Run) -> None:
     assert maps.dims == ("step", "token", "draw", "y", "x") and maps.sizes["draw"] == 1
     mean = made.token_maps().mean("draw")
     for dim in ("image", "draw"):
-        np.testing.assert_allclose(made.token_maps(over=("layer", "head", dim)).values, mean.values, atol=1e-6)
+        np.testing.assert_allclose(
+            made.token_maps(over=("layer", "head", dim)).values, mean.values, atol=1e-6
+        )
     with pytest.raises(RecordingNotFound, match="has no draw 3"):
         made.token_maps(images=3)
 
 
 def test_other_captures_and_number_formats(tmp_path: Path) -> None:
-    queries = take(tmp_path, timesteps=[500], capture={"attention": "queries", "counterfactual": ["cat"], "self_attention": ["4x4"]})
-    assert queries.attention().sizes["token"] == 77 and queries.attention().sizes["draw"] == NOISES
-    assert queries.attention().isel(draw=1, step=0).values.any() and queries.variable("counterfactual/change").sizes["masked_word"] == 1
-    half = record_noising(
-        picture(), "", pipeline=tiny.pipeline().to(torch.bfloat16), progress=False, timesteps=[500], output=str(tmp_path), decode=False
+    queries = take(
+        tmp_path,
+        timesteps=[500],
+        capture={"attention": "queries", "counterfactual": ["cat"], "self_attention": ["4x4"]},
     )
-    assert half.attributes["model"]["dtype"] == "bfloat16" and np.isfinite(half.variable("forward/loss").values).all()
-    assert "decoded" not in half.tree.children and not [c for c in verify(half) if c.verdict == "failed"]
+    assert queries.attention().sizes["token"] == 77 and queries.attention().sizes["draw"] == NOISES
+    assert (
+        queries.attention().isel(draw=1, step=0).values.any()
+        and queries.variable("counterfactual/change").sizes["masked_word"] == 1
+    )
+    half = record_noising(
+        picture(),
+        "",
+        pipeline=tiny.pipeline().to(torch.bfloat16),
+        progress=False,
+        timesteps=[500],
+        output=str(tmp_path),
+        decode=False,
+    )
+    assert (
+        half.attributes["model"]["dtype"] == "bfloat16"
+        and np.isfinite(half.variable("forward/loss").values).all()
+    )
+    assert "decoded" not in half.tree.children and not [
+        c for c in verify(half) if c.verdict == "failed"
+    ]
 
 
-# --- verify ----------------------------------------------------------------------------------------------------------
+# --- verify ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -239,21 +360,37 @@ def test_verified_with_and_without_the_model(made: Run, velocity: Run, predictio
     run = made if prediction == "epsilon" else velocity
     found = {check.name: check for check in verify(run, base(prediction))}
     assert not [check for check in found.values() if check.verdict == "failed"]
-    exact = "manifest committed schema labels schedule guidance scheduler weights plan text predictions decode encode"
-    assert {name: found[name].verdict for name in exact.split()} == dict.fromkeys(exact.split(), "exact")
-    assert found["forward"].verdict in ("exact", "within tolerance") and "not there" in found["picture"].detail
+    exact = (
+        "manifest committed schema labels schedule guidance scheduler weights plan text "
+        "predictions decode encode"
+    )
+    assert {name: found[name].verdict for name in exact.split()} == dict.fromkeys(
+        exact.split(), "exact"
+    )
+    assert (
+        found["forward"].verdict in ("exact", "within tolerance")
+        and "not there" in found["picture"].detail
+    )
 
 
 PLANTS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
     "another noise": ("forward/noise", lambda v: v[::-1], "forward"),
     "other clean latents": ("forward/clean", lambda v: v * 1.01, "scheduler"),
-    "a noised latent": ("latents/latents", lambda v: np.where(np.arange(len(v))[:, None, None, None, None] == 2, v * 1.001, v), "scheduler"),
+    "a noised latent": (
+        "latents/latents",
+        lambda v: np.where(np.arange(len(v))[:, None, None, None, None] == 2, v * 1.001, v),
+        "scheduler",
+    ),
     "a prediction": ("latents/prediction_cond", lambda v: v * 1.001, "guidance"),
     "a difference": ("forward/difference", lambda v: -v, "forward"),
     "denoised latents": ("forward/denoised", lambda v: v[:, ::-1], "forward"),
     "a loss": ("forward/loss", lambda v: v * 1.01, "forward"),
     "a mean": ("forward/loss_mean", lambda v: v[::-1], "forward"),
-    "a spread of n": ("forward/loss_spread", lambda v: v * ((NOISES - 1) / NOISES) ** 0.5, "forward"),
+    "a spread of n": (
+        "forward/loss_spread",
+        lambda v: v * ((NOISES - 1) / NOISES) ** 0.5,
+        "forward",
+    ),
     "a round trip": ("source/psnr", lambda v: v + 1, "forward"),
     "another picture": ("source/picture", lambda v: v[::-1], "forward"),
     "a timestep": ("timestep", lambda v: v + 1, "schedule"),
@@ -278,18 +415,37 @@ def test_planted_faults_are_found(small: Run, plant: str) -> None:
     finally:
         held[...] = before
     assert found[check] == "failed"
-    if plant == "a timestep":  # once is enough: with the fault taken out again, nothing fails but the manifest, whose files were rewritten
-        assert "failed" not in {c.name: c.verdict for c in verify(Run(small.path)) if c.name != "manifest"}.values()
+    if plant == "a timestep":
+        # once is enough: with the fault taken out again, nothing fails but the manifest, whose
+        # files were rewritten
+        assert (
+            "failed"
+            not in {
+                c.name: c.verdict for c in verify(Run(small.path)) if c.name != "manifest"
+            }.values()
+        )
 
 
 def test_image_to_image_is_verified_too(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "picture.png")
-    asked = {"prompt": CAPTION, "image": str(tmp_path / "picture.png"), "strength": 0.5, "steps": 4, "images": 2, "scheduler": "EulerAncestral"}
-    run = record({**asked, "output": str(tmp_path / "runs"), "capture": LIGHT}, base(), progress=False)
+    asked = {
+        "prompt": CAPTION,
+        "image": str(tmp_path / "picture.png"),
+        "strength": 0.5,
+        "steps": 4,
+        "images": 2,
+        "scheduler": "EulerAncestral",
+    }
+    run = record(
+        {**asked, "output": str(tmp_path / "runs"), "capture": LIGHT}, base(), progress=False
+    )
     (tmp_path / "picture.png").unlink()
     found = {check.name: check for check in verify(run, base())}
     assert not [check for check in found.values() if check.verdict == "failed"]
-    assert all(found[name].verdict == "exact" for name in "schema schedule scheduler forward plan predictions decode encode".split())
+    assert all(
+        found[name].verdict == "exact"
+        for name in "schema schedule scheduler forward plan predictions decode encode".split()
+    )
     for path, check in (("forward/noise", "forward"), ("forward/clean", "scheduler")):
         held = zarr.open_array(run.path / path, mode="r+")
         before = np.asarray(held[...])
@@ -298,7 +454,7 @@ def test_image_to_image_is_verified_too(tmp_path: Path) -> None:
         held[...] = before
 
 
-# --- stopped ---------------------------------------------------------------------------------------------------------
+# --- stopped --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("durability", ["none", "step"])
@@ -310,28 +466,45 @@ def test_stopped_on_the_way_it_opens_and_is_not_resumed(tmp_path: Path, durabili
             raise KeyboardInterrupt
 
     pipe.unet.register_forward_pre_hook(stop)
-    asked = {"timesteps": list(TIMESTEPS), "noises": 2, "output": str(tmp_path), "capture": LIGHT, "durability": durability}
+    asked = {
+        "timesteps": list(TIMESTEPS),
+        "noises": 2,
+        "output": str(tmp_path),
+        "capture": LIGHT,
+        "durability": durability,
+    }
     with pytest.raises(KeyboardInterrupt):
         record_noising(picture(), CAPTION, pipeline=pipe, progress=False, **asked)
     (path,) = tmp_path.glob("*.zarr")
     run = Run(path)
-    assert run.status == "interrupted" and list(run.steps) == [0, 1] and run.denoised().sizes["step"] == 2
+    assert (
+        run.status == "interrupted"
+        and list(run.steps) == [0, 1]
+        and run.denoised().sizes["step"] == 2
+    )
     loss = run.variable("forward/loss").values.astype(np.float64)
     for name, wanted in (("mean", loss.mean(axis=1)), ("spread", loss.std(axis=1, ddof=1))):
         found = run.variable(f"forward/loss_{name}").values
         np.testing.assert_allclose(found, wanted)
-        assert np.isfinite(found[:2]).all() and np.isnan(found[2:]).all(), "every committed step has its own"
+        assert np.isfinite(found[:2]).all() and np.isnan(found[2:]).all(), (
+            "every committed step has its own"
+        )
         held = zarr.open_group(path, mode="r+")[f"forward/loss_{name}"]
-        assert StepFiles(path, held).file(1).is_file(), "which is what goes to the disk with the step"
+        assert StepFiles(path, held).file(1).is_file(), (
+            "which is what goes to the disk with the step"
+        )
     assert not [check for check in verify(run) if check.verdict == "failed"]
     with pytest.raises(ExperimentError, match="is a noising, and those are not resumed"):
         resume(run, pipe, progress=False)
     held = zarr.open_group(path, mode="r+")["forward/loss_mean"]
     held[1] = held[1] * 1.01
-    assert [check.name for check in verify(Run(path)) if check.verdict == "failed"] == ["digests", "forward"]
+    assert [check.name for check in verify(Run(path)) if check.verdict == "failed"] == [
+        "digests",
+        "forward",
+    ]
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -347,7 +520,10 @@ def test_stopped_on_the_way_it_opens_and_is_not_resumed(tmp_path: Path, durabili
         ({"noises": 0}, "noises: 0 is less than 1"),
         ({"steps": 5}, "steps: unknown field"),
         ({"capture": {"branches": "uncond"}}, "a noising has no unconditional branch"),
-        ({"capture": {"layers": ["9x9"]}}, "capture.layers: '9x9' matches no cross-attention layer"),
+        (
+            {"capture": {"layers": ["9x9"]}},
+            "capture.layers: '9x9' matches no cross-attention layer",
+        ),
     ],
 )
 def test_refused_in_words(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -359,24 +535,41 @@ def test_refused_in_words(tmp_path: Path, changes: dict[str, Any], said: str) ->
 def test_pictures_and_masks_of_the_wrong_shape(tmp_path: Path) -> None:
     def refused(pixels: np.ndarray, said: str, shown: dict[str, np.ndarray] | None = None) -> None:
         with pytest.raises(ExperimentError, match=said):
-            record_noising(pixels, CAPTION, shown, pipeline=base(), progress=False, output=str(tmp_path))
+            record_noising(
+                pixels, CAPTION, shown, pipeline=base(), progress=False, output=str(tmp_path)
+            )
 
     refused(picture()[:, :30], "32 x 30 pixels; both sides must be multiples of 8")
     refused(picture()[..., 0], "is not \\(y, x, rgb\\) uint8")
     refused(picture() / 255, "is not \\(y, x, rgb\\) uint8")
     refused(picture(), "that of 'cat' has shape \\(16, 16\\)", {"cat": np.ones((16, 16))})
     with pytest.raises(PromptError, match="tokens, 77 is the most"):
-        record_noising(picture(), "cat " * 80, pipeline=base(), progress=False, output=str(tmp_path))
+        record_noising(
+            picture(), "cat " * 80, pipeline=base(), progress=False, output=str(tmp_path)
+        )
     with pytest.raises(TooLarge):
-        record_noising(picture(), CAPTION, pipeline=base(), progress=False, output=str(tmp_path), max_bytes=1000)
+        record_noising(
+            picture(),
+            CAPTION,
+            pipeline=base(),
+            progress=False,
+            output=str(tmp_path),
+            max_bytes=1000,
+        )
     assert not list(tmp_path.iterdir())
 
 
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=20))
 def test_timesteps_in_any_order_are_the_noisiest_first(found: list[int]) -> None:
     wanted = tuple(sorted(set(found), reverse=True))
-    assert load_noising({"timesteps": found}).timesteps == wanted == load_noising({"timesteps": ",".join(map(str, found))}).timesteps
-    assert load_noising(load_noising({"timesteps": found}).model_dump(mode="json")).timesteps == wanted
+    assert (
+        load_noising({"timesteps": found}).timesteps
+        == wanted
+        == load_noising({"timesteps": ",".join(map(str, found))}).timesteps
+    )
+    assert (
+        load_noising(load_noising({"timesteps": found}).model_dump(mode="json")).timesteps == wanted
+    )
 
 
 def test_a_range_of_timesteps() -> None:
@@ -384,14 +577,16 @@ def test_a_range_of_timesteps() -> None:
     assert load_noising({"timesteps": "0:3"}).timesteps == (2, 1, 0)
 
 
-# --- the sheet -------------------------------------------------------------------------------------------------------
+# --- the sheet ------------------------------------------------------------------------------------
 
 
 def written_on(run: Run) -> tuple[np.ndarray, list[str]]:
     """The sheet's pixels, and all that is written on it, in its order."""
     real, said = ImageDraw.ImageDraw.text, []
 
-    def text(draw: ImageDraw.ImageDraw, at: tuple[float, float], words: str, *rest: Any, **more: Any) -> None:
+    def text(
+        draw: ImageDraw.ImageDraw, at: tuple[float, float], words: str, *rest: Any, **more: Any
+    ) -> None:
         said.append(words)
         real(draw, at, words, *rest, **more)
 
@@ -400,62 +595,96 @@ def written_on(run: Run) -> tuple[np.ndarray, list[str]]:
         return np.asarray(noising_sheet(run)), said
 
 
-def sheet_of(folder: Path, timesteps: list[int], noises: int, shown: int, pipeline: Any = None) -> tuple[np.ndarray, list[str], Run]:
+def sheet_of(
+    folder: Path, timesteps: list[int], noises: int, shown: int, pipeline: Any = None
+) -> tuple[np.ndarray, list[str], Run]:
     """One with that many masks, each a stripe of its own."""
     stripes = {f"w{i}": np.arange(32)[:, None].repeat(32, 1) // 2 == i for i in range(shown)}
     asked = {"timesteps": timesteps, "noises": noises, "output": str(folder), "capture": LIGHT}
-    run = record_noising(picture(), CAPTION, stripes, pipeline=pipeline or base(), progress=False, **asked)
+    run = record_noising(
+        picture(), CAPTION, stripes, pipeline=pipeline or base(), progress=False, **asked
+    )
     return *written_on(run), run
 
 
-@pytest.mark.parametrize(("timesteps", "shown", "left"), [(1, 4, ""), (3, 6, "2 more masks, without room here: w4, w5"), (10, 9, "1 more mask, ")])
-def test_masks_have_the_whole_width_of_the_sheet(tmp_path: Path, timesteps: int, shown: int, left: str) -> None:
+@pytest.mark.parametrize(
+    ("timesteps", "shown", "left"),
+    [(1, 4, ""), (3, 6, "2 more masks, without room here: w4, w5"), (10, 9, "1 more mask, ")],
+)
+def test_masks_have_the_whole_width_of_the_sheet(
+    tmp_path: Path, timesteps: int, shown: int, left: str
+) -> None:
     sheet, said, _ = sheet_of(tmp_path, list(range(0, 100 * timesteps, 100)), 1, shown)
     room = max(timesteps, 6) - 2
-    assert [words for words in said if words.startswith("mask: ")] == [f"mask: w{i}" for i in range(min(shown, room))]
+    assert [words for words in said if words.startswith("mask: ")] == [
+        f"mask: w{i}" for i in range(min(shown, room))
+    ]
     told = [words for words in said if "without room" in words]
     assert len(told) == bool(left) and all(words.startswith(left) for words in told)
     top = MARGIN + 64
     for index in range(min(shown, room)):
         x = MARGIN + (2 + index) * (CELL + GAP)
-        assert sheet[top + int(CELL * (2 * index + 1) / 32), x + CELL // 2].min() > 200 > sheet[top + CELL - 4, x + CELL // 2].min()
+        assert (
+            sheet[top + int(CELL * (2 * index + 1) / 32), x + CELL // 2].min()
+            > 200
+            > sheet[top + CELL - 4, x + CELL // 2].min()
+        )
 
 
 @pytest.mark.parametrize("noises", [1, 3])
 @pytest.mark.parametrize("timesteps", [[500], [501, 500], [0]])
-def test_losses_can_be_read_however_few_there_are(tmp_path: Path, timesteps: list[int], noises: int) -> None:
+def test_losses_can_be_read_however_few_there_are(
+    tmp_path: Path, timesteps: list[int], noises: int
+) -> None:
     sheet, said, run = sheet_of(tmp_path, timesteps, noises, 0)
     heading = next(index for index, words in enumerate(said) if words.startswith("Loss:"))
     mean, spread = (run.variable(f"forward/loss_{name}").values for name in ("mean", "spread"))
     ticks = [float(words) for words in said[heading + 1 : heading + 4]]
-    assert ticks == sorted(ticks) and ticks[0] < mean.min() <= mean.max() < ticks[2], "numbers on either side of every loss"
+    assert ticks == sorted(ticks) and ticks[0] < mean.min() <= mean.max() < ticks[2], (
+        "numbers on either side of every loss"
+    )
     assert ("band" in said[heading]) == ("spread" in said[heading]) == (noises > 1)
     count = len(timesteps)
     assert any(
-        words.startswith(f"{run.attributes['model']['name']}   the forward process at {count} timestep{'s' * (count > 1)}   ") for words in said
+        words.startswith(
+            f"{run.attributes['model']['name']}   the forward process at {count} "
+            f"timestep{'s' * (count > 1)}   "
+        )
+        for words in said
     )
     if count == 1:
-        assert said[heading + 4] == (f"{mean[0]:.3g} \u00b1 {spread[0]:.2g}" if noises > 1 else f"{mean[0]:.3g}")
-        assert ((sheet == PALE).all(axis=-1).sum() > 100) == (noises > 1), "the spread is a band of one timestep too"
+        assert said[heading + 4] == (
+            f"{mean[0]:.3g} \u00b1 {spread[0]:.2g}" if noises > 1 else f"{mean[0]:.3g}"
+        )
+        assert ((sheet == PALE).all(axis=-1).sum() > 100) == (noises > 1), (
+            "the spread is a band of one timestep too"
+        )
     assert ("spread" in noising.told_losses(run)[0]) == (noises > 1)
 
 
 @pytest.mark.parametrize("decode", [True, False])
 def test_what_is_not_defined_is_said_and_not_shown_black(tmp_path: Path, decode: bool) -> None:
-    """Where nothing is left of the picture (alpha_bar 0), predicted noise says nothing of what is clean."""
+    """Where nothing is left of the picture (alpha_bar 0), predicted noise says nothing of what is
+    clean.
+    """
     pipe = tiny.pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=True)
     asked = {"timesteps": [999, 500], "output": str(tmp_path), "capture": LIGHT, "decode": decode}
     run = record_noising(picture(), CAPTION, pipeline=pipe, progress=False, **asked)
-    assert run.tree["alpha_bar"].values[0] == 0 and not np.isfinite(run.variable("forward/denoised").values[0]).all()
+    assert (
+        run.tree["alpha_bar"].values[0] == 0
+        and not np.isfinite(run.variable("forward/denoised").values[0]).all()
+    )
     sheet, said = written_on(run)
     assert said.count("not defined") == 1
     top = MARGIN + 64 + CELL + 40 + 3 * (CELL + 46) + 22  # the last row of pictures
-    empty, full = (sheet[top + 1 : top + CELL - 1, x + 1 : x + CELL - 1] for x in (MARGIN, MARGIN + CELL + GAP))
+    empty, full = (
+        sheet[top + 1 : top + CELL - 1, x + 1 : x + CELL - 1] for x in (MARGIN, MARGIN + CELL + GAP)
+    )
     assert (empty == 255).mean() > 0.8 and (full == 255).mean() < 0.5
 
 
-# --- files and the command -------------------------------------------------------------------------------------------
+# --- files and the command ------------------------------------------------------------------------
 
 
 Command = Callable[..., tuple[int, str, str]]
@@ -478,27 +707,47 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 def test_from_a_file_on_the_command_line(tmp_path: Path, call: Command) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "model")
-    wide = np.concatenate([np.zeros((64, 32, 3)), picture().repeat(2, 0).repeat(2, 1), np.zeros((64, 32, 3))], axis=1).astype(np.uint8)
+    wide = np.concatenate(
+        [np.zeros((64, 32, 3)), picture().repeat(2, 0).repeat(2, 1), np.zeros((64, 32, 3))], axis=1
+    ).astype(np.uint8)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     cat = np.zeros((64, 128), np.uint8)
     cat[:, 32:64] = 1
     np.savez(tmp_path / "masks.npz", cat=cat)
     Image.fromarray((1 - cat) * 255).save(tmp_path / "hat.png")
     (tmp_path / "asked.yaml").write_text(
-        f"model: {tmp_path}/model\npicture: {tmp_path}/wide.png\ncaption: {CAPTION}\nmasks: [{tmp_path}/masks.npz, {tmp_path}/hat.png]\n"
+        f"model: {tmp_path}/model\npicture: {tmp_path}/wide.png\ncaption: {CAPTION}\nmasks: "
+        f"[{tmp_path}/masks.npz, {tmp_path}/hat.png]\n"
         f"timesteps: [100, 900]\nnoises: 2\noutput: {tmp_path}/runs\n"
     )
     options = ("--capture.attention", "off", "--timesteps", "900,500")
     code, out, err = call(noising.main, tmp_path / "asked.yaml", *options, "--dry-run")
-    assert code == 0 and "/forward/difference" in out and '"timesteps": [' in out and not (tmp_path / "runs").exists(), err
+    assert (
+        code == 0
+        and "/forward/difference" in out
+        and '"timesteps": [' in out
+        and not (tmp_path / "runs").exists()
+    ), err
     code, out, err = call(noising.main, tmp_path / "asked.yaml", *options)
-    assert code == 0 and "Predicting" in err and "round trip" in out and re.search(r"^Check .*probe verify", out, re.MULTILINE), err
+    assert (
+        code == 0
+        and "Predicting" in err
+        and "round trip" in out
+        and re.search(r"^Check .*probe verify", out, re.MULTILINE)
+    ), err
     (path,) = (tmp_path / "runs").glob("*.zarr")
     run = Run(path)
-    assert tuple(run.tree["timestep"].values) == (900, 500) and run.attributes["noising"]["picture"] == f"{tmp_path}/wide.png"
-    assert np.abs(run.variable("source/picture").values.astype(int) - picture()).mean() < 12  # scaled to half, cut to its centre
+    assert (
+        tuple(run.tree["timestep"].values) == (900, 500)
+        and run.attributes["noising"]["picture"] == f"{tmp_path}/wide.png"
+    )
+    assert (
+        np.abs(run.variable("source/picture").values.astype(int) - picture()).mean() < 12
+    )  # scaled to half, cut to its centre
     shown = run.variable("source/mask")
-    assert np.array_equal(shown.sel(masked="cat").values, masks()["cat"]) and np.array_equal(shown.sel(masked="hat").values, masks()["hat"])
+    assert np.array_equal(shown.sel(masked="cat").values, masks()["cat"]) and np.array_equal(
+        shown.sel(masked="hat").values, masks()["hat"]
+    )
     code, out, _ = call(cli.dispatch, "ls", tmp_path / "runs")
     assert code == 0 and "noised at 2 timesteps, seed 0" in out
     code, out, _ = call(cli.dispatch, "show", path)
@@ -508,7 +757,10 @@ def test_from_a_file_on_the_command_line(tmp_path: Path, call: Command) -> None:
     code, out, err = call(cli.dispatch, "rerun", path)
     assert code == 0 and "the same bits in all" in out, err
     (again,) = (Run(other) for other in (tmp_path / "runs").glob("*.zarr") if other != path)
-    assert again.attributes["parent_run"] == run.name and again.attributes["noising"] == run.attributes["noising"]
+    assert (
+        again.attributes["parent_run"] == run.name
+        and again.attributes["noising"] == run.attributes["noising"]
+    )
     changed = json.loads((path / "zarr.json").read_text())
     changed["attributes"]["status"] = "interrupted"
     (path / "zarr.json").write_text(json.dumps(changed))
@@ -522,23 +774,39 @@ def test_greys_of_16_bits_are_those_of_8(tmp_path: Path) -> None:
     Image.fromarray(greys.astype(np.uint16) * 257).save(tmp_path / "cat.png")
     with Image.open(tmp_path / "cat.png") as saved:
         assert saved.mode == "I;16"
-    assert np.array_equal(read_picture(tmp_path / "cat.png", 16, 16), greys[..., None].repeat(3, axis=-1))
+    assert np.array_equal(
+        read_picture(tmp_path / "cat.png", 16, 16), greys[..., None].repeat(3, axis=-1)
+    )
     assert np.array_equal(read_masks([tmp_path / "cat.png"], 16, 16)["cat"], greys > 127)
     plain = (tmp_path / "cat.png").read_bytes()
     key = b"tRNS" + (40 * 257).to_bytes(2, "big")
     before = plain.index(b"IDAT") - 4
-    (tmp_path / "clear.png").write_bytes(plain[:before] + (2).to_bytes(4, "big") + key + zlib.crc32(key).to_bytes(4, "big") + plain[before:])
-    assert np.array_equal(read_picture(tmp_path / "clear.png", 16, 16)[..., 0], np.where(greys == 40, 255, greys))
+    (tmp_path / "clear.png").write_bytes(
+        plain[:before]
+        + (2).to_bytes(4, "big")
+        + key
+        + zlib.crc32(key).to_bytes(4, "big")
+        + plain[before:]
+    )
+    assert np.array_equal(
+        read_picture(tmp_path / "clear.png", 16, 16)[..., 0], np.where(greys == 40, 255, greys)
+    )
 
 
 def test_a_mask_with_nothing_inside_is_refused(tmp_path: Path) -> None:
-    """A .png of 0 and 1, which looks black, an array of zeros, and what lies where the picture is cut off."""
+    """A .png of 0 and 1, which looks black, an array of zeros, and what lies where the picture is
+    cut off.
+    """
     edge = np.zeros((16, 48), np.uint8)
     edge[:, :16] = 255
     Image.fromarray(edge).save(tmp_path / "edge.png")
     Image.fromarray(np.eye(16, dtype=np.uint8)).save(tmp_path / "faint.png")
     np.savez(tmp_path / "masks.npz", cat=np.eye(16, dtype=np.uint8), hat=np.zeros((16, 16), bool))
-    for name, told in (("edge.png", "edge.png"), ("faint.png", "faint.png"), ("masks.npz", "'hat' in .*masks.npz")):
+    for name, told in (
+        ("edge.png", "edge.png"),
+        ("faint.png", "faint.png"),
+        ("masks.npz", "'hat' in .*masks.npz"),
+    ):
         with pytest.raises(ExperimentError, match=f"masks: .*{told} has nothing inside") as error:
             read_masks([tmp_path / name], 16, 16)
         assert "white (255" in error.value.remedy
@@ -546,12 +814,19 @@ def test_a_mask_with_nothing_inside_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(9000, 7500), (9000, 12000), (20000, 20000)])
 def test_a_picture_too_large_to_use_is_told_so(tmp_path: Path, height: int, width: int) -> None:
-    """Whether our limit is passed, or one of the two of Pillow. Only the first bytes are read: the rest of the file is not there."""
+    """Whether our limit is passed, or one of the two of Pillow.
+
+    Only the first bytes are read: the rest of the file is not there.
+    """
     header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
     ended = b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
-    parts = (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") + bytes(4) + ended
+    parts = (
+        (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") + bytes(4) + ended
+    )
     (tmp_path / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
-    with pytest.raises(ExperimentError, match=r"large.png (is 9000 x 7500|has more than 67,108,864) pixels") as error:
+    with pytest.raises(
+        ExperimentError, match=r"large.png (is 9000 x 7500|has more than 67,108,864) pixels"
+    ) as error:
         read_picture(tmp_path / "large.png", 32, 32)
     assert error.value.remedy == "At least 8 a side and at most 67,108,864 in all can be used."
 
@@ -562,18 +837,37 @@ def test_a_picture_too_large_to_use_is_told_so(tmp_path: Path, height: int, widt
         ((), "picture: there is none."),
         (("--picture", "none.png"), "picture: none.png does not exist."),
         (("--picture", ROOT / "README.md"), "is not a PNG or JPEG picture that can be read."),
-        (("--picture", ROOT / "experiments/astronaut.png", "--masks", "none.npz"), "masks: none.npz does not exist."),
-        (("--picture", ROOT / "experiments/astronaut.png", "--masks", ROOT / "README.md"), "is not a PNG or JPEG picture that can be read."),
-        (("--picture", ROOT / "experiments/astronaut.png", "--caption", "A blackbird"), "never saw 'blackbird'"),
-        (("--picture", ROOT / "experiments/astronaut.png", "--height", "100"), "height: 100 is not a multiple of f = 8"),
+        (
+            ("--picture", ROOT / "experiments/astronaut.png", "--masks", "none.npz"),
+            "masks: none.npz does not exist.",
+        ),
+        (
+            ("--picture", ROOT / "experiments/astronaut.png", "--masks", ROOT / "README.md"),
+            "is not a PNG or JPEG picture that can be read.",
+        ),
+        (
+            ("--picture", ROOT / "experiments/astronaut.png", "--caption", "A blackbird"),
+            "never saw 'blackbird'",
+        ),
+        (
+            ("--picture", ROOT / "experiments/astronaut.png", "--height", "100"),
+            "height: 100 is not a multiple of f = 8",
+        ),
         (("--timestep", "5"), "unrecognized arguments: --timestep"),
         ((ROOT / "experiments/astronaut.yaml",), "unknown field"),
         (("none.yaml",), "this file does not exist"),
     ],
 )
-@pytest.mark.skipif(not (BUNDLED["emojiworld"] / "model_index.json").is_file(), reason="probe/emojiworld is not there")
+@pytest.mark.skipif(
+    not (BUNDLED["emojiworld"] / "model_index.json").is_file(),
+    reason="probe/emojiworld is not there",
+)
 def test_mistakes_are_one_line_of_cause_and_one_of_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Command, options: tuple[object, ...], cause: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Command,
+    options: tuple[object, ...],
+    cause: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = call(noising.main, *options, "--dry-run")
@@ -601,21 +895,46 @@ def test_the_example_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     asked = load_noising("experiments/noising.yaml")
     assert asked.noises > 1 and asked.timesteps[0] == 999
-    written = {line.split(":")[0].strip() for line in Path("experiments/noising.yaml").read_text().splitlines() if line and line[0].isalpha()}
-    assert {"picture", "caption", "masks", "timesteps", "noises", "seed"} <= written <= set(Noising.model_fields)
+    written = {
+        line.split(":")[0].strip()
+        for line in Path("experiments/noising.yaml").read_text().splitlines()
+        if line and line[0].isalpha()
+    }
+    assert (
+        {"picture", "caption", "masks", "timesteps", "noises", "seed"}
+        <= written
+        <= set(Noising.model_fields)
+    )
     run = plan(load(asked.model, weights=False).with_scheduler("DDPM", {}), asked)
-    assert run.picture is not None and run.picture.shape == (128, 128, 3) and set(run.masks) == {"fox", "penguin", "forest"}
+    assert (
+        run.picture is not None
+        and run.picture.shape == (128, 128, 3)
+        and set(run.masks) == {"fox", "penguin", "forest"}
+    )
 
 
 @pytest.mark.slow
-def test_the_model_finds_noise_better_with_the_true_caption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_finds_noise_better_with_the_true_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the less noise there is, the nearer its guess at the clean latents."""
     monkeypatch.chdir(ROOT)
-    true = load_noising("experiments/noising.yaml", output=str(tmp_path), timesteps=[900, 600, 200], noises=4, decode=False, capture=LIGHT)
+    true = load_noising(
+        "experiments/noising.yaml",
+        output=str(tmp_path),
+        timesteps=[900, 600, 200],
+        noises=4,
+        decode=False,
+        capture=LIGHT,
+    )
     false = load_noising(true, caption="A robot next to a pizza in the city")
     runs = [record(asked, progress=False) for asked in (true, false)]
     losses = [run.variable("forward/loss_mean").sel(step=slice(0, 1)).values for run in runs]
     assert (losses[0] < losses[1]).all()
-    off = ((runs[0].denoised() - runs[0].variable("forward/clean")) ** 2).mean(("draw", "channel", "y", "x")).values
+    off = (
+        ((runs[0].denoised() - runs[0].variable("forward/clean")) ** 2)
+        .mean(("draw", "channel", "y", "x"))
+        .values
+    )
     assert (np.diff(off) < 0).all()
     assert float(runs[0].variable("source/psnr")) > 20

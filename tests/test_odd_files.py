@@ -1,4 +1,6 @@
-"""A pipe, a device, a folder, a bomb where a picture, masks, a zip, a chunk or a lock should be: named at once, never waited for."""
+"""A pipe, a device, a folder, a bomb where a picture, masks, a zip, a chunk or a lock should be:
+named at once, never waited for.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ from probe.writing.store import RunWriter
 
 @pytest.fixture(autouse=True)
 def _no_waiting() -> Iterator[None]:
-    """What hangs fails: a pipe that is opened is waited for inside the system, where only a signal ends it."""
+    """What hangs fails: a pipe that is opened is waited for inside the system, where only a signal
+    ends it.
+    """
 
     def late(*_: Any) -> None:
         raise AssertionError("it waited")
@@ -63,7 +67,7 @@ ODD: dict[str, Callable[[Path], Any]] = {
 }
 
 
-# --- pictures and masks ----------------------------------------------------------------------------------------------
+# --- pictures and masks ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ODD)
@@ -120,19 +124,46 @@ def endless_list(path: Path) -> None:
 
 
 MASKS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "parentheses": (held(**{"cat.npy": says("(" * 5000)}), "'cat' in .* is not an array that can be read"),
+    "parentheses": (
+        held(**{"cat.npy": says("(" * 5000)}),
+        "'cat' in .* is not an array that can be read",
+    ),
     "short parentheses": (held(**{"cat.npy": says("(" * 500)}), "is not an array that can be read"),
     "minus signs": (held(**{"cat.npy": says("-" * 900 + "1")}), "is not an array that can be read"),
     "an open text": (held(**{"cat.npy": says("'''")}), "is not an array that can be read"),
-    "a header of version 2 without end": (held(**{"cat.npy": b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 10**6}), "is not an array"),
-    "a bomb": (held(**{"cat.npy": claims("(20000, 20000)", content=bytes(2**22))}), "'cat' in .* is 20000 x 20000 pixels"),
-    "a long line": (held(**{"cat.npy": claims("(10000000000000,)")}), r"is uint8 of shape \(10000000000000,\)"),
-    "a large claim": (held(**{"cat.npy": claims("(10000000000000, 8)")}), "is 10000000000000 x 8 pixels"),
+    "a header of version 2 without end": (
+        held(**{"cat.npy": b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 10**6}),
+        "is not an array",
+    ),
+    "a bomb": (
+        held(**{"cat.npy": claims("(20000, 20000)", content=bytes(2**22))}),
+        "'cat' in .* is 20000 x 20000 pixels",
+    ),
+    "a long line": (
+        held(**{"cat.npy": claims("(10000000000000,)")}),
+        r"is uint8 of shape \(10000000000000,\)",
+    ),
+    "a large claim": (
+        held(**{"cat.npy": claims("(10000000000000, 8)")}),
+        "is 10000000000000 x 8 pixels",
+    ),
     "a claim beyond its end": (held(**{"cat.npy": claims("(80, 80)")}), "not as long as it says"),
-    "more than it claims": (held(**{"cat.npy": claims("(8, 8)", content=bytes(9000))}), "not as long as it says"),
+    "more than it claims": (
+        held(**{"cat.npy": claims("(8, 8)", content=bytes(9000))}),
+        "not as long as it says",
+    ),
     "a side below 0": (held(**{"cat.npy": claims("(-8, -8)")}), r"shape \(-8, -8\)"),
     "objects": (held(**{"cat.npy": pickled()}), "is object of shape"),
-    "fields": (held(**{"cat.npy": says("{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (8, 8), }")}), "of shape"),
+    "fields": (
+        held(
+            **{
+                "cat.npy": says(
+                    "{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (8, 8), }"
+                )
+            }
+        ),
+        "of shape",
+    ),
     "no array": (held(**{"cat.txt": b"hello"}), "is not an array that can be read"),
     "no mask": (held(), "has no mask in it"),
     "very many": (held(**{f"{i}.npy": b"" for i in range(MOST_MASKS + 1)}), "has 1001 masks"),
@@ -150,10 +181,15 @@ def test_hostile_masks_are_refused_before_they_are_unpacked(what: str, tmp_path:
     with pytest.raises(ExperimentError, match=f"masks: .*{expected}") as caught:
         read_masks([tmp_path / "m.npz"], 8, 8)
     assert caught.value.remedy and caught.value.exit_code == 2 and "\n" not in caught.value.cause
-    assert time.process_time() - since < 1 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    assert (
+        time.process_time() - since < 1
+        and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    )
 
 
-def test_many_masks_that_are_too_large_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_masks_that_are_too_large_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     np.savez_compressed(tmp_path / "m.npz", *[np.ones((8, 8), np.uint8)] * 5)
     assert len(read_masks([tmp_path / "m.npz"], 8, 8)) == 5
     monkeypatch.setattr("probe.settings.pictures.MOST_BYTES", 500)
@@ -161,7 +197,9 @@ def test_many_masks_that_are_too_large_together(tmp_path: Path, monkeypatch: pyt
         read_masks([tmp_path / "m.npz"], 8, 8)
 
 
-def test_packed_by_another_method_is_refused(tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_by_another_method_is_refused(
+    tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Python unpacks bzip2 without a bound: 45 bytes become 45 million."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("m.npz", "mine.zip"):
@@ -177,13 +215,18 @@ def test_packed_by_another_method_is_refused(tmp_path: Path, good: Path, monkeyp
 def test_masks_are_what_numpy_reads(dtype: str, tmp_path: Path) -> None:
     cat = (np.random.default_rng(0).random((40, 30)) < 0.5).astype(dtype)
     for save in (np.savez, np.savez_compressed):
-        save(tmp_path / "m.npz", cat=cat, hat=np.asfortranarray(cat), part=np.ones((400, 300), dtype)[::10, ::10])
+        save(
+            tmp_path / "m.npz",
+            cat=cat,
+            hat=np.asfortranarray(cat),
+            part=np.ones((400, 300), dtype)[::10, ::10],
+        )
         found = read_masks([tmp_path / "m.npz"], 40, 30)
         assert list(found) == ["cat", "hat", "part"] and found["part"].all()
         assert np.array_equal(found["cat"], cat != 0) and np.array_equal(found["hat"], cat != 0)
 
 
-# --- recordings in zip files -----------------------------------------------------------------------------------------
+# --- recordings in zip files ----------------------------------------------------------------------
 
 
 def zipped(path: Path, good: Path, more: dict[str, bytes]) -> Path:
@@ -207,7 +250,9 @@ def test_a_hole_is_no_zip(how: str, good: Path, tmp_path: Path) -> None:
         open_run(path)
 
 
-def test_what_is_no_zip_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_zip_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "large.zip").write_bytes(b"x" * 2**20)
     monkeypatch.setattr("hashlib.file_digest", None)
     with pytest.raises(RecordingDamaged, match="is not a zip file"):
@@ -221,15 +266,31 @@ def test_what_is_no_file_is_no_zip(what: str, tmp_path: Path) -> None:
         open_run(tmp_path / "mine.zip")
 
 
-def test_what_no_recording_has_stays_in_the_zip(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_recording_has_stays_in_the_zip(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    more = ["x0", "a/x1", ".DS_Store", "run.sh", "c.x", "words.png", "latents/latents/c.0.0.0.0.0.0123abcd.partial"]
-    run = open_run(zipped(tmp_path / "mine.zip", good, {f"mine.zarr/{name}": b"x" for name in more}))
+    more = [
+        "x0",
+        "a/x1",
+        ".DS_Store",
+        "run.sh",
+        "c.x",
+        "words.png",
+        "latents/latents/c.0.0.0.0.0.0123abcd.partial",
+    ]
+    run = open_run(
+        zipped(tmp_path / "mine.zip", good, {f"mine.zarr/{name}": b"x" for name in more})
+    )
     there = {file.relative_to(good).as_posix() for file in good.rglob("*") if file.is_file()}
-    assert {file.relative_to(run.path).as_posix() for file in run.path.rglob("*") if file.is_file()} == {*there, "words.png"}
+    assert {
+        file.relative_to(run.path).as_posix() for file in run.path.rglob("*") if file.is_file()
+    } == {*there, "words.png"}
 
 
-def test_more_files_than_recordings_have(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_files_than_recordings_have(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("probe.reading.archives.MOST_ENTRIES", 500)
     with pytest.raises(RecordingDamaged, match=r"in [0-9]{3,4} files"):
@@ -237,12 +298,14 @@ def test_more_files_than_recordings_have(good: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "cache").exists()
 
 
-# --- recordings and locks --------------------------------------------------------------------------------------------
+# --- recordings and locks -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["a pipe", "a socket", "a device"])
 @pytest.mark.parametrize("name", ["latents/latents/c.9.0.0.0.0", "it's new"])
-def test_what_is_no_file_is_named_before_a_recording_is_taken_over(what: str, name: str, good: Path, tmp_path: Path) -> None:
+def test_what_is_no_file_is_named_before_a_recording_is_taken_over(
+    what: str, name: str, good: Path, tmp_path: Path
+) -> None:
     path = Path(shutil.copytree(good, tmp_path / "mine.zarr"))
     if what == "a device":
         try:
@@ -253,12 +316,17 @@ def test_what_is_no_file_is_named_before_a_recording_is_taken_over(what: str, na
         ODD[what](path / name)
     with pytest.raises(RecordingDamaged, match=f"is {what}, where only a file can be") as caught:
         RunWriter(path, [], {}, resume=True)
-    assert name in caught.value.cause and caught.value.remedy.startswith("Remove it, then try again: rm ")
+    assert name in caught.value.cause and caught.value.remedy.startswith(
+        "Remove it, then try again: rm "
+    )
     assert os.system(caught.value.remedy.partition(": ")[2]) == 0
     check_own(path)
 
 
-@pytest.mark.parametrize("name", ["latents/latents/c.1.0.0.0.0", "cost/peak_memory/c", "latents/zarr.json", "digests.txt"])
+@pytest.mark.parametrize(
+    "name",
+    ["latents/latents/c.1.0.0.0.0", "cost/peak_memory/c", "latents/zarr.json", "digests.txt"],
+)
 def test_a_folder_under_the_name_of_a_file(name: str, good: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(good, tmp_path / "mine.zarr"))
     (path / name).unlink()
@@ -266,7 +334,10 @@ def test_a_folder_under_the_name_of_a_file(name: str, good: Path, tmp_path: Path
     before = sorted((file, file.stat().st_mtime_ns) for file in path.rglob("*"))
     with pytest.raises(RecordingDamaged, match="is a folder, where only a file can be") as caught:
         RunWriter(path, [], {}, resume=True)
-    assert name in caught.value.cause and sorted((file, file.stat().st_mtime_ns) for file in path.rglob("*")) == before
+    assert (
+        name in caught.value.cause
+        and sorted((file, file.stat().st_mtime_ns) for file in path.rglob("*")) == before
+    )
     assert os.system(caught.value.remedy.partition(": ")[2]) == 0
     check_own(path)
 
@@ -292,4 +363,6 @@ def test_gc_takes_locks_that_are_none(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / ".d.zarr.0123abcd.partial").mkdir()
     os.mkfifo(tmp_path / ".e.zarr.0123abcd.partial")
     assert dispatch(["gc", "--dry-run", str(tmp_path)]) == 0 and len(list(tmp_path.iterdir())) == 5
-    assert dispatch(["gc", str(tmp_path)]) == 0 and [path.name for path in tmp_path.iterdir()] == [".c.zarr.lock"]
+    assert dispatch(["gc", str(tmp_path)]) == 0 and [path.name for path in tmp_path.iterdir()] == [
+        ".c.zarr.lock"
+    ]

@@ -1,6 +1,8 @@
-"""The loop gives the bits of diffusers' `StableDiffusionPipeline`, and what a `Step` says of itself is true.
+"""The loop gives the bits of diffusers' `StableDiffusionPipeline`, and what a `Step` says of itself
+is true.
 
-Every pair of settings is met in a covering array of about 30 cases; the whole product (896) runs with `-m slow`.
+Every pair of settings is met in a covering array of about 30 cases; the whole product (896) runs
+with `-m slow`.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from probe.errors import ExperimentError
 from probe.settings.fields import SCHEDULERS
 from probe.watching import hooks
 
-# Building a pipeline around a scheduler whose class clips by default; the pipeline turns that off, and so do we.
-pytestmark = pytest.mark.filterwarnings("ignore:(?s)The configuration file of this scheduler.*clip_sample:FutureWarning")
+# Building a pipeline around a scheduler whose class clips by default; the pipeline turns that off,
+# and so do we.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(?s)The configuration file of this scheduler.*clip_sample:FutureWarning"
+)
 
 STEPS = 4
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -42,9 +47,15 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 PRODUCT: list[Case] = list(itertools.product(*FACTORS.values()))
 EXPLODING = {"LMS", "Euler", "EulerAncestral", "Heun", "KDPM2", "KDPM2Ancestral"}
-CALLS_OF_20 = {"PNDM": 21, "Heun": 39, "KDPM2": 39, "KDPM2Ancestral": 39}  # every other scheduler: 20
+CALLS_OF_20 = {
+    "PNDM": 21,
+    "Heun": 39,
+    "KDPM2": 39,
+    "KDPM2Ancestral": 39,
+}  # every other scheduler: 20
 
-# Scheduler options that move the noise levels or bring in randomness: (scheduler, options, eta, prediction type).
+# Scheduler options that move the noise levels or bring in randomness: (scheduler, options, eta,
+# prediction type).
 OPTIONS: list[tuple[str, dict[str, Any], float, str]] = [
     ("DDIM", {}, 0.5, "epsilon"),
     ("DDIM", {}, 0.5, "v_prediction"),
@@ -53,7 +64,12 @@ OPTIONS: list[tuple[str, dict[str, Any], float, str]] = [
     ("DDIM", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, 0.0, "v_prediction"),
     ("DDIM", {"clip_sample": False, "thresholding": True}, 0.0, "epsilon"),
     ("Euler", {"use_karras_sigmas": True}, 0.0, "epsilon"),
-    ("Euler", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, 0.0, "v_prediction"),
+    (
+        "Euler",
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+        0.0,
+        "v_prediction",
+    ),
     ("Euler", {"timestep_spacing": "leading"}, 0.0, "epsilon"),
     ("DPM++2M", {"use_karras_sigmas": True}, 0.0, "epsilon"),
     ("DPM++2M", {"use_karras_sigmas": True}, 0.0, "v_prediction"),
@@ -76,12 +92,21 @@ def base(prediction: str) -> diffusers.StableDiffusionPipeline:
 
 
 def peer(name: str, prediction: str, **options: Any) -> diffusers.StableDiffusionPipeline:
-    """diffusers' pipeline around the same networks, with a scheduler made from the same config in diffusers' own way."""
+    """diffusers' pipeline around the same networks, with a scheduler made from the same config in
+    diffusers' own way.
+    """
     kind, extra = SCHEDULERS[name]
     parts = base(prediction)
     scheduler = getattr(diffusers, kind).from_config(parts.scheduler.config, **{**extra, **options})
     made = diffusers.StableDiffusionPipeline(
-        parts.vae, parts.text_encoder, parts.tokenizer, parts.unet, scheduler, None, None, requires_safety_checker=False
+        parts.vae,
+        parts.text_encoder,
+        parts.tokenizer,
+        parts.unet,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
     )
     made.set_progress_bar_config(disable=True)
     return made
@@ -100,22 +125,32 @@ ours = functools.partial(parity.ours, steps=STEPS, guidance_scale=7.5)
 def check(case: Case) -> None:
     """Latents and pictures of one case, bit for bit."""
     named = dict(zip(FACTORS, case, strict=True))
-    name, prediction, (height, width) = named.pop("scheduler"), named.pop("prediction"), named.pop("size")
+    name, prediction, (height, width) = (
+        named.pop("scheduler"),
+        named.pop("prediction"),
+        named.pop("size"),
+    )
     named |= {"height": height, "width": width}
     model = model_of(name, prediction)
     last = assert_bits(model, ours(model, **named), *theirs(cached_peer(name, prediction), **named))
     assert last.shape == (named["images"], 4, height // 4, width // 4)
 
 
-# --- parity ----------------------------------------------------------------------------------------------------------
+# --- parity ---------------------------------------------------------------------------------------
 
 
 def test_every_pair_of_settings_is_covered() -> None:
     assert_every_pair_is_covered(*FACTORS.values())
-    assert len(FACTORS["scheduler"]) == 14 and len(PRODUCT) == 896 and len(pairwise(*FACTORS.values())) <= 45
+    assert (
+        len(FACTORS["scheduler"]) == 14
+        and len(PRODUCT) == 896
+        and len(pairwise(*FACTORS.values())) <= 45
+    )
 
 
-@pytest.mark.parametrize("case", pairwise(*FACTORS.values()), ids=lambda case: "-".join(map(label, case)))
+@pytest.mark.parametrize(
+    "case", pairwise(*FACTORS.values()), ids=lambda case: "-".join(map(label, case))
+)
 def test_bits_equal_diffusers(case: Case) -> None:
     check(case)
 
@@ -129,9 +164,18 @@ def test_bits_equal_diffusers_for_every_combination(name: str) -> None:
         check(case)
 
 
-@pytest.mark.parametrize(("name", "options", "eta", "prediction"), OPTIONS, ids=lambda value: label(value) if value else "-")
-def test_bits_equal_diffusers_with_scheduler_options(name: str, options: dict[str, Any], eta: float, prediction: str) -> None:
-    model, how = StableDiffusion.of(base(prediction)).with_scheduler(name, options), {"eta": eta, "steps": 6, "images": 2}
+@pytest.mark.parametrize(
+    ("name", "options", "eta", "prediction"),
+    OPTIONS,
+    ids=lambda value: label(value) if value else "-",
+)
+def test_bits_equal_diffusers_with_scheduler_options(
+    name: str, options: dict[str, Any], eta: float, prediction: str
+) -> None:
+    model, how = (
+        StableDiffusion.of(base(prediction)).with_scheduler(name, options),
+        {"eta": eta, "steps": 6, "images": 2},
+    )
     assert_bits(model, ours(model, **how), *theirs(peer(name, prediction, **options), **how))
 
 
@@ -140,21 +184,34 @@ def test_bits_equal_diffusers_at_20_steps_and_for_a_model_of_the_pipeline_itself
     pipeline = peer(name, "epsilon")
     latents, _ = theirs(pipeline, steps=20)
     assert torch.equal(latents, ours(model_of(name, "epsilon"), steps=20)[-1].next_latents)
-    # `of` takes over what the pipeline changed in its scheduler's config after building it (DDIM, DDPM: clip_sample).
+    # `of` takes over what the pipeline changed in its scheduler's config after building it (DDIM,
+    # DDPM: clip_sample).
     assert torch.equal(latents, ours(StableDiffusion.of(pipeline), steps=20)[-1].next_latents)
 
 
 @pytest.mark.smoke
 def test_the_pipelines_latent_output_is_its_last_step() -> None:
     pipeline = peer("DDIM", "epsilon")
-    made = pipeline(PROMPT, num_inference_steps=STEPS, generator=[torch.Generator().manual_seed(SEED)], output_type="latent").images
+    made = pipeline(
+        PROMPT,
+        num_inference_steps=STEPS,
+        generator=[torch.Generator().manual_seed(SEED)],
+        output_type="latent",
+    ).images
     assert torch.equal(made, theirs(pipeline)[0])
 
 
 def test_default_size_is_the_models_own_as_in_diffusers() -> None:
     pipeline = peer("DDIM", "epsilon")
-    made = pipeline(PROMPT, num_inference_steps=2, generator=[torch.Generator().manual_seed(SEED)], output_type="latent").images
-    assert torch.equal(made, ours(model_of("DDIM", "epsilon"), steps=2, height=None, width=None)[-1].next_latents)
+    made = pipeline(
+        PROMPT,
+        num_inference_steps=2,
+        generator=[torch.Generator().manual_seed(SEED)],
+        output_type="latent",
+    ).images
+    assert torch.equal(
+        made, ours(model_of("DDIM", "epsilon"), steps=2, height=None, width=None)[-1].next_latents
+    )
 
 
 @pytest.mark.parametrize("how", ["everywhere", "one element"])
@@ -166,7 +223,11 @@ def test_meta_one_ulp_in_the_guidance_is_noticed(how: str, monkeypatch: pytest.M
     def wrong(*args: Any) -> torch.Tensor:
         guided = right(*args)
         nudged = torch.nextafter(guided, torch.tensor(math.inf))
-        return nudged if how == "everywhere" else torch.cat([nudged.flatten()[:1], guided.flatten()[1:]]).reshape(guided.shape)
+        return (
+            nudged
+            if how == "everywhere"
+            else torch.cat([nudged.flatten()[:1], guided.flatten()[1:]]).reshape(guided.shape)
+        )
 
     monkeypatch.setattr(guidance, "guide", wrong)
     with pytest.raises(AssertionError, match="latents differ"):
@@ -174,18 +235,22 @@ def test_meta_one_ulp_in_the_guidance_is_noticed(how: str, monkeypatch: pytest.M
 
 
 def test_schedulers_without_an_option_refuse_it() -> None:
-    """No combination above is left out; these are the options that diffusers itself does not have."""
+    """No combination above is left out; these are the options that diffusers itself does not
+    have.
+    """
     for name in ("DDIM", "DDPM", "PNDM", "LCM", "EulerAncestral"):
         with pytest.raises(ExperimentError, match="has no option 'use_karras_sigmas'"):
             StableDiffusion.of(base("epsilon")).with_scheduler(name, {"use_karras_sigmas": True})
 
 
-# --- the number of calls ---------------------------------------------------------------------------------------------
+# --- the number of calls --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_one_unet_call_and_one_scheduler_step_per_yield(name: str, guidance_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_unet_call_and_one_scheduler_step_per_yield(
+    name: str, guidance_scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, counts = model_of(name, "epsilon"), Counter[str]()
     kind = type(model.scheduler)
     right = kind.step
@@ -200,24 +265,37 @@ def test_one_unet_call_and_one_scheduler_step_per_yield(name: str, guidance_scal
     scheduler.set_timesteps(20)
     conditioning = model.condition(PROMPT, guided=guidance_scale > 1)
     with hooks.Hooks([(model.unet, "output", lambda _: counts.update(["unet"]))]):
-        for index, step in enumerate(denoise(model, conditioning, steps=20, guidance_scale=guidance_scale)):
+        for index, step in enumerate(
+            denoise(model, conditioning, steps=20, guidance_scale=guidance_scale)
+        ):
             assert step.index == index
             assert counts == {"unet": index + 1, "step": index + 1}
             assert step.timestep == float(scheduler.timesteps[index])
-    assert counts["unet"] == len(scheduler.timesteps) == len(Schedule.of(model.scheduler, 20).timesteps) == CALLS_OF_20.get(name, 20)
+    assert (
+        counts["unet"]
+        == len(scheduler.timesteps)
+        == len(Schedule.of(model.scheduler, 20).timesteps)
+        == CALLS_OF_20.get(name, 20)
+    )
 
 
-# --- what a step says of itself --------------------------------------------------------------------------------------
+# --- what a step says of itself -------------------------------------------------------------------
 
 
 def cases_with_options() -> list[Any]:
     plain = [(name, {}, prediction) for name in SCHEDULERS for prediction in FACTORS["prediction"]]
-    more = [(name, options, prediction) for name, options, eta, prediction in OPTIONS if options and not eta]
+    more = [
+        (name, options, prediction)
+        for name, options, eta, prediction in OPTIONS
+        if options and not eta
+    ]
     return [pytest.param(*case, id="-".join(map(label, case))) for case in plain + more]
 
 
 @pytest.mark.parametrize(("name", "options", "prediction"), cases_with_options())
-def test_sigmas_are_those_of_the_scheduler_at_every_call(name: str, options: dict[str, Any], prediction: str) -> None:
+def test_sigmas_are_those_of_the_scheduler_at_every_call(
+    name: str, options: dict[str, Any], prediction: str
+) -> None:
     model = StableDiffusion.of(base(prediction)).with_scheduler(name, options)
     schedule = Schedule.of(model.scheduler, 10)
     assert schedule.variance_exploding == (name in EXPLODING)
@@ -238,22 +316,33 @@ def test_sigmas_are_those_of_the_scheduler_at_every_call(name: str, options: dic
             assert factor == pytest.approx(math.sqrt(step.sigma**2 + 1), rel=1e-4)
         else:
             assert torch.equal(step.model_input, fed) and torch.equal(step.latents, fed)
-        assert step.sigma == pytest.approx(sigma_from_alpha_bar(step.alpha_bar) if step.alpha_bar else math.inf, rel=1e-6)
+        assert step.sigma == pytest.approx(
+            sigma_from_alpha_bar(step.alpha_bar) if step.alpha_bar else math.inf, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_alpha_bars_are_the_training_schedule_at_those_timesteps(name: str) -> None:
     model = model_of(name, "epsilon")
     schedule, trained = Schedule.of(model.scheduler, 10), model.scheduler.alphas_cumprod
-    whole = [(t, a) for t, a in zip(schedule.timesteps, schedule.alpha_bars, strict=True) if t == int(t)]
+    whole = [
+        (t, a) for t, a in zip(schedule.timesteps, schedule.alpha_bars, strict=True) if t == int(t)
+    ]
     assert len(whole) >= 10 // 2  # KDPM2's calls between two levels have fractional timesteps
     for timestep, alpha_bar in whole:
         assert alpha_bar == pytest.approx(float(trained[int(timestep)]), rel=1e-3)
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(schedule.sigmas))
+    assert all(
+        later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(schedule.sigmas)
+    )
 
 
-@pytest.mark.parametrize(("name", "options", "prediction"), [case for case in cases_with_options() if not CLIPPING & set(case.values[1])])
-def test_denoised_is_the_schedulers_own(name: str, options: dict[str, Any], prediction: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "prediction"),
+    [case for case in cases_with_options() if not CLIPPING & set(case.values[1])],
+)
+def test_denoised_is_the_schedulers_own(
+    name: str, options: dict[str, Any], prediction: str
+) -> None:
     """A second scheduler gets the same inputs: `step` must not be called twice on one."""
     model = StableDiffusion.of(base(prediction)).with_scheduler(name, options)
     second = fresh(model.scheduler)
@@ -284,13 +373,19 @@ def test_denoised_is_the_schedulers_own(name: str, options: dict[str, Any], pred
 def test_eps_v_and_denoised_agree_with_each_other(name: str, prediction: str) -> None:
     for step in ours(model_of(name, prediction), steps=10):
         a, x = step.alpha_bar, step.model_input
-        torch.testing.assert_close(a**0.5 * step.denoised + (1 - a) ** 0.5 * step.eps, x, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(a**0.5 * step.eps - (1 - a) ** 0.5 * step.denoised, step.v, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            a**0.5 * step.denoised + (1 - a) ** 0.5 * step.eps, x, rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(
+            a**0.5 * step.eps - (1 - a) ** 0.5 * step.denoised, step.v, rtol=1e-3, atol=1e-3
+        )
         assert torch.equal(step.prediction, step.eps if prediction == "epsilon" else step.v)
 
 
 def test_no_signal_at_all_is_an_infinite_sigma() -> None:
-    model = StableDiffusion.of(base("v_prediction")).with_scheduler("DDIM", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+    model = StableDiffusion.of(base("v_prediction")).with_scheduler(
+        "DDIM", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    )
     first = ours(model)[0]
     assert (first.alpha_bar, first.sigma) == (0.0, math.inf)
     assert torch.equal(first.denoised, -first.prediction) and torch.equal(first.eps, first.latents)
@@ -308,7 +403,7 @@ def test_each_steps_latents_are_what_the_step_before_made() -> None:
         assert not torch.equal(after.latents, after.next_latents)
 
 
-# --- seeds, gradients, leaving early ---------------------------------------------------------------------------------
+# --- seeds, gradients, leaving early --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["DDIM", "EulerAncestral", "DDPM"])
@@ -319,14 +414,20 @@ def test_an_image_does_not_depend_on_its_neighbours(name: str) -> None:
     alone = list(denoise(model, conditioning, steps=STEPS, seed=8, images=1))
     assert torch.equal(both[0].latents[1:], alone[0].latents)
     assert not torch.equal(both[0].latents[:1], alone[0].latents)
-    largest = float(alone[-1].next_latents.abs().max())  # batching changes bits, so from here on only closeness
-    torch.testing.assert_close(both[-1].next_latents[1:], alone[-1].next_latents, rtol=1e-3, atol=1e-4 * largest)
+    largest = float(
+        alone[-1].next_latents.abs().max()
+    )  # batching changes bits, so from here on only closeness
+    torch.testing.assert_close(
+        both[-1].next_latents[1:], alone[-1].next_latents, rtol=1e-3, atol=1e-4 * largest
+    )
 
 
 def test_the_same_seed_is_the_same_picture_and_another_is_not() -> None:
     model = model_of("DDPM", "epsilon")
     first, again = ours(model)[-1].next_latents, ours(model)[-1].next_latents
-    other = list(denoise(model, model.condition(PROMPT), steps=STEPS, seed=SEED + 1))[-1].next_latents
+    other = list(denoise(model, model.condition(PROMPT), steps=STEPS, seed=SEED + 1))[
+        -1
+    ].next_latents
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -346,7 +447,9 @@ def test_the_callers_gradient_mode_is_the_callers(mode: bool) -> None:
         for step in denoise(model, conditioning, steps=STEPS):
             assert torch.is_grad_enabled() is mode
             assert not step.prediction.requires_grad and not step.next_latents.requires_grad
-            assert (step.latents.requires_grad_().sum().requires_grad) is mode  # the caller may differentiate, or not
+            assert (
+                step.latents.requires_grad_().sum().requires_grad
+            ) is mode  # the caller may differentiate, or not
             step.latents.requires_grad_(False)
         assert torch.is_grad_enabled() is mode
 
@@ -378,11 +481,23 @@ def test_asking_for_the_schedule_changes_no_scheduler() -> None:
 
 
 def test_another_class_takes_what_was_set_but_not_this_classs_defaults() -> None:
-    """As diffusers' `from_config`: Euler keeps its own linspace although PNDM's default is leading."""
+    """As diffusers' `from_config`: Euler keeps its own linspace although PNDM's default is
+    leading.
+    """
     model = StableDiffusion.of(base("epsilon"))
     assert model.scheduler.config.timestep_spacing == "leading"
     assert model.with_scheduler("Euler", {}).scheduler.config.timestep_spacing == "linspace"
-    assert model.with_scheduler("Euler", {"timestep_spacing": "leading"}).scheduler.config.timestep_spacing == "leading"
-    assert model.with_scheduler("default", {"set_alpha_to_one": True}).scheduler.config.timestep_spacing == "leading"
+    assert (
+        model.with_scheduler(
+            "Euler", {"timestep_spacing": "leading"}
+        ).scheduler.config.timestep_spacing
+        == "leading"
+    )
+    assert (
+        model.with_scheduler(
+            "default", {"set_alpha_to_one": True}
+        ).scheduler.config.timestep_spacing
+        == "leading"
+    )
     assert model.with_scheduler("DDIM", {}).scheduler.config.clip_sample is False
     assert model.with_scheduler("DDIM", {"clip_sample": True}).scheduler.config.clip_sample is True

@@ -1,8 +1,10 @@
-"""Maps are those of attention-map-diffusers 1.0.0, an independent implementation that swaps the attention processors.
+"""Maps are those of attention-map-diffusers 1.0.0, an independent implementation that swaps the
+attention processors.
 
-Also with adapters, and with a processor that multiplies eagerly. Sliced attention it refuses: there, ours are held against
-diffusers' own `get_attention_scores`. Fused projections both refuse. It is installed by `tasks.py test` without its
-requirements, one of which is a torchvision that breaks a CPU build of torch.
+Also with adapters, and with a processor that multiplies eagerly. Sliced attention it refuses:
+there, ours are held against diffusers' own `get_attention_scores`. Fused projections both refuse.
+It is installed by `tasks.py test` without its requirements, one of which is a torchvision that
+breaks a CPU build of torch.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from probe.running.recorder import record
     ],
     ids=["plain", "two images, a negative prompt", "not square", "no guidance"],
 )
-def test_every_map_of_every_call_layer_head_and_branch_is_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_every_map_of_every_call_layer_head_and_branch_is_the_same(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     branches = "both" if changes.get("guidance_scale", 3) > 1 else "cond"
     asked = ask(tmp_path, capture={**EVERYTHING, "branches": branches}, **changes)
     assert_the_same(record(asked, pipeline(), progress=False), peer_maps(asked, pipeline()))
@@ -51,11 +55,16 @@ def test_what_was_done_to_the_model_is_in_both(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["sliced attention", "sliced into many heads"])
-def test_sliced_attention_which_it_refuses_has_diffusers_own_scores(name: str, tmp_path: Path) -> None:
+def test_sliced_attention_which_it_refuses_has_diffusers_own_scores(
+    name: str, tmp_path: Path
+) -> None:
     pipe = tiny.pipeline()
     WORKS[name](pipe)
     asked = ask(tmp_path, steps=2, images=2, capture=EVERYTHING)
-    with pytest.raises(RuntimeError, match=r"unsupported denoiser processor.*SlicedAttnProcessor"), AttentionCapture(pipe):
+    with (
+        pytest.raises(RuntimeError, match=r"unsupported denoiser processor.*SlicedAttnProcessor"),
+        AttentionCapture(pipe),
+    ):
         pass
     assert_maps(record(asked, pipe, progress=False), scores(pipe, asked), 1e-6)
 
@@ -63,7 +72,10 @@ def test_sliced_attention_which_it_refuses_has_diffusers_own_scores(name: str, t
 def test_fused_projections_are_refused_by_both(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     pipe.fuse_qkv_projections(vae=False)
-    with pytest.raises(RuntimeError, match=r"unsupported denoiser processor.*FusedAttnProcessor2_0"), AttentionCapture(pipe):
+    with (
+        pytest.raises(RuntimeError, match=r"unsupported denoiser processor.*FusedAttnProcessor2_0"),
+        AttentionCapture(pipe),
+    ):
         pass
     with pytest.raises(CaptureError, match="has fused QKV projections") as caught:
         record(ask(tmp_path, steps=2, capture=EVERYTHING), pipe, progress=False)
@@ -73,5 +85,8 @@ def test_fused_projections_are_refused_by_both(tmp_path: Path) -> None:
 def test_meta_a_difference_would_be_seen(tmp_path: Path) -> None:
     asked = ask(tmp_path, capture=EVERYTHING)
     theirs = peer_maps(asked, pipeline())
-    assert max(np.abs(theirs[0, path] - theirs[1, path]).max() for index, path in theirs if index == 0) > 1e-5
+    assert (
+        max(np.abs(theirs[0, path] - theirs[1, path]).max() for index, path in theirs if index == 0)
+        > 1e-5
+    )
     assert all(np.abs(maps[:, 0] - maps[:, 1]).max() > 1e-5 for maps in theirs.values())

@@ -13,7 +13,18 @@ import tiny
 from PIL import Image, ImageDraw, ImageFont
 
 from probe.figures import sheets
-from probe.figures.sheets import CELL, FAINT, GAP, HEAT, INK, MARGIN, PAPER, contact_sheet, heat, overlay
+from probe.figures.sheets import (
+    CELL,
+    FAINT,
+    GAP,
+    HEAT,
+    INK,
+    MARGIN,
+    PAPER,
+    contact_sheet,
+    heat,
+    overlay,
+)
 from probe.reading.recording import Run
 from probe.running.recorder import record
 
@@ -23,7 +34,9 @@ WIDTH = 2 * MARGIN + 8 * CELL + 7 * GAP
 
 def drawn(folder: Path, pipeline: Any = None, **asked: Any) -> Run:
     return record(
-        {"prompt": "An astronaut scuba diving", "steps": 3, "output": str(folder), **asked}, pipeline=pipeline or tiny.pipeline(), progress=False
+        {"prompt": "An astronaut scuba diving", "steps": 3, "output": str(folder), **asked},
+        pipeline=pipeline or tiny.pipeline(),
+        progress=False,
     )
 
 
@@ -41,12 +54,14 @@ def cell(sheet: Image.Image, column: int, top: int, height: int = CELL) -> np.nd
     return pixels(sheet)[top : top + height, x : x + CELL]
 
 
-# --- heat and overlay ------------------------------------------------------------------------------------------------
+# --- heat and overlay -----------------------------------------------------------------------------
 
 
 def test_heat_goes_through_its_colours() -> None:
     assert heat(np.linspace(0, 1, len(HEAT))).tolist() == HEAT.astype(int).tolist()
-    assert heat(np.array([-5.0, 7.0])).tolist() == [HEAT[0].tolist(), HEAT[-1].tolist()], "beyond the ends: the ends"
+    assert heat(np.array([-5.0, 7.0])).tolist() == [HEAT[0].tolist(), HEAT[-1].tolist()], (
+        "beyond the ends: the ends"
+    )
     assert heat(np.zeros((2, 3, 4))).shape == (2, 3, 4, 3) and heat(np.zeros(1)).dtype == np.uint8
     middle = heat(np.array([0.1]))[0]
     assert middle.tolist() == ((HEAT[0] + HEAT[1]) / 2).round().astype(int).tolist()
@@ -67,7 +82,9 @@ def test_an_overlay_is_hot_where_the_map_is_and_grey_elsewhere() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0, 1e-30])
 def test_a_constant_map_is_no_division_by_zero(value: float) -> None:
-    made = pixels(overlay(Image.new("RGB", (20, 10), (90, 90, 90)), np.full((3, 3), value, np.float32)))
+    made = pixels(
+        overlay(Image.new("RGB", (20, 10), (90, 90, 90)), np.full((3, 3), value, np.float32))
+    )
     assert made.shape == (10, 20, 3) and len(np.unique(made.reshape(-1, 3), axis=0)) == 1
 
 
@@ -79,11 +96,14 @@ def test_a_map_that_is_not_finite_is_drawn_without_a_warning(bad: float) -> None
     assert overlay(picture, np.full((2, 2), bad, np.float32)).size == (20, 20)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_the_picture_is_the_picture_and_knows_its_experiment(run: Run) -> None:
-    assert sorted(file.name for file in run.path.glob("*.png")) == ["contact-sheet.png", "picture.png"]
+    assert sorted(file.name for file in run.path.glob("*.png")) == [
+        "contact-sheet.png",
+        "picture.png",
+    ]
     with Image.open(run.path / "picture.png") as picture:
         assert picture.size == (32, 32) and picture.mode == "RGB"
         np.testing.assert_array_equal(pixels(picture), run.images.values[0])
@@ -97,7 +117,11 @@ def test_the_picture_is_the_picture_and_knows_its_experiment(run: Run) -> None:
 def test_several_images_are_several_files_and_any_language_survives(tmp_path: Path) -> None:
     prompt = "a cat ☃ \U0001f419 日本"
     run = drawn(tmp_path, prompt=prompt, images=2, height=24, width=64)
-    assert sorted(file.name for file in run.path.glob("*.png")) == ["contact-sheet.png", "picture-0.png", "picture-1.png"]
+    assert sorted(file.name for file in run.path.glob("*.png")) == [
+        "contact-sheet.png",
+        "picture-0.png",
+        "picture-1.png",
+    ]
     for index in range(2):
         with Image.open(run.path / f"picture-{index}.png") as picture:
             assert picture.size == (64, 24)
@@ -108,13 +132,20 @@ def test_several_images_are_several_files_and_any_language_survives(tmp_path: Pa
 
 def test_they_can_be_drawn_again(run: Run) -> None:
     before = {file.name: file.read_bytes() for file in run.path.glob("*.png")}
-    assert [path.name for path in sheets.save(Run(run.path))] == ["picture.png", "contact-sheet.png"]
-    assert {file.name: pixels(Image.open(file)).tobytes() for file in run.path.glob("*.png")}.keys() == before.keys()
+    assert [path.name for path in sheets.save(Run(run.path))] == [
+        "picture.png",
+        "contact-sheet.png",
+    ]
+    assert {
+        file.name: pixels(Image.open(file)).tobytes() for file in run.path.glob("*.png")
+    }.keys() == before.keys()
     for name, content in before.items():
-        assert (run.path / name).read_bytes() == content, f"{name}: the same recording, the same picture"
+        assert (run.path / name).read_bytes() == content, (
+            f"{name}: the same recording, the same picture"
+        )
 
 
-# --- the contact sheet -----------------------------------------------------------------------------------------------
+# --- the contact sheet ----------------------------------------------------------------------------
 
 
 def test_the_sheet_has_every_part_in_its_place(run: Run) -> None:
@@ -138,23 +169,35 @@ def test_the_sheet_has_every_part_in_its_place(run: Run) -> None:
     words = run.word_overview()
     assert words["word"].values.tolist() == ["An", "astronaut", "scuba", "diving"]
     for index, word in enumerate(words):
-        np.testing.assert_array_equal(cell(sheet, index, HEAD + 34 + line + 28), pixels(overlay(final, word.values)))
-    bar = pixels(sheet)[HEAD + 2 * (34 + line) + 2 : HEAD + 2 * (34 + line) + 14, MARGIN : MARGIN + 240]
+        np.testing.assert_array_equal(
+            cell(sheet, index, HEAD + 34 + line + 28), pixels(overlay(final, word.values))
+        )
+    bar = pixels(sheet)[
+        HEAD + 2 * (34 + line) + 2 : HEAD + 2 * (34 + line) + 14, MARGIN : MARGIN + 240
+    ]
     np.testing.assert_array_equal(bar, heat(np.linspace(0, 1, 240)[None].repeat(12, 0)))
 
 
 def test_the_sheet_is_written_on(run: Run) -> None:
-    """Ink at the title, at the row's title and under each cell: the words themselves are the font's business."""
+    """Ink at the title, at the row's title and under each cell: the words themselves are the font's
+    business.
+    """
     sheet = pixels(contact_sheet(run)).astype(int)
 
     def inked(top: int, bottom: int, left: int = 0, right: int = WIDTH) -> bool:
         return bool((sheet[top:bottom, left:right].sum(axis=-1) < 500).any())
 
-    assert inked(MARGIN - 6, MARGIN + 30) and inked(MARGIN + 32, MARGIN + 50) and inked(HEAD, HEAD + 20)
+    assert (
+        inked(MARGIN - 6, MARGIN + 30)
+        and inked(MARGIN + 32, MARGIN + 50)
+        and inked(HEAD, HEAD + 20)
+    )
     assert inked(HEAD + 28 + CELL + 2, HEAD + 28 + CELL + 30, MARGIN, MARGIN + CELL)
 
 
-def test_what_is_written_can_be_read_without_a_font_of_the_system(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_can_be_read_without_a_font_of_the_system(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pillow's own font is all that a bare machine has; what it lacks would be an empty box."""
     font, write, written = ImageFont.load_default(40), ImageDraw.ImageDraw.text, set()
 
@@ -166,8 +209,12 @@ def test_what_is_written_can_be_read_without_a_font_of_the_system(run: Run, monk
     contact_sheet(run)
     sheets.word_sheet(run)
     box = bytes(font.getmask("\uffff"))
-    assert len(written) > 30 and bytes(font.getmask("\u2192")) == box, "an arrow is one that it lacks"
-    assert {letter for letter in written if not letter.isspace() and bytes(font.getmask(letter)) == box} == set()
+    assert len(written) > 30 and bytes(font.getmask("\u2192")) == box, (
+        "an arrow is one that it lacks"
+    )
+    assert {
+        letter for letter in written if not letter.isspace() and bytes(font.getmask(letter)) == box
+    } == set()
 
 
 def test_without_decoded_steps_the_preview_is_shown(tmp_path: Path) -> None:
@@ -192,7 +239,9 @@ def test_a_prompt_without_words_has_one_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 64), (64, 24)])
-def test_a_picture_that_is_not_square_keeps_its_shape(tmp_path: Path, height: int, width: int) -> None:
+def test_a_picture_that_is_not_square_keeps_its_shape(
+    tmp_path: Path, height: int, width: int
+) -> None:
     run = drawn(tmp_path, height=height, width=width, decode_every=1)
     sheet = contact_sheet(run)
     high = round(height * CELL / width)
@@ -204,19 +253,30 @@ def test_a_picture_that_is_not_square_keeps_its_shape(tmp_path: Path, height: in
 
 
 def test_many_steps_are_thinned_out_and_many_words_take_more_lines(tmp_path: Path) -> None:
-    run = drawn(tmp_path, prompt="a cat and an astronaut in a hat and a cat on a hat", steps=12, capture={"layers": ["4x4"]})
+    run = drawn(
+        tmp_path,
+        prompt="a cat and an astronaut in a hat and a cat on a hat",
+        steps=12,
+        capture={"layers": ["4x4"]},
+    )
     sheet = contact_sheet(run)
     assert run.word_overview().sizes["word"] == 14
     assert sheet.height == HEAD + (34 + CELL + 34) + (34 + 2 * (CELL + 34)) + 30 + MARGIN // 2
     final = Image.fromarray(run.images.values[0]).resize((CELL, CELL), Image.Resampling.NEAREST)
-    np.testing.assert_array_equal(cell(sheet, 7, HEAD + 28), pixels(final), "seven steps, first and last among them, and the result")
+    np.testing.assert_array_equal(
+        cell(sheet, 7, HEAD + 28),
+        pixels(final),
+        "seven steps, first and last among them, and the result",
+    )
     preview = run.preview().values[:, 0]
     for column, step in ((0, 0), (6, 12)):
         wanted = Image.fromarray(preview[step]).resize((CELL, CELL), Image.Resampling.NEAREST)
         np.testing.assert_array_equal(cell(sheet, column, HEAD + 28), pixels(wanted))
 
 
-@pytest.mark.parametrize("prompt", ["a cat on a hat, " * 12, "an astronaut\nscuba diving\n\nin a hat"])
+@pytest.mark.parametrize(
+    "prompt", ["a cat on a hat, " * 12, "an astronaut\nscuba diving\n\nin a hat"]
+)
 def test_long_and_broken_prompts_stay_on_one_line(tmp_path: Path, prompt: str) -> None:
     run = drawn(tmp_path, prompt=prompt, steps=1, guidance_scale=1, capture={"attention": "off"})
     sheet = pixels(contact_sheet(run)).astype(int)
@@ -227,7 +287,9 @@ def test_long_and_broken_prompts_stay_on_one_line(tmp_path: Path, prompt: str) -
     faint = np.abs(sheet[MARGIN + 34 : MARGIN + 48] - FAINT).sum(axis=-1).min()
     dark = np.abs(sheet[MARGIN + 34 : MARGIN + 48] - INK).sum(axis=-1).min()
     assert faint < 30 < dark, "the second line is not written over"
-    assert sheets._shorten("x" * 100, 80) == "x" * 79 + "…" and sheets._shorten("a\n b", 80) == "a b"
+    assert (
+        sheets._shorten("x" * 100, 80) == "x" * 79 + "…" and sheets._shorten("a\n b", 80) == "a b"
+    )
 
 
 def test_a_run_that_recorded_nan_still_ends_and_has_its_pictures(tmp_path: Path) -> None:
@@ -237,4 +299,7 @@ def test_a_run_that_recorded_nan_still_ends_and_has_its_pictures(tmp_path: Path)
         warnings.simplefilter("error")
         run = drawn(tmp_path, pipeline, on_nan="record", decode_every=2)
     assert run.status == "complete" and np.isnan(run.prediction().values).any()
-    assert sorted(file.name for file in run.path.glob("*.png")) == ["contact-sheet.png", "picture.png"]
+    assert sorted(file.name for file in run.path.glob("*.png")) == [
+        "contact-sheet.png",
+        "picture.png",
+    ]

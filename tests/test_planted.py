@@ -1,9 +1,11 @@
-"""Each fault planted in the recorder, so that files, checksums and manifest agree with it, is caught by a check that is named here.
+"""Each fault planted in the recorder, so that files, checksums and manifest agree with it, is
+caught by a check that is named here.
 
-A plant changes what a step hands to the writer, what a label is made from, or what a hook computes, while a run is recorded.
-The run is recorded whole, and then verified with the model. The second column of `PLANTS` says which checks fail among those
-that need the recording only, the third which fail among those that ask the model: where the second is empty, only the model
-can know. The last tests plant nothing, and nothing may fail.
+A plant changes what a step hands to the writer, what a label is made from, or what a hook computes,
+while a run is recorded. The run is recorded whole, and then verified with the model. The second
+column of `PLANTS` says which checks fail among those that need the recording only, the third which
+fail among those that ask the model: where the second is empty, only the model can know. The last
+tests plant nothing, and nothing may fail.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ GRIDS = ("8x8", "4x4")
 
 @functools.cache
 def sharp(prediction: str = "epsilon") -> Any:
-    """A random model whose heads look at different tokens and places: maps that are not nearly uniform, and unlike each other."""
+    """A random model whose heads look at different tokens and places: maps that are not nearly
+    uniform, and unlike each other.
+    """
     pipe = tiny.pipeline(prediction)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -49,10 +53,20 @@ def sharp(prediction: str = "epsilon") -> Any:
 
 def record(folder: Path, **changes: Any) -> Run:
     changes.setdefault("capture", {"branches": "both"})
-    return take(folder, sharp(), **{"scheduler": "DDIM", "steps": 3, "images": 2, "negative_prompt": "scuba diving", **changes})
+    return take(
+        folder,
+        sharp(),
+        **{
+            "scheduler": "DDIM",
+            "steps": 3,
+            "images": 2,
+            "negative_prompt": "scuba diving",
+            **changes,
+        },
+    )
 
 
-# --- ways to plant ---------------------------------------------------------------------------------------------------
+# --- ways to plant --------------------------------------------------------------------------------
 
 
 def in_steps(change: Callable[[int, Values, Values], None]) -> Plant:
@@ -61,7 +75,9 @@ def in_steps(change: Callable[[int, Values, Values], None]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         real, before = RunWriter.write_step, {}
 
-        def write_step(own: RunWriter, step: int, values: Callable[[], Values], nbytes: int) -> None:
+        def write_step(
+            own: RunWriter, step: int, values: Callable[[], Values], nbytes: int
+        ) -> None:
             def changed() -> Values:
                 made = dict(values())
                 untouched = {name: value.copy() for name, value in made.items()}
@@ -85,20 +101,37 @@ def in_arrays(name: str, change: Callable[[str, np.ndarray], np.ndarray]) -> Pla
         def planted(spec: Array) -> Array:
             kind = object if spec.variable.dtype == "str" else None
             changes = spec.variable.name == name
-            return dataclasses.replace(spec, value=change(spec.group, np.array(spec.value, dtype=kind))) if changes else spec
+            return (
+                dataclasses.replace(
+                    spec, value=change(spec.group, np.array(spec.value, dtype=kind))
+                )
+                if changes
+                else spec
+            )
 
-        patch.setattr(Plan, "arrays", property(lambda own: tuple(planted(spec) for spec in real(own))))
+        patch.setattr(
+            Plan, "arrays", property(lambda own: tuple(planted(spec) for spec in real(own)))
+        )
 
     return plant
 
 
-def in_maps(change: Callable[[np.ndarray], np.ndarray], moments: Callable[[np.ndarray], np.ndarray] = lambda m: m) -> Plant:
-    """Change the stored maps (token, branch, image, layer, head, y, x) and, if it is given, the moments (..., moment) with them."""
+def in_maps(
+    change: Callable[[np.ndarray], np.ndarray],
+    moments: Callable[[np.ndarray], np.ndarray] = lambda m: m,
+) -> Plant:
+    """Change the stored maps (token, branch, image, layer, head, y, x) and, if it is given, the
+    moments (..., moment) with them.
+    """
 
     def each(step: int, values: Values, before: Values) -> None:
         for grid in GRIDS:
-            values[f"attention/{grid}/cross"] = np.ascontiguousarray(change(values[f"attention/{grid}/cross"]))
-            values[f"attention/{grid}/moments"] = np.ascontiguousarray(moments(values[f"attention/{grid}/moments"]))
+            values[f"attention/{grid}/cross"] = np.ascontiguousarray(
+                change(values[f"attention/{grid}/cross"])
+            )
+            values[f"attention/{grid}/moments"] = np.ascontiguousarray(
+                moments(values[f"attention/{grid}/moments"])
+            )
 
     return in_steps(each)
 
@@ -133,7 +166,12 @@ def transposed(maps: np.ndarray) -> np.ndarray:
     return np.swapaxes(maps, -1, -2)
 
 
-def exchanged(group: str, value: np.ndarray, one: tuple[Any, ...] = (..., 2), other: tuple[Any, ...] = (..., 5)) -> np.ndarray:
+def exchanged(
+    group: str,
+    value: np.ndarray,
+    one: tuple[Any, ...] = (..., 2),
+    other: tuple[Any, ...] = (..., 5),
+) -> np.ndarray:
     """Two tokens' labels in each other's place."""
     value = value.copy()
     value[one], value[other] = value[other].copy(), value[one].copy()
@@ -147,11 +185,15 @@ def only(prefix: str) -> Callable[[str, np.ndarray], np.ndarray]:
 def another_formula(patch: pytest.MonkeyPatch) -> None:
     """A hook that takes the scale of another layer width: maps and moments agree, and are wrong."""
     real = cross_attention.attention_maps
-    patch.setattr(cross_attention, "attention_maps", lambda q, k, scale, *rest: real(q, k, 2 * scale, *rest))
+    patch.setattr(
+        cross_attention, "attention_maps", lambda q, k, scale, *rest: real(q, k, 2 * scale, *rest)
+    )
 
 
 def another_branch(patch: pytest.MonkeyPatch) -> None:
-    """Captures that take the rows of the other branch: maps, moments and what tokens write are all the other's."""
+    """Captures that take the rows of the other branch: maps, moments and what tokens write are all
+    the other's.
+    """
     real, other = Rows.of, {"cond": "uncond", "uncond": "cond"}
     patch.setattr(Rows, "of", lambda own, branch: real(own, other[branch]))
 
@@ -163,11 +205,23 @@ Expected = tuple[Plant, set[str], set[str]]
 
 # what: (plant, the checks that fail without the model, those that fail in addition with it)
 PROMISED: dict[str, Expected] = {
-    "step axis shifted": (of_the_step_before("/"), {"scheduler"}, {"predictions", "maps", "inside"}),
-    "branches swapped, predictions": (in_steps(lambda step, values, before: swap(values, *NAMES)), {"guidance"}, {"predictions"}),
+    "step axis shifted": (
+        of_the_step_before("/"),
+        {"scheduler"},
+        {"predictions", "maps", "inside"},
+    ),
+    "branches swapped, predictions": (
+        in_steps(lambda step, values, before: swap(values, *NAMES)),
+        {"guidance"},
+        {"predictions"},
+    ),
     "map transposed": (in_maps(transposed), {"moments"}, {"maps", "inside"}),
     "heads permuted, maps": (in_maps(flipped(4)), {"moments"}, {"maps", "inside"}),
-    "heads permuted, maps and moments": (in_maps(flipped(4), flipped(4)), set(), {"maps", "inside"}),
+    "heads permuted, maps and moments": (
+        in_maps(flipped(4), flipped(4)),
+        set(),
+        {"maps", "inside"},
+    ),
     "layers permuted, maps": (in_maps(flipped(3)), {"moments"}, {"maps", "inside"}),
     "token label wrong, everywhere": (in_arrays("token_text", exchanged), {"labels"}, {"plan"}),
     "one latent off by one ulp": (
@@ -176,59 +230,119 @@ PROMISED: dict[str, Expected] = {
         {"predictions", "inside"},
     ),
     "a prediction of the wrong step": (
-        at_step_1(lambda values, before: values.update({name: before[name] for name in (*NAMES, "latents/prediction")})),
+        at_step_1(
+            lambda values, before: values.update(
+                {name: before[name] for name in (*NAMES, "latents/prediction")}
+            )
+        ),
         {"scheduler"},
         {"predictions"},
     ),
 }
 MORE: dict[str, Expected] = {
     "step axis shifted, maps": (of_the_step_before("/cross"), {"moments"}, {"maps", "inside"}),
-    "step axis shifted, maps and moments": (of_the_step_before(*ATTENTION), set(), {"maps", "inside"}),
+    "step axis shifted, maps and moments": (
+        of_the_step_before(*ATTENTION),
+        set(),
+        {"maps", "inside"},
+    ),
     "branches swapped, maps": (in_maps(flipped(1)), {"moments"}, {"maps", "inside"}),
-    "branches swapped, maps and moments": (in_maps(flipped(1), flipped(1)), set(), {"maps", "inside"}),
-    "map and moments transposed": (in_maps(transposed, lambda m: m[..., [0, 2, 1]]), set(), {"maps", "inside"}),
-    "layers permuted, maps and moments": (in_maps(flipped(3), flipped(3)), set(), {"maps", "inside"}),
-    "layers permuted, labels": (in_arrays("layer", lambda group, value: value[::-1]), {"labels"}, {"plan"}),
-    "token label wrong, attention": (in_arrays("token_text", only("attention")), {"labels"}, {"plan"}),
+    "branches swapped, maps and moments": (
+        in_maps(flipped(1), flipped(1)),
+        set(),
+        {"maps", "inside"},
+    ),
+    "map and moments transposed": (
+        in_maps(transposed, lambda m: m[..., [0, 2, 1]]),
+        set(),
+        {"maps", "inside"},
+    ),
+    "layers permuted, maps and moments": (
+        in_maps(flipped(3), flipped(3)),
+        set(),
+        {"maps", "inside"},
+    ),
+    "layers permuted, labels": (
+        in_arrays("layer", lambda group, value: value[::-1]),
+        {"labels"},
+        {"plan"},
+    ),
+    "token label wrong, attention": (
+        in_arrays("token_text", only("attention")),
+        {"labels"},
+        {"plan"},
+    ),
     "a branch's prediction of the wrong step": (
         at_step_1(lambda values, before: values.update({NAMES[1]: before[NAMES[1]]})),
         {"guidance"},
         {"predictions"},
     ),
-    "step axis shifted, latents": (of_the_step_before(*LATENTS), {"scheduler"}, {"predictions", "maps", "inside"}),
+    "step axis shifted, latents": (
+        of_the_step_before(*LATENTS),
+        {"scheduler"},
+        {"predictions", "maps", "inside"},
+    ),
     "step axis shifted, statistics": (of_the_step_before("unet/statistics"), set(), {"inside"}),
     "branches swapped, in the hooks": (another_branch, set(), {"maps", "inside"}),
-    "branches swapped, labels": (in_arrays("branch", lambda group, value: value[::-1]), {"labels"}, {"plan"}),
+    "branches swapped, labels": (
+        in_arrays("branch", lambda group, value: value[::-1]),
+        {"labels"},
+        {"plan"},
+    ),
     "token label wrong, text": (in_arrays("token_text", only("text")), {"labels"}, {"plan"}),
     "word label wrong, everywhere": (in_arrays("word", exchanged), {"labels"}, {"plan"}),
     "word number wrong, everywhere": (in_arrays("word_index", exchanged), {"labels"}, {"plan"}),
     "token id wrong": (in_arrays("token_id", exchanged), set(), {"plan"}),
     "the scheduler's input off by a little": (
-        at_step_1(lambda values, before: values.update({"latents/prediction": values["latents/prediction"] * np.float32(1.0001)})),
+        at_step_1(
+            lambda values, before: values.update(
+                {"latents/prediction": values["latents/prediction"] * np.float32(1.0001)}
+            )
+        ),
         {"guidance", "scheduler"},
         {"predictions"},
     ),
     "images swapped, maps": (in_maps(flipped(2)), {"moments"}, {"maps", "inside"}),
     "images swapped, latents and predictions": (
-        in_steps(lambda step, values, before: values.update({n: v[::-1].copy() for n, v in values.items() if n.startswith(LATENTS)})),
+        in_steps(
+            lambda step, values, before: values.update(
+                {n: v[::-1].copy() for n, v in values.items() if n.startswith(LATENTS)}
+            )
+        ),
         {"scheduler"},
         {"maps", "inside"},
     ),
-    "tokens shifted, maps": (in_maps(lambda maps: np.roll(maps, 1, axis=0)), {"moments"}, {"maps", "inside"}),
+    "tokens shifted, maps": (
+        in_maps(lambda maps: np.roll(maps, 1, axis=0)),
+        {"moments"},
+        {"maps", "inside"},
+    ),
     "a head lost": (
-        in_maps(lambda maps: np.concatenate([maps[..., :1, :, :], 0 * maps[..., 1:, :, :]], axis=4)),
+        in_maps(
+            lambda maps: np.concatenate([maps[..., :1, :, :], 0 * maps[..., 1:, :, :]], axis=4)
+        ),
         {"softmax", "moments"},
         {"maps", "inside"},
     ),
     "a hook with another scale": (another_formula, set(), {"maps", "inside"}),
-    "sigmas of other steps": (in_arrays("sigma", lambda group, value: value[::-1].astype(float)), {"schedule"}, {"plan"}),
-    "recorded steps mislabelled": (in_arrays("recorded", lambda group, value: np.append(value[:-1], 0)), {"committed", "sums"}, {"plan"}),
+    "sigmas of other steps": (
+        in_arrays("sigma", lambda group, value: value[::-1].astype(float)),
+        {"schedule"},
+        {"plan"},
+    ),
+    "recorded steps mislabelled": (
+        in_arrays("recorded", lambda group, value: np.append(value[:-1], 0)),
+        {"committed", "sums"},
+        {"plan"},
+    ),
 }
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("what", [*PROMISED, *map(slow, MORE)])
-def test_what_is_planted_in_the_recorder_is_caught_by_name(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_planted_in_the_recorder_is_caught_by_name(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plant, alone, asked = {**PROMISED, **MORE}[what]
     with monkeypatch.context() as patch:
         plant(patch)
@@ -245,35 +359,97 @@ def test_the_finding_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         in_arrays("token_text", only("attention/4x4"))(patch)
         run = record(tmp_path, capture={})
     found = {check.name: check.detail for check in verify(run)}
-    assert found["scheduler"].endswith("at step 2, image 1, channel 2, y 3, x 4; first at step 1, image 1, channel 2, y 3, x 4")
-    assert "attention/4x4: token 2 of cond is 'hat' in the word 'cat', in text/text_encoder 'cat' in 'cat'" in found["labels"]
+    assert found["scheduler"].endswith(
+        "at step 2, image 1, channel 2, y 3, x 4; first at step 1, image 1, channel 2, y 3, x 4"
+    )
+    assert (
+        "attention/4x4: token 2 of cond is 'hat' in the word 'cat', in text/text_encoder 'cat' in "
+        "'cat'" in found["labels"]
+    )
 
 
-# --- without a plant, nothing fails ----------------------------------------------------------------------------------
+# --- without a plant, nothing fails ---------------------------------------------------------------
 
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SOUND: list[dict[str, Any]] = [
-    {"width": 48, "guidance_rescale": 0.4, "decode_every": 2, "capture": {"branches": "both", "dtype": "sqrt_u8", "self_attention": ("*",)}},
-    {"scheduler": "EulerAncestral", "guidance_scale": 1.0, "negative_prompt": "", "capture": {"attention": "summary", "counterfactual": ("cat",)}},
+    {
+        "width": 48,
+        "guidance_rescale": 0.4,
+        "decode_every": 2,
+        "capture": {"branches": "both", "dtype": "sqrt_u8", "self_attention": ("*",)},
+    },
+    {
+        "scheduler": "EulerAncestral",
+        "guidance_scale": 1.0,
+        "negative_prompt": "",
+        "capture": {"attention": "summary", "counterfactual": ("cat",)},
+    },
 ]
 ALSO: list[dict[str, Any]] = [
-    {"scheduler": "DPM++2M", "kind": "bfloat16", "images": 1, "capture": {"attention": "queries", "steps": "0,2"}},
-    {"scheduler": "DPM++2M", "scheduler_options": {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}},
+    {
+        "scheduler": "DPM++2M",
+        "kind": "bfloat16",
+        "images": 1,
+        "capture": {"attention": "queries", "steps": "0,2"},
+    },
+    {
+        "scheduler": "DPM++2M",
+        "scheduler_options": {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    },
     *({"scheduler": name, "seed": 9} for name in SCHEDULERS),
-    {"scheduler": "DDIM", "eta": 0.7, "prediction": "v_prediction", "height": 48, "capture": {"branches": "uncond", "dtype": "float32"}},
-    {"scheduler": "PNDM", "kind": "float16", "capture": {"tokens": "all", "branches": "both", "dtype": "float32"}},
-    {"scheduler": "Heun", "kind": "float16", "prediction": "v_prediction", "capture": {"attention": "off"}},
+    {
+        "scheduler": "DDIM",
+        "eta": 0.7,
+        "prediction": "v_prediction",
+        "height": 48,
+        "capture": {"branches": "uncond", "dtype": "float32"},
+    },
+    {
+        "scheduler": "PNDM",
+        "kind": "float16",
+        "capture": {"tokens": "all", "branches": "both", "dtype": "float32"},
+    },
+    {
+        "scheduler": "Heun",
+        "kind": "float16",
+        "prediction": "v_prediction",
+        "capture": {"attention": "off"},
+    },
     {"prompt": "don't, café 日本 ❤ A  Cat's 42", "negative_prompt": "a " * 90, "over_long": "cut"},
-    {"prompt": "", "negative_prompt": "", "capture": {"attention": "summary", "layers": ("4x4",), "dtype": "sqrt_u8"}},
+    {
+        "prompt": "",
+        "negative_prompt": "",
+        "capture": {"attention": "summary", "layers": ("4x4",), "dtype": "sqrt_u8"},
+    },
 ]
 
 
-@pytest.mark.parametrize("changes", [*SOUND, *map(slow, ALSO)], ids=lambda changes: "-".join(map(str, changes.values()))[:40])
+@pytest.mark.parametrize(
+    "changes",
+    [*SOUND, *map(slow, ALSO)],
+    ids=lambda changes: "-".join(map(str, changes.values()))[:40],
+)
 def test_meta_without_a_plant_nothing_fails(changes: dict[str, Any], tmp_path: Path) -> None:
     changes = dict(changes)
     prediction, kind = changes.pop("prediction", "epsilon"), changes.pop("kind", None)
     pipe = copy.deepcopy(sharp(prediction)).to(HALF[kind]) if kind else sharp(prediction)
-    run = take(tmp_path, pipe, **{"scheduler": "default", "steps": 5, "images": 2, "negative_prompt": "scuba diving", **changes})
+    run = take(
+        tmp_path,
+        pipe,
+        **{
+            "scheduler": "default",
+            "steps": 5,
+            "images": 2,
+            "negative_prompt": "scuba diving",
+            **changes,
+        },
+    )
     found = verify(run, pipe)
     assert [check for check in found if check.verdict == "failed"] == []
-    assert {check.name for check in found if check.because} <= {"softmax", "moments", "sums", "maps", "attention"}, "all else is exact"
+    assert {check.name for check in found if check.because} <= {
+        "softmax",
+        "moments",
+        "sums",
+        "maps",
+        "attention",
+    }, "all else is exact"

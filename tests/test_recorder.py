@@ -18,7 +18,20 @@ import torch
 import xarray as xr
 from PIL import Image
 from recordings import assert_prefix, assert_same, only
-from tiny_runs import FULL, OFF, PROMPT, ask, assert_neutral, assert_no_hooks, at_call, bare, model_for, pipeline, take, throw
+from tiny_runs import (
+    FULL,
+    OFF,
+    PROMPT,
+    ask,
+    assert_neutral,
+    assert_no_hooks,
+    at_call,
+    bare,
+    model_for,
+    pipeline,
+    take,
+    throw,
+)
 from transformers import CLIPTextModel
 
 from probe.analysis.maps import probabilities, word_maps
@@ -42,24 +55,40 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return take(tmp_path_factory.mktemp("full"), images=2, width=48, capture=FULL, decode_every=2, negative_prompt="scuba diving")
+    return take(
+        tmp_path_factory.mktemp("full"),
+        images=2,
+        width=48,
+        capture=FULL,
+        decode_every=2,
+        negative_prompt="scuba diving",
+    )
 
 
-# --- neutrality ------------------------------------------------------------------------------------------------------
+# --- neutrality -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capture", [FULL, OFF], ids=["full", "off"])
-def test_recording_changes_no_bit(capture: dict[str, Any], dtype: torch.dtype, guidance_scale: float, tmp_path: Path) -> None:
+def test_recording_changes_no_bit(
+    capture: dict[str, Any], dtype: torch.dtype, guidance_scale: float, tmp_path: Path
+) -> None:
     pipe = pipeline(dtype)
     branches = {"branches": "both" if guidance_scale > 1 else "cond"} if capture is FULL else {}
-    changes = {"images": 2, "width": 48, "guidance_scale": guidance_scale, "capture": {**capture, **branches}}
+    changes = {
+        "images": 2,
+        "width": 48,
+        "guidance_scale": guidance_scale,
+        "capture": {**capture, **branches},
+    }
     before = bare(pipe, ask(tmp_path, **changes))
     run = take(tmp_path, pipe, **changes)
     assert_neutral(run, before)
     assert_no_hooks(pipe)
-    assert run.status == "complete" and run.tree["latents/latents"].attrs["recorded_dtype"] == str(dtype).removeprefix("torch.")
+    assert run.status == "complete" and run.tree["latents/latents"].attrs["recorded_dtype"] == str(
+        dtype
+    ).removeprefix("torch.")
     pixels, _ = model_for(pipe, run.experiment).decode(before[-1].next_latents)
     assert_same(run.images.values, pixels.numpy(), "pictures")
 
@@ -79,7 +108,7 @@ def test_meta_one_differing_bit_is_noticed(full: Run) -> None:
         assert_neutral(full, steps)
 
 
-# --- what stops a run ------------------------------------------------------------------------------------------------
+# --- what stops a run -----------------------------------------------------------------------------
 
 STOPS: dict[str, tuple[str, int, BaseException, type[BaseException], str, int]] = {
     # what: (component, at which of its calls, raised, seen by the caller, status, committed steps)
@@ -88,8 +117,16 @@ STOPS: dict[str, tuple[str, int, BaseException, type[BaseException], str, int]] 
     "exit": ("unet", 2, SystemExit(1), SystemExit, "interrupted", 2),
     "out of memory": ("unet", 7, MemoryError("no"), OutOfMemory, "failed", 7),
     "error at the first step": ("unet", 0, ValueError("no"), ValueError, "failed", 0),
-    # the first four calls of the text encoder hold its embeddings against the pipeline's own, before anything is written
-    "Ctrl-C in the text encoder": ("text_encoder", 5, KeyboardInterrupt(), KeyboardInterrupt, "interrupted", 0),
+    # the first four calls of the text encoder hold its embeddings against the pipeline's own,
+    # before anything is written
+    "Ctrl-C in the text encoder": (
+        "text_encoder",
+        5,
+        KeyboardInterrupt(),
+        KeyboardInterrupt,
+        "interrupted",
+        0,
+    ),
     # the VAE's first call fits the preview, its second draws the picture
     "error in the last decoding": ("decoder", 1, RuntimeError("no"), RuntimeError, "failed", 12),
 }
@@ -104,7 +141,9 @@ def test_whatever_stops_a_run_its_prefix_is_kept(what: str, reference: Run, tmp_
     with hooks.Hooks([(module, "input", at_call(call, throw(raised)))]):
         with pytest.raises(seen):
             record(asked, pipe, progress=False)
-        assert sum(hooks.count(part) for part in (pipe.unet, pipe.vae, pipe.text_encoder)) == 1  # ours
+        assert (
+            sum(hooks.count(part) for part in (pipe.unet, pipe.vae, pipe.text_encoder)) == 1
+        )  # ours
     assert_no_hooks(pipe)
     run = only(tmp_path)
     assert run.status == status == open_run("latest", tmp_path).status
@@ -132,47 +171,75 @@ def test_an_unwritable_step_stops_the_run_with_its_cause(reference: Run, tmp_pat
         take(tmp_path, steps=12, scheduler="DDIM")
     run = only(tmp_path)
     assert run.status == "failed"
-    (run.path / "latents" / "prediction" / "c.5.0.0.0.0").rmdir()  # what is no file is refused by readers
+    (
+        run.path / "latents" / "prediction" / "c.5.0.0.0.0"
+    ).rmdir()  # what is no file is refused by readers
     assert_prefix(run, reference, 5)
     assert_no_hooks(pipe)
 
 
-# --- round trip ------------------------------------------------------------------------------------------------------
+# --- round trip -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduler", ["default", "Euler"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_what_is_read_is_what_the_loop_yielded(prediction: str, scheduler: str, tmp_path: Path) -> None:
+def test_what_is_read_is_what_the_loop_yielded(
+    prediction: str, scheduler: str, tmp_path: Path
+) -> None:
     pipe = pipeline(prediction=prediction)
     run = take(tmp_path, pipe, scheduler=scheduler, images=2, capture=OFF)
     assert run.attributes["prediction_type"] == prediction
-    assert run.attributes["latent_convention"] == ("variance_exploding" if scheduler == "Euler" else "variance_preserving")
+    assert run.attributes["latent_convention"] == (
+        "variance_exploding" if scheduler == "Euler" else "variance_preserving"
+    )
     steps = bare(pipe, run.experiment)
     assert len(steps) == run.latents.sizes["step"] == (5 if scheduler == "default" else 4)
     eps, v, denoised = run.eps(), run.v(), run.denoised()
-    assert [tuple(map(float, row)) for row in zip(*(run.variable(name).values for name in ("timestep", "sigma", "alpha_bar")), strict=True)] == [
-        (step.timestep, step.sigma, step.alpha_bar) for step in steps
-    ]
+    assert [
+        tuple(map(float, row))
+        for row in zip(
+            *(run.variable(name).values for name in ("timestep", "sigma", "alpha_bar")), strict=True
+        )
+    ] == [(step.timestep, step.sigma, step.alpha_bar) for step in steps]
     for index, step in enumerate(steps):
         assert_same(run.latents.values[index], step.latents.numpy(), "latents")
-        for branch, tensor in ((None, step.prediction), ("cond", step.prediction_cond), ("uncond", step.prediction_uncond)):
-            assert_same(run.prediction(branch).values[index], tensor.numpy(), f"prediction {branch}")
+        for branch, tensor in (
+            (None, step.prediction),
+            ("cond", step.prediction_cond),
+            ("uncond", step.prediction_uncond),
+        ):
+            assert_same(
+                run.prediction(branch).values[index], tensor.numpy(), f"prediction {branch}"
+            )
         for read, own in ((eps, step.eps), (v, step.v), (denoised, step.denoised)):
             assert read.dims == run.latents.dims and read.dtype == np.float32
-            np.testing.assert_allclose(read.values[index], own.numpy(), rtol=1e-5, atol=1e-5 * float(own.abs().max()))
+            np.testing.assert_allclose(
+                read.values[index], own.numpy(), rtol=1e-5, atol=1e-5 * float(own.abs().max())
+            )
 
 
 def test_each_branch_has_its_own_derived_quantities(full: Run) -> None:
     a = full.variable("alpha_bar")
     for branch in ("cond", "uncond", None):
         mixed = a**0.5 * full.denoised(branch) + (1 - a) ** 0.5 * full.eps(branch)
-        np.testing.assert_allclose(mixed.transpose(*full.latents.dims).values, full.latents.values, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            mixed.transpose(*full.latents.dims).values, full.latents.values, rtol=1e-4, atol=1e-4
+        )
     assert not np.array_equal(full.eps("cond").values, full.eps("uncond").values)
 
 
 def test_an_experiment_comes_back_as_it_was_asked(full: Run) -> None:
-    asked = ask(full.path.parent, images=2, width=48, capture=FULL, decode_every=2, negative_prompt="scuba diving")
-    asked = load_experiment(asked, model=full.attributes["model"]["name"])  # the pipeline that was passed
+    asked = ask(
+        full.path.parent,
+        images=2,
+        width=48,
+        capture=FULL,
+        decode_every=2,
+        negative_prompt="scuba diving",
+    )
+    asked = load_experiment(
+        asked, model=full.attributes["model"]["name"]
+    )  # the pipeline that was passed
     assert full.experiment == asked and full.attributes["identity"] == asked.identity()
 
 
@@ -184,12 +251,17 @@ def test_without_guidance_there_is_no_uncond_prediction(tmp_path: Path) -> None:
         run.prediction("uncond")
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def test_the_text_group_equals_transformers(full: Run) -> None:
-    group, encoder = full.tree["text/text_encoder"], copy.deepcopy(pipeline().text_encoder)  # transformers leaves its own hooks in it
-    eager = CLIPTextModel._from_config(copy.deepcopy(encoder.config), attn_implementation="eager")  # it changes the config it is given
+    group, encoder = (
+        full.tree["text/text_encoder"],
+        copy.deepcopy(pipeline().text_encoder),
+    )  # transformers leaves its own hooks in it
+    eager = CLIPTextModel._from_config(
+        copy.deepcopy(encoder.config), attn_implementation="eager"
+    )  # it changes the config it is given
     eager.load_state_dict(encoder.state_dict())
     for index, text in enumerate(("scuba diving", PROMPT)):  # uncond, cond
         ids = tiny.tokenizer()(text, padding="max_length", return_tensors="pt").input_ids
@@ -201,26 +273,72 @@ def test_the_text_group_equals_transformers(full: Run) -> None:
         assert_same(branch["output"].values, plain.last_hidden_state[0].numpy(), "output")
         assert_same(branch["embedding"].values, plain.hidden_states[0][0].numpy(), "embedding")
         layers = len(encoder.encoder.layers)
-        assert branch["hidden"].sizes["text_layer"] == branch["attention"].sizes["text_layer"] == layers == len(slow.attentions)
+        assert (
+            branch["hidden"].sizes["text_layer"]
+            == branch["attention"].sizes["text_layer"]
+            == layers
+            == len(slow.attentions)
+        )
         assert_same(branch["hidden"].values[0], plain.hidden_states[1][0].numpy(), "hidden")
-        np.testing.assert_allclose(branch["output"].values, slow.last_hidden_state[0].numpy(), atol=1e-5)
-        last = encoder.final_layer_norm(torch.from_numpy(branch["hidden"].values[-1])).detach().numpy()
+        np.testing.assert_allclose(
+            branch["output"].values, slow.last_hidden_state[0].numpy(), atol=1e-5
+        )
+        last = (
+            encoder.final_layer_norm(torch.from_numpy(branch["hidden"].values[-1])).detach().numpy()
+        )
         np.testing.assert_allclose(last, branch["output"].values, atol=1e-5)
         for layer in range(layers):
-            np.testing.assert_allclose(branch["attention"].values[layer], slow.attentions[layer][0].numpy(), atol=1e-3)
-            assert (branch["attention"].values[layer][:, *np.triu_indices(77, 1)] == 0).all()  # nobody looks ahead
+            np.testing.assert_allclose(
+                branch["attention"].values[layer], slow.attentions[layer][0].numpy(), atol=1e-3
+            )
+            assert (
+                branch["attention"].values[layer][:, *np.triu_indices(77, 1)] == 0
+            ).all()  # nobody looks ahead
 
 
 def test_tokens_carry_their_words(tmp_path: Path) -> None:
     run = take(tmp_path, prompt="a cat, astronaut on THE qat", negative_prompt="hat", steps=1)
-    cond, uncond = (run.tree["text/text_encoder"].to_dataset().sel(branch=branch) for branch in ("cond", "uncond"))
-    texts = ["<|startoftext|>", "a", "cat", ",", "astronaut", "on", "the", "q", "a", "t", "<|endoftext|>"]
+    cond, uncond = (
+        run.tree["text/text_encoder"].to_dataset().sel(branch=branch)
+        for branch in ("cond", "uncond")
+    )
+    texts = [
+        "<|startoftext|>",
+        "a",
+        "cat",
+        ",",
+        "astronaut",
+        "on",
+        "the",
+        "q",
+        "a",
+        "t",
+        "<|endoftext|>",
+    ]
     assert list(cond["token_text"].values[:11]) == texts
-    assert list(cond["word"].values[:12]) == ["", "a", "cat", "", "astronaut", "on", "THE", "qat", "qat", "qat", "", ""]
+    assert list(cond["word"].values[:12]) == [
+        "",
+        "a",
+        "cat",
+        "",
+        "astronaut",
+        "on",
+        "THE",
+        "qat",
+        "qat",
+        "qat",
+        "",
+        "",
+    ]
     assert list(cond["word_index"].values[:12]) == [-1, 0, 1, -1, 2, 3, 4, 5, 5, 5, -1, -1]
-    assert list(uncond["word"].values[:3]) == ["", "hat", ""] and list(uncond["token"].values) == list(range(77))
+    assert list(uncond["word"].values[:3]) == ["", "hat", ""] and list(
+        uncond["token"].values
+    ) == list(range(77))
     maps = run.attention()
-    assert list(maps["branch"].values) == ["cond"] and list(maps["token"].values) == [*range(11), -1]
+    assert list(maps["branch"].values) == ["cond"] and list(maps["token"].values) == [
+        *range(11),
+        -1,
+    ]
     assert list(maps["token_text"].sel(branch="cond").values) == [*texts, "rest"]
     assert list(maps["word"].sel(branch="cond").values[-5:]) == ["qat", "qat", "qat", "", ""]
     assert run.tokens()[:11] == texts and run.tokens("uncond")[1] == "hat"
@@ -228,12 +346,17 @@ def test_tokens_carry_their_words(tmp_path: Path) -> None:
 
 
 def test_both_branches_keep_as_many_tokens_as_the_longer_prompt(full: Run) -> None:
-    asked = ask(full.path.parent, prompt="cat", negative_prompt="a cat on the hat", capture={"branches": "both"})
+    asked = ask(
+        full.path.parent,
+        prompt="cat",
+        negative_prompt="a cat on the hat",
+        capture={"branches": "both"},
+    )
     kept = plan(model_for(pipeline(), asked), asked).kept
     assert kept.positions == (*range(7), -1)
 
 
-# --- stock xarray ----------------------------------------------------------------------------------------------------
+# --- stock xarray ---------------------------------------------------------------------------------
 
 READER = """
 import json, sys, warnings
@@ -253,7 +376,13 @@ print(json.dumps(found))
 
 def read_elsewhere(path: Path) -> dict[str, Any]:
     """What a fresh process with nothing but xarray finds, with every warning an error."""
-    done = subprocess.run([sys.executable, "-c", READER, str(path)], capture_output=True, text=True, cwd="/", timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(path)],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        timeout=120,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -269,7 +398,14 @@ def test_stock_xarray_reads_a_complete_run(full: Run) -> None:
     found = read_elsewhere(full.path)
     assert found["status"] == "complete" and all(found["committed"])
     assert_read(found, full)
-    assert {"/attention/8x12", "/attention/4x6", "/unet/mid_block", "/vae/decoder.mid_block", "/cost", "/preview"} <= set(found["groups"])
+    assert {
+        "/attention/8x12",
+        "/attention/4x6",
+        "/unet/mid_block",
+        "/vae/decoder.mid_block",
+        "/cost",
+        "/preview",
+    } <= set(found["groups"])
 
 
 def test_stock_xarray_reads_a_run_that_is_being_written(reference: Run, tmp_path: Path) -> None:
@@ -292,41 +428,63 @@ def test_stock_xarray_reads_a_run_that_is_being_written(reference: Run, tmp_path
     assert only(tmp_path).status == "complete"
 
 
-# --- forecast --------------------------------------------------------------------------------------------------------
+# --- forecast -------------------------------------------------------------------------------------
 
 
 def held(run: Run, settled: Plan) -> dict[str, int]:
-    """Bytes of the values that the recording holds, by variable: steps that are NaN throughout were not recorded."""
+    """Bytes of the values that the recording holds, by variable: steps that are NaN throughout were
+    not recorded.
+    """
     sizes = {}
     for a in settled.arrays:
         values = run.tree[a.path].values
         if a.dtype == "str":
             sizes[a.path] = sum(len(str(text).encode()) + 4 for text in values.ravel())
         else:
-            empty = [bool(np.isnan(row).all()) for row in values] if a.per_step and values.dtype.kind == "f" else []
-            sizes[a.path] = values.nbytes - sum(empty) * (values.nbytes // len(values) if empty else 0)
+            empty = (
+                [bool(np.isnan(row).all()) for row in values]
+                if a.per_step and values.dtype.kind == "f"
+                else []
+            )
+            sizes[a.path] = values.nbytes - sum(empty) * (
+                values.nbytes // len(values) if empty else 0
+            )
     return sizes
 
 
-@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, "all"), (torch.bfloat16, "::3")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "steps"), [(torch.float32, "all"), (torch.bfloat16, "::3")], ids=str
+)
 def test_the_forecast_is_what_was_written(dtype: torch.dtype, steps: str, tmp_path: Path) -> None:
     changes = {"images": 2, "width": 48, "decode_every": 2, "capture": {**FULL, "steps": steps}}
     run = take(tmp_path, pipeline(dtype), **changes)
     settled = plan(model_for(pipeline(dtype), run.experiment), run.experiment)
     forecast, found = settled.forecast(), held(run, settled)
     assert sum(forecast.values()) == pytest.approx(sum(found.values()), rel=0.02)
-    wrong = {a.path: (forecast[a.path], found[a.path]) for a in settled.arrays if a.dtype != "str" and forecast[a.path] != found[a.path]}
+    wrong = {
+        a.path: (forecast[a.path], found[a.path])
+        for a in settled.arrays
+        if a.dtype != "str" and forecast[a.path] != found[a.path]
+    }
     assert not wrong
-    variables = {f"{node.path}/{name}".strip("/") for node in run.tree.subtree for name in node.to_dataset(inherit=False).variables}
+    variables = {
+        f"{node.path}/{name}".strip("/")
+        for node in run.tree.subtree
+        for name in node.to_dataset(inherit=False).variables
+    }
     assert variables == {a.path for a in settled.arrays}
     for a in settled.arrays:
         assert run.tree[a.path].dims == a.dims and run.tree[a.path].shape == a.shape
 
 
-def test_a_recording_that_is_too_large_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_recording_that_is_too_large_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
     asked = ask(tmp_path / "runs", capture=FULL)
     size = sum(plan(model_for(pipeline(), asked), asked).forecast().values())
-    with pytest.raises(TooLarge, match=r"more than --max-bytes.*\nMost of it is attention/8x8/cross") as caught:
+    with pytest.raises(
+        TooLarge, match=r"more than --max-bytes.*\nMost of it is attention/8x8/cross"
+    ) as caught:
         record(asked, pipeline(), max_bytes=size - 1, progress=False)
     assert caught.value.exit_code == 2
     assert not list(tmp_path.iterdir())
@@ -336,13 +494,21 @@ def test_a_recording_that_is_too_large_is_refused_before_anything_is_written(tmp
 def test_a_plan_needs_no_weights(tmp_path: Path) -> None:
     pipeline().save_pretrained(tmp_path)
     asked = ask(tmp_path / "runs", images=2, width=48, capture=FULL, decode_every=1)
-    plans = [plan(load(str(tmp_path), device="cpu", weights=weights), asked) for weights in (True, False)]
-    with_weights, without = ([(a.path, a.shape, a.dtype, a.dims, a.nbytes) for a in p.arrays] for p in plans)
+    plans = [
+        plan(load(str(tmp_path), device="cpu", weights=weights), asked) for weights in (True, False)
+    ]
+    with_weights, without = (
+        [(a.path, a.shape, a.dtype, a.dims, a.nbytes) for a in p.arrays] for p in plans
+    )
     assert with_weights == without
-    assert plans[0].rehearsal == plans[1].rehearsal == plan(StableDiffusion.of(pipeline()), asked).rehearsal
+    assert (
+        plans[0].rehearsal
+        == plans[1].rehearsal
+        == plan(StableDiffusion.of(pipeline()), asked).rehearsal
+    )
 
 
-# --- values that are not finite --------------------------------------------------------------------------------------
+# --- values that are not finite -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -375,7 +541,10 @@ def test_infinity_stops_the_run_even_at_its_last_step(tmp_path: Path) -> None:
         with torch.no_grad():
             pipe.unet.conv_out.bias.fill_(float("inf"))
 
-    with hooks.Hooks([(pipe.unet, "input", at_call(3, spoil))]), pytest.raises(NotFinite, match="prediction_uncond holds infinity at step 3"):
+    with (
+        hooks.Hooks([(pipe.unet, "input", at_call(3, spoil))]),
+        pytest.raises(NotFinite, match="prediction_uncond holds infinity at step 3"),
+    ):
         take(tmp_path, pipe, steps=4, scheduler="DDIM")
     assert only(tmp_path).status == "failed"
 
@@ -389,20 +558,31 @@ def test_a_vae_that_overflows_is_run_again_in_float32(tmp_path: Path) -> None:
     weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
     run = take(tmp_path / "overflow", pipe, decode_every=2)
     assert run.attributes["decoded_in_float32"] is True and run.status == "complete"
-    assert run.images.values.std() > 1 and run.tree["decoded/picture"].values.std() > 1, "the picture is black"
+    assert run.images.values.std() > 1 and run.tree["decoded/picture"].values.std() > 1, (
+        "the picture is black"
+    )
     assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
     assert_same(run.latents.values, plain.latents.values, "latents")  # float16 throughout
     assert run.latents.dtype == np.float16 and np.isfinite(run.tree["vae/statistics"].values).all()
 
 
-# --- pictures and words ----------------------------------------------------------------------------------------------
+# --- pictures and words ---------------------------------------------------------------------------
 
 
-def test_pictures_carry_their_experiment_and_are_not_in_the_manifest(full: Run, reference: Run) -> None:
+def test_pictures_carry_their_experiment_and_are_not_in_the_manifest(
+    full: Run, reference: Run
+) -> None:
     manifest = json.loads((full.path / MANIFEST).read_text())
     assert "zarr.json" in manifest and not [name for name in manifest if name.endswith(".png")]
-    assert {file.name for file in full.path.glob("*.png")} == {"picture-0.png", "picture-1.png", "contact-sheet.png"}
-    assert {file.name for file in reference.path.glob("*.png")} == {"picture.png", "contact-sheet.png"}
+    assert {file.name for file in full.path.glob("*.png")} == {
+        "picture-0.png",
+        "picture-1.png",
+        "contact-sheet.png",
+    }
+    assert {file.name for file in reference.path.glob("*.png")} == {
+        "picture.png",
+        "contact-sheet.png",
+    }
     for run in (full, reference):
         for file in run.path.glob("*.png"):
             with Image.open(file) as picture:
@@ -413,7 +593,9 @@ def test_pictures_carry_their_experiment_and_are_not_in_the_manifest(full: Run, 
             assert_same(np.asarray(picture), full.images.values[index], "picture")
 
 
-@pytest.mark.parametrize("prompt", ["", "!? ...", "<b>a cat</b> & <script>alert(1)</script>", "猫 ÿ 🐈"])
+@pytest.mark.parametrize(
+    "prompt", ["", "!? ...", "<b>a cat</b> & <script>alert(1)</script>", "猫 ÿ 🐈"]
+)
 def test_any_prompt_can_be_recorded_and_shown(prompt: str, tmp_path: Path) -> None:
     run = take(tmp_path, prompt=prompt, steps=2)
     assert run.status == "complete" and run.experiment.prompt == prompt
@@ -437,7 +619,11 @@ def test_decoded_pictures_are_those_of_the_models_own_decoding(full: Run) -> Non
     decoded = full.tree["decoded"].to_dataset()
     assert list(decoded["decoded_step"].values) == [0, 2, 4]
     for index in (0, 2, 4):
-        assert_same(decoded["picture"].sel(decoded_step=index).values, model.decode(steps[index].denoised)[0].numpy(), f"picture {index}")
+        assert_same(
+            decoded["picture"].sel(decoded_step=index).values,
+            model.decode(steps[index].denoised)[0].numpy(),
+            f"picture {index}",
+        )
 
 
 def test_previews_have_the_colours_of_the_latents(full: Run) -> None:
@@ -451,13 +637,17 @@ def test_previews_have_the_colours_of_the_latents(full: Run) -> None:
 def test_with_everything_off_there_are_latents_and_pictures(tmp_path: Path) -> None:
     run = take(tmp_path, capture=OFF)
     assert set(run.tree.children) == {"latents", "images", "preview", "cost"}
-    assert run.grids == [] and (run.path / "contact-sheet.png").is_file() and "attention       none" in repr(run)
+    assert (
+        run.grids == []
+        and (run.path / "contact-sheet.png").is_file()
+        and "attention       none" in repr(run)
+    )
     assert {check.verdict for check in verify(run)} == {"exact", "not checked"}
     with pytest.raises(FileNotFoundError, match="no attention maps"):
         run.attention()
 
 
-# --- some steps only, and sums ---------------------------------------------------------------------------------------
+# --- some steps only, and sums --------------------------------------------------------------------
 
 
 def test_unrecorded_steps_are_nan_and_flagged(tmp_path: Path, full: Run) -> None:
@@ -467,39 +657,58 @@ def test_unrecorded_steps_are_nan_and_flagged(tmp_path: Path, full: Run) -> None
         group = run.tree[f"attention/{grid}"]
         assert list(group["recorded"].values) == [0, 1, 0, 0, 1]
         for name in ("cross", "moments"):
-            assert list(np.isnan(group[name].values).all(axis=tuple(range(1, group[name].ndim)))) == [True, False, True, True, False]
+            assert list(
+                np.isnan(group[name].values).all(axis=tuple(range(1, group[name].ndim)))
+            ) == [True, False, True, True, False]
         assert list(run.attention(grid).step.values) == [1, 4]
-        assert_same(run.attention(grid).values, full.attention(grid).sel(step=[1, 4]).values, "maps")
+        assert_same(
+            run.attention(grid).values, full.attention(grid).sel(step=[1, 4]).values, "maps"
+        )
         summed = probabilities(run.attention(grid).values).sum(axis=0)
         np.testing.assert_allclose(group["time_sum"].values, summed, atol=1e-5)
     for name in ("unet/statistics", "unet/mid_block/activation"):
         assert_same(run.tree[name].values[[1, 4]], full.tree[name].values[[1, 4]], name)
         assert np.isnan(run.tree[name].values[[0, 2, 3]]).all()
     assert run.overview().step.values.tolist() == [1, 4]
-    np.testing.assert_allclose(run.overview().values, full.overview().sel(step=[1, 4]).values, atol=1e-5)
+    np.testing.assert_allclose(
+        run.overview().values, full.overview().sel(step=[1, 4]).values, atol=1e-5
+    )
     assert_same(run.latents.values, full.latents.values, "latents")
 
 
 def test_time_sum_is_the_sum_of_the_maps(full: Run) -> None:
     for grid in full.grids:
         summed = probabilities(full.attention(grid).values).sum(axis=0)
-        np.testing.assert_allclose(full.tree[f"attention/{grid}/time_sum"].values, summed, atol=1e-5)
+        np.testing.assert_allclose(
+            full.tree[f"attention/{grid}/time_sum"].values, summed, atol=1e-5
+        )
 
 
 def test_the_overview_is_the_mean_of_the_maps(full: Run) -> None:
-    """On a grid of its own: layers are weighted alike, and a coarse one is stretched by torch's interpolation."""
+    """On a grid of its own: layers are weighted alike, and a coarse one is stretched by torch's
+    interpolation.
+    """
     total = np.zeros((5, 77, 8, 12), np.float32)
     for grid in full.grids:
-        maps = torch.from_numpy(probabilities(full.attention(grid).sel(branch="cond").values)).mean(dim=(2, 4)).sum(dim=2)
+        maps = (
+            torch.from_numpy(probabilities(full.attention(grid).sel(branch="cond").values))
+            .mean(dim=(2, 4))
+            .sum(dim=2)
+        )
         total += torch.nn.functional.interpolate(maps, size=(8, 12), mode="bilinear").numpy()
     assert full.grids == ["8x12", "4x6"]
     np.testing.assert_allclose(full.overview().values, total / 4, atol=1e-5)
     np.testing.assert_allclose(full.overview().sum("token").values, 1, atol=1e-3)
 
 
-def test_an_unfinished_run_computes_what_a_finished_one_stores(reference: Run, tmp_path: Path) -> None:
+def test_an_unfinished_run_computes_what_a_finished_one_stores(
+    reference: Run, tmp_path: Path
+) -> None:
     pipe = pipeline()
-    with hooks.Hooks([(pipe.unet, "input", at_call(5, throw(KeyboardInterrupt())))]), pytest.raises(KeyboardInterrupt):
+    with (
+        hooks.Hooks([(pipe.unet, "input", at_call(5, throw(KeyboardInterrupt())))]),
+        pytest.raises(KeyboardInterrupt),
+    ):
         take(tmp_path, steps=12, scheduler="DDIM")
     run = only(tmp_path)
     finished = reference.overview().isel(step=slice(0, 5))
@@ -511,14 +720,22 @@ def test_an_unfinished_run_computes_what_a_finished_one_stores(reference: Run, t
     np.testing.assert_allclose(run.word_overview().values, words.values, atol=1e-5)
 
 
-# --- the rest --------------------------------------------------------------------------------------------------------
+# --- the rest -------------------------------------------------------------------------------------
 
 
 def test_cost_is_measured(full: Run) -> None:
     cost = full.tree["cost"].to_dataset()
-    assert (cost["flops"].values > 0).all() and (cost["seconds"].values > 0).all() and int(cost["peak_memory"]) > 1e7
-    assert (cost["step_seconds"].values >= cost["unet_seconds"].values).all() and (cost["unet_seconds"].values > 0).all()
-    assert float(cost["seconds"].sel(component="unet")) == pytest.approx(float(cost["unet_seconds"].sum()))
+    assert (
+        (cost["flops"].values > 0).all()
+        and (cost["seconds"].values > 0).all()
+        and int(cost["peak_memory"]) > 1e7
+    )
+    assert (cost["step_seconds"].values >= cost["unet_seconds"].values).all() and (
+        cost["unet_seconds"].values > 0
+    ).all()
+    assert float(cost["seconds"].sel(component="unet")) == pytest.approx(
+        float(cost["unet_seconds"].sum())
+    )
 
 
 def test_parameters_and_weight_bytes_are_those_in_memory(full: Run) -> None:
@@ -548,16 +765,23 @@ def test_a_shared_parameter_counts_once_in_each_component(tmp_path: Path) -> Non
 
 def test_the_bundled_model_counts_as_its_weights_file_does(tmp_path: Path) -> None:
     model = load("emojiworld")
-    made = plan(model, load_experiment({"model": "emojiworld", "steps": 2, "output": str(tmp_path)}))
+    made = plan(
+        model, load_experiment({"model": "emojiworld", "steps": 2, "output": str(tmp_path)})
+    )
     arrays = {a.path: a.value for a in made.arrays}
     found = dict(zip(arrays["cost/component"], arrays["cost/parameters"].tolist(), strict=True))
-    assert found == {name: sum(p.numel() for p in module.parameters()) for name, module in model.components().items()}
+    assert found == {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.components().items()
+    }
     assert min(found.values()) > 10_000
 
 
 def test_two_runs_of_one_experiment_are_two_recordings(tmp_path: Path) -> None:
     first, second = take(tmp_path, steps=1, capture=OFF), take(tmp_path, steps=1, capture=OFF)
-    assert first.path != second.path and first.attributes["identity"] == second.attributes["identity"]
+    assert (
+        first.path != second.path and first.attributes["identity"] == second.attributes["identity"]
+    )
     xr.testing.assert_identical(first.latents.drop_attrs(), second.latents.drop_attrs())
 
 

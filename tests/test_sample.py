@@ -32,12 +32,25 @@ def test_it_is_small_and_verifies() -> None:
     assert run.status == "complete" and run.experiment.prompt == "An astronaut scuba diving"
     assert {check.name: check.detail for check in verify(run) if check.verdict == "failed"} == {}
     assert open_run("sample").path == run.path, "unpacked once"
-    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name], "nothing else is left"
+    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name], (
+        "nothing else is left"
+    )
 
 
 def test_a_first_look_needs_no_torch() -> None:
-    code = "import sys, probe; run = probe.open_run('sample'); run.word_maps(); run.words; assert 'torch' not in sys.modules, 'torch'; print(run)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False, timeout=120)
+    code = (
+        "import sys, probe; run = probe.open_run('sample'); run.word_maps(); run.words; assert "
+        "'torch' not in sys.modules, 'torch'; print(run)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert shown.returncode == 0, shown.stderr
     assert "An astronaut scuba diving" in shown.stdout
 
@@ -52,15 +65,22 @@ def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         assert all(name.startswith("sample.zarr/") for name in archive.namelist())
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RecordingNotFound, match="cannot be unpacked"):
         open_run("sample")
 
 
-@pytest.mark.parametrize(("kind", "remedy"), [("ENOSPC", "with room"), ("EDQUOT", "with room"), ("EROFS", "that can be written")])
-def test_a_cache_disk_that_takes_nothing(kind: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [("ENOSPC", "with room"), ("EDQUOT", "with room"), ("EROFS", "that can be written")],
+)
+def test_a_cache_disk_that_takes_nothing(
+    kind: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trouble = OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
 
     def full(*_: object, **__: object) -> Any:
@@ -70,14 +90,27 @@ def test_a_cache_disk_that_takes_nothing(kind: str, remedy: str, tmp_path: Path,
     with pytest.raises(RecordingNotFound) as caught:
         open_run("sample")
     assert str(tmp_path / "cache") in caught.value.cause and trouble.strerror in caught.value.cause
-    assert caught.value.remedy == f"Set XDG_CACHE_HOME to a folder {remedy}." and not (tmp_path / "cache").exists()
+    assert (
+        caught.value.remedy == f"Set XDG_CACHE_HOME to a folder {remedy}."
+        and not (tmp_path / "cache").exists()
+    )
 
 
 @pytest.mark.parametrize("name", ["sample", str(sample.ARCHIVE)], ids=["sample", "zip"])
 def test_a_limit_on_files_is_no_fault_of_the_zip(name: str, tmp_path: Path) -> None:
     command = f"ulimit -f 20; exec {sys.executable} -m probe show {name}"
     done = subprocess.run(
-        ["/bin/sh", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, check=False
+        ["/bin/sh", "-c", command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 2 and f"cannot be unpacked into {tmp_path / 'cache'}" in done.stderr, done.stderr
-    assert done.stderr.endswith("Set XDG_CACHE_HOME to a folder with room.\n") and not (tmp_path / "cache").exists()
+    assert (
+        done.returncode == 2 and f"cannot be unpacked into {tmp_path / 'cache'}" in done.stderr
+    ), done.stderr
+    assert (
+        done.stderr.endswith("Set XDG_CACHE_HOME to a folder with room.\n")
+        and not (tmp_path / "cache").exists()
+    )

@@ -1,7 +1,9 @@
-"""What is derived from a scheduler is what it says, or the scheduler is refused by name before anything is written.
+"""What is derived from a scheduler is what it says, or the scheduler is refused by name before
+anything is written.
 
-Every pair of options of each of the 14 schedulers is met in a covering array; what is accepted is computed again in another way than
-`probe.diffusion.schedule_check` does it. Two thousand random combinations run with `-m slow`.
+Every pair of options of each of the 14 schedulers is met in a covering array; what is accepted is
+computed again in another way than `probe.diffusion.schedule_check` does it. Two thousand random
+combinations run with `-m slow`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ import xarray as xr
 from PIL import Image
 
 from probe.analysis import by_sigma
-from probe.conversions import clipped, clipping, denoised_from, sigma_from_alpha_bar, variance_preserving
+from probe.conversions import (
+    clipped,
+    clipping,
+    denoised_from,
+    sigma_from_alpha_bar,
+    variance_preserving,
+)
 from probe.diffusion import sampling
 from probe.diffusion.schedule import Schedule, first_call, fresh
 from probe.diffusion.schedule_check import proven
@@ -55,7 +63,14 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "steps_offset": (0, 1),
     "rescale_betas_zero_snr": FLAG,
-    "sigmas": ("plain", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
+    "sigmas": (
+        "plain",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+        "use_flow_sigmas",
+    ),
     "final_sigmas_type": ("zero", "sigma_min"),
     "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
     "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"),
@@ -68,7 +83,15 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "clip_sample_range": (1.0, 2.0),
     "sample_max_value": (1.0, 3.0),
     "dynamic_thresholding_ratio": (0.995, 0.8),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"),
+    "variance_type": (
+        None,
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        "learned",
+        "learned_range",
+    ),
     "interpolation_type": ("linear", "log_linear"),
     "timestep_type": ("discrete", "continuous"),
     "use_dynamic_shifting": FLAG,
@@ -80,10 +103,31 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "sigma_max": (None, 5.0),
 }
 ELSEWHERE = {  # options that have a test of their own or no values of their own, by name
-    *("num_train_timesteps", "beta_start", "beta_end", "sigma_min", "solver_p", "disable_corrector", "shift_terminal", "flow_shift"),
-    *("time_shift_type", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
+    *(
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "sigma_min",
+        "solver_p",
+        "disable_corrector",
+        "shift_terminal",
+        "flow_shift",
+    ),
+    *(
+        "time_shift_type",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+        "use_flow_sigmas",
+    ),
 }
-SLOW = ("KDPM2", "KDPM2Ancestral", "Heun", "LMS")  # to build one takes 0.1 s for 1000 timesteps of training
+SLOW = (
+    "KDPM2",
+    "KDPM2Ancestral",
+    "Heun",
+    "LMS",
+)  # to build one takes 0.1 s for 1000 timesteps of training
 STEPS = 8
 Case = dict[str, Any]
 
@@ -93,9 +137,14 @@ def options_of(name: str) -> dict[str, tuple[Any, ...]]:
     assert set(known) <= {"self", *OPTIONS, *ELSEWHERE}, f"{name} has options that are never tried"
     kinds = {option: values for option, values in OPTIONS.items() if option in known}
     if name in SLOW:
-        kinds |= {"num_train_timesteps": (100,), "trained_betas": (None, tuple(np.linspace(1e-2, 2e-1, 100).tolist()))}
+        kinds |= {
+            "num_train_timesteps": (100,),
+            "trained_betas": (None, tuple(np.linspace(1e-2, 2e-1, 100).tolist())),
+        }
     if "use_karras_sigmas" in known:
-        kinds["sigmas"] = tuple(kind for kind in OPTIONS["sigmas"] if kind == "plain" or kind in known)
+        kinds["sigmas"] = tuple(
+            kind for kind in OPTIONS["sigmas"] if kind == "plain" or kind in known
+        )
     return kinds
 
 
@@ -106,17 +155,27 @@ def pairs(row: dict[str, int]) -> set[tuple[str, int, str, int]]:
 @functools.cache
 def all_pairs(name: str) -> frozenset[tuple[str, int, str, int]]:
     sizes = {option: range(len(values)) for option, values in options_of(name).items()}
-    return frozenset((a, x, b, y) for a, b in itertools.combinations(sizes, 2) for x in sizes[a] for y in sizes[b])
+    return frozenset(
+        (a, x, b, y)
+        for a, b in itertools.combinations(sizes, 2)
+        for x in sizes[a]
+        for y in sizes[b]
+    )
 
 
 @functools.cache
 def pairwise(name: str) -> list[dict[str, int]]:
-    """Rows of indices that meet every pair of options: each begins with a missing pair, and of some random ones is that which meets most."""
+    """Rows of indices that meet every pair of options: each begins with a missing pair, and of some
+    random ones is that which meets most.
+    """
     options, rng = options_of(name), random.Random(0)
     missing, rows = set(all_pairs(name)), []
     while missing:
         a, x, b, y = min(missing)
-        drawn = [{**{key: rng.randrange(len(values)) for key, values in options.items()}, a: x, b: y} for _ in range(20)]
+        drawn = [
+            {**{key: rng.randrange(len(values)) for key, values in options.items()}, a: x, b: y}
+            for _ in range(20)
+        ]
         rows.append(max(drawn, key=lambda row: len(pairs(row) & missing)))
         missing -= pairs(rows[-1])
     return rows
@@ -129,14 +188,20 @@ def model_of(prediction: str) -> StableDiffusion:
 
 def asked(case: Case) -> tuple[str, dict[str, Any]]:
     """A case's prediction type, and its options as somebody would write them."""
-    options = {key: value for key, value in case.items() if key not in ("prediction_type", "sigmas") and value is not None}
+    options = {
+        key: value
+        for key, value in case.items()
+        if key not in ("prediction_type", "sigmas") and value is not None
+    }
     if (sigmas := case.get("sigmas", "plain")) != "plain":
         options[sigmas] = True
     return case["prediction_type"], options
 
 
 def hold(name: str, case: Case, steps: int = STEPS) -> str:
-    """Whether a case is accepted; if so its numbers are right, and if not it is refused by name, with a remedy."""
+    """Whether a case is accepted; if so its numbers are right, and if not it is refused by name,
+    with a remedy.
+    """
     prediction, options = asked(case)
     kind = SCHEDULERS[name][0]
     try:
@@ -146,14 +211,21 @@ def hold(name: str, case: Case, steps: int = STEPS) -> str:
         said = error.cause + error.remedy
         assert kind in said and error.remedy and "\n" not in said, said  # noqa: PT017
         if found := re.match(r"Set (\w+): (\S+) in scheduler_options", error.remedy):
-            proven(model_of(prediction).with_scheduler(name, {**options, found[1]: json.loads(found[2])}).scheduler, steps)
+            proven(
+                model_of(prediction)
+                .with_scheduler(name, {**options, found[1]: json.loads(found[2])})
+                .scheduler,
+                steps,
+            )
         return "refused"
     independently(scheduler, schedule, steps, prediction)
     return "accepted"
 
 
 def independently(scheduler: Any, schedule: Schedule, steps: int, prediction: str) -> None:
-    """Hold a schedule against random latents and predictions, which no model would make, and against the training's betas."""
+    """Hold a schedule against random latents and predictions, which no model would make, and
+    against the training's betas.
+    """
     second = fresh(scheduler, clip_sample=False, thresholding=False)
     second.set_timesteps(steps)
     generator = torch.Generator().manual_seed(5)
@@ -179,32 +251,47 @@ def independently(scheduler: Any, schedule: Schedule, steps: int, prediction: st
             own, x0 = made.denoised, whole * x0 + skip * latents
         elif own is None and hasattr(second, "model_outputs"):
             own = second.model_outputs[-1]
-            keeps_eps = second.config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver", "deis") or not second.config.get("predict_x0", True)
+            keeps_eps = second.config.get("algorithm_type") in (
+                "dpmsolver",
+                "sde-dpmsolver",
+                "deis",
+            ) or not second.config.get("predict_x0", True)
             if keeps_eps or "DEIS" in type(second).__name__:
                 x0 = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
         if own is not None:
             torch.testing.assert_close(own, x0, rtol=2e-3, atol=2e-3 * float(x0.abs().max()))
         else:  # PNDM: the same alphas as DDIM
             assert alpha_bar == float(second.alphas_cumprod[int(t)])
-        # Zero terminal SNR is some other large number in some schedulers; and two options of Euler's have timesteps that are no places in the table.
+        # Zero terminal SNR is some other large number in some schedulers; and two options of
+        # Euler's have timesteps that are no places in the table.
         if (
             sigma < 1000
             and "snr_shift_scale" not in second.config
             and second.config.get("timestep_type") != "continuous"
             and second.config.get("interpolation_type") != "log_linear"
         ):
-            # the model's t is that of the noise: to one timestep, for some schedulers round it; beyond both ends there is none
+            # the model's t is that of the noise: to one timestep, for some schedulers round it;
+            # beyond both ends there is none
             at = float(t)
-            least, greatest = (np.interp(at + by, np.arange(len(trained)), trained) for by in (-1.01, 1.01))
+            least, greatest = (
+                np.interp(at + by, np.arange(len(trained)), trained) for by in (-1.01, 1.01)
+            )
             inside = trained[0] < math.log(max(sigma, 1e-12)) < trained[-1]
-            assert not inside or least - 1e-3 <= math.log(sigma) <= greatest + 1e-3, (index, at, sigma)
+            assert not inside or least - 1e-3 <= math.log(sigma) <= greatest + 1e-3, (
+                index,
+                at,
+                sigma,
+            )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_pair_of_options_is_right_or_refused_by_name(name: str) -> None:
     assert all_pairs(name) == set().union(*map(pairs, pairwise(name)))
     options = options_of(name)
-    outcomes = [hold(name, {key: options[key][index] for key, index in row.items()}) for row in pairwise(name)]
+    outcomes = [
+        hold(name, {key: options[key][index] for key, index in row.items()})
+        for row in pairwise(name)
+    ]
     assert "accepted" in outcomes
 
 
@@ -217,7 +304,7 @@ def test_random_combinations_are_right_or_refused_by_name(name: str) -> None:
         hold(name, case, rng.choice((1, 2, 3, 7, 20, 50)))
 
 
-# --- what is refused, and when ---------------------------------------------------------------------------------------
+# --- what is refused, and when --------------------------------------------------------------------
 
 LIGHT: dict[str, Any] = {
     "prompt": "a cat",
@@ -235,15 +322,22 @@ def pipe(prediction: str = "epsilon") -> Any:
 
 
 def recorded(folder: Path, prediction: str = "epsilon", **asked: Any) -> Run:
-    return record({**LIGHT, "output": str(folder), **asked}, pipeline=pipe(prediction), progress=False)
+    return record(
+        {**LIGHT, "output": str(folder), **asked}, pipeline=pipe(prediction), progress=False
+    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ["DPM++2M", "DPM++2S", "UniPC", "DEIS"])
-def test_flow_sigmas_are_refused_before_anything_is_written(name: str, prediction: str, tmp_path: Path) -> None:
+def test_flow_sigmas_are_refused_before_anything_is_written(
+    name: str, prediction: str, tmp_path: Path
+) -> None:
     with pytest.raises(ExperimentError) as refusal:
         recorded(tmp_path, prediction, scheduler=name, scheduler_options={"use_flow_sigmas": True})
-    assert f"{SCHEDULERS[name][0]} with use_flow_sigmas: true does not do what its noise levels say: at call 0 and 3 more of 4" in refusal.value.cause
+    assert (
+        f"{SCHEDULERS[name][0]} with use_flow_sigmas: true does not do what its noise levels say: "
+        "at call 0 and 3 more of 4" in refusal.value.cause
+    )
     assert "Set use_flow_sigmas: false in scheduler_options" in refusal.value.remedy
     assert not list(tmp_path.iterdir())
 
@@ -253,14 +347,28 @@ def test_a_dry_run_refuses_too(tmp_path: Path) -> None:
 
     file = tmp_path / "flow.yaml"
     file.write_text("prompt: a cat\nscheduler: UniPC\nscheduler_options: {use_flow_sigmas: true}\n")
-    with pytest.raises(ExperimentError, match="UniPCMultistepScheduler with use_flow_sigmas: true does not do what its noise levels say"):
+    with pytest.raises(
+        ExperimentError,
+        match="UniPCMultistepScheduler with use_flow_sigmas: true does not do what its noise "
+        "levels say",
+    ):
         main([str(file), "--dry-run"])
 
 
 # Of diffusers' other schedulers, those whose numbers are what they say; all others are refused.
-ALSO_RIGHT = {"CogVideoXDDIMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "SASolverScheduler", "TCDScheduler"}
+ALSO_RIGHT = {
+    "CogVideoXDDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMParallelScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-OTHERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and name not in {kind for kind, _ in SCHEDULERS.values()})
+OTHERS = sorted(
+    name
+    for name in dir(diffusers)
+    if name.endswith("Scheduler") and name not in {kind for kind, _ in SCHEDULERS.values()}
+)
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
@@ -268,7 +376,9 @@ OTHERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") an
 def test_another_scheduler_of_a_model_is_proven_or_refused_by_name(kind: str) -> None:
     made = getattr(diffusers, kind)
     required = [
-        p.name for p in list(inspect.signature(made.__init__).parameters.values())[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        p.name
+        for p in list(inspect.signature(made.__init__).parameters.values())[1:]
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
     ]
     if required or not issubclass(made, diffusers.SchedulerMixin):
         return  # not installed, or none that can be made of a config alone: loading refuses it
@@ -281,9 +391,12 @@ def test_another_scheduler_of_a_model_is_proven_or_refused_by_name(kind: str) ->
         schedule = proven(theirs.checked().scheduler, 10)
     except UserError as error:
         kinds = (scheduler.config.get("prediction_type") or kind, kind)
-        assert kind not in ALSO_RIGHT and any(word in error.cause for word in kinds) and error.remedy, error  # noqa: PT017
+        assert kind not in ALSO_RIGHT, error  # noqa: PT017
+        assert any(word in error.cause for word in kinds) and error.remedy  # noqa: PT017
     else:
-        assert kind in ALSO_RIGHT, "it was not known to be right: add it to ALSO_RIGHT, if its numbers are"
+        assert kind in ALSO_RIGHT, (
+            "it was not known to be right: add it to ALSO_RIGHT, if its numbers are"
+        )
         if kind != "TCDScheduler":  # it gives no x0
             independently(scheduler, schedule, 10, "epsilon")
     if scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
@@ -307,7 +420,15 @@ class EverySecond(diffusers.HeunDiscreteScheduler):
 class Nearly(diffusers.DDIMScheduler):
     """Its own x0 is of an alpha_bar that is 0.5% off."""
 
-    def step(self, model_output: Any, timestep: int, sample: Any, eta: float = 0.0, generator: Any = None, return_dict: bool = True) -> Any:
+    def step(
+        self,
+        model_output: Any,
+        timestep: int,
+        sample: Any,
+        eta: float = 0.0,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
         right = self.alphas_cumprod
         self.alphas_cumprod = right * 0.995
         try:
@@ -319,7 +440,15 @@ class Nearly(diffusers.DDIMScheduler):
 class Elsewhere(diffusers.DDIMScheduler):
     """Its step ends where the next call does not begin."""
 
-    def step(self, model_output: Any, timestep: int, sample: Any, eta: float = 0.0, generator: Any = None, return_dict: bool = True) -> Any:
+    def step(
+        self,
+        model_output: Any,
+        timestep: int,
+        sample: Any,
+        eta: float = 0.0,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
         made = super().step(model_output, timestep, sample)
         made.prev_sample = sample
         return made
@@ -328,7 +457,15 @@ class Elsewhere(diffusers.DDIMScheduler):
 class Global(diffusers.DDIMScheduler):
     """It draws from the global random numbers."""
 
-    def step(self, model_output: Any, timestep: int, sample: Any, eta: float = 0.0, generator: Any = None, return_dict: bool = True) -> Any:
+    def step(
+        self,
+        model_output: Any,
+        timestep: int,
+        sample: Any,
+        eta: float = 0.0,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
         torch.randn(1)
         return super().step(model_output, timestep, sample)
 
@@ -336,16 +473,34 @@ class Global(diffusers.DDIMScheduler):
 class Shy(diffusers.DDIMScheduler):
     """It gives no x0, and its step is not one of its levels."""
 
-    def step(self, model_output: Any, timestep: int, sample: Any, eta: float = 0.0, generator: Any = None, return_dict: bool = True) -> Any:
+    def step(
+        self,
+        model_output: Any,
+        timestep: int,
+        sample: Any,
+        eta: float = 0.0,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
         return (super().step(model_output, timestep, sample).prev_sample * 1.01,)
 
 
 class ClipsOtherwise(diffusers.DDIMScheduler):
     """What it clips to is not what its config says."""
 
-    def step(self, model_output: Any, timestep: int, sample: Any, eta: float = 0.0, generator: Any = None, return_dict: bool = True) -> Any:
+    def step(
+        self,
+        model_output: Any,
+        timestep: int,
+        sample: Any,
+        eta: float = 0.0,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
         made = super().step(model_output, timestep, sample)
-        made.pred_original_sample = made.pred_original_sample * (0.9 if self.config.clip_sample else 1)
+        made.pred_original_sample = made.pred_original_sample * (
+            0.9 if self.config.clip_sample else 1
+        )
         return made
 
 
@@ -363,7 +518,10 @@ class ClipsOtherwise(diffusers.DDIMScheduler):
 )
 def test_the_check_can_fail(kind: Any, options: dict[str, Any], told: str) -> None:
     with pytest.raises(ExperimentError, match=f"^scheduler: {kind.__name__}.*{told}"):
-        proven(kind(**BETAS, **{"clip_sample": False, **options} if kind is not EverySecond else {}), 10)
+        proven(
+            kind(**BETAS, **{"clip_sample": False, **options} if kind is not EverySecond else {}),
+            10,
+        )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -376,38 +534,67 @@ def test_the_schedule_of_a_run_that_begins_in_its_middle_is_held_too(name: str) 
 def test_no_global_random_number_is_drawn_and_the_scheduler_stays_as_it_is() -> None:
     states = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
     for name in ("EulerAncestral", "DDPM", "LCM", "KDPM2Ancestral", "DPM++2M"):
-        scheduler = model_of("epsilon").with_scheduler(name, {"algorithm_type": "sde-dpmsolver++"} if name == "DPM++2M" else {}).scheduler
+        scheduler = (
+            model_of("epsilon")
+            .with_scheduler(
+                name, {"algorithm_type": "sde-dpmsolver++"} if name == "DPM++2M" else {}
+            )
+            .scheduler
+        )
         before = str(vars(scheduler))
         proven(scheduler, 5)
         assert str(vars(scheduler)) == before
-    assert torch.equal(states[0], torch.get_rng_state()) and states[1:] == (str(np.random.get_state()), random.getstate())
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1:] == (
+        str(np.random.get_state()),
+        random.getstate(),
+    )
 
 
 def test_a_thousand_steps_are_held_in_a_second() -> None:
-    scheduler = model_of("epsilon").with_scheduler("DDPM", {"timestep_spacing": "trailing"}).scheduler
+    scheduler = (
+        model_of("epsilon").with_scheduler("DDPM", {"timestep_spacing": "trailing"}).scheduler
+    )
     start = time.process_time()
     assert len(proven(scheduler, 1000).sigmas) == 1000
     assert time.process_time() - start < 1
 
 
 def test_options_of_a_wrong_kind_are_refused_by_name() -> None:
-    for options in ({"beta_start": "much"}, {"trained_betas": (1.0, 2.0)}, {"num_train_timesteps": 0}, {"timestep_spacing": "loose"}):
+    for options in (
+        {"beta_start": "much"},
+        {"trained_betas": (1.0, 2.0)},
+        {"num_train_timesteps": 0},
+        {"timestep_spacing": "loose"},
+    ):
         with pytest.raises(UserError) as refusal:
-            proven(model_of("epsilon").with_scheduler("DDIM", options).scheduler, 5, 0, tuple(options))
-        assert any(word in refusal.value.cause for word in ("DDIMScheduler", *options)) and refusal.value.remedy
+            proven(
+                model_of("epsilon").with_scheduler("DDIM", options).scheduler, 5, 0, tuple(options)
+            )
+        assert (
+            any(word in refusal.value.cause for word in ("DDIMScheduler", *options))
+            and refusal.value.remedy
+        )
 
 
-def test_a_recording_from_before_is_verified_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An older version recorded flow sigmas without a word: what it recorded is not judged by today's rules."""
+def test_a_recording_from_before_is_verified_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older version recorded flow sigmas without a word: what it recorded is not judged by
+    today's rules.
+    """
     from probe.running import planning
 
-    monkeypatch.setattr(planning, "held_schedule", lambda model, experiment, begin: Schedule.of(model.scheduler, experiment.steps, begin))
+    monkeypatch.setattr(
+        planning,
+        "held_schedule",
+        lambda model, experiment, begin: Schedule.of(model.scheduler, experiment.steps, begin),
+    )
     run = recorded(tmp_path, scheduler="DPM++2M", scheduler_options={"use_flow_sigmas": True})
     monkeypatch.undo()
     assert not [check for check in verify(run, pipe()) if check.verdict == "failed"]
 
 
-# --- clipping and thresholding ---------------------------------------------------------------------------------------
+# --- clipping and thresholding --------------------------------------------------------------------
 
 CLIPPING = [
     ("DDIM", {"clip_sample": True, "clip_sample_range": 1.5}),
@@ -422,20 +609,36 @@ CLIPPING = [
 
 
 @pytest.mark.parametrize(("name", "options"), CLIPPING)
-def test_denoised_is_the_models_and_clipped_the_schedulers(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_denoised_is_the_models_and_clipped_the_schedulers(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     run = recorded(tmp_path, scheduler=name, scheduler_options=options, images=2, decode_every=2)
     raw, limited = run.denoised(), run.denoised(clipped=True)
-    assert raw.attrs["unclipped"].startswith("x0 as the model says it, without the scheduler's") and "clipped" not in raw.attrs
-    assert limited.attrs["clipped"].startswith("x0 as the scheduler goes on with it") and "unclipped" not in limited.attrs
     assert (
-        run.attributes["scheduler_clips"] in raw.attrs["unclipped"] and run.variable("decoded/picture").attrs["unclipped"] == raw.attrs["unclipped"]
+        raw.attrs["unclipped"].startswith("x0 as the model says it, without the scheduler's")
+        and "clipped" not in raw.attrs
     )
-    assert limited.dims == raw.dims and limited.dtype == np.float32 and not np.array_equal(raw.values, limited.values)
+    assert (
+        limited.attrs["clipped"].startswith("x0 as the scheduler goes on with it")
+        and "unclipped" not in limited.attrs
+    )
+    assert (
+        run.attributes["scheduler_clips"] in raw.attrs["unclipped"]
+        and run.variable("decoded/picture").attrs["unclipped"] == raw.attrs["unclipped"]
+    )
+    assert (
+        limited.dims == raw.dims
+        and limited.dtype == np.float32
+        and not np.array_equal(raw.values, limited.values)
+    )
     second = fresh(model_of("epsilon").with_scheduler(name, options).scheduler)
     second.set_timesteps(4)
     extra = sampling.step_options(second, 0.0, [torch.Generator().manual_seed(i) for i in range(2)])
     for index, t in enumerate(second.timesteps):
-        latents, prediction = (torch.from_numpy(array.isel(step=index).values) for array in (run.latents, run.prediction()))
+        latents, prediction = (
+            torch.from_numpy(array.isel(step=index).values)
+            for array in (run.latents, run.prediction())
+        )
         second.scale_model_input(latents, t)
         made = second.step(prediction, t, latents, **extra)
         own, mine = getattr(made, "pred_original_sample", None), limited.isel(step=index).values
@@ -449,7 +652,8 @@ def test_denoised_is_the_models_and_clipped_the_schedulers(name: str, options: d
 def test_where_nothing_is_clipped_nothing_is_said(tmp_path: Path) -> None:
     run = recorded(tmp_path, scheduler="DDIM", decode_every=2)
     assert (
-        not {"clipped", "unclipped", "not_defined_at_step"} & set(run.denoised().attrs) and "unclipped" not in run.variable("decoded/picture").attrs
+        not {"clipped", "unclipped", "not_defined_at_step"} & set(run.denoised().attrs)
+        and "unclipped" not in run.variable("decoded/picture").attrs
     )
     assert not {"scheduler_clips", "denoised_not_defined"} & set(run.attributes)
     xr.testing.assert_identical(run.denoised(), run.denoised(clipped=True))
@@ -459,9 +663,13 @@ def test_thresholding_of_each_image_by_itself_as_diffusers_does_it() -> None:
     x0 = 3 * torch.randn((3, 4, 5, 7), generator=torch.Generator().manual_seed(0))
     x0[1] *= 0.01  # below one: it is only clipped
     for ratio, most in ((0.995, 1.0), (0.9, 2.0), (0.5, 100.0)):
-        scheduler = diffusers.DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=most)
+        scheduler = diffusers.DDIMScheduler(
+            thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=most
+        )
         how = clipping("DDIMScheduler", scheduler.config)
-        np.testing.assert_allclose(clipped(x0.numpy(), how), scheduler._threshold_sample(x0).numpy(), rtol=1e-6)
+        np.testing.assert_allclose(
+            clipped(x0.numpy(), how), scheduler._threshold_sample(x0).numpy(), rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("value", ["much", math.nan, True, None, 1.5])
@@ -470,34 +678,69 @@ def test_limits_that_are_none_are_not_computed_with(value: Any) -> None:
         clipping("DDIMScheduler", {"thresholding": True, "dynamic_thresholding_ratio": value})
 
 
-# --- without any signal ----------------------------------------------------------------------------------------------
+# --- without any signal ---------------------------------------------------------------------------
 
 
-def test_latents_that_would_be_infinite_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_latents_that_would_be_infinite_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(
-        ExperimentError, match=r"DDIMScheduler divides by 0 at step 0: there is no signal \(alpha_bar 0\), and the model predicts noise"
+        ExperimentError,
+        match=r"DDIMScheduler divides by 0 at step 0: there is no signal \(alpha_bar 0\), and the "
+        r"model predicts noise",
     ) as no:
         recorded(tmp_path, scheduler="DDIM", scheduler_options=ZERO)
-    assert no.value.remedy.startswith("Set rescale_betas_zero_snr: false in scheduler_options") and not list(tmp_path.iterdir())
-    assert recorded(tmp_path, "v_prediction", scheduler="DDIM", scheduler_options=ZERO).denoised().notnull().all()
+    assert no.value.remedy.startswith(
+        "Set rescale_betas_zero_snr: false in scheduler_options"
+    ) and not list(tmp_path.iterdir())
+    assert (
+        recorded(tmp_path, "v_prediction", scheduler="DDIM", scheduler_options=ZERO)
+        .denoised()
+        .notnull()
+        .all()
+    )
 
 
-@pytest.mark.parametrize(("how", "decode_every"), [({"on_nan": "record"}, 1), ({"scheduler_options": {**ZERO, "clip_sample": True}}, 0)])
-def test_what_is_not_defined_is_said_and_not_drawn_black(how: dict[str, Any], decode_every: int, tmp_path: Path, capsys: Any) -> None:
-    asked = {**LIGHT, "output": str(tmp_path), "scheduler": "DDIM", "scheduler_options": ZERO, "decode_every": decode_every, **how}
-    remark = "At step 0, denoised is not defined: there is no signal (alpha_bar 0), and the model predicts noise."
-    settled = plan(model_of("epsilon").with_scheduler("DDIM", asked["scheduler_options"]), Experiment(**asked))
+@pytest.mark.parametrize(
+    ("how", "decode_every"),
+    [({"on_nan": "record"}, 1), ({"scheduler_options": {**ZERO, "clip_sample": True}}, 0)],
+)
+def test_what_is_not_defined_is_said_and_not_drawn_black(
+    how: dict[str, Any], decode_every: int, tmp_path: Path, capsys: Any
+) -> None:
+    asked = {
+        **LIGHT,
+        "output": str(tmp_path),
+        "scheduler": "DDIM",
+        "scheduler_options": ZERO,
+        "decode_every": decode_every,
+        **how,
+    }
+    remark = (
+        "At step 0, denoised is not defined: there is no signal (alpha_bar 0), and the model "
+        "predicts noise."
+    )
+    settled = plan(
+        model_of("epsilon").with_scheduler("DDIM", asked["scheduler_options"]), Experiment(**asked)
+    )
     assert settled.remarks == (remark,)
     run = record(asked, pipeline=pipe(), progress=True)
     assert remark in capsys.readouterr().err.splitlines()
     assert run.status == "complete" and run.attributes["denoised_not_defined"] == [0]
     assert run.denoised().attrs["not_defined_at_step"] == [0] and list(run.undefined_steps) == [0]
     assert not np.isfinite(run.denoised().values[0]).all()
-    assert "denoised is not defined at step 0, where there is no signal" in check_schedule(run).detail
+    assert (
+        "denoised is not defined at step 0, where there is no signal" in check_schedule(run).detail
+    )
     assert not [check for check in verify(run, pipe()) if check.verdict == "failed"]
     frames = first_frames(run)
-    assert (frames[0] > 200).mean() > 0.8 and not (frames[0] == 0).all(axis=-1).any()  # white, with words
-    assert np.asarray(Image.open(run.path / "contact-sheet.png")).shape == np.asarray(contact_sheet(run)).shape
+    assert (frames[0] > 200).mean() > 0.8 and not (frames[0] == 0).all(
+        axis=-1
+    ).any()  # white, with words
+    assert (
+        np.asarray(Image.open(run.path / "contact-sheet.png")).shape
+        == np.asarray(contact_sheet(run)).shape
+    )
 
 
 def first_frames(run: Run) -> list[np.ndarray]:
@@ -508,9 +751,16 @@ def first_frames(run: Run) -> list[np.ndarray]:
 
 def test_levels_at_both_ends_are_in_the_outermost_bands() -> None:
     sigma = np.array([math.inf, 10.0, 1.0, 0.1, 0.0])
-    maps = xr.DataArray(np.arange(5.0)[:, None, None] * np.ones((5, 2, 2)), dims=("step", "y", "x"), coords={"sigma": ("step", sigma)})
+    maps = xr.DataArray(
+        np.arange(5.0)[:, None, None] * np.ones((5, 2, 2)),
+        dims=("step", "y", "x"),
+        coords={"sigma": ("step", sigma)},
+    )
     banded = by_sigma(maps, 2)
-    assert list(banded["steps"].values) == [3, 2] and list(banded["sigma_to"].values) == [math.inf, 1.0]
+    assert list(banded["steps"].values) == [3, 2] and list(banded["sigma_to"].values) == [
+        math.inf,
+        1.0,
+    ]
     np.testing.assert_allclose(banded.values[:, 0, 0], [1.0, 3.5])
     assert sigma_from_alpha_bar(0.0) == math.inf and sigma_from_alpha_bar(1.0) == 0
 
@@ -518,8 +768,16 @@ def test_levels_at_both_ends_are_in_the_outermost_bands() -> None:
 def test_alpha_bar_of_one_is_no_noise_and_everything_is_defined() -> None:
     """trained_betas that begin with 0: at timestep 0 nothing is noise."""
     betas = (0.0, *np.linspace(1e-3, 2e-2, 9).tolist())
-    scheduler = model_of("epsilon").with_scheduler("DDIM", {"trained_betas": betas, "num_train_timesteps": 10, "steps_offset": 0}).scheduler
+    scheduler = (
+        model_of("epsilon")
+        .with_scheduler(
+            "DDIM", {"trained_betas": betas, "num_train_timesteps": 10, "steps_offset": 0}
+        )
+        .scheduler
+    )
     with pytest.raises(ExperimentError, match="its step 9 makes NaN"):  # DDIM divides 0 by 0 there
         proven(scheduler, 10)
     schedule = proven(scheduler, 10, finite=False)
-    assert (schedule.sigmas[-1], schedule.alpha_bars[-1]) == (0.0, 1.0) and schedule.undefined("epsilon") == ()
+    assert (schedule.sigmas[-1], schedule.alpha_bars[-1]) == (0.0, 1.0) and schedule.undefined(
+        "epsilon"
+    ) == ()

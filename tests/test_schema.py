@@ -19,7 +19,13 @@ from probe.proof.unknown import check_unknown
 from probe.reading.recording import Run
 from probe.running.recorder import record, record_noising
 
-ACTIVATIONS = ["unet.mid_block", "unet.time_embedding", "vae.decoder.mid_block", "text_encoder.encoder.layers.0", "text_encoder.*embeddings"]
+ACTIVATIONS = [
+    "unet.mid_block",
+    "unet.time_embedding",
+    "vae.decoder.mid_block",
+    "text_encoder.encoder.layers.0",
+    "text_encoder.*embeddings",
+]
 EVERYTHING: dict[str, Any] = {
     "prompt": "An astronaut scuba diving, an astronaut",
     "negative_prompt": "a cat",
@@ -28,21 +34,34 @@ EVERYTHING: dict[str, Any] = {
     "height": 40,
     "width": 24,
     "decode_every": 2,
-    "capture": {"branches": "both", "activations": ACTIVATIONS, "self_attention": ["*"], "counterfactual": ["*"]},
+    "capture": {
+        "branches": "both",
+        "activations": ACTIVATIONS,
+        "self_attention": ["*"],
+        "counterfactual": ["*"],
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A recording with everything on, of a picture that is not square, two images of it, on two grids."""
+    """A recording with everything on, of a picture that is not square, two images of it, on two
+    grids.
+    """
     output = str(tmp_path_factory.mktemp("runs"))
     return record({**EVERYTHING, "output": output}, pipeline=tiny.pipeline(), progress=False)
 
 
 def variable_of(group: str, name: str) -> Variable:
-    """The entry of the schema for a variable of a recording: found by hand, not by the code under test."""
+    """The entry of the schema for a variable of a recording: found by hand, not by the code under
+    test.
+    """
     first, _, rest = group.partition("/")
-    patterns = {"text": "text/{encoder}", "attention": "attention/{grid}", "self_attention": "self_attention/{grid}"}
+    patterns = {
+        "text": "text/{encoder}",
+        "attention": "attention/{grid}",
+        "self_attention": "self_attention/{grid}",
+    }
     wanted = group if not rest else patterns.get(first, f"{first}/{{module}}")
     found = [v for v in SCHEMA if (v.group, v.name) == (wanted, name)]
     assert len(found) == 1, f"{group}/{name} is in the schema {len(found)} times"
@@ -65,25 +84,55 @@ def test_everything_that_is_recorded_is_in_the_schema(full: Run) -> None:
     for (group, name), found in variables(full).items():
         known = variable_of(group, name)
         if known.dims[-1:] == ("...",):
-            assert found.dims[: len(known.dims) - 1] == known.dims[:-1] and found.ndim > len(known.dims) - 1, (group, name)
+            assert (
+                found.dims[: len(known.dims) - 1] == known.dims[:-1]
+                and found.ndim > len(known.dims) - 1
+            ), (group, name)
         else:
             assert found.dims == known.dims, (group, name)
-        wanted = {"run": "float32", "map": "float16", "any": "float32"}.get(known.dtype, known.dtype)
+        wanted = {"run": "float32", "map": "float16", "any": "float32"}.get(
+            known.dtype, known.dtype
+        )
         assert dtype_of(found) == wanted, (group, name)
-        assert (found.attrs["long_name"], found.attrs["units"]) == (known.long_name, known.units), (group, name)
+        assert (found.attrs["long_name"], found.attrs["units"]) == (known.long_name, known.units), (
+            group,
+            name,
+        )
         is_coordinate = name in full.tree[f"/{group}"].to_dataset(inherit=False).coords
-        assert is_coordinate == known.coordinate, f"{group}/{name}: a coordinate in one of schema and recording only"
+        assert is_coordinate == known.coordinate, (
+            f"{group}/{name}: a coordinate in one of schema and recording only"
+        )
 
 
 @pytest.fixture(scope="module")
 def modes(full: Run) -> list[Run]:
-    """The same in the other ways of recording attention, a noising, and a model of two text encoders."""
+    """The same in the other ways of recording attention, a noising, and a model of two text
+    encoders.
+    """
     asked = {**EVERYTHING, "output": str(full.path.parent)}
-    made = [record({**asked, "capture": {"attention": mode}}, pipeline=tiny.pipeline(), progress=False) for mode in ("queries", "summary")]
-    picture, mask = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), np.arange(32)[:, None] > np.arange(32)
-    noised = record_noising(picture, "a cat", {"cat": mask}, pipeline=tiny.pipeline(), progress=False, timesteps=[500, 100], output=asked["output"])
+    made = [
+        record({**asked, "capture": {"attention": mode}}, pipeline=tiny.pipeline(), progress=False)
+        for mode in ("queries", "summary")
+    ]
+    picture, mask = (
+        np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8),
+        np.arange(32)[:, None] > np.arange(32),
+    )
+    noised = record_noising(
+        picture,
+        "a cat",
+        {"cat": mask},
+        pipeline=tiny.pipeline(),
+        progress=False,
+        timesteps=[500, 100],
+        output=asked["output"],
+    )
     encoder = {"activations": ["text_encoder_2.text_projection"], "statistics": False}
-    two_encoders = record({**asked, "steps": 1, "decode_every": 0, "capture": encoder}, pipeline=tiny.xl_pipeline(), progress=False)
+    two_encoders = record(
+        {**asked, "steps": 1, "decode_every": 0, "capture": encoder},
+        pipeline=tiny.xl_pipeline(),
+        progress=False,
+    )
     return [*made, noised, two_encoders]
 
 
@@ -101,9 +150,13 @@ def test_every_variable_is_written_where_the_run_is_complete(full: Run) -> None:
             assert (found.values == 1).all()
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32")])
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32")]
+)
 @pytest.mark.parametrize(("maps", "kind"), [("float32", "float32"), ("sqrt_u8", "uint8")])
-def test_types_that_the_run_decides(tmp_path: Path, dtype: str, stored: str, maps: str, kind: str) -> None:
+def test_types_that_the_run_decides(
+    tmp_path: Path, dtype: str, stored: str, maps: str, kind: str
+) -> None:
     asked = {
         "prompt": "a cat",
         "steps": 1,
@@ -121,7 +174,9 @@ def test_types_that_the_run_decides(tmp_path: Path, dtype: str, stored: str, map
 
 
 def test_stored_types_and_chunks(full: Run) -> None:
-    """One file a step, and inside it one token a chunk: what a viewer reads is what it asked for."""
+    """One file a step, and inside it one token a chunk: what a viewer reads is what it asked
+    for.
+    """
     root = zarr.open_group(full.path, mode="r")
     assert root.metadata.zarr_format == 3
     cross = root["attention/10x6/cross"]
@@ -140,14 +195,20 @@ def test_the_table_has_a_row_for_every_variable() -> None:
     lines = dimensions.schema_table().splitlines()
     assert len(lines) == len(SCHEMA) + 2 and len({line.count("|") for line in lines}) == 1
     for v, line in zip(SCHEMA, lines[2:], strict=True):
-        assert line.startswith(f"| `/{v.group}/{v.name}` |" if v.group else f"| `/{v.name}` |") and v.long_name in line
+        assert (
+            line.startswith(f"| `/{v.group}/{v.name}` |" if v.group else f"| `/{v.name}` |")
+            and v.long_name in line
+        )
 
 
-# --- dimensions, relations, reserved names ---------------------------------------------------------------------------
+# --- dimensions, relations, reserved names --------------------------------------------------------
 
 
 def test_every_dimension_is_described_and_used() -> None:
-    used = {dim for v in SCHEMA for dim in v.dims} - {"..."} | {"position", "draw"}  # of a module's output; of a noising, for `image`
+    used = {dim for v in SCHEMA for dim in v.dims} - {"..."} | {
+        "position",
+        "draw",
+    }  # of a module's output; of a noising, for `image`
     reserved = {r.name for r in dimensions.RESERVED if r.kind == "dimension"}
     assert used - dimensions.DIMENSIONS.keys() - reserved == set()
     assert dimensions.DIMENSIONS.keys() <= used
@@ -167,13 +228,19 @@ def test_what_is_reserved_is_free_or_is_used_as_it_says() -> None:
 def parts(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     nodes = {node.path.strip("/"): node.to_dataset(inherit=False) for node in run.tree.subtree}
     sizes = {group: dict(data.sizes) for group, data in nodes.items()}
-    return sizes, {group: {name: c.values for name, c in data.coords.items()} for group, data in nodes.items()}
+    return sizes, {
+        group: {name: c.values for name, c in data.coords.items()} for group, data in nodes.items()
+    }
 
 
 def test_new_recordings_say_their_format_family_and_rule(full: Run, modes: list[Run]) -> None:
     for run in (full, *modes):
         found = run.attributes
-        assert (found.format_version, found.format_status, found.family) == (2, "draft", "sdxl" if run is modes[-1] else "sd")
+        assert (found.format_version, found.format_status, found.family) == (
+            2,
+            "draft",
+            "sdxl" if run is modes[-1] else "sd",
+        )
         assert found.guidance_rule == ("none" if "noising" in found else "classifier_free")
         assert check_unknown(run).verdict == "exact", "every attribute that is written is known"
 
@@ -191,7 +258,9 @@ def test_a_relation_that_does_not_hold_is_named(full: Run) -> None:
         lambda sizes, labels: sizes["preview"].update(channel=3),
         lambda sizes, labels: labels["text/text_encoder"].update(branch=["cond"]),
         lambda sizes, labels: labels["attention/10x6"].update(token=[0, 78, -1]),
-        lambda sizes, labels: labels["attention/10x6"].update(layer=labels["attention/5x3"]["layer"]),
+        lambda sizes, labels: labels["attention/10x6"].update(
+            layer=labels["attention/5x3"]["layer"]
+        ),
     ):
         sizes, labels = parts(full)
         change(sizes, labels)
@@ -201,7 +270,7 @@ def test_a_relation_that_does_not_hold_is_named(full: Run) -> None:
     ]  # fmt: skip
 
 
-# --- what any schema must keep ---------------------------------------------------------------------------------------
+# --- what any schema must keep --------------------------------------------------------------------
 
 
 def test_names_are_said_once() -> None:
@@ -212,29 +281,41 @@ def test_names_are_said_once() -> None:
 
 
 def test_no_name_clashes_with_a_dimension() -> None:
-    """xarray turns a variable named like a dimension into its index: only coordinates of that dimension alone may be."""
+    """xarray turns a variable named like a dimension into its index: only coordinates of that
+    dimension alone may be.
+    """
     for group in {v.group for v in SCHEMA}:
         ancestors = {group, "", group.split("/")[0]}
         dims = {d for v in SCHEMA if v.group in ancestors for d in v.dims}
         for v in SCHEMA:
             if v.group == group and v.name in dims:
-                assert v.coordinate and v.dims == (v.name,), f"{group}/{v.name} is named like a dimension"
+                assert v.coordinate and v.dims == (v.name,), (
+                    f"{group}/{v.name} is named like a dimension"
+                )
 
 
 def test_a_coordinate_means_the_same_wherever_it_is() -> None:
     for name in {v.name for v in SCHEMA if v.coordinate}:
-        assert len({(v.dims, v.dtype, v.units) for v in SCHEMA if v.coordinate and v.name == name}) == 1, name
+        assert (
+            len({(v.dims, v.dtype, v.units) for v in SCHEMA if v.coordinate and v.name == name})
+            == 1
+        ), name
 
 
 def test_sizes_that_differ_do_not_meet(full: Run) -> None:
     """A dimension has one size from a group up to the root: otherwise the tree does not open."""
     for node in full.tree.subtree:
         for above in node.parents:
-            shared = set(node.to_dataset(inherit=False).sizes) & set(above.to_dataset(inherit=False).sizes)
+            shared = set(node.to_dataset(inherit=False).sizes) & set(
+                above.to_dataset(inherit=False).sizes
+            )
             assert all(node.sizes[d] == above.sizes[d] for d in shared)
 
 
-@pytest.mark.parametrize(("group", "name"), [("latents", "latentz"), ("nowhere", "latents"), ("", "latents"), ("attention/8x8", "final")])
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [("latents", "latentz"), ("nowhere", "latents"), ("", "latents"), ("attention/8x8", "final")],
+)
 def test_a_variable_that_the_schema_lacks(group: str, name: str) -> None:
     with pytest.raises(KeyError, match="the schema has no variable"):
         array(group, name, (1,))
@@ -242,13 +323,39 @@ def test_a_variable_that_the_schema_lacks(group: str, name: str) -> None:
 
 def test_arrays_know_their_place_and_size() -> None:
     cross = array("attention/8x8", "cross", (5, 3, 1, 1, 2, 2, 8, 8), "float16")
-    assert cross.path == "attention/8x8/cross" and cross.nbytes == 5 * 3 * 4 * 64 * 2 and cross.per_step
-    assert not array("", "sigma", value=np.zeros(5)).per_step and array("", "sigma", value=np.zeros(5)).path == "sigma"
-    assert array("unet/mid_block", "activation", (5, 2, 1, 32, 4, 4), "float32").dims == ("step", "branch", "image", "channel", "y", "x")
-    assert array("unet/time", "activation", (5, 2, 1, 64), "float32").dims == ("step", "branch", "image", "feature")
-    assert array("text_encoder/layer", "activation", (2, 77, 16), "float32").dims == ("branch", "position", "feature")
+    assert (
+        cross.path == "attention/8x8/cross"
+        and cross.nbytes == 5 * 3 * 4 * 64 * 2
+        and cross.per_step
+    )
+    assert (
+        not array("", "sigma", value=np.zeros(5)).per_step
+        and array("", "sigma", value=np.zeros(5)).path == "sigma"
+    )
+    assert array("unet/mid_block", "activation", (5, 2, 1, 32, 4, 4), "float32").dims == (
+        "step",
+        "branch",
+        "image",
+        "channel",
+        "y",
+        "x",
+    )
+    assert array("unet/time", "activation", (5, 2, 1, 64), "float32").dims == (
+        "step",
+        "branch",
+        "image",
+        "feature",
+    )
+    assert array("text_encoder/layer", "activation", (2, 77, 16), "float32").dims == (
+        "branch",
+        "position",
+        "feature",
+    )
 
 
-@pytest.mark.parametrize(("wrong", "remedy"), [("16x61", "Did you mean 16x16?"), ("quite else", "There are: 16x16, 8x8.")])
+@pytest.mark.parametrize(
+    ("wrong", "remedy"),
+    [("16x61", "Did you mean 16x16?"), ("quite else", "There are: 16x16, 8x8.")],
+)
 def test_near_names(wrong: str, remedy: str) -> None:
     assert schema.near(wrong, ["16x16", "8x8"]) == remedy

@@ -1,4 +1,6 @@
-"""Stable Diffusion XL by its parts: what the captures and proofs ask of a family, and what does not fit is refused by name."""
+"""Stable Diffusion XL by its parts: what the captures and proofs ask of a family, and what does not
+fit is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ def test_each_text_encoder_reads_the_prompt_with_its_own_tokenizer() -> None:
     assert first.words == second.words == tuple(PROMPT.split()) and first.spans == second.spans
     assert first.tokens[-1] == "<|endoftext|>" and second.tokens[-1] == "!", "they pad differently"
     told = model.encode_prompt(tokens)
-    assert told["encoder_hidden_states"].shape == (1, 77, 40) and told["text_embeds"].shape == (1, 12)
+    assert told["encoder_hidden_states"].shape == (1, 77, 40) and told["text_embeds"].shape == (
+        1,
+        12,
+    )
 
 
 def test_the_skeleton_computes_the_same_shapes() -> None:
@@ -33,7 +38,9 @@ def test_the_skeleton_computes_the_same_shapes() -> None:
     bare = model.skeleton()
     assert bare.components().keys() == model.components().keys() and bare.device.type == "meta"
     for name, module in model.components().items():
-        assert {k: v.shape for k, v in module.state_dict().items()} == {k: v.shape for k, v in bare.components()[name].state_dict().items()}
+        assert {k: v.shape for k, v in module.state_dict().items()} == {
+            k: v.shape for k, v in bare.components()[name].state_dict().items()
+        }
     with torch.device("meta"):
         x, t = torch.zeros((2, *model.latent_shape(1)[1:])), torch.zeros((), dtype=torch.long)
     assert bare.call(x, t, bare.blank(2, 77)).shape == x.shape
@@ -46,15 +53,21 @@ def test_attention_layers_are_those_of_the_unet() -> None:
         kinds = [layer.kind for layer in layers.values()]
         processors = {name.removesuffix(".processor") for name in model.unet.attn_processors}
         assert layers.keys() == processors and kinds.count("cross") == kinds.count("self") == cross
-        assert {path.rpartition(".")[2] for path, layer in layers.items() if layer.kind == "cross"} == {"attn2"}
+        assert {
+            path.rpartition(".")[2] for path, layer in layers.items() if layer.kind == "cross"
+        } == {"attn2"}
     assert not any(path.startswith("mid_block") for path in layers), "SSD-1B has none there"
 
 
 def test_a_rehearsal_sees_every_component_and_layer() -> None:
     model = StableDiffusionXL.of(base("ssd-1b"))
     found = rehearse(model, model.latent_shape(2, 32, 48), branches=2, tokens=77)
-    assert list(found.flops) == ["text_encoder", "text_encoder_2", "unet", "vae"] and all(found.flops.values())
-    assert {*found.grids, *found.self_grids} == model.attention_layers().keys() == found.heads.keys()
+    assert list(found.flops) == ["text_encoder", "text_encoder_2", "unet", "vae"] and all(
+        found.flops.values()
+    )
+    assert (
+        {*found.grids, *found.self_grids} == model.attention_layers().keys() == found.heads.keys()
+    )
     assert set(found.grids.values()) == {(4, 6), (2, 3)}
     assert found.outputs["unet.conv_out"] == (4, 4, 8, 12)
     assert found.outputs["text_encoder_2.text_projection"] == (1, 12)

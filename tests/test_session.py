@@ -1,4 +1,6 @@
-"""A session records whatever loop drives it, and a capture that nobody knew is planned, written, resumed, verified and shown."""
+"""A session records whatever loop drives it, and a capture that nobody knew is planned, written,
+resumed, verified and shown.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,16 @@ STEPS = 4
 
 
 def asked(folder: Path, **changes: Any) -> Experiment:
-    return load_experiment({"prompt": "a cat on the hat", "seed": 3, "steps": STEPS, "scheduler": "DDIM", "output": str(folder), **changes})
+    return load_experiment(
+        {
+            "prompt": "a cat on the hat",
+            "seed": 3,
+            "steps": STEPS,
+            "scheduler": "DDIM",
+            "output": str(folder),
+            **changes,
+        }
+    )
 
 
 def test_a_loop_of_ones_own_is_recorded_with_the_same_bits(tmp_path: Path) -> None:
@@ -47,13 +58,22 @@ def test_a_loop_of_ones_own_is_recorded_with_the_same_bits(tmp_path: Path) -> No
     settled, path = plan(model, experiment), tmp_path / "own.zarr"
     scheduler = diffusers.DDIMScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(STEPS)
-    attributes = {**describe(model, settled), "created": "2026-01-01T00:00:00+00:00", "parent_run": None}
-    with RunWriter(path, settled.arrays, attributes, "none") as writer, Session(model, settled, writer) as session:
+    attributes = {
+        **describe(model, settled),
+        "created": "2026-01-01T00:00:00+00:00",
+        "parent_run": None,
+    }
+    with (
+        RunWriter(path, settled.arrays, attributes, "none") as writer,
+        Session(model, settled, writer) as session,
+    ):
         text = session.begin().rows(("uncond", "cond"), 1)
         latents = torch.randn(settled.latent_shape, generator=torch.Generator().manual_seed(3))
         for index, t in enumerate(scheduler.timesteps):
             with session.watching(index), torch.no_grad():
-                uncond, cond = pipe.unet(torch.cat([latents] * 2), t, **text, return_dict=False)[0].chunk(2)
+                uncond, cond = pipe.unet(torch.cat([latents] * 2), t, **text, return_dict=False)[
+                    0
+                ].chunk(2)
             guided = uncond + experiment.guidance_scale * (cond - uncond)
             following = scheduler.step(guided, t, latents).prev_sample
             said = Predictions({"uncond": uncond, "cond": cond}, guided)
@@ -71,7 +91,12 @@ def test_no_hook_is_left_when_a_loop_breaks(tmp_path: Path) -> None:
     settled = plan(model, asked(tmp_path))
 
     def broken() -> None:
-        with RunWriter(tmp_path / "own.zarr", settled.arrays, describe(model, settled), "none") as writer, Session(model, settled, writer) as session:
+        with (
+            RunWriter(
+                tmp_path / "own.zarr", settled.arrays, describe(model, settled), "none"
+            ) as writer,
+            Session(model, settled, writer) as session,
+        ):
             session.begin()
             with session.watching(0):
                 assert hooks.count(pipe.unet) > 0
@@ -82,7 +107,7 @@ def test_no_hook_is_left_when_a_loop_breaks(tmp_path: Path) -> None:
     assert hooks.count(pipe.unet) == hooks.count(pipe.vae) == hooks.count(pipe.text_encoder) == 0
 
 
-# --- a capture that nobody knew: its class, its entry in the schema, its line in the list ----------------------------
+# --- a capture that nobody knew: its class, its entry in the schema, its line in the list ---------
 
 
 class TimeEmbedding(Capture):
@@ -97,7 +122,13 @@ class TimeEmbedding(Capture):
         return [array("clock", "embedding", (self._plan.calls, width))]
 
     def watches(self) -> list[Watch]:
-        return [(self._module, "output", lambda output: self._tray.put("time", output[0].detach().clone()))]
+        return [
+            (
+                self._module,
+                "output",
+                lambda output: self._tray.put("time", output[0].detach().clone()),
+            )
+        ]
 
     def take(self, step: Step) -> Values:
         return {"clock/embedding": self._tray.take()["time"]}
@@ -105,7 +136,9 @@ class TimeEmbedding(Capture):
 
 @pytest.fixture
 def clocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = Variable("clock", "embedding", ("step", "feature"), "float32", "what the UNet makes of t")
+    entry = Variable(
+        "clock", "embedding", ("step", "feature"), "float32", "what the UNet makes of t"
+    )
     for module in (schema, schema_checks):
         monkeypatch.setattr(module, "SCHEMA", (*schema.SCHEMA, entry))
     monkeypatch.setitem(schema._BY_NAME, ("clock", "embedding"), entry)
@@ -113,7 +146,9 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("clocked")
-def test_a_new_capture_is_planned_written_resumed_verified_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_capture_is_planned_written_resumed_verified_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipe, experiment = tiny.pipeline(), asked(tmp_path)
     width = pipe.unet.time_embedding.linear_2.out_features
     model = StableDiffusion.of(pipe).with_scheduler("DDIM", {})
@@ -121,9 +156,18 @@ def test_a_new_capture_is_planned_written_resumed_verified_and_shown(tmp_path: P
 
     whole = record(experiment, pipe, progress=False)
     seen = []
-    with hooks.Hooks([(pipe.unet.time_embedding, "output", lambda output: seen.append(output[0].numpy()))]), torch.no_grad():
+    with (
+        hooks.Hooks(
+            [(pipe.unet.time_embedding, "output", lambda output: seen.append(output[0].numpy()))]
+        ),
+        torch.no_grad(),
+    ):
         for t in whole.variable("timestep").values:
-            pipe.unet(torch.zeros(1, 4, 8, 8), torch.tensor(t), encoder_hidden_states=torch.zeros(1, 77, 16))
+            pipe.unet(
+                torch.zeros(1, 4, 8, 8),
+                torch.tensor(t),
+                encoder_hidden_states=torch.zeros(1, 77, 16),
+            )
     np.testing.assert_allclose(whole.variable("clock/embedding").values, np.stack(seen), atol=1e-6)
 
     calls = iter(range(100))
@@ -136,7 +180,10 @@ def test_a_new_capture_is_planned_written_resumed_verified_and_shown(tmp_path: P
     assert compare(whole, resume(cut, pipe, progress=False)).same
 
     found = {check.name: check.verdict for check in verify(whole, pipe)}
-    assert found["schema"] == found["plan"] == found["inside"] == "exact" and "failed" not in found.values()
+    assert (
+        found["schema"] == found["plan"] == found["inside"] == "exact"
+        and "failed" not in found.values()
+    )
     pipe.unet.time_embedding.linear_2.bias.data += 1
     assert {check.name: check.verdict for check in verify(whole, pipe)}["inside"] == "failed"
 

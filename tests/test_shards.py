@@ -1,4 +1,6 @@
-"""Reading a shard's chunks directly gives zarr's values, whatever is asked, and leaves everything unusual to zarr."""
+"""Reading a shard's chunks directly gives zarr's values, whatever is asked, and leaves everything
+unusual to zarr.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,14 @@ CROSS = "attention/4x3/cross"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Two of three steps are written; one token of the second has nothing but zeros, which zarr leaves out."""
-    arrays = [array("", "step", value=np.arange(3)), array("", "committed", SHAPE[:1]), array("attention/4x3", "cross", SHAPE, "float16")]
+    """Two of three steps are written; one token of the second has nothing but zeros, which zarr
+    leaves out.
+    """
+    arrays = [
+        array("", "step", value=np.arange(3)),
+        array("", "committed", SHAPE[:1]),
+        array("attention/4x3", "cross", SHAPE, "float16"),
+    ]
     values = np.random.default_rng(0).random(SHAPE).astype(np.float16)
     values[1, 3] = 0
     with RunWriter(tmp_path / "a.zarr", arrays, ATTRIBUTES) as writer:
@@ -46,7 +54,9 @@ def some_key(dice: random.Random, size: int) -> Any:
     )
 
 
-def test_any_selection_has_the_values_that_zarr_reads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_selection_has_the_values_that_zarr_reads(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dice, variable, real, direct = random.Random(0), run.variable(CROSS), lazy.read_shards, 0
 
     def counted(*asked: Any) -> np.ndarray | None:
@@ -62,7 +72,11 @@ def test_any_selection_has_the_values_that_zarr_reads(run: Run, monkeypatch: pyt
             ours = variable.isel(key).values
             patch.setattr(lazy, "read_shards", lambda *_: None)
             theirs = variable.isel(key).values
-        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes(), key
+        assert (
+            ours.dtype == theirs.dtype
+            and ours.shape == theirs.shape
+            and ours.tobytes() == theirs.tobytes()
+        ), key
     assert direct > 30, "hardly any was read directly"
 
 
@@ -71,7 +85,11 @@ def test_stock_zarr_agrees(run: Run) -> None:
     assert np.array_equal(run.variable(CROSS).isel(step=0, token=2).values, stored[0, 2])
 
 
-@pytest.mark.parametrize("place", [0, 40, -1, -30], ids=["a value", "the checksum's neighbour", "the index's checksum", "the index"])
+@pytest.mark.parametrize(
+    "place",
+    [0, 40, -1, -30],
+    ids=["a value", "the checksum's neighbour", "the index's checksum", "the index"],
+)
 def test_a_flipped_bit_is_refused(run: Run, place: int) -> None:
     file = next((run.path / CROSS).glob("c.0.*"))
     content = bytearray(file.read_bytes())
@@ -82,7 +100,10 @@ def test_a_flipped_bit_is_refused(run: Run, place: int) -> None:
 
 
 def test_what_was_never_written_reads_as_nothing(run: Run) -> None:
-    assert not run.variable(CROSS).isel(step=2).values.any() or np.isnan(run.variable(CROSS).isel(step=2).values).all()
+    assert (
+        not run.variable(CROSS).isel(step=2).values.any()
+        or np.isnan(run.variable(CROSS).isel(step=2).values).all()
+    )
     assert not run.variable(CROSS).isel(step=1, token=3).values.any()
 
 

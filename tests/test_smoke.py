@@ -12,7 +12,13 @@ import probe
 from probe.diffusion.loading import load
 from probe.proof.verdict import verify
 
-ASKED = {"prompt": "an astronaut scuba diving", "steps": 4, "device": "cpu", "dtype": "float32", "decode_every": 2}
+ASKED = {
+    "prompt": "an astronaut scuba diving",
+    "steps": 4,
+    "device": "cpu",
+    "dtype": "float32",
+    "decode_every": 2,
+}
 
 
 @pytest.mark.smoke
@@ -38,6 +44,8 @@ def test_the_bundled_model_is_recorded_stopped_resumed_and_verified(tmp_path: Pa
 
     resumed = probe.resume(stopped, progress=False)
     for path in ("latents/latents", "latents/prediction", "attention/16x16/cross", "images/final"):
-        assert resumed.variable(path).values.tobytes() == whole.variable(path).values.tobytes(), path
+        assert resumed.variable(path).values.tobytes() == whole.variable(path).values.tobytes(), (
+            path
+        )
     verdicts = {check.name: check.verdict for check in verify(resumed, model=True)}
     assert "failed" not in verdicts.values() and "not checked" not in verdicts.values(), verdicts

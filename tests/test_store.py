@@ -1,6 +1,8 @@
-"""What a recording survives: readable at every moment, one writer only, never overwritten, never complete when it is not.
+"""What a recording survives: readable at every moment, one writer only, never overwritten, never
+complete when it is not.
 
-Recordings of synthetic numbers, without torch and without a model: the store knows nothing of either.
+Recordings of synthetic numbers, without torch and without a model: the store knows nothing of
+either.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ ATTRIBUTES: dict[str, Any] = {
 
 
 def layout(maps: str = "float16") -> list[Array]:
-    """One variable of every type and of every way of being written: at once, a step at a time, at the end."""
+    """One variable of every type and of every way of being written: at once, a step at a time, at
+    the end.
+    """
     grid = "attention/4x4"
     return [
         array("", "step", value=np.arange(CALLS)),
@@ -73,7 +77,9 @@ def numbers(step: int, maps: str = "float16") -> dict[str, np.ndarray]:
     cross = draw.random((3, 1, 1, 2, 2, 4, 4))
     return {
         "latents/latents": draw.standard_normal((1, 4, 8, 8)).astype("f4"),
-        "attention/4x4/cross": (cross * 255).astype("u1") if maps == "uint8" else cross.astype(maps),
+        "attention/4x4/cross": (cross * 255).astype("u1")
+        if maps == "uint8"
+        else cross.astype(maps),
         "attention/4x4/moments": draw.random((3, 1, 1, 2, 2, 3)).astype("f4"),
     }
 
@@ -94,7 +100,9 @@ def recorded(path: Path, steps: int = CALLS, **options: Any) -> Path:
 
 
 def check_prefix(path: Path, least: int = 0, maps: str = "float16") -> int:
-    """The recording opens, and every committed step holds what was written; returns how many there are."""
+    """The recording opens, and every committed step holds what was written; returns how many there
+    are.
+    """
     run = Run(path)
     committed = run.tree["committed"].values
     steps = int(committed.sum())
@@ -106,7 +114,11 @@ def check_prefix(path: Path, least: int = 0, maps: str = "float16") -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def writers() -> list[threading.Thread]:
@@ -125,17 +137,28 @@ def another_process(script: str, *arguments: object) -> subprocess.Popen[str]:
     code = f"from test_store import *\n{textwrap.dedent(script)}"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
-# --- a round trip ----------------------------------------------------------------------------------------------------
+# --- a round trip ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("durability", ["step", "run", "none"])
 @pytest.mark.parametrize("maps", ["float16", "float32", "uint8"])
 def test_what_is_written_is_read(tmp_path: Path, maps: str, durability: str) -> None:
     path = tmp_path / "runs" / "a.zarr"
-    final, image = np.random.default_rng(9).standard_normal((1, 4, 8, 8)).astype("f4"), np.arange(162, dtype="u1").reshape(1, 6, 9, 3)
+    final, image = (
+        np.random.default_rng(9).standard_normal((1, 4, 8, 8)).astype("f4"),
+        np.arange(162, dtype="u1").reshape(1, 6, 9, 3),
+    )
     with RunWriter(path, layout(maps), ATTRIBUTES, durability) as writer:
         for step in range(CALLS):
             put(writer, step, maps)
@@ -144,15 +167,23 @@ def test_what_is_written_is_read(tmp_path: Path, maps: str, durability: str) -> 
         writer.write("images/final", image[:, :3], at=(slice(None), slice(0, 3)))
         writer.write("images/final", image[:, 3:], at=(slice(None), slice(3, 6)))
         writer.write("cost/peak_memory", 2**40 + 1)
-        np.testing.assert_array_equal(writer.read("latents/latents", at=2), numbers(2)["latents/latents"])
+        np.testing.assert_array_equal(
+            writer.read("latents/latents", at=2), numbers(2)["latents/latents"]
+        )
         writer.complete()
     assert check_prefix(path, maps=maps) == CALLS
     run = Run(path)
     for made in layout(maps):
         found = run.tree[made.path]
         assert (found.dims, found.shape) == (made.dims, made.shape)
-        assert found.dtype == (object if made.dtype == "str" else np.dtype(made.dtype)) or made.dtype == "str"
-        assert found.attrs["long_name"] == made.variable.long_name and found.attrs["units"] == made.variable.units
+        assert (
+            found.dtype == (object if made.dtype == "str" else np.dtype(made.dtype))
+            or made.dtype == "str"
+        )
+        assert (
+            found.attrs["long_name"] == made.variable.long_name
+            and found.attrs["units"] == made.variable.units
+        )
         if made.value is not None:
             assert found.values.tolist() == made.value.tolist()
     np.testing.assert_array_equal(run.tree["latents/final_latents"].values, final)
@@ -160,9 +191,17 @@ def test_what_is_written_is_read(tmp_path: Path, maps: str, durability: str) -> 
     assert int(run.tree["cost/peak_memory"]) == 2**40 + 1
     assert run.attributes["status"] == run.status == "complete"
     assert json.loads((path / MANIFEST).read_text()) == manifest(path)
-    assert [file.name for file in path.parent.iterdir()] == ["a.zarr"], "locks and hidden folders are gone"
+    assert [file.name for file in path.parent.iterdir()] == ["a.zarr"], (
+        "locks and hidden folders are gone"
+    )
     with xr.open_datatree(path, engine="zarr", chunks=None) as stock:
-        assert stock["latents/latents"].sizes == {"step": CALLS, "image": 1, "channel": 4, "y": 8, "x": 8}
+        assert stock["latents/latents"].sizes == {
+            "step": CALLS,
+            "image": 1,
+            "channel": 4,
+            "y": 8,
+            "x": 8,
+        }
         assert "sigma" in stock.coords and "token_text" in stock["attention/4x4/cross"].coords
 
 
@@ -173,7 +212,9 @@ def test_it_can_be_read_at_every_moment(tmp_path: Path) -> None:
         for step in range(CALLS):
             assert check_prefix(path) == step
             tree = xr.open_datatree(path, engine="zarr", chunks=None)
-            assert np.isnan(tree["latents/latents"].values[step:]).all(), "what is not written yet is no number"
+            assert np.isnan(tree["latents/latents"].values[step:]).all(), (
+                "what is not written yet is no number"
+            )
             assert Run(path).status == "running" and not (path / MANIFEST).exists()
             put(writer, step)
             writer.flush()
@@ -184,11 +225,17 @@ def test_it_can_be_read_at_every_moment(tmp_path: Path) -> None:
 
 
 def test_a_run_left_early_is_interrupted_and_a_run_that_failed_says_so(tmp_path: Path) -> None:
-    for name, error, status in (("stop", KeyboardInterrupt, "interrupted"), ("fail", ValueError, "failed")):
+    for name, error, status in (
+        ("stop", KeyboardInterrupt, "interrupted"),
+        ("fail", ValueError, "failed"),
+    ):
         writer = RunWriter(tmp_path / f"{name}.zarr", layout(), ATTRIBUTES)
         put(writer, 0)
         writer.__exit__(error, error(), None)
-        assert Run(tmp_path / f"{name}.zarr").status == status and check_prefix(tmp_path / f"{name}.zarr") == 1
+        assert (
+            Run(tmp_path / f"{name}.zarr").status == status
+            and check_prefix(tmp_path / f"{name}.zarr") == 1
+        )
     assert Run(recorded(tmp_path / "left.zarr", steps=2)).status == "interrupted"
 
 
@@ -197,13 +244,16 @@ def test_an_error_of_the_last_step_is_not_lost_when_nobody_waits(tmp_path: Path)
         time.sleep(0.05)
         raise ValueError("no values")
 
-    with pytest.raises(StoreError, match="no values"), RunWriter(tmp_path / "a.zarr", layout(), ATTRIBUTES) as writer:
+    with (
+        pytest.raises(StoreError, match="no values"),
+        RunWriter(tmp_path / "a.zarr", layout(), ATTRIBUTES) as writer,
+    ):
         writer.write_step(0, bad, 1)
     assert Run(tmp_path / "a.zarr").status == "failed"
     RunWriter(tmp_path / "b.zarr", layout(), ATTRIBUTES).__exit__(None)
 
 
-# --- one writer ------------------------------------------------------------------------------------------------------
+# --- one writer -----------------------------------------------------------------------------------
 
 
 def test_a_second_writer_is_refused_at_once_and_told_who_holds_it(tmp_path: Path) -> None:
@@ -224,7 +274,11 @@ def test_a_second_writer_is_refused_at_once_and_told_who_holds_it(tmp_path: Path
         """
         out, err = another_process(script, path).communicate(timeout=60)
         cause, remedy, seconds = json.loads(out or f'"{err}"')
-        assert cause == caught.value.cause == f"a.zarr is being written by process {os.getpid()} on {socket.gethostname()}."
+        assert (
+            cause
+            == caught.value.cause
+            == f"a.zarr is being written by process {os.getpid()} on {socket.gethostname()}."
+        )
         assert remedy == "Wait for it, or give the run another name." and seconds < 0.5
         put(writer, 1)
     assert check_prefix(path) == 2
@@ -232,7 +286,9 @@ def test_a_second_writer_is_refused_at_once_and_told_who_holds_it(tmp_path: Path
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_of_all_who_race_for_a_recording_one_wins(tmp_path: Path, resume: bool) -> None:
-    """Twenty races of four processes, all let go at the same moment: to begin it, or to go on with what a dead writer left."""
+    """Twenty races of four processes, all let go at the same moment: to begin it, or to go on with
+    what a dead writer left.
+    """
     script = """
         folder, resume, lines = Path(sys.argv[1]), sys.argv[2] == "True", []
         for race in range(20):
@@ -266,7 +322,9 @@ def test_of_all_who_race_for_a_recording_one_wins(tmp_path: Path, resume: bool) 
             (tmp_path / f".{race}.zarr.lock").write_text("")  # as a killed writer leaves it
     out, err = another_process(script, tmp_path, resume).communicate(timeout=240)
     assert json.loads(out or f'"{err}"') == [["refused", "refused", "refused", "won"]] * 20
-    assert all(check_prefix(tmp_path / f"{race}.zarr") == (3 if resume else 0) for race in range(20))
+    assert all(
+        check_prefix(tmp_path / f"{race}.zarr") == (3 if resume else 0) for race in range(20)
+    )
 
 
 def test_kill_minus_9_frees_the_lock_and_leaves_what_was_committed(tmp_path: Path) -> None:
@@ -303,13 +361,18 @@ def test_a_recording_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(RecordingBusy) as caught:
         RunWriter(path, layout(), ATTRIBUTES)
     assert caught.value.remedy == "Give the run another name, or remove it: probe rm."
-    assert {name: content for name, content in contents(tmp_path).items() if not name.endswith(".lock")} == before
+    assert {
+        name: content for name, content in contents(tmp_path).items() if not name.endswith(".lock")
+    } == before
 
 
-# --- the queue -------------------------------------------------------------------------------------------------------
+# --- the queue ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "sizes"), [(100, [30] * 40), (100, [250] * 8), (100, [1, 99, 100, 101, 7] * 6), (0, [5] * 10)])
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [(100, [30] * 40), (100, [250] * 8), (100, [1, 99, 100, 101, 7] * 6), (0, [5] * 10)],
+)
 def test_the_queue_is_bounded_in_bytes(limit: int, sizes: list[int]) -> None:
     done: list[int] = []
     held: list[int] = []
@@ -343,7 +406,10 @@ def test_a_slow_disk_makes_the_producer_wait() -> None:
     queue.close()
 
 
-@pytest.mark.parametrize(("error", "kind"), [(ValueError("broken"), StoreError), (NotFinite("NaN at step 3", "stop"), NotFinite)])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(ValueError("broken"), StoreError), (NotFinite("NaN at step 3", "stop"), NotFinite)],
+)
 def test_a_producer_that_waits_hears_of_an_error(error: Exception, kind: type[Exception]) -> None:
     release = threading.Event()
 
@@ -396,16 +462,23 @@ for index in range(2000):
 
 def test_ctrl_c_between_any_two_instructions_leaves_a_queue_that_ends() -> None:
     """In a process of its own, since pytest's limit of time has the timer here."""
-    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=200
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_what_is_written_are_the_bytes_that_zarr_would_write(tmp_path: Path) -> None:
-    """As chunks and as shards, of every type, with values that are nothing but fill, here and there or all over; whole and in part."""
+    """As chunks and as shards, of every type, with values that are nothing but fill, here and there
+    or all over; whole and in part.
+    """
     steps = [
         array("latents", "latents", (6, 1, 4, 8, 8), "float32"),
         array("latents", "prediction", (6, 1, 4, 8, 8), "float16"),
-        *(array(f"attention/4x{n}", "cross", (6, 3, 1, 1, 2, 2, 4, n), dtype) for n, dtype in ((4, "float16"), (5, "float32"), (6, "uint8"))),
+        *(
+            array(f"attention/4x{n}", "cross", (6, 3, 1, 1, 2, 2, 4, n), dtype)
+            for n, dtype in ((4, "float16"), (5, "float32"), (6, "uint8"))
+        ),
         array("attention/4x4", "moments", (6, 3, 1, 1, 2, 2, 3)),
         array("forward", "loss_mean", (6,)),
         array("unet", "statistics", (6, 4, 2, 1, 0)),
@@ -419,14 +492,18 @@ def test_what_is_written_are_the_bytes_that_zarr_would_write(tmp_path: Path) -> 
         array("source", "psnr", ()),
     ]
     rng = np.random.default_rng(3)
-    both = (RunWriter(tmp_path / name, [*steps, *whole], ATTRIBUTES) for name in ("ours.zarr", "zarr"))
+    both = (
+        RunWriter(tmp_path / name, [*steps, *whole], ATTRIBUTES) for name in ("ours.zarr", "zarr")
+    )
     with next(both) as ours, next(both) as theirs:
         stock = zarr.open_group(theirs.path, mode="r+")
         for a in steps:
             fill = stock[a.path].fill_value
             for step in range(6):
                 value = np.asarray(rng.integers(1, 250, a.shape[1:]) / 8).astype(a.dtype)
-                if step == 1 and value.ndim:  # one chunk of a shard is nothing but fill values, or almost
+                if (
+                    step == 1 and value.ndim
+                ):  # one chunk of a shard is nothing but fill values, or almost
                     value[..., :1] = fill
                     value[:1] = fill
                 if step in (2, 5):
@@ -450,13 +527,17 @@ def test_what_is_written_are_the_bytes_that_zarr_would_write(tmp_path: Path) -> 
             ours.write(path, 7, at=0)
             stock[path][0] = 7
         found = {
-            root.name: {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("c*") if file.is_file()}
+            root.name: {
+                file.relative_to(root).as_posix(): file.read_bytes()
+                for file in root.rglob("c*")
+                if file.is_file()
+            }
             for root in (ours.path, theirs.path)
         }
     assert found["ours.zarr"] == found["zarr"] and len(found["zarr"]) == 29
 
 
-# --- a disk that does not take it ------------------------------------------------------------------------------------
+# --- a disk that does not take it -----------------------------------------------------------------
 
 
 class Disk:
@@ -507,7 +588,10 @@ def test_an_error_of_any_operation_ends_in_a_store_error_and_a_readable_prefix(
         disk.break_at(at, forever)
         with pytest.raises(StoreError) as caught:
             recorded(path, durability="none")
-        assert caught.value.cause == f"{path} could not be written: No space left on device." and "Free some room" in caught.value.remedy
+        assert (
+            caught.value.cause == f"{path} could not be written: No space left on device."
+            and "Free some room" in caught.value.remedy
+        )
         disk.break_at(0, False)
         if path.exists():
             check_prefix(path)
@@ -518,14 +602,18 @@ def test_an_error_of_any_operation_ends_in_a_store_error_and_a_readable_prefix(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES, errno.EDQUOT])
-def test_the_remedy_fits_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_the_remedy_fits_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     disk = Disk(monkeypatch)
     disk.break_at(45, True, number)
     with pytest.raises(StoreError) as caught:
         recorded(tmp_path / "a.zarr")
     assert os.strerror(number) in caught.value.cause
     remedies = {errno.EIO: "Check the disk", errno.EDQUOT: "Free some room"}
-    assert caught.value.remedy.startswith(remedies.get(number, "Name another folder: --output ")), "nothing is there yet"
+    assert caught.value.remedy.startswith(remedies.get(number, "Name another folder: --output ")), (
+        "nothing is there yet"
+    )
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -536,7 +624,9 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """Not a stand-in: the system refuses every file beyond 20 kB, and the Rust writer of bulk gets to feel it."""
+    """Not a stand-in: the system refuses every file beyond 20 kB, and the Rust writer of bulk gets
+    to feel it.
+    """
     script = """
         import resource
         arrays = [array("", "step", value=np.arange(3)), array("", "committed", (3,)), array("latents", "latents", (3, 1, 4, 64, 64), "float32")]
@@ -554,12 +644,14 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     out, err = another_process(script, path).communicate(timeout=60)
     cause, remedy = json.loads(out or f'"{err}"')
-    assert cause == f"{path} could not be written: File too large." and remedy.startswith("Free some room")
+    assert cause == f"{path} could not be written: File too large." and remedy.startswith(
+        "Free some room"
+    )
     run = Run(path)
     assert run.status == "failed" and run.steps.tolist() == [0] and (run.latents == 1).all()
 
 
-# --- what the manifest sees ------------------------------------------------------------------------------------------
+# --- what the manifest sees -----------------------------------------------------------------------
 
 
 def test_the_manifest_sees_every_change(tmp_path: Path) -> None:
@@ -592,7 +684,9 @@ def test_the_manifest_sees_every_change(tmp_path: Path) -> None:
         (path / name).unlink()
 
 
-def test_pictures_and_leftovers_are_not_in_the_manifest_and_leftovers_are_removed(tmp_path: Path) -> None:
+def test_pictures_and_leftovers_are_not_in_the_manifest_and_leftovers_are_removed(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.zarr"
     with RunWriter(path, layout(), ATTRIBUTES) as writer:
         (path / "picture.png").write_bytes(b"a picture")
@@ -621,8 +715,15 @@ def test_annotations_keep_the_consolidated_metadata(tmp_path: Path) -> None:
         before = json.loads((path / "zarr.json").read_text())
         writer.annotate(decoded_in_float32=True, note="é ☃")
         after = json.loads((path / "zarr.json").read_text())
-        assert after["consolidated_metadata"] == before["consolidated_metadata"] and after["consolidated_metadata"]["metadata"]
-        assert after["attributes"] == {**before["attributes"], "decoded_in_float32": True, "note": "é ☃"}
+        assert (
+            after["consolidated_metadata"] == before["consolidated_metadata"]
+            and after["consolidated_metadata"]["metadata"]
+        )
+        assert after["attributes"] == {
+            **before["attributes"],
+            "decoded_in_float32": True,
+            "note": "é ☃",
+        }
         writer.complete()
     root = json.loads((path / "zarr.json").read_text())
     assert set(root["consolidated_metadata"]["metadata"]) >= {made.path for made in layout()}
@@ -631,7 +732,13 @@ def test_annotations_keep_the_consolidated_metadata(tmp_path: Path) -> None:
 
 def test_a_flipped_bit_in_a_chunk_is_an_error_when_it_is_read(tmp_path: Path) -> None:
     path = recorded(tmp_path / "a.zarr")
-    for name in ("latents/latents", "attention/4x4/cross", "attention/4x4/moments", "committed", "sigma"):
+    for name in (
+        "latents/latents",
+        "attention/4x4/cross",
+        "attention/4x4/moments",
+        "committed",
+        "sigma",
+    ):
         chunk = next(file for file in sorted((path / name).iterdir()) if file.name.startswith("c"))
         content = bytearray(chunk.read_bytes())
         content[5] ^= 4
@@ -643,7 +750,7 @@ def test_a_flipped_bit_in_a_chunk_is_an_error_when_it_is_read(tmp_path: Path) ->
     assert check_prefix(path) == CALLS
 
 
-# --- the order of a step ----------------------------------------------------------------------------------------------
+# --- the order of a step --------------------------------------------------------------------------
 
 
 def test_a_step_is_committed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -666,12 +773,14 @@ def test_a_step_is_committed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         put(writer, 0)
         writer.flush()
     paths = [path for path, _ in order]
-    assert paths == ["latents", "cross", "moments", "digests.txt", "committed", "a.zarr"], "last the root: interrupted"
+    assert paths == ["latents", "cross", "moments", "digests.txt", "committed", "a.zarr"], (
+        "last the root: interrupted"
+    )
     sizes = [size for _, size in order[:3]]
     assert sizes == sorted(sizes, reverse=True), "the bulk first"
 
 
-# --- what dead writers left ------------------------------------------------------------------------------------------
+# --- what dead writers left -----------------------------------------------------------------------
 
 
 def test_orphans_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
@@ -692,23 +801,44 @@ def test_orphans_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path
     for name in names:
         (tmp_path / f".{name}.0123abcd.partial" / "latents").mkdir(parents=True)
         (tmp_path / name / "latents" / "c.0123.partial").write_text("")
-        left += [tmp_path / f".{name}.0123abcd.partial", tmp_path / name / "latents" / "c.0123.partial", tmp_path / f".{name}.lock"]
+        left += [
+            tmp_path / f".{name}.0123abcd.partial",
+            tmp_path / name / "latents" / "c.0123.partial",
+            tmp_path / f".{name}.lock",
+        ]
     for file in ("note.txt", ".hidden", ".not-ours.lock", "part.partial"):
         (tmp_path / file).write_text("somebody else's")
     recorded(tmp_path / "d-44444444.zarr")
-    alone = tmp_path / ".e-55555555.zarr.89abcdef.partial"  # of one that was killed before it had a name
+    alone = (
+        tmp_path / ".e-55555555.zarr.89abcdef.partial"
+    )  # of one that was killed before it had a name
     alone.mkdir()
 
     everything = contents(tmp_path)
-    assert clear_orphans(tmp_path, dry_run=True) == [alone] and contents(tmp_path) == everything and alone.exists()
-    assert clear_orphans(tmp_path) == [alone] and contents(tmp_path) == everything and not alone.exists()
+    assert (
+        clear_orphans(tmp_path, dry_run=True) == [alone]
+        and contents(tmp_path) == everything
+        and alone.exists()
+    )
+    assert (
+        clear_orphans(tmp_path) == [alone]
+        and contents(tmp_path) == everything
+        and not alone.exists()
+    )
 
     holder.kill()
     holder.communicate()
-    assert sorted(clear_orphans(tmp_path, dry_run=True)) == sorted(left) and contents(tmp_path) == everything
-    assert sorted(clear_orphans(tmp_path)) == sorted(left) and not any(path.exists() for path in left)
+    assert (
+        sorted(clear_orphans(tmp_path, dry_run=True)) == sorted(left)
+        and contents(tmp_path) == everything
+    )
+    assert sorted(clear_orphans(tmp_path)) == sorted(left) and not any(
+        path.exists() for path in left
+    )
     gone = {str(path.relative_to(tmp_path)) for path in left}
-    assert contents(tmp_path) == {name: content for name, content in everything.items() if name not in gone}
+    assert contents(tmp_path) == {
+        name: content for name, content in everything.items() if name not in gone
+    }
     assert clear_orphans(tmp_path) == clear_orphans(tmp_path / "nowhere") == []
     assert all(check_prefix(tmp_path / name) == 1 for name in names)
 
@@ -717,34 +847,48 @@ def test_a_writer_that_goes_on_reads_what_is_there_and_nothing_else(tmp_path: Pa
     path = recorded(tmp_path / "a.zarr", steps=3)
     with RunWriter(path, layout(), {"note": "again"}, resume=True) as writer:
         assert writer.committed == 3 and Run(path).status == "running"
-        np.testing.assert_array_equal(writer.read("latents/latents", at=1), numbers(1)["latents/latents"])
+        np.testing.assert_array_equal(
+            writer.read("latents/latents", at=1), numbers(1)["latents/latents"]
+        )
         for step in range(3, CALLS):
             put(writer, step)
         writer.complete()
-    assert check_prefix(path) == CALLS and Run(path).status == "complete" and Run(path).attributes["note"] == "again"
+    assert (
+        check_prefix(path) == CALLS
+        and Run(path).status == "complete"
+        and Run(path).attributes["note"] == "again"
+    )
     whole = recorded(tmp_path / "whole.zarr")
     unlike = {name for name, content in contents(whole).items() if contents(path)[name] != content}
-    assert contents(path).keys() == contents(whole).keys() and unlike == {"zarr.json", MANIFEST}, "and in the manifest, that of zarr.json"
+    assert contents(path).keys() == contents(whole).keys() and unlike == {"zarr.json", MANIFEST}, (
+        "and in the manifest, that of zarr.json"
+    )
 
 
 @pytest.mark.parametrize("wrong", ["shape", "type"])
 def test_a_writer_that_goes_on_with_something_else_is_refused(tmp_path: Path, wrong: str) -> None:
     path = recorded(tmp_path / "a.zarr", steps=3)
-    other = layout("float32") if wrong == "type" else [array("latents", "latents", (CALLS + 1, 1, 4, 8, 8), "float32")]
+    other = (
+        layout("float32")
+        if wrong == "type"
+        else [array("latents", "latents", (CALLS + 1, 1, 4, 8, 8), "float32")]
+    )
     before = contents(path)
     with pytest.raises(RecordingDamaged, match="is not what its experiment asks for"):
         RunWriter(path, other, {}, resume=True)
     assert contents(path) == before and list(tmp_path.iterdir()) == [path]
 
 
-# --- finding recordings ----------------------------------------------------------------------------------------------
+# --- finding recordings ---------------------------------------------------------------------------
 
 
 def fake(path: Path, **attributes: Any) -> Path:
     """The root file of a recording, without the recording."""
     path.mkdir(parents=True)
     about = {**ATTRIBUTES, "status": "complete", **attributes}
-    (path / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": about}))
+    (path / "zarr.json").write_text(
+        json.dumps({"zarr_format": 3, "node_type": "group", "attributes": about})
+    )
     return path
 
 
@@ -756,13 +900,27 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a list": lambda file: file.write_text("[]"),
     "nested without end": lambda file: file.write_text("[" * 100_000),
     "no attributes": lambda file: file.write_text('{"zarr_format": 3, "node_type": "group"}'),
-    "another format": lambda file: file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 99')),
-    "no experiment": lambda file: file.write_text(file.read_text().replace('"experiment": {', '"experiment": 3, "other": {')),
-    "an empty experiment": lambda file: file.write_text(file.read_text().replace('"experiment": {', '"experiment": {}, "other": {')),
-    "a prompt that is a number": lambda file: file.write_text(file.read_text().replace('"prompt": "', '"prompt": 3, "_": "')),
-    "created that is a number": lambda file: file.write_text(file.read_text().replace('"created": "', '"created": 3, "_": "')),
-    "a status that is a list": lambda file: file.write_text(file.read_text().replace('"status": "', '"status": [], "_": "')),
-    "zarr 2": lambda file: file.write_text(file.read_text().replace('"zarr_format": 3', '"zarr_format": 2')),
+    "another format": lambda file: file.write_text(
+        file.read_text().replace('"format_version": 1', '"format_version": 99')
+    ),
+    "no experiment": lambda file: file.write_text(
+        file.read_text().replace('"experiment": {', '"experiment": 3, "other": {')
+    ),
+    "an empty experiment": lambda file: file.write_text(
+        file.read_text().replace('"experiment": {', '"experiment": {}, "other": {')
+    ),
+    "a prompt that is a number": lambda file: file.write_text(
+        file.read_text().replace('"prompt": "', '"prompt": 3, "_": "')
+    ),
+    "created that is a number": lambda file: file.write_text(
+        file.read_text().replace('"created": "', '"created": 3, "_": "')
+    ),
+    "a status that is a list": lambda file: file.write_text(
+        file.read_text().replace('"status": "', '"status": [], "_": "')
+    ),
+    "zarr 2": lambda file: file.write_text(
+        file.read_text().replace('"zarr_format": 3', '"zarr_format": 2')
+    ),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
 }
 
@@ -778,11 +936,25 @@ def test_a_damaged_recording_is_a_row_and_hides_no_other(tmp_path: Path, damage:
     assert caught.value.remedy and "\n" not in caught.value.cause
 
 
-@pytest.mark.parametrize("writer", [{}, {"pid": 1}, {"pid": "x", "host": socket.gethostname()}, {"pid": None, "host": socket.gethostname()}, 7, None])
+@pytest.mark.parametrize(
+    "writer",
+    [
+        {},
+        {"pid": 1},
+        {"pid": "x", "host": socket.gethostname()},
+        {"pid": None, "host": socket.gethostname()},
+        7,
+        None,
+    ],
+)
 def test_a_writer_that_makes_no_sense_is_not_asked(tmp_path: Path, writer: Any) -> None:
     fake(tmp_path / "a.zarr", status="running", writer=writer)
     fake(tmp_path / "b.zarr", status="running", writer={"pid": 2**70, "host": socket.gethostname()})
-    assert {attributes and attributes["status"] for _, attributes in list_runs(tmp_path)} <= {"running", "interrupted", None}
+    assert {attributes and attributes["status"] for _, attributes in list_runs(tmp_path)} <= {
+        "running",
+        "interrupted",
+        None,
+    }
 
 
 def test_a_running_one_whose_writer_died_is_interrupted(tmp_path: Path) -> None:
@@ -790,15 +962,27 @@ def test_a_running_one_whose_writer_died_is_interrupted(tmp_path: Path) -> None:
     gone.wait()
     host = socket.gethostname()
     dead = fake(tmp_path / "dead.zarr", status="running", writer={"pid": gone.pid, "host": host})
-    alive = fake(tmp_path / "alive.zarr", status="running", writer={"pid": os.getpid(), "host": host})
-    away = fake(tmp_path / "away.zarr", status="running", writer={"pid": gone.pid, "host": "another-machine"})
-    statuses = {path: attributes["status"] for path, attributes in list_runs(tmp_path) if attributes}
+    alive = fake(
+        tmp_path / "alive.zarr", status="running", writer={"pid": os.getpid(), "host": host}
+    )
+    away = fake(
+        tmp_path / "away.zarr",
+        status="running",
+        writer={"pid": gone.pid, "host": "another-machine"},
+    )
+    statuses = {
+        path: attributes["status"] for path, attributes in list_runs(tmp_path) if attributes
+    }
     assert statuses == {dead: "interrupted", alive: "running", away: "running"}
 
 
 def test_listing_many_is_fast_and_newest_first(tmp_path: Path) -> None:
     for index in range(200):
-        fake(tmp_path / f"run-{index:03}.zarr", created=f"2026-01-01T00:{index // 60:02}:{index % 60:02}.000+00:00", consolidated={"x": "y" * 20_000})
+        fake(
+            tmp_path / f"run-{index:03}.zarr",
+            created=f"2026-01-01T00:{index // 60:02}:{index % 60:02}.000+00:00",
+            consolidated={"x": "y" * 20_000},
+        )
     (tmp_path / "run-100.zarr" / "zarr.json").write_text("{")
     fake(tmp_path / ".hidden.zarr.partial")
     fake(tmp_path / ".hidden.zarr")
@@ -807,22 +991,40 @@ def test_listing_many_is_fast_and_newest_first(tmp_path: Path) -> None:
     start = time.perf_counter()
     rows = list_runs(tmp_path)
     seconds = time.perf_counter() - start
-    assert len(rows) == 200 and rows[0][0].name == "run-199.zarr" and rows[-1] == (tmp_path / "run-100.zarr", None)
+    assert (
+        len(rows) == 200
+        and rows[0][0].name == "run-199.zarr"
+        and rows[-1] == (tmp_path / "run-100.zarr", None)
+    )
     assert seconds < 0.5, f"{seconds:.2f} s"
     print(f"200 recordings listed in {seconds:.3f} s")
 
 
-def test_a_run_is_found_by_its_path_the_beginning_of_its_name_or_as_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_found_by_its_path_the_beginning_of_its_name_or_as_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = fake(tmp_path / "runs" / "cat-11111111.zarr", created="2026-01-01")
     new = fake(tmp_path / "runs" / "cat-22222222.zarr", created="2026-01-03")
     dog = fake(tmp_path / "runs" / "dog-33333333.zarr", created="2026-01-02")
     runs = tmp_path / "runs"
     assert find_run("latest", runs) == new
-    for name in (old, str(old), f"{old}/", "cat-1", "cat-11111111", "cat-11111111.zarr", f"{runs}/cat-1"):
+    for name in (
+        old,
+        str(old),
+        f"{old}/",
+        "cat-1",
+        "cat-11111111",
+        "cat-11111111.zarr",
+        f"{runs}/cat-1",
+    ):
         assert find_run(name, runs) == old, name
     assert find_run("d", str(runs)) == dog
     monkeypatch.chdir(tmp_path)
-    assert find_run("runs/cat-1", "runs") == find_run("runs/cat-1", "runs/") == Path("runs/cat-11111111.zarr")
+    assert (
+        find_run("runs/cat-1", "runs")
+        == find_run("runs/cat-1", "runs/")
+        == Path("runs/cat-11111111.zarr")
+    )
     assert open_run("d").name == "dog-33333333"
     with pytest.raises(RecordingNotFound) as caught:
         find_run("cat", runs)
@@ -830,11 +1032,16 @@ def test_a_run_is_found_by_its_path_the_beginning_of_its_name_or_as_the_latest(t
     assert "cat-11111111" in caught.value.remedy and "cat-22222222" in caught.value.remedy
     with pytest.raises(RecordingNotFound) as caught:
         find_run("dgo-33333333", runs)
-    assert "begins with 'dgo-33333333'" in caught.value.cause and "Did you mean dog-33333333" in caught.value.remedy
+    assert (
+        "begins with 'dgo-33333333'" in caught.value.cause
+        and "Did you mean dog-33333333" in caught.value.remedy
+    )
     for folder in (tmp_path / "nothing", tmp_path / "runs" / "cat-11111111.zarr" / "zarr.json"):
         with pytest.raises(RecordingNotFound) as caught:
             find_run("latest", folder)
-        assert "There is no recording in" in caught.value.cause and "probe.run" in caught.value.remedy
+        assert (
+            "There is no recording in" in caught.value.cause and "probe.run" in caught.value.remedy
+        )
 
 
 def test_no_name_is_no_choice(tmp_path: Path) -> None:

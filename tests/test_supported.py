@@ -1,4 +1,6 @@
-"""What is not supported is refused by name before anything is written, with a remedy that helps; what can be recorded, is."""
+"""What is not supported is refused by name before anything is written, with a remedy that helps;
+what can be recorded, is.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 @pytest.fixture
 def ask(tmp_path: Path) -> dict[str, Any]:
-    return {"prompt": "a cat", "steps": 1, "output": str(tmp_path / "runs"), "device": "cpu", "capture": {"attention": "off"}}
+    return {
+        "prompt": "a cat",
+        "steps": 1,
+        "output": str(tmp_path / "runs"),
+        "device": "cpu",
+        "capture": {"attention": "off"},
+    }
 
 
 def refused(asked: dict[str, Any], pipeline: Any, **changes: Any) -> UserError:
@@ -40,7 +48,7 @@ def refused(asked: dict[str, Any], pipeline: Any, **changes: Any) -> UserError:
     return caught.value
 
 
-# --- schedulers -------------------------------------------------------------------------------------------------------
+# --- schedulers -----------------------------------------------------------------------------------
 
 ODD = ["IPNDMScheduler", "FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler",
        "CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "DDIMInverseScheduler", "VQDiffusionScheduler"]  # fmt: skip
@@ -52,13 +60,18 @@ def test_a_scheduler_that_is_not_supported_is_named(kind: str, ask: dict[str, An
     options = {"num_vec_classes": 4} if "VQ" in kind else {}
     pipeline.scheduler = getattr(diffusers, kind)(**options)
     error = refused(ask, pipeline)
-    assert error.cause.endswith(f": its scheduler {kind} is not supported.") and error.remedy == "Name another: --scheduler DDIM."
+    assert (
+        error.cause.endswith(f": its scheduler {kind} is not supported.")
+        and error.remedy == "Name another: --scheduler DDIM."
+    )
 
 
 def test_another_scheduler_helps_where_the_pipeline_knows_its_betas(ask: dict[str, Any]) -> None:
     plain, odd = tiny.pipeline(), tiny.pipeline()
     odd.scheduler = diffusers.IPNDMScheduler.from_config(odd.scheduler.config)
-    runs = [record({**ask, "scheduler": "DDIM"}, pipeline, progress=False) for pipeline in (plain, odd)]
+    runs = [
+        record({**ask, "scheduler": "DDIM"}, pipeline, progress=False) for pipeline in (plain, odd)
+    ]
     assert np.array_equal(*(run.variable("latents/latents").values for run in runs))
 
 
@@ -66,13 +79,26 @@ def test_where_nobody_knows_the_betas_they_are_asked_for(ask: dict[str, Any]) ->
     pipeline = tiny.pipeline()
     pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     error = refused({**ask, "scheduler": "DDIM"}, pipeline)
-    assert error.cause.endswith("its scheduler FlowMatchEulerDiscreteScheduler does not say with which betas the model was trained.")
-    assert "scheduler_options: {beta_start: 0.00085, beta_end: 0.012, beta_schedule: scaled_linear}" in error.remedy
-    assert record({**ask, "scheduler": "DDIM", "scheduler_options": BETAS}, pipeline, progress=False).status == "complete"
+    assert error.cause.endswith(
+        "its scheduler FlowMatchEulerDiscreteScheduler does not say with which betas the model was "
+        "trained."
+    )
+    assert (
+        "scheduler_options: {beta_start: 0.00085, beta_end: 0.012, beta_schedule: scaled_linear}"
+        in error.remedy
+    )
+    assert (
+        record(
+            {**ask, "scheduler": "DDIM", "scheduler_options": BETAS}, pipeline, progress=False
+        ).status
+        == "complete"
+    )
 
 
 @pytest.mark.parametrize("entry", [["diffusers", "DPMSolverSDEScheduler"], "DDIMScheduler"])
-def test_a_folder_whose_own_scheduler_is_not_supported_runs_with_another(entry: Any, tmp_path: Path, ask: dict[str, Any]) -> None:
+def test_a_folder_whose_own_scheduler_is_not_supported_runs_with_another(
+    entry: Any, tmp_path: Path, ask: dict[str, Any]
+) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "model")
     index = tmp_path / "model/model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": entry}))
@@ -80,17 +106,26 @@ def test_a_folder_whose_own_scheduler_is_not_supported_runs_with_another(entry: 
     assert refused(asked, None).remedy == "Name another: --scheduler DDIM."
     run = record({**asked, "scheduler": "DDIM"}, progress=False)
     assert np.array_equal(
-        run.variable("latents/latents"), record({**ask, "scheduler": "DDIM"}, tiny.pipeline(), progress=False).variable("latents/latents")
+        run.variable("latents/latents"),
+        record({**ask, "scheduler": "DDIM"}, tiny.pipeline(), progress=False).variable(
+            "latents/latents"
+        ),
     )
 
 
 def test_options_of_a_scheduler_are_bounded(ask: dict[str, Any]) -> None:
-    for options in ({"num_train_timesteps": 500_000_000}, {"num_train_timesteps": 0}, {"steps_offset": 10**12}):
+    for options in (
+        {"num_train_timesteps": 500_000_000},
+        {"num_train_timesteps": 0},
+        {"steps_offset": 10**12},
+    ):
         error = refused({**ask, "scheduler": "DDIM", "scheduler_options": options}, tiny.pipeline())
-        assert isinstance(error, ExperimentError) and error.cause.startswith(f"scheduler_options: {next(iter(options))} is ")
+        assert isinstance(error, ExperimentError) and error.cause.startswith(
+            f"scheduler_options: {next(iter(options))} is "
+        )
 
 
-# --- parts of a pipeline ----------------------------------------------------------------------------------------------
+# --- parts of a pipeline --------------------------------------------------------------------------
 
 
 def half_unet(pipeline: Any) -> None:
@@ -106,7 +141,9 @@ def half_block(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [half_unet, half_text, half_block, lambda p: p.vae.bfloat16()])
-def test_parts_of_different_number_formats_are_refused_and_the_remedy_helps(change: Callable[[Any], Any], ask: dict[str, Any]) -> None:
+def test_parts_of_different_number_formats_are_refused_and_the_remedy_helps(
+    change: Callable[[Any], Any], ask: dict[str, Any]
+) -> None:
     pipeline = tiny.pipeline()
     change(pipeline)
     error = refused(ask, pipeline)
@@ -132,7 +169,10 @@ def test_a_pipeline_without_a_scheduler_is_given_one(ask: dict[str, Any]) -> Non
 def test_a_part_on_another_device_is_named(ask: dict[str, Any]) -> None:
     pipeline = tiny.pipeline()
     pipeline.text_encoder.to("meta")
-    assert "its parts are on different devices: unet on cpu, vae on cpu, text_encoder on meta" in refused(ask, pipeline).cause
+    assert (
+        "its parts are on different devices: unet on cpu, vae on cpu, text_encoder on meta"
+        in refused(ask, pipeline).cause
+    )
 
 
 @pytest.mark.parametrize("length", [10**30, 500, 1])
@@ -148,10 +188,23 @@ def test_a_tokenizer_whose_length_does_not_fit(length: int, ask: dict[str, Any])
 
 
 def test_parts_of_other_classes_are_named(ask: dict[str, Any]) -> None:
-    from transformers import BertConfig, BertModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertModel,
+        CLIPTextModelWithProjection,
+        PreTrainedTokenizerFast,
+    )
 
     pipeline = tiny.pipeline()
-    bert = BertModel(BertConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    bert = BertModel(
+        BertConfig(
+            vocab_size=99,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+        )
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=pipeline.tokenizer.backend_tokenizer)
     others: list[tuple[str, Any]] = [
         ("text_encoder", bert),
@@ -167,13 +220,19 @@ def test_parts_of_other_classes_are_named(ask: dict[str, Any]) -> None:
         if isinstance(other, diffusers.ConsistencyDecoderVAE):
             torch.nn.Module.__init__(other)
         pipeline.register_modules(**{part: other})
-        assert f"its {part} is a {type(other).__name__}, which is not supported." in refused(ask, pipeline).cause
+        assert (
+            f"its {part} is a {type(other).__name__}, which is not supported."
+            in refused(ask, pipeline).cause
+        )
         pipeline.register_modules(**{part: own})
 
 
 UNETS: dict[str, dict[str, Any]] = {
     "a UNet with class embeddings": {"num_class_embeds": 4},
-    "a UNet whose text goes through another projection": {"encoder_hid_dim": 16, "encoder_hid_dim_type": "text_proj"},
+    "a UNet whose text goes through another projection": {
+        "encoder_hid_dim": 16,
+        "encoder_hid_dim_type": "text_proj",
+    },
     "a UNet with gated attention (GLIGEN)": {"attention_type": "gated"},
     "its UNet reads text of width 24": {"cross_attention_dim": 24},
     "a UNet whose config gives no size of its latents": {"sample_size": None},
@@ -182,16 +241,23 @@ UNETS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("problem", UNETS)
-def test_unets_that_want_more_or_fit_no_other_part_are_named(problem: str, ask: dict[str, Any]) -> None:
+def test_unets_that_want_more_or_fit_no_other_part_are_named(
+    problem: str, ask: dict[str, Any]
+) -> None:
     assert problem in refused(ask, tiny.pipeline(**UNETS[problem])).cause
 
 
 def test_an_ip_adapter_is_named_and_the_remedy_helps(ask: dict[str, Any]) -> None:
-    from diffusers.models.embeddings import IPAdapterFullImageProjection, MultiIPAdapterImageProjection
+    from diffusers.models.embeddings import (
+        IPAdapterFullImageProjection,
+        MultiIPAdapterImageProjection,
+    )
 
     pipeline = tiny.pipeline()
     plain = pipeline.unet.attn_processors
-    pipeline.unet.encoder_hid_proj = MultiIPAdapterImageProjection([IPAdapterFullImageProjection(16, 16)])
+    pipeline.unet.encoder_hid_proj = MultiIPAdapterImageProjection(
+        [IPAdapterFullImageProjection(16, 16)]
+    )
     pipeline.unet.config.encoder_hid_dim_type = "ip_image_proj"
     error = refused(ask, pipeline)
     assert "(an IP-Adapter, or Kandinsky) is not supported yet" in error.cause
@@ -214,28 +280,49 @@ def test_training_leaves_no_trace(ask: dict[str, Any]) -> None:
     plain, trained = tiny.pipeline(), tiny.pipeline()
     trained.unet.train().requires_grad_(True)
     trained.unet.enable_gradient_checkpointing()
-    assert np.array_equal(*(record(ask, each, progress=False).variable("latents/latents").values for each in (plain, trained)))
+    assert np.array_equal(
+        *(
+            record(ask, each, progress=False).variable("latents/latents").values
+            for each in (plain, trained)
+        )
+    )
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionControlNetPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionUpscalePipeline"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionUpscalePipeline",
+    ],
+)
 def test_other_pipelines_are_named(kind: str, ask: dict[str, Any]) -> None:
     other = object.__new__(getattr(diffusers, kind))
     other.unet = None
-    assert f"({kind}) is not supported yet." in refused(ask, other).cause or kind in refused(ask, other).cause
+    assert (
+        f"({kind}) is not supported yet." in refused(ask, other).cause
+        or kind in refused(ask, other).cause
+    )
 
 
 @pytest.mark.parametrize("what", ["a name", 3, {"unet": 1}])
 def test_what_is_no_pipeline_is_told_so(what: Any, ask: dict[str, Any]) -> None:
-    assert refused(ask, what).cause == f"pipeline: {type(what).__name__} is not a pipeline of diffusers."
+    assert (
+        refused(ask, what).cause
+        == f"pipeline: {type(what).__name__} is not a pipeline of diffusers."
+    )
 
 
-# --- a tiny autoencoder -----------------------------------------------------------------------------------------------
+# --- a tiny autoencoder ---------------------------------------------------------------------------
 
 
 def tiny_autoencoder() -> Any:
     torch.manual_seed(1)
     vae = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
     )
     pipeline = tiny.pipeline()
     pipeline.register_modules(vae=vae)
@@ -243,32 +330,58 @@ def tiny_autoencoder() -> Any:
     return pipeline
 
 
-def test_a_tiny_autoencoder_decodes_what_the_pipeline_decodes(ask: dict[str, Any], tmp_path: Path) -> None:
+def test_a_tiny_autoencoder_decodes_what_the_pipeline_decodes(
+    ask: dict[str, Any], tmp_path: Path
+) -> None:
     pipeline = tiny_autoencoder()
     run = record(ask, pipeline, progress=False)
-    same = {"num_inference_steps": 1, "guidance_scale": run.experiment.guidance_scale, "generator": [torch.Generator().manual_seed(0)]}
+    same = {
+        "num_inference_steps": 1,
+        "guidance_scale": run.experiment.guidance_scale,
+        "generator": [torch.Generator().manual_seed(0)],
+    }
     theirs = pipeline("a cat", **same, output_type="np").images
     with Image.open(run.path / "picture.png") as picture:
         assert np.array_equal(np.asarray(picture), (theirs[0] * 255).round().astype(np.uint8))
     pipeline.save_pretrained(tmp_path / "model")
-    assert load(str(tmp_path / "model"), device="cpu").digest() == StableDiffusion.of(pipeline).digest()
+    assert (
+        load(str(tmp_path / "model"), device="cpu").digest()
+        == StableDiffusion.of(pipeline).digest()
+    )
 
 
-def test_a_tiny_autoencoder_is_not_asked_for_a_distribution(ask: dict[str, Any], tmp_path: Path) -> None:
+def test_a_tiny_autoencoder_is_not_asked_for_a_distribution(
+    ask: dict[str, Any], tmp_path: Path
+) -> None:
     Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "cat.png")
-    error = refused({**ask, "image": str(tmp_path / "cat.png"), "strength": 1.0}, tiny_autoencoder())
-    assert "its VAE is an AutoencoderTiny, which makes no distribution of a picture's latents." in error.cause
+    error = refused(
+        {**ask, "image": str(tmp_path / "cat.png"), "strength": 1.0}, tiny_autoencoder()
+    )
+    assert (
+        "its VAE is an AutoencoderTiny, which makes no distribution of a picture's latents."
+        in error.cause
+    )
 
 
-# --- arguments of a pipeline ------------------------------------------------------------------------------------------
+# --- arguments of a pipeline ----------------------------------------------------------------------
 
 
 def test_arguments_of_a_pipeline_that_have_no_field_are_named(ask: dict[str, Any]) -> None:
     error = refused(ask, tiny.pipeline(), prompt_embeds=torch.zeros(1, 77, 16))
     assert error.cause == "prompt_embeds: this argument of diffusers' pipelines has no field here"
     assert error.remedy == "Write the text as prompt: embeddings have no words."
-    for name in ("negative_prompt_embeds", "ip_adapter_image", "latents", "generator", "callback_on_step_end", "clip_skip"):
-        for call in (lambda n=name: refused(ask, tiny.pipeline(), **{n: 1}), lambda n=name: refused({**ask, n: 1}, tiny.pipeline())):
+    for name in (
+        "negative_prompt_embeds",
+        "ip_adapter_image",
+        "latents",
+        "generator",
+        "callback_on_step_end",
+        "clip_skip",
+    ):
+        for call in (
+            lambda n=name: refused(ask, tiny.pipeline(), **{n: 1}),
+            lambda n=name: refused({**ask, n: 1}, tiny.pipeline()),
+        ):
             assert f"{name}: this argument" in call().cause and "Did you mean" not in call().remedy
     assert "unknown field" in refused(ask, tiny.pipeline(), colour="red").cause
     assert record(ask, tiny.pipeline(), progress=False, steps=1).experiment == load_experiment(
@@ -286,18 +399,30 @@ def test_an_error_of_a_model_is_a_users(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_run_is_told_so_before_anything_is_written(ask: dict[str, Any]) -> None:
     error = refused(ask, tiny.pipeline(conv_in_kernel=2))
-    assert ": its unet does not run on latents of 8 x 8: " in error.cause and error.remedy.startswith("Set another height and width")
+    assert (
+        ": its unet does not run on latents of 8 x 8: " in error.cause
+        and error.remedy.startswith("Set another height and width")
+    )
 
 
-# --- versions of diffusers --------------------------------------------------------------------------------------------
+# --- versions of diffusers ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("version", "lines"), [(NEWEST_TESTED, 0), ("0.37.0", 0), ("0.99.0.dev0", 1)])
+@pytest.mark.parametrize(
+    ("version", "lines"), [(NEWEST_TESTED, 0), ("0.37.0", 0), ("0.99.0.dev0", 1)]
+)
 def test_a_newer_diffusers_is_said_once_when_recording(
-    version: str, lines: int, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    version: str,
+    lines: int,
+    ask: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(diffusers, "__version__", version)
-    cause = f"diffusers {version} is newer than the newest that probe was tested with ({NEWEST_TESTED}). Check the recording with"
+    cause = (
+        f"diffusers {version} is newer than the newest that probe was tested with "
+        f"({NEWEST_TESTED}). Check the recording with"
+    )
     pipeline = tiny.pipeline()
 
     def stop(*_: Any) -> None:
@@ -311,7 +436,14 @@ def test_a_newer_diffusers_is_said_once_when_recording(
     assert said.err.count(cause) == lines and cause not in said.out
     run = resume(open_run("latest", ask["output"]), pipeline)
     assert capsys.readouterr().err.count(cause) == lines
-    record_noising(np.zeros((64, 64, 3), np.uint8), "a cat", pipeline=pipeline, timesteps=[500], noises=1, output=ask["output"])
+    record_noising(
+        np.zeros((64, 64, 3), np.uint8),
+        "a cat",
+        pipeline=pipeline,
+        timesteps=[500],
+        noises=1,
+        output=ask["output"],
+    )
     assert capsys.readouterr().err.count(cause) == lines
 
     opened = open_run(run.path)
@@ -321,5 +453,7 @@ def test_a_newer_diffusers_is_said_once_when_recording(
 
 
 def test_the_newest_tested_is_the_one_of_the_constraints() -> None:
-    constraints = (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = (
+        (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    )
     assert f"diffusers=={NEWEST_TESTED}" in constraints

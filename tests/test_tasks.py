@@ -1,4 +1,6 @@
-"""tasks.py installs into its own environment alone, whatever pip and Python were told before, and says what it lacks."""
+"""tasks.py installs into its own environment alone, whatever pip and Python were told before, and
+says what it lacks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "tasks.py"
 
-# A checkout with nothing to download: its build backend lies beside it, and `probe.run` says where it runs.
+# A checkout with nothing to download: its build backend lies beside it, and `probe.run` says where
+# it runs.
 PROJECT = """
 [build-system]
 requires = []
@@ -50,7 +53,12 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "a folder with spaces"
     (folder / "probe").mkdir(parents=True)
     shutil.copy(TASKS, folder)
-    texts = {"pyproject.toml": PROJECT, "backend.py": BACKEND, "constraints.txt": "", "probe/__init__.py": ""}
+    texts = {
+        "pyproject.toml": PROJECT,
+        "backend.py": BACKEND,
+        "constraints.txt": "",
+        "probe/__init__.py": "",
+    }
     texts["probe/run.py"] = "import sys\nprint('ran', sys.argv[1:], 'in', sys.prefix)\n"
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -59,17 +67,37 @@ def checkout(tmp_path: Path) -> Path:
 
 def call(tasks: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
     """Call it with another Python of this machine, and without what this test run was told."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PROBE_", "PYTHON"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PIP_", "PROBE_", "PYTHON"))
+    }
     environment, command = {**kept, **changes}, [sys.executable, str(tasks), *arguments]
-    return subprocess.run(command, env=environment, cwd=tasks.parent, capture_output=True, text=True, check=False, timeout=200)
+    return subprocess.run(
+        command,
+        env=environment,
+        cwd=tasks.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
 
 
 @pytest.mark.slow
 def test_nothing_is_installed_elsewhere(checkout: Path, tmp_path: Path) -> None:
     """The shell was set up for something else: packages would go to other folders, or nowhere."""
     elsewhere = tmp_path / "elsewhere"
-    set_up = {"PIP_TARGET": str(elsewhere), "PIP_PREFIX": str(elsewhere), "PIP_USER": "1", "PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1"}
-    done = call(checkout / "tasks.py", "record", "some.yaml", PYTHONPATH=os.pathsep.join(sys.path), **set_up)
+    set_up = {
+        "PIP_TARGET": str(elsewhere),
+        "PIP_PREFIX": str(elsewhere),
+        "PIP_USER": "1",
+        "PIP_DRY_RUN": "1",
+        "PIP_NO_DEPS": "1",
+    }
+    done = call(
+        checkout / "tasks.py", "record", "some.yaml", PYTHONPATH=os.pathsep.join(sys.path), **set_up
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"ran ['some.yaml'] in {checkout / '.venv'}" in done.stdout and not elsewhere.exists()
     again = call(checkout / "tasks.py", "record")
@@ -77,37 +105,58 @@ def test_nothing_is_installed_elsewhere(checkout: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_environment_without_the_package_is_not_called_finished(checkout: Path, tmp_path: Path) -> None:
+def test_an_environment_without_the_package_is_not_called_finished(
+    checkout: Path, tmp_path: Path
+) -> None:
     (tmp_path / "pip.conf").write_text("[install]\ndry-run = true\n")
     for _ in range(2):
         done = call(checkout / "tasks.py", "record", PIP_CONFIG_FILE=str(tmp_path / "pip.conf"))
         assert done.returncode == 1 and "ran" not in done.stdout.split()
         assert done.stderr.endswith(
             f"pip ended well, but {checkout / '.venv'} lacks diffusion-probe.\n"
-            "Remove target, prefix, root, dry-run and no-deps from pip's settings (see `pip config list`), then call again.\n"
+            "Remove target, prefix, root, dry-run and no-deps from pip's settings (see `pip config "
+            "list`), then call again.\n"
         )
     (tmp_path / "pip.conf").write_text("")
-    assert call(checkout / "tasks.py", "record", PIP_CONFIG_FILE=str(tmp_path / "pip.conf")).returncode == 0
+    assert (
+        call(checkout / "tasks.py", "record", PIP_CONFIG_FILE=str(tmp_path / "pip.conf")).returncode
+        == 0
+    )
 
 
 @pytest.mark.slow
 def test_a_python_without_ssl_is_named(checkout: Path) -> None:
     """pip then says this, and that it found no version of anything."""
-    said = "WARNING: pip is configured with locations that require TLS/SSL, however the ssl module in Python is not available."
+    said = (
+        "WARNING: pip is configured with locations that require TLS/SSL, however the ssl module in "
+        "Python is not available."
+    )
     said += "ERROR: Could not find a version that satisfies the requirement x (from versions: none)"
     (checkout / "backend.py").write_text(f"raise SystemExit({said!r})\n")
     done = call(checkout / "tasks.py", "record")
-    assert done.returncode == 1 and done.stderr.endswith("one where python3 -c 'import ssl' says nothing.\n"), done.stderr
+    assert done.returncode == 1 and done.stderr.endswith(
+        "one where python3 -c 'import ssl' says nothing.\n"
+    ), done.stderr
     assert "PIP_INDEX_URL" not in done.stderr
 
 
 def test_a_python_that_makes_no_environments_names_the_package(checkout: Path) -> None:
-    code = "import runpy, sys; sys.modules['ensurepip'] = None; sys.argv = [sys.argv[1], 'record']; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, str(checkout / "tasks.py")], capture_output=True, text=True, check=False, timeout=60)
+    code = (
+        "import runpy, sys; sys.modules['ensurepip'] = None; sys.argv = [sys.argv[1], 'record']; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checkout / "tasks.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 1 and not (checkout / ".venv").exists()
     assert done.stderr == (
         "This Python cannot make environments: its venv or ensurepip module is missing.\n"
-        f"On Debian or Ubuntu: apt install python3-venv. Or, with uv: uv venv --seed '{checkout / '.venv'}'. Then call again.\n"
+        "On Debian or Ubuntu: apt install python3-venv. Or, with uv: uv venv --seed "
+        f"'{checkout / '.venv'}'. Then call again.\n"
     )
     assert "apt install python3-venv" in (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -117,27 +166,46 @@ def test_a_folder_that_is_something_else_is_left_alone(checkout: Path, tmp_path:
     (other / "mine.txt").write_text("mine")
     done = call(checkout / "tasks.py", "record", PROBE_VENV=str(other))
     assert done.returncode == 1 and [file.name for file in other.iterdir()] == ["mine.txt"]
-    assert done.stderr == f"{other} exists and is not a Python environment.\nName an empty or a new folder with PROBE_VENV.\n"
+    assert (
+        done.stderr
+        == f"{other} exists and is not a Python environment.\nName an empty or a new folder with PROBE_VENV.\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["reccord"], "tasks.py has no 'reccord'.\nDid you mean 'record'?\n"),
-        (["release"], "release only checks: it publishes nothing.\nCall it with --check: python3 tasks.py release --check.\n"),
-        (["check", "--fast"], "check takes --all, --no-tests or nothing, not ['--fast'].\nTo run some tests only: python3 tasks.py test <"),
+        (
+            ["release"],
+            "release only checks: it publishes nothing.\nCall it with --check: python3 tasks.py "
+            "release --check.\n",
+        ),
+        (
+            ["check", "--fast"],
+            "check takes --all, --no-tests or nothing, not ['--fast'].\nTo run some tests only: "
+            "python3 tasks.py test <",
+        ),
     ],
 )
-def test_a_mistake_in_the_call_is_said_before_anything_is_made(checkout: Path, arguments: list[str], said: str) -> None:
+def test_a_mistake_in_the_call_is_said_before_anything_is_made(
+    checkout: Path, arguments: list[str], said: str
+) -> None:
     done = call(checkout / "tasks.py", *arguments)
-    assert done.returncode == 2 and done.stderr.startswith(said) and not (checkout / ".venv").exists()
+    assert (
+        done.returncode == 2 and done.stderr.startswith(said) and not (checkout / ".venv").exists()
+    )
 
 
 def test_the_smoke_tier_is_of_every_kind() -> None:
-    """One test of each promise that a newcomer meets; the marker says which, tasks.py finds their files."""
+    """One test of each promise that a newcomer meets; the marker says which, tasks.py finds their
+    files.
+    """
     tasks = loaded(TASKS)
     names = {Path(file).name for file in tasks.smoke_files()}
-    assert {"test_house.py", "test_parity.py", "test_sample.py", "test_smoke.py"} <= names and len(names) < 10
+    assert {"test_house.py", "test_parity.py", "test_sample.py", "test_smoke.py"} <= names and len(
+        names
+    ) < 10
 
 
 def loaded(file: Path) -> Any:
@@ -148,13 +216,19 @@ def loaded(file: Path) -> Any:
     return module
 
 
-ON_THE_INDEX = {"one": ["2.10", "1.4", "1.4.1", "1.3", "0.9"], "two": ["3.0", "2.1.0"], "old": ["1.0"]}
+ON_THE_INDEX = {
+    "one": ["2.10", "1.4", "1.4.1", "1.3", "0.9"],
+    "two": ["3.0", "2.1.0"],
+    "old": ["1.0"],
+}
 
 
 def test_the_lowest_version_is_one_that_the_index_has() -> None:
     lowest = loaded(ROOT / ".ci" / "release.py").lowest
     assert lowest(["one>=1.4,<3", "two>=2"], ON_THE_INDEX.__getitem__) == ["one==1.4", "two==2.1.0"]
-    assert lowest(["one>=1.5"], ON_THE_INDEX.__getitem__) == ["one==2.10"], "versions are no decimals"
+    assert lowest(["one>=1.5"], ON_THE_INDEX.__getitem__) == ["one==2.10"], (
+        "versions are no decimals"
+    )
     with pytest.raises(ValueError, match="one has no lower bound"):
         lowest(["one<3"], ON_THE_INDEX.__getitem__)
     with pytest.raises(ValueError, match="no wheel that fits old>=2"):
@@ -163,13 +237,25 @@ def test_the_lowest_version_is_one_that_the_index_has() -> None:
 
 def test_every_direct_dependency_has_a_lower_bound() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["record"], *project["optional-dependencies"]["dashboard"]]
+    asked = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["record"],
+        *project["optional-dependencies"]["dashboard"],
+    ]
     assert [line for line in asked if ">=" not in line] == []
 
 
-def test_pythons_are_found_by_their_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that does not run, as pyenv's shims, is passed over; the first of one version is taken."""
-    for name, text in (("python3.12", "exit 127"), ("python3.11", "echo 3.11"), ("python3.13", "echo 2.7")):
+def test_pythons_are_found_by_their_own_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that does not run, as pyenv's shims, is passed over; the first of one version is
+    taken.
+    """
+    for name, text in (
+        ("python3.12", "exit 127"),
+        ("python3.11", "echo 3.11"),
+        ("python3.13", "echo 2.7"),
+    ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -181,10 +267,16 @@ def test_ci_does_what_the_readme_says() -> None:
     """.ci/run installs one package, which the README names, and runs the README's two commands."""
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     start = (ROOT / "README.md").read_text(encoding="utf-8").split("## Start")[1].split("##")[0]
-    commands = [line.strip() for line in start.splitlines() if line.startswith("    python3 tasks.py")][:2]
+    commands = [
+        line.strip() for line in start.splitlines() if line.startswith("    python3 tasks.py")
+    ][:2]
     assert len(commands) == 2 and all(command in script for command in commands)
-    (unset,) = [line.split("#")[0].split() for line in script.splitlines() if line.startswith("unset ")]
-    assert {"PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"} <= set(unset), "a reader's machine does not set them"
+    (unset,) = [
+        line.split("#")[0].split() for line in script.splitlines() if line.startswith("unset ")
+    ]
+    assert {"PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"} <= set(unset), (
+        "a reader's machine does not set them"
+    )
     (installed,) = [line.split() for line in script.splitlines() if "apt-get install" in line]
     named = [word for word in installed[2:] if not word.startswith("-")]
     assert named == ["python3-venv"] and f"apt install {named[0]}" in start

@@ -1,4 +1,6 @@
-"""What probe.testing gives to others: recordings without torch, and tests that find a writer or reader that is wrong."""
+"""What probe.testing gives to others: recordings without torch, and tests that find a writer or
+reader that is wrong.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class TestSynthetic(WriterConformance):
     not_proven = NOT_PROVEN
 
     def write(self, folder: Path) -> Path:
-        return synthetic_recording(folder / "cat.zarr", images=2, size=(6, 10), negative_prompt="a dog", pictures=True)
+        return synthetic_recording(
+            folder / "cat.zarr", images=2, size=(6, 10), negative_prompt="a dog", pictures=True
+        )
 
 
 class TestUnknown(WriterConformance):
@@ -49,11 +53,13 @@ class TestOurReader(ReaderConformance):
         return found
 
 
-# --- the tests find what is wrong ------------------------------------------------------------------------------------
+# --- the tests find what is wrong -----------------------------------------------------------------
 
 
 def run_tests(suite: Any, tmp_path: Path, only: Collection[str] = ()) -> dict[str, str]:
-    """Call every test of a conformance class by hand, or some; return the names of those that fail, and why."""
+    """Call every test of a conformance class by hand, or some; return the names of those that fail,
+    and why.
+    """
 
     class Factory:
         def mktemp(self, name: str) -> Path:
@@ -61,7 +67,9 @@ def run_tests(suite: Any, tmp_path: Path, only: Collection[str] = ()) -> dict[st
             return tmp_path / name
 
     failed = {}
-    for name in [name for name in dir(suite) if name.startswith("test_") and (name in only or not only)]:
+    for name in [
+        name for name in dir(suite) if name.startswith("test_") and (name in only or not only)
+    ]:
         (own := tmp_path / name).mkdir()
         function = getattr(suite, name)
         wanted = function.__code__.co_varnames[1 : function.__code__.co_argcount]
@@ -83,11 +91,23 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 
 WRITERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no attributes": (edited(lambda root: root["attributes"].pop("model")), "test_its_attributes_are_those_of_the_format"),
-    "an older format": (edited(lambda root: root["attributes"].update(format_version=1)), "test_its_attributes_are_those_of_the_format"),
+    "no attributes": (
+        edited(lambda root: root["attributes"].pop("model")),
+        "test_its_attributes_are_those_of_the_format",
+    ),
+    "an older format": (
+        edited(lambda root: root["attributes"].update(format_version=1)),
+        "test_its_attributes_are_those_of_the_format",
+    ),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "test_it_verifies"),
-    "no consolidated metadata": (edited(lambda root: root.pop("consolidated_metadata")), "test_it_verifies"),
-    "a step that is not committed": (lambda path: (path / "committed" / "c.0").unlink(), "test_it_verifies"),
+    "no consolidated metadata": (
+        edited(lambda root: root.pop("consolidated_metadata")),
+        "test_it_verifies",
+    ),
+    "a step that is not committed": (
+        lambda path: (path / "committed" / "c.0").unlink(),
+        "test_it_verifies",
+    ),
     "a link": (lambda path: (path / "more").symlink_to(path), "test_it_is_named_as_a_recording"),
 }
 
@@ -110,12 +130,17 @@ def test_a_writer_that_is_wrong_is_found(what: str, tmp_path: Path) -> None:
 def naive(path: Path) -> dict[str, np.ndarray]:
     """A reader that believes everything."""
     with xr.open_datatree(path, engine="zarr") as tree:
-        return {f"latents/{name}": found.values for name, found in tree["latents"].data_vars.items()}
+        return {
+            f"latents/{name}": found.values for name, found in tree["latents"].data_vars.items()
+        }
 
 
 def half(path: Path) -> dict[str, np.ndarray]:
     """A reader that loses precision."""
-    return {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in stored_values(path).items()}
+    return {
+        name: value.astype(np.float16) if value.dtype == np.float32 else value
+        for name, value in stored_values(path).items()
+    }
 
 
 def test_a_reader_that_is_wrong_is_found(tmp_path: Path) -> None:
@@ -133,7 +158,7 @@ def test_a_reader_that_is_wrong_is_found(tmp_path: Path) -> None:
         assert run_tests(Wrong(), folder, expected).keys() == expected
 
 
-# --- what another version adds ---------------------------------------------------------------------------------------
+# --- what another version adds --------------------------------------------------------------------
 
 
 def test_what_another_version_adds_is_not_checked_and_nothing_fails_for_it(tmp_path: Path) -> None:
@@ -143,19 +168,29 @@ def test_what_another_version_adds_is_not_checked_and_nothing_fails_for_it(tmp_p
     assert {name for name, check in checks.items() if check.verdict == "failed"} <= set(NOT_PROVEN)
     assert checks["unknown"].verdict == checks["guidance"].verdict == "not checked"
     assert checks["guidance"].detail == "this version does not know the rule distilled"
-    for what in ("future/mystery", "the attribute of_the_future", "the family flux", "the guidance rule distilled"):
+    for what in (
+        "future/mystery",
+        "the attribute of_the_future",
+        "the family flux",
+        "the guidance rule distilled",
+    ):
         assert what in checks["unknown"].detail
 
 
 def test_nothing_is_said_where_all_is_known(tmp_path: Path) -> None:
-    assert "unknown" not in {check.name for check in verify(Run(synthetic_recording(tmp_path / "a.zarr", steps=1)))}
+    assert "unknown" not in {
+        check.name for check in verify(Run(synthetic_recording(tmp_path / "a.zarr", steps=1)))
+    }
 
 
-# --- the recordings --------------------------------------------------------------------------------------------------
+# --- the recordings -------------------------------------------------------------------------------
 
 
 def test_the_same_arguments_give_the_same_values(tmp_path: Path) -> None:
-    one, other, third = (synthetic_recording(tmp_path / f"{name}.zarr", seed=seed, steps=2) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    one, other, third = (
+        synthetic_recording(tmp_path / f"{name}.zarr", seed=seed, steps=2)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     values = [stored_values(path) for path in (one, other, third)]
     assert all(np.array_equal(values[0][name], values[1][name]) for name in values[0])
     assert not np.array_equal(values[0]["latents/latents"], values[2]["latents/latents"])
@@ -171,7 +206,9 @@ def test_every_status(status: str, tmp_path: Path) -> None:
 
 def test_they_are_made_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from probe.testing.synthetic import synthetic_recording; "
-        f"synthetic_recording(Path({str(tmp_path)!r}) / 'a.zarr', steps=1); assert not {{'torch', 'diffusers', 'pytest'}} & set(sys.modules)"
+        "import sys; from pathlib import Path; from probe.testing.synthetic import "
+        "synthetic_recording; "
+        f"synthetic_recording(Path({str(tmp_path)!r}) / 'a.zarr', steps=1); assert not {{'torch', "
+        f"'diffusers', 'pytest'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,6 @@
-"""An error of the system is never called damage: what it said, that the recording is probably whole, and what to do."""
+"""An error of the system is never called damage: what it said, that the recording is probably
+whole, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def failing(monkeypatch: pytest.MonkeyPatch, number: int, chosen: Callable[[str], bool], calls: str = "open scandir lstat") -> Iterator[list[str]]:
+def failing(
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    chosen: Callable[[str], bool],
+    calls: str = "open scandir lstat",
+) -> Iterator[list[str]]:
     """The system refuses what `chosen` picks by name; the names that it refused."""
     refused: list[str] = []
 
@@ -71,7 +78,10 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, chosen: Callable[[str]
 
 
 def trouble_of(read: Callable[[], Any]) -> RecordingUnreadable | None:
-    """What the system did not let it read; None where it read all that it wanted. Every other error is raised."""
+    """What the system did not let it read; None where it read all that it wanted.
+
+    Every other error is raised.
+    """
     try:
         read()
     except RecordingUnreadable as error:
@@ -88,19 +98,29 @@ PLACES: dict[str, Callable[[str], bool]] = {
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 @pytest.mark.parametrize("place", PLACES)
-def test_what_the_system_refuses_is_never_called_damaged(place: str, trouble: str, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_system_refuses_is_never_called_damaged(
+    place: str, trouble: str, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     number, met = getattr(errno, trouble), set()
     for way, read in READS.items():
         if way == "verify" and trouble not in ("EIO", "EMFILE"):  # it takes longest
             continue
-        with failing(monkeypatch, number, PLACES[place]) as refused, contextlib.redirect_stdout(io.StringIO()) as shown:
+        with (
+            failing(monkeypatch, number, PLACES[place]) as refused,
+            contextlib.redirect_stdout(io.StringIO()) as shown,
+        ):
             error = trouble_of(lambda read=read: read(good))  # type: ignore[misc]
         if error is None:
-            assert not refused or way in ("rm", "find by name"), f"{way} saw nothing of it: {refused[:3]}"
+            assert not refused or way in ("rm", "find by name"), (
+                f"{way} saw nothing of it: {refused[:3]}"
+            )
         else:
             met.add(way)
             assert error.exit_code == 2 and error.errno == number
-            assert os.strerror(number) in error.cause and "The recording is probably whole." in error.cause
+            assert (
+                os.strerror(number) in error.cause
+                and "The recording is probably whole." in error.cause
+            )
             assert "remove" not in error.remedy and "damaged" not in f"{error}"
         assert "damaged" not in shown.getvalue()
         if way == "rm" and not good.exists():  # nothing that it looked at was refused
@@ -110,7 +130,9 @@ def test_what_the_system_refuses_is_never_called_damaged(place: str, trouble: st
 
 
 @pytest.mark.parametrize("trouble", ["EIO", "EACCES", "ESTALE"])
-def test_a_listing_says_unreadable_and_why(trouble: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_listing_says_unreadable_and_why(
+    trouble: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     shutil.copytree(good, tmp_path / "whole.zarr")
     shutil.copytree(good, tmp_path / "far.zarr")
     real = os.open
@@ -124,8 +146,15 @@ def test_a_listing_says_unreadable_and_why(trouble: str, good: Path, tmp_path: P
     assert dispatch(["ls", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^far +unreadable$", shown, re.MULTILINE)
-    assert os.strerror(getattr(errno, trouble)) in shown and "probably whole" in shown and "damaged" not in shown
-    assert {path.name: attributes is None for path, attributes in list_runs(tmp_path)} == {"whole.zarr": False, "far.zarr": True}
+    assert (
+        os.strerror(getattr(errno, trouble)) in shown
+        and "probably whole" in shown
+        and "damaged" not in shown
+    )
+    assert {path.name: attributes is None for path, attributes in list_runs(tmp_path)} == {
+        "whole.zarr": False,
+        "far.zarr": True,
+    }
     (far,) = [row for row in listing(tmp_path) if row.path.name == "far.zarr"]
     assert isinstance(far.error, RecordingUnreadable)
     with pytest.raises(RecordingUnreadable):
@@ -133,13 +162,20 @@ def test_a_listing_says_unreadable_and_why(trouble: str, good: Path, tmp_path: P
     assert (tmp_path / "far.zarr").is_dir()
 
 
-def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with failing(monkeypatch, errno.ESTALE, lambda name: name == str(tmp_path)), pytest.raises(RecordingUnreadable, match="network share") as caught:
+def test_a_folder_that_cannot_be_listed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        failing(monkeypatch, errno.ESTALE, lambda name: name == str(tmp_path)),
+        pytest.raises(RecordingUnreadable, match="network share") as caught,
+    ):
         listing(tmp_path)
     assert "Mount" in caught.value.remedy
 
 
-def test_a_read_that_fails_in_the_middle_is_the_systems(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_fails_in_the_middle_is_the_systems(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file opens, and the disk gives up on its bytes."""
     run = Run(good)
     maps = run.attention()
@@ -161,7 +197,7 @@ def test_what_is_damaged_stays_damaged(good: Path, tmp_path: Path, capsys: Any) 
     assert {check.name: check.verdict for check in verify(Run(path))}["manifest"] == "failed"
 
 
-# --- the real thing --------------------------------------------------------------------------------------------------
+# --- the real thing -------------------------------------------------------------------------------
 
 
 def in_a_child(task: Callable[[], None], prepare: Callable[[], Any]) -> str:
@@ -196,7 +232,10 @@ def test_too_many_open_files_is_said(good: Path) -> None:
             error = trouble_of(lambda way=way: READS[way](good))  # type: ignore[misc]
             for number in held:
                 os.close(number)
-            assert error and error.errno == errno.EMFILE and "ulimit -n" in error.remedy, (way, error)
+            assert error and error.errno == errno.EMFILE and "ulimit -n" in error.remedy, (
+                way,
+                error,
+            )
 
     said = in_a_child(task, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
     assert said == ""
@@ -215,11 +254,23 @@ def test_what_may_not_be_read_is_said(good: Path) -> None:
 
     def task() -> None:
         rows = {row.path.name: row for row in listing(runs)}
-        assert isinstance(rows["closed.zarr"].error, RecordingUnreadable) and isinstance(rows["file.zarr"].error, RecordingUnreadable)
+        assert isinstance(rows["closed.zarr"].error, RecordingUnreadable) and isinstance(
+            rows["file.zarr"].error, RecordingUnreadable
+        )
         assert rows["chunk.zarr"].attributes is not None
-        for path, way in ((closed, "find"), (closed, "open"), (file, "open"), (chunk, "verify"), (chunk, "diff")):
+        for path, way in (
+            (closed, "find"),
+            (closed, "open"),
+            (file, "open"),
+            (chunk, "verify"),
+            (chunk, "diff"),
+        ):
             error = trouble_of(lambda way=way, path=path: READS[way](path))  # type: ignore[misc]
-            assert error and error.errno == errno.EACCES and "chmod" in error.remedy, (path.name, way, error)
+            assert error and error.errno == errno.EACCES and "chmod" in error.remedy, (
+                path.name,
+                way,
+                error,
+            )
 
     def become_nobody() -> None:
         if os.getuid() == 0:
@@ -233,7 +284,12 @@ def test_what_may_not_be_read_is_said(good: Path) -> None:
         shutil.rmtree(runs)
 
 
-def test_a_sample_that_cannot_be_unpacked_names_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_cannot_be_unpacked_names_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with failing(monkeypatch, errno.EIO, lambda name: "cache" in name, "mkdir"), pytest.raises(RecordingUnreadable, match="Input/output"):
+    with (
+        failing(monkeypatch, errno.EIO, lambda name: "cache" in name, "mkdir"),
+        pytest.raises(RecordingUnreadable, match="Input/output"),
+    ):
         sample.unpacked()

@@ -1,4 +1,6 @@
-"""probe upgrade: a recording of format 1 becomes one of format 2 with the same values, and the old one stays as it is."""
+"""probe upgrade: a recording of format 1 becomes one of format 2 with the same values, and the old
+one stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("old", ["default", "noising"], indirect=True)
@@ -46,10 +52,22 @@ def test_values_stay_and_the_old_one_too(old: Path, capsys: pytest.CaptureFixtur
     assert content(old) == before and "Verifying" in capsys.readouterr().err
     assert made.path.parent == old.parent and made.path != old
     found, told = made.attributes, Run(old).attributes
-    assert (found.format_version, found.format_status, found.family) == (FORMAT_VERSION, "draft", "sd")
+    assert (found.format_version, found.format_status, found.family) == (
+        FORMAT_VERSION,
+        "draft",
+        "sd",
+    )
     assert found.guidance_rule == ("none" if "noising" in found else "classifier_free")
     assert found.parent_run == old.stem and found["upgraded"]["from_format"] == 1
-    new = {"format_version", "format_status", "family", "guidance_rule", "parent_run", "kind", "upgraded"}
+    new = {
+        "format_version",
+        "format_status",
+        "family",
+        "guidance_rule",
+        "parent_run",
+        "kind",
+        "upgraded",
+    }
     gone = {"experiment", "identity"} if "noising" in found else set()
     assert {**found, "identity": 0} == {
         **{name: told[name] for name in told if name not in gone},
@@ -58,15 +76,23 @@ def test_values_stay_and_the_old_one_too(old: Path, capsys: pytest.CaptureFixtur
     }
     assert found["identity"] == made.recipe.identity() and found["kind"] == Run(old).kind
     stock = xr.open_datatree(made.path, engine="zarr")
-    assert stock["latents/latents"].dims[1] == stock["images/final"].dims[0] == ("draw" if "noising" in found else "image")
+    assert (
+        stock["latents/latents"].dims[1]
+        == stock["images/final"].dims[0]
+        == ("draw" if "noising" in found else "image")
+    )
     assert compare(Run(old), made).same and compare(Run(old), made).variables > 50
-    assert {path.name for path in made.path.glob("*.png")} == {path.name for path in old.glob("*.png")}
+    assert {path.name for path in made.path.glob("*.png")} == {
+        path.name for path in old.glob("*.png")
+    }
     checks = {check.name: check for check in verify(made)}
     assert {name: check.detail for name, check in checks.items() if check.verdict == "failed"} == {}
     assert "parameters" not in made.tree["cost"], "a copy has the variables of the older format"
     assert checks["manifest"].verdict == "exact" and checks["scheduler"].verdict == "exact"
     assert stored_values(made.path).keys() == stored_values(old).keys()
-    assert not [path for path in old.parent.iterdir() if path.name.startswith(".")], "nothing is left beside them"
+    assert not [path for path in old.parent.iterdir() if path.name.startswith(".")], (
+        "nothing is left beside them"
+    )
 
 
 def test_it_is_upgraded_once(old: Path) -> None:
@@ -118,7 +144,9 @@ def as_format_1(path: Path) -> Run:
     return Run(path)
 
 
-def test_unknown_groups_and_attributes_reach_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_groups_and_attributes_reach_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = as_format_1(synthetic_recording(tmp_path / "a.zarr", unknown=True, pictures=True))
     proven = [check for check in verify(run) if check.name not in ("schedule", "scheduler")]
     monkeypatch.setattr("probe.upgrade.verify", lambda _: proven)
@@ -127,8 +155,15 @@ def test_unknown_groups_and_attributes_reach_the_copy(tmp_path: Path, monkeypatc
     assert made.attributes["of_the_future"] == {"octaves": 3}
     assert made.variable("future/mystery").values.tolist() == [0, 1, 2]
     found = {check.name: check for check in verify(made)}
-    assert found["unknown"].verdict == "not checked" and "future/mystery, the attribute of_the_future" in found["unknown"].detail
-    assert found["picture"].verdict == "exact" and found["digests"].verdict == "exact" and found["manifest"].verdict == "exact"
+    assert (
+        found["unknown"].verdict == "not checked"
+        and "future/mystery, the attribute of_the_future" in found["unknown"].detail
+    )
+    assert (
+        found["picture"].verdict == "exact"
+        and found["digests"].verdict == "exact"
+        and found["manifest"].verdict == "exact"
+    )
 
 
 def test_a_file_that_changes_meanwhile_stops_it(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +173,9 @@ def test_a_file_that_changes_meanwhile_stops_it(old: Path, monkeypatch: pytest.M
         return []
 
     monkeypatch.setattr("probe.upgrade.verify", late)
-    with pytest.raises(RecordingDamaged, match=r"latents/prediction/c\.0\.0\.0\.0\.0 changed while it was copied"):
+    with pytest.raises(
+        RecordingDamaged, match=r"latents/prediction/c\.0\.0\.0\.0\.0 changed while it was copied"
+    ):
         upgrade(Run(old), progress=False)
     assert [path.name for path in old.parent.iterdir()] == [old.name], "nothing half made is left"
 
@@ -165,7 +202,11 @@ def test_the_command(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["upgrade", str(old), "--quiet"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and out.startswith("Upgraded to ")
-    newest = [path for path, attributes in list_runs(old.parent) if attributes and attributes["format_version"] == 2]
+    newest = [
+        path
+        for path, attributes in list_runs(old.parent)
+        if attributes and attributes["format_version"] == 2
+    ]
     assert len(newest) == 1 and out.strip().endswith(newest[0].name)
     assert dispatch(["upgrade", str(newest[0])]) == 0
     assert "has format 2 already" in capsys.readouterr().err

@@ -52,7 +52,9 @@ def test_the_base_install_is_the_reader() -> None:
 
 
 def test_diffusers_is_bounded_below_alone() -> None:
-    (bound,) = [line for line in PROJECT["optional-dependencies"]["record"] if line.startswith("diffusers")]
+    (bound,) = [
+        line for line in PROJECT["optional-dependencies"]["record"] if line.startswith("diffusers")
+    ]
     assert re.fullmatch(r"diffusers>=[\d.]+", bound)
 
 
@@ -70,18 +72,40 @@ class Installed:
         changed = {"XDG_CACHE_HOME": str(self.elsewhere / "cache")}
         program = str(self.scripts / command[0])
         return subprocess.run(
-            [program, *command[1:]], cwd=self.elsewhere, env=kept | changed, capture_output=True, text=True, check=False, timeout=200
+            [program, *command[1:]],
+            cwd=self.elsewhere,
+            env=kept | changed,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
         )
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = folder.glob("*.whl")
     venv = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(venv / "bin" / "python"),
+        "install",
+        "-q",
+        "-c",
+        str(ROOT / "constraints.txt"),
+        str(wheel),
+    ]
     done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr
     (packages,) = venv.glob("lib/python*/site-packages")
@@ -96,7 +120,9 @@ pytestmark = pytest.mark.timeout(600)
 def test_its_only_name_is_probe(installed: Installed) -> None:
     with zipfile.ZipFile(installed.wheel) as packed:
         names = {name.split("/")[0] for name in packed.namelist()}
-    assert {name for name in names if not name.endswith(".dist-info")} == {"probe"} and len(names) == 2
+    assert {name for name in names if not name.endswith(".dist-info")} == {"probe"} and len(
+        names
+    ) == 2
     assert (installed.packages / "probe" / "dashboard" / "__init__.py").is_file()
 
 
@@ -115,14 +141,20 @@ def test_it_reads_shows_and_verifies_the_sample(installed: Installed) -> None:
     sheet = installed.call("probe", "show", "sample", "--words", "--save", "words.png")
     assert sheet.returncode == 0 and (installed.elsewhere / "words.png").is_file(), sheet.stderr
     verified = installed.call("probe", "verify", "sample")
-    assert verified.returncode == 0 and "Verified: " in verified.stdout, verified.stdout + verified.stderr
+    assert verified.returncode == 0 and "Verified: " in verified.stdout, (
+        verified.stdout + verified.stderr
+    )
     assert installed.call("probe", "diff", "sample", "sample").returncode == 0
     asked = installed.call("probe", "run", "--dry-run")
-    assert asked.returncode != 0 and asked.stderr.endswith("pip install 'diffusion-probe[record]'\n")
+    assert asked.returncode != 0 and asked.stderr.endswith(
+        "pip install 'diffusion-probe[record]'\n"
+    )
 
 
 @pytest.mark.slow
-def test_the_sample_opens_at_once(installed: Installed, record_property: Callable[[str, object], None]) -> None:
+def test_the_sample_opens_at_once(
+    installed: Installed, record_property: Callable[[str, object], None]
+) -> None:
     assert installed.call("python", "-c", OPEN).returncode == 0  # unpacks it
     seconds = min(float(installed.call("python", "-c", OPEN).stdout) for _ in range(3))
     record_property("open_sample_cpu_seconds", seconds)

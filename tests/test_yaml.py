@@ -1,4 +1,6 @@
-"""Experiment files that are damaged or hostile: each is read, or refused in one line of cause and one of remedy, within a second."""
+"""Experiment files that are damaged or hostile: each is read, or refused in one line of cause and
+one of remedy, within a second.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,38 @@ MARKS = """- |: |? |&a |*a|!!|!x |%YAML 9.9
   |{|}|[|]|,|#|'|"|"\\x|"\\u202e|"\\ud800|\\|@|`|<<: |~|.inf|.nan|1e999|-0|0x1F|1_000|010|1:30|yes|2026-01-02|= |capture:
 |  steps: 1
 |prompt:|seed: """.split("|")
-BYTES = [b"|\n", b"\t", b"\r", b"\r\n", b"\n\n", b"\0", b"\x1b[2J", b"\x85", b"\xe2\x80\xa8", b"\xe2\x80\xae", b"\xef\xbb\xbf", b"\xff", b"\xc3"]
-LONG = [b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc2\xa0", b"9" * 50, b" " * 200, b"[" * 30, b"{a: " * 25]
+BYTES = [
+    b"|\n",
+    b"\t",
+    b"\r",
+    b"\r\n",
+    b"\n\n",
+    b"\0",
+    b"\x1b[2J",
+    b"\x85",
+    b"\xe2\x80\xa8",
+    b"\xe2\x80\xae",
+    b"\xef\xbb\xbf",
+    b"\xff",
+    b"\xc3",
+]
+LONG = [
+    b"\xed\xa0\x80",
+    b"\xf4\x90\x80\x80",
+    b"\xc2\xa0",
+    b"9" * 50,
+    b" " * 200,
+    b"[" * 30,
+    b"{a: " * 25,
+]
 PIECES = [*(mark.encode() for mark in MARKS), *BYTES, *LONG]
 
 
 def outcome(path: Path) -> Experiment | ExperimentError:
-    """What a file comes to. Any other exception, and any time over a second, is the test's failure."""
+    """What a file comes to.
+
+    Any other exception, and any time over a second, is the test's failure.
+    """
     began = time.process_time()
     try:
         return load_experiment(path)
@@ -48,7 +75,9 @@ def assert_clean(found: Experiment | ExperimentError, what: object) -> None:
 
 
 def mutated(draw: random.Random, text: bytes) -> bytes:
-    """One to four things done to a text: bits flipped, pieces put in, moved, doubled, cut out or cut off."""
+    """One to four things done to a text: bits flipped, pieces put in, moved, doubled, cut out or
+    cut off.
+    """
     for _ in range(draw.choice((1, 1, 1, 2, 3, 4))):
         a, b = sorted(draw.randrange(len(text) + 1) for _ in range(2))
         b = min(b, a + draw.choice((1, 4, 20, 100)))
@@ -62,7 +91,9 @@ def mutated(draw: random.Random, text: bytes) -> bytes:
                 text[:at] + text[a:b] + text[at:],
                 text[:a] + text[b:],
                 text[:b] + text[a:b] * draw.choice((1, 2, 50)) + text[b:],
-                text[:at] + bytes(draw.randrange(256) for _ in range(draw.choice((1, 2, 8)))) + text[at:],
+                text[:at]
+                + bytes(draw.randrange(256) for _ in range(draw.choice((1, 2, 8))))
+                + text[at:],
                 text[:at] if draw.random() < 0.2 else text[a:b] + text,
             ]
         )
@@ -84,7 +115,9 @@ def test_a_mutated_experiment_is_read_or_refused(count: int, tmp_path: Path) -> 
     assert kinds == {Experiment, ExperimentError}, "the mutations are all harmless, or all deadly"
 
 
-BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(8))
+BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
+    b"%c: &%c [%s]\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(8)
+)
 REFUSED, READ = ExperimentError, Experiment
 MADE: dict[str, tuple[bytes | Callable[[Path], Any], type, str]] = {
     # what: (the file, what it comes to, words of the cause or a field's value)
@@ -192,8 +225,14 @@ def test_a_file_made_to_harm_is_read_or_refused(what: str, tmp_path: Path) -> No
 
 
 def test_a_thousand_errors_are_told_in_one_line(tmp_path: Path) -> None:
-    """The one most likely meant, and how many more there are; none of them prints what was in the file."""
+    """The one most likely meant, and how many more there are; none of them prints what was in the
+    file.
+    """
     file = tmp_path / "made.yaml"
     file.write_text("capture: {" + ", ".join(f"x{i}: {'y' * 20}" for i in range(1000)) + "}")
     found = outcome(file)
-    assert isinstance(found, ExperimentError) and "(and 999 more)" in found.cause and "yyy" not in found.cause
+    assert (
+        isinstance(found, ExperimentError)
+        and "(and 999 more)" in found.cause
+        and "yyy" not in found.cause
+    )

@@ -1,4 +1,6 @@
-"""Tiny, real, random Stable Diffusion models, built from configs: the shapes and code paths of the large ones."""
+"""Tiny, real, random Stable Diffusion models, built from configs: the shapes and code paths of the
+large ones.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,15 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
+COMMIT, OLDER = (
+    "0123456789abcdef0123456789abcdef01234567",
+    "fedcba9876543210fedcba9876543210fedcba98",
+)
 WORDS = "a an the astronaut scuba diving cat hat on in and of".split()
 
 
-# Of the real models' UNets: base and Turbo, and the distilled SSD-1B, whose blocks differ from layer to layer.
+# Of the real models' UNets: base and Turbo, and the distilled SSD-1B, whose blocks differ from
+# layer to layer.
 XL_UNETS: dict[str, dict[str, Any]] = {
     "base": {"transformer_layers_per_block": (1, 1, 2)},
     "turbo": {"transformer_layers_per_block": (1, 2, 2), "sample_size": 16},
@@ -40,7 +46,9 @@ XL_UNETS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def tokenizer(**special: str) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with merges for a dozen words; everything else falls to letters."""
+    """CLIP's byte-pair tokenizer with merges for a dozen words; everything else falls to
+    letters.
+    """
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         pieces = [*word[:-1], word[-1] + "</w>"]
@@ -50,7 +58,9 @@ def tokenizer(**special: str) -> CLIPTokenizer:
                 merges.append(pair)
             pieces[:2] = ["".join(pair)]
     letters = [chr(c) for c in range(33, 127)] + [chr(c) for c in range(161, 324)]
-    vocabulary = dict.fromkeys([*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges)])
+    vocabulary = dict.fromkeys(
+        [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges)]
+    )
     vocabulary |= dict.fromkeys(["<|startoftext|>", "<|endoftext|>"])
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
@@ -85,7 +95,9 @@ def text_config(words: CLIPTokenizer, width: int = 16, **more: Any) -> CLIPTextC
     )
 
 
-def pipeline(prediction_type: str = "epsilon", seed: int = 0, **unet_options: Any) -> StableDiffusionPipeline:
+def pipeline(
+    prediction_type: str = "epsilon", seed: int = 0, **unet_options: Any
+) -> StableDiffusionPipeline:
     """A random two-block Stable Diffusion for 32 x 32 pixels, f = 4: latents of (4, 8, 8)."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -104,15 +116,27 @@ def pipeline(prediction_type: str = "epsilon", seed: int = 0, **unet_options: An
     vae = autoencoder()
     words = tokenizer()
     text = CLIPTextModel(text_config(words))
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "prediction_type": prediction_type}
+    schedule = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "prediction_type": prediction_type,
+    }
     scheduler = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **schedule)
-    made = StableDiffusionPipeline(vae, text, words, unet, scheduler, None, None, requires_safety_checker=False)
+    made = StableDiffusionPipeline(
+        vae, text, words, unet, scheduler, None, None, requires_safety_checker=False
+    )
     made.set_progress_bar_config(disable=True)
     return made
 
 
-def xl_pipeline(shape: str = "base", prediction_type: str = "epsilon", zeros: bool = True, seed: int = 0) -> StableDiffusionXLPipeline:
-    """A random Stable Diffusion XL for 32 x 32 pixels (Turbo: 64 x 64), f = 4, of the `shape` of a real one."""
+def xl_pipeline(
+    shape: str = "base", prediction_type: str = "epsilon", zeros: bool = True, seed: int = 0
+) -> StableDiffusionXLPipeline:
+    """A random Stable Diffusion XL for 32 x 32 pixels (Turbo: 64 x 64), f = 4, of the `shape` of a
+    real one.
+    """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         **{
@@ -133,21 +157,39 @@ def xl_pipeline(shape: str = "base", prediction_type: str = "epsilon", zeros: bo
     )
     first, second = tokenizer(), tokenizer(pad_token="!")
     text = CLIPTextModel(text_config(first))
-    text_2 = CLIPTextModelWithProjection(text_config(second, 24, projection_dim=12, hidden_act="gelu"))
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "prediction_type": prediction_type}
+    text_2 = CLIPTextModelWithProjection(
+        text_config(second, 24, projection_dim=12, hidden_act="gelu")
+    )
+    schedule = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "prediction_type": prediction_type,
+    }
     turbo = shape == "turbo"
     scheduler = (EulerAncestralDiscreteScheduler if turbo else EulerDiscreteScheduler)(
         timestep_spacing="trailing" if turbo else "leading", **schedule
     )
     made = StableDiffusionXLPipeline(
-        autoencoder(), text, text_2, first, second, unet, scheduler, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+        autoencoder(),
+        text,
+        text_2,
+        first,
+        second,
+        unet,
+        scheduler,
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
     )
     made.set_progress_bar_config(disable=True)
     return made
 
 
 def hub_cache(folder: Path, model: Path, refs: dict[str, str]) -> Path:
-    """A model as the hub's client keeps it: blobs, links to them in a folder for each commit, and names of commits."""
+    """A model as the hub's client keeps it: blobs, links to them in a folder for each commit, and
+    names of commits.
+    """
     repository = folder / "models--somebody--tiny"
     for number, file in enumerate(sorted(path for path in model.rglob("*") if path.is_file())):
         blob = repository / "blobs" / f"{number:064x}"

@@ -21,7 +21,11 @@ from probe.settings.experiment import Experiment, load_experiment
 from probe.watching import hooks
 
 PROMPT = "a cat on the hat"
-FULL = {"branches": "both", "tokens": "all", "activations": ("unet.mid_block", "vae.decoder.mid_block", "text_encoder.encoder.layers.0")}
+FULL = {
+    "branches": "both",
+    "tokens": "all",
+    "activations": ("unet.mid_block", "vae.decoder.mid_block", "text_encoder.encoder.layers.0"),
+}
 OFF = {"attention": "off", "text": False, "statistics": False}
 
 
@@ -31,12 +35,25 @@ def pipeline(dtype: torch.dtype = torch.float32, prediction: str = "epsilon") ->
 
 @functools.cache
 def _made(dtype: torch.dtype, prediction: str) -> Any:
-    return tiny.pipeline(prediction) if dtype == torch.float32 else tiny.pipeline(prediction).to(dtype)
+    return (
+        tiny.pipeline(prediction) if dtype == torch.float32 else tiny.pipeline(prediction).to(dtype)
+    )
 
 
 def ask(folder: Path, **changes: Any) -> Experiment:
-    """A short run, which does not wait for the disk: how long that takes is a matter of the machine."""
-    return load_experiment({"prompt": PROMPT, "seed": 3, "steps": 4, "output": str(folder), "durability": "none", **changes})
+    """A short run, which does not wait for the disk: how long that takes is a matter of the
+    machine.
+    """
+    return load_experiment(
+        {
+            "prompt": PROMPT,
+            "seed": 3,
+            "steps": 4,
+            "output": str(folder),
+            "durability": "none",
+            **changes,
+        }
+    )
 
 
 def take(folder: Path, pipe: Any = None, **changes: Any) -> Run:
@@ -48,12 +65,21 @@ def model_for(pipe: Any, asked: Experiment) -> StableDiffusion:
 
 
 def condition(pipe: Any, asked: Experiment) -> Conditioning:
-    return StableDiffusion.of(pipe).condition(asked.prompt, asked.negative_prompt, guided=asked.guidance_scale > 1, over_long=asked.over_long)
+    return StableDiffusion.of(pipe).condition(
+        asked.prompt,
+        asked.negative_prompt,
+        guided=asked.guidance_scale > 1,
+        over_long=asked.over_long,
+    )
 
 
 def loop(pipe: Any, asked: Experiment) -> Iterator[Step]:
     fields = "steps guidance_scale guidance_rescale eta seed images height width".split()
-    return denoise(model_for(pipe, asked), condition(pipe, asked), **{name: getattr(asked, name) for name in fields})
+    return denoise(
+        model_for(pipe, asked),
+        condition(pipe, asked),
+        **{name: getattr(asked, name) for name in fields},
+    )
 
 
 def bare(pipe: Any, asked: Experiment) -> list[Step]:
@@ -71,14 +97,26 @@ def assert_neutral(run: Run, steps: list[Step]) -> None:
     assert run.tree.sizes["step"] == len(steps)
     for at, index in enumerate(run.steps):
         step = steps[index]
-        pairs = {"latents": step.latents, "prediction": step.prediction, "prediction_cond": step.prediction_cond}
+        pairs = {
+            "latents": step.latents,
+            "prediction": step.prediction,
+            "prediction_cond": step.prediction_cond,
+        }
         if step.prediction_uncond is not None:
             pairs["prediction_uncond"] = step.prediction_uncond
         for name, tensor in pairs.items():
-            assert_same(run.tree[f"latents/{name}"].values[run.steps[at]], stored(tensor), f"{name} of step {index}")
+            assert_same(
+                run.tree[f"latents/{name}"].values[run.steps[at]],
+                stored(tensor),
+                f"{name} of step {index}",
+            )
     if run.status == "complete":
         assert len(run.steps) == len(steps)
-        assert_same(run.tree["latents/final_latents"].values, stored(steps[-1].next_latents), "final_latents")
+        assert_same(
+            run.tree["latents/final_latents"].values,
+            stored(steps[-1].next_latents),
+            "final_latents",
+        )
 
 
 def assert_no_hooks(pipe: Any) -> None:

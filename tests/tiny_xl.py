@@ -1,4 +1,6 @@
-"""The tiny Stable Diffusion XL: its pipelines, drawn with by diffusers and by our loop, and its recordings."""
+"""The tiny Stable Diffusion XL: its pipelines, drawn with by diffusers and by our loop, and its
+recordings.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,19 @@ def base(shape: str = "base", prediction: str = "epsilon", zeros: bool = True) -
 
 
 def around(parts: Any, scheduler: str = "Euler", **options: Any) -> Any:
-    """A pipeline of the same networks, with a scheduler made from the same config in diffusers' own way."""
+    """A pipeline of the same networks, with a scheduler made from the same config in diffusers' own
+    way.
+    """
     kind, extra = SCHEDULERS[scheduler]
     made = diffusers.StableDiffusionXLPipeline(
-        **{name: part for name, part in parts.components.items() if name not in ("scheduler", "image_encoder", "feature_extractor")},
-        scheduler=getattr(diffusers, kind).from_config(parts.scheduler.config, **{**extra, **options}),
+        **{
+            name: part
+            for name, part in parts.components.items()
+            if name not in ("scheduler", "image_encoder", "feature_extractor")
+        },
+        scheduler=getattr(diffusers, kind).from_config(
+            parts.scheduler.config, **{**extra, **options}
+        ),
         force_zeros_for_empty_prompt=parts.config.force_zeros_for_empty_prompt,
         add_watermarker=False,
     )
@@ -55,20 +65,39 @@ def peer_of(shape: str, scheduler: str) -> Any:
 
 
 ENCODERS = ("text_encoder", "text_encoder_2")
-INSIDE = ("unet.mid_block*", "vae.decoder.mid_block", "text_encoder.encoder.layers.0", "text_encoder_2.text_projection")
+INSIDE = (
+    "unet.mid_block*",
+    "vae.decoder.mid_block",
+    "text_encoder.encoder.layers.0",
+    "text_encoder_2.text_projection",
+)
 SMALL = {"statistics": False, "attention": "off"}
 
 theirs = functools.partial(parity.theirs, steps=STEPS)
 ours = functools.partial(parity.ours, steps=STEPS, guidance_scale=5.0)
 
 
-def assert_same(model: StableDiffusionXL, pipeline: Any, mine: dict[str, Any] | None = None, **how: Any) -> torch.Tensor:
+def assert_same(
+    model: StableDiffusionXL, pipeline: Any, mine: dict[str, Any] | None = None, **how: Any
+) -> torch.Tensor:
     """Latents and pictures, bit for bit."""
-    return assert_bits(model, ours(model, **(how if mine is None else mine)), *theirs(pipeline, **how))
+    return assert_bits(
+        model, ours(model, **(how if mine is None else mine)), *theirs(pipeline, **how)
+    )
 
 
 def ask(folder: Path, **changes: Any) -> Experiment:
-    return load_experiment({"prompt": PROMPT, "seed": SEED, "steps": STEPS, "output": str(folder), "device": "cpu", "durability": "none", **changes})
+    return load_experiment(
+        {
+            "prompt": PROMPT,
+            "seed": SEED,
+            "steps": STEPS,
+            "output": str(folder),
+            "device": "cpu",
+            "durability": "none",
+            **changes,
+        }
+    )
 
 
 def take(folder: Path, pipeline: Any = None, **changes: Any) -> Run:
@@ -82,17 +111,30 @@ def failed(run: Run, model: Any = None) -> dict[str, str]:
 def assert_neutral(run: Run, steps: list[Step], model: StableDiffusionXL) -> None:
     """The recording holds the bits of `steps`, which nobody watched, and their picture."""
     for index, step in enumerate(steps):
-        said = {"latents": step.latents, "prediction": step.prediction, "prediction_cond": step.prediction_cond}
+        said = {
+            "latents": step.latents,
+            "prediction": step.prediction,
+            "prediction_cond": step.prediction_cond,
+        }
         for name, tensor in said.items():
-            assert np.array_equal(run.variable(f"latents/{name}").values[index], tensor.numpy()), f"{name} of step {index}"
-    assert np.array_equal(run.variable("images/final").values, model.decode(steps[-1].next_latents)[0].numpy())
+            assert np.array_equal(run.variable(f"latents/{name}").values[index], tensor.numpy()), (
+                f"{name} of step {index}"
+            )
+    assert np.array_equal(
+        run.variable("images/final").values, model.decode(steps[-1].next_latents)[0].numpy()
+    )
     assert hooks.count(model.unet) == hooks.count(model.vae) == 0
 
 
 def cut_short(folder: Path, pipeline: Any, after: int, **how: Any) -> Run:
     """A recording that was interrupted after some steps."""
     calls = iter(range(100))
-    with pytest.raises(KeyboardInterrupt), hooks.Hooks([(pipeline.unet, "input", lambda _: interrupt() if next(calls) == after else None)]):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        hooks.Hooks(
+            [(pipeline.unet, "input", lambda _: interrupt() if next(calls) == after else None)]
+        ),
+    ):
         take(folder, pipeline, **how)
     cut = next(Run(path) for path in folder.glob("*.zarr"))
     assert cut.status == "interrupted" and len(cut.steps) == after
@@ -105,5 +147,10 @@ def interrupt() -> None:
 
 def full(folder: Path) -> Run:
     """Two images that are not square, of an empty negative prompt, with everything on."""
-    capture = {"branches": "both", "activations": INSIDE, "counterfactual": ["*"], "self_attention": ["*"]}
+    capture = {
+        "branches": "both",
+        "activations": INSIDE,
+        "counterfactual": ["*"],
+        "self_attention": ["*"],
+    }
     return take(folder, images=2, height=32, width=48, decode_every=2, capture=capture)

@@ -1,4 +1,6 @@
-"""The maps that a recording must hold: diffusers' own scores, and those of attention-map-diffusers 1.0.0."""
+"""The maps that a recording must hold: diffusers' own scores, and those of attention-map-diffusers
+1.0.0.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,37 @@ MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
 
 def scores(pipe: Any, asked: Experiment) -> Scores:
-    """By step and layer, diffusers' own `get_attention_scores` of what enters each layer. *Shape:* (branch, image, head, pixel, token) float32."""
+    """By step and layer, diffusers' own `get_attention_scores` of what enters each layer.
+
+    *Shape:* (branch, image, head, pixel, token) float32.
+    """
     guided = asked.guidance_scale > 1
-    text = condition(pipe, asked).rows(("uncond", "cond") if guided else ("cond",), asked.images)["encoder_hidden_states"]
+    text = condition(pipe, asked).rows(("uncond", "cond") if guided else ("cond",), asked.images)[
+        "encoder_hidden_states"
+    ]
     found: Scores = []
     now: dict[str, torch.Tensor] = {}
 
     def watch(path: str, module: Any) -> Callable[[torch.Tensor], None]:
         def callback(hidden: torch.Tensor) -> None:
             with torch.no_grad():
-                query, key = (module.head_to_batch_dim(tensor.float()) for tensor in (module.to_q(hidden), module.to_k(text)))
+                query, key = (
+                    module.head_to_batch_dim(tensor.float())
+                    for tensor in (module.to_q(hidden), module.to_k(text))
+                )
                 rows = module.get_attention_scores(query, key, None)
-            now[path] = rows.unflatten(0, (2 if guided else 1, asked.images, module.heads)).float().cpu()
+            now[path] = (
+                rows.unflatten(0, (2 if guided else 1, asked.images, module.heads)).float().cpu()
+            )
 
         return callback
 
-    with hooks.Hooks([(module, "input", watch(path, module)) for path, module in cross_attention(pipe.unet).items()]):
+    with hooks.Hooks(
+        [
+            (module, "input", watch(path, module))
+            for path, module in cross_attention(pipe.unet).items()
+        ]
+    ):
         for _ in loop(pipe, asked):
             found.append(dict(now))
             now.clear()
@@ -46,7 +63,9 @@ def scores(pipe: Any, asked: Experiment) -> Scores:
 
 
 def assert_maps(run: Run, expected: Scores, absolute: float, relative: float = 0.0) -> None:
-    """Every map of the recording is the expected one, and `rest` the sum of those that were not kept."""
+    """Every map of the recording is the expected one, and `rest` the sum of those that were not
+    kept.
+    """
     called = ["uncond", "cond"] if run.experiment.guidance_scale > 1 else ["cond"]
     compared: set[str] = set()
     for grid in run.grids:
@@ -60,19 +79,29 @@ def assert_maps(run: Run, expected: Scores, absolute: float, relative: float = 0
                 wanted = whole[kept]
                 if len(kept) < len(positions):
                     assert positions[-1] == -1
-                    wanted = np.concatenate([wanted, np.delete(whole, kept, axis=0).sum(axis=0, keepdims=True)])
+                    wanted = np.concatenate(
+                        [wanted, np.delete(whole, kept, axis=0).sum(axis=0, keepdims=True)]
+                    )
                 found = values[at][:, :, :, number].reshape(wanted.shape)
-                np.testing.assert_allclose(found, wanted, atol=absolute, rtol=relative, err_msg=f"{layer}, step {step}")
+                np.testing.assert_allclose(
+                    found, wanted, atol=absolute, rtol=relative, err_msg=f"{layer}, step {step}"
+                )
                 compared.add(str(layer))
-        np.testing.assert_allclose(values.sum(axis=1), 1, atol=absolute * values.shape[1] + relative)
+        np.testing.assert_allclose(
+            values.sum(axis=1), 1, atol=absolute * values.shape[1] + relative
+        )
     assert compared, "nothing was compared"
 
 
 def peer_maps(asked: Experiment, pipe: Any) -> dict[tuple[int, str], np.ndarray]:
-    """By call and layer, (branch x image, head, pixel, token), from the same prompt, noise and scheduler."""
+    """By call and layer, (branch x image, head, pixel, token), from the same prompt, noise and
+    scheduler.
+    """
     from attention_map_diffusers import AttentionCapture  # only here: its users may do without
 
-    with AttentionCapture(pipe, relations="image->text", timesteps="all", heads="all", offload=None, dtype="float32") as capture:
+    with AttentionCapture(
+        pipe, relations="image->text", timesteps="all", heads="all", offload=None, dtype="float32"
+    ) as capture:
         pipe(
             asked.prompt,
             negative_prompt=asked.negative_prompt or None,
@@ -84,7 +113,9 @@ def peer_maps(asked: Experiment, pipe: Any) -> dict[tuple[int, str], np.ndarray]
             generator=[torch.Generator().manual_seed(asked.seed + i) for i in range(asked.images)],
             output_type="latent",
         )
-    calls: Counter[str] = Counter()  # its records come in the order of the calls; timesteps repeat, so they tell no call
+    calls: Counter[str] = (
+        Counter()
+    )  # its records come in the order of the calls; timesteps repeat, so they tell no call
     found = {}
     for made in capture.compute().records:
         path = made.layer_id.removeprefix("unet.")
@@ -99,7 +130,12 @@ def assert_the_same(run: Run, theirs: dict[tuple[int, str], np.ndarray]) -> None
         ours = run.attention(grid)
         for path in ours["layer"].values:
             for index in range(run.tree.sizes["step"]):
-                one = ours.sel(layer=path).isel(step=index).transpose("branch", "image", "head", "y", "x", "token").values
+                one = (
+                    ours.sel(layer=path)
+                    .isel(step=index)
+                    .transpose("branch", "image", "head", "y", "x", "token")
+                    .values
+                )
                 expected = theirs[index, str(path)]
                 assert np.abs(one.reshape(expected.shape) - expected).max() <= 1e-6
                 compared += 1

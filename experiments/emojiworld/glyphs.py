@@ -3,11 +3,12 @@
     python -m experiments.emojiworld.glyphs --font NotoColorEmoji.ttf            # writes glyphs.webp and glyphs.json
     python -m experiments.emojiworld.glyphs --font NotoColorEmoji.ttf --check    # compares the sheet with the font
 
-The font is Noto Color Emoji 2.042, Debian's package fonts-noto-color-emoji. `apt-get download` and `dpkg-deb -x` unpack it
-without installing it. Pillow also needs raqm, which joins code points into one emoji: its wheels have it where the system
-has libfribidi0.
+The font is Noto Color Emoji 2.042, Debian's package fonts-noto-color-emoji. `apt-get download` and
+`dpkg-deb -x` unpack it without installing it. Pillow also needs raqm, which joins code points into
+one emoji: its wheels have it where the system has libfribidi0.
 
-Each glyph is drawn at the font's own size and cropped to its ink. Nothing is rescaled; the sheet is lossless.
+Each glyph is drawn at the font's own size and cropped to its ink. Nothing is rescaled; the sheet is
+lossless.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ FONT_SIZE = 109  # the one size at which this bitmap font can be drawn
 
 
 def wanted() -> list[str]:
-    """Return every emoji that a script draws: subjects, decorations, and the strangers that judges see."""
+    """Return every emoji that a script draws: subjects, decorations, and the strangers that judges
+    see.
+    """
     strangers = [emoji for kind in STRANGERS.values() for emoji in kind.split()]
     return list(dict.fromkeys([*world.SUBJECTS.values(), *world.DECORATIONS.values(), *strangers]))
 
@@ -38,7 +41,9 @@ def drawn(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     ImageDraw.Draw(canvas).text((20, 20), emoji, font=font, embedded_color=True)
     box = canvas.getbbox()
     if box is None:
-        raise SystemExit(f"The font draws nothing for {emoji!r}.\nName Noto Color Emoji with --font.")
+        raise SystemExit(
+            f"The font draws nothing for {emoji!r}.\nName Noto Color Emoji with --font."
+        )
     return canvas.crop(box)
 
 
@@ -56,22 +61,43 @@ def write(inks: dict[str, Image.Image]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--font", type=Path, default=DEBIAN_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="compare the sheet with the font; write nothing")
+    parser.add_argument(
+        "--font", type=Path, default=DEBIAN_FONT, help="NotoColorEmoji.ttf (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare the sheet with the font; write nothing"
+    )
     options = parser.parse_args(argv)
     if not options.font.is_file():
-        raise SystemExit(f"There is no font at {options.font}.\nUnpack Debian's fonts-noto-color-emoji and name its file with --font.")
+        raise SystemExit(
+            f"There is no font at {options.font}.\nUnpack Debian's fonts-noto-color-emoji and name "
+            "its file with --font."
+        )
     if not features.check("raqm"):
-        raise SystemExit("Pillow has no raqm here, which joins emoji such as the astronaut.\nInstall libfribidi0, and Pillow from its wheel.")
+        raise SystemExit(
+            "Pillow has no raqm here, which joins emoji such as the astronaut.\nInstall "
+            "libfribidi0, and Pillow from its wheel."
+        )
     font = ImageFont.truetype(str(options.font), FONT_SIZE)
     inks = {emoji: drawn(emoji, font) for emoji in wanted()}
     if not options.check:
         write(inks)
     sheet = world._sheet()
-    unlike = [emoji for emoji, ink in inks.items() if emoji not in sheet or (sheet[emoji].size, sheet[emoji].tobytes()) != (ink.size, ink.tobytes())]
+    unlike = [
+        emoji
+        for emoji, ink in inks.items()
+        if emoji not in sheet
+        or (sheet[emoji].size, sheet[emoji].tobytes()) != (ink.size, ink.tobytes())
+    ]
     if unlike or len(sheet) != len(inks):
-        raise SystemExit(f"The sheet is not the font's: {' '.join(unlike) or 'it has more'}.\nWrite it again, without --check.")
-    print(f"{world.GLYPHS}: {len(inks)} emoji, {world.GLYPHS.stat().st_size:,} bytes, each the font's own pixels")
+        raise SystemExit(
+            f"The sheet is not the font's: {' '.join(unlike) or 'it has more'}.\nWrite it again, "
+            "without --check."
+        )
+    print(
+        f"{world.GLYPHS}: {len(inks)} emoji, {world.GLYPHS.stat().st_size:,} bytes, each the "
+        "font's own pixels"
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Two judges that say which subjects and which setting a picture shows, so that generated pictures can be scored.
+"""Two judges that say which subjects and which setting a picture shows, so that generated pictures
+can be scored.
 
     python -m experiments.emojiworld.judge              # trains both, about ten minutes each on one core
     python -m experiments.emojiworld.judge --help
 
-`tuning` is there to choose training and sampling settings by; `report` only ever scores a model that is finished, so that
-nothing was chosen to please it. They differ in all that could make them agree for the wrong reason: architecture (a
-residual network with batch normalisation; a ConvNeXt), scenes, and seed. Both see every subject x setting pair, the left-out ones too.
+`tuning` is there to choose training and sampling settings by; `report` only ever scores a model
+that is finished, so that nothing was chosen to please it. They differ in all that could make them
+agree for the wrong reason: architecture (a residual network with batch normalisation; a ConvNeXt),
+scenes, and seed. Both see every subject x setting pair, the left-out ones too.
 
-They are to judge what is there and not how sharp it is: a third of what they learn from went through the VAE (some with
-noise on its latent), and all of it is blurred, shifted, recoloured and made noisy at random. One picture in eight shows
-emoji that are no subject of the world ("strangers"), so that a shape in the right colours is not yet a subject. An answer
-less sure than 99 of 100 true ones on scenes apart is "unsure". Everything goes to `training/judges/`, resumes, and ships nowhere.
+They are to judge what is there and not how sharp it is: a third of what they learn from went
+through the VAE (some with noise on its latent), and all of it is blurred, shifted, recoloured and
+made noisy at random. One picture in eight shows emoji that are no subject of the world
+("strangers"), so that a shape in the right colours is not yet a subject. An answer less sure than
+99 of 100 true ones on scenes apart is "unsure". Everything goes to `training/judges/`, resumes, and
+ships nowhere.
 """
 
 from __future__ import annotations
@@ -33,25 +37,34 @@ from probe.diffusion.sd import StableDiffusion
 
 FOLDER = Path("training/judges")
 SUBJECTS, SETTINGS = list(world.SUBJECTS), [*world.SETTINGS, None]  # None: a plain backdrop
-FIRST_SEED = {"tuning": 20_000_000, "report": 30_000_000}  # training of the model uses seeds from 0, its report from 10,000,000
+FIRST_SEED = {
+    "tuning": 20_000_000,
+    "report": 30_000_000,
+}  # training of the model uses seeds from 0, its report from 10,000,000
 STEPS = {"tuning": 2000, "report": 3000}
 APART = 1_000_000  # from a judge's training scenes to those its thresholds are chosen on
 TEST_SEED = 40_000_000
 SIDE = 64  # judges look at pictures of half the size
 STRANGERS = {  # emoji that are no subject of the world: to learn from, and to test on
-    "training": "\U0001f42e \U0001f437 \U0001f42f \U0001f430 \U0001f435 \U0001f414 \U0001f433 \U0001f41d \U0001f98b \U0001f383 "
-    "\U0001f921 \U0001f47d \U0001f68c \U0001f6b2 \U0001f34e \U0001f354 \U0001f3ba \U0001f3c0 \U0001f3a9 \U0001f9f8",
-    "test": "\U0001f42d \U0001f43b \U0001f986 \U0001f40c \U0001f988 \U0001f47e \U0001f69c \U0001f349 \U0001f941 \U0001f3c8 "
-    "\U0001f43a \U0001f428 \U0001f985 \U0001f41e \U0001f42c \U0001f479 \U0001f681 \U0001f353 \U0001f3bb \U0001f3be",
+    "training": "\U0001f42e \U0001f437 \U0001f42f \U0001f430 \U0001f435 \U0001f414 \U0001f433 "
+    "\U0001f41d \U0001f98b \U0001f383 "
+    "\U0001f921 \U0001f47d \U0001f68c \U0001f6b2 \U0001f34e \U0001f354 \U0001f3ba \U0001f3c0 "
+    "\U0001f3a9 \U0001f9f8",
+    "test": "\U0001f42d \U0001f43b \U0001f986 \U0001f40c \U0001f988 \U0001f47e \U0001f69c "
+    "\U0001f349 \U0001f941 \U0001f3c8 "
+    "\U0001f43a \U0001f428 \U0001f985 \U0001f41e \U0001f42c \U0001f479 \U0001f681 \U0001f353 "
+    "\U0001f3bb \U0001f3be",
 }
 
 
-# --- scenes ----------------------------------------------------------------------------------------------------------
+# --- scenes ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures (picture, rgb, 64, 64) uint8; subjects (picture, 24) 0 or 1; settings (picture,), an index into `SETTINGS`."""
+    """Pictures (picture, rgb, 64, 64) uint8; subjects (picture, 24) 0 or 1; settings (picture,), an
+    index into `SETTINGS`.
+    """
 
     pictures: torch.Tensor
     subjects: torch.Tensor
@@ -76,10 +89,16 @@ def stranger(seed: int, kind: str) -> tuple[np.ndarray, str]:
 
 
 @torch.no_grad()
-def round_trip(model: StableDiffusion, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """What the VAE makes of pictures, (picture, rgb, y, x) in [-1, 1]; `noise` is added to its latents of spread one."""
+def round_trip(
+    model: StableDiffusion, pixels: torch.Tensor, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the VAE makes of pictures, (picture, rgb, y, x) in [-1, 1]; `noise` is added to its
+    latents of spread one.
+    """
     assert model.vae is not None
-    with torch.autocast("cpu", torch.bfloat16):  # half the time, and eight bits are enough for eight bits
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # half the time, and eight bits are enough for eight bits
         latents = model.vae.encode(pixels).latent_dist.mean
         if noise is not None:
             latents = latents + noise / model.scaling_factor
@@ -87,19 +106,33 @@ def round_trip(model: StableDiffusion, pixels: torch.Tensor, noise: torch.Tensor
 
 
 def small(pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures (picture, rgb, 128, 128) in [-1, 1] as the judges take them: (picture, rgb, 64, 64) uint8."""
+    """Pictures (picture, rgb, 128, 128) in [-1, 1] as the judges take them: (picture, rgb, 64, 64)
+    uint8.
+    """
     return (F.avg_pool2d(pixels, world.SIZE // SIDE) * 127.5 + 127.5).round().byte()
 
 
-def draw(first: int, count: int, *, strangers: str | None = None, every: int = 1, trips: int = 0, model: StableDiffusion | None = None) -> Labelled:
-    """`count` scenes of all pairs from seed `first` on; the first `trips` of them went through the VAE of `model`.
+def draw(
+    first: int,
+    count: int,
+    *,
+    strangers: str | None = None,
+    every: int = 1,
+    trips: int = 0,
+    model: StableDiffusion | None = None,
+) -> Labelled:
+    """`count` scenes of all pairs from seed `first` on; the first `trips` of them went through the
+    VAE of `model`.
 
-    With `strangers`, one scene in `every` shows emoji of that kind in place of subjects. Half of the round trips carry
-    noise on their latents, up to half of their spread, as an unfinished picture does.
+    With `strangers`, one scene in `every` shows emoji of that kind in place of subjects. Half of
+    the round trips carry noise on their latents, up to half of their spread, as an unfinished
+    picture does.
     """
     subjects, settings = torch.zeros(count, len(SUBJECTS)), torch.zeros(count, dtype=torch.long)
     pictures = torch.empty((count, 3, SIDE, SIDE), dtype=torch.uint8)
-    for start in tqdm(range(0, count, 50), desc="scenes for a judge", mininterval=5, disable=count < 1000):
+    for start in tqdm(
+        range(0, count, 50), desc="scenes for a judge", mininterval=5, disable=count < 1000
+    ):
         images = []
         for i in range(start, min(start + 50, count)):
             if strangers is not None and i % every == 0:
@@ -114,15 +147,21 @@ def draw(first: int, count: int, *, strangers: str | None = None, every: int = 1
         if start < trips:
             assert model is not None
             random = generator(first, start)
-            strength = (torch.rand(len(pixels), generator=random) - 0.5).clamp(min=0)[:, None, None, None]
-            noise = strength * torch.randn((len(pixels), *model.latent_shape(1)[1:]), generator=random)
+            strength = (torch.rand(len(pixels), generator=random) - 0.5).clamp(min=0)[
+                :, None, None, None
+            ]
+            noise = strength * torch.randn(
+                (len(pixels), *model.latent_shape(1)[1:]), generator=random
+            )
             pixels = round_trip(model, pixels, noise)
         pictures[start : start + len(pixels)] = small(pixels)
     return Labelled(pictures, subjects, settings)
 
 
 def vary(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Each picture moved, scaled, recoloured, blurred and made noisy by its own chance; uint8 in, (picture, rgb, y, x) out."""
+    """Each picture moved, scaled, recoloured, blurred and made noisy by its own chance; uint8 in,
+    (picture, rgb, y, x) out.
+    """
     n = len(pictures)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -132,17 +171,24 @@ def vary(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     frame = torch.zeros(n, 2, 3)
     frame[:, 0, 0] = frame[:, 1, 1] = uniform(0.85, 1.12)
     frame[:, :, 2] = uniform(-0.1, 0.1, 2)
-    x = F.grid_sample(x, F.affine_grid(frame, [n, 3, SIDE, SIDE], align_corners=False), padding_mode="reflection", align_corners=False)
+    x = F.grid_sample(
+        x,
+        F.affine_grid(frame, [n, 3, SIDE, SIDE], align_corners=False),
+        padding_mode="reflection",
+        align_corners=False,
+    )
     once = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     twice = F.avg_pool2d(once, 3, 1, 1, count_include_pad=False)
     blur = uniform(0, 1, 1, 1, 1)
     x = torch.where(blur < 0.3, twice, torch.where(blur < 0.55, once, x))
-    x = x.lerp(x.mean(dim=1, keepdim=True), uniform(-0.5, 0.3, 1, 1, 1))  # colours stronger or weaker
+    x = x.lerp(
+        x.mean(dim=1, keepdim=True), uniform(-0.5, 0.3, 1, 1, 1)
+    )  # colours stronger or weaker
     x = x * uniform(0.75, 1.3, 1, 1, 1) + uniform(-0.12, 0.12, 3, 1, 1)
     return (x + uniform(0, 0.12, 1, 1, 1) * torch.randn(x.shape, generator=random)).clamp(-1, 1)
 
 
-# --- the networks ----------------------------------------------------------------------------------------------------
+# --- the networks ---------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -157,14 +203,18 @@ class Residual(nn.Module):
             nn.Conv2d(outside, outside, 3, 1, 1, bias=False),
             nn.BatchNorm2d(outside),
         )
-        self.around = nn.Identity() if stride == 1 else nn.Conv2d(inside, outside, 1, stride, bias=False)
+        self.around = (
+            nn.Identity() if stride == 1 else nn.Conv2d(inside, outside, 1, stride, bias=False)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.body(x) + self.around(x))
 
 
 class NextBlock(nn.Module):
-    """A convolution inside each channel, then a small network at each place, as in ConvNeXt (Liu et al. 2022), but 3x3."""
+    """A convolution inside each channel, then a small network at each place, as in ConvNeXt (Liu et
+    al. 2022), but 3x3.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -180,17 +230,36 @@ def body_of(name: str) -> tuple[nn.Module, int]:
     """The layers of a judge up to an 8x8 grid of features, and how many features."""
     if name == "tuning":
         stem = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
-        return nn.Sequential(*stem, Residual(32, 32, 1), Residual(32, 64, 2), Residual(64, 64, 1), Residual(64, 128, 2), Residual(128, 128, 1)), 128
-    stem = [nn.Conv2d(3, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 3, 2, 1), *(NextBlock(64) for _ in range(3))]
-    return nn.Sequential(*stem, nn.GroupNorm(1, 64), nn.Conv2d(64, 144, 2, 2), *(NextBlock(144) for _ in range(4)), nn.GroupNorm(1, 144)), 144
+        return nn.Sequential(
+            *stem,
+            Residual(32, 32, 1),
+            Residual(32, 64, 2),
+            Residual(64, 64, 1),
+            Residual(64, 128, 2),
+            Residual(128, 128, 1),
+        ), 128
+    stem = [
+        nn.Conv2d(3, 32, 3, 2, 1),
+        nn.GELU(),
+        nn.Conv2d(32, 64, 3, 2, 1),
+        *(NextBlock(64) for _ in range(3)),
+    ]
+    return nn.Sequential(
+        *stem,
+        nn.GroupNorm(1, 64),
+        nn.Conv2d(64, 144, 2, 2),
+        *(NextBlock(144) for _ in range(4)),
+        nn.GroupNorm(1, 144),
+    ), 144
 
 
 @dataclass(frozen=True)
 class Answer:
     """What a judge says of some pictures; less than its `sure_*` is "unsure".
 
-    `subjects` (picture, 24): the probability that each is there. `settings` (picture, 9): probabilities, the last for
-    none. `places` (picture, 24, xy): where each would be, in [0, 1] from the upper left corner.
+    `subjects` (picture, 24): the probability that each is there. `settings` (picture, 9):
+    probabilities, the last for none. `places` (picture, 24, xy): where each would be, in [0, 1]
+    from the upper left corner.
     """
 
     subjects: torch.Tensor
@@ -203,8 +272,13 @@ class Answer:
         """(picture,) bool: just the asked subjects lead, and each is sure."""
         index = [[SUBJECTS.index(name) for name in names] for names in subjects]
         ranked = self.subjects.argsort(dim=1, descending=True)
-        leading = [set(ranked[i, : len(asked)].tolist()) == set(asked) for i, asked in enumerate(index)]
-        sure = [bool((self.subjects[i, asked] >= self.sure_subject).all()) for i, asked in enumerate(index)]
+        leading = [
+            set(ranked[i, : len(asked)].tolist()) == set(asked) for i, asked in enumerate(index)
+        ]
+        sure = [
+            bool((self.subjects[i, asked] >= self.sure_subject).all())
+            for i, asked in enumerate(index)
+        ]
         return torch.tensor(leading) & torch.tensor(sure)
 
     def set_in(self, settings: list[str | None]) -> torch.Tensor:
@@ -214,7 +288,9 @@ class Answer:
         return (leading == asked) & (best >= self.sure_setting)
 
     def related(self, subjects: list[tuple[str, ...]], relations: list[str | None]) -> torch.Tensor:
-        """(picture,) bool: of two subjects, the first is above the second, or they are side by side."""
+        """(picture,) bool: of two subjects, the first is above the second, or they are side by
+        side.
+        """
         told = []
         for places, (first, second), relation in zip(self.places, subjects, relations, strict=True):
             dx, dy = (places[SUBJECTS.index(second)] - places[SUBJECTS.index(first)]).tolist()
@@ -224,11 +300,15 @@ class Answer:
     @property
     def unsure(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(picture,) bool, twice: no subject is sure; no setting is sure."""
-        return self.subjects.amax(dim=1) < self.sure_subject, self.settings.amax(dim=1) < self.sure_setting
+        return self.subjects.amax(dim=1) < self.sure_subject, self.settings.amax(
+            dim=1
+        ) < self.sure_setting
 
 
 class Judge(nn.Module):
-    """A body, and for every place of its 8x8 grid a vote on subjects and setting; the votes are averaged."""
+    """A body, and for every place of its 8x8 grid a vote on subjects and setting; the votes are
+    averaged.
+    """
 
     sure: torch.Tensor  # the thresholds for a subject and for a setting
 
@@ -248,20 +328,30 @@ class Judge(nn.Module):
     def judge(self, pictures: torch.Tensor) -> Answer:
         """What it says of pictures (picture, rgb, 64, 64) uint8, see `small`."""
         votes = torch.cat([self(part.float() / 127.5 - 1) for part in pictures.split(128)])
-        of_subjects, of_settings = votes.mean(dim=(2, 3)).split([len(SUBJECTS), len(SETTINGS)], dim=1)
+        of_subjects, of_settings = votes.mean(dim=(2, 3)).split(
+            [len(SUBJECTS), len(SETTINGS)], dim=1
+        )
         # Zhou et al. 2016: with averaged votes, the votes of a class say where it is.
         weight = votes[:, : len(SUBJECTS)].relu().square() + 1e-6
         ticks = (torch.arange(votes.shape[-1]) + 0.5) / votes.shape[-1]
         x, y = (weight.sum(dim=over) @ ticks / weight.sum(dim=(2, 3)) for over in (2, 3))
         sure_subject, sure_setting = self.sure.tolist()
-        return Answer(of_subjects.sigmoid(), of_settings.softmax(dim=1), torch.stack([x, y], dim=-1), sure_subject, sure_setting)
+        return Answer(
+            of_subjects.sigmoid(),
+            of_settings.softmax(dim=1),
+            torch.stack([x, y], dim=-1),
+            sure_subject,
+            sure_setting,
+        )
 
 
-# --- training and its test -------------------------------------------------------------------------------------------
+# --- training and its test ------------------------------------------------------------------------
 
 
 def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Path) -> Judge:
-    """Train one judge and choose its thresholds, or go on from its last checkpoint, or take the one that is finished."""
+    """Train one judge and choose its thresholds, or go on from its last checkpoint, or take the one
+    that is finished.
+    """
     if (folder / f"{name}-judge.pt").exists():
         return load_judge(name, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,7 +365,14 @@ def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Pa
         cache.with_suffix(".partial").replace(cache)
     torch.manual_seed(first)
     made = Judge(name)
-    trainer = Trainer(name, nn.ModuleDict({"judge": made}), steps, 3e-3 if name == "tuning" else 2e-3, folder, 0.998)
+    trainer = Trainer(
+        name,
+        nn.ModuleDict({"judge": made}),
+        steps,
+        3e-3 if name == "tuning" else 2e-3,
+        folder,
+        0.998,
+    )
 
     def loss_of(step: int) -> torch.Tensor:
         random = generator(first, step)
@@ -283,8 +380,14 @@ def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Pa
         which = torch.where(torch.rand(batch, generator=random) < 1 / 3, which % trips, which)
         with torch.autocast("cpu", torch.bfloat16):
             votes = made(vary(data.pictures[which], random))
-        of_subjects, of_settings = votes.mean(dim=(2, 3)).split([len(SUBJECTS), len(SETTINGS)], dim=1)
-        subjects = F.binary_cross_entropy_with_logits(of_subjects, data.subjects[which], reduction="none").sum(dim=1).mean()
+        of_subjects, of_settings = votes.mean(dim=(2, 3)).split(
+            [len(SUBJECTS), len(SETTINGS)], dim=1
+        )
+        subjects = (
+            F.binary_cross_entropy_with_logits(of_subjects, data.subjects[which], reduction="none")
+            .sum(dim=1)
+            .mean()
+        )
         return subjects + F.cross_entropy(of_settings, data.settings[which])
 
     trainer.run(loss_of)
@@ -296,7 +399,8 @@ def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Pa
 
 
 def thresholds(judge: Judge, model: StableDiffusion) -> tuple[float, float]:
-    """The confidence that 99% of the subjects and 99% of the settings reach in 800 scenes apart, half of them round trips.
+    """The confidence that 99% of the subjects and 99% of the settings reach in 800 scenes apart,
+    half of them round trips.
 
     It is at least a half.
     """
@@ -311,7 +415,10 @@ def load_judge(name: str, folder: Path = FOLDER) -> Judge:
     """A trained judge, ready for use. Exits with the command that makes it where there is none."""
     path = folder / f"{name}-judge.pt"
     if not path.exists():
-        raise SystemExit(f"There is no judge at {path}.\nTrain it: python -m experiments.emojiworld.judge --only {name}")
+        raise SystemExit(
+            f"There is no judge at {path}.\nTrain it: python -m experiments.emojiworld.judge "
+            f"--only {name}"
+        )
     judge = Judge(name)
     judge.load_state_dict(torch.load(path, weights_only=True))
     judge.requires_grad_(False)
@@ -319,10 +426,16 @@ def load_judge(name: str, folder: Path = FOLDER) -> Judge:
 
 
 def own_accuracy(judge: Judge, model: StableDiffusion, count: int) -> list[dict[str, Any]]:
-    """Rows of a table: how often the judge is right on fresh scenes, on their round trips through the VAE, and on strangers."""
+    """Rows of a table: how often the judge is right on fresh scenes, on their round trips through
+    the VAE, and on strangers.
+    """
     rows = []
     scenes = [world.draw_scene(TEST_SEED + i, allow_held_out=True) for i in range(count)]
-    pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = (
+        torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+        / 127.5
+        - 1
+    )
     one, two = ([i for i, scene in enumerate(scenes) if len(scene.subjects) == n] for n in (1, 2))
     tripped = torch.cat([round_trip(model, part) for part in pixels.split(32)])
     for label, shown in (("scenes", pixels), ("VAE round trips", tripped)):
@@ -330,26 +443,58 @@ def own_accuracy(judge: Judge, model: StableDiffusion, count: int) -> list[dict[
         right = answer.shows([scene.subjects for scene in scenes])
         setting = answer.set_in([scene.setting for scene in scenes])
         both = [i for i in two if right[i]]
-        placed = Answer(answer.subjects[both], answer.settings[both], answer.places[both], answer.sure_subject, answer.sure_setting)
-        related = placed.related([scenes[i].subjects for i in both], [scenes[i].relation for i in both])
+        placed = Answer(
+            answer.subjects[both],
+            answer.settings[both],
+            answer.places[both],
+            answer.sure_subject,
+            answer.sure_setting,
+        )
+        related = placed.related(
+            [scenes[i].subjects for i in both], [scenes[i].relation for i in both]
+        )
         no_subject, no_setting = answer.unsure
-        row = {"judge": judge.name, "shown": label, "n": count, "subject": right[one], "setting": setting, "both": right[two]}
-        rows.append({**row, "relation": related, "unsure of subject": no_subject, "of setting": no_setting})
-    strangers = judge.judge(draw(TEST_SEED + count, count, strangers="test", trips=count // 2, model=model).pictures)
-    rows.append({"judge": judge.name, "shown": "strangers, half round trips", "n": count, "unsure of subject": strangers.unsure[0]})
+        row = {
+            "judge": judge.name,
+            "shown": label,
+            "n": count,
+            "subject": right[one],
+            "setting": setting,
+            "both": right[two],
+        }
+        rows.append(
+            {**row, "relation": related, "unsure of subject": no_subject, "of setting": no_setting}
+        )
+    strangers = judge.judge(
+        draw(TEST_SEED + count, count, strangers="test", trips=count // 2, model=model).pictures
+    )
+    rows.append(
+        {
+            "judge": judge.name,
+            "shown": "strangers, half round trips",
+            "n": count,
+            "unsure of subject": strangers.unsure[0],
+        }
+    )
     return rows
 
 
 def table(rows: list[dict[str, Any]], markdown: bool = False) -> str:
-    """Rows of equal or fewer keys than the first, as aligned columns or as Markdown; bool tensors become percentages."""
+    """Rows of equal or fewer keys than the first, as aligned columns or as Markdown; bool tensors
+    become percentages.
+    """
 
     def text(value: Any) -> str:
-        return f"{100 * value.float().mean():.1f}%" if isinstance(value, torch.Tensor) else str(value)
+        return (
+            f"{100 * value.float().mean():.1f}%" if isinstance(value, torch.Tensor) else str(value)
+        )
 
     names = list(rows[0])
     cells = [names, *([text(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    lines = [
+        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells
+    ]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
     lines.insert(1, ["-" * width for width in widths])
@@ -357,20 +502,46 @@ def table(rows: list[dict[str, Any]], markdown: bool = False) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--only", choices=list(FIRST_SEED), help="one judge; by default both")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="checkpoints, and the judges at the end")
-    parser.add_argument("--model", default="emojiworld", help="whose VAE the round trips go through: a diffusers directory, or the bundled model")
-    parser.add_argument("--scenes", type=int, default=12_000, help="scenes that each judge learns from")
-    parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=f"training steps of 64 scenes (default: {STEPS})")
-    parser.add_argument("--test-scenes", type=int, default=600, help="fresh scenes that the judges are tested on")
-    parser.add_argument("--markdown", action="store_true", help="print the table of their accuracy as Markdown")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help="checkpoints, and the judges at the end"
+    )
+    parser.add_argument(
+        "--model",
+        default="emojiworld",
+        help="whose VAE the round trips go through: a diffusers directory, or the bundled model",
+    )
+    parser.add_argument(
+        "--scenes", type=int, default=12_000, help="scenes that each judge learns from"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"training steps of 64 scenes (default: {STEPS})",
+    )
+    parser.add_argument(
+        "--test-scenes", type=int, default=600, help="fresh scenes that the judges are tested on"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table of their accuracy as Markdown"
+    )
     options = parser.parse_args(argv)
     model = load(options.model, dtype="float32", device="cpu")
     rows = []
     for name in [options.only] if options.only else list(FIRST_SEED):
-        judge = train(name, model, options.scenes, getattr(options, "steps", STEPS[name]), options.folder)
-        print(f"{name}: sure from {judge.sure[0]:.3f} for a subject, {judge.sure[1]:.3f} for a setting", flush=True)
+        judge = train(
+            name, model, options.scenes, getattr(options, "steps", STEPS[name]), options.folder
+        )
+        print(
+            f"{name}: sure from {judge.sure[0]:.3f} for a subject, {judge.sure[1]:.3f} for a "
+            "setting",
+            flush=True,
+        )
         rows += own_accuracy(judge, model, options.test_scenes)
     print(table(rows, options.markdown))
 

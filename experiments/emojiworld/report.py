@@ -4,10 +4,11 @@
     python -m experiments.emojiworld.report --model training/emojiworld/model --judge tuning --guidance 3 --pairs 24 --seeds 4
     python -m experiments.emojiworld.report --judge none --sheet experiments/emojiworld/sheet.webp --nearest experiments/emojiworld/nearest.png
 
-Prints the VAE's round trip (PSNR) and the UNet's error in predicting the noise at ten timesteps, for seen and for left-out
-subject x setting pairs; then how often a judge (`experiments.emojiworld.judge`, which trains them) recognises in a generated
-picture what its prompt asked for. Recognised means: just the asked subjects lead among all 24, and each is sure. Intervals
-are 95%, from resampling whole prompts, since pictures of one prompt fail together.
+Prints the VAE's round trip (PSNR) and the UNet's error in predicting the noise at ten timesteps,
+for seen and for left-out subject x setting pairs; then how often a judge
+(`experiments.emojiworld.judge`, which trains them) recognises in a generated picture what its
+prompt asked for. Recognised means: just the asked subjects lead among all 24, and each is sure.
+Intervals are 95%, from resampling whole prompts, since pictures of one prompt fail together.
 """
 
 from __future__ import annotations
@@ -37,24 +38,32 @@ FIRST_FRESH_SEED = 10_000_000  # training uses seeds from 0 up
 TIMESTEPS = list(range(50, 1000, 100))
 
 
-# --- the VAE and the noise prediction --------------------------------------------------------------------------------
+# --- the VAE and the noise prediction -------------------------------------------------------------
 
 
 def fresh_scenes(count: int, held_out: bool) -> list[world.Scene]:
-    """Scenes that training never drew: with seen pairs, or with the left-out pairs of the development set."""
+    """Scenes that training never drew: with seen pairs, or with the left-out pairs of the
+    development set.
+    """
     if not held_out:
         return [world.draw_scene(FIRST_FRESH_SEED + i) for i in range(count)]
     pairs = sorted(world.HELD_OUT_DEVELOPMENT)
     drawn = []
     for i in range(count):
         subject, setting = pairs[i % len(pairs)]
-        drawn.append(world.draw_scene(FIRST_FRESH_SEED + i, (subject,), setting, allow_held_out=True))
+        drawn.append(
+            world.draw_scene(FIRST_FRESH_SEED + i, (subject,), setting, allow_held_out=True)
+        )
     return drawn
 
 
 def pixels_of(scenes: list[world.Scene]) -> torch.Tensor:
     """(scene, rgb, y, x) in [-1, 1]."""
-    return torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return (
+        torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+        / 127.5
+        - 1
+    )
 
 
 @torch.no_grad()
@@ -67,8 +76,12 @@ def vae_psnr(model: StableDiffusion, pixels: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def noise_losses(model: StableDiffusion, scenes: list[world.Scene], timesteps: list[int]) -> list[float]:
-    """Mean squared error of the predicted noise at each timestep (Ho et al. 2020, equation 14), one noise a scene."""
+def noise_losses(
+    model: StableDiffusion, scenes: list[world.Scene], timesteps: list[int]
+) -> list[float]:
+    """Mean squared error of the predicted noise at each timestep (Ho et al. 2020, equation 14), one
+    noise a scene.
+    """
     assert model.vae is not None
     latents = model.vae.encode(pixels_of(scenes)).latent_dist.mean * model.scaling_factor
     text = torch.cat([model.encode(model.read(scene.caption)) for scene in scenes])
@@ -77,12 +90,14 @@ def noise_losses(model: StableDiffusion, scenes: list[world.Scene], timesteps: l
     losses = []
     for t in timesteps:
         at = torch.full((len(scenes),), t)
-        predicted = model.unet(scheduler.add_noise(latents, noise, at), at, encoder_hidden_states=text).sample
+        predicted = model.unet(
+            scheduler.add_noise(latents, noise, at), at, encoder_hidden_states=text
+        ).sample
         losses.append(float((predicted - noise).square().mean()))
     return losses
 
 
-# --- what it draws ---------------------------------------------------------------------------------------------------
+# --- what it draws --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,16 +118,23 @@ DEFAULT = Asked("default prompt, seeds 0 to 9", ("astronaut",), "scuba diving")
 
 
 def asked_for(pairs: int, sealed: bool) -> list[Asked]:
-    """`pairs` seen pairs with every subject equally often, as many scenes of two subjects, and the left-out pairs.
+    """`pairs` seen pairs with every subject equally often, as many scenes of two subjects, and the
+    left-out pairs.
 
-    No scene of two subjects holds a left-out pair. The sealed pairs are in the list only with `sealed`.
+    No scene of two subjects holds a left-out pair. The sealed pairs are in the list only with
+    `sealed`.
     """
     rng = np.random.default_rng(1)
     settings = list(world.SETTINGS)
     seen: list[Asked] = []
     while len(seen) < pairs:
         for subject in rng.permutation(list(world.SUBJECTS)).tolist():
-            free = [s for s in settings if (subject, s) not in world.HELD_OUT and Asked("seen pairs", (subject,), s) not in seen]
+            free = [
+                s
+                for s in settings
+                if (subject, s) not in world.HELD_OUT
+                and Asked("seen pairs", (subject,), s) not in seen
+            ]
             if free and len(seen) < pairs:
                 seen.append(Asked("seen pairs", (subject,), str(rng.choice(free))))
     two: list[Asked] = []
@@ -121,24 +143,48 @@ def asked_for(pairs: int, sealed: bool) -> list[Asked]:
         setting = str(rng.choice(settings))
         if not any((subject, setting) in world.HELD_OUT for subject in subjects):
             two.append(Asked("two subjects", subjects, setting, world.RELATIONS[len(two) % 2]))
-    left_out = [Asked("left out, development", (subject,), setting) for subject, setting in sorted(world.HELD_OUT_DEVELOPMENT)]
+    left_out = [
+        Asked("left out, development", (subject,), setting)
+        for subject, setting in sorted(world.HELD_OUT_DEVELOPMENT)
+    ]
     if sealed:
-        left_out += [Asked("left out, sealed", (subject,), setting) for subject, setting in sorted(world.HELD_OUT_SEALED)]
+        left_out += [
+            Asked("left out, sealed", (subject,), setting)
+            for subject, setting in sorted(world.HELD_OUT_SEALED)
+        ]
     return [*seen, *left_out, *two]
 
 
-def draw(model: StableDiffusion, prompt: str, images: int, *, steps: int, guidance: float, rescale: float = 0.0, seed: int = 0) -> torch.Tensor:
+def draw(
+    model: StableDiffusion,
+    prompt: str,
+    images: int,
+    *,
+    steps: int,
+    guidance: float,
+    rescale: float = 0.0,
+    seed: int = 0,
+) -> torch.Tensor:
     """Pictures of one prompt from seeds `seed` up, (picture, y, x, rgb) uint8."""
     conditioning = model.condition(prompt)
-    *_, last = denoise(model, conditioning, steps=steps, guidance_scale=guidance, guidance_rescale=rescale, seed=seed, images=images)
+    *_, last = denoise(
+        model,
+        conditioning,
+        steps=steps,
+        guidance_scale=guidance,
+        guidance_rescale=rescale,
+        seed=seed,
+        images=images,
+    )
     return model.decode(last.next_latents)[0]
 
 
 def interval(right: torch.Tensor) -> tuple[float, float, float]:
-    """Mean of (prompt, picture) true or false (NaN: not asked), and its 95% interval from 10,000 resamplings of prompts.
+    """Mean of (prompt, picture) true or false (NaN: not asked), and its 95% interval from 10,000
+    resamplings of prompts.
 
-    Where all prompts agree, resampling says nothing, and the interval is the exact binomial one for that many prompts. Of a
-    single prompt, the pictures are resampled.
+    Where all prompts agree, resampling says nothing, and the interval is the exact binomial one for
+    that many prompts. Of a single prompt, the pictures are resampled.
     """
     if len(right) == 1:
         right = right.T
@@ -157,26 +203,50 @@ def interval(right: torch.Tensor) -> tuple[float, float, float]:
 
 
 def score(asked: list[Asked], answer: Answer, images: int) -> dict[str, torch.Tensor]:
-    """What is right in the pictures of some prompts, each (prompt, picture) of 0, 1 or NaN; `answer` is prompt by prompt."""
+    """What is right in the pictures of some prompts, each (prompt, picture) of 0, 1 or NaN;
+    `answer` is prompt by prompt.
+    """
     each = [one for one in asked for _ in range(images)]
     subject = answer.shows([one.subjects for one in each])
     setting = answer.set_in([one.setting for one in each])
-    scores = {"subject": subject, "setting": setting, "all asked": subject & setting, "unsure of subject": answer.unsure[0]}
+    scores = {
+        "subject": subject,
+        "setting": setting,
+        "all asked": subject & setting,
+        "unsure of subject": answer.unsure[0],
+    }
     if asked[0].relation is not None:
-        related = answer.related([one.subjects for one in each], [one.relation for one in each]).float()
+        related = answer.related(
+            [one.subjects for one in each], [one.relation for one in each]
+        ).float()
         scores["relation"] = related.where(subject, torch.nan)
     return {name: value.float().reshape(len(asked), images) for name, value in scores.items()}
 
 
-def recognition(model: StableDiffusion, judges: list[str], folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def recognition(
+    model: StableDiffusion, judges: list[str], folder: Path, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Rows of a table: how often each judge recognises what the prompts of each group asked for."""
-    listed = [(one, options.seeds) for one in asked_for(options.pairs, options.sealed)] + [(DEFAULT, 10)]
+    listed = [(one, options.seeds) for one in asked_for(options.pairs, options.sealed)] + [
+        (DEFAULT, 10)
+    ]
     loaded = [load_judge(name, folder) for name in judges]
     drawn: dict[str, list[torch.Tensor]] = {}
-    with tqdm(total=sum(images for _, images in listed), desc="pictures", unit="picture", mininterval=5) as bar:
+    with tqdm(
+        total=sum(images for _, images in listed), desc="pictures", unit="picture", mininterval=5
+    ) as bar:
         for one, images in listed:
-            pictures = draw(model, one.prompt, images, steps=options.steps, guidance=options.guidance, rescale=options.guidance_rescale)
-            drawn.setdefault(one.group, []).append(small(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1))
+            pictures = draw(
+                model,
+                one.prompt,
+                images,
+                steps=options.steps,
+                guidance=options.guidance,
+                rescale=options.guidance_rescale,
+            )
+            drawn.setdefault(one.group, []).append(
+                small(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1)
+            )
             bar.update(images)
     rows = []
     for judge in loaded:
@@ -184,20 +254,34 @@ def recognition(model: StableDiffusion, judges: list[str], folder: Path, options
             asked = [one for one, _ in listed if one.group == group]
             images = len(of_prompts[0])
             scores = score(asked, judge.judge(torch.cat(of_prompts)), images)
-            row = {"judge": judge.name, "asked": group, "prompts": len(asked), "pictures": len(asked) * images}
+            row = {
+                "judge": judge.name,
+                "asked": group,
+                "prompts": len(asked),
+                "pictures": len(asked) * images,
+            }
             for name in ("subject", "setting", "all asked", "relation", "unsure of subject"):
                 mean, low, high = interval(scores[name]) if name in scores else (math.nan,) * 3
-                row[name] = "" if math.isnan(mean) else f"{100 * mean:.0f}% ({100 * low:.0f} to {100 * high:.0f})"
+                row[name] = (
+                    ""
+                    if math.isnan(mean)
+                    else f"{100 * mean:.0f}% ({100 * low:.0f} to {100 * high:.0f})"
+                )
             rows.append(row)
     return rows
 
 
-# --- pictures to look at ---------------------------------------------------------------------------------------------
+# --- pictures to look at --------------------------------------------------------------------------
 
 
 def prompts() -> list[str]:
-    """64 prompts: the development set's left-out pairs, 40 seen pairs, 16 scenes of two subjects."""
-    left_out = [("astronaut", "scuba diving"), *sorted(world.HELD_OUT_DEVELOPMENT - {("astronaut", "scuba diving")})]
+    """64 prompts: the development set's left-out pairs, 40 seen pairs, 16 scenes of two
+    subjects.
+    """
+    left_out = [
+        ("astronaut", "scuba diving"),
+        *sorted(world.HELD_OUT_DEVELOPMENT - {("astronaut", "scuba diving")}),
+    ]
     listed = [world.caption_of((subject,), setting, None) for subject, setting in left_out]
     rng = np.random.default_rng(1)
     subjects, settings = list(world.SUBJECTS), list(world.SETTINGS)
@@ -213,14 +297,24 @@ def prompts() -> list[str]:
     return listed
 
 
-def sheet(model: StableDiffusion, listed: list[str], *, steps: int, guidance: float, rescale: float = 0.0, seed: int = 0) -> Image.Image:
+def sheet(
+    model: StableDiffusion,
+    listed: list[str],
+    *,
+    steps: int,
+    guidance: float,
+    rescale: float = 0.0,
+    seed: int = 0,
+) -> Image.Image:
     """One picture for each prompt, its prompt below, eight a row."""
     size, line = world.SIZE, 11
     page = Image.new("RGB", (8 * size, math.ceil(len(listed) / 8) * (size + 2 * line + 4)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=9)
     for index, prompt in enumerate(tqdm(listed, desc="sheet", unit="picture", mininterval=5)):
         x, y = index % 8 * size, index // 8 * (size + 2 * line + 4)
-        picture = draw(model, prompt, 1, steps=steps, guidance=guidance, rescale=rescale, seed=seed)[0]
+        picture = draw(
+            model, prompt, 1, steps=steps, guidance=guidance, rescale=rescale, seed=seed
+        )[0]
         page.paste(Image.fromarray(picture.numpy()), (x, y))
         for row, words in enumerate(textwrap.wrap(prompt, 27)):
             pen.text((x + 2, y + size + row * line), words, fill="black", font=font)
@@ -228,49 +322,97 @@ def sheet(model: StableDiffusion, listed: list[str], *, steps: int, guidance: fl
 
 
 def nearest(model: StableDiffusion, count: int) -> tuple[Image.Image, str]:
-    """The default picture beside the training scene nearest to it, and a sentence with their distance.
+    """The default picture beside the training scene nearest to it, and a sentence with their
+    distance.
 
-    The distance is the root mean square over pixels of half size, on a scale of 0 to 255. For comparison: how far 50 true
-    scenes of the same pair, which was left out, are from the training scenes nearest to them.
+    The distance is the root mean square over pixels of half size, on a scale of 0 to 255. For
+    comparison: how far 50 true scenes of the same pair, which was left out, are from the training
+    scenes nearest to them.
     """
     asked = Experiment()
-    picture = draw(model, asked.prompt, 1, steps=asked.steps, guidance=asked.guidance_scale, seed=asked.seed)
-    true = [world.draw_scene(FIRST_FRESH_SEED + i, DEFAULT.subjects, DEFAULT.setting, allow_held_out=True) for i in range(50)]
+    picture = draw(
+        model, asked.prompt, 1, steps=asked.steps, guidance=asked.guidance_scale, seed=asked.seed
+    )
+    true = [
+        world.draw_scene(
+            FIRST_FRESH_SEED + i, DEFAULT.subjects, DEFAULT.setting, allow_held_out=True
+        )
+        for i in range(50)
+    ]
     wanted = torch.cat([picture.permute(0, 3, 1, 2).float() / 127.5 - 1, pixels_of(true)])
     queries = small(wanted).flatten(1).float()
-    least, which = torch.full((len(queries),), math.inf), torch.zeros(len(queries), dtype=torch.long)
+    least, which = (
+        torch.full((len(queries),), math.inf),
+        torch.zeros(len(queries), dtype=torch.long),
+    )
     for start in tqdm(range(0, count, 250), desc="training scenes", unit="x 250", mininterval=5):
-        scenes = small(pixels_of([world.draw_scene(seed) for seed in range(start, min(start + 250, count))]))
-        found, at = (torch.cdist(queries, scenes.flatten(1).float()) / math.sqrt(queries.shape[1])).min(dim=1)
+        scenes = small(
+            pixels_of([world.draw_scene(seed) for seed in range(start, min(start + 250, count))])
+        )
+        found, at = (
+            torch.cdist(queries, scenes.flatten(1).float()) / math.sqrt(queries.shape[1])
+        ).min(dim=1)
         which = torch.where(found < least, start + at, which)
         least = torch.minimum(found, least)
     scene = world.draw_scene(int(which[0]))
     pair = Image.new("RGB", (2 * world.SIZE + 4, world.SIZE), "white")
     pair.paste(Image.fromarray(picture[0].numpy()), (0, 0))
     pair.paste(Image.fromarray(scene.image), (world.SIZE + 4, 0))
-    told = f"nearest of {count} training scenes: number {int(which[0])}, {scene.caption!r}, at distance {least[0]:.1f}; "
-    return pair, told + f"true scenes of the pair: {least[1:].median():.1f} (median of 50), at least {least[1:].min():.1f}"
+    told = (
+        f"nearest of {count} training scenes: number {int(which[0])}, {scene.caption!r}, at "
+        f"distance {least[0]:.1f}; "
+    )
+    return (
+        pair,
+        told
+        + f"true scenes of the pair: {least[1:].median():.1f} (median of 50), at least {least[1:].min():.1f}",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="emojiworld", help="a diffusers directory, or the bundled model")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", default="emojiworld", help="a diffusers directory, or the bundled model"
+    )
     parser.add_argument("--scenes", type=int, default=96, help="fresh scenes a measurement")
     parser.add_argument(
-        "--judge", choices=["report", "tuning", "both", "none"], default="report", help="who scores the pictures; report: finished models only"
+        "--judge",
+        choices=["report", "tuning", "both", "none"],
+        default="report",
+        help="who scores the pictures; report: finished models only",
     )
     parser.add_argument("--judges", type=Path, default=FOLDER, help="where the trained judges are")
-    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale of all pictures, except the default one")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=5.0,
+        help="guidance scale of all pictures, except the default one",
+    )
     parser.add_argument("--guidance-rescale", type=float, default=0.0)
     parser.add_argument("--scheduler", choices=["default", *SCHEDULERS], default="default")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--pairs", type=int, default=48, help="seen pairs to ask for, and scenes of two subjects")
+    parser.add_argument(
+        "--pairs", type=int, default=48, help="seen pairs to ask for, and scenes of two subjects"
+    )
     parser.add_argument("--seeds", type=int, default=8, help="pictures a prompt, from seeds 0 up")
-    parser.add_argument("--sealed", action="store_true", help="score the sealed left-out pairs too: once, for the final report of a finished model")
+    parser.add_argument(
+        "--sealed",
+        action="store_true",
+        help="score the sealed left-out pairs too: once, for the final report of a finished model",
+    )
     parser.add_argument("--sheet", type=Path, help="also draw 64 prompts into this picture")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sheet's pictures")
-    parser.add_argument("--nearest", type=Path, help="also save the default picture beside the training scene nearest to it")
-    parser.add_argument("--training-scenes", type=int, default=40_000, help="scenes that the model was trained on")
+    parser.add_argument(
+        "--nearest",
+        type=Path,
+        help="also save the default picture beside the training scene nearest to it",
+    )
+    parser.add_argument(
+        "--training-scenes", type=int, default=40_000, help="scenes that the model was trained on"
+    )
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     options = parser.parse_args(argv)
     model = load(options.model, dtype="float32", device="cpu").with_scheduler(options.scheduler, {})
@@ -279,17 +421,30 @@ def main(argv: list[str] | None = None) -> None:
         if options.scenes:
             scenes = fresh_scenes(options.scenes, held_out)
             losses = noise_losses(model, scenes, TIMESTEPS)
-            row = {"scenes": label, "n": len(scenes), "PSNR": f"{vae_psnr(model, pixels_of(scenes)):.1f} dB"}
-            rows.append(row | {f"t = {t}": f"{loss:.3f}" for t, loss in zip(TIMESTEPS, losses, strict=True)})
+            row = {
+                "scenes": label,
+                "n": len(scenes),
+                "PSNR": f"{vae_psnr(model, pixels_of(scenes)):.1f} dB",
+            }
+            rows.append(
+                row | {f"t = {t}": f"{loss:.3f}" for t, loss in zip(TIMESTEPS, losses, strict=True)}
+            )
     if rows:
         print(table(rows, options.markdown) + "\n", flush=True)
     if options.judge != "none":
         names = ["tuning", "report"] if options.judge == "both" else [options.judge]
         rows = recognition(model, names, options.judges, options)
-        print(f"{options.steps} steps of {type(model.scheduler).__name__}, guidance {options.guidance:g}, rescaled by {options.guidance_rescale:g}\n")
+        print(
+            f"{options.steps} steps of {type(model.scheduler).__name__}, guidance "
+            f"{options.guidance:g}, rescaled by {options.guidance_rescale:g}\n"
+        )
         print(table(rows, options.markdown) + "\n", flush=True)
     if options.sheet:
-        sampling = {"steps": options.steps, "guidance": options.guidance, "rescale": options.guidance_rescale}
+        sampling = {
+            "steps": options.steps,
+            "guidance": options.guidance,
+            "rescale": options.guidance_rescale,
+        }
         sheet(model, prompts(), **sampling, seed=options.seed).save(options.sheet)
         print(f"wrote {options.sheet}", flush=True)
     if options.nearest:

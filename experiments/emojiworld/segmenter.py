@@ -1,13 +1,15 @@
-"""A small network that says which pixels of a picture show which subject, so that generated pictures have a truth too.
+"""A small network that says which pixels of a picture show which subject, so that generated
+pictures have a truth too.
 
     python -m experiments.emojiworld.segmenter          # trains it, and tests it on scenes that it never saw
     python -m experiments.emojiworld.segmenter --help
 
-A generated picture has no mask, so its maps are scored against what this network sees in it. It learns from fresh scenes of all
-pairs; a third of them went through the VAE, half of those with noise on their latents, and all are blurred, recoloured and made
-noisy at random, so that it knows its subjects in pictures that are not sharp. How well it does, on scenes and on their round
-trips, is measured and belongs beside every score made with it. It looks at 64 x 64 pixels. Checkpoints and weights go to
-`training/segmenter/`, resume, and ship nowhere.
+A generated picture has no mask, so its maps are scored against what this network sees in it. It
+learns from fresh scenes of all pairs; a third of them went through the VAE, half of those with
+noise on their latents, and all are blurred, recoloured and made noisy at random, so that it knows
+its subjects in pictures that are not sharp. How well it does, on scenes and on their round trips,
+is measured and belongs beside every score made with it. It looks at 64 x 64 pixels. Checkpoints and
+weights go to `training/segmenter/`, resume, and ship nowhere.
 """
 
 from __future__ import annotations
@@ -31,39 +33,76 @@ from probe.diffusion.loading import load
 from probe.diffusion.sd import StableDiffusion
 
 FOLDER = Path("training/segmenter")
-FIRST_SEED, TEST_SEED = 60_000_000, 61_000_000  # training of the model uses seeds from 0 up to 39,999; reports and judges others
+FIRST_SEED, TEST_SEED = (
+    60_000_000,
+    61_000_000,
+)  # training of the model uses seeds from 0 up to 39,999; reports and judges others
 SCENES, STEPS, BATCH, RATE = 4500, 900, 32, 4e-3
 LEAST = 0.005  # of a picture: what is smaller than that is not there
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """Pictures (picture, rgb, 64, 64) uint8, and of each pixel the subject, an index into `SUBJECTS` + 1; 0 is none of them."""
+    """Pictures (picture, rgb, 64, 64) uint8, and of each pixel the subject, an index into
+    `SUBJECTS` + 1; 0 is none of them.
+    """
 
     pictures: torch.Tensor
     classes: torch.Tensor
 
 
 def classes_of(scene: world.Scene) -> torch.Tensor:
-    """(64, 64) uint8: of each pixel the subject that covers at least half of it, as its index + 1, or 0."""
+    """(64, 64) uint8: of each pixel the subject that covers at least half of it, as its index + 1,
+    or 0.
+    """
     found = torch.zeros((SIDE, SIDE), dtype=torch.uint8)
     for subject in scene.subjects:
-        share = F.avg_pool2d(torch.from_numpy(scene.masks[subject])[None].float(), world.SIZE // SIDE)[0]
+        share = F.avg_pool2d(
+            torch.from_numpy(scene.masks[subject])[None].float(), world.SIZE // SIDE
+        )[0]
         found[share >= 0.5] = SUBJECTS.index(subject) + 1
     return found
 
 
-def draw(first: int, count: int, *, trips: int = 0, noisy: bool = False, model: StableDiffusion | None = None) -> Segmented:
-    """`count` scenes of all pairs from seed `first` on; the first `trips` went through the VAE, half of those `noisy` with noise on their latents."""
+def draw(
+    first: int,
+    count: int,
+    *,
+    trips: int = 0,
+    noisy: bool = False,
+    model: StableDiffusion | None = None,
+) -> Segmented:
+    """`count` scenes of all pairs from seed `first` on; the first `trips` went through the VAE,
+    half of those `noisy` with noise on their latents.
+    """
     parts = []
-    for start in tqdm(range(0, count, 50), desc="scenes for the segmenter", unit="x 50", mininterval=5, disable=count < 1000):
-        scenes = [world.draw_scene(first + i, allow_held_out=True) for i in range(start, min(start + 50, count))]
-        pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for start in tqdm(
+        range(0, count, 50),
+        desc="scenes for the segmenter",
+        unit="x 50",
+        mininterval=5,
+        disable=count < 1000,
+    ):
+        scenes = [
+            world.draw_scene(first + i, allow_held_out=True)
+            for i in range(start, min(start + 50, count))
+        ]
+        pixels = (
+            torch.from_numpy(np.stack([scene.image for scene in scenes]))
+            .permute(0, 3, 1, 2)
+            .float()
+            / 127.5
+            - 1
+        )
         if start < trips:
             assert model is not None
             random = generator(first, start)
-            strength = (torch.rand(len(pixels), generator=random) - 0.5).clamp(min=0)[:, None, None, None]
-            noise = strength * torch.randn((len(pixels), *model.latent_shape(1)[1:]), generator=random)
+            strength = (torch.rand(len(pixels), generator=random) - 0.5).clamp(min=0)[
+                :, None, None, None
+            ]
+            noise = strength * torch.randn(
+                (len(pixels), *model.latent_shape(1)[1:]), generator=random
+            )
             pixels = round_trip(model, pixels, noise if noisy else None)
         parts.append((small(pixels), torch.stack([classes_of(scene) for scene in scenes])))
     pictures, classes = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -71,7 +110,9 @@ def draw(first: int, count: int, *, trips: int = 0, noisy: bool = False, model: 
 
 
 def varied(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Each picture recoloured, blurred and made noisy by its own chance, and nothing moved; uint8 in, (picture, rgb, y, x) out."""
+    """Each picture recoloured, blurred and made noisy by its own chance, and nothing moved; uint8
+    in, (picture, rgb, y, x) out.
+    """
 
     def uniform(low: float, high: float, channels: int = 1) -> torch.Tensor:
         return low + (high - low) * torch.rand((len(pictures), channels, 1, 1), generator=random)
@@ -84,7 +125,9 @@ def varied(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
 
 
 def _block(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()
+    )
 
 
 class Segmenter(nn.Module):
@@ -92,7 +135,13 @@ class Segmenter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.down = nn.ModuleList([_block(3, 16), nn.Sequential(_block(16, 32, 2), _block(32, 32)), nn.Sequential(_block(32, 64, 2), _block(64, 64))])
+        self.down = nn.ModuleList(
+            [
+                _block(3, 16),
+                nn.Sequential(_block(16, 32, 2), _block(32, 32)),
+                nn.Sequential(_block(32, 64, 2), _block(64, 64)),
+            ]
+        )
         self.middle = nn.Sequential(_block(64, 96, 2), _block(96, 96), _block(96, 96))
         self.up = nn.ModuleList([_block(96 + 64, 64), _block(64 + 32, 48), _block(48 + 16, 24)])
         self.vote = nn.Conv2d(24, len(SUBJECTS) + 1, 1)
@@ -111,19 +160,31 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def classes(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Of each pixel the subject, as index + 1, or 0. *Shape:* (picture, rgb, 64, 64) uint8 -> (picture, 64, 64)."""
-        return torch.cat([self(part.float() / 127.5 - 1).argmax(dim=1) for part in pictures.split(64)])
+        """Of each pixel the subject, as index + 1, or 0.
+
+        *Shape:* (picture, rgb, 64, 64) uint8 -> (picture, 64, 64).
+        """
+        return torch.cat(
+            [self(part.float() / 127.5 - 1).argmax(dim=1) for part in pictures.split(64)]
+        )
 
     def masks(self, picture: np.ndarray, subjects: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Where each subject is in a picture, (128, 128, rgb) uint8: (64, 64) bool, of those that are there at all."""
+        """Where each subject is in a picture, (128, 128, rgb) uint8: (64, 64) bool, of those that
+        are there at all.
+        """
         pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         found = self.classes(small(pixels))[0].numpy()
         masks = {subject: found == SUBJECTS.index(subject) + 1 for subject in subjects}
         return {subject: mask for subject, mask in masks.items() if mask.mean() >= LEAST}
 
 
-def train(model: StableDiffusion, scenes: int = SCENES, steps: int = STEPS, folder: Path = FOLDER) -> Segmenter:
-    """Train it, or go on from its last checkpoint, or take the one that is finished. *Returns* it ready for use."""
+def train(
+    model: StableDiffusion, scenes: int = SCENES, steps: int = STEPS, folder: Path = FOLDER
+) -> Segmenter:
+    """Train it, or go on from its last checkpoint, or take the one that is finished.
+
+    *Returns* it ready for use.
+    """
     made, path = Segmenter(), folder / "segmenter-done.pt"
     if path.exists():
         made.load_state_dict(torch.load(path, weights_only=True))
@@ -147,8 +208,12 @@ def train(model: StableDiffusion, scenes: int = SCENES, steps: int = STEPS, fold
     return made
 
 
-def own_scores(segmenter: Segmenter, model: StableDiffusion, count: int) -> dict[tuple[str, int], xr.Dataset]:
-    """Its own mIoU on scenes that it never saw, and on their round trips, by (what was shown, number of subjects): the mean and its interval."""
+def own_scores(
+    segmenter: Segmenter, model: StableDiffusion, count: int
+) -> dict[tuple[str, int], xr.Dataset]:
+    """Its own mIoU on scenes that it never saw, and on their round trips, by (what was shown,
+    number of subjects): the mean and its interval.
+    """
     scenes = [world.draw_scene(TEST_SEED + i, allow_held_out=True) for i in range(count)]
     found = {}
     for label, trips in (("scenes", 0), ("VAE round trips", count)):
@@ -159,25 +224,48 @@ def own_scores(segmenter: Segmenter, model: StableDiffusion, count: int) -> dict
             for scene, mine, true in zip(scenes, seen, data.classes, strict=True):
                 if len(scene.subjects) == subjects:
                     numbers = [SUBJECTS.index(subject) + 1 for subject in scene.subjects]
-                    masks, truth = (xr.DataArray(np.stack([one.numpy() == n for n in numbers]), dims=("word", "y", "x")) for one in (mine, true))
+                    masks, truth = (
+                        xr.DataArray(
+                            np.stack([one.numpy() == n for n in numbers]), dims=("word", "y", "x")
+                        )
+                        for one in (mine, true)
+                    )
                     scores.append(float(iou(masks, truth).mean()))
             found[label, subjects] = interval(xr.DataArray(scores, dims="scene"))
     return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="its checkpoint, and its weights at the end")
-    parser.add_argument("--model", default="emojiworld", help="whose VAE the round trips go through: a diffusers directory, or the bundled model")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help="its checkpoint, and its weights at the end"
+    )
+    parser.add_argument(
+        "--model",
+        default="emojiworld",
+        help="whose VAE the round trips go through: a diffusers directory, or the bundled model",
+    )
     parser.add_argument("--scenes", type=int, default=SCENES, help="scenes that it learns from")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of {BATCH} scenes")
-    parser.add_argument("--test-scenes", type=int, default=300, help="fresh scenes that it is tested on")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"training steps of {BATCH} scenes"
+    )
+    parser.add_argument(
+        "--test-scenes", type=int, default=300, help="fresh scenes that it is tested on"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(argv)
     model = load(options.model, dtype="float32", device="cpu")
     segmenter = train(model, options.scenes, options.steps, options.folder)
     rows = [
-        {"shown": label, "subjects": n, "n": int(one.scenes), "mIoU": f"{one.mean():.3f} ({one.low:.3f} to {one.high:.3f})"}
+        {
+            "shown": label,
+            "subjects": n,
+            "n": int(one.scenes),
+            "mIoU": f"{one.mean():.3f} ({one.low:.3f} to {one.high:.3f})",
+        }
         for (label, n), one in own_scores(segmenter, model, options.test_scenes).items()
     ]
     print(table(rows, options.markdown))

@@ -14,9 +14,11 @@ Stages, each resumed from its last checkpoint when the command is started again:
     decoder   the VAE's decoder alone, its latents unchanged, on crops of whole scenes
     export    an ordinary diffusers directory: fp16 safetensors, tokenizer, scheduler, the words it knows
 
-`--start MODEL` takes VAE, text encoder and UNet from a finished model instead of the stages vae and unet.
+`--start MODEL` takes VAE, text encoder and UNet from a finished model instead of the stages vae and
+unet.
 
-Everything is drawn from `--seed`; step k of a stage always sees the same batch, whether or not it was interrupted.
+Everything is drawn from `--seed`; step k of a stage always sees the same batch, whether or not it
+was interrupted.
 """
 
 from __future__ import annotations
@@ -45,25 +47,45 @@ HIDDEN_ENDS = 0.5  # of the pictures in the refining stage
 TOKENS = 77
 
 
-# --- the components --------------------------------------------------------------------------------------------------
+# --- the components -------------------------------------------------------------------------------
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges make one token of every word a caption can contain."""
+    """A CLIP tokenizer whose byte-pair merges make one token of every word a caption can
+    contain.
+    """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=0, end_of_word_suffix="</w>", show_progress=False)
-    # Each word another number of times: ties would be broken by chance, and another run would number the tokens otherwise.
-    bpe.train_from_iterator([word for count, word in enumerate(world.vocabulary(), 1) for _ in range(count)], trainer)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, min_frequency=0, end_of_word_suffix="</w>", show_progress=False
+    )
+    # Each word another number of times: ties would be broken by chance, and another run would
+    # number the tokens otherwise.
+    bpe.train_from_iterator(
+        [word for count, word in enumerate(world.vocabulary(), 1) for _ in range(count)], trainer
+    )
     merges = json.loads(bpe.to_str())["model"]["merges"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*alphabet, *(piece + "</w>" for piece in alphabet), *("".join(pair) for pair in merges)]
-    vocab = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
+    pieces = [
+        *alphabet,
+        *(piece + "</w>" for piece in alphabet),
+        *("".join(pair) for pair in merges),
+    ]
+    vocab = {
+        piece: index
+        for index, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n"
+    )
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS
+    )
     for word in world.vocabulary():
         if len(tokenizer(word).input_ids) != 3:
             raise RuntimeError(f"{word!r} is not one token: {tokenizer.tokenize(word)}")
@@ -116,7 +138,10 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion v1's noise schedule. PNDM, its default, extrapolates, and burns this model's colours at guidance 5."""
+    """Stable Diffusion v1's noise schedule.
+
+    PNDM, its default, extrapolates, and burns this model's colours at guidance 5.
+    """
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -128,20 +153,36 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-# --- one training loop for both stages -------------------------------------------------------------------------------
+# --- one training loop for both stages ------------------------------------------------------------
 
 
 class Trainer:
-    """AdamW with a one-cycle rate, an exponential moving average, and checkpoints that are swapped in whole."""
+    """AdamW with a one-cycle rate, an exponential moving average, and checkpoints that are swapped
+    in whole.
+    """
 
-    def __init__(self, name: str, modules: torch.nn.ModuleDict, steps: int, rate: float, folder: Path, ema: float):
+    def __init__(
+        self,
+        name: str,
+        modules: torch.nn.ModuleDict,
+        steps: int,
+        rate: float,
+        folder: Path,
+        ema: float,
+    ):
         self.name, self.modules, self.steps, self.rate, self.decay = name, modules, steps, rate, ema
         self.path = folder / f"{name}.pt"
-        self.average = {key: value.detach().clone().float() for key, value in modules.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+        self.average = {
+            key: value.detach().clone().float() for key, value in modules.state_dict().items()
+        }
+        self.optimizer = torch.optim.AdamW(
+            modules.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True
+        )
         self.step = 0
         if self.path.exists():
-            saved = torch.load(self.path, weights_only=True, map_location=next(modules.parameters()).device)
+            saved = torch.load(
+                self.path, weights_only=True, map_location=next(modules.parameters()).device
+            )
             modules.load_state_dict(saved["modules"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.average, self.step = saved["average"], saved["step"]
@@ -151,16 +192,26 @@ class Trainer:
         warm = max(1, self.steps // 20)
         if step < warm:
             return self.rate * (step + 1) / warm
-        return self.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm))))
+        return self.rate * (
+            0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        )
 
     def save(self) -> None:
         partial = self.path.with_suffix(".partial")
-        state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average, "step": self.step}
+        state = {
+            "modules": self.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "step": self.step,
+        }
         torch.save(state, partial)
         partial.replace(self.path)
 
     def run(self, loss_of: Callable[[int], torch.Tensor], every: int = 250) -> None:
-        """Train to the last step. `loss_of(step)` draws the batch of that step and returns its loss."""
+        """Train to the last step.
+
+        `loss_of(step)` draws the batch of that step and returns its loss.
+        """
         if self.step >= self.steps:
             return
         self.modules.train()
@@ -188,7 +239,12 @@ class Trainer:
 
     def averaged(self) -> torch.nn.ModuleDict:
         """The modules holding the moving average of their weights, ready for use."""
-        self.modules.load_state_dict({key: value.to(self.modules.state_dict()[key].dtype) for key, value in self.average.items()})
+        self.modules.load_state_dict(
+            {
+                key: value.to(self.modules.state_dict()[key].dtype)
+                for key, value in self.average.items()
+            }
+        )
         return self.modules.eval().requires_grad_(False)
 
 
@@ -196,7 +252,7 @@ def generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-# --- stages ----------------------------------------------------------------------------------------------------------
+# --- stages ---------------------------------------------------------------------------------------
 
 
 def draw_training_set(count: int) -> tuple[torch.Tensor, list[str]]:
@@ -211,19 +267,26 @@ def draw_training_set(count: int) -> tuple[torch.Tensor, list[str]]:
 
 
 def _gradient_l1(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a.diff(dim=-1) - b.diff(dim=-1)).abs().mean() + (a.diff(dim=-2) - b.diff(dim=-2)).abs().mean()
+    return (a.diff(dim=-1) - b.diff(dim=-1)).abs().mean() + (
+        a.diff(dim=-2) - b.diff(dim=-2)
+    ).abs().mean()
 
 
 def train_vae(options: argparse.Namespace, images: torch.Tensor) -> AutoencoderKL:
     device, crop, batch = options.device, 64, 16
     vae = build_vae().to(device)
-    trainer = Trainer("vae", torch.nn.ModuleDict({"vae": vae}), options.vae_steps, 1.5e-3, options.folder, 0.998)
+    trainer = Trainer(
+        "vae", torch.nn.ModuleDict({"vae": vae}), options.vae_steps, 1.5e-3, options.folder, 0.998
+    )
 
     def loss_of(step: int) -> torch.Tensor:
         draw = generator(options.seed, step)
         which = torch.randint(len(images), (batch,), generator=draw)
         corners = torch.randint(world.SIZE - crop + 1, (batch, 2), generator=draw)
-        crops = [images[i, :, y : y + crop, x : x + crop] for i, (y, x) in zip(which, corners.tolist(), strict=True)]
+        crops = [
+            images[i, :, y : y + crop, x : x + crop]
+            for i, (y, x) in zip(which, corners.tolist(), strict=True)
+        ]
         target = torch.stack(crops).to(device).float() / 127.5 - 1
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             posterior = vae.encode(target).latent_dist
@@ -231,18 +294,27 @@ def train_vae(options: argparse.Namespace, images: torch.Tensor) -> AutoencoderK
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         decoded = decoded.float()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        return F.l1_loss(decoded, target) + F.mse_loss(decoded, target) + 0.5 * _gradient_l1(decoded, target) + 1e-4 * kl
+        return (
+            F.l1_loss(decoded, target)
+            + F.mse_loss(decoded, target)
+            + 0.5 * _gradient_l1(decoded, target)
+            + 1e-4 * kl
+        )
 
     trainer.run(loss_of)
     return trainer.averaged()["vae"]  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def encode(options: argparse.Namespace, vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of every scene's latent, each (count, 4, 16, 16), after the VAE is centred.
+def encode(
+    options: argparse.Namespace, vae: AutoencoderKL, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of every scene's latent, each (count, 4, 16, 16), after the VAE
+    is centred.
 
-    The channel means of the latents are folded into the VAE's 1x1 convolutions, and its scaling factor is set to one
-    over their standard deviation: the latents that the UNet meets have mean 0 and standard deviation 1.
+    The channel means of the latents are folded into the VAE's 1x1 convolutions, and its scaling
+    factor is set to one over their standard deviation: the latents that the UNet meets have mean 0
+    and standard deviation 1.
     """
     path = options.folder / "latents.pt"
     if path.exists():
@@ -278,9 +350,13 @@ def train_unet(
     latents: tuple[torch.Tensor, torch.Tensor],
     captions: list[str],
 ) -> torch.nn.ModuleDict:
-    """One cycle over text encoder and UNet: the stage `unet`, or `refine`, which hides the ends of half of the captions."""
+    """One cycle over text encoder and UNet: the stage `unet`, or `refine`, which hides the ends of
+    half of the captions.
+    """
     device, batch, refining = options.device, 32, name == "refine"
-    steps, rate, decay = (options.refine_steps, 6e-4, 0.9995) if refining else (options.unet_steps, 1e-3, 0.999)
+    steps, rate, decay = (
+        (options.refine_steps, 6e-4, 0.9995) if refining else (options.unet_steps, 1e-3, 0.999)
+    )
     modules.to(device)
     unet, text_encoder = modules["unet"], modules["text_encoder"]
     # Of attention's three ways, the plain one is by far the fastest to train on these small grids.
@@ -288,8 +364,12 @@ def train_unet(
     text_encoder.set_attn_implementation("eager")
     trainer = Trainer(name, modules, steps, rate, options.folder, decay)
     mean, std = (part * scale for part in latents)
-    ids = tokenizer([*captions, ""], padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
-    inside = (ids != tokenizer.bos_token_id) & (ids != tokenizer.eos_token_id)  # CLIP pads with its end token
+    ids = tokenizer(
+        [*captions, ""], padding="max_length", max_length=TOKENS, return_tensors="pt"
+    ).input_ids
+    inside = (ids != tokenizer.bos_token_id) & (
+        ids != tokenizer.eos_token_id
+    )  # CLIP pads with its end token
     scheduler = build_scheduler()
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight = (snr.clamp(max=MIN_SNR_GAMMA) / snr).to(device)
@@ -297,7 +377,9 @@ def train_unet(
     def loss_of(step: int) -> torch.Tensor:
         draw = generator(options.seed + (2 if refining else 1), step)
         which = torch.randint(len(mean), (batch,), generator=draw)
-        latent = (mean[which] + std[which] * torch.randn((batch, *mean.shape[1:]), generator=draw)).to(device)
+        latent = (
+            mean[which] + std[which] * torch.randn((batch, *mean.shape[1:]), generator=draw)
+        ).to(device)
         noise = torch.randn(latent.shape, generator=draw).to(device)
         t = torch.randint(1000, (batch,), generator=draw).to(device)
         dropped = torch.rand(batch, generator=draw) < CAPTION_DROPOUT
@@ -308,7 +390,12 @@ def train_unet(
             seen = (inside[which] | ~hidden[:, None]).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             noisy = scheduler.add_noise(latent, noise, t)
-            prediction = unet(noisy, t, text_encoder(ids[which].to(device)).last_hidden_state, encoder_attention_mask=seen).sample
+            prediction = unet(
+                noisy,
+                t,
+                text_encoder(ids[which].to(device)).last_hidden_state,
+                encoder_attention_mask=seen,
+            ).sample
         error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
         return (weight[t] * error).mean()
 
@@ -316,35 +403,63 @@ def train_unet(
     return trainer.averaged()
 
 
-def train_decoder(options: argparse.Namespace, vae: AutoencoderKL, latents: tuple[torch.Tensor, torch.Tensor], images: torch.Tensor) -> AutoencoderKL:
-    """Fit the decoder to the latents that the encoder gives, sharper than the two could while they moved together."""
+def train_decoder(
+    options: argparse.Namespace,
+    vae: AutoencoderKL,
+    latents: tuple[torch.Tensor, torch.Tensor],
+    images: torch.Tensor,
+) -> AutoencoderKL:
+    """Fit the decoder to the latents that the encoder gives, sharper than the two could while they
+    moved together.
+    """
     device, crop, batch = options.device, 64, 16
     mean, std = latents
     vae_f = world.SIZE // mean.shape[-1]
     side = crop // vae_f
     vae = vae.to(device)
-    decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+    decoder = torch.nn.ModuleDict(
+        {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    ).requires_grad_(True)
     trainer = Trainer("decoder", decoder, options.decoder_steps, 8e-4, options.folder, 0.998)
 
     def loss_of(step: int) -> torch.Tensor:
         draw = generator(options.seed + 3, step)
         which = torch.randint(len(images), (batch,), generator=draw)
-        corners = torch.randint((world.SIZE - crop) // vae_f + 1, (batch, 2), generator=draw).tolist()
+        corners = torch.randint(
+            (world.SIZE - crop) // vae_f + 1, (batch, 2), generator=draw
+        ).tolist()
         noise = torch.randn((batch, mean.shape[1], side, side), generator=draw)
         parts = [(slice(y, y + side), slice(x, x + side)) for y, x in corners]
-        latent = torch.stack([mean[i][:, y, x] + std[i][:, y, x] * n for i, n, (y, x) in zip(which, noise, parts, strict=True)])
-        crops = [images[i, :, y * vae_f : y * vae_f + crop, x * vae_f : x * vae_f + crop] for i, (y, x) in zip(which, corners, strict=True)]
+        latent = torch.stack(
+            [
+                mean[i][:, y, x] + std[i][:, y, x] * n
+                for i, n, (y, x) in zip(which, noise, parts, strict=True)
+            ]
+        )
+        crops = [
+            images[i, :, y * vae_f : y * vae_f + crop, x * vae_f : x * vae_f + crop]
+            for i, (y, x) in zip(which, corners, strict=True)
+        ]
         target = torch.stack(crops).to(device).float() / 127.5 - 1
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             decoded = vae.decode(latent.to(device)).sample.float()
-        return F.l1_loss(decoded, target) + 2 * F.mse_loss(decoded, target) + 0.5 * _gradient_l1(decoded, target)
+        return (
+            F.l1_loss(decoded, target)
+            + 2 * F.mse_loss(decoded, target)
+            + 0.5 * _gradient_l1(decoded, target)
+        )
 
     trainer.run(loss_of)
     trainer.averaged()
     return vae
 
 
-def export(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPTokenizer, modules: torch.nn.ModuleDict) -> Path:
+def export(
+    options: argparse.Namespace,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    modules: torch.nn.ModuleDict,
+) -> Path:
     """Write the diffusers directory and return its path."""
     target: Path = options.folder / "model"
     pipeline = StableDiffusionPipeline(
@@ -358,8 +473,14 @@ def export(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPToken
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(target, safe_serialization=True)
-    for config in target.glob("*/config.json"):  # where the weights came from is a place of this machine
-        kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+    for config in target.glob(
+        "*/config.json"
+    ):  # where the weights came from is a place of this machine
+        kept = {
+            name: value
+            for name, value in json.loads(config.read_text()).items()
+            if name != "_name_or_path"
+        }
         config.write_text(json.dumps(kept, indent=2) + "\n")
     (target / "words.json").write_text(json.dumps(world.vocabulary(), indent=0) + "\n")
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
@@ -375,8 +496,16 @@ def timed(stage: str) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("training/emojiworld"), help="checkpoints, and the model at the end")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("training/emojiworld"),
+        help="checkpoints, and the model at the end",
+    )
     parser.add_argument("--start", type=Path, help="a finished model to refine")
     parser.add_argument("--scenes", type=int, default=40_000, help="scenes in the training set")
     parser.add_argument("--vae-steps", type=int, default=5000)
@@ -396,7 +525,11 @@ def main(argv: list[str] | None = None) -> None:
     with timed("scenes"):
         images, captions = draw_training_set(options.scenes)
     if options.start is not None:
-        vae = AutoencoderKL.from_pretrained(options.start, subfolder="vae", torch_dtype=torch.float32).to(options.device).eval()
+        vae = (
+            AutoencoderKL.from_pretrained(options.start, subfolder="vae", torch_dtype=torch.float32)
+            .to(options.device)
+            .eval()
+        )
     else:
         with timed("vae"):
             vae = train_vae(options, images)
@@ -406,16 +539,24 @@ def main(argv: list[str] | None = None) -> None:
     if options.start is not None:
         modules = torch.nn.ModuleDict(
             {
-                "unet": UNet2DConditionModel.from_pretrained(options.start, subfolder="unet", torch_dtype=torch.float32),
-                "text_encoder": CLIPTextModel.from_pretrained(options.start / "text_encoder", dtype=torch.float32),
+                "unet": UNet2DConditionModel.from_pretrained(
+                    options.start, subfolder="unet", torch_dtype=torch.float32
+                ),
+                "text_encoder": CLIPTextModel.from_pretrained(
+                    options.start / "text_encoder", dtype=torch.float32
+                ),
             }
         )
     else:
-        modules = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+        modules = torch.nn.ModuleDict(
+            {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
+        )
         with timed("unet"):
             modules = train_unet(options, "unet", modules, scale, tokenizer, latents, captions)
     with timed("refine"):
-        modules = train_unet(options, "refine", modules.requires_grad_(True), scale, tokenizer, latents, captions)
+        modules = train_unet(
+            options, "refine", modules.requires_grad_(True), scale, tokenizer, latents, captions
+        )
     with timed("decoder"):
         vae = train_decoder(options, vae, latents, images)
     export(options, vae, tokenizer, modules)

@@ -1,4 +1,5 @@
-"""The world that `emojiworld` is trained on: small scenes made of colour emoji, with a caption and exact masks.
+"""The world that `emojiworld` is trained on: small scenes made of colour emoji, with a caption and
+exact masks.
 
 A scene is one or two subjects in a setting, 128 x 128 pixels:
 
@@ -7,12 +8,13 @@ A scene is one or two subjects in a setting, 128 x 128 pixels:
     scene.image      (128, 128, 3) uint8
     scene.masks      {"robot": (128, 128) bool, "penguin": ..., "snow": ...}
 
-The masks of a scene never overlap, and together they cover it: a pixel belongs to the noun that was painted on it
-last. (A picture of a subject without a setting has a plain backdrop, which belongs to no noun.) That makes them the
-ground truth for attention maps.
+The masks of a scene never overlap, and together they cover it: a pixel belongs to the noun that was
+painted on it last. (A picture of a subject without a setting has a plain backdrop, which belongs to
+no noun.) That makes them the ground truth for attention maps.
 
-Some subject x setting pairs are never drawn in training: see `HELD_OUT`. The emoji lie in `glyphs.webp`, so a seed is the
-same scene on every machine. No font is needed. `glyphs.py` made that sheet from Noto Color Emoji; LICENSES has its terms.
+Some subject x setting pairs are never drawn in training: see `HELD_OUT`. The emoji lie in
+`glyphs.webp`, so a seed is the same scene on every machine. No font is needed. `glyphs.py` made
+that sheet from Noto Color Emoji; LICENSES has its terms.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 128
-GLYPHS = Path(__file__).with_name("glyphs.webp")  # every emoji in its own colours, cropped to its ink, never rescaled
-GLYPH_NAMES = Path(__file__).with_name("glyphs.json")  # the emoji of each cell, row by row, by their code points
+GLYPHS = Path(__file__).with_name(
+    "glyphs.webp"
+)  # every emoji in its own colours, cropped to its ink, never rescaled
+GLYPH_NAMES = Path(__file__).with_name(
+    "glyphs.json"
+)  # the emoji of each cell, row by row, by their code points
 GLYPH_CELL = 128  # a cell's side; the ink begins in its upper left corner
 GLYPH_COLUMNS = 10
 
@@ -88,8 +94,8 @@ DECORATIONS = {  # what stands about in the settings; no noun of its own
 
 RELATIONS = ("next to", "above")
 
-# Pairs left out of training, so that drawing them shows a new combination of known concepts. The first set may be
-# looked at while the model is being made; the second is scored once, for a report.
+# Pairs left out of training, so that drawing them shows a new combination of known concepts. The
+# first set may be looked at while the model is being made; the second is scored once, for a report.
 HELD_OUT_DEVELOPMENT = frozenset(
     {
         ("astronaut", "scuba diving"),
@@ -119,7 +125,10 @@ HELD_OUT = HELD_OUT_DEVELOPMENT | HELD_OUT_SEALED
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture of the world. `masks` maps each noun of the caption to a (128, 128) bool array."""
+    """One picture of the world.
+
+    `masks` maps each noun of the caption to a (128, 128) bool array.
+    """
 
     caption: str
     image: np.ndarray
@@ -129,7 +138,7 @@ class Scene:
     relation: str | None
 
 
-# --- glyphs ----------------------------------------------------------------------------------------------------------
+# --- glyphs ---------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -153,13 +162,19 @@ def glyph(text: str, size: int) -> Image.Image:
     Raise KeyError if the sheet does not have it.
     """
     if text not in _sheet():
-        raise KeyError(f"{GLYPHS.name} has no {text!r}: list it in glyphs.py's `wanted`, then run python -m experiments.emojiworld.glyphs")
+        raise KeyError(
+            f"{GLYPHS.name} has no {text!r}: list it in glyphs.py's `wanted`, then run python -m "
+            "experiments.emojiworld.glyphs"
+        )
     ink = _sheet()[text]
     scale = size / max(ink.size)
-    return ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.LANCZOS)
+    return ink.resize(
+        (max(1, round(ink.width * scale)), max(1, round(ink.height * scale))),
+        Image.Resampling.LANCZOS,
+    )
 
 
-# --- painting: every stroke also claims its pixels in the ownership map ------------------------------------------------
+# --- painting: every stroke also claims its pixels in the ownership map ---------------------------
 
 
 class _Canvas:
@@ -171,7 +186,9 @@ class _Canvas:
         self.owner = np.zeros((SIZE, SIZE), np.uint8)
 
     def backdrop(self, *bands: tuple[float, str], noun: int) -> None:
-        """Fill horizontal bands, each from a height (0 is the top) down, in a colour that varies a little."""
+        """Fill horizontal bands, each from a height (0 is the top) down, in a colour that varies a
+        little.
+        """
         draw = ImageDraw.Draw(self.image)
         shift = int(self.rng.integers(-7, 8))
         for start, colour in bands:
@@ -183,13 +200,22 @@ class _Canvas:
         self.owner[:] = noun
 
     def paste(self, stamp: Image.Image, x: int, y: int, noun: int) -> None:
-        """Paste an RGBA stamp with its upper left corner at (x, y); its opaque pixels now belong to `noun`."""
+        """Paste an RGBA stamp with its upper left corner at (x, y); its opaque pixels now belong to
+        `noun`.
+        """
         self.image.paste(stamp, (x, y), stamp)
         layer = Image.new("L", (SIZE, SIZE))
         layer.paste(stamp.getchannel("A"), (x, y))
         self.owner[np.asarray(layer) > 127] = noun
 
-    def scatter(self, emoji: str, count: tuple[int, int], sizes: tuple[int, int], rows: tuple[float, float], noun: int) -> None:
+    def scatter(
+        self,
+        emoji: str,
+        count: tuple[int, int],
+        sizes: tuple[int, int],
+        rows: tuple[float, float],
+        noun: int,
+    ) -> None:
         """Paste between `count` small copies of an emoji, their feet between two heights."""
         for _ in range(int(self.rng.integers(count[0], count[1] + 1))):
             stamp = glyph(emoji, int(self.rng.integers(sizes[0], sizes[1] + 1)))
@@ -197,7 +223,13 @@ class _Canvas:
             y = int(self.rng.uniform(*rows) * SIZE) - stamp.height
             self.paste(stamp, x, y, noun)
 
-    def dots(self, colours: tuple[str, ...], count: tuple[int, int], radius: tuple[float, float], rows: tuple[float, float]) -> None:
+    def dots(
+        self,
+        colours: tuple[str, ...],
+        count: tuple[int, int],
+        radius: tuple[float, float],
+        rows: tuple[float, float],
+    ) -> None:
         draw = ImageDraw.Draw(self.image)
         for _ in range(int(self.rng.integers(count[0], count[1] + 1))):
             x, y = self.rng.uniform(0, SIZE), self.rng.uniform(*rows) * SIZE
@@ -207,7 +239,10 @@ class _Canvas:
 
 
 def _scuba_diving(canvas: _Canvas, noun: int) -> None:
-    bands = [(i / 8, f"#{20 + 8 * (7 - i):02x}{90 + 13 * (7 - i):02x}{170 + 8 * (7 - i):02x}") for i in range(8)]
+    bands = [
+        (i / 8, f"#{20 + 8 * (7 - i):02x}{90 + 13 * (7 - i):02x}{170 + 8 * (7 - i):02x}")
+        for i in range(8)
+    ]
     canvas.backdrop(*bands, (0.9, "#c9b27c"), noun=noun)
     canvas.scatter(DECORATIONS["herb"], (1, 4), (18, 30), (0.92, 1.0), noun)
 
@@ -217,7 +252,11 @@ def _moon(canvas: _Canvas, noun: int) -> None:
     canvas.dots(("#ffffff", "#ffffcc"), (8, 18), (0.7, 1.4), (0, 0.55))
     draw = ImageDraw.Draw(canvas.image)
     for _ in range(int(canvas.rng.integers(3, 7))):
-        x, y, r = canvas.rng.uniform(0, SIZE), canvas.rng.uniform(0.72, 0.98) * SIZE, canvas.rng.uniform(4, 10)
+        x, y, r = (
+            canvas.rng.uniform(0, SIZE),
+            canvas.rng.uniform(0.72, 0.98) * SIZE,
+            canvas.rng.uniform(4, 10),
+        )
         draw.ellipse((x - r, y - r / 2.5, x + r, y + r / 2.5), fill="#6f6f78")
     canvas.scatter(DECORATIONS["earth"], (1, 1), (18, 26), (0.2, 0.4), noun)
 
@@ -254,7 +293,9 @@ def _city(canvas: _Canvas, noun: int) -> None:
 
 def _party(canvas: _Canvas, noun: int) -> None:
     canvas.backdrop((0, "#e58fc4"), (0.8, "#8e4aa8"), noun=noun)
-    canvas.dots(("#ffe14d", "#5ad1ff", "#7dff8a", "#ffffff", "#ff5a5a"), (14, 22), (2.0, 3.5), (0, 1))
+    canvas.dots(
+        ("#ffe14d", "#5ad1ff", "#7dff8a", "#ffffff", "#ff5a5a"), (14, 22), (2.0, 3.5), (0, 1)
+    )
     canvas.scatter(DECORATIONS["popper"], (1, 3), (20, 30), (0.2, 1.0), noun)
 
 
@@ -272,16 +313,23 @@ _PAINTERS: dict[str, Callable[[_Canvas, int], None]] = {
 
 @functools.cache
 def _diving_mask(width: int) -> Image.Image:
-    """A diving mask with a snorkel, `width` pixels wide, drawn four times too large and scaled down."""
+    """A diving mask with a snorkel, `width` pixels wide, drawn four times too large and scaled
+    down.
+    """
     w, h = 4 * width, round(2.4 * width)
     stamp = Image.new("RGBA", (w, h), (0, 0, 0, 0))
     draw = ImageDraw.Draw(stamp)
     line = max(4, w // 14)
     lens = (line, round(0.35 * h), round(0.82 * w), h - line)
-    draw.rounded_rectangle(lens, radius=h // 4, fill=(120, 215, 250, 150), outline=(24, 28, 44, 255), width=line)
+    draw.rounded_rectangle(
+        lens, radius=h // 4, fill=(120, 215, 250, 150), outline=(24, 28, 44, 255), width=line
+    )
     tube = (round(0.88 * w), 0, round(0.88 * w) + line, round(0.85 * h))
     draw.rounded_rectangle(tube, radius=line // 2, fill=(255, 96, 20, 255))
-    draw.rectangle((round(0.8 * w), round(0.75 * h), round(0.88 * w) + line, round(0.85 * h)), fill=(255, 96, 20, 255))
+    draw.rectangle(
+        (round(0.8 * w), round(0.75 * h), round(0.88 * w) + line, round(0.85 * h)),
+        fill=(255, 96, 20, 255),
+    )
     return stamp.resize((width, h // 4), Image.Resampling.LANCZOS)
 
 
@@ -304,8 +352,12 @@ def _dive(canvas: _Canvas, box: tuple[int, int, int, int], noun: int) -> None:
     canvas.owner[np.asarray(claim) > 127] = noun
 
 
-def _places(rng: np.random.Generator, stamps: list[Image.Image], relation: str | None) -> list[tuple[int, int]]:
-    """Upper left corners: one subject anywhere low enough, two side by side or one above the other."""
+def _places(
+    rng: np.random.Generator, stamps: list[Image.Image], relation: str | None
+) -> list[tuple[int, int]]:
+    """Upper left corners: one subject anywhere low enough, two side by side or one above the
+    other.
+    """
     if relation is None:
         (stamp,) = stamps
         return [
@@ -318,27 +370,39 @@ def _places(rng: np.random.Generator, stamps: list[Image.Image], relation: str |
         middle = rng.uniform(0.35, 0.65) * SIZE
         upper, lower = stamps
         return [
-            (round(middle - upper.width / 2 + rng.uniform(-8, 8)), round(rng.uniform(1, 60 - upper.height))),
-            (round(middle - lower.width / 2 + rng.uniform(-8, 8)), round(rng.uniform(66, SIZE - 1 - lower.height))),
+            (
+                round(middle - upper.width / 2 + rng.uniform(-8, 8)),
+                round(rng.uniform(1, 60 - upper.height)),
+            ),
+            (
+                round(middle - lower.width / 2 + rng.uniform(-8, 8)),
+                round(rng.uniform(66, SIZE - 1 - lower.height)),
+            ),
         ]
     ground = rng.uniform(0.6, 0.95) * SIZE
     order = [0, 1] if rng.random() < 0.5 else [1, 0]
     corners: list[tuple[int, int]] = [(0, 0), (0, 0)]
     for place, which in enumerate(order):
         stamp = stamps[which]
-        x = rng.uniform(1, 63 - stamp.width) if place == 0 else rng.uniform(65, SIZE - 1 - stamp.width)
+        x = (
+            rng.uniform(1, 63 - stamp.width)
+            if place == 0
+            else rng.uniform(65, SIZE - 1 - stamp.width)
+        )
         corners[which] = (round(x), round(ground - stamp.height))
     return corners
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def _article(noun: str) -> str:
     return "an" if noun[0] in "aeiou" else "a"
 
 
-def caption_of(subjects: tuple[str, ...], setting: str | None, relation: str | None, opening: str = "") -> str:
+def caption_of(
+    subjects: tuple[str, ...], setting: str | None, relation: str | None, opening: str = ""
+) -> str:
     """The sentence that describes a scene, for example "a robot next to a penguin in the snow"."""
     words = [opening] if opening else []
     words += [_article(subjects[0]), subjects[0]]
@@ -357,9 +421,11 @@ def draw_scene(
     *,
     allow_held_out: bool = False,
 ) -> Scene:
-    """Draw one scene. Whatever is not asked for is chosen by `seed`, and never a held-out pair unless allowed.
+    """Draw one scene. Whatever is not asked for is chosen by `seed`, and never a held-out pair
+    unless allowed.
 
-    Raises ValueError for unknown nouns, for a relation without two subjects, or for a held-out pair asked for by name.
+    Raises ValueError for unknown nouns, for a relation without two subjects, or for a held-out pair
+    asked for by name.
     """
     rng = np.random.default_rng([20_221_112, seed])
     if subjects is None:
@@ -372,12 +438,20 @@ def draw_scene(
             if allow_held_out or not any((subject, setting) in HELD_OUT for subject in subjects):
                 break
     elif not allow_held_out and any((subject, setting) in HELD_OUT for subject in subjects):
-        raise ValueError(f"{subjects} x {setting} is held out of training; pass allow_held_out=True")
-    unknown = [s for s in subjects if s not in SUBJECTS] + [s for s in (setting,) if s is not None and s not in SETTINGS]
+        raise ValueError(
+            f"{subjects} x {setting} is held out of training; pass allow_held_out=True"
+        )
+    unknown = [s for s in subjects if s not in SUBJECTS] + [
+        s for s in (setting,) if s is not None and s not in SETTINGS
+    ]
     if unknown:
-        raise ValueError(f"unknown nouns {unknown}; subjects: {sorted(SUBJECTS)}; settings: {sorted(SETTINGS)}")
+        raise ValueError(
+            f"unknown nouns {unknown}; subjects: {sorted(SUBJECTS)}; settings: {sorted(SETTINGS)}"
+        )
     if (relation is not None) != (len(subjects) == 2) or relation not in (None, *RELATIONS):
-        raise ValueError("two subjects need a relation ('next to' or 'above'), and one subject has none")
+        raise ValueError(
+            "two subjects need a relation ('next to' or 'above'), and one subject has none"
+        )
 
     canvas = _Canvas(rng)
     nouns = [*subjects, *([setting] if setting else [])]
@@ -388,7 +462,9 @@ def draw_scene(
         _PAINTERS[setting](canvas, place)
     low, high = (60, 88) if relation is None else (44, 58)
     stamps = [glyph(SUBJECTS[subject], int(rng.integers(low, high + 1))) for subject in subjects]
-    for index, (stamp, (x, y)) in enumerate(zip(stamps, _places(rng, stamps, relation), strict=True)):
+    for index, (stamp, (x, y)) in enumerate(
+        zip(stamps, _places(rng, stamps, relation), strict=True)
+    ):
         canvas.paste(stamp, x, y, index + 1)
         if setting == "scuba diving":
             _dive(canvas, (x, y, x + stamp.width, y + stamp.height), place)

@@ -10,8 +10,23 @@ recomputed   maps computed from queries and keys when they are read
 from __future__ import annotations
 
 from probe.analysis.averages import by_sigma, combined
-from probe.analysis.heads import by_kind, contribution, head_statistics, overlap, ranked_heads, token_kinds
-from probe.analysis.maps import against_others, content_words, normalised, on_grid, phrase, probabilities, word_maps
+from probe.analysis.heads import (
+    by_kind,
+    contribution,
+    head_statistics,
+    overlap,
+    ranked_heads,
+    token_kinds,
+)
+from probe.analysis.maps import (
+    against_others,
+    content_words,
+    normalised,
+    on_grid,
+    phrase,
+    probabilities,
+    word_maps,
+)
 from probe.analysis.masks import (
     area_threshold,
     argmax_masks,

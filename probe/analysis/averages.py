@@ -5,7 +5,8 @@
     by_sigma(tokens, 4, run.variable("sigma"))               # (band, token, branch, image, y, x): at which noise level
     word_maps(tokens.sel(branch="cond"))                     # (step, word, image, y, x)
 
-The mean over layers and heads is one definition everywhere: first over the heads in each layer, then over the layers of all grids.
+The mean over layers and heads is one definition everywhere: first over the heads in each layer,
+then over the layers of all grids.
 
 DAAM's global map (Tang et al. 2022, arXiv:2210.04885) weighs every head alike. Its code (castorini/daam) leaves out the mid block, and
 grids an eighth of the latents' size. Given the maps of the other layers, it is
@@ -39,49 +40,77 @@ def combined(
     method: Method = "bilinear",
     weigh: Weigh = "layers",
 ) -> xr.DataArray:
-    """Maps of all grids as one: each brought to `grid`, (y, x), default the largest given; then the mean over `over`.
+    """Maps of all grids as one: each brought to `grid`, (y, x), default the largest given; then the
+    mean over `over`.
 
-    *Shape:* (step, token, branch, image, layer, head, y, x) -> the same without what is in `over` ("step", "image", "layer",
-    "head"; of a noising "draw" for "image"), float32. A step that was not recorded stays NaN, and does not count where "step" is in `over`.
+    *Shape:* (step, token, branch, image, layer, head, y, x) -> the same without what is in `over`
+    ("step", "image", "layer", "head"; of a noising "draw" for "image"), float32. A step that was
+    not recorded stays NaN, and does not count where "step" is in `over`.
 
-    `weigh` says what counts the same. "layers": each layer, as the mean over its heads. "heads": each head, so that a layer with
-    more heads counts more. They are the same where all layers have as many heads. The maps of a `summary` recording are means
-    over heads already: their coordinate `heads` says of how many.
+    `weigh` says what counts the same. "layers": each layer, as the mean over its heads. "heads":
+    each head, so that a layer with more heads counts more. They are the same where all layers have
+    as many heads. The maps of a `summary` recording are means over heads already: their coordinate
+    `heads` says of how many.
 
-    The attribute `terms` is the number of maps: mean times `terms` is the sum, which DAAM's paper has. It is left out where layers
-    have unlike numbers of heads and `weigh` is "layers": no multiple of that mean is the sum. Bicubic maps are clipped at 0
-    after the sum over steps and before all others, as DAAM's code does it; of a `summary`, after the mean over heads.
+    The attribute `terms` is the number of maps: mean times `terms` is the sum, which DAAM's paper
+    has. It is left out where layers have unlike numbers of heads and `weigh` is "layers": no
+    multiple of that mean is the sum. Bicubic maps are clipped at 0 after the sum over steps and
+    before all others, as DAAM's code does it; of a `summary`, after the mean over heads.
 
-    Raises RecordingNotFound when no step was recorded, and ExperimentError for another dimension or weight, for grids of unlike
-    steps, and for grids whose layers or heads cannot be kept apart, since they differ.
+    Raises RecordingNotFound when no step was recorded, and ExperimentError for another dimension or
+    weight, for grids of unlike steps, and for grids whose layers or heads cannot be kept apart,
+    since they differ.
     """
     over = texts("over", over)
     for dim in over:
         one_of("over", dim, ("step", "image", "draw", "layer", "head"))
     one_of("weigh", weigh, get_args(Weigh))
     one_of("method", method, get_args(Method))
-    several = maps if isinstance(maps, Iterable) and not isinstance(maps, xr.DataArray | np.ndarray | str | bytes) else [maps]
+    several = (
+        maps
+        if isinstance(maps, Iterable)
+        and not isinstance(maps, xr.DataArray | np.ndarray | str | bytes)
+        else [maps]
+    )
     grids = [labelled("maps", one, "y", "x") for one in several]
     if not grids:
         raise ExperimentError("maps is empty.", "Give the maps of at least one grid.")
     _check_grids(grids, over)
-    size = grid_size(grid) if grid is not None else max(((one.sizes["y"], one.sizes["x"]) for one in grids), key=math.prod)
+    size = (
+        grid_size(grid)
+        if grid is not None
+        else max(((one.sizes["y"], one.sizes["x"]) for one in grids), key=math.prod)
+    )
     heads = [_heads(found, weigh) if "head" in over else 1 for found in grids]
     added = [found.sizes.get("head", 1) if "head" in over else 1 for found in grids]
-    shares = [(real if weigh == "heads" else 1) / there for real, there in zip(heads, added, strict=True)]
+    shares = [
+        (real if weigh == "heads" else 1) / there for real, there in zip(heads, added, strict=True)
+    ]
     total: list[np.ndarray] = []
     made: list[xr.DataArray] = []
     weight, terms = 0.0, 0
     for found, number, share in zip(grids, heads, shares, strict=True):
         inner = [dim for dim in over if dim != "step" and dim in found.dims]
-        steps, count = _over_steps(found, inner if method != "bicubic" else []) if "step" in over else (steps_of(found), 1)
+        steps, count = (
+            _over_steps(found, inner if method != "bicubic" else [])
+            if "step" in over
+            else (steps_of(found), 1)
+        )
         made = [_brought(one, size, method, inner) for one in steps]
         made = [one.transpose(*(dim for dim in grids[0].dims if dim in one.dims)) for one in made]
-        part = np.float32(share / max(shares))  # 1 for all grids where all layers have as many heads
-        total = [a + part * b.values for a, b in zip(total, made, strict=True)] if total else [part * one.values for one in made]
+        part = np.float32(
+            share / max(shares)
+        )  # 1 for all grids where all layers have as many heads
+        total = (
+            [a + part * b.values for a, b in zip(total, made, strict=True)]
+            if total
+            else [part * one.values for one in made]
+        )
         weight += float(part) * math.prod(found.sizes[dim] for dim in inner) * count
         terms += number * math.prod(found.sizes[dim] for dim in inner if dim != "head") * count
-    parts = [one.copy(data=values / np.float32(weight)) for one, values in zip(made, total, strict=True)]
+    parts = [
+        one.copy(data=values / np.float32(weight)) for one, values in zip(made, total, strict=True)
+    ]
     whole = parts[0] if "step" in over else stacked(parts, grids[0])
     whole = whole.rename(grids[0].name).assign_attrs(units="1")
     whole.attrs.pop("terms", None)
@@ -91,23 +120,38 @@ def combined(
 def _check_grids(grids: Sequence[xr.DataArray], over: Sequence[str]) -> None:
     """Whether maps of several grids can become one."""
     if len(grids) > 1 and "layer" not in over:
-        raise ExperimentError("These maps are of several grids, which have different layers.", 'Choose one grid, or add "layer" to over.')
+        raise ExperimentError(
+            "These maps are of several grids, which have different layers.",
+            'Choose one grid, or add "layer" to over.',
+        )
     if len({one.sizes.get("head", 1) for one in grids}) > 1 and "head" not in over:
-        raise ExperimentError("These grids have different numbers of heads.", 'Choose one grid, choose heads, or add "head" to over.')
+        raise ExperimentError(
+            "These grids have different numbers of heads.",
+            'Choose one grid, choose heads, or add "head" to over.',
+        )
     if len({tuple(one["step"].values) for one in grids if "step" in one.dims}) > 1:
-        raise ExperimentError("These grids were recorded at different steps.", "Select the steps that they share.")
+        raise ExperimentError(
+            "These grids were recorded at different steps.", "Select the steps that they share."
+        )
 
 
 def _heads(maps: xr.DataArray, weigh: Weigh) -> int:
     """How many heads each layer has: those there are, times those that each is the mean of."""
     behind = np.unique(maps["heads"].values) if "heads" in maps.coords else np.array([1])
     if len(behind) > 1 and weigh == "heads":
-        raise ExperimentError("These maps are means over different numbers of heads in one array.", "Give one array for each number of heads.")
+        raise ExperimentError(
+            "These maps are means over different numbers of heads in one array.",
+            "Give one array for each number of heads.",
+        )
     return int(behind[-1]) * maps.sizes.get("head", 1)
 
 
-def _brought(one: xr.DataArray, size: tuple[int, int], method: Method, inner: Sequence[str]) -> xr.DataArray:
-    """A step's maps at another grid, summed over `inner`: before, where that is the same and less work."""
+def _brought(
+    one: xr.DataArray, size: tuple[int, int], method: Method, inner: Sequence[str]
+) -> xr.DataArray:
+    """A step's maps at another grid, summed over `inner`: before, where that is the same and less
+    work.
+    """
     dims = [dim for dim in inner if dim in one.dims]
     if method == "bicubic":
         return on_grid(one, size, method).clip(min=0).sum(dims, skipna=False)
@@ -115,7 +159,9 @@ def _brought(one: xr.DataArray, size: tuple[int, int], method: Method, inner: Se
 
 
 def _over_steps(maps: xr.DataArray, inner: Sequence[str]) -> tuple[Iterable[xr.DataArray], int]:
-    """The sum over the steps that were recorded, and over `inner`; and how many steps there were."""
+    """The sum over the steps that were recorded, and over `inner`; and how many steps there
+    were.
+    """
     total: xr.DataArray | None = None
     count = 0
     for one in steps_of(maps):
@@ -125,22 +171,30 @@ def _over_steps(maps: xr.DataArray, inner: Sequence[str]) -> tuple[Iterable[xr.D
             total = summed if total is None else total.copy(data=total.values + summed.values)
     if total is None:
         raise unrecorded()
-    return [total.drop_vars([name for name, value in maps.coords.items() if "step" in value.dims])], count
+    return [
+        total.drop_vars([name for name, value in maps.coords.items() if "step" in value.dims])
+    ], count
 
 
-def by_sigma(maps: xr.DataArray, bands: int | Sequence[float] = 3, sigma: xr.DataArray | None = None) -> xr.DataArray:
-    """The mean over the steps of each band of noise levels, the noisiest first: maps resolved in time.
+def by_sigma(
+    maps: xr.DataArray, bands: int | Sequence[float] = 3, sigma: xr.DataArray | None = None
+) -> xr.DataArray:
+    """The mean over the steps of each band of noise levels, the noisiest first: maps resolved in
+    time.
 
-    *Shape:* (step, ...) -> (band, ...), labelled by `sigma_from` and `sigma_to` (from <= sigma < to; the noisiest band has its
-    upper end too) and by `steps`, the number of steps in it. `bands`: how many, of equal width in log sigma, or their edges,
-    rising; a step outside of the edges is in no band. `sigma`: over `step`, where `maps` has no such coordinate. A band without
-    steps is NaN. Raises RecordingNotFound when no step was recorded, and ExperimentError for edges that do not rise, for maps without
-    a step axis, and for maps without noise levels.
+    *Shape:* (step, ...) -> (band, ...), labelled by `sigma_from` and `sigma_to` (from <= sigma <
+    to; the noisiest band has its upper end too) and by `steps`, the number of steps in it. `bands`:
+    how many, of equal width in log sigma, or their edges, rising; a step outside of the edges is in
+    no band. `sigma`: over `step`, where `maps` has no such coordinate. A band without steps is NaN.
+    Raises RecordingNotFound when no step was recorded, and ExperimentError for edges that do not
+    rise, for maps without a step axis, and for maps without noise levels.
     """
     if sigma is not None:
         labelled("sigma", sigma, "step")
     if "step" not in labelled("maps", maps).dims or (sigma is None and "sigma" not in maps.coords):
-        raise ExperimentError("These maps have no noise levels.", "Give maps with steps, and `sigma` over step.")
+        raise ExperimentError(
+            "These maps have no noise levels.", "Give maps with steps, and `sigma` over step."
+        )
     bands = checked_bands(bands)
     if not maps.sizes["step"]:
         raise unrecorded()
@@ -156,18 +210,31 @@ def by_sigma(maps: xr.DataArray, bands: int | Sequence[float] = 3, sigma: xr.Dat
             before = sums[band]
             sums[band] = one.values if before is None else before + one.values
     like = maps.isel(step=0, drop=True)
-    means = [np.full(like.shape, np.nan, np.float32) if of is None else of / np.float32(n) for of, n in zip(sums, steps, strict=True)]
+    means = [
+        np.full(like.shape, np.nan, np.float32) if of is None else of / np.float32(n)
+        for of, n in zip(sums, steps, strict=True)
+    ]
     labels = {"sigma_from": edges[:-1], "sigma_to": edges[1:], "steps": steps}
-    whole = xr.DataArray(np.stack(means[::-1]), dims=("band", *like.dims), coords=like.coords, name=maps.name, attrs=maps.attrs)
+    whole = xr.DataArray(
+        np.stack(means[::-1]),
+        dims=("band", *like.dims),
+        coords=like.coords,
+        name=maps.name,
+        attrs=maps.attrs,
+    )
     return whole.assign_coords({name: ("band", values[::-1]) for name, values in labels.items()})
 
 
 def _edges(levels: np.ndarray, bands: int | Sequence[float]) -> np.ndarray:
-    """The edges of the bands, rising; 0 and infinity, which have no logarithm, are in the outermost."""
+    """The edges of the bands, rising; 0 and infinity, which have no logarithm, are in the
+    outermost.
+    """
     if isinstance(bands, int):
         between = levels[np.isfinite(levels) & (levels > 0)]
         if not between.size:
-            raise ExperimentError("No step has a noise level between 0 and infinity.", "Give the edges of the bands.")
+            raise ExperimentError(
+                "No step has a noise level between 0 and infinity.", "Give the edges of the bands."
+            )
         edges = np.geomspace(between.min(), between.max(), bands + 1)
         edges[0], edges[-1] = np.nanmin(levels), np.nanmax(levels)
         return edges
@@ -176,15 +243,26 @@ def _edges(levels: np.ndarray, bands: int | Sequence[float]) -> np.ndarray:
 
 def checked_bands(bands: int | Sequence[float]) -> int | list[float]:
     """Bands as a number from 1, or as edges that rise. Raises ExperimentError for anything else."""
-    if isinstance(bands, int | np.integer) and not isinstance(bands, bool) and 1 <= bands <= MOST_BANDS:
+    if (
+        isinstance(bands, int | np.integer)
+        and not isinstance(bands, bool)
+        and 1 <= bands <= MOST_BANDS
+    ):
         return int(bands)
     if isinstance(bands, list | tuple | range | np.ndarray):
         values = np.asarray(bands, dtype=object)
-        if values.ndim == 1 and 2 <= len(values) <= MOST_BANDS + 1 and all(_is_number(edge) for edge in values):
+        if (
+            values.ndim == 1
+            and 2 <= len(values) <= MOST_BANDS + 1
+            and all(_is_number(edge) for edge in values)
+        ):
             edges = [float(edge) for edge in values]
             if all(low < high for low, high in itertools.pairwise(edges)):
                 return edges
-    raise ExperimentError(f"bands is {told(bands)}.", f"Give a number of bands from 1 to {MOST_BANDS}, or at least two edges that rise.")
+    raise ExperimentError(
+        f"bands is {told(bands)}.",
+        f"Give a number of bands from 1 to {MOST_BANDS}, or at least two edges that rise.",
+    )
 
 
 def _is_number(value: object) -> bool:

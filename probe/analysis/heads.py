@@ -1,4 +1,5 @@
-"""What single heads do: how narrow their maps are, what they look at, how they change; which heads find a word; what is written.
+"""What single heads do: how narrow their maps are, what they look at, how they change; which heads
+find a word; what is written.
 
     found = head_statistics(run.attention("16x16"))      # entropy, concentration, mass, change: (step, token, ..., layer, head)
     by_kind(found["mass"])                               # of all attention, the shares of BOS, words, other, EOS and rest
@@ -6,7 +7,8 @@
     ranked_heads(scores)                                 # chosen on one half of the scenes, reported on the other
     contribution(maps, run.variable("attention/16x16/value_size"))     # attention times the size of what a token writes
 
-Maps are read one step at a time. Nothing is dropped in silence: BOS, EOS and rest are in every result that has tokens.
+Maps are read one step at a time. Nothing is dropped in silence: BOS, EOS and rest are in every
+result that has tokens.
 """
 
 from __future__ import annotations
@@ -26,20 +28,27 @@ from probe.format.schema import REST
 END = "<|endoftext|>"
 KINDS = ("BOS", "words", "other", "EOS", "rest")
 
-# --- the shape of a map ----------------------------------------------------------------------------------------------
+# --- the shape of a map ---------------------------------------------------------------------------
 
 
 def head_statistics(maps: xr.DataArray) -> xr.Dataset:
     """What each map is like, in four numbers. *Shape:* (..., y, x) -> each (...), float32.
 
-    `mass`: the mean over pixels, a token's share of all attention; over all tokens it sums to 1. `entropy`: of the map as a
-    distribution over space, in nats, from 0 (one pixel) to ln of the number of pixels (even). `concentration`: the Gini index,
-    from 0 (even) to nearly 1 (one pixel); it does not change when a map is scaled, nor when each pixel becomes four, so that
-    grids can be compared (Hurley and Rickard 2009, arXiv:0811.4706, on measures of sparseness). `change`: how much of the map,
-    as a distribution, moved since the step before that was recorded, from 0 to 1 (total variation); NaN at the first. A map
-    that is 0 everywhere has no shape: NaN, but for its mass.
+    `mass`: the mean over pixels, a token's share of all attention; over all tokens it sums to 1.
+    `entropy`: of the map as a distribution over space, in nats, from 0 (one pixel) to ln of the
+    number of pixels (even). `concentration`: the Gini index, from 0 (even) to nearly 1 (one pixel);
+    it does not change when a map is scaled, nor when each pixel becomes four, so that grids can be
+    compared (Hurley and Rickard 2009, arXiv:0811.4706, on measures of sparseness). `change`: how
+    much of the map, as a distribution, moved since the step before that was recorded, from 0 to 1
+    (total variation); NaN at the first. A map that is 0 everywhere has no shape: NaN, but for its
+    mass.
     """
-    rows: dict[str, list[xr.DataArray]] = {"mass": [], "entropy": [], "concentration": [], "change": []}
+    rows: dict[str, list[xr.DataArray]] = {
+        "mass": [],
+        "entropy": [],
+        "concentration": [],
+        "change": [],
+    }
     before: xr.DataArray | None = None
     labelled("maps", maps, "y", "x")
     for one in steps_of(maps):
@@ -48,10 +57,16 @@ def head_statistics(maps: xr.DataArray) -> xr.Dataset:
         rows["mass"].append(mass)
         rows["entropy"].append(_entropy(share))
         rows["concentration"].append(_gini(share))
-        rows["change"].append(mass * np.nan if before is None else abs(share - before.values).sum(("y", "x"), skipna=False) / 2)
+        rows["change"].append(
+            mass * np.nan
+            if before is None
+            else abs(share - before.values).sum(("y", "x"), skipna=False) / 2
+        )
         if not missing(one):
             before = share
-    return xr.Dataset({name: stacked(parts, maps).astype("float32").rename(name) for name, parts in rows.items()})
+    return xr.Dataset(
+        {name: stacked(parts, maps).astype("float32").rename(name) for name, parts in rows.items()}
+    )
 
 
 def _entropy(share: xr.DataArray) -> xr.DataArray:
@@ -62,67 +77,105 @@ def _entropy(share: xr.DataArray) -> xr.DataArray:
 
 
 def _gini(share: xr.DataArray) -> xr.DataArray:
-    """The Gini index of maps that each sum to 1: the weighted sum of their values in rising order."""
+    """The Gini index of maps that each sum to 1: the weighted sum of their values in rising
+    order.
+    """
     last = share.transpose(..., "y", "x")
     rising = np.sort(last.values.reshape(*last.shape[:-2], -1), axis=-1)
     n = rising.shape[-1]
     weights = (2 * np.arange(1, n + 1) - n - 1) / n
-    return last.isel(y=0, x=0, drop=True).copy(data=(rising @ weights.astype(np.float32)).clip(0, 1))
+    return last.isel(y=0, x=0, drop=True).copy(
+        data=(rising @ weights.astype(np.float32)).clip(0, 1)
+    )
 
 
 def overlap(words: xr.DataArray, how: Literal["cosine", "iou"] = "cosine") -> xr.DataArray:
-    """How much the maps of two words are in one place, for each two. *Shape:* (word, ..., y, x) -> (word, ..., other_word), in 0..1.
+    """How much the maps of two words are in one place, for each two. *Shape:* (word, ..., y, x) ->
+    (word, ..., other_word), in 0..1.
 
-    "cosine": of the angle between them; high for any two maps that are nearly even. "iou": both from 0 at their least to 1 at
-    their greatest value, the sum of the lesser over the sum of the greater (the Jaccard index of fuzzy sets). NaN where a map
-    is 0 everywhere, or for "iou" where both are constant. Raises ExperimentError for another measure.
+    "cosine": of the angle between them; high for any two maps that are nearly even. "iou": both
+    from 0 at their least to 1 at their greatest value, the sum of the lesser over the sum of the
+    greater (the Jaccard index of fuzzy sets). NaN where a map is 0 everywhere, or for "iou" where
+    both are constant. Raises ExperimentError for another measure.
     """
     one_of("how", how, ("cosine", "iou"))
     labelled("words", words, "word", "y", "x")
 
     def of_step(one: xr.DataArray) -> xr.DataArray:
-        maps = (normalised(one, "min-max") if how == "iou" else one).transpose("word", ..., "y", "x")
+        maps = (normalised(one, "min-max") if how == "iou" else one).transpose(
+            "word", ..., "y", "x"
+        )
         values, space = maps.values, (-2, -1)
         size = values.sum(space) if how == "iou" else np.sqrt(np.square(values).sum(space))
         found = np.zeros((*size.shape, len(values)), np.float32)
         for index, other in enumerate(values):
             both = (np.minimum(values, other) if how == "iou" else values * other).sum(space)
             either = size + size[index] - both if how == "iou" else size * size[index]
-            found[..., index] = np.divide(both, either, out=np.full_like(both, np.nan), where=either > 0).clip(0, 1)
-        return xr.DataArray(found, dims=(*maps.dims[:-2], "other_word"), coords=maps.isel(y=0, x=0, drop=True).coords)
+            found[..., index] = np.divide(
+                both, either, out=np.full_like(both, np.nan), where=either > 0
+            ).clip(0, 1)
+        return xr.DataArray(
+            found,
+            dims=(*maps.dims[:-2], "other_word"),
+            coords=maps.isel(y=0, x=0, drop=True).coords,
+        )
 
     return stepwise(of_step, words).assign_coords(other_word=words["word"].values).rename("overlap")
 
 
-# --- what tokens are -------------------------------------------------------------------------------------------------
+# --- what tokens are ------------------------------------------------------------------------------
 
 
 def token_kinds(maps: xr.DataArray) -> xr.DataArray:
-    """What each token is, one of `KINDS`. *Shape:* that of the label `word_index`: (token) or (branch, token).
+    """What each token is, one of `KINDS`. *Shape:* that of the label `word_index`: (token) or
+    (branch, token).
 
-    BOS is the first token, EOS the first end of the text. "words" have a word; "other" is between BOS and EOS and has none, as
-    punctuation. "rest" is all after EOS: the padding, kept one by one or as the one sum that a recording calls rest.
+    BOS is the first token, EOS the first end of the text. "words" have a word; "other" is between
+    BOS and EOS and has none, as punctuation. "rest" is all after EOS: the padding, kept one by one
+    or as the one sum that a recording calls rest.
     """
-    if lost := [name for name in ("word_index", "token_text", "token") if name not in labelled("maps", maps, "token").coords]:
-        raise ExperimentError(f"maps has no label {lost[0]}: nothing says what its tokens are.", "Give maps as the methods of a run return them.")
+    if lost := [
+        name
+        for name in ("word_index", "token_text", "token")
+        if name not in labelled("maps", maps, "token").coords
+    ]:
+        raise ExperimentError(
+            f"maps has no label {lost[0]}: nothing says what its tokens are.",
+            "Give maps as the methods of a run return them.",
+        )
     number = maps["word_index"].transpose(..., "token")
     texts, places = maps["token_text"].transpose(*number.dims).values, maps["token"].values
     kinds = np.full(number.shape, "other", dtype=object)
-    for row, numbers_, names in zip(kinds.reshape(-1, len(places)), *(a.reshape(-1, len(places)) for a in (number.values, texts)), strict=True):
-        ends = [place for place, n, text in zip(places, numbers_, names, strict=True) if place > 0 and n < 0 and str(text) == END]
+    for row, numbers_, names in zip(
+        kinds.reshape(-1, len(places)),
+        *(a.reshape(-1, len(places)) for a in (number.values, texts)),
+        strict=True,
+    ):
+        ends = [
+            place
+            for place, n, text in zip(places, numbers_, names, strict=True)
+            if place > 0 and n < 0 and str(text) == END
+        ]
         row[numbers_ >= 0] = "words"
         row[places == 0] = "BOS"
         row[places == REST] = "rest"
         if ends:
             row[places == min(ends)] = "EOS"
             row[places > min(ends)] = "rest"
-    return xr.DataArray(kinds, dims=number.dims, coords={dim: maps[dim] for dim in number.dims if dim in maps.coords}, name="kind")
+    return xr.DataArray(
+        kinds,
+        dims=number.dims,
+        coords={dim: maps[dim] for dim in number.dims if dim in maps.coords},
+        name="kind",
+    )
 
 
 def by_kind(values: xr.DataArray, kinds: xr.DataArray | None = None) -> xr.DataArray:
-    """Values added up by kind of token: masses, or whole maps. *Shape:* (token, ...) -> (kind, ...), every one of `KINDS`.
+    """Values added up by kind of token: masses, or whole maps. *Shape:* (token, ...) -> (kind,
+    ...), every one of `KINDS`.
 
-    `kinds`: what each token is, where `values` has not the labels of tokens. Masses of all tokens sum to 1.
+    `kinds`: what each token is, where `values` has not the labels of tokens. Masses of all tokens
+    sum to 1.
     """
     labelled("values", values, "token")
     kinds = token_kinds(values) if kinds is None else kinds
@@ -130,36 +183,62 @@ def by_kind(values: xr.DataArray, kinds: xr.DataArray | None = None) -> xr.DataA
         raise ExperimentError("kinds has no tokens.", "Give what token_kinds returned.")
 
     def added(one: xr.DataArray) -> xr.DataArray:
-        parts = [one.where(kinds == kind, 0).sum("token", skipna=False).transpose(*(d for d in one.dims if d != "token")) for kind in KINDS]
+        parts = [
+            one.where(kinds == kind, 0)
+            .sum("token", skipna=False)
+            .transpose(*(d for d in one.dims if d != "token"))
+            for kind in KINDS
+        ]
         coords = {name: value for name, value in one.coords.items() if "token" not in value.dims}
         axis = one.get_axis_num("token")
         dims = [*(d for d in one.dims if d != "token")]
         dims.insert(axis, "kind")
-        return xr.DataArray(np.stack([part.values for part in parts], axis=axis), dims=dims, coords=coords, name=values.name)
+        return xr.DataArray(
+            np.stack([part.values for part in parts], axis=axis),
+            dims=dims,
+            coords=coords,
+            name=values.name,
+        )
 
-    return stepwise(added, values).assign_coords(kind=list(KINDS)).transpose(*("kind" if d == "token" else d for d in values.dims))
+    return (
+        stepwise(added, values)
+        .assign_coords(kind=list(KINDS))
+        .transpose(*("kind" if d == "token" else d for d in values.dims))
+    )
 
 
-# --- which heads find a word -----------------------------------------------------------------------------------------
+# --- which heads find a word ----------------------------------------------------------------------
 
 
 def ranked_heads(scores: xr.DataArray, seed: int = 0) -> xr.Dataset:
-    """The best heads by their mean score on one half of the scenes, and what they score on the other half, which chose nothing.
+    """The best heads by their mean score on one half of the scenes, and what they score on the
+    other half, which chose nothing.
 
-    *Shape:* (scene, layer, head) -> `chosen` (rank) and `reported` (rank), means over each half, with each rank's `layer` and
-    `head`; `reported_scores` (reported_scene, rank), from which an interval can be made. Every dimension but `scene` is ranked,
-    the best first. `seed` draws the halves; the coordinates `chosen_scene` and `reported_scene` and the attribute `split` say how.
-    NaN scores (a scene without the word) do not count; heads without any score in the choosing half are left out. Raises
-    ExperimentError for fewer than two scenes, and for scores that are not joined as (scene, layer, head).
+    *Shape:* (scene, layer, head) -> `chosen` (rank) and `reported` (rank), means over each half,
+    with each rank's `layer` and `head`; `reported_scores` (reported_scene, rank), from which an
+    interval can be made. Every dimension but `scene` is ranked, the best first. `seed` draws the
+    halves; the coordinates `chosen_scene` and `reported_scene` and the attribute `split` say how.
+    NaN scores (a scene without the word) do not count; heads without any score in the choosing half
+    are left out. Raises ExperimentError for fewer than two scenes, and for scores that are not
+    joined as (scene, layer, head).
     """
     if not isinstance(scores, xr.DataArray) or "scene" not in scores.dims:
-        raise ExperimentError("scores is no array over scenes.", 'Join the scores of each scene: xarray.concat([...], dim="scene").')
+        raise ExperimentError(
+            "scores is no array over scenes.",
+            'Join the scores of each scene: xarray.concat([...], dim="scene").',
+        )
     labelled("scores", scores)
     seed = whole("seed", seed)
     if scores.sizes["scene"] < 2:
-        raise ExperimentError("With fewer than two scenes there are no two halves.", "Give more: one half chooses heads, the other reports on them.")
+        raise ExperimentError(
+            "With fewer than two scenes there are no two halves.",
+            "Give more: one half chooses heads, the other reports on them.",
+        )
     dims = [dim for dim in scores.dims if dim != "scene"]
-    labels = {dim: scores[dim].values if dim in scores.coords else np.arange(size) for dim, size in scores.sizes.items()}
+    labels = {
+        dim: scores[dim].values if dim in scores.coords else np.arange(size)
+        for dim, size in scores.sizes.items()
+    }
     rows = scores.transpose("scene", *dims).values.reshape(scores.sizes["scene"], -1)
     order = np.random.default_rng(seed).permutation(len(rows))
     choosing, reporting = (np.sort(half) for half in np.split(order, [len(order) // 2]))
@@ -177,28 +256,39 @@ def ranked_heads(scores: xr.DataArray, seed: int = 0) -> xr.Dataset:
             "chosen_scene": labels["scene"][choosing],
             "reported_scene": labels["scene"][reporting],
         },
-        attrs={"split": f"{len(choosing)} scenes chose, {len(reporting)} others report; drawn with seed {seed}", "seed": seed},
+        attrs={
+            "split": f"{len(choosing)} scenes chose, {len(reporting)} others report; drawn with "
+            f"seed {seed}",
+            "seed": seed,
+        },
     )
 
 
 def _mean_of_finite(rows: np.ndarray) -> np.ndarray:
     there = np.isfinite(rows)
     total = np.where(there, rows, 0).sum(axis=0, dtype=float)
-    return np.asarray(np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0)))
+    return np.asarray(
+        np.divide(
+            total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0)
+        )
+    )
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 def contribution(maps: xr.DataArray, sizes: xr.DataArray) -> xr.DataArray:
-    """Attention times |v W_O|, the size of what each token writes: how much of it a pixel is given. Lazy, as `maps`.
+    """Attention times |v W_O|, the size of what each token writes: how much of it a pixel is given.
+    Lazy, as `maps`.
 
-    *Shape:* maps (..., token, ..., layer, head, y, x), sizes (branch, token, layer, head) -> as maps, float32, in the units of the
-    layer's output. BOS, EOS and rest are there beside the words. The size of rest is the mean over its tokens, so that its
-    contribution is exact only where they write alike. What tokens write are vectors: these lengths do not add up to the length
-    of the sum. (Kobayashi et al. 2020, arXiv:2004.10102, for language models.)
+    *Shape:* maps (..., token, ..., layer, head, y, x), sizes (branch, token, layer, head) -> as
+    maps, float32, in the units of the layer's output. BOS, EOS and rest are there beside the words.
+    The size of rest is the mean over its tokens, so that its contribution is exact only where they
+    write alike. What tokens write are vectors: these lengths do not add up to the length of the
+    sum. (Kobayashi et al. 2020, arXiv:2004.10102, for language models.)
 
-    Raises ExperimentError for maps that have lost the layers, heads or tokens that `sizes` tell apart: multiply before the mean.
+    Raises ExperimentError for maps that have lost the layers, heads or tokens that `sizes` tell
+    apart: multiply before the mean.
     """
     labelled("maps", maps)
     labelled("sizes", sizes)
@@ -206,18 +296,27 @@ def contribution(maps: xr.DataArray, sizes: xr.DataArray) -> xr.DataArray:
     for dim in sizes.dims:
         if dim in maps.coords and dim in sizes.coords:
             try:
-                chosen = chosen.sel({dim: maps[dim].values if dim in maps.dims else maps[dim].item()})
+                chosen = chosen.sel(
+                    {dim: maps[dim].values if dim in maps.dims else maps[dim].item()}
+                )
             except KeyError as problem:
                 raise ExperimentError(
-                    f"The sizes have no {dim} {problem}: they are of another recording or grid.", "Give value_size of the grid of these maps."
+                    f"The sizes have no {dim} {problem}: they are of another recording or grid.",
+                    "Give value_size of the grid of these maps.",
                 ) from problem
         elif dim not in maps.dims or maps.sizes[dim] != sizes.sizes[dim]:
             raise ExperimentError(
-                f"These maps have not each {dim} that the sizes tell apart.", f"They have to be whole: multiply before the mean over {dim}s is taken."
+                f"These maps have not each {dim} that the sizes tell apart.",
+                f"They have to be whole: multiply before the mean over {dim}s is taken.",
             )
     lazy = indexing.LazilyIndexedArray(_Product(maps, numbers(chosen).variable))
     what = "attention times the size of what a token writes"
-    return xr.DataArray(xr.Variable(maps.dims, lazy), coords=maps.coords, name="contribution", attrs={"long_name": what})
+    return xr.DataArray(
+        xr.Variable(maps.dims, lazy),
+        coords=maps.coords,
+        name="contribution",
+        attrs={"long_name": what},
+    )
 
 
 class _Product(BackendArray):
@@ -228,7 +327,9 @@ class _Product(BackendArray):
         self.shape, self.dtype = maps.shape, np.dtype(np.float32)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._compute)
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, self._compute
+        )
 
     def _compute(self, key: tuple[Any, ...]) -> np.ndarray:
         which = dict(zip(self._maps.dims, key, strict=True))

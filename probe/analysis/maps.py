@@ -1,13 +1,15 @@
-"""What can be computed from recorded maps: pure functions, without torch and without files. Here: numbers, grids and words.
+"""What can be computed from recorded maps: pure functions, without torch and without files. Here:
+numbers, grids and words.
 
     words = word_maps(run.attention("16x16").sel(branch="cond"))     # (step, word, image, layer, head, y, x)
     phrase(words, "scuba diving")                                    # its words together, wherever it occurs
     normalised(content_words(words), "words")                        # each pixel's shares over the content words
     against_others(content_words(words))                             # a word's map less the mean of the others'
 
-First what works on plain arrays (`probabilities`, `maps_of`, `resize`), then what works on labelled ones, which addresses
-dimensions by name and keeps their labels. What has steps is read one step at a time: maps may be given as they lie on the
-disk. Means over layers, heads and steps are in `averages`, the shape of single heads in `heads`, truth in `masks`.
+First what works on plain arrays (`probabilities`, `maps_of`, `resize`), then what works on labelled
+ones, which addresses dimensions by name and keeps their labels. What has steps is read one step at
+a time: maps may be given as they lie on the disk. Means over layers, heads and steps are in
+`averages`, the shape of single heads in `heads`, truth in `masks`.
 """
 
 from __future__ import annotations
@@ -28,20 +30,28 @@ from probe.words import STUMP, alike, occurrences, runs, spelt
 Method = Literal["bilinear", "bicubic", "area"]
 Normalisation = Literal["none", "min-max", "words", "space"]
 
-# English words that carry grammar and no content; a list like any other: `content_words` takes another one.
+# English words that carry grammar and no content; a list like any other: `content_words` takes
+# another one.
 FUNCTION_WORDS = frozenset(
-    "a an the this that these those and or but nor of in on at to from by with without into onto over under above below beside next near for as "
-    "is are was were be been being it its his her their my your our he she they we you i who which there some any no not very while during "
+    "a an the this that these those and or but nor of in on at to from by with without into onto "
+    "over under above below beside next near for as "
+    "is are was were be been being it its his her their my your our he she they we you i who which "
+    "there some any no not very while during "
     "between behind before after through across around against along up down off out".split()
 )
 
-# --- plain arrays ----------------------------------------------------------------------------------------------------
+# --- plain arrays ---------------------------------------------------------------------------------
 
 
 def probabilities(stored: np.ndarray) -> np.ndarray:
-    """Stored maps as float32 probabilities: floats as they are, uint8 as `sqrt_u8` codes, p = (code / 255)^2."""
+    """Stored maps as float32 probabilities: floats as they are, uint8 as `sqrt_u8` codes, p = (code
+    / 255)^2.
+    """
     if not isinstance(stored, np.ndarray | xr.DataArray) or stored.dtype.kind not in "buif":
-        raise ExperimentError(f"stored is {told(stored)}, which is no array of numbers.", "Give the values of maps: maps.values.")
+        raise ExperimentError(
+            f"stored is {told(stored)}, which is no array of numbers.",
+            "Give the values of maps: maps.values.",
+        )
     if stored.dtype == np.uint8:
         return np.square(stored.astype(np.float32) / 255)
     return stored.astype(np.float32)
@@ -50,10 +60,12 @@ def probabilities(stored: np.ndarray) -> np.ndarray:
 def maps_of(query: np.ndarray, key: np.ndarray) -> np.ndarray:
     """The maps that a layer's two sides make: softmax over tokens of key . query, in float32.
 
-    *Shape:* query (branch, image, layer, head, key_feature, y, x), key (branch, token, layer, head, key_feature) ->
-    (token, branch, image, layer, head, y, x).
+    *Shape:* query (branch, image, layer, head, key_feature, y, x), key (branch, token, layer, head,
+    key_feature) -> (token, branch, image, layer, head, y, x).
     """
-    rows = np.ascontiguousarray(key.transpose(0, 2, 3, 1, 4), dtype=np.float32)[:, None]  # (branch, 1, layer, head, token, feature)
+    rows = np.ascontiguousarray(key.transpose(0, 2, 3, 1, 4), dtype=np.float32)[
+        :, None
+    ]  # (branch, 1, layer, head, token, feature)
     logits = rows @ query.astype(np.float32).reshape(*query.shape[:5], -1)
     logits -= logits.max(axis=-2, keepdims=True)
     np.exp(logits, out=logits)
@@ -62,16 +74,20 @@ def maps_of(query: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def resize(maps: np.ndarray, grid: tuple[int, int], method: Method = "bilinear") -> np.ndarray:
-    """The last two axes brought to `grid`, in float32. Every method's weights sum to one, so that maps that sum to one still do.
+    """The last two axes brought to `grid`, in float32. Every method's weights sum to one, so that
+    maps that sum to one still do.
 
-    "bilinear" and "bicubic" interpolate between pixel centres as torch does (align_corners=False, no antialiasing; bicubic can
-    over- and undershoot); "area" is the mean over what each new pixel covers, with parts of pixels counted as parts. Raises
-    ExperimentError for another method.
+    "bilinear" and "bicubic" interpolate between pixel centres as torch does (align_corners=False,
+    no antialiasing; bicubic can over- and undershoot); "area" is the mean over what each new pixel
+    covers, with parts of pixels counted as parts. Raises ExperimentError for another method.
     """
     one_of("method", method, list(_WEIGHTS))
     if maps.shape[-2:] == tuple(grid):
         return maps.astype(np.float32)
-    rows, columns = (_WEIGHTS[method](source, target) for source, target in zip(maps.shape[-2:], grid, strict=True))
+    rows, columns = (
+        _WEIGHTS[method](source, target)
+        for source, target in zip(maps.shape[-2:], grid, strict=True)
+    )
     return np.asarray(rows @ maps.astype(np.float32, copy=False) @ columns.T, dtype=np.float32)
 
 
@@ -92,7 +108,9 @@ def _bicubic(source: int, target: int) -> np.ndarray:
     matrix = np.zeros((target, source), np.float32)
     for place in range(-1, 3):
         d = np.abs(at - (low + place))
-        weight = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d**2 + 1, a * (((d - 5) * d + 8) * d - 4))
+        weight = np.where(
+            d <= 1, ((a + 2) * d - (a + 3)) * d**2 + 1, a * (((d - 5) * d + 8) * d - 4)
+        )
         np.add.at(matrix, (np.arange(target), np.clip(low + place, 0, source - 1)), weight)
     return matrix
 
@@ -104,70 +122,111 @@ def _area(source: int, target: int) -> np.ndarray:
     return np.asarray(np.clip(covered, 0, None) * target / source, dtype=np.float32)
 
 
-_WEIGHTS: dict[Method, Callable[[int, int], np.ndarray]] = {"bilinear": _bilinear, "bicubic": _bicubic, "area": _area}
+_WEIGHTS: dict[Method, Callable[[int, int], np.ndarray]] = {
+    "bilinear": _bilinear,
+    "bicubic": _bicubic,
+    "area": _area,
+}
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def numbers(maps: xr.DataArray) -> xr.DataArray:
     """Stored maps, read from the disk and decoded: the same labels, float32 (float64 stays)."""
     values = maps.values
-    found = maps.copy(deep=False, data=values if values.dtype == np.float64 else probabilities(values))
-    found.attrs = {name: value for name, value in maps.attrs.items() if name != "encoding"}  # which these numbers have no more
+    found = maps.copy(
+        deep=False, data=values if values.dtype == np.float64 else probabilities(values)
+    )
+    found.attrs = {
+        name: value for name, value in maps.attrs.items() if name != "encoding"
+    }  # which these numbers have no more
     return found
 
 
 def steps_of(maps: xr.DataArray) -> Iterator[xr.DataArray]:
-    """Maps read and decoded, one step at a time; without a step axis, all at once. A step that was not recorded is NaN."""
+    """Maps read and decoded, one step at a time; without a step axis, all at once.
+
+    A step that was not recorded is NaN.
+    """
     for index in range(maps.sizes["step"]) if "step" in maps.dims else [None]:
         stored = maps if index is None else maps.isel(step=index)
         decoded = numbers(stored)
-        if stored.dtype == np.uint8 and stored.sizes.get("token", 1) > 1 and not decoded.values.any():
-            decoded = decoded.where(False)  # codes have no NaN; but shares of nothing at all were never written
+        if (
+            stored.dtype == np.uint8
+            and stored.sizes.get("token", 1) > 1
+            and not decoded.values.any()
+        ):
+            decoded = decoded.where(
+                False
+            )  # codes have no NaN; but shares of nothing at all were never written
         yield decoded
 
 
 def stepwise(function: Callable[[xr.DataArray], xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
-    """A function of the maps of one step, applied to each step. *Shape:* (step, ...) -> (step, ...); without steps, the function's own."""
+    """A function of the maps of one step, applied to each step.
+
+    *Shape:* (step, ...) -> (step, ...); without steps, the function's own.
+    """
     return stacked([function(one) for one in steps_of(maps)], maps)
 
 
 def stacked(parts: Sequence[xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
-    """What was computed from each step of `maps`, put together: the steps first, with their labels back. Raises RecordingNotFound for none."""
+    """What was computed from each step of `maps`, put together: the steps first, with their labels
+    back. Raises RecordingNotFound for none.
+    """
     if "step" not in maps.dims:
         return parts[0]
     if not parts:
         raise unrecorded()
     of_steps = {name: value for name, value in maps.coords.items() if "step" in value.dims}
     coords = {name: value for name, value in parts[0].coords.items() if name not in of_steps}
-    whole = xr.DataArray(np.stack([part.values for part in parts]), dims=("step", *parts[0].dims), coords=coords, name=maps.name)
+    whole = xr.DataArray(
+        np.stack([part.values for part in parts]),
+        dims=("step", *parts[0].dims),
+        coords=coords,
+        name=maps.name,
+    )
     return whole.assign_coords(of_steps).assign_attrs(parts[0].attrs)
 
 
 def unrecorded() -> RecordingNotFound:
     """The error for maps without a single step."""
-    return RecordingNotFound("There are no maps to read: no step was recorded.", "Record it again, with capture.steps: all.")
+    return RecordingNotFound(
+        "There are no maps to read: no step was recorded.",
+        "Record it again, with capture.steps: all.",
+    )
 
 
 def missing(one: xr.DataArray) -> bool:
-    """Whether the maps of a step are NaN everywhere, as those of a step that was not recorded are."""
+    """Whether the maps of a step are NaN everywhere, as those of a step that was not recorded
+    are.
+    """
     values = one.values
     return bool(values.size and np.isnan(values.flat[0]) and np.isnan(values).all())
 
 
 def on_grid(maps: xr.DataArray, grid: tuple[int, int], method: Method = "bilinear") -> xr.DataArray:
-    """Maps (or masks: "area" gives each pixel's covered share) brought to another grid. *Shape:* (..., y, x), both sizes given as (y, x)."""
+    """Maps (or masks: "area" gives each pixel's covered share) brought to another grid.
+
+    *Shape:* (..., y, x), both sizes given as (y, x).
+    """
     grid = grid_size(grid)
     last = (
         numbers(labelled("maps", maps, "y", "x"))
         .transpose(..., "y", "x")
         .drop_vars([name for name, value in maps.coords.items() if {"y", "x"} & set(value.dims)])
     )
-    made = xr.DataArray(resize(last.values, grid, method), dims=last.dims, coords=last.coords, name=maps.name, attrs=maps.attrs)
+    made = xr.DataArray(
+        resize(last.values, grid, method),
+        dims=last.dims,
+        coords=last.coords,
+        name=maps.name,
+        attrs=maps.attrs,
+    )
     return made.transpose(*maps.dims)
 
 
-# --- words -------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def word_maps(
@@ -179,81 +238,131 @@ def word_maps(
     cut: str = "",
     split: str = "",
 ) -> xr.DataArray:
-    """Token maps merged to words: each word the sum of its tokens (DAAM takes their mean). Repeated words stay apart.
+    """Token maps merged to words: each word the sum of its tokens (DAAM takes their mean). Repeated
+    words stay apart.
 
-    *Shape:* (token, ...) -> (word, ...), labelled by `word`, its text, and `word_index`, its place in the prompt, which tells
-    "cat" from "cat". `words` and `numbers` say of each token which word it belongs to; default: the maps' own labels. Tokens
-    without a word (BOS, EOS, punctuation, `rest`) are left out; `heads.by_kind` says how much they hold. `cut`: the end of the
-    prompt that the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so. `split`: the word that
-    the cut went through, if any (`split_word`); of it only a stump was read, which is called "su…", as it is no word of the prompt.
+    *Shape:* (token, ...) -> (word, ...), labelled by `word`, its text, and `word_index`, its place
+    in the prompt, which tells "cat" from "cat". `words` and `numbers` say of each token which word
+    it belongs to; default: the maps' own labels. Tokens without a word (BOS, EOS, punctuation,
+    `rest`) are left out; `heads.by_kind` says how much they hold. `cut`: the end of the prompt that
+    the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so.
+    `split`: the word that the cut went through, if any (`split_word`); of it only a stump was read,
+    which is called "su…", as it is no word of the prompt.
 
-    Raises ExperimentError for maps of two branches, whose tokens differ: choose one with .sel(branch=...), and for another `merge`.
+    Raises ExperimentError for maps of two branches, whose tokens differ: choose one with
+    .sel(branch=...), and for another `merge`.
     """
     one_of("merge", merge, ("sum", "mean"))
     labelled("maps", maps, "token")
     if words is None or numbers is None:
         if lost := [name for name in ("word", "word_index") if name not in maps.coords]:
-            raise ExperimentError(f"These maps have no label {lost[0]}: nothing says which word a token belongs to.", "Give words and numbers.")
+            raise ExperimentError(
+                f"These maps have no label {lost[0]}: nothing says which word a token belongs to.",
+                "Give words and numbers.",
+            )
         labels = {name: maps.coords[name] for name in ("word", "word_index")}
         if "branch" in labels["word"].dims:
             if maps.sizes["branch"] > 1:
-                raise ExperimentError("The two branches have different tokens.", "Choose one with .sel(branch=...).")
+                raise ExperimentError(
+                    "The two branches have different tokens.", "Choose one with .sel(branch=...)."
+                )
             labels = {name: label.isel(branch=0) for name, label in labels.items()}
         words, numbers = labels["word"].values, labels["word_index"].values
-    places = [np.flatnonzero(numbers == number) for number in sorted({int(number) for number in numbers if number >= 0})]
+    places = [
+        np.flatnonzero(numbers == number)
+        for number in sorted({int(number) for number in numbers if number >= 0})
+    ]
 
     def merged(one: xr.DataArray) -> xr.DataArray:
         axis = one.get_axis_num("token")
         values = one.values
-        parts = [getattr(values.take(place, axis=axis), merge)(axis=axis, keepdims=True) for place in places]
+        parts = [
+            getattr(values.take(place, axis=axis), merge)(axis=axis, keepdims=True)
+            for place in places
+        ]
         whole = np.concatenate(parts, axis=axis) if parts else values.take([], axis=axis)
         coords = {name: value for name, value in one.coords.items() if "token" not in value.dims}
-        return xr.DataArray(whole, dims=["word" if d == "token" else d for d in one.dims], coords=coords, name=maps.name, attrs=one.attrs)
+        return xr.DataArray(
+            whole,
+            dims=["word" if d == "token" else d for d in one.dims],
+            coords=coords,
+            name=maps.name,
+            attrs=one.attrs,
+        )
 
     found = stepwise(merged, maps).transpose(*("word" if d == "token" else d for d in maps.dims))
     texts = np.array([str(words[place[0]]) for place in places], dtype=object)
     if split and len(texts):
         texts[-1] += STUMP
-    found = found.assign_coords(word=texts, word_index=("word", np.array([int(numbers[place[0]]) for place in places], int)))
+    found = found.assign_coords(
+        word=texts, word_index=("word", np.array([int(numbers[place[0]]) for place in places], int))
+    )
     return found.assign_attrs({"cut_from_prompt": cut} if cut else {})
 
 
 def word_names(words: xr.DataArray) -> list[str]:
-    """A name of its own for each word, for captions and legends: "cat", "hat", "cat (2)". *Shape:* (word, ...) -> one for each word."""
+    """A name of its own for each word, for captions and legends: "cat", "hat", "cat (2)".
+
+    *Shape:* (word, ...) -> one for each word.
+    """
     texts = [str(word) for word in words["word"].values]
     times = [texts[: i + 1].count(text) for i, text in enumerate(texts)]
-    return [text if time == 1 else f"{text} ({time})" for text, time in zip(texts, times, strict=True)]
+    return [
+        text if time == 1 else f"{text} ({time})" for text, time in zip(texts, times, strict=True)
+    ]
 
 
 def content_words(words: xr.DataArray, leave_out: Collection[str] = FUNCTION_WORDS) -> xr.DataArray:
-    """The words that mean something to the eye: all but articles, prepositions and their like. *Shape:* (word, ...) -> (word, ...)."""
+    """The words that mean something to the eye: all but articles, prepositions and their like.
+
+    *Shape:* (word, ...) -> (word, ...).
+    """
     _worded(words)
-    return words.isel(word=[i for i, word in enumerate(words["word"].values) if str(word).casefold() not in leave_out])
+    return words.isel(
+        word=[
+            i
+            for i, word in enumerate(words["word"].values)
+            if str(word).casefold() not in leave_out
+        ]
+    )
 
 
 def _worded(words: xr.DataArray) -> xr.DataArray:
     """Maps that have words, each with its label. Raises ExperimentError for others."""
-    if lost := [name for name in ("word", "word_index") if name not in labelled("words", words, "word").coords]:
+    if lost := [
+        name
+        for name in ("word", "word_index")
+        if name not in labelled("words", words, "word").coords
+    ]:
         raise ExperimentError(f"words has no label {lost[0]}.", "Give what word_maps returned.")
     return words
 
 
 def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.DataArray:
-    """The words of a phrase together, the sum of their maps, each time they follow one another in the prompt; case does not count.
+    """The words of a phrase together, the sum of their maps, each time they follow one another in
+    the prompt; case does not count.
 
-    *Shape:* (word, ...) -> (word, ...), one for each time. Raises PromptError when it does not occur, or was cut away: it lists the
-    words that there are, and says by which command (`asking`) one looks for another.
+    *Shape:* (word, ...) -> (word, ...), one for each time. Raises PromptError when it does not
+    occur, or was cut away: it lists the words that there are, and says by which command (`asking`)
+    one looks for another.
     """
     text_of("text", text)
     labels = [str(word) for word in _worded(words)["word"].values]
     places = words["word_index"].values
-    found = [at for at in occurrences(text, labels) if places[at[-1]] - places[at[0]] == len(at) - 1]
+    found = [
+        at for at in occurrences(text, labels) if places[at[-1]] - places[at[0]] == len(at) - 1
+    ]
     if not found:
         raise _not_there(text, labels, str(words.attrs.get("cut_from_prompt", "")), asking)
     sums = [words.isel(word=slice(at[0], at[-1] + 1)).sum("word", skipna=False) for at in found]
     whole = words.isel(word=[at[0] for at in found])
-    values = np.stack([one.transpose(*(d for d in words.dims if d != "word")).values for one in sums], axis=words.get_axis_num("word"))
-    return whole.copy(data=values).assign_coords(word=np.array([" ".join(labels[i] for i in at) for at in found], dtype=object))
+    values = np.stack(
+        [one.transpose(*(d for d in words.dims if d != "word")).values for one in sums],
+        axis=words.get_axis_num("word"),
+    )
+    return whole.copy(data=values).assign_coords(
+        word=np.array([" ".join(labels[i] for i in at) for at in found], dtype=object)
+    )
 
 
 def _not_there(text: str, labels: list[str], cut: str, asking: str) -> PromptError:
@@ -264,23 +373,38 @@ def _not_there(text: str, labels: list[str], cut: str, asking: str) -> PromptErr
     written = [*read, *spelt(stump + cut)]
     shorten = "Shorten the prompt and record it again."
     if stump and alike(text.strip()) == stump and wanted != [stump]:
-        return PromptError(f"{text!r} was cut in its middle: the model read only some of its vectors.", shorten)
-    if stump and (runs(wanted, [*read, stump]) or (written[len(read)] in wanted and runs(wanted, written))):
-        return PromptError(f"{written[len(read)]!r} was cut in its middle: the model read only {stump!r} of it.", shorten)
+        return PromptError(
+            f"{text!r} was cut in its middle: the model read only some of its vectors.", shorten
+        )
+    if stump and (
+        runs(wanted, [*read, stump]) or (written[len(read)] in wanted and runs(wanted, written))
+    ):
+        return PromptError(
+            f"{written[len(read)]!r} was cut in its middle: the model read only {stump!r} of it.",
+            shorten,
+        )
     if cut and runs(wanted, written):
-        return PromptError(f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", shorten)
+        return PromptError(
+            f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", shorten
+        )
     meant = difflib.get_close_matches(text, labels, n=1)
-    there = f"Its words: {', '.join(dict.fromkeys(labels))}." if labels else "The prompt has no words."
-    return PromptError(f"{text!r} is not in the prompt.", f"{f'Did you mean {meant[0]}? ' if meant else ''}{there} For any other word: {asking}")
+    there = (
+        f"Its words: {', '.join(dict.fromkeys(labels))}." if labels else "The prompt has no words."
+    )
+    return PromptError(
+        f"{text!r} is not in the prompt.",
+        f"{f'Did you mean {meant[0]}? ' if meant else ''}{there} For any other word: {asking}",
+    )
 
 
 def normalised(maps: xr.DataArray, how: Normalisation) -> xr.DataArray:
     """Maps on one of four scales. *Shape:* (..., y, x), as it was.
 
-    "none": as they are, of a pixel's attention the share of a word. "min-max": each map from 0 at its least to 1 at its greatest
-    value; a constant map is 0. "words": each pixel's shares over the words given sum to 1 (give `content_words`, or the common
-    words take part). "space": each map sums to 1. Where there is nothing to share, the shares are equal. NaN stays NaN.
-    Raises ExperimentError for another scale.
+    "none": as they are, of a pixel's attention the share of a word. "min-max": each map from 0 at
+    its least to 1 at its greatest value; a constant map is 0. "words": each pixel's shares over the
+    words given sum to 1 (give `content_words`, or the common words take part). "space": each map
+    sums to 1. Where there is nothing to share, the shares are equal. NaN stays NaN. Raises
+    ExperimentError for another scale.
     """
     one_of("normalise", how, ("none", "min-max", "words", "space"))
     labelled("maps", maps, *{"words": ("word",), "none": ()}.get(how, ("y", "x")))
@@ -294,18 +418,24 @@ def normalised(maps: xr.DataArray, how: Normalisation) -> xr.DataArray:
     over = {"words": ["word"], "space": ["y", "x"]}[how]
     total = found.sum(over, skipna=False)
     shares = found / total.where(total != 0, 1)
-    return shares.where(total != 0, 1 / max(1, math.prod(maps.sizes[dim] for dim in over))).transpose(*maps.dims)
+    return shares.where(
+        total != 0, 1 / max(1, math.prod(maps.sizes[dim] for dim in over))
+    ).transpose(*maps.dims)
 
 
 def against_others(words: xr.DataArray) -> xr.DataArray:
-    """Each word's map less the mean of the other words' maps: where it was looked at more than the others. Give `content_words`.
+    """Each word's map less the mean of the other words' maps: where it was looked at more than the
+    others. Give `content_words`.
 
-    *Shape:* (word, ...) -> (word, ...), sums to 0 over words. A word that is there twice has its other place among the others.
-    Raises PromptError when there are fewer than two words.
+    *Shape:* (word, ...) -> (word, ...), sums to 0 over words. A word that is there twice has its
+    other place among the others. Raises PromptError when there are fewer than two words.
     """
     if labelled("words", words, "word").sizes["word"] < 2:
         there = ", ".join(repr(str(word)) for word in words["word"].values) or "none"
-        raise PromptError(f"A word is set against the others, and there are no two content words: {there}.", "Look at its own map.")
+        raise PromptError(
+            f"A word is set against the others, and there are no two content words: {there}.",
+            "Look at its own map.",
+        )
     found = numbers(words)
     others = (found.sum("word", skipna=False) - found) / (words.sizes["word"] - 1)
     return (found - others).transpose(*words.dims)

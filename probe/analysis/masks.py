@@ -1,12 +1,14 @@
-"""Masks from maps, and how well either agrees with the truth: exact metrics, by name, for any number of maps at once.
+"""Masks from maps, and how well either agrees with the truth: exact metrics, by name, for any
+number of maps at once.
 
     masks = threshold(normalised(maps, "min-max"), 0.4)          # or argmax_masks(maps), or threshold(maps, area_threshold(maps, truth))
     iou(masks, truth), mean_iou(masks, truth), pixel_accuracy(masks, truth)
     average_precision(maps, truth)                               # needs no threshold
     interval(scores, over="scene")                               # the mean, and how far it can be trusted
 
-Maps and truth meet on one grid: `analysis.on_grid` brings maps to pixels, and masks to a grid by the mean over areas. Whatever
-other dimensions there are (step, layer, head, word, scene) are matched by name, and stay.
+Maps and truth meet on one grid: `analysis.on_grid` brings maps to pixels, and masks to a grid by
+the mean over areas. Whatever other dimensions there are (step, layer, head, word, scene) are
+matched by name, and stay.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ from probe.errors import ExperimentError
 SPACE = ("y", "x")
 BLOCK = 1 << 20  # values that are sorted at once, which takes 50 MB
 
-# --- masks -----------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def threshold(maps: xr.DataArray, at: float | xr.DataArray) -> xr.DataArray:
-    """Where a map reaches a level. *Shape:* maps (..., y, x), `at` a number or (...) -> bool (..., y, x). NaN reaches nothing."""
+    """Where a map reaches a level.
+
+    *Shape:* maps (..., y, x), `at` a number or (...) -> bool (..., y, x). NaN reaches nothing.
+    """
     found = numbers(labelled("maps", maps, *SPACE))
     _check_level("at", at)
     if isinstance(at, xr.DataArray):
@@ -36,9 +41,11 @@ def threshold(maps: xr.DataArray, at: float | xr.DataArray) -> xr.DataArray:
 
 
 def argmax_masks(words: xr.DataArray, least: float | xr.DataArray | None = None) -> xr.DataArray:
-    """To each word the pixels where it has the greatest value of all; of equals, the first word in the array.
+    """To each word the pixels where it has the greatest value of all; of equals, the first word in
+    the array.
 
-    *Shape:* (word, ..., y, x) -> bool, as it was. `least`: a pixel where no word reaches it is nobody's. NaN is never greatest.
+    *Shape:* (word, ..., y, x) -> bool, as it was. `least`: a pixel where no word reaches it is
+    nobody's. NaN is never greatest.
     """
     found = numbers(labelled("words", words, "word", *SPACE))
     if least is not None:
@@ -57,14 +64,19 @@ def _check_level(name: str, level: object) -> None:
     if isinstance(level, xr.DataArray):
         labelled(name, level)
     elif not isinstance(level, int | float | np.integer | np.floating) or isinstance(level, bool):
-        raise ExperimentError(f"{name} is {told(level)}, which is no level.", "Give a number, or an array with labels.")
+        raise ExperimentError(
+            f"{name} is {told(level)}, which is no level.",
+            "Give a number, or an array with labels.",
+        )
 
 
 def area_threshold(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
-    """The level at which a map's mask has the true area: with n true pixels, its n-th greatest value; infinity where n is 0.
+    """The level at which a map's mask has the true area: with n true pixels, its n-th greatest
+    value; infinity where n is 0.
 
-    *Shape:* (..., y, x) and (..., y, x) -> (...). Where values tie at that level the mask is larger than the truth, so that a
-    constant map gives the whole picture and not an arbitrary part of it. This uses the truth's size: say so beside the result.
+    *Shape:* (..., y, x) and (..., y, x) -> (...). Where values tie at that level the mask is larger
+    than the truth, so that a constant map gives the whole picture and not an arbitrary part of it.
+    This uses the truth's size: say so beside the result.
     """
     scores, true = _rows(maps, truth)
     found = np.full(len(scores.rows), np.inf, scores.rows.dtype)
@@ -76,14 +88,16 @@ def area_threshold(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
     return scores.labelled(found, "level")
 
 
-# --- agreement of masks ----------------------------------------------------------------------------------------------
+# --- agreement of masks ---------------------------------------------------------------------------
 
 
 def iou(masks: xr.DataArray, truth: xr.DataArray, pool: Sequence[str] = ()) -> xr.DataArray:
-    """Intersection over union. *Shape:* bool (..., y, x) and bool (..., y, x) -> (...), without `pool`.
+    """Intersection over union. *Shape:* bool (..., y, x) and bool (..., y, x) -> (...), without
+    `pool`.
 
-    `pool`: dimensions over which intersections and unions are added up first ("scene": as Pascal VOC does it, where large
-    objects count more); without it, every mask counts the same. NaN where both are empty.
+    `pool`: dimensions over which intersections and unions are added up first ("scene": as Pascal
+    VOC does it, where large objects count more); without it, every mask counts the same. NaN where
+    both are empty.
     """
     a, b = _masks(masks, truth)
     over = (*SPACE, *_dims("pool", pool, a, b))
@@ -91,17 +105,27 @@ def iou(masks: xr.DataArray, truth: xr.DataArray, pool: Sequence[str] = ()) -> x
     return ((a & b).sum(over) / either.where(either > 0)).rename("iou")
 
 
-def mean_iou(masks: xr.DataArray, truth: xr.DataArray, over: Sequence[str] = ("word",), pool: Sequence[str] = ()) -> xr.DataArray:
-    """The mean of `iou` over some dimensions (mIoU); what is undefined, empty in both, does not count. *Shape:* (..., y, x) -> (...)."""
+def mean_iou(
+    masks: xr.DataArray,
+    truth: xr.DataArray,
+    over: Sequence[str] = ("word",),
+    pool: Sequence[str] = (),
+) -> xr.DataArray:
+    """The mean of `iou` over some dimensions (mIoU); what is undefined, empty in both, does not
+    count. *Shape:* (..., y, x) -> (...).
+    """
     found = iou(masks, truth, pool)
     return found.mean(_dims("over", over, found), skipna=True).rename("mean_iou")
 
 
-def pixel_accuracy(masks: xr.DataArray, truth: xr.DataArray, classes: str | None = None) -> xr.DataArray:
-    """The share of pixels where mask and truth say the same. *Shape:* bool (..., y, x) and bool (..., y, x) -> (...).
+def pixel_accuracy(
+    masks: xr.DataArray, truth: xr.DataArray, classes: str | None = None
+) -> xr.DataArray:
+    """The share of pixels where mask and truth say the same. *Shape:* bool (..., y, x) and bool
+    (..., y, x) -> (...).
 
-    `classes`: a dimension ("word") over which all have to say the same; without it each mask is judged by itself. An empty mask
-    of a small thing has a high accuracy: look at `iou` too.
+    `classes`: a dimension ("word") over which all have to say the same; without it each mask is
+    judged by itself. An empty mask of a small thing has a high accuracy: look at `iou` too.
     """
     a, b = _masks(masks, truth)
     same = a == b
@@ -113,9 +137,16 @@ def pixel_accuracy(masks: xr.DataArray, truth: xr.DataArray, classes: str | None
 def _dims(name: str, given: object, *arrays: xr.DataArray) -> list[str]:
     """Names of dimensions that one of the arrays has."""
     found = list(dict.fromkeys(texts(name, given)))
-    there = [str(dim) for dim in dict.fromkeys(dim for array in arrays for dim in array.dims) if dim not in SPACE]
+    there = [
+        str(dim)
+        for dim in dict.fromkeys(dim for array in arrays for dim in array.dims)
+        if dim not in SPACE
+    ]
     if wrong := [dim for dim in found if dim not in there]:
-        raise ExperimentError(f"{name}: there is no dimension {wrong[0]!r}.", f"There are: {', '.join(there) or 'none'}.")
+        raise ExperimentError(
+            f"{name}: there is no dimension {wrong[0]!r}.",
+            f"There are: {', '.join(there) or 'none'}.",
+        )
     return found
 
 
@@ -123,7 +154,10 @@ def _masks(masks: xr.DataArray, truth: xr.DataArray) -> tuple[xr.DataArray, xr.D
     truth = mask("truth", truth, labelled("masks", masks, *SPACE))
     for name, one in (("masks", masks), ("truth", truth)):
         if one.dtype != bool:
-            raise ExperimentError(f"{name} has the type {one.dtype}: make masks of it first.", "Use threshold or argmax_masks, or write mask > 0.")
+            raise ExperimentError(
+                f"{name} has the type {one.dtype}: make masks of it first.",
+                "Use threshold or argmax_masks, or write mask > 0.",
+            )
     _same_grid(masks, truth)
     return _aligned(masks, truth)
 
@@ -133,7 +167,10 @@ def _aligned(a: xr.DataArray, b: xr.DataArray) -> tuple[xr.DataArray, xr.DataArr
     try:
         left, right = xr.align(a, b, join="exact", copy=False)
     except xr.AlignmentError as problem:
-        raise ExperimentError(f"Two arrays do not fit together: {str(problem).splitlines()[0]}.", "Select the same labels of both.") from problem
+        raise ExperimentError(
+            f"Two arrays do not fit together: {str(problem).splitlines()[0]}.",
+            "Select the same labels of both.",
+        ) from problem
     return left, right
 
 
@@ -141,19 +178,23 @@ def _same_grid(maps: xr.DataArray, truth: xr.DataArray) -> None:
     sizes = [tuple(one.sizes[d] for d in SPACE) for one in (maps, truth)]
     if sizes[0] != sizes[1]:
         raise ExperimentError(
-            f"maps of {sizes[0]} and truth of {sizes[1]} pixels (y, x) have no common grid.", "Bring one to the other with analysis.on_grid."
+            f"maps of {sizes[0]} and truth of {sizes[1]} pixels (y, x) have no common grid.",
+            "Bring one to the other with analysis.on_grid.",
         )
 
 
-# --- agreement of maps -----------------------------------------------------------------------------------------------
+# --- agreement of maps ----------------------------------------------------------------------------
 
 
 def average_precision(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
-    """Average precision of each map as a score of its pixels: the sum over levels of precision times the growth of recall.
+    """Average precision of each map as a score of its pixels: the sum over levels of precision
+    times the growth of recall.
 
-    *Shape:* (..., y, x) and bool (..., y, x) -> (...), float64. `truth` may be a plain (y, x) array. Exact, without interpolation, as scikit-learn's
-    `average_precision_score`: equal values are one level, so their order does not matter, and a constant map scores the share of
-    true pixels. Any rising function of a map scores the same. NaN where nothing is true, or the map is not finite.
+    *Shape:* (..., y, x) and bool (..., y, x) -> (...), float64. `truth` may be a plain (y, x)
+    array. Exact, without interpolation, as scikit-learn's `average_precision_score`: equal values
+    are one level, so their order does not matter, and a constant map scores the share of true
+    pixels. Any rising function of a map scores the same. NaN where nothing is true, or the map is
+    not finite.
     """
     scores, true = _rows(maps, truth)
     found = np.empty(len(scores.rows))
@@ -167,7 +208,9 @@ def _precision(scores: np.ndarray, true: np.ndarray) -> np.ndarray:
     falling = np.take_along_axis(scores, order, axis=1)
     hits = np.take_along_axis(true, order, axis=1)
     pixels = falling.shape[1]
-    ends = np.append(falling[:, 1:] != falling[:, :-1], np.ones((len(scores), 1), bool), axis=1)  # the last of each level
+    ends = np.append(
+        falling[:, 1:] != falling[:, :-1], np.ones((len(scores), 1), bool), axis=1
+    )  # the last of each level
     of = np.minimum.accumulate(np.where(ends, np.arange(pixels), pixels)[:, ::-1], axis=1)[:, ::-1]
     precision = np.take_along_axis(hits.cumsum(axis=1), of, axis=1) / (of + 1)
     count = hits.sum(axis=1)
@@ -190,7 +233,10 @@ class _Rows:
 def _rows(maps: xr.DataArray, truth: xr.DataArray) -> tuple[_Rows, _Rows]:
     truth = mask("truth", truth, labelled("maps", maps, *SPACE))
     if truth.dtype != bool:
-        raise ExperimentError(f"truth has the type {truth.dtype}: make masks of it first.", "Use threshold, or write mask > 0.")
+        raise ExperimentError(
+            f"truth has the type {truth.dtype}: make masks of it first.",
+            "Use threshold, or write mask > 0.",
+        )
     _same_grid(maps, truth)
     a, b = xr.broadcast(*_aligned(numbers(maps), truth))
     return _Rows(a), _Rows(b.transpose(*a.dims))
@@ -201,15 +247,23 @@ def _blocks(rows: np.ndarray) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
-# --- how far a mean can be trusted -----------------------------------------------------------------------------------
+# --- how far a mean can be trusted ----------------------------------------------------------------
 
 
-def interval(scores: xr.DataArray, over: str = "scene", level: float = 0.95, resamples: int = 2000, seed: int = 0) -> xr.Dataset:
-    """The mean over scenes and its bootstrap interval: scenes are drawn again with replacement, the same ones for all scores.
+def interval(
+    scores: xr.DataArray,
+    over: str = "scene",
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> xr.Dataset:
+    """The mean over scenes and its bootstrap interval: scenes are drawn again with replacement, the
+    same ones for all scores.
 
-    *Shape:* (scene, ...) -> `mean`, `low`, `high` and `scenes` (how many counted), each (...). Percentiles of the resampled means
-    (Efron and Tibshirani 1993, chapter 13). NaN scores do not count. Give the difference of two methods on the same scenes to
-    compare them. It says how the result varies with the scenes, not with the seed of the training. Fewer than two scenes: NaN.
+    *Shape:* (scene, ...) -> `mean`, `low`, `high` and `scenes` (how many counted), each (...).
+    Percentiles of the resampled means (Efron and Tibshirani 1993, chapter 13). NaN scores do not
+    count. Give the difference of two methods on the same scenes to compare them. It says how the
+    result varies with the scenes, not with the seed of the training. Fewer than two scenes: NaN.
     """
     text("over", over)
     resamples, seed = whole("resamples", resamples, 1, 10**6), whole("seed", seed)
@@ -223,7 +277,9 @@ def interval(scores: xr.DataArray, over: str = "scene", level: float = 0.95, res
     there = np.isfinite(values)
     filled = np.where(there, values, 0)
     counts = there.sum(axis=0)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+    drawn = (
+        np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+    )
     weight = drawn @ there
     means = np.divide(drawn @ filled, weight, out=np.full(weight.shape, np.nan), where=weight > 0)
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -231,7 +287,12 @@ def interval(scores: xr.DataArray, over: str = "scene", level: float = 0.95, res
     enough = counts > 1
     if enough.any():
         low[enough], high[enough] = np.nanquantile(means[:, enough], tails, axis=0)
-    mean = np.divide(filled.sum(axis=0), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    mean = np.divide(
+        filled.sum(axis=0), counts, out=np.full(counts.shape, np.nan), where=counts > 0
+    )
     like = rows.isel({over: 0}, drop=True)
-    found = {name: like.copy(data=of.reshape(like.shape)) for name, of in (("mean", mean), ("low", low), ("high", high), ("scenes", counts))}
+    found = {
+        name: like.copy(data=of.reshape(like.shape))
+        for name, of in (("mean", mean), ("low", low), ("high", high), ("scenes", counts))
+    }
     return xr.Dataset(found, attrs={"level": level, "resamples": resamples, "seed": seed})

@@ -1,1 +1,4 @@
-"""The dashboard looks at recordings. It reads them through `probe.analysis.maps` and never imports torch."""
+"""The dashboard looks at recordings.
+
+It reads them through `probe.analysis.maps` and never imports torch.
+"""

@@ -1,1 +1,4 @@
-"""Stable Diffusion run by hand: its parts, getting them safely, and the loop. Knows nothing of hooks or files."""
+"""Stable Diffusion run by hand: its parts, getting them safely, and the loop.
+
+Knows nothing of hooks or files.
+"""

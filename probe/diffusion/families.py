@@ -16,7 +16,9 @@ FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL]] = {
 }
 
 
-def family_of(pipeline: Any, *, scheduler: str = "default", options: Mapping[str, Any] | None = None) -> AnyFamily:
+def family_of(
+    pipeline: Any, *, scheduler: str = "default", options: Mapping[str, Any] | None = None
+) -> AnyFamily:
     """Return the model of a diffusers pipeline, or a model itself, with a scheduler.
 
     Raise ModelError for a pipeline of no family.

@@ -5,9 +5,9 @@
     predict(index, model_input, t)                  # Predictions
 
 A family is one file: `probe.diffusion.sd` (Stable Diffusion 1 and 2), `probe.diffusion.sdxl`. Its
-name is the attribute `family` of its recordings; `probe.format.dimensions` says what readers have to know
-of it without the model. The loop (`probe.diffusion.sampling`) scales the latents and calls a
-`Predict`, nothing else of the model. Recorded predictions are another `Predict` (`replaying`).
+name is the attribute `family` of its recordings; `probe.format.dimensions` says what readers have
+to know of it without the model. The loop (`probe.diffusion.sampling`) scales the latents and calls
+a `Predict`, nothing else of the model. Recorded predictions are another `Predict` (`replaying`).
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ class Family(Protocol):
         """Return the same model with another scheduler (`default`: its own) and its `options`."""
         ...
 
-    def latent_shape(self, images: int, height: int | None = None, width: int | None = None) -> tuple[int, int, int, int]:
+    def latent_shape(
+        self, images: int, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int]:
         """Return (image, channel, y, x) of the latents for a size in pixels."""
         ...
 
@@ -201,15 +203,27 @@ class Family(Protocol):
         ...
 
     def text_mask(self, prompt: Prompt) -> torch.Tensor | None:
-        """Return the attention mask that a text encoder is given for a prompt, (1, token), if any."""
+        """Return the attention mask that a text encoder is given for a prompt, (1, token), if
+        any.
+        """
         ...
 
-    def condition(self, prompt: str, negative_prompt: str = "", *, guided: bool = True, over_long: OverLong = "error") -> Conditioning:
+    def condition(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        *,
+        guided: bool = True,
+        over_long: OverLong = "error",
+    ) -> Conditioning:
         """Encode the prompt and, for guidance, the negative prompt."""
         ...
 
     def check_reading(self, tokens: Mapping[str, Tokens]) -> None:
-        """Hold each branch's encoded text against what the pipeline makes of it. Raise ModelError if a bit differs."""
+        """Hold each branch's encoded text against what the pipeline makes of it.
+
+        Raise ModelError if a bit differs.
+        """
         ...
 
     def blank(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -218,7 +232,9 @@ class Family(Protocol):
 
     # --- the denoiser ---
 
-    def call(self, model_input: torch.Tensor, t: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+    def call(
+        self, model_input: torch.Tensor, t: torch.Tensor, arguments: Arguments
+    ) -> torch.Tensor:
         """Call the denoiser once. *Shape:* (row, channel, y, x), and as many rows of arguments."""
         ...
 
@@ -226,7 +242,13 @@ class Family(Protocol):
         """Return how branches become the prediction, by its name in `probe.format.dimensions`."""
         ...
 
-    def predictor(self, conditioning: Conditioning, images: int, guidance_scale: float = 1.0, guidance_rescale: float = 0.0) -> Predict:
+    def predictor(
+        self,
+        conditioning: Conditioning,
+        images: int,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+    ) -> Predict:
         """Return the model as a `Predict`.
 
         It is guided, by the rule of this family, where `guidance_scale` is above 1.
@@ -235,7 +257,12 @@ class Family(Protocol):
 
     # --- where a run begins, and its noise levels ---
 
-    def begin(self, generators: Sequence[torch.Generator], height: int | None = None, width: int | None = None) -> torch.Tensor:
+    def begin(
+        self,
+        generators: Sequence[torch.Generator],
+        height: int | None = None,
+        width: int | None = None,
+    ) -> torch.Tensor:
         """Return the noise that a run begins from, of variance one, for a size in pixels.
 
         Each image's noise is what its generator gives next. *Shape:* (image, channel, y, x), on
@@ -243,7 +270,9 @@ class Family(Protocol):
         """
         ...
 
-    def encode_picture(self, picture: np.ndarray, generators: Sequence[torch.Generator] = ()) -> torch.Tensor:
+    def encode_picture(
+        self, picture: np.ndarray, generators: Sequence[torch.Generator] = ()
+    ) -> torch.Tensor:
         """Encode a picture, (y, x, rgb) uint8, to latents of the model's scale.
 
         Return a sample of the VAE's posterior for each generator; without any, the posterior's
@@ -252,7 +281,9 @@ class Family(Protocol):
         """
         ...
 
-    def schedule(self, steps: int, height: int | None = None, width: int | None = None, begin: int = 0) -> Schedule:
+    def schedule(
+        self, steps: int, height: int | None = None, width: int | None = None, begin: int = 0
+    ) -> Schedule:
         """Return the noise level of every call from `begin` on, for a size in pixels."""
         ...
 
@@ -279,7 +310,9 @@ class Family(Protocol):
 
 def repeated(arguments: Arguments, images: int) -> dict[str, torch.Tensor]:
     """Return the arguments of one row for several images."""
-    return {name: value.repeat(images, *[1] * (value.ndim - 1)) for name, value in arguments.items()}
+    return {
+        name: value.repeat(images, *[1] * (value.ndim - 1)) for name, value in arguments.items()
+    }
 
 
 def stacked(several: Sequence[Arguments]) -> dict[str, torch.Tensor]:
@@ -298,7 +331,13 @@ def replaying(recorded: Iterable[Predictions], predict: Predict) -> Predict:
     return replay
 
 
-def batched(family: Family, conditioning: Conditioning, images: int, guidance_scale: float, guidance_rescale: float) -> Predict:
+def batched(
+    family: Family,
+    conditioning: Conditioning,
+    images: int,
+    guidance_scale: float,
+    guidance_rescale: float,
+) -> Predict:
     """Return a `Predict` that asks for all branches in one batch, unconditional first."""
     branches = (UNCOND, COND) if guidance_scale > 1.0 else (COND,)
     arguments = conditioning.rows(branches, images)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 
 
-def guide(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0) -> torch.Tensor:
+def guide(
+    uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0
+) -> torch.Tensor:
     """Return uncond + guidance_scale * (cond - uncond), rescaled: classifier-free guidance.
 
     Ho & Salimans 2022 (w = guidance_scale - 1); the rescale is that of Lin et al. 2023, section
@@ -22,7 +24,9 @@ def guide(uncond: torch.Tensor, cond: torch.Tensor, guidance_scale: float, guida
     return guided
 
 
-def guided(branches: Mapping[str, torch.Tensor], guidance_scale: float, guidance_rescale: float = 0.0) -> torch.Tensor:
+def guided(
+    branches: Mapping[str, torch.Tensor], guidance_scale: float, guidance_rescale: float = 0.0
+) -> torch.Tensor:
     """Return what the scheduler takes: `guide` of both branches, or the conditional one alone."""
     if "uncond" not in branches:
         return branches["cond"]
@@ -30,5 +34,7 @@ def guided(branches: Mapping[str, torch.Tensor], guidance_scale: float, guidance
 
 
 def rule_of(guidance_scale: float) -> str:
-    """Return the name of this rule (`probe.format.dimensions.GUIDANCE_RULES`): `none` without guidance."""
+    """Return the name of this rule (`probe.format.dimensions.GUIDANCE_RULES`): `none` without
+    guidance.
+    """
     return "classifier_free" if guidance_scale > 1 else "none"

@@ -1,7 +1,8 @@
-"""Get a model safely: bundled, from a local diffusers directory, a single file, or from the Hugging Face hub.
+"""Get a model safely: bundled, from a local diffusers directory, a single file, or from the Hugging
+Face hub.
 
-Only safetensors are read, and no code that comes with a model is ever run. A hub model is fetched once and resolved to
-the commit it came from.
+Only safetensors are read, and no code that comes with a model is ever run. A hub model is fetched
+once and resolved to the commit it came from.
 """
 
 from __future__ import annotations
@@ -15,10 +16,31 @@ from typing import Any
 import torch
 
 from probe.diffusion.families import FAMILIES, AnyFamily
-from probe.diffusion.model_configs import MOST_PARAMETERS, class_of, diffusers_config, text_config, words
+from probe.diffusion.model_configs import (
+    MOST_PARAMETERS,
+    class_of,
+    diffusers_config,
+    text_config,
+    words,
+)
 from probe.diffusion.model_files import TEXT, ModelFolder, Weight, fill, fit
-from probe.diffusion.schedulers import FORCED, another_scheduler, check_settings, is_supported, own_scheduler
-from probe.diffusion.single_file import CONFIGS, INDEX, SETTINGS, clip_tokenizer, config_folder, is_single_file, refuse_larger, split
+from probe.diffusion.schedulers import (
+    FORCED,
+    another_scheduler,
+    check_settings,
+    is_supported,
+    own_scheduler,
+)
+from probe.diffusion.single_file import (
+    CONFIGS,
+    INDEX,
+    SETTINGS,
+    clip_tokenizer,
+    config_folder,
+    is_single_file,
+    refuse_larger,
+    split,
+)
 from probe.diffusion.support import KINDS_OF, ORDINARY, XL, refuse_other_kinds, refuse_unet
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
@@ -31,14 +53,24 @@ BUNDLED = {"emojiworld": Path(__file__).parent.parent / "emojiworld"}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises DeviceError for a device this machine lacks."""
+    """`auto` is CUDA where there is one, else the CPU.
+
+    Raises DeviceError for a device this machine lacks.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise DeviceError(f"device: {name} is not on this machine ({torch.cuda.device_count()} CUDA devices).", "Use --device cpu, or --device auto.")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise DeviceError(
+            f"device: {name} is not on this machine ({torch.cuda.device_count()} CUDA devices).",
+            "Use --device cpu, or --device auto.",
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("device: mps is not on this machine.", "Use --device cpu, or --device auto.")
+        raise DeviceError(
+            "device: mps is not on this machine.", "Use --device cpu, or --device auto."
+        )
     return device
 
 
@@ -53,13 +85,17 @@ def load(
     scheduler: str = "default",
     options: Mapping[str, Any] | None = None,
 ) -> AnyFamily:
-    """Load a bundled model, a local diffusers directory, a hub id or a single file. With `weights=False` the parts are on the meta device.
+    """Load a bundled model, a local diffusers directory, a hub id or a single file. With
+    `weights=False` the parts are on the meta device.
 
-    `scheduler` and its `options` are an experiment's: the model's own scheduler need not be a supported one if another is
-    named. Raises ModelError when the model is missing, unsafe, not whole, or of no family.
+    `scheduler` and its `options` are an experiment's: the model's own scheduler need not be a
+    supported one if another is named. Raises ModelError when the model is missing, unsafe, not
+    whole, or of no family.
     """
     check_here()
-    what = _single_file(name, variant) if is_single_file(name) else _directory(name, revision, variant)
+    what = (
+        _single_file(name, variant) if is_single_file(name) else _directory(name, revision, variant)
+    )
     target = torch.device("meta") if not weights else pick_device(device)
     if dtype == "auto":
         on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -71,14 +107,18 @@ def load(
         **what.tokenizers,
         scheduler=None,
         revision=what.commit,
-        vocabulary=words(what.folder.json("words.json"), what.folder.refuse) if (what.folder.path / "words.json").exists() else None,
+        vocabulary=words(what.folder.json("words.json"), what.folder.refuse)
+        if (what.folder.path / "words.json").exists()
+        else None,
         **{part: _part(what, part, kind, target) for part in what.configs},
         **what.settings_of_pipeline,
     )
     forced = {} if what.kind == XL else FORCED
     own = what.index.get("scheduler")
     if scheduler == "default" or is_supported(own):
-        return replace(model, scheduler=own_scheduler(name, own, what.settings, forced)).with_scheduler(scheduler, options or {})
+        return replace(
+            model, scheduler=own_scheduler(name, own, what.settings, forced)
+        ).with_scheduler(scheduler, options or {})
     check_settings(f"{name}: scheduler/scheduler_config.json", what.settings)
     made = another_scheduler(name, scheduler, what.settings, shown(own), options or {}, forced)
     return replace(model, scheduler=made).checked()
@@ -86,7 +126,10 @@ def load(
 
 @dataclass(frozen=True)
 class _Description:
-    """What a model's files say of it, before anything is made of it. `weights` reads the headers of a part's weights."""
+    """What a model's files say of it, before anything is made of it.
+
+    `weights` reads the headers of a part's weights.
+    """
 
     folder: ModelFolder
     index: Mapping[str, Any]
@@ -108,7 +151,10 @@ class _Description:
             return {}
         zeros = self.index.get("force_zeros_for_empty_prompt", True)
         if not isinstance(zeros, bool):
-            raise self.folder.refuse(f"model_index.json: force_zeros_for_empty_prompt is {shown(zeros)}, not true or false.")
+            raise self.folder.refuse(
+                f"model_index.json: force_zeros_for_empty_prompt is {shown(zeros)}, not true or "
+                "false."
+            )
         return {"zeros_for_empty": zeros}
 
 
@@ -117,11 +163,21 @@ def _directory(name: str, revision: str | None, variant: str | None) -> _Descrip
     path, commit = _folder(name, revision, variant)
     folder = ModelFolder(path, name)
     index, configs, settings = _configs(folder)
-    return _Description(folder, index, configs, settings, _tokenizers(folder, index, configs), commit, lambda part: folder.weights(part, variant))
+    return _Description(
+        folder,
+        index,
+        configs,
+        settings,
+        _tokenizers(folder, index, configs),
+        commit,
+        lambda part: folder.weights(part, variant),
+    )
 
 
 def _single_file(name: str, variant: str | None) -> _Description:
-    """Describe a checkpoint in one file, with the configs beside it or those of Stable Diffusion 1.x."""
+    """Describe a checkpoint in one file, with the configs beside it or those of Stable Diffusion
+    1.x.
+    """
     if variant is not None:
         raise ModelError(f"{name}: a single file has no variants.", "Leave variant out.")
     beside = config_folder(name)
@@ -130,11 +186,17 @@ def _single_file(name: str, variant: str | None) -> _Description:
         index, configs, settings = _configs(folder)
         tokenizers = _tokenizers(folder, index, configs)
     else:
-        folder = ModelFolder(place(name).parent / place(name).stem, name)  # not there: no words.json
+        folder = ModelFolder(
+            place(name).parent / place(name).stem, name
+        )  # not there: no words.json
         index, configs, settings = INDEX, CONFIGS, SETTINGS
         refuse_larger(name)
         clip, inside = clip_tokenizer(name)
-        tokenizers = {"tokenizer": read_tokenizer(clip, index, text_config(configs["text_encoder"], folder.refuse), inside)}
+        tokenizers = {
+            "tokenizer": read_tokenizer(
+                clip, index, text_config(configs["text_encoder"], folder.refuse), inside
+            )
+        }
     parts: dict[str, dict[str, Weight]] = {}
 
     def weights(part: str) -> dict[str, Weight]:
@@ -144,7 +206,9 @@ def _single_file(name: str, variant: str | None) -> _Description:
     return _Description(folder, index, configs, settings, tokenizers, None, weights)
 
 
-def _configs(folder: ModelFolder) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
+def _configs(
+    folder: ModelFolder,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
     index = folder.json_object("model_index.json")
     kind = str(index.get("_class_name"))
     refuse_other_kinds(kind)
@@ -152,17 +216,23 @@ def _configs(folder: ModelFolder) -> tuple[dict[str, Any], dict[str, dict[str, A
     return index, configs, folder.json_object("scheduler/scheduler_config.json")
 
 
-def _tokenizers(folder: ModelFolder, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _tokenizers(
+    folder: ModelFolder, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return the tokenizer of each text encoder, by its name in the folder."""
     found = {}
     for encoder in [part for part in configs if part in TEXT]:
         part = encoder.replace("text_encoder", "tokenizer")
-        found[part] = read_tokenizer(folder, index, text_config(configs[encoder], folder.refuse, encoder), part=part)
+        found[part] = read_tokenizer(
+            folder, index, text_config(configs[encoder], folder.refuse, encoder), part=part
+        )
     return found
 
 
 def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device) -> Any:
-    """Make one part on the meta device from its checked config, and give it its weights if the target is another device."""
+    """Make one part on the meta device from its checked config, and give it its weights if the
+    target is another device.
+    """
     import diffusers
     import transformers
     from diffusers.models.modeling_utils import no_init_weights
@@ -173,16 +243,22 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
         with torch.device("meta"), no_init_weights():
             if part in TEXT:
                 settings = transformers.CLIPTextConfig(**text_config(config, folder.refuse, part))
-                made = getattr(transformers, name)._from_config(settings, attn_implementation="sdpa")
+                made = getattr(transformers, name)._from_config(
+                    settings, attn_implementation="sdpa"
+                )
             else:
-                made = getattr(diffusers, name)(**diffusers_config(part, config, getattr(diffusers, name), folder.refuse))
+                made = getattr(diffusers, name)(
+                    **diffusers_config(part, config, getattr(diffusers, name), folder.refuse)
+                )
     except (ModelError, MemoryError):
         raise
     except Exception as problem:  # of a library, about a config that it is given
         why = shorten(printable(first_line(problem)))
         raise folder.refuse(f"{part}/config.json makes no {name}: {why}", WHOLE_MODEL) from problem
     if (count := sum(weight.numel() for weight in made.parameters())) > MOST_PARAMETERS:
-        raise folder.refuse(f"{part}/config.json makes {count} weights, and {MOST_PARAMETERS} is the most.")
+        raise folder.refuse(
+            f"{part}/config.json makes {count} weights, and {MOST_PARAMETERS} is the most."
+        )
     if part == "unet":
         refuse_unet(folder.name, made, "text_time" if what.kind == XL else None)
     if target.type == "meta":
@@ -191,7 +267,9 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
 
 
 def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path, str | None]:
-    """The local directory of a model, and the commit it was resolved to when it came from the hub."""
+    """The local directory of a model, and the commit it was resolved to when it came from the
+    hub.
+    """
     if name in BUNDLED:
         return BUNDLED[name], None
     if place(name).is_dir():
@@ -205,7 +283,11 @@ def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path,
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     suffix = f".{variant}" if variant else ""
-    weights = [f"{part}/{stem}{suffix}*.safetensors" for part in ("unet", "vae") for stem in ("diffusion_pytorch_model",)]
+    weights = [
+        f"{part}/{stem}{suffix}*.safetensors"
+        for part in ("unet", "vae")
+        for stem in ("diffusion_pytorch_model",)
+    ]
     texts = [f"{part}/model{suffix}*.safetensors" for part in TEXT]
     wanted = ["model_index.json", "*/*.json", "tokenizer/*", "tokenizer_2/*", *weights, *texts]
     try:
@@ -213,7 +295,9 @@ def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path,
     except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as problem:
         at = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"model: {name}{at} is not on this machine and could not be fetched ({type(problem).__name__}).",
-            "Check the name and the connection, give a local diffusers directory, or use the bundled model: --model emojiworld.",
+            f"model: {name}{at} is not on this machine and could not be fetched "
+            f"({type(problem).__name__}).",
+            "Check the name and the connection, give a local diffusers directory, or use the "
+            "bundled model: --model emojiworld.",
         ) from problem
     return folder, folder.name

@@ -1,9 +1,10 @@
 """What lies in a model's folder, checked before a library sees it.
 
-Somebody else's model is untrusted input. Only plain files inside the folder are opened (a hub snapshot's links into its own
-repository's blobs count as inside), JSON is read once and within limits, and weights come from safetensors alone, through indices too.
-The headers of the weights are held against the model that the config describes: every tensor there, no other, every
-shape right. Then the tensors are read from the same files: no library chooses another.
+Somebody else's model is untrusted input. Only plain files inside the folder are opened (a hub
+snapshot's links into its own repository's blobs count as inside), JSON is read once and within
+limits, and weights come from safetensors alone, through indices too. The headers of the weights are
+held against the model that the config describes: every tensor there, no other, every shape right.
+Then the tensors are read from the same files: no library chooses another.
 """
 
 from __future__ import annotations
@@ -25,14 +26,23 @@ from probe.text import first_line, shorten, shown
 
 AGAIN = "Fetch the model again."
 WHOLE = "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?"
-CONVERT = "Convert them once where you trust them: DiffusionPipeline.from_pretrained(...).save_pretrained(folder, safe_serialization=True)."
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+CONVERT = (
+    "Convert them once where you trust them: "
+    "DiffusionPipeline.from_pretrained(...).save_pretrained(folder, safe_serialization=True)."
+)
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 MOST_JSON, MOST_INDEX, MOST_HEADER = 1 << 20, 8 << 20, 8 << 20
 MOST_TENSORS, MOST_SHARDS = 50_000, 1000
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16,
         "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Keys that mean the same: diffusers renamed the VAE's attention, transformers dropped a wrapper and a buffer.
+# Keys that mean the same: diffusers renamed the VAE's attention, transformers dropped a wrapper and
+# a buffer.
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 WRAPPER, POSITIONS, PROJECTION = "text_model.", "embeddings.position_ids", "text_projection."
 TEXT = ("text_encoder", "text_encoder_2")
@@ -40,10 +50,12 @@ TEXT = ("text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor in a safetensors file, of which only the header was read. `key` is its name in that file.
+    """A tensor in a safetensors file, of which only the header was read. `key` is its name in that
+    file.
 
-    diffusers' tables for old layouts take it for a tensor: they ask for some of its rows (queries, keys and values that lie
-    in one), for it turned around, or for a convolution of one pixel as a matrix.
+    diffusers' tables for old layouts take it for a tensor: they ask for some of its rows (queries,
+    keys and values that lie in one), for it turned around, or for a convolution of one pixel as a
+    matrix.
     """
 
     path: Path
@@ -92,19 +104,30 @@ class ModelFolder:
             where, state = path.resolve(), path.stat()
         except (FileNotFoundError, NotADirectoryError) as problem:
             link = path.is_symlink()
-            raise self.refuse(f"{file} is {'a link to nothing' if link else 'missing'}.", AGAIN if link else WHOLE) from problem
+            raise self.refuse(
+                f"{file} is {'a link to nothing' if link else 'missing'}.", AGAIN if link else WHOLE
+            ) from problem
         except (OSError, RuntimeError, ValueError) as problem:  # a loop of links is a RuntimeError
             raise self._unread(file, problem) from problem
         if not self._inside(where):
-            raise self.refuse(f"{file} is a link that leads out of the model's folder.", "Copy the model with its files: cp -rL.")
+            raise self.refuse(
+                f"{file} is a link that leads out of the model's folder.",
+                "Copy the model with its files: cp -rL.",
+            )
         if not stat.S_ISREG(state.st_mode):
             raise self.refuse(f"{file} is not a plain file.")
         if most is not None and state.st_size > most:
-            raise self.refuse(f"{file} has {state.st_size} bytes, and {most} is the most that such a file may have.")
+            raise self.refuse(
+                f"{file} has {state.st_size} bytes, and {most} is the most that such a file may "
+                "have."
+            )
         return path
 
     def read(self, file: str, most: int = MOST_JSON) -> bytes:
-        """Read a plain file. A pipe or a device never blocks, also if it took the file's place a moment ago."""
+        """Read a plain file.
+
+        A pipe or a device never blocks, also if it took the file's place a moment ago.
+        """
         path = self.plain(file, most)
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:
@@ -119,7 +142,9 @@ class ModelFolder:
         return content
 
     def json(self, file: str, most: int = MOST_JSON) -> Any:
-        """Read a JSON file: no key twice, no NaN or Infinity, no deep nesting, no number of thousands of digits."""
+        """Read a JSON file: no key twice, no NaN or Infinity, no deep nesting, no number of
+        thousands of digits.
+        """
         return self.parsed(file, self.read(file, most))
 
     def parsed(self, file: str, content: bytes) -> Any:
@@ -145,18 +170,29 @@ class ModelFolder:
             if not path.is_dir():
                 raise self.refuse(f"{folder}/ is missing.", WHOLE)
             if not self._inside(path.resolve()):
-                raise self.refuse(f"{folder}/ is a link that leads out of the model's folder.", "Copy the model with its files: cp -rL.")
+                raise self.refuse(
+                    f"{folder}/ is a link that leads out of the model's folder.",
+                    "Copy the model with its files: cp -rL.",
+                )
             return sorted(entry.name for entry in path.iterdir())
         except (OSError, RuntimeError) as problem:
             raise self._unread(folder, problem) from problem
 
     def weights(self, part: str, variant: str | None) -> dict[str, Weight]:
-        """Return the tensors of a part by name, from the headers of the files that diffusers and transformers would choose."""
+        """Return the tensors of a part by name, from the headers of the files that diffusers and
+        transformers would choose.
+        """
         if variant is not None and not re.fullmatch(r"[\w-]{1,40}", variant):
-            raise self.refuse(f"{shown(variant)} is not the name of a variant.", "Write one such as variant: fp16, or leave variant out.")
+            raise self.refuse(
+                f"{shown(variant)} is not the name of a variant.",
+                "Write one such as variant: fp16, or leave variant out.",
+            )
         there, suffix = self.files(part), f".{variant}" if variant else ""
         single = f"{STEMS[part]}{suffix}.safetensors"
-        names = dict.fromkeys(f"{STEMS[part]}.safetensors{end}" for end in (f".index{suffix}.json", f"{suffix}.index.json"))
+        names = dict.fromkeys(
+            f"{STEMS[part]}.safetensors{end}"
+            for end in (f".index{suffix}.json", f"{suffix}.index.json")
+        )
         sharded = [self._shards(part, index) for index in names if index in there]
         if single not in there and not sharded:
             raise self._no_weights(part, variant, there)
@@ -167,50 +203,92 @@ class ModelFolder:
         for file in files:
             for key, weight in header(self, f"{part}/{file}").items():
                 if key in found:
-                    raise self.refuse(f"{part}: {shown(key)} is in {found[key].path.name} and in {file}.")
+                    raise self.refuse(
+                        f"{part}: {shown(key)} is in {found[key].path.name} and in {file}."
+                    )
                 found[key] = weight
         if not alone and (odd := set(found).symmetric_difference(sharded[0])):
-            raise self.refuse(f"{part}: the index of the weights and their files do not agree on {shown(min(odd))}.")
+            raise self.refuse(
+                f"{part}: the index of the weights and their files do not agree on "
+                f"{shown(min(odd))}."
+            )
         return found
 
     def _shards(self, part: str, index: str) -> dict[str, str]:
         """Return the file of each tensor by an index."""
         listed = self.json_object(f"{part}/{index}", MOST_INDEX).get("weight_map")
-        if not isinstance(listed, dict) or not listed or len(listed) > MOST_TENSORS or not all(isinstance(file, str) for file in listed.values()):
+        if (
+            not isinstance(listed, dict)
+            or not listed
+            or len(listed) > MOST_TENSORS
+            or not all(isinstance(file, str) for file in listed.values())
+        ):
             raise self.refuse(f"{part}/{index} has no weight_map of tensors and their files.")
         for file in dict.fromkeys(listed.values()):
             if not re.fullmatch(r"[\w][\w.-]{0,200}\.safetensors", file):
-                raise self.refuse(f"{part}/{index} names {shown(file)}, and only safetensors files of that folder are read.", CONVERT)
+                raise self.refuse(
+                    f"{part}/{index} names {shown(file)}, and only safetensors files of that "
+                    "folder are read.",
+                    CONVERT,
+                )
         if len(set(listed.values())) > MOST_SHARDS:
             raise self.refuse(f"{part}/{index} names more than {MOST_SHARDS} files.")
         return listed
 
     def _no_weights(self, part: str, variant: str | None, there: list[str]) -> ModelError:
         safe = [file for file in there if file.endswith(".safetensors")]
-        variants = sorted({shorten(file.split(".")[1].split("-")[0]) for file in safe if file.count(".") > 1})
+        variants = sorted(
+            {shorten(file.split(".")[1].split("-")[0]) for file in safe if file.count(".") > 1}
+        )
         plain = [file for file in safe if file.count(".") == 1 and file.startswith(STEMS[part])]
         if variants or (variant is not None and plain):
-            wanted = "weights without a variant" if variant is None else f"weights of variant {variant!r}"
-            choices = [f"set variant: {other}" for other in variants if other != variant] + ["leave variant out"] * bool(plain)
+            wanted = (
+                "weights without a variant"
+                if variant is None
+                else f"weights of variant {variant!r}"
+            )
+            choices = [f"set variant: {other}" for other in variants if other != variant] + [
+                "leave variant out"
+            ] * bool(plain)
             if choices:
                 remedy = ", or ".join(choices)
                 cause = f"{part} has no {wanted} (variants there: {', '.join(variants) or 'none'})."
                 return self.refuse(cause, f"{remedy[0].upper()}{remedy[1:]}.")
         if plain or safe:
-            return self.refuse(f"{part} has weights in several files, and no index of them.", "Fetch the model again, with its *.index.json files.")
+            return self.refuse(
+                f"{part} has weights in several files, and no index of them.",
+                "Fetch the model again, with its *.index.json files.",
+            )
         if any(file.endswith((".bin", ".ckpt", ".pt", ".pth")) for file in there):
-            return self.refuse(f"{part} has only pickled weights, which can run code when they are read.", CONVERT)
-        return self.refuse(f"{part} has no weights.", "Fetch the model whole, or use the bundled one: --model emojiworld.")
+            return self.refuse(
+                f"{part} has only pickled weights, which can run code when they are read.", CONVERT
+            )
+        return self.refuse(
+            f"{part} has no weights.",
+            "Fetch the model whole, or use the bundled one: --model emojiworld.",
+        )
 
     def _inside(self, where: Path) -> bool:
-        """Whether a resolved path is in the folder, or a blob of the repository in the hub's cache that the folder is part of."""
+        """Whether a resolved path is in the folder, or a blob of the repository in the hub's cache
+        that the folder is part of.
+        """
         own = self.path.resolve()
-        repository = next((parent for parent in own.parents if parent.name.startswith("models--")), None)
-        return where.is_relative_to(own) or (repository is not None and where.parent == (repository / "blobs").resolve())
+        repository = next(
+            (parent for parent in own.parents if parent.name.startswith("models--")), None
+        )
+        return where.is_relative_to(own) or (
+            repository is not None and where.parent == (repository / "blobs").resolve()
+        )
 
     def _unread(self, file: str, problem: Exception) -> ModelError:
-        why = problem.strerror if isinstance(problem, OSError) and problem.strerror else "a loop of links, or an impossible name"
-        return self.refuse(f"{file} could not be read: {why}.", "Check the folder, its permissions and its disk.")
+        why = (
+            problem.strerror
+            if isinstance(problem, OSError) and problem.strerror
+            else "a loop of links, or an impossible name"
+        )
+        return self.refuse(
+            f"{file} could not be read: {why}.", "Check the folder, its permissions and its disk."
+        )
 
 
 class _Odd(Exception):
@@ -231,9 +309,14 @@ def _no_constant(word: str) -> Any:
 
 
 def header(folder: ModelFolder, file: str) -> dict[str, Weight]:
-    """Return the tensors of a safetensors file by name, from its header alone, which must account for every byte."""
+    """Return the tensors of a safetensors file by name, from its header alone, which must account
+    for every byte.
+    """
     path = folder.plain(file)
-    size, broken = path.stat().st_size, folder.refuse(f"{file} is not a safetensors file, or is cut short.")
+    size, broken = (
+        path.stat().st_size,
+        folder.refuse(f"{file} is not a safetensors file, or is cut short."),
+    )
     with path.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if not 2 <= length <= min(MOST_HEADER, size - 8):
@@ -246,9 +329,19 @@ def header(folder: ModelFolder, file: str) -> dict[str, Weight]:
         raise folder.refuse(f"{file} holds {len(listed)} tensors, and {MOST_TENSORS} is the most.")
     found, total = {}, 0
     for key, one in listed.items():
-        shape, bits = (one.get("shape"), BITS.get(str(one.get("dtype")))) if isinstance(one, dict) else (None, None)
-        if bits is None or not isinstance(shape, list) or not all(type(side) is int and 0 <= side < 2**48 for side in shape):
-            raise folder.refuse(f"{file}: what it says of {shown(key)} is not what safetensors files say.")
+        shape, bits = (
+            (one.get("shape"), BITS.get(str(one.get("dtype"))))
+            if isinstance(one, dict)
+            else (None, None)
+        )
+        if (
+            bits is None
+            or not isinstance(shape, list)
+            or not all(type(side) is int and 0 <= side < 2**48 for side in shape)
+        ):
+            raise folder.refuse(
+                f"{file}: what it says of {shown(key)} is not what safetensors files say."
+            )
         found[key] = Weight(path, key, tuple(shape), str(one["dtype"]))
         total += math.prod(shape) * bits // 8
     if total != size - 8 - length:
@@ -256,8 +349,13 @@ def header(folder: ModelFolder, file: str) -> dict[str, Weight]:
     return found
 
 
-def fit(folder: ModelFolder, part: str, weights: Mapping[str, Weight], skeleton: torch.nn.Module) -> dict[str, Weight]:
-    """Return the tensor of each of the model's names. Raises ModelError where one is missing, has no place, or another shape."""
+def fit(
+    folder: ModelFolder, part: str, weights: Mapping[str, Weight], skeleton: torch.nn.Module
+) -> dict[str, Weight]:
+    """Return the tensor of each of the model's names.
+
+    Raises ModelError where one is missing, has no place, or another shape.
+    """
     expected = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items()}
     wrapped = WRAPPER if any(key.startswith(WRAPPER) for key in expected) else ""
     found: dict[str, Weight] = {}
@@ -266,20 +364,41 @@ def fit(folder: ModelFolder, part: str, weights: Mapping[str, Weight], skeleton:
         if part in TEXT and name.removeprefix(WRAPPER) == POSITIONS and name not in expected:
             continue
         if name in found:
-            raise folder.refuse(f"{part}: {shown(key)} and {shown(found[name].key)} are the same tensor, written twice.")
+            raise folder.refuse(
+                f"{part}: {shown(key)} and {shown(found[name].key)} are the same tensor, written "
+                "twice."
+            )
         found[name] = weight
     config = f"{part}/config.json"
     if missing := [key for key in expected if key not in found]:
-        cause = f"{part}: {missing[0]} {_shape(expected[missing[0]])} is not in its weights{_more(missing)}."
-        raise folder.refuse(cause, f"Fetch the model again, and check that {config} is that of these weights.")
+        cause = (
+            f"{part}: {missing[0]} {_shape(expected[missing[0]])} is not in its "
+            f"weights{_more(missing)}."
+        )
+        raise folder.refuse(
+            cause, f"Fetch the model again, and check that {config} is that of these weights."
+        )
     if over := [key for key in found if key not in expected]:
-        cause = f"{part}: its weights hold {shown(found[over[0]].key)} {_shape(found[over[0]].shape)}, which has no place in the model{_more(over)}."
-        raise folder.refuse(cause, f"Fetch the model again, and check that {config} is that of these weights.")
+        cause = (
+            f"{part}: its weights hold {shown(found[over[0]].key)} {_shape(found[over[0]].shape)}, "
+            f"which has no place in the model{_more(over)}."
+        )
+        raise folder.refuse(
+            cause, f"Fetch the model again, and check that {config} is that of these weights."
+        )
     if odd := [key for key in expected if found[key].shape != expected[key]]:
-        cause = f"{part}: {odd[0]} has shape {_shape(found[odd[0]].shape)}, and {config} makes it {_shape(expected[odd[0]])}{_more(odd)}."
-        raise folder.refuse(cause, f"Fetch the model again, and check that {config} is that of these weights.")
+        cause = (
+            f"{part}: {odd[0]} has shape {_shape(found[odd[0]].shape)}, and {config} makes it "
+            f"{_shape(expected[odd[0]])}{_more(odd)}."
+        )
+        raise folder.refuse(
+            cause, f"Fetch the model again, and check that {config} is that of these weights."
+        )
     if odd := [key for key in found if found[key].dtype not in FLOATS]:
-        cause = f"{part}: {odd[0]} is of type {shown(found[odd[0]].dtype)}, and only F32, F16, BF16 and F64 are supported{_more(odd)}."
+        cause = (
+            f"{part}: {odd[0]} is of type {shown(found[odd[0]].dtype)}, and only F32, F16, BF16 "
+            f"and F64 are supported{_more(odd)}."
+        )
         raise folder.refuse(cause, "Use the model's weights before they were quantized.")
     return found
 
@@ -287,7 +406,11 @@ def fit(folder: ModelFolder, part: str, weights: Mapping[str, Weight], skeleton:
 def _renamed(part: str, key: str, wrapped: str) -> str:
     if part in TEXT:
         return key if key.startswith(PROJECTION) else wrapped + key.removeprefix(WRAPPER)
-    if part == "vae" and (old := re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)):
+    if part == "vae" and (
+        old := re.fullmatch(
+            r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key
+        )
+    ):
         return f"{old[1]}.{ATTENTION[old[2]]}.{old[3]}"
     return key
 
@@ -300,22 +423,47 @@ def _more(keys: list[str]) -> str:
     return f", and {len(keys) - 1} more like it" if len(keys) > 1 else ""
 
 
-def fill(folder: ModelFolder, part: str, skeleton: torch.nn.Module, weights: Mapping[str, Weight], dtype: torch.dtype, device: torch.device) -> Any:
-    """Give a model on the meta device its weights, copied from their files. Nothing stays without a value."""
+def fill(
+    folder: ModelFolder,
+    part: str,
+    skeleton: torch.nn.Module,
+    weights: Mapping[str, Weight],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """Give a model on the meta device its weights, copied from their files.
+
+    Nothing stays without a value.
+    """
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, torch.Tensor] = {}
     try:
         for path in dict.fromkeys(weight.path for weight in weights.values()):
             with safe_open(path, "pt") as opened:
-                tensors |= {name: w.of(opened.get_tensor(w.key)).to(device, dtype, copy=True) for name, w in weights.items() if w.path == path}
+                tensors |= {
+                    name: w.of(opened.get_tensor(w.key)).to(device, dtype, copy=True)
+                    for name, w in weights.items()
+                    if w.path == path
+                }
     except (SafetensorError, OSError) as problem:
-        raise folder.refuse(f"{part}: the weights could not be read ({shorten(first_line(problem))}).") from problem
+        raise folder.refuse(
+            f"{part}: the weights could not be read ({shorten(first_line(problem))})."
+        ) from problem
     skeleton.load_state_dict(tensors, strict=True, assign=True)
     for owner in skeleton.modules():
-        if "position_ids" in dict(owner.named_buffers(recurse=False)):  # of the text encoder; it is in no file
+        if "position_ids" in dict(
+            owner.named_buffers(recurse=False)
+        ):  # of the text encoder; it is in no file
             owner.position_ids = torch.arange(len(owner.position_ids[0]), device=device)[None]  # type: ignore[index]
-    held = [tensor for owner in skeleton.modules() for tensor in (*owner.parameters(False), *owner.buffers(False), *vars(owner).values())]
+    held = [
+        tensor
+        for owner in skeleton.modules()
+        for tensor in (*owner.parameters(False), *owner.buffers(False), *vars(owner).values())
+    ]
     if any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in held):
-        raise folder.refuse(f"{part}: a part of it has its values neither from its weights nor from us.", "This kind of model is not supported.")
+        raise folder.refuse(
+            f"{part}: a part of it has its values neither from its weights nor from us.",
+            "This kind of model is not supported.",
+        )
     return skeleton.eval()

@@ -37,7 +37,9 @@ def downsampling(vae: Any | None) -> int:
     return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def latent_shape(model: Family, images: int, height: int | None = None, width: int | None = None) -> tuple[int, int, int, int]:
+def latent_shape(
+    model: Family, images: int, height: int | None = None, width: int | None = None
+) -> tuple[int, int, int, int]:
     """Return (image, channel, y, x) of the latents for a picture of `height` x `width` pixels.
 
     Raise ExperimentError for a side that is not a multiple of f.
@@ -49,7 +51,8 @@ def latent_shape(model: Family, images: int, height: int | None = None, width: i
         if pixels is not None and (pixels % model.f or pixels < 1):
             below = max(pixels // model.f, 1) * model.f
             raise ExperimentError(
-                f"{name}: {pixels} is not a multiple of f = {model.f}, the pixels that one latent of {model.name} stands for.",
+                f"{name}: {pixels} is not a multiple of f = {model.f}, the pixels that one latent "
+                f"of {model.name} stands for.",
                 f"Use {name}: {below} or {below + model.f}.",
             )
         sides.append(default if pixels is None else pixels // model.f)
@@ -98,7 +101,9 @@ def posterior(model: Family, picture: np.ndarray) -> tuple[torch.Tensor, torch.T
     """
     # Not made contiguous: diffusers leaves the colours last in memory, and a convolution's last
     # bits depend on that.
-    pixels = 2.0 * torch.from_numpy(picture[None].astype(np.float32) / 255.0).permute(0, 3, 1, 2) - 1.0
+    pixels = (
+        2.0 * torch.from_numpy(picture[None].astype(np.float32) / 255.0).permute(0, 3, 1, 2) - 1.0
+    )
     pixels = pixels.to(model.device, model.dtype)
     if model.vae is None:
         return pixels, torch.zeros_like(pixels)
@@ -111,7 +116,9 @@ def posterior(model: Family, picture: np.ndarray) -> tuple[torch.Tensor, torch.T
     return found.mean, found.std
 
 
-def encode_picture(model: Family, picture: np.ndarray, generators: Sequence[torch.Generator] = ()) -> torch.Tensor:
+def encode_picture(
+    model: Family, picture: np.ndarray, generators: Sequence[torch.Generator] = ()
+) -> torch.Tensor:
     """Encode a picture, (y, x, rgb) uint8, to latents of the model's scale, (image, channel, y, x).
 
     Return a sample of the VAE's posterior for each generator; without any, the posterior's mean.
@@ -121,7 +128,11 @@ def encode_picture(model: Family, picture: np.ndarray, generators: Sequence[torc
     if not generators:
         return model.scaling_factor * mean
     shape = (len(generators), *mean.shape[1:])
-    sample = torch.zeros(shape, dtype=model.dtype) if model.vae is None else draw(generators, shape, model.dtype)
+    sample = (
+        torch.zeros(shape, dtype=model.dtype)
+        if model.vae is None
+        else draw(generators, shape, model.dtype)
+    )
     return model.scaling_factor * (mean + deviation * sample.to(model.device))
 
 
@@ -162,7 +173,12 @@ def attention_layers(model: Family) -> dict[str, AttentionLayer]:
     return found
 
 
-def decoded(vae: Any, latents: torch.Tensor, unscaled: Callable[[torch.Tensor], torch.Tensor], upcast: bool = False) -> tuple[torch.Tensor, bool]:
+def decoded(
+    vae: Any,
+    latents: torch.Tensor,
+    unscaled: Callable[[torch.Tensor], torch.Tensor],
+    upcast: bool = False,
+) -> tuple[torch.Tensor, bool]:
     """Decode latents to (image, rgb, y, x), about -1 to 1.
 
     Return beside them whether the VAE had to run again in float32.
@@ -211,7 +227,9 @@ def count_not_finite(what: str, values: torch.Tensor, on_nan: str) -> int:
     count = int((~torch.isfinite(values)).sum())
     if count and on_nan == "stop":
         raise NotFinite(
-            f"{what} holds {count} values of {values.numel()} that are not finite: the model's weights are not, or its number format is too small.",
-            "Fetch the model again, or try --dtype float32; on_nan: record goes on, and such a pixel is 0.",
+            f"{what} holds {count} values of {values.numel()} that are not finite: the model's "
+            "weights are not, or its number format is too small.",
+            "Fetch the model again, or try --dtype float32; on_nan: record goes on, and such a "
+            "pixel is 0.",
         )
     return count

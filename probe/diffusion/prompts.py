@@ -3,8 +3,9 @@
     prompt = read_prompt(tokenizer, "a cat's hat", convert=pipeline.maybe_convert_prompt)
     prompt.words, prompt.spans                     # ("a", "cat's", "hat"), {0: [1], 1: [2, 3], 2: [4]}
 
-The words are those of `probe.words`, each with every token that reads a part of it. A token that was added to a tokenizer, as
-textual inversion does, is a word of its own, with all its vectors: `<toy> <toy>_1 <toy>_2` is the word `<toy>`.
+The words are those of `probe.words`, each with every token that reads a part of it. A token that
+was added to a tokenizer, as textual inversion does, is a word of its own, with all its vectors:
+`<toy> <toy>_1 <toy>_2` is the word `<toy>`.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ Token = tuple[int, int]  # of the text, where what it reads begins and ends
 
 # The characters by which byte-level tokenizers show bytes (the alphabet of GPT-2).
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {chr(byte): byte for byte in _SHOWN} | {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in _SHOWN)}
+BYTES = {chr(byte): byte for byte in _SHOWN} | {
+    chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in _SHOWN)
+}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model reads it: 77 tokens, their texts, and which word each belongs to (-1: none).
+    """A prompt as the model reads it: 77 tokens, their texts, and which word each belongs to (-1:
+    none).
 
-    `text` is what was typed, `read_as` what the tokenizer got: textual inversion writes one word as several. `cut` is the end of
-    `read_as` that did not fit. `mask` is 1 for each token up to the end, `rules` are those by which words were found.
+    `text` is what was typed, `read_as` what the tokenizer got: textual inversion writes one word as
+    several. `cut` is the end of `read_as` that did not fit. `mask` is 1 for each token up to the
+    end, `rules` are those by which words were found.
 
     *Shape:* ids and mask (1, token).
     """
@@ -54,7 +59,9 @@ class Prompt:
     @property
     def spans(self) -> dict[int, list[int]]:
         """Token positions of each word, by word index."""
-        return {w: [i for i, of in enumerate(self.word_of) if of == w] for w in range(len(self.words))}
+        return {
+            w: [i for i, of in enumerate(self.word_of) if of == w] for w in range(len(self.words))
+        }
 
 
 def read_prompt(
@@ -65,15 +72,21 @@ def read_prompt(
     rules: int = RULES,
     padding_is_word: bool = True,
 ) -> Prompt:
-    """Tokenize a prompt as a pipeline does, after its `convert`. Raises PromptError when it is too long or no text.
+    """Tokenize a prompt as a pipeline does, after its `convert`. Raises PromptError when it is too
+    long or no text.
 
-    A padding token that is typed, as the "!" of some models, is a word of its own, unless `padding_is_word` is false.
-    `rules` 1 gives tokens and words as the first recordings have them, which never converted a prompt.
+    A padding token that is typed, as the "!" of some models, is a word of its own, unless
+    `padding_is_word` is false. `rules` 1 gives tokens and words as the first recordings have them,
+    which never converted a prompt.
     """
     limit = int(tokenizer.model_max_length)
     _refuse_half_characters(text)
-    # The conversion counts tokens, and warns of "indexing errors" where there are many: they are cut or refused below.
-    with unsaid("transformers.tokenization_utils_base", "Running this sequence through the model will result in indexing errors"):
+    # The conversion counts tokens, and warns of "indexing errors" where there are many: they are
+    # cut or refused below.
+    with unsaid(
+        "transformers.tokenization_utils_base",
+        "Running this sequence through the model will result in indexing errors",
+    ):
         read_as = text if convert is None or rules == 1 else convert(text, tokenizer)
     whole = tokenizer(read_as, return_offsets_mapping=True, truncation=False, verbose=False)
     cut = ""
@@ -81,11 +94,18 @@ def read_prompt(
         cut = read_as[whole["offset_mapping"][limit - 1][0] :]
         if over_long == "error":
             raise PromptError(
-                f"The prompt has {len(whole.input_ids)} tokens, {limit} is the most; it would lose {cut[:80]!r}.",
+                f"The prompt has {len(whole.input_ids)} tokens, {limit} is the most; it would "
+                f"lose {cut[:80]!r}.",
                 "Shorten it, or set over_long: cut.",
             )
     options = {"padding": "max_length", "max_length": limit, "truncation": True}
-    encoded = tokenizer(read_as, **options, return_offsets_mapping=True, return_attention_mask=True, return_tensors="pt")
+    encoded = tokenizer(
+        read_as,
+        **options,
+        return_offsets_mapping=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
     offsets = encoded.pop("offset_mapping")[0].tolist()
     end = min(len(whole.input_ids), limit) - 1
     ids = encoded.input_ids[0].tolist()
@@ -95,35 +115,75 @@ def read_prompt(
     else:
         added = tokenizer.added_tokens_decoder
         plain = None if padding_is_word else tokenizer.pad_token_id
-        inside = [position for position in range(1, end) if ids[position] in added and ids[position] != plain]
-        words, word_of = _words(read_as[: len(read_as) - len(cut)], read_as, offsets, end, {position: pieces[position] for position in inside})
+        inside = [
+            position
+            for position in range(1, end)
+            if ids[position] in added and ids[position] != plain
+        ]
+        words, word_of = _words(
+            read_as[: len(read_as) - len(cut)],
+            read_as,
+            offsets,
+            end,
+            {position: pieces[position] for position in inside},
+        )
         if _is_of_bytes(tokenizer):
-            pieces = [piece if id in added else token_text(piece) for id, piece in zip(ids, pieces, strict=True)]
-    return Prompt(text, encoded.input_ids, tuple(pieces), words, word_of, end, cut, read_as, encoded.attention_mask, rules)
+            pieces = [
+                piece if id in added else token_text(piece)
+                for id, piece in zip(ids, pieces, strict=True)
+            ]
+    return Prompt(
+        text,
+        encoded.input_ids,
+        tuple(pieces),
+        words,
+        word_of,
+        end,
+        cut,
+        read_as,
+        encoded.attention_mask,
+        rules,
+    )
 
 
 def token_text(piece: str) -> str:
-    r"""The text of a byte-level token. Bytes that are only part of a character are shown as Python does: \xf0\x9f."""
+    r"""The text of a byte-level token.
+
+    Bytes that are only part of a character are shown as Python does: \xf0\x9f.
+    """
     if not all(c in BYTES for c in piece):
         return piece
     return bytes(BYTES[c] for c in piece).decode(errors="backslashreplace")
 
 
 def words_to_know(text: str, tokenizer: Any) -> list[str]:
-    """The words of a text that have to be in a model's vocabulary, in small letters, each once: of "cat's", cat and s.
+    """The words of a text that have to be in a model's vocabulary, in small letters, each once: of
+    "cat's", cat and s.
 
     Words that were added to the tokenizer since are known.
     """
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    added = [
+        token.content for token in tokenizer.added_tokens_decoder.values() if not token.special
+    ]
     if added:
-        text = re.sub("|".join(map(re.escape, sorted(added, key=len, reverse=True))), " ", text, flags=re.IGNORECASE)
+        text = re.sub(
+            "|".join(map(re.escape, sorted(added, key=len, reverse=True))),
+            " ",
+            text,
+            flags=re.IGNORECASE,
+        )
     words = [text[start:end].lower() for start, end in word_spans(text)]
-    return list(dict.fromkeys(part for word in words for part in re.split(f"[{APOSTROPHES}]", word)))
+    return list(
+        dict.fromkeys(part for word in words for part in re.split(f"[{APOSTROPHES}]", word))
+    )
 
 
 def _refuse_half_characters(text: str) -> None:
     if half := re.search("[\ud800-\udfff]", text):
-        raise PromptError(f"The prompt holds half a character, U+{ord(half[0]):04X}, which is no text.", "Delete it, or decode the prompt as UTF-8.")
+        raise PromptError(
+            f"The prompt holds half a character, U+{ord(half[0]):04X}, which is no text.",
+            "Delete it, or decode the prompt as UTF-8.",
+        )
 
 
 def _is_of_bytes(tokenizer: Any) -> bool:
@@ -138,11 +198,14 @@ def _trimmed(text: str, token: Sequence[int]) -> Token:
     return start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
 
 
-def _words(read: str, text: str, offsets: Sequence[Sequence[int]], end: int, added: dict[int, str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _words(
+    read: str, text: str, offsets: Sequence[Sequence[int]], end: int, added: dict[int, str]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The words that the tokens between BOS and EOS (at `end`) read, and the word of each token.
 
-    `read` is what was not cut from the end of `text`, `added` are the tokens that are words of their own. Words that one token
-    reads together are one word. A word of which no whole character was read is none.
+    `read` is what was not cut from the end of `text`, `added` are the tokens that are words of
+    their own. Words that one token reads together are one word. A word of which no whole character
+    was read is none.
     """
     tokens = {position: _trimmed(text, offsets[position]) for position in range(1, end)}
     rest = list(text)
@@ -185,8 +248,12 @@ def _words(read: str, text: str, offsets: Sequence[Sequence[int]], end: int, add
     return tuple(words), tuple(word_of)
 
 
-def _first_words(text: str, offsets: Sequence[Sequence[int]], end: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Words by the first version of the rules: what letters, digits and apostrophes spell without a gap between tokens."""
+def _first_words(
+    text: str, offsets: Sequence[Sequence[int]], end: int
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Words by the first version of the rules: what letters, digits and apostrophes spell without a
+    gap between tokens.
+    """
     words: list[str] = []
     word_of = [-1] * len(offsets)
     stop = None  # where the word being read ended, None after a space or punctuation

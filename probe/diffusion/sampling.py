@@ -3,11 +3,13 @@
     for step in denoise(model, conditioning, steps=50, guidance_scale=7.5, seed=0):
         step.latents, step.sigma, step.eps, step.denoised, ...
 
-Nothing here knows of hooks, recordings or progress bars: the recorder, the tests and a notebook read the same
-iterator. With the same seed it gives the bits of diffusers' `StableDiffusionPipeline` (tests/test_parity.py).
+Nothing here knows of hooks, recordings or progress bars: the recorder, the tests and a notebook
+read the same iterator. With the same seed it gives the bits of diffusers' `StableDiffusionPipeline`
+(tests/test_parity.py).
 
-Inside: `sample`, the loop itself, over a scheduler and a `Predict` (`probe.diffusion.family`); `denoise`, the loop of a
-model; `Step`, what they yield; `Start`, another beginning: a picture with noise in it.
+Inside: `sample`, the loop itself, over a scheduler and a `Predict` (`probe.diffusion.family`);
+`denoise`, the loop of a model; `Step`, what they yield; `Start`, another beginning: a picture with
+noise in it.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from probe.diffusion.schedule import Schedule, first_call
 class Step:
     """One call of the model. Every tensor is (image, channel, y, x) in the run's dtype.
 
-    `latents` went in and `next_latents` is what the scheduler made of them. `branches` holds the model's output for each
-    branch that it computed, `prediction` is what the scheduler got (guided and rescaled).
+    `latents` went in and `next_latents` is what the scheduler made of them. `branches` holds the
+    model's output for each branch that it computed, `prediction` is what the scheduler got (guided
+    and rescaled).
     """
 
     index: int
@@ -80,8 +83,14 @@ class Step:
 
     @property
     def model_input(self) -> torch.Tensor:
-        """The latents as the model sees them: variance-preserving, whatever the scheduler's own convention."""
-        return variance_preserving(self.latents, self.sigma) if self.variance_exploding else self.latents
+        """The latents as the model sees them: variance-preserving, whatever the scheduler's own
+        convention.
+        """
+        return (
+            variance_preserving(self.latents, self.sigma)
+            if self.variance_exploding
+            else self.latents
+        )
 
     @property
     def eps(self) -> torch.Tensor:
@@ -95,15 +104,22 @@ class Step:
 
     @property
     def denoised(self) -> torch.Tensor:
-        """The guided prediction of the clean latent x0, before any clipping or thresholding by the scheduler."""
-        return denoised_from(self.prediction, self.model_input, self.alpha_bar, self.prediction_type)  # type: ignore[no-any-return]
+        """The guided prediction of the clean latent x0, before any clipping or thresholding by the
+        scheduler.
+        """
+        clean: torch.Tensor = denoised_from(
+            self.prediction, self.model_input, self.alpha_bar, self.prediction_type
+        )
+        return clean
 
 
 @dataclass(frozen=True)
 class Start:
-    """A beginning that is not pure noise: clean latents and the noise to mix into them, each (image, channel, y, x).
+    """A beginning that is not pure noise: clean latents and the noise to mix into them, each
+    (image, channel, y, x).
 
-    `strength` is the share of the steps that is run, and `generators` are those of the images as drawing the noise left them.
+    `strength` is the share of the steps that is run, and `generators` are those of the images as
+    drawing the noise left them.
     """
 
     clean: torch.Tensor
@@ -113,7 +129,9 @@ class Start:
 
 
 def started(scheduler: Any, start: Start, begin: int) -> torch.Tensor:
-    """The latents that go into call `begin`, the first; the scheduler, whose timesteps are set, is told that it begins there."""
+    """The latents that go into call `begin`, the first; the scheduler, whose timesteps are set, is
+    told that it begins there.
+    """
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     at = scheduler.timesteps[begin : begin + 1].repeat(len(start.clean))
@@ -121,20 +139,33 @@ def started(scheduler: Any, start: Start, begin: int) -> torch.Tensor:
 
 
 def memory_format(tensor: torch.Tensor) -> str:
-    """How a tensor lies in memory: "contiguous", or "channels_last". The last bits of convolutions and sums depend on it."""
-    last = not tensor.is_contiguous() and tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    """How a tensor lies in memory: "contiguous", or "channels_last".
+
+    The last bits of convolutions and sums depend on it.
+    """
+    last = (
+        not tensor.is_contiguous()
+        and tensor.ndim == 4
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
     return "channels_last" if last else "contiguous"
 
 
 def arranged(tensor: torch.Tensor, how: str) -> torch.Tensor:
     """The same values, lying in memory as `memory_format` said."""
-    return tensor.contiguous(memory_format=torch.channels_last if how == "channels_last" and tensor.ndim == 4 else torch.contiguous_format)
+    return tensor.contiguous(
+        memory_format=torch.channels_last
+        if how == "channels_last" and tensor.ndim == 4
+        else torch.contiguous_format
+    )
 
 
 def step_options(scheduler: Any, eta: float, generators: list[torch.Generator]) -> dict[str, Any]:
     """The optional arguments that this scheduler's `step` understands."""
     accepted = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in (("eta", eta), ("generator", generators)) if name in accepted}
+    return {
+        name: value for name, value in (("eta", eta), ("generator", generators)) if name in accepted
+    }
 
 
 def sample(
@@ -146,7 +177,8 @@ def sample(
 ) -> Iterator[Step]:
     """Yield a `Step` after every call of `predict` and the scheduler, whose timesteps are set.
 
-    `schedule` has the noise levels of its last calls: those that are made. `options` are of the scheduler's `step`.
+    `schedule` has the noise levels of its last calls: those that are made. `options` are of the
+    scheduler's `step`.
     """
     prediction_type = str(scheduler.config.prediction_type)
     for index, t in enumerate(scheduler.timesteps[-len(schedule.timesteps) :]):
@@ -174,13 +206,15 @@ def denoise(
 ) -> Iterator[Step]:
     """Draw `images` pictures, yielding a `Step` after every call of the model and the scheduler.
 
-    `height` and `width` are in pixels (default: the model's own). Guidance is on when `guidance_scale > 1`. The last
-    step's `next_latents` are the result.
+    `height` and `width` are in pixels (default: the model's own). Guidance is on when
+    `guidance_scale > 1`. The last step's `next_latents` are the result.
 
-    `known` holds the predictions of the first calls, recorded earlier. The model is not asked for them; they give a
-    fresh scheduler the history and the random numbers that the interrupted run had.
+    `known` holds the predictions of the first calls, recorded earlier. The model is not asked for
+    them; they give a fresh scheduler the history and the random numbers that the interrupted run
+    had.
 
-    With a `start`, the last steps are run, from its latents. It has the images and their size; `seed` is not used.
+    With a `start`, the last steps are run, from its latents. It has the images and their size;
+    `seed` is not used.
     """
     if start is not None:
         height, width = (model.f * side for side in start.clean.shape[2:])

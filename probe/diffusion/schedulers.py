@@ -11,7 +11,8 @@ from probe.errors import ExperimentError, ModelError
 from probe.settings.fields import SCHEDULERS
 from probe.text import first_line, shown
 
-# What StableDiffusionPipeline forces on every scheduler it is given: x0 in latent space has no reason to lie in [-1, 1].
+# What StableDiffusionPipeline forces on every scheduler it is given: x0 in latent space has no
+# reason to lie in [-1, 1].
 FORCED = {"clip_sample": False, "steps_offset": 1}
 NEEDED = ("betas", "set_timesteps", "scale_model_input", "add_noise", "step")
 TIMESTEPS = 1000  # of training, where a scheduler's settings do not say: as diffusers has it
@@ -21,8 +22,15 @@ BETAS = "scheduler_options: {beta_start: 0.00085, beta_end: 0.012, beta_schedule
 
 
 def class_name(entry: Any) -> str | None:
-    """Return the name of the scheduler's class by an entry of model_index.json: ["diffusers", name]."""
-    pair = isinstance(entry, list) and len(entry) == 2 and entry[0] == "diffusers" and isinstance(entry[1], str)
+    """Return the name of the scheduler's class by an entry of model_index.json: ["diffusers",
+    name].
+    """
+    pair = (
+        isinstance(entry, list)
+        and len(entry) == 2
+        and entry[0] == "diffusers"
+        and isinstance(entry[1], str)
+    )
     return entry[1] if pair and entry[1].endswith("Scheduler") else None
 
 
@@ -31,8 +39,11 @@ def is_supported(entry: Any) -> bool:
     return class_name(entry) in {kind for kind, _ in SCHEDULERS.values()}
 
 
-def own_scheduler(model: str, entry: Any, config: Mapping[str, Any], forced: Mapping[str, Any] = FORCED) -> Any:
-    """Make the scheduler that a model's folder names, as the pipeline would, with the settings that this one forces.
+def own_scheduler(
+    model: str, entry: Any, config: Mapping[str, Any], forced: Mapping[str, Any] = FORCED
+) -> Any:
+    """Make the scheduler that a model's folder names, as the pipeline would, with the settings that
+    this one forces.
 
     Raises ModelError where it is not supported.
     """
@@ -42,29 +53,58 @@ def own_scheduler(model: str, entry: Any, config: Mapping[str, Any], forced: Map
     kind = getattr(diffusers, name, None) if name else None
     if not isinstance(kind, type):
         told = entry[-1] if isinstance(entry, list) and entry else entry or None
-        raise ModelError(f"{model}: its scheduler {shown(told if isinstance(told, str) else str(told))} is not one of diffusers'.", ANOTHER)
-    if not issubclass(kind, diffusers.SchedulerMixin):  # a stand-in for one that needs another package
+        raise ModelError(
+            f"{model}: its scheduler {shown(told if isinstance(told, str) else str(told))} is not "
+            "one of diffusers'.",
+            ANOTHER,
+        )
+    if not issubclass(
+        kind, diffusers.SchedulerMixin
+    ):  # a stand-in for one that needs another package
         raise unsupported(model, kind.__name__)
     check_settings(f"{model}: scheduler/scheduler_config.json", config)
     try:
         made = kind.from_config(dict(config))
-    except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, RuntimeError) as problem:
-        raise ModelError(f"{model}: {kind.__name__} refuses its config: {_line(problem)}", ANOTHER) from problem
+    except (
+        ValueError,
+        TypeError,
+        NotImplementedError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+    ) as problem:
+        raise ModelError(
+            f"{model}: {kind.__name__} refuses its config: {_line(problem)}", ANOTHER
+        ) from problem
     made.register_to_config(**{key: value for key, value in forced.items() if key in made.config})
     return made
 
 
 def check_own(model: str, scheduler: Any) -> None:
-    """Raises ModelError for a scheduler of a kind that is not supported, whose betas nobody can read."""
+    """Raises ModelError for a scheduler of a kind that is not supported, whose betas nobody can
+    read.
+    """
     if scheduler is None:
         raise ModelError(f"{model}: it has no scheduler.", ANOTHER)
     name = type(scheduler).__name__
-    if "Inverse" in name or not all(hasattr(scheduler, need) for need in NEEDED) or "prediction_type" not in scheduler.config:
+    if (
+        "Inverse" in name
+        or not all(hasattr(scheduler, need) for need in NEEDED)
+        or "prediction_type" not in scheduler.config
+    ):
         raise unsupported(model, name)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{model}: prediction type {scheduler.config.prediction_type!r} is not supported yet.", SUPPORTED)
+        raise ModelError(
+            f"{model}: prediction type {scheduler.config.prediction_type!r} is not supported yet.",
+            SUPPORTED,
+        )
     scheduler_sizes(f"{model}: {name}", scheduler.config, lambda cause: ModelError(cause, ANOTHER))
-    betas(f"{model}: {name}", scheduler.config, None, lambda cause: ModelError(cause, f"Make the scheduler with betas between 0 and 1, as {SD}."))
+    betas(
+        f"{model}: {name}",
+        scheduler.config,
+        None,
+        lambda cause: ModelError(cause, f"Make the scheduler with betas between 0 and 1, as {SD}."),
+    )
 
 
 def unsupported(model: str, kind: str) -> ModelError:
@@ -73,16 +113,25 @@ def unsupported(model: str, kind: str) -> ModelError:
 
 def check_settings(where: str, config: Mapping[str, Any]) -> None:
     scheduler_config(
-        where, {"num_train_timesteps": TIMESTEPS, **config}, lambda cause: ModelError(cause, "Fetch the model again, or correct that file.")
+        where,
+        {"num_train_timesteps": TIMESTEPS, **config},
+        lambda cause: ModelError(cause, "Fetch the model again, or correct that file."),
     )
 
 
 def another_scheduler(
-    model: str, name: str, own: Mapping[str, Any], own_kind: type[Any] | str, options: Mapping[str, Any], forced: Mapping[str, Any]
+    model: str,
+    name: str,
+    own: Mapping[str, Any],
+    own_kind: type[Any] | str,
+    options: Mapping[str, Any],
+    forced: Mapping[str, Any],
 ) -> Any:
-    """Make the scheduler `name` (`default`: of the model's own class) from the model's own settings plus `options`.
+    """Make the scheduler `name` (`default`: of the model's own class) from the model's own settings
+    plus `options`.
 
-    `forced` are the settings that the model's pipeline forces on any scheduler. Raises ExperimentError for options that it has not, or refuses.
+    `forced` are the settings that the model's pipeline forces on any scheduler. Raises
+    ExperimentError for options that it has not, or refuses.
     """
     import diffusers
 
@@ -91,25 +140,51 @@ def another_scheduler(
     scheduler_class = getattr(diffusers, kind)
     known = set(scheduler_class._get_init_keys(scheduler_class)) - {"self", "kwargs"}
     if unknown := sorted(set(options) - known):
-        raise ExperimentError(f"scheduler_options: {kind} has no option {unknown[0]!r}.", f"It has: {', '.join(sorted(known))}.")
-    scheduler_config("scheduler_options", options, lambda cause: ExperimentError(cause, "Write a value that fits, or leave it out."))
+        raise ExperimentError(
+            f"scheduler_options: {kind} has no option {unknown[0]!r}.",
+            f"It has: {', '.join(sorted(known))}.",
+        )
+    scheduler_config(
+        "scheduler_options",
+        options,
+        lambda cause: ExperimentError(cause, "Write a value that fits, or leave it out."),
+    )
     if options.get("trained_betas") is not None or "num_train_timesteps" in options:
         both = {"num_train_timesteps": TIMESTEPS, **own, **options}
-        betas("scheduler_options", both, both["num_train_timesteps"], lambda cause: ExperimentError(cause, "Give both, so that they fit."))
-    if not any("beta_start" in config or config.get("trained_betas") is not None for config in (own, options)):
+        betas(
+            "scheduler_options",
+            both,
+            both["num_train_timesteps"],
+            lambda cause: ExperimentError(cause, "Give both, so that they fit."),
+        )
+    if not any(
+        "beta_start" in config or config.get("trained_betas") is not None
+        for config in (own, options)
+    ):
         raise ModelError(
-            f"{model}: its scheduler {own_name} does not say with which betas the model was trained.",
-            f"Name a scheduler, and in the experiment's file the betas. Of Stable Diffusion they are {BETAS}.",
+            f"{model}: its scheduler {own_name} does not say with which betas the model was "
+            "trained.",
+            "Name a scheduler, and in the experiment's file the betas. Of Stable Diffusion they "
+            f"are {BETAS}.",
         )
     try:
-        # As diffusers' `from_config`: another class gets what was set here, but not this class's own defaults.
+        # As diffusers' `from_config`: another class gets what was set here, but not this class's
+        # own defaults.
         drop = set() if name == "default" else set(own.get("_use_default_values", ()))
         config = {key: value for key, value in own.items() if key in known - drop}
-        set_by_pipeline = {key: value for key, value in forced.items() if key in known and name != "default"}
+        set_by_pipeline = {
+            key: value for key, value in forced.items() if key in known and name != "default"
+        }
         return scheduler_class.from_config({**config, **set_by_pipeline, **extra, **options})
     except Exception as problem:  # whatever diffusers raises of an option of the wrong kind
-        remedy = f"Change or leave out of scheduler_options: {', '.join(options)}." if options else ANOTHER
-        raise ExperimentError(f"scheduler: {kind} refuses these options: {_line(problem)}", remedy) from problem
+        remedy = (
+            f"Change or leave out of scheduler_options: {', '.join(options)}."
+            if options
+            else ANOTHER
+        )
+        raise ExperimentError(
+            f"scheduler: {kind} refuses these options: {_line(problem)}", remedy
+        ) from problem
 
 
 def _line(problem: Exception) -> str:

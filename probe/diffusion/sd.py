@@ -3,8 +3,9 @@
     model = StableDiffusion.of(pipeline)              # an in-memory diffusers pipeline; probe.diffusion.loading.load gets others
     conditioning = model.condition("An astronaut scuba diving")
 
-Constants (downsampling factor f, scaling factor, prediction type, grid size) come from the model's own configs.
-`skeleton()` is the same model without weights, on the meta device: it tells every shape and cost before anything is computed.
+Constants (downsampling factor f, scaling factor, prediction type, grid size) come from the model's
+own configs. `skeleton()` is the same model without weights, on the meta device: it tells every
+shape and cost before anything is computed.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ PARTS = ("unet", "vae", ENCODER, "tokenizer")
 class StableDiffusion:
     """The components of a Stable Diffusion 1.x or 2.x model, and what their configs say.
 
-    `vae` is None for a model that works on pixels. `pipeline` is the one that the parts were taken from, which says how it
-    reads a prompt.
+    `vae` is None for a model that works on pixels. `pipeline` is the one that the parts were taken
+    from, which says how it reads a prompt.
     """
 
     name: str
@@ -57,18 +58,31 @@ class StableDiffusion:
     pipeline: Any | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, pipeline: Any, name: str | None = None, *, scheduler: str = "default", options: Mapping[str, Any] | None = None) -> StableDiffusion:
-        """The parts of a diffusers `StableDiffusionPipeline`, with its own scheduler or another made from it.
+    def of(
+        cls,
+        pipeline: Any,
+        name: str | None = None,
+        *,
+        scheduler: str = "default",
+        options: Mapping[str, Any] | None = None,
+    ) -> StableDiffusion:
+        """The parts of a diffusers `StableDiffusionPipeline`, with its own scheduler or another
+        made from it.
 
-        Raises ModelError for other pipelines, and for parts that are missing, of another kind or do not fit together.
+        Raises ModelError for other pipelines, and for parts that are missing, of another kind or do
+        not fit together.
         """
         from diffusers import StableDiffusionPipeline
 
         refuse_other_pipelines(pipeline)
         refuse_other_readers(pipeline, StableDiffusionPipeline)
         found = {part: getattr(pipeline, part, None) for part in (*PARTS, "scheduler")}
-        name = name or from_home(str(pipeline.config.get("_name_or_path") or type(pipeline).__name__))
-        refuse_unsupported(name, {part: value for part, value in found.items() if part != "scheduler"})
+        name = name or from_home(
+            str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+        )
+        refuse_unsupported(
+            name, {part: value for part, value in found.items() if part != "scheduler"}
+        )
         return cls(name=name, pipeline=pipeline, **found).with_scheduler(scheduler, options or {})
 
     @property
@@ -128,26 +142,45 @@ class StableDiffusion:
     encode_picture = parts.encode_picture
 
     def with_scheduler(self, name: str, options: Mapping[str, Any]) -> StableDiffusion:
-        """The same model with another scheduler (`default`: its own), built from its own schedule plus `options`."""
+        """The same model with another scheduler (`default`: its own), built from its own schedule
+        plus `options`.
+        """
         if name == "default" and not options:
             return self.checked()
         own = self.scheduler
-        made = another_scheduler(self.name, name, {} if own is None else own.config, type(own), options, forced={} if self.vae is None else FORCED)
+        made = another_scheduler(
+            self.name,
+            name,
+            {} if own is None else own.config,
+            type(own),
+            options,
+            forced={} if self.vae is None else FORCED,
+        )
         return replace(self, scheduler=made).checked()
 
     def read(self, text: str, over_long: OverLong = "error", rules: int = RULES) -> Prompt:
-        """Tokenize a prompt as the pipeline does. Raise PromptError if it is too long, or has unknown words."""
+        """Tokenize a prompt as the pipeline does.
+
+        Raise PromptError if it is too long, or has unknown words.
+        """
         return read(self, ENCODER, text, over_long, rules)
 
     def text_mask(self, prompt: Prompt) -> torch.Tensor | None:
-        """The attention mask that the text encoder is given, (1, token); None for most models, whose config asks for none."""
-        return prompt.mask if getattr(self.text_encoder.config, "use_attention_mask", None) else None
+        """The attention mask that the text encoder is given, (1, token); None for most models,
+        whose config asks for none.
+        """
+        return (
+            prompt.mask if getattr(self.text_encoder.config, "use_attention_mask", None) else None
+        )
 
     def encode(self, prompt: Prompt) -> torch.Tensor:
         """The text encoder's output, (1, token, feature)."""
         mask = self.text_mask(prompt)
         with torch.no_grad():
-            encoded = self.text_encoder(prompt.ids.to(self.device), attention_mask=None if mask is None else mask.to(self.device))
+            encoded = self.text_encoder(
+                prompt.ids.to(self.device),
+                attention_mask=None if mask is None else mask.to(self.device),
+            )
         return cast(torch.Tensor, encoded[0]).to(self.dtype)
 
     def tokens(self, text: str, over_long: OverLong = "error", rules: int = RULES) -> Tokens:
@@ -166,7 +199,9 @@ class StableDiffusion:
         guided: bool = True,
         over_long: OverLong = "error",
     ) -> Conditioning:
-        """Encode the prompt and, for guidance, the negative prompt, each in a call of its own as diffusers does."""
+        """Encode the prompt and, for guidance, the negative prompt, each in a call of its own as
+        diffusers does.
+        """
         texts = {COND: prompt, UNCOND: negative_prompt} if guided else {COND: prompt}
         tokens = {branch: self.tokens(text, over_long) for branch, text in texts.items()}
         self.check_reading(tokens)
@@ -178,7 +213,9 @@ class StableDiffusion:
         width = int(self.unet.config.cross_attention_dim)
         return {TEXT: torch.zeros((rows, tokens, width), dtype=self.dtype, device=self.device)}
 
-    def call(self, model_input: torch.Tensor, t: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+    def call(
+        self, model_input: torch.Tensor, t: torch.Tensor, arguments: Arguments
+    ) -> torch.Tensor:
         """Call the UNet once. *Shape:* (row, channel, y, x), and as many rows of arguments."""
         output: torch.Tensor = self.unet(model_input, t, **arguments, return_dict=False)[0]
         return output
@@ -190,22 +227,34 @@ class StableDiffusion:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
     ) -> Predict:
-        """Return the model as a `Predict`: both branches in one batch, guided as its pipeline does."""
+        """Return the model as a `Predict`: both branches in one batch, guided as its pipeline
+        does.
+        """
         return batched(self, conditioning, images, guidance_scale, guidance_rescale)
 
     def check_reading(self, tokens: Mapping[str, Tokens]) -> None:
-        """Hold the embeddings of prompts, by branch, against those of the pipeline. Raise ModelError if a bit differs."""
+        """Hold the embeddings of prompts, by branch, against those of the pipeline.
+
+        Raise ModelError if a bit differs.
+        """
         check_reading(self, tokens, _theirs)
 
     def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Decode latents to (image, rgb, y, x), about -1 to 1; and whether the VAE ran again in float32."""
+        """Decode latents to (image, rgb, y, x), about -1 to 1; and whether the VAE ran again in
+        float32.
+        """
         if self.vae is None:
             return latents, False
         return parts.decoded(self.vae, latents, lambda scaled: scaled / self.scaling_factor)
 
     def checked(self) -> StableDiffusion:
-        """The model itself. Raises ModelError if it, or its scheduler, is of a kind that is not supported."""
-        refuse_unsupported(self.name, {part: getattr(self, part) for part in PARTS}, pixels=self.vae is None)
+        """The model itself.
+
+        Raises ModelError if it, or its scheduler, is of a kind that is not supported.
+        """
+        refuse_unsupported(
+            self.name, {part: getattr(self, part) for part in PARTS}, pixels=self.vae is None
+        )
         check_own(self.name, self.scheduler)
         return self
 
@@ -214,5 +263,7 @@ def _theirs(pipeline: Any, prompts: Mapping[str, Prompt]) -> dict[str, Arguments
     """Ask the pipeline for the embeddings of prompts, by branch."""
     guided = UNCOND in prompts
     negative = prompts[UNCOND].text if guided else None
-    cond, uncond = pipeline.encode_prompt(prompts[COND].text, pipeline.text_encoder.device, 1, guided, negative)
+    cond, uncond = pipeline.encode_prompt(
+        prompts[COND].text, pipeline.text_encoder.device, 1, guided, negative
+    )
     return {COND: {TEXT: cond}, UNCOND: {TEXT: uncond}}

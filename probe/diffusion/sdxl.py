@@ -88,10 +88,14 @@ class StableDiffusionXL:
         refuse_other_pipelines(pipeline, StableDiffusionXLPipeline.__name__)
         refuse_other_readers(pipeline, StableDiffusionXLPipeline)
         found = {part: getattr(pipeline, part, None) for part in PARTS}
-        name = name or from_home(str(pipeline.config.get("_name_or_path") or type(pipeline).__name__))
+        name = name or from_home(
+            str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+        )
         refuse_unsupported(name, found, kinds=XL_KINDS)
         zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt", True))
-        made = cls(name, **found, scheduler=pipeline.scheduler, zeros_for_empty=zeros, pipeline=pipeline)
+        made = cls(
+            name, **found, scheduler=pipeline.scheduler, zeros_for_empty=zeros, pipeline=pipeline
+        )
         return made.with_scheduler(scheduler, options or {})
 
     @property
@@ -108,7 +112,9 @@ class StableDiffusionXL:
 
     @property
     def decoding_dtype(self) -> torch.dtype:
-        """The number format in which the VAE decodes: float32 where its config says `force_upcast`."""
+        """The number format in which the VAE decodes: float32 where its config says
+        `force_upcast`.
+        """
         upcast = self.dtype == torch.float16 and bool(self.vae.config.force_upcast)
         return torch.float32 if upcast else self.dtype
 
@@ -188,7 +194,9 @@ class StableDiffusionXL:
         return {TEXT: torch.cat(states, dim=-1).to(self.dtype), POOLED: said.text_embeds}
 
     def reads(self, tokens: Tokens, branch: str) -> bool:
-        """Return False for an empty negative prompt, where the model was trained with zeros for it."""
+        """Return False for an empty negative prompt, where the model was trained with zeros for
+        it.
+        """
         return not (branch == UNCOND and self.zeros_for_empty and not tokens[FIRST].text)
 
     def text_mask(self, prompt: Prompt) -> torch.Tensor | None:  # noqa: ARG002
@@ -214,7 +222,10 @@ class StableDiffusionXL:
         tokens = {branch: self.tokens(text, over_long) for branch, text in texts.items()}
         self.check_reading(tokens)
         sizes = {} if size_ids is None else {SIZES: self._sizes(size_ids)}
-        arguments = {branch: {**self.encode_prompt(read_as, branch), **sizes} for branch, read_as in tokens.items()}
+        arguments = {
+            branch: {**self.encode_prompt(read_as, branch), **sizes}
+            for branch, read_as in tokens.items()
+        }
         return Conditioning(arguments, tokens)
 
     def blank(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -222,7 +233,10 @@ class StableDiffusionXL:
         like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         width = int(self.unet.config.cross_attention_dim)
         pooled = int(self.text_encoder_2.config.projection_dim)
-        return {TEXT: torch.zeros((rows, tokens, width), **like), POOLED: torch.zeros((rows, pooled), **like)}
+        return {
+            TEXT: torch.zeros((rows, tokens, width), **like),
+            POOLED: torch.zeros((rows, pooled), **like),
+        }
 
     def check_reading(self, tokens: Mapping[str, Tokens]) -> None:
         """Hold our arguments of prompts, by branch, against the pipeline's.
@@ -233,7 +247,9 @@ class StableDiffusionXL:
 
     # --- the UNet ---
 
-    def call(self, model_input: torch.Tensor, t: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+    def call(
+        self, model_input: torch.Tensor, t: torch.Tensor, arguments: Arguments
+    ) -> torch.Tensor:
         """Call the UNet once. *Shape:* (row, channel, y, x), and as many rows of arguments."""
         sizes = arguments.get(SIZES)
         if sizes is None:

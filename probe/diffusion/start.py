@@ -1,7 +1,8 @@
-"""Where a run begins that begins from a picture: the VAE's posterior of it, a sample of that, and the noise to mix in.
+"""Where a run begins that begins from a picture: the VAE's posterior of it, a sample of that, and
+the noise to mix in.
 
-Every draw is made on the CPU, by one generator an image, in diffusers' order: the sample of the VAE's posterior, then the
-noise, then whatever the scheduler draws.
+Every draw is made on the CPU, by one generator an image, in diffusers' order: the sample of the
+VAE's posterior, then the noise, then whatever the scheduler draws.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ from probe.settings.experiment import Experiment
 
 
 def memory_formats(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """How `clean` latents and each `prediction` of a run lay in memory; what its attributes do not say was contiguous."""
-    return {"clean": "contiguous", "prediction": "contiguous", **attributes.get("memory_format", {})}
+    """How `clean` latents and each `prediction` of a run lay in memory; what its attributes do not
+    say was contiguous.
+    """
+    return {
+        "clean": "contiguous",
+        "prediction": "contiguous",
+        **attributes.get("memory_format", {}),
+    }
 
 
 def begun(model: Family, asked: Experiment, picture: np.ndarray) -> Start:
-    """Return where a run begins: latents of the picture, a sample for each image, then their noise."""
+    """Return where a run begins: latents of the picture, a sample for each image, then their
+    noise.
+    """
     generators = seeded(asked.seed, asked.images)
     clean = model.encode_picture(picture, generators)
     eps = model.begin(generators, *picture.shape[:2])

@@ -1,7 +1,8 @@
-"""Which models are supported, and what is said of the others: the kind by name, and what to do about it.
+"""Which models are supported, and what is said of the others: the kind by name, and what to do
+about it.
 
-Everything is told before a recording is begun: a part that is missing or of another class, number formats or devices that
-do not fit together, a UNet that wants more than a prompt.
+Everything is told before a recording is begun: a part that is missing or of another class, number
+formats or devices that do not fit together, a UNet that wants more than a prompt.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def remarks_on_version() -> tuple[str, ...]:
     if _release(version) <= _release(NEWEST_TESTED):
         return ()
     return (
-        f"diffusers {version} is newer than the newest that probe was tested with ({NEWEST_TESTED}). "
+        f"diffusers {version} is newer than the newest that probe was tested with "
+        f"({NEWEST_TESTED}). "
         f"Check the recording with probe verify --model, or install diffusers {NEWEST_TESTED}.",
     )
 
@@ -68,11 +70,18 @@ def refuse_other_pipelines(pipeline: Any, wanted: str = ORDINARY) -> None:
         return
     if kind == "StableDiffusionImg2ImgPipeline":
         cause = f"A {kind} is recorded as an ordinary pipeline that is given a picture."
-        raise ModelError(cause, f"Pass {ORDINARY}.from_pipe(pipeline), and name the picture in the experiment: image: FILE.")
+        raise ModelError(
+            cause,
+            f"Pass {ORDINARY}.from_pipe(pipeline), and name the picture in the experiment: image: "
+            "FILE.",
+        )
     if not hasattr(pipeline, "unet") and not hasattr(pipeline, "components"):
         raise ModelError(f"pipeline: {kind} is not a pipeline of diffusers.", PIPELINE)
     if kind in KINDS_OF:
-        raise ModelError(f"A {kind} is no {wanted}.", "Use probe.diffusion.families.family_of(pipeline): it knows both.")
+        raise ModelError(
+            f"A {kind} is no {wanted}.",
+            "Use probe.diffusion.families.family_of(pipeline): it knows both.",
+        )
     refuse_other_kinds(kind)
 
 
@@ -85,8 +94,11 @@ def refuse_other_kinds(kind: str) -> None:
     raise ModelError(f"{named} ({kind}) is not supported yet.", SUPPORTED)
 
 
-def refuse_unsupported(name: str, parts: Mapping[str, Any], *, kinds: Kinds = KINDS, pixels: bool = False) -> None:
-    """Raises ModelError for parts that are missing, of another kind, do not fit together, or want more than a prompt.
+def refuse_unsupported(
+    name: str, parts: Mapping[str, Any], *, kinds: Kinds = KINDS, pixels: bool = False
+) -> None:
+    """Raises ModelError for parts that are missing, of another kind, do not fit together, or want
+    more than a prompt.
 
     `kinds` are the classes of each module of the family. A model of `pixels` has no VAE.
     """
@@ -100,14 +112,19 @@ def refuse_unsupported(name: str, parts: Mapping[str, Any], *, kinds: Kinds = KI
     _refuse_widths(name, modules, [modules[part] for part in encoders])
     for part in encoders:
         _refuse_tokenizer(name, part.replace("text_encoder", "tokenizer"), parts, modules[part])
-    lengths = [parts[part.replace("text_encoder", "tokenizer")].model_max_length for part in encoders]
+    lengths = [
+        parts[part.replace("text_encoder", "tokenizer")].model_max_length for part in encoders
+    ]
     if len(set(lengths)) > 1:
         cause = f"{name}: its tokenizers make prompts of {' and '.join(map(str, lengths))} tokens."
         raise ModelError(cause, "Set their model_max_length to one number.")
     _refuse_mixtures(name, modules)
     for part, module in modules.items():
         if module.training and _drops(module):
-            raise ModelError(f"{name}: {part} is in training mode and drops values at random.", f"Call pipeline.{part}.eval().")
+            raise ModelError(
+                f"{name}: {part} is in training mode and drops values at random.",
+                f"Call pipeline.{part}.eval().",
+            )
 
 
 def _refuse_kinds(name: str, modules: Mapping[str, Any], kinds: Kinds) -> None:
@@ -115,21 +132,32 @@ def _refuse_kinds(name: str, modules: Mapping[str, Any], kinds: Kinds) -> None:
     import transformers
 
     for part, module in modules.items():
-        module = getattr(module, "_orig_mod", module)  # a compiled one is refused by name where hooks are looked for
+        module = getattr(
+            module, "_orig_mod", module
+        )  # a compiled one is refused by name where hooks are looked for
         named = kinds[part]
         library = transformers if part.startswith("text_encoder") else diffusers
         if not isinstance(module, tuple(getattr(library, kind) for kind in named)):
-            raise ModelError(f"{name}: its {part} is a {type(module).__name__}, which is not supported.", f"A {' or '.join(named)} is.")
+            raise ModelError(
+                f"{name}: its {part} is a {type(module).__name__}, which is not supported.",
+                f"A {' or '.join(named)} is.",
+            )
 
 
 def refuse_unet(name: str, unet: Any, added: str | None = None) -> None:
-    """Raises ModelError for a UNet that wants more than a prompt and the conditions `added`; it may be without weights."""
+    """Raises ModelError for a UNet that wants more than a prompt and the conditions `added`; it may
+    be without weights.
+    """
     config = unet.config
     problem, remedy = "", SUPPORTED
     if config.get("time_cond_proj_dim") is not None:
         problem = "a UNet that takes the guidance scale as an input (a distilled LCM)"
     elif config.get("addition_embed_type") != added:
-        problem = "a UNet with added conditions (SDXL)" if added is None else "a UNet without SDXL's added conditions"
+        problem = (
+            "a UNet with added conditions (SDXL)"
+            if added is None
+            else "a UNet without SDXL's added conditions"
+        )
     elif int(config.in_channels) != int(config.out_channels):
         problem = "a UNet with extra input channels (inpainting or depth)"
     elif getattr(unet, "class_embedding", None) is not None:
@@ -140,7 +168,10 @@ def refuse_unet(name: str, unet: Any, added: str | None = None) -> None:
     elif config.get("attention_type", "default") != "default":
         problem = "a UNet with gated attention (GLIGEN)"
     elif not _is_size(config.get("sample_size")):
-        problem = f"a UNet whose config gives no size of its latents (sample_size: {shown(config.get('sample_size'))})"
+        problem = (
+            "a UNet whose config gives no size of its latents (sample_size: "
+            f"{shown(config.get('sample_size'))})"
+        )
     if problem:
         raise ModelError(f"{name}: {problem} is not supported yet.", remedy)
 
@@ -148,18 +179,30 @@ def refuse_unet(name: str, unet: Any, added: str | None = None) -> None:
 def _refuse_widths(name: str, modules: Mapping[str, Any], encoders: Sequence[Any]) -> None:
     unet, vae = (modules[part].config if part in modules else None for part in ("unet", "vae"))
     assert unet is not None
-    wanted, width = unet.cross_attention_dim, sum(encoder.config.hidden_size for encoder in encoders)
+    wanted, width = (
+        unet.cross_attention_dim,
+        sum(encoder.config.hidden_size for encoder in encoders),
+    )
     makes = "its text encoder makes" if len(encoders) == 1 else "its text encoders make"
     if not isinstance(wanted, int) or wanted != width:
         cause = f"{name}: its UNet reads text of width {shown(wanted)}, and {makes} {width}."
         raise ModelError(cause, "Bring the two that belong together.")
     if unet.get("addition_embed_type") == "text_time":
-        told, takes = 6 * unet.addition_time_embed_dim + encoders[-1].config.projection_dim, unet.projection_class_embeddings_input_dim
+        told, takes = (
+            6 * unet.addition_time_embed_dim + encoders[-1].config.projection_dim,
+            unet.projection_class_embeddings_input_dim,
+        )
         if told != takes:
-            cause = f"{name}: its UNet takes {shown(takes)} numbers of sizes and pooled text, and its text encoders make {told}."
+            cause = (
+                f"{name}: its UNet takes {shown(takes)} numbers of sizes and pooled text, and its "
+                f"text encoders make {told}."
+            )
             raise ModelError(cause, "Bring the two that belong together.")
     if vae is not None and int(vae.latent_channels) != int(unet.in_channels):
-        cause = f"{name}: its VAE has latents of {vae.latent_channels} channels, and its UNet {unet.in_channels}."
+        cause = (
+            f"{name}: its VAE has latents of {vae.latent_channels} channels, and its UNet "
+            f"{unet.in_channels}."
+        )
         raise ModelError(cause, "Bring the two that belong together.")
 
 
@@ -177,14 +220,19 @@ def refuse_pictures(model: Any) -> None:
         raise xl_without_pictures(model)
     if type(model.vae).__name__ == "AutoencoderTiny":
         raise ModelError(
-            f"{model.name}: its VAE is an AutoencoderTiny, which makes no distribution of a picture's latents.",
+            f"{model.name}: its VAE is an AutoencoderTiny, which makes no distribution of a "
+            "picture's latents.",
             "Use the model's AutoencoderKL, or leave the picture out.",
         )
 
 
 def _is_size(size: Any) -> bool:
     sides = [size] if isinstance(size, int) else size
-    return isinstance(sides, list | tuple) and len(sides) in (1, 2) and all(isinstance(side, int) and side > 0 for side in sides)
+    return (
+        isinstance(sides, list | tuple)
+        and len(sides) in (1, 2)
+        and all(isinstance(side, int) and side > 0 for side in sides)
+    )
 
 
 def _refuse_tokenizer(name: str, part: str, parts: Mapping[str, Any], text_encoder: Any) -> None:
@@ -192,51 +240,91 @@ def _refuse_tokenizer(name: str, part: str, parts: Mapping[str, Any], text_encod
 
     tokenizer = parts[part]
     if not isinstance(tokenizer, CLIPTokenizer) or not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{name}: its {part} is a {type(tokenizer).__name__}, which is not supported.", "A CLIPTokenizer is.")
+        raise ModelError(
+            f"{name}: its {part} is a {type(tokenizer).__name__}, which is not supported.",
+            "A CLIPTokenizer is.",
+        )
     most, length = int(text_encoder.config.max_position_embeddings), tokenizer.model_max_length
-    if length > 10**9:  # transformers' way to say that it does not know; the pipeline itself fails then
+    if (
+        length > 10**9
+    ):  # transformers' way to say that it does not know; the pipeline itself fails then
         raise ModelError(
             f"{name}: its {part} does not say how many tokens a prompt has (model_max_length).",
             f"Set pipeline.{part}.model_max_length = {most}.",
         )
     if not 3 <= length <= most:
         raise ModelError(
-            f"{name}: its {part} makes prompts of {length} tokens, and its text encoder takes 3 to {most}.",
+            f"{name}: its {part} makes prompts of {length} tokens, and its text encoder takes 3 "
+            f"to {most}.",
             f"Set pipeline.{part}.model_max_length = {most}.",
         )
     if tokenizer.padding_side != "right" or tokenizer.truncation_side != "right":
-        raise ModelError(f"{name}: its {part} pads or cuts prompts on the left, which is not supported.", 'Set its padding_side = "right".')
+        raise ModelError(
+            f"{name}: its {part} pads or cuts prompts on the left, which is not supported.",
+            'Set its padding_side = "right".',
+        )
     known = int(text_encoder.config.vocab_size)
-    special = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id, "pad_token": tokenizer.pad_token_id}
+    special = {
+        "bos_token": tokenizer.bos_token_id,
+        "eos_token": tokenizer.eos_token_id,
+        "pad_token": tokenizer.pad_token_id,
+    }
     for token, number in special.items():
         if number is None or not 0 <= number < known:
             raise ModelError(
-                f"{name}: its {part}'s {token} is number {number}, and its text encoder knows {known}.", "Bring the two that belong together."
+                f"{name}: its {part}'s {token} is number {number}, and its text encoder knows "
+                f"{known}.",
+                "Bring the two that belong together.",
             )
 
 
 def _refuse_mixtures(name: str, modules: Mapping[str, Any]) -> None:
-    """Raises ModelError for number formats or devices that differ between parts: torch would stop in the middle of a run."""
-    if any({"_hf_hook", "_diffusers_hook"} & vars(owner).keys() for module in modules.values() for owner in module.modules()):
-        return  # weights that are moved or cast for each call: refused by name where hooks are looked for
+    """Raises ModelError for number formats or devices that differ between parts: torch would stop
+    in the middle of a run.
+    """
+    if any(
+        {"_hf_hook", "_diffusers_hook"} & vars(owner).keys()
+        for module in modules.values()
+        for owner in module.modules()
+    ):
+        # weights that are moved or cast for each call: refused by name where hooks are looked for
+        return
     formats: dict[str, list[str]] = {}
     for part, module in modules.items():
-        found = {weight.dtype for key, weight in module.named_parameters() if "lora" not in key and weight.dtype.is_floating_point}
-        quantized = [key for key, weight in module.named_parameters() if not weight.dtype.is_floating_point]
+        found = {
+            weight.dtype
+            for key, weight in module.named_parameters()
+            if "lora" not in key and weight.dtype.is_floating_point
+        }
+        quantized = [
+            key for key, weight in module.named_parameters() if not weight.dtype.is_floating_point
+        ]
         if quantized:
-            raise ModelError(f"{name}: {part} is quantized ({quantized[0]}), which is not supported.", "Load it without a quantization_config.")
+            raise ModelError(
+                f"{name}: {part} is quantized ({quantized[0]}), which is not supported.",
+                "Load it without a quantization_config.",
+            )
         formats[part] = sorted(str(dtype).removeprefix("torch.") for dtype in found)
     kinds = sorted({kind for each in formats.values() for kind in each})
     if len(kinds) > 1:
         told = ", ".join(f"{part} {' and '.join(each)}" for part, each in formats.items())
-        raise ModelError(f"{name}: its parts are of different number formats: {told}.", f"Call pipeline.to(dtype=torch.{kinds[-1]}).")
+        raise ModelError(
+            f"{name}: its parts are of different number formats: {told}.",
+            f"Call pipeline.to(dtype=torch.{kinds[-1]}).",
+        )
     devices = {part: next(module.parameters()).device for part, module in modules.items()}
     if len(set(devices.values())) > 1:
         told = ", ".join(f"{part} on {device}" for part, device in devices.items())
-        raise ModelError(f"{name}: its parts are on different devices: {told}.", f'Call pipeline.to("{devices["unet"]}").')
+        raise ModelError(
+            f"{name}: its parts are on different devices: {told}.",
+            f'Call pipeline.to("{devices["unet"]}").',
+        )
 
 
 def _drops(module: torch.nn.Module) -> bool:
-    if any(isinstance(owner, torch.nn.modules.dropout._DropoutNd) and owner.training and owner.p > 0 for owner in module.modules()):
+    if any(
+        isinstance(owner, torch.nn.modules.dropout._DropoutNd) and owner.training and owner.p > 0
+        for owner in module.modules()
+    ):
         return True
     return bool(getattr(getattr(module, "config", None), "attention_dropout", 0))

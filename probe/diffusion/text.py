@@ -17,11 +17,19 @@ from probe.diffusion.prompts import Convert, OverLong, Prompt, read_prompt, word
 from probe.errors import ModelError, PromptError
 from probe.words import RULES
 
-UNDO = "Undo what was changed in its tokenizer or text encoder (prompt weights, clip skip, dropout), or load the pipeline anew."
-LOAD_TOGETHER = "Load tokenizer and text encoder of one model; textual inversion, with pipeline.load_textual_inversion."
+UNDO = (
+    "Undo what was changed in its tokenizer or text encoder (prompt weights, clip skip, dropout), "
+    "or load the pipeline anew."
+)
+LOAD_TOGETHER = (
+    "Load tokenizer and text encoder of one model; textual inversion, with "
+    "pipeline.load_textual_inversion."
+)
 
 
-def read(model: Family, encoder: str, text: str, over_long: OverLong = "error", rules: int = RULES) -> Prompt:
+def read(
+    model: Family, encoder: str, text: str, over_long: OverLong = "error", rules: int = RULES
+) -> Prompt:
     """Tokenize a text for one of a model's text encoders, as its pipeline does.
 
     Raise PromptError for a text that is too long or has words that the model never saw, and
@@ -37,11 +45,14 @@ def read(model: Family, encoder: str, text: str, over_long: OverLong = "error", 
                 f"Its words: {' '.join(sorted(known))}. Another model (model: ...) knows more.",
             )
     converter = _converter(model.pipeline)
-    prompt = read_prompt(tokenizer, text, over_long, converter, rules, padding_is_word=encoder == first)
+    prompt = read_prompt(
+        tokenizer, text, over_long, converter, rules, padding_is_word=encoder == first
+    )
     position = int(prompt.ids.argmax())
     if int(prompt.ids[0, position]) >= module.get_input_embeddings().num_embeddings:
         raise ModelError(
-            f"{model.name}: its tokenizer has the token {prompt.tokens[position]!r}, and its text encoder no embedding of it.",
+            f"{model.name}: its tokenizer has the token {prompt.tokens[position]!r}, and its text "
+            "encoder no embedding of it.",
             LOAD_TOGETHER,
         )
     return prompt
@@ -67,7 +78,10 @@ def check_reading(model: Family, tokens: Mapping[str, Tokens], theirs: Theirs) -
     pipeline then reads text in a way of its own. Prompts that were read by the first rules are not
     compared.
     """
-    pipeline, prompts = model.pipeline, {branch: next(iter(of.values())) for branch, of in tokens.items()}
+    pipeline, prompts = (
+        model.pipeline,
+        {branch: next(iter(of.values())) for branch, of in tokens.items()},
+    )
     if pipeline is None or model.device.type == "meta" or prompts[COND].rules != RULES:
         return
     for name, (encoder, tokenizer) in model.text_encoders().items():
@@ -80,14 +94,17 @@ def check_reading(model: Family, tokens: Mapping[str, Tokens], theirs: Theirs) -
         try:
             wanted = theirs(pipeline, prompts)
         except (TypeError, ValueError, AttributeError, LookupError) as problem:
-            cause = f"{model.name}: its own encode_prompt fails ({type(problem).__name__}: {problem})."
+            cause = (
+                f"{model.name}: its own encode_prompt fails ({type(problem).__name__}: {problem})."
+            )
             raise ModelError(cause, UNDO) from problem
         for branch, read_as in tokens.items():
             ours = model.encode_prompt(read_as, branch)
             if not all(_same(ours[name], value) for name, value in wanted[branch].items()):
                 which = "prompt" if branch == COND else "negative prompt"
                 raise ModelError(
-                    f"{model.name}: the pipeline makes another embedding of the {which} than its tokenizer and text encoder do here.",
+                    f"{model.name}: the pipeline makes another embedding of the {which} than its "
+                    "tokenizer and text encoder do here.",
                     UNDO,
                 )
 
@@ -122,6 +139,7 @@ def refuse_other_readers(pipeline: Any, kind: type[Any]) -> None:
         named = f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', '')}"
         where = named if hasattr(own, "__qualname__") else type(own).__name__
         raise ModelError(
-            f"{type(pipeline).__name__}: its encode_prompt was replaced (by {where}), so it reads prompts in a way of its own.",
+            f"{type(pipeline).__name__}: its encode_prompt was replaced (by {where}), so it reads "
+            "prompts in a way of its own.",
             f"Give a {kind.__name__} with diffusers' own encode_prompt.",
         )

@@ -12,12 +12,21 @@ from probe.text import first_line, printable, shorten, shown
 
 MOST, MOST_ADDED = 16 << 20, 10_000
 WHOLE_MODEL = "Is it a whole diffusers directory?"
-# Settings that a CLIP tokenizer has. Others are not for it, or decide which code runs and which files are opened.
+# Settings that a CLIP tokenizer has. Others are not for it, or decide which code runs and which
+# files are opened.
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SETTINGS: dict[str, type] = {
     **dict.fromkeys(("added_tokens_decoder",), dict),
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), list),
-    **dict.fromkeys(("add_prefix_space", "do_lower_case", "clean_up_tokenization_spaces", "split_special_tokens"), bool),
+    **dict.fromkeys(
+        (
+            "add_prefix_space",
+            "do_lower_case",
+            "clean_up_tokenization_spaces",
+            "split_special_tokens",
+        ),
+        bool,
+    ),
     **dict.fromkeys(("errors", "padding_side", "truncation_side"), str),
 }
 FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
@@ -32,9 +41,14 @@ LONGEST = 10**9  # transformers writes 1e30 where it does not know how long a pr
 
 
 def read_tokenizer(
-    folder: ModelFolder, index: Mapping[str, Any], encoder: Mapping[str, Any], inside: str | None = None, part: str = "tokenizer"
+    folder: ModelFolder,
+    index: Mapping[str, Any],
+    encoder: Mapping[str, Any],
+    inside: str | None = None,
+    part: str = "tokenizer",
 ) -> Any:
-    """Make the tokenizer of a model's folder. Without a length of its own it has that of the text encoder's config.
+    """Make the tokenizer of a model's folder. Without a length of its own it has that of the text
+    encoder's config.
 
     Raises ModelError where its files are missing, too large, not plain, or make no CLIP tokenizer.
     """
@@ -44,35 +58,78 @@ def read_tokenizer(
     there = folder.files(inside)
     entry = index.get(part, [None, "CLIPTokenizer"])
     if not (isinstance(entry, list) and entry and entry[-1] in CLASSES["tokenizer"]):
-        raise folder.refuse(f"its {part} is {shown(entry)}, which is not supported.", "A CLIPTokenizer is.")
+        raise folder.refuse(
+            f"its {part} is {shown(entry)}, which is not supported.", "A CLIPTokenizer is."
+        )
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= set(there):
-        raise folder.refuse(f"{inside}/ has neither tokenizer.json, nor vocab.json and merges.txt.", "Fetch the model again, whole.")
-    settings = folder.json_object(f"{inside}/tokenizer_config.json") if "tokenizer_config.json" in there else {}
+        raise folder.refuse(
+            f"{inside}/ has neither tokenizer.json, nor vocab.json and merges.txt.",
+            "Fetch the model again, whole.",
+        )
+    settings = (
+        folder.json_object(f"{inside}/tokenizer_config.json")
+        if "tokenizer_config.json" in there
+        else {}
+    )
     kept = {key: value for key, value in settings.items() if key in TOKENS or key in SETTINGS}
     for key, value in kept.items():
         if value is not None and not isinstance(
-            value, (str, dict) if key in TOKENS else (SETTINGS[key], dict if key.endswith("tokens") else SETTINGS[key])
+            value,
+            (str, dict)
+            if key in TOKENS
+            else (SETTINGS[key], dict if key.endswith("tokens") else SETTINGS[key]),
         ):
-            raise folder.refuse(f"{inside}/tokenizer_config.json: {key} is {shown(value)}, which it cannot be.")
+            raise folder.refuse(
+                f"{inside}/tokenizer_config.json: {key} is {shown(value)}, which it cannot be."
+            )
     length = settings.get("model_max_length")
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int | float) or length < 1):
-        raise folder.refuse(f"{inside}/tokenizer_config.json: model_max_length is {shown(length)}, which it cannot be.")
-    kept["model_max_length"] = int(length) if length is not None and length < LONGEST else int(encoder.get("max_position_embeddings") or 77)
+    if length is not None and (
+        isinstance(length, bool) or not isinstance(length, int | float) or length < 1
+    ):
+        raise folder.refuse(
+            f"{inside}/tokenizer_config.json: model_max_length is {shown(length)}, which it cannot "
+            "be."
+        )
+    kept["model_max_length"] = (
+        int(length)
+        if length is not None and length < LONGEST
+        else int(encoder.get("max_position_embeddings") or 77)
+    )
     for file in FILES:
         if file in there:
             held = folder.json_object(f"{inside}/{file}", MOST)
-            added = held.get("added_tokens", ()) if file == "tokenizer.json" else held if file == "added_tokens.json" else ()
+            added = (
+                held.get("added_tokens", ())
+                if file == "tokenizer.json"
+                else held
+                if file == "added_tokens.json"
+                else ()
+            )
             if not isinstance(added, list | tuple | dict) or len(added) > MOST_ADDED:
-                raise folder.refuse(f"{inside}/{file}: it adds no list of at most {MOST_ADDED} tokens.")
+                raise folder.refuse(
+                    f"{inside}/{file}: it adds no list of at most {MOST_ADDED} tokens."
+                )
     if "merges.txt" in there:
         folder.plain(f"{inside}/merges.txt", MOST)
-    files = {kind: str(folder.path / inside / file) if file in there else None for kind, file in KINDS.items()}
+    files = {
+        kind: str(folder.path / inside / file) if file in there else None
+        for kind, file in KINDS.items()
+    }
     try:
-        # What `from_pretrained` does once it has chosen the files and read the settings, and these are our choice.
-        made = CLIPTokenizer._from_pretrained(files, str(folder.path / inside), kept, local_files_only=True, _is_local=True)
-        largest, known = max(made.get_vocab().values(), default=0), int(encoder.get("vocab_size") or 49408)
+        # What `from_pretrained` does once it has chosen the files and read the settings, and these
+        # are our choice.
+        made = CLIPTokenizer._from_pretrained(
+            files, str(folder.path / inside), kept, local_files_only=True, _is_local=True
+        )
+        largest, known = (
+            max(made.get_vocab().values(), default=0),
+            int(encoder.get("vocab_size") or 49408),
+        )
         if largest >= known:
-            raise folder.refuse(f"{part}/ has a token number {largest}, and the text encoder knows {known}.", "Bring the two that belong together.")
+            raise folder.refuse(
+                f"{part}/ has a token number {largest}, and the text encoder knows {known}.",
+                "Bring the two that belong together.",
+            )
         return made
     except ModelError:
         raise

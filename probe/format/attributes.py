@@ -30,7 +30,10 @@ from probe.text import UNCLEAN, printable, shorten
 
 # Characters that hide what a text says, as pydantic and JSON Schema write them.
 # pydantic refuses lone surrogates itself.
-_HIDING = "".join(c if c == "-" else f"\\u{ord(c):04x}" for c in UNCLEAN.pattern[1:-1].replace("\ud800-\udfff", ""))
+_HIDING = "".join(
+    c if c == "-" else f"\\u{ord(c):04x}"
+    for c in UNCLEAN.pattern[1:-1].replace("\ud800-\udfff", "")
+)
 Text = Annotated[str, StringConstraints(max_length=20_000, pattern=f"^[^{_HIDING}]*$")]
 Number = Annotated[float, Field(gt=-(2.0**64), lt=2.0**64, allow_inf_nan=False)]
 Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
@@ -46,12 +49,17 @@ class Part(BaseModel):
 
 
 class AskedFor(Part):
-    """What a generation was asked for: the whole resolved experiment. Readers need these fields; opening one checks no others."""
+    """What a generation was asked for: the whole resolved experiment.
+
+    Readers need these fields; opening one checks no others.
+    """
 
     prompt: Text = Field(description="what the picture shows")
     negative_prompt: Text = Field(description="what guidance leads away from")
     model: Text = Field(description="a bundled name, a hub id or a path")
-    steps: Whole = Field(description="number of inference steps, which is not the number of model calls")
+    steps: Whole = Field(
+        description="number of inference steps, which is not the number of model calls"
+    )
     seed: Whole = Field(description="seed of image 0; image i has seed + i")
     guidance_scale: Number = Field(description="diffusers' s; no guidance at 1 and below")
     image: Text | None = Field(None, description="file of the picture that it began from")
@@ -70,7 +78,9 @@ class Model(Part):
     """The model that ran."""
 
     name: Text = Field(description="a bundled name, a hub id or a path")
-    dtype: Text = Field(description="number format of the weights; bfloat16 is stored as float32, which is exact")
+    dtype: Text = Field(
+        description="number format of the weights; bfloat16 is stored as float32, which is exact"
+    )
     revision: Text | None = Field(None, description="commit on the hub")
     weights: Text = Field("unknown", description="digest of the weights")
     f: Whole | None = Field(None, description="pixels per latent along one axis; 1 without a VAE")
@@ -81,16 +91,23 @@ class Scheduler(Part):
     """The scheduler that ran."""
 
     kind: Text = Field(alias="class", description="its class in diffusers")
-    config: dict[str, Any] = Field(description="its settings; the only attribute that may hold infinity and NaN")
+    config: dict[str, Any] = Field(
+        description="its settings; the only attribute that may hold infinity and NaN"
+    )
 
 
 class Noising(Part):
-    """What a noising was asked for, whole. It mixes noise into a real picture, and samples nothing."""
+    """What a noising was asked for, whole.
+
+    It mixes noise into a real picture, and samples nothing.
+    """
 
     caption: Text = Field(description="what the picture shows")
     picture: Text | None = Field(None, description="file of the picture")
     model: Text = Field(description="a bundled name, a hub id or a path")
-    timesteps: Annotated[list[Whole], Field(max_length=10_000)] = Field(description="the model's t of every call, the noisiest first")
+    timesteps: Annotated[list[Whole], Field(max_length=10_000)] = Field(
+        description="the model's t of every call, the noisiest first"
+    )
     noises: Whole = Field(description="number of draws of noise")
     seed: Whole = Field(description="seed of draw 0; draw i has seed + i")
 
@@ -99,7 +116,9 @@ class Upgraded(Part):
     """That it is a copy of a recording of an older format, with the same values."""
 
     at: Text = Field(description="when it was copied: ISO 8601, UTC")
-    from_format: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="the format of the older recording")
+    from_format: Annotated[int, Field(ge=0, lt=2**64)] = Field(
+        description="the format of the older recording"
+    )
 
 
 Asked = TypeVar("Asked", AskedFor, Noising)
@@ -117,43 +136,64 @@ class Attributes(Mapping[str, Any], Part):
 
     model_config = ConfigDict(
         defer_build=False,  # its parts are built within it
-        json_schema_extra={"anyOf": [{"required": ["experiment"]}, {"required": ["kind", "noising"]}]},
+        json_schema_extra={
+            "anyOf": [{"required": ["experiment"]}, {"required": ["kind", "noising"]}]
+        },
     )
 
-    format_version: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="version of this format")
+    format_version: Annotated[int, Field(ge=0, lt=2**64)] = Field(
+        description="version of this format"
+    )
     format_status: Text = Field("final", description="`draft` while this version may still change")
     status: Literal["running", "complete", "interrupted", "failed"] = Field(
         description="as its writer left it; a writer that was killed leaves `running`"
     )
     created: Text = Field(description="when it was begun: ISO 8601, UTC")
     kind: Literal["generation", "noising"] = Field(
-        "generation", description="what was done; a recording of format 1 is a noising if it has that attribute"
+        "generation",
+        description="what was done; a recording of format 1 is a noising if it has that attribute",
     )
     experiment: Annotated[AskedFor | None, AfterValidator(_there)] = None
     noising: Annotated[Noising | None, AfterValidator(_there)] = None
     environment: Environment
     model: Model
     scheduler: Scheduler
-    prediction_type: Literal["epsilon", "v_prediction"] = Field(description="what the model predicts")
+    prediction_type: Literal["epsilon", "v_prediction"] = Field(
+        description="what the model predicts"
+    )
     latent_convention: Literal["variance_preserving", "variance_exploding"] = Field(
         description="scale of the latents: divide exploding ones by sqrt(1 + sigma^2)"
     )
-    family: Text = Field("sd", description="the model's family: which parts it has, and how they are called")
-    guidance_rule: Text | None = Field(None, description="how branches become the prediction: `none` or `classifier_free`")
-    identity: Text | None = Field(None, description="hash of the experiment: equal for equal questions")
+    family: Text = Field(
+        "sd", description="the model's family: which parts it has, and how they are called"
+    )
+    guidance_rule: Text | None = Field(
+        None, description="how branches become the prediction: `none` or `classifier_free`"
+    )
+    identity: Text | None = Field(
+        None, description="hash of the experiment: equal for equal questions"
+    )
     parent_run: Text | None = Field(None, description="name of the recording that it was made from")
-    text_rules: Annotated[int, Field(ge=1, le=2)] = Field(1, description="version of the rules that split a text into words")
-    read_as: Texts = Field({}, description="by branch: the prompt as the tokenizer got it, where that differs")
-    cut_from_prompt: Texts = Field({}, description="by branch: the end of the prompt that did not fit")
+    text_rules: Annotated[int, Field(ge=1, le=2)] = Field(
+        1, description="version of the rules that split a text into words"
+    )
+    read_as: Texts = Field(
+        {}, description="by branch: the prompt as the tokenizer got it, where that differs"
+    )
+    cut_from_prompt: Texts = Field(
+        {}, description="by branch: the end of the prompt that did not fit"
+    )
     zeroed_branches: Annotated[list[Text], Field(max_length=2)] = Field(
-        [], description="branches whose text no text encoder read: the model was given zeros, and zeros are in /text"
+        [],
+        description="branches whose text no text encoder read: the model was given zeros, and "
+        "zeros are in /text",
     )
     decoded_not_finite: Annotated[dict[Text, Count], Field(max_length=1000)] = Field(
         {}, description="by variable: how many values were not finite and are stored as 0"
     )
-    memory_format: Annotated[dict[Text, Literal["contiguous", "channels_last"]], Field(max_length=1000)] = Field(
-        {}, description="by tensor: its layout in memory, where that decides bits"
-    )
+    memory_format: Annotated[
+        dict[Text, Literal["contiguous", "channels_last"]], Field(max_length=1000)
+    ] = Field({}, description="by tensor: its layout in memory, where that decides bits")
     resumed: List = Field([], description="one entry for each time that it was resumed")
     upgraded: Upgraded | None = None
 
@@ -161,7 +201,9 @@ class Attributes(Mapping[str, Any], Part):
 
     @property
     def recorded_format(self) -> int:
-        """Return the format in which it was recorded: an upgraded copy has the variables of the older one."""
+        """Return the format in which it was recorded: an upgraded copy has the variables of the
+        older one.
+        """
         return self.format_version if self.upgraded is None else self.upgraded.from_format
 
     @property
@@ -185,7 +227,11 @@ class Attributes(Mapping[str, Any], Part):
     @property
     def is_guided(self) -> bool:
         """Return whether the model also computed the unconditional branch."""
-        return self.kind == "generation" and self.experiment is not None and self.experiment.guidance_scale > 1
+        return (
+            self.kind == "generation"
+            and self.experiment is not None
+            and self.experiment.guidance_scale > 1
+        )
 
     def __getitem__(self, name: str) -> Any:
         return self._raw[name]
@@ -224,7 +270,12 @@ def _as_dicts(schema: Any) -> Any:
         inner = field["schema"]["schema"] if optional else field["schema"]
         entry = {"type": "typed-dict-field", "schema": _as_dicts(inner), "required": not optional}
         fields[field.get("validation_alias", name)] = entry
-    return {"type": "typed-dict", "fields": fields, "extra_behavior": "ignore", "config": {"strict": True}}
+    return {
+        "type": "typed-dict",
+        "fields": fields,
+        "extra_behavior": "ignore",
+        "config": {"strict": True},
+    }
 
 
 _CHECK = SchemaValidator(_as_dicts(Attributes.__pydantic_core_schema__))
@@ -261,7 +312,11 @@ def _rows(part: type[Part], above: str) -> Iterator[str]:
     for name, field in part.model_fields.items():
         place = f"{above}{field.alias or name}"
         needed = "" if field.is_required() else ", optional"
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        kinds = [
+            kind
+            for kind in (field.annotation, *get_args(field.annotation))
+            if isinstance(kind, type)
+        ]
         inner = next((kind for kind in kinds if issubclass(kind, Part)), None)
         if inner is not None:
             told = " ".join((inner.__doc__ or "").split())

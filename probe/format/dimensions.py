@@ -1,7 +1,7 @@
 """The dimensions of a recording, how its groups relate, and the names that are reserved.
 
-`probe.format.schema` says what each variable is. This module says what holds between them, and `broken`
-finds where it does not. `python docs/make.py` writes its tables into docs/format.md.
+`probe.format.schema` says what each variable is. This module says what holds between them, and
+`broken` finds where it does not. `python docs/make.py` writes its tables into docs/format.md.
 """
 
 from __future__ import annotations
@@ -90,7 +90,13 @@ RELATIONS: tuple[Relation, ...] = (
         ("channel",),
         "the preview maps each channel of the latents to colour",
     ),
-    Relation("counterfactual", "sizes", "latents", ("image", "draw", *_YX), "what a word changed, at each latent"),
+    Relation(
+        "counterfactual",
+        "sizes",
+        "latents",
+        ("image", "draw", *_YX),
+        "what a word changed, at each latent",
+    ),
     Relation("attention/*", "sizes", "latents", ("image", "draw"), "maps of every image, or draw"),
     Relation(
         "attention/*",
@@ -100,8 +106,12 @@ RELATIONS: tuple[Relation, ...] = (
         "a map's token is that of the text encoder",
     ),
     Relation("attention/*", "apart", "attention/*", ("layer",), "a layer works on one grid"),
-    Relation("self_attention/*", "sizes", "latents", ("image", "draw"), "maps of every image, or draw"),
-    Relation("self_attention/*", "apart", "self_attention/*", ("layer",), "a layer works on one grid"),
+    Relation(
+        "self_attention/*", "sizes", "latents", ("image", "draw"), "maps of every image, or draw"
+    ),
+    Relation(
+        "self_attention/*", "apart", "self_attention/*", ("layer",), "a layer works on one grid"
+    ),
 )
 
 
@@ -134,13 +144,18 @@ RESERVED: tuple[Reserved, ...] = (
         "/attention/{grid} (token)",
         "the text encoder that the token comes from, where several are joined along the tokens",
     ),
-    Reserved("dimension", "stream", "/unet and its groups", "of a joint block's output: picture, text"),
-    Reserved("attribute", "family", "root", "the model's family: its parts, and how they are called"),
+    Reserved(
+        "dimension", "stream", "/unet and its groups", "of a joint block's output: picture, text"
+    ),
+    Reserved(
+        "attribute", "family", "root", "the model's family: its parts, and how they are called"
+    ),
     Reserved(
         "attribute",
         "guidance_rule",
         "root",
-        "how branches become the prediction; readers that do not know a rule take `prediction` as it is",
+        "how branches become the prediction; readers that do not know a rule take `prediction` as "
+        "it is",
     ),
 )
 
@@ -149,7 +164,10 @@ FAMILIES: dict[str, str] = {
     "sdxl": "Stable Diffusion XL, with SDXL-Turbo and SSD-1B",
 }
 # By family: its text encoders, and those whose pooled embedding the model is given.
-TEXT_ENCODERS: dict[str, tuple[str, ...]] = {"sd": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+TEXT_ENCODERS: dict[str, tuple[str, ...]] = {
+    "sd": ("text_encoder",),
+    "sdxl": ("text_encoder", "text_encoder_2"),
+}
 POOLED: dict[str, tuple[str, ...]] = {"sd": (), "sdxl": ("text_encoder_2",)}
 # Families that may be given zeros for an empty negative prompt.
 ZEROED = ("sdxl",)
@@ -172,11 +190,17 @@ def broken(sizes: Sizes, labels: Labels, f: int) -> Iterator[str]:
                 elif relation.how == "among":
                     yield from _strays(relation, of, to, labels)
                 else:
-                    yield from _unlike(relation, of, to, sizes, f if relation.how == "f times" else 1)
+                    yield from _unlike(
+                        relation, of, to, sizes, f if relation.how == "f times" else 1
+                    )
 
 
 def _matching(pattern: str, groups: Sizes) -> list[str]:
-    return [group for group in groups if fnmatchcase(group, pattern) and group.count("/") == pattern.count("/")]
+    return [
+        group
+        for group in groups
+        if fnmatchcase(group, pattern) and group.count("/") == pattern.count("/")
+    ]
 
 
 def _unlike(relation: Relation, of: str, to: str, sizes: Sizes, times: int) -> Iterator[str]:
@@ -190,19 +214,25 @@ def _strays(relation: Relation, of: str, to: str, labels: Labels) -> Iterator[st
     for name in relation.names:
         if name in labels[of] and name in labels[to]:
             here, known = np.asarray(labels[of][name]), set(np.asarray(labels[to][name]).tolist())
-            stray = [label for label in here.tolist() if label not in known and not (here.dtype.kind == "i" and label < 0)]
+            stray = [
+                label
+                for label in here.tolist()
+                if label not in known and not (here.dtype.kind == "i" and label < 0)
+            ]
             if stray:
                 yield f"/{of}/{name} holds {stray[0]!r}, which /{to}/{name} does not: {relation.meaning}"
 
 
 def _shared(relation: Relation, of: str, to: str, labels: Labels) -> Iterator[str]:
     for name in relation.names:
-        both = set(np.asarray(labels[of].get(name, [])).tolist()) & set(np.asarray(labels[to].get(name, [])).tolist())
+        both = set(np.asarray(labels[of].get(name, [])).tolist()) & set(
+            np.asarray(labels[to].get(name, [])).tolist()
+        )
         if both:
             yield f"/{of}/{name} and /{to}/{name} both hold {min(both)!r}: {relation.meaning}"
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def schema_table() -> str:
@@ -236,7 +266,10 @@ def relations_table() -> str:
         "among": "has each {} from",
         "apart": "shares no {} with another",
     }
-    rows = [f"| `/{r.of}` | {told[r.how].format(', '.join(r.names))} | `/{r.to}` | {r.meaning} |" for r in RELATIONS]
+    rows = [
+        f"| `/{r.of}` | {told[r.how].format(', '.join(r.names))} | `/{r.to}` | {r.meaning} |"
+        for r in RELATIONS
+    ]
     return "\n".join(["| group | relation | group | why |", "|---|---|---|---|", *rows])
 
 
@@ -248,7 +281,13 @@ def reserved_table() -> str:
 
 def families_table() -> str:
     """Return the families of models as a Markdown table."""
-    return "\n".join(["| `family` | models |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in FAMILIES.items())])
+    return "\n".join(
+        [
+            "| `family` | models |",
+            "|---|---|",
+            *(f"| `{name}` | {text} |" for name, text in FAMILIES.items()),
+        ]
+    )
 
 
 def guidance_table() -> str:

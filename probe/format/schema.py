@@ -1,9 +1,12 @@
-"""What a recording holds: the only place where groups, names, dimensions, types and units are written.
+"""What a recording holds: the only place where groups, names, dimensions, types and units are
+written.
 
-`SCHEMA` lists every variable; a group in braces stands for several ("attention/{grid}": attention/16x16, ...).
+`SCHEMA` lists every variable; a group in braces stands for several ("attention/{grid}":
+attention/16x16, ...).
 
-Sizes that differ have names that differ, or live in groups of their own, because a DataTree refuses a child whose
-dimension disagrees with its parent's. That is why maps are grouped by grid and no `y` or `x` is at the root.
+Sizes that differ have names that differ, or live in groups of their own, because a DataTree refuses
+a child whose dimension disagrees with its parent's. That is why maps are grouped by grid and no `y`
+or `x` is at the root.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ STATISTICS = ("mean", "std", "min", "max")
 MOMENTS = ("mass", "centroid_y", "centroid_x")
 HEAD_STATISTICS = (*MOMENTS, "entropy", "greatest")
 REST = -1  # the token coordinate of the sum of all tokens that are not kept one by one
-PICTURE = -2  # reserved: under joint attention, the token coordinate of the sum of all picture tokens
+PICTURE = (
+    -2
+)  # reserved: under joint attention, the token coordinate of the sum of all picture tokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class Asked:
 
     recipe: Any
     vae: bool
-    pooled: bool = False  # of a text encoder's group: whether the model is given its pooled embedding
+    pooled: bool = (
+        False  # of a text encoder's group: whether the model is given its pooled embedding
+    )
 
 
 def _always(_: Asked) -> bool:
@@ -44,12 +51,14 @@ def _never(_: Asked) -> bool:
 
 @dataclass(frozen=True)
 class Variable:
-    """One kind of variable. `dtype` "run" is the run's own, "map" that of capture.dtype, "any" that of the output.
+    """One kind of variable. `dtype` "run" is the run's own, "map" that of capture.dtype, "any" that
+    of the output.
 
-    `chunked` names the dimensions along which each entry is a chunk of its own, beside the step; `recorded_only` says that
-    only the steps chosen by capture.steps are written; `when` says whether a recording has to have it. In the groups of
-    grids, `first_grid` variables are in that of the largest grid alone. `since` is the first format that has it: a recording
-    of an older one need not have it.
+    `chunked` names the dimensions along which each entry is a chunk of its own, beside the step;
+    `recorded_only` says that only the steps chosen by capture.steps are written; `when` says
+    whether a recording has to have it. In the groups of grids, `first_grid` variables are in that
+    of the largest grid alone. `since` is the first format that has it: a recording of an older one
+    need not have it.
     """
 
     group: str
@@ -71,12 +80,18 @@ class Variable:
         return self.dims[:1] == ("step",) and len(self.dims) > 1
 
 
-def _coordinate(group: str, name: str, dims: tuple[str, ...], dtype: str, long_name: str, units: str = "1") -> Variable:
+def _coordinate(
+    group: str, name: str, dims: tuple[str, ...], dtype: str, long_name: str, units: str = "1"
+) -> Variable:
     return Variable(group, name, dims, dtype, long_name, units, coordinate=True)
 
 
-def _part(when: Callable[[Asked], bool], *variables: Variable, recorded_only: bool = False) -> Iterator[Variable]:
-    """Variables that a recording has under one condition; of those of a step, `recorded_only` ones at chosen steps alone."""
+def _part(
+    when: Callable[[Asked], bool], *variables: Variable, recorded_only: bool = False
+) -> Iterator[Variable]:
+    """Variables that a recording has under one condition; of those of a step, `recorded_only` ones
+    at chosen steps alone.
+    """
     for variable in variables:
         yield replace(variable, when=when, recorded_only=recorded_only and variable.per_step)
 
@@ -112,83 +127,254 @@ SCHEMA: tuple[Variable, ...] = (
     _coordinate("", "step", ("step",), "int64", "index of the model call"),
     _coordinate("", "timestep", ("step",), "float64", "the model's t"),
     _coordinate("", "sigma", ("step",), "float64", "noise level sqrt((1 - alpha_bar) / alpha_bar)"),
-    _coordinate("", "alpha_bar", ("step",), "float64", "signal fraction, cumulative product of 1 - beta"),
+    _coordinate(
+        "", "alpha_bar", ("step",), "float64", "signal fraction, cumulative product of 1 - beta"
+    ),
     Variable("", "committed", ("step",), "uint8", "1 when everything of this step is written"),
-    Variable("latents", "latents", _LATENT, "run", "latents that went into the call, in the scheduler's convention"),
-    Variable("latents", "prediction_uncond", _LATENT, "run", "the model's output, unconditional branch", when=_guided),
-    Variable("latents", "prediction_cond", _LATENT, "run", "the model's output, conditional branch"),
-    Variable("latents", "prediction", _LATENT, "run", "what the scheduler got: guided and rescaled"),
-    Variable("latents", "final_latents", _LATENT[1:], "run", "latents after the last step, which the VAE decodes"),
-    Variable("latents", "scheduler_sigmas", ("sigma_index",), "float64", "the scheduler's whole sigma table"),
+    Variable(
+        "latents",
+        "latents",
+        _LATENT,
+        "run",
+        "latents that went into the call, in the scheduler's convention",
+    ),
+    Variable(
+        "latents",
+        "prediction_uncond",
+        _LATENT,
+        "run",
+        "the model's output, unconditional branch",
+        when=_guided,
+    ),
+    Variable(
+        "latents", "prediction_cond", _LATENT, "run", "the model's output, conditional branch"
+    ),
+    Variable(
+        "latents", "prediction", _LATENT, "run", "what the scheduler got: guided and rescaled"
+    ),
+    Variable(
+        "latents",
+        "final_latents",
+        _LATENT[1:],
+        "run",
+        "latents after the last step, which the VAE decodes",
+    ),
+    Variable(
+        "latents",
+        "scheduler_sigmas",
+        ("sigma_index",),
+        "float64",
+        "the scheduler's whole sigma table",
+    ),
     Variable("images", "final", ("image", "y", "x", "rgb"), "uint8", "the finished pictures"),
     *_part(
         _from_picture,
-        Variable("source", "picture", ("y", "x", "rgb"), "uint8", "the picture that it began from, as the VAE got it"),
+        Variable(
+            "source",
+            "picture",
+            ("y", "x", "rgb"),
+            "uint8",
+            "the picture that it began from, as the VAE got it",
+        ),
     ),
     *_part(
         _never,
         _coordinate("source", "masked", ("masked",), "str", "what each mask shows, by its word"),
-        Variable("source", "mask", ("masked", "y", "x"), "uint8", "1 where it is in the picture, given from outside"),
+        Variable(
+            "source",
+            "mask",
+            ("masked", "y", "x"),
+            "uint8",
+            "1 where it is in the picture, given from outside",
+        ),
     ),
     *_part(
         _noising,
-        Variable("source", "psnr", (), "float64", "of the picture after the VAE's round trip, images/final", "dB"),
+        Variable(
+            "source",
+            "psnr",
+            (),
+            "float64",
+            "of the picture after the VAE's round trip, images/final",
+            "dB",
+        ),
     ),
     *_part(
         _from_picture,
-        Variable("forward", "clean", _LATENT[1:], "run", "latents of the picture: a sample of the VAE's posterior, in a noising its mean"),
-        Variable("forward", "noise", _LATENT[1:], "run", "the true noise: what was mixed into them, at every step the same"),
+        Variable(
+            "forward",
+            "clean",
+            _LATENT[1:],
+            "run",
+            "latents of the picture: a sample of the VAE's posterior, in a noising its mean",
+        ),
+        Variable(
+            "forward",
+            "noise",
+            _LATENT[1:],
+            "run",
+            "the true noise: what was mixed into them, at every step the same",
+        ),
     ),
     *_part(
         _noising,
         Variable("forward", "denoised", _LATENT, "float32", "the predicted clean latents"),
         Variable("forward", "difference", _LATENT, "float32", "predicted noise less true noise"),
-        Variable("forward", "loss", ("step", "image"), "float32", "mean square of prediction less target, the noise or (v-prediction) the velocity"),
-        Variable("forward", "noise_loss", ("step", "image"), "float32", "mean square of the difference"),
-        Variable("forward", "loss_mean", ("step",), "float64", "of the loss, over the draws of noise"),
-        Variable("forward", "loss_spread", ("step",), "float64", "its standard deviation over them (n - 1); NaN of one draw"),
+        Variable(
+            "forward",
+            "loss",
+            ("step", "image"),
+            "float32",
+            "mean square of prediction less target, the noise or (v-prediction) the velocity",
+        ),
+        Variable(
+            "forward", "noise_loss", ("step", "image"), "float32", "mean square of the difference"
+        ),
+        Variable(
+            "forward", "loss_mean", ("step",), "float64", "of the loss, over the draws of noise"
+        ),
+        Variable(
+            "forward",
+            "loss_spread",
+            ("step",),
+            "float64",
+            "its standard deviation over them (n - 1); NaN of one draw",
+        ),
     ),
     *_part(
         lambda asked: bool(asked.recipe.decoded_every),
-        _coordinate("decoded", "decoded_step", ("decoded_step",), "int64", "index of the model call that was decoded"),
-        Variable("decoded", "picture", ("decoded_step", "image", "y", "x", "rgb"), "uint8", "the denoised latents of some steps, decoded"),
+        _coordinate(
+            "decoded",
+            "decoded_step",
+            ("decoded_step",),
+            "int64",
+            "index of the model call that was decoded",
+        ),
+        Variable(
+            "decoded",
+            "picture",
+            ("decoded_step", "image", "y", "x", "rgb"),
+            "uint8",
+            "the denoised latents of some steps, decoded",
+        ),
     ),
-    Variable("preview", "latent_to_rgb", ("channel", "rgb"), "float32", "linear map from denoised latents to colour in 0..1"),
+    Variable(
+        "preview",
+        "latent_to_rgb",
+        ("channel", "rgb"),
+        "float32",
+        "linear map from denoised latents to colour in 0..1",
+    ),
     Variable("preview", "bias", ("rgb",), "float32", "constant of that map"),
     *_part(
         lambda asked: bool(asked.recipe.capture.text),
         _coordinate("text/{encoder}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
         _coordinate("text/{encoder}", "token", ("token",), "int64", "position in the 77 tokens"),
         _coordinate(
-            "text/{encoder}", "token_text", ("branch", "token"), "str", "the token as text; what is only part of a character as its bytes, \\xf0"
+            "text/{encoder}",
+            "token_text",
+            ("branch", "token"),
+            "str",
+            "the token as text; what is only part of a character as its bytes, \\xf0",
         ),
-        _coordinate("text/{encoder}", "word", ("branch", "token"), "str", "the word that the token belongs to"),
-        _coordinate("text/{encoder}", "word_index", ("branch", "token"), "int64", "number of that word in the prompt, -1 for none"),
+        _coordinate(
+            "text/{encoder}",
+            "word",
+            ("branch", "token"),
+            "str",
+            "the word that the token belongs to",
+        ),
+        _coordinate(
+            "text/{encoder}",
+            "word_index",
+            ("branch", "token"),
+            "int64",
+            "number of that word in the prompt, -1 for none",
+        ),
         Variable("text/{encoder}", "token_id", ("branch", "token"), "int64", "token ids"),
-        Variable("text/{encoder}", "embedding", ("branch", "token", "feature"), "run", "token plus position embedding"),
         Variable(
-            "text/{encoder}", "hidden", ("text_layer", "branch", "token", "feature"), "run", "output of each layer (SDXL: the last but one is used)"
+            "text/{encoder}",
+            "embedding",
+            ("branch", "token", "feature"),
+            "run",
+            "token plus position embedding",
         ),
-        Variable("text/{encoder}", "output", ("branch", "token", "feature"), "run", "after the last norm: what the UNet is given, but for SDXL"),
-        Variable("text/{encoder}", "attention", ("text_layer", "branch", "text_head", "token", "key"), "float16", "self-attention: token at key"),
+        Variable(
+            "text/{encoder}",
+            "hidden",
+            ("text_layer", "branch", "token", "feature"),
+            "run",
+            "output of each layer (SDXL: the last but one is used)",
+        ),
+        Variable(
+            "text/{encoder}",
+            "output",
+            ("branch", "token", "feature"),
+            "run",
+            "after the last norm: what the UNet is given, but for SDXL",
+        ),
+        Variable(
+            "text/{encoder}",
+            "attention",
+            ("text_layer", "branch", "text_head", "token", "key"),
+            "float16",
+            "self-attention: token at key",
+        ),
     ),
     Variable(
-        "text/{encoder}", "pooled", ("branch", "pooled_feature"), "run", "pooled embedding, which the UNet is given beside the tokens", when=_pooled
+        "text/{encoder}",
+        "pooled",
+        ("branch", "pooled_feature"),
+        "run",
+        "pooled embedding, which the UNet is given beside the tokens",
+        when=_pooled,
     ),
     *_part(
         _attention(),
-        _coordinate("attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
-        _coordinate("attention/{grid}", "token", ("token",), "int64", "token position; -1 is `rest`, the sum of all others"),
         _coordinate(
-            "attention/{grid}", "token_text", ("branch", "token"), "str", "the token as text; what is only part of a character as its bytes, \\xf0"
+            "attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"
         ),
-        _coordinate("attention/{grid}", "word", ("branch", "token"), "str", "the word that the token belongs to"),
-        _coordinate("attention/{grid}", "word_index", ("branch", "token"), "int64", "number of that word in the prompt, -1 for none"),
-        _coordinate("attention/{grid}", "layer", ("layer",), "str", "dotted path of the cross-attention module"),
+        _coordinate(
+            "attention/{grid}",
+            "token",
+            ("token",),
+            "int64",
+            "token position; -1 is `rest`, the sum of all others",
+        ),
+        _coordinate(
+            "attention/{grid}",
+            "token_text",
+            ("branch", "token"),
+            "str",
+            "the token as text; what is only part of a character as its bytes, \\xf0",
+        ),
+        _coordinate(
+            "attention/{grid}",
+            "word",
+            ("branch", "token"),
+            "str",
+            "the word that the token belongs to",
+        ),
+        _coordinate(
+            "attention/{grid}",
+            "word_index",
+            ("branch", "token"),
+            "int64",
+            "number of that word in the prompt, -1 for none",
+        ),
+        _coordinate(
+            "attention/{grid}",
+            "layer",
+            ("layer",),
+            "str",
+            "dotted path of the cross-attention module",
+        ),
     ),
     *_part(
         _attention("maps", "summary"),
-        _coordinate("attention/{grid}", "moment", ("moment",), "str", "mass, centroid_y, centroid_x"),
+        _coordinate(
+            "attention/{grid}", "moment", ("moment",), "str", "mass, centroid_y, centroid_x"
+        ),
         Variable(
             "attention/{grid}",
             "cross",
@@ -209,7 +395,11 @@ SCHEMA: tuple[Variable, ...] = (
     *_part(
         _attention("summary"),
         _coordinate(
-            "attention/{grid}", "head_statistic", ("head_statistic",), "str", "mass, centroid_y, centroid_x, entropy over space in nats, greatest"
+            "attention/{grid}",
+            "head_statistic",
+            ("head_statistic",),
+            "str",
+            "mass, centroid_y, centroid_x, entropy over space in nats, greatest",
         ),
         Variable(
             "attention/{grid}",
@@ -240,7 +430,13 @@ SCHEMA: tuple[Variable, ...] = (
     ),
     *_part(
         _attention(),
-        Variable("attention/{grid}", "recorded", ("step",), "uint8", "1 where maps were asked for at this step"),
+        Variable(
+            "attention/{grid}",
+            "recorded",
+            ("step",),
+            "uint8",
+            "1 where maps were asked for at this step",
+        ),
         Variable(
             "attention/{grid}",
             "value_size",
@@ -253,15 +449,29 @@ SCHEMA: tuple[Variable, ...] = (
             "overview",
             ("token", "step", "y", "x"),
             "float32",
-            "maps of the last branch: mean over images and the heads of each layer, then over the layers of all grids",
+            "maps of the last branch: mean over images and the heads of each layer, then over the "
+            "layers of all grids",
             chunked=("token",),
             first_grid=True,
         ),
-        Variable("attention/{grid}", "time_sum", ("token", *_MAP), "float32", "sum of the maps over the recorded steps", chunked=("token",)),
+        Variable(
+            "attention/{grid}",
+            "time_sum",
+            ("token", *_MAP),
+            "float32",
+            "sum of the maps over the recorded steps",
+            chunked=("token",),
+        ),
     ),
     *_part(
         lambda asked: bool(asked.recipe.capture.counterfactual),
-        _coordinate("counterfactual", "masked_word", ("masked_word",), "str", "the word without which the UNet predicted again"),
+        _coordinate(
+            "counterfactual",
+            "masked_word",
+            ("masked_word",),
+            "str",
+            "the word without which the UNet predicted again",
+        ),
         Variable(
             "counterfactual",
             "change",
@@ -273,8 +483,16 @@ SCHEMA: tuple[Variable, ...] = (
     ),
     *_part(
         lambda asked: bool(asked.recipe.capture.self_attention),
-        _coordinate("self_attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"),
-        _coordinate("self_attention/{grid}", "layer", ("layer",), "str", "dotted path of the self-attention module"),
+        _coordinate(
+            "self_attention/{grid}", "branch", ("branch",), "str", "which prompt: uncond or cond"
+        ),
+        _coordinate(
+            "self_attention/{grid}",
+            "layer",
+            ("layer",),
+            "str",
+            "dotted path of the self-attention module",
+        ),
         Variable(
             "self_attention/{grid}",
             "self",
@@ -289,44 +507,116 @@ SCHEMA: tuple[Variable, ...] = (
         _coordinate("unet", "branch", ("branch",), "str", "which prompt: uncond or cond"),
         _coordinate("unet", "module", ("module",), "str", "dotted path of the module"),
         _coordinate("unet", "statistic", ("statistic",), "str", "mean, std, min, max"),
-        Variable("unet", "statistics", ("step", "statistic", "branch", "image", "module"), "float32", "of the module's whole output"),
+        Variable(
+            "unet",
+            "statistics",
+            ("step", "statistic", "branch", "image", "module"),
+            "float32",
+            "of the module's whole output",
+        ),
         recorded_only=True,
     ),
     *_part(
         lambda asked: asked.vae and _statistics(asked),
         _coordinate("vae", "module", ("module",), "str", "dotted path of the module"),
         _coordinate("vae", "statistic", ("statistic",), "str", "mean, std, min, max"),
-        Variable("vae", "statistics", ("statistic", "image", "module"), "float32", "of the module's whole output, final decoding"),
+        Variable(
+            "vae",
+            "statistics",
+            ("statistic", "image", "module"),
+            "float32",
+            "of the module's whole output, final decoding",
+        ),
     ),
     *_part(
         _never,
-        Variable("unet/{module}", "activation", ("step", "branch", "image", "..."), "any", "the module's whole output"),
+        Variable(
+            "unet/{module}",
+            "activation",
+            ("step", "branch", "image", "..."),
+            "any",
+            "the module's whole output",
+        ),
         recorded_only=True,
     ),
     *_part(
         _never,
-        Variable("vae/{module}", "activation", ("image", "..."), "any", "the module's whole output, final decoding"),
+        Variable(
+            "vae/{module}",
+            "activation",
+            ("image", "..."),
+            "any",
+            "the module's whole output, final decoding",
+        ),
         _coordinate("text_encoder", "branch", ("branch",), "str", "which prompt: uncond or cond"),
-        Variable("text_encoder/{module}", "activation", ("branch", "..."), "any", "the module's whole output"),
+        Variable(
+            "text_encoder/{module}",
+            "activation",
+            ("branch", "..."),
+            "any",
+            "the module's whole output",
+        ),
         _coordinate("text_encoder_2", "branch", ("branch",), "str", "which prompt: uncond or cond"),
-        Variable("text_encoder_2/{module}", "activation", ("branch", "..."), "any", "the module's whole output"),
+        Variable(
+            "text_encoder_2/{module}",
+            "activation",
+            ("branch", "..."),
+            "any",
+            "the module's whole output",
+        ),
     ),
     _coordinate("cost", "component", ("component",), "str", "text encoders, unet, vae"),
     Variable("cost", "unet_seconds", ("step",), "float64", "time of the UNet's forward pass", "s"),
-    Variable("cost", "step_seconds", ("step",), "float64", "wall time of the whole step, scheduler and capture included", "s"),
-    Variable("cost", "seconds", ("component",), "float64", "time of the component over the whole run", "s"),
-    Variable("cost", "flops", ("component",), "int64", "floating point operations of one call, counted on the meta device", "FLOP"),
-    Variable("cost", "parameters", ("component",), "int64", "number of parameters of the whole component", since=2),
+    Variable(
+        "cost",
+        "step_seconds",
+        ("step",),
+        "float64",
+        "wall time of the whole step, scheduler and capture included",
+        "s",
+    ),
+    Variable(
+        "cost",
+        "seconds",
+        ("component",),
+        "float64",
+        "time of the component over the whole run",
+        "s",
+    ),
+    Variable(
+        "cost",
+        "flops",
+        ("component",),
+        "int64",
+        "floating point operations of one call, counted on the meta device",
+        "FLOP",
+    ),
+    Variable(
+        "cost",
+        "parameters",
+        ("component",),
+        "int64",
+        "number of parameters of the whole component",
+        since=2,
+    ),
     Variable(
         "cost",
         "weight_bytes",
         ("component",),
         "int64",
-        "bytes of these parameters in memory, in the number formats in which they ran; buffers are not counted",
+        "bytes of these parameters in memory, in the number formats in which they ran; buffers "
+        "are not counted",
         "byte",
         since=2,
     ),
-    Variable("cost", "peak_memory", (), "int64", "greatest memory of the device (CUDA) or the process (CPU)", "byte"),
+    Variable(
+        "cost",
+        "peak_memory",
+        (),
+        "int64",
+        "greatest memory of the device (CUDA) or the process (CPU)",
+        "byte",
+    ),
 )
 _BY_NAME = {(variable.group, variable.name): variable for variable in SCHEMA}
 _TAIL = {3: ("channel", "y", "x"), 2: ("position", "feature"), 1: ("feature",)}
@@ -334,7 +624,9 @@ _TAIL = {3: ("channel", "y", "x"), 2: ("position", "feature"), 1: ("feature",)}
 
 @dataclass(frozen=True)
 class Array:
-    """A variable of one recording: its place, sizes and type, and its content where that is known from the start."""
+    """A variable of one recording: its place, sizes and type, and its content where that is known
+    from the start.
+    """
 
     group: str
     variable: Variable
@@ -351,7 +643,9 @@ class Array:
     @property
     def dims(self) -> tuple[str, ...]:
         dims = tuple(self.across if dim == "image" else dim for dim in self.variable.dims)
-        return dims if dims[-1:] != ("...",) else (*dims[:-1], *_TAIL[len(self.shape) - len(dims) + 1])
+        return (
+            dims if dims[-1:] != ("...",) else (*dims[:-1], *_TAIL[len(self.shape) - len(dims) + 1])
+        )
 
     @property
     def nbytes(self) -> int:
@@ -367,8 +661,16 @@ class Array:
         return self.variable.per_step
 
 
-def array(group: str, name: str, shape: Sequence[int] | None = None, dtype: str | None = None, value: Any = None, **attributes: Any) -> Array:
-    """The schema's variable `name` in the recording's `group` ("attention/16x16"), sized by `shape` or by its `value`.
+def array(
+    group: str,
+    name: str,
+    shape: Sequence[int] | None = None,
+    dtype: str | None = None,
+    value: Any = None,
+    **attributes: Any,
+) -> Array:
+    """The schema's variable `name` in the recording's `group` ("attention/16x16"), sized by `shape`
+    or by its `value`.
 
     Raises KeyError for a variable that the schema does not have.
     """
@@ -378,12 +680,21 @@ def array(group: str, name: str, shape: Sequence[int] | None = None, dtype: str 
     if value is not None:
         value = np.asarray(value, dtype=object if variable.dtype == "str" else None)
     kind = dtype or variable.dtype
-    return Array(group, variable, tuple(value.shape if shape is None else shape), kind, value, attributes)
+    return Array(
+        group, variable, tuple(value.shape if shape is None else shape), kind, value, attributes
+    )
 
 
 def _find(group: str, name: str) -> Variable:
     first = group.split("/")[0]
-    for pattern in (group, *(p for p in dict.fromkeys(v.group for v in SCHEMA) if "{" in p and p.split("/")[0] == first)):
+    for pattern in (
+        group,
+        *(
+            p
+            for p in dict.fromkeys(v.group for v in SCHEMA)
+            if "{" in p and p.split("/")[0] == first
+        ),
+    ):
         if (pattern, name) in _BY_NAME:
             return _BY_NAME[pattern, name]
     raise KeyError(f"the schema has no variable {name!r} in group {group!r}")
@@ -397,4 +708,8 @@ def counted(number: int, noun: str) -> str:
 def near(wrong: str, options: Sequence[str]) -> str:
     """A remedy that names the options nearest to a wrong name."""
     found = difflib.get_close_matches(wrong, options, n=3, cutoff=0.4)
-    return f"Did you mean {' or '.join(found)}?" if found else f"There are: {', '.join(options[:12])}{', ...' if len(options) > 12 else ''}."
+    return (
+        f"Did you mean {' or '.join(found)}?"
+        if found
+        else f"There are: {', '.join(options[:12])}{', ...' if len(options) > 12 else ''}."
+    )

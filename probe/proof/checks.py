@@ -1,12 +1,13 @@
-"""What a check of a recording finds, and the checks of its files and flags. Without torch and without the model.
+"""What a check of a recording finds, and the checks of its files and flags. Without torch and
+without the model.
 
     manifest     every file is there, none is new, each has the digest it was written with; every chunk's checksum holds
     digests      each committed step, and what is written once, has the digest that was written with it, also after an interruption
     committed    every step is there, or those up to an interruption; maps are where they were asked for
     picture      the pictures for people show the pixels that were recorded, and no byte of them has changed
 
-A check gives one `Check`, whose verdict is one of four: exact; within a tolerance, for a reason that is named; failed, and
-where; or not checked, and why. `Tally` makes one of many comparisons.
+A check gives one `Check`, whose verdict is one of four: exact; within a tolerance, for a reason
+that is named; failed, and where; or not checked, and why. `Tally` makes one of many comparisons.
 """
 
 from __future__ import annotations
@@ -28,7 +29,18 @@ import numpy as np
 import xarray as xr
 from PIL import Image
 
-from probe.reading.files import DRAWN, LARGE, entry_is_link, is_hole, no_longer, opened, read_file, read_json, refuse, refuse_link
+from probe.reading.files import (
+    DRAWN,
+    LARGE,
+    entry_is_link,
+    is_hole,
+    no_longer,
+    opened,
+    read_file,
+    read_json,
+    refuse,
+    refuse_link,
+)
 from probe.reading.lazy import in_files
 from probe.reading.limits import takes_no_room
 from probe.reading.recording import Run
@@ -39,18 +51,33 @@ from probe.writing.digests import DIGESTS, EMPTY, marks, of_a_step, read_lines, 
 from probe.writing.digests import digest as digest_of
 from probe.writing.store import MANIFEST, is_hashed
 
-MAX_MANIFEST, MAX_SAID = 16 * 2**20, 2**20  # bytes of a manifest, 150,000 files; of what is said in a picture
+MAX_MANIFEST, MAX_SAID = (
+    16 * 2**20,
+    2**20,
+)  # bytes of a manifest, 150,000 files; of what is said in a picture
 MAX_DIGESTS, MAX_PICTURES = 2 * 2**20, 256 * 2**20  # bytes: 20,000 lines; all pictures together
 
 # Whatever a damaged file makes of itself, also inside a scheduler with settings that make no sense.
-DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, NameError, AssertionError, RuntimeError, ArithmeticError)
+DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NameError,
+    AssertionError,
+    RuntimeError,
+    ArithmeticError,
+)
 
 Verdict = Literal["exact", "within tolerance", "failed", "not checked"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was found and where, and, for a tolerance, the reasons for which it is granted."""
+    """One finding: what was found and where, and, for a tolerance, the reasons for which it is
+    granted.
+    """
 
     name: str
     verdict: Verdict
@@ -60,7 +87,8 @@ class Check:
 
 @dataclass
 class Tally:
-    """Many comparisons of one check, as one verdict: exact when none is off, else by how much the worst is, and where the first is.
+    """Many comparisons of one check, as one verdict: exact when none is off, else by how much the
+    worst is, and where the first is.
 
     `allowed` is granted only for a reason in `because`; without one, only the same bits pass.
     """
@@ -100,22 +128,38 @@ class Tally:
         if self.worst == 0:
             return Check(self.name, "exact", f"{self.what}: the same at all {self.count} places")
         if self.because and self.worst <= self.allowed:
-            told = f"{self.what}: within {self.worst:.2g} {self.unit} ({self.where}); {self.allowed:.2g} is allowed"
+            told = (
+                f"{self.what}: within {self.worst:.2g} {self.unit} ({self.where}); "
+                f"{self.allowed:.2g} is allowed"
+            )
             return Check(self.name, "within tolerance", told, self.because)
         first = f"; first at {self.first}" if self.first != self.where else ""
-        return Check(self.name, "failed", f"{self.what}: off by {self.worst:.2g} {self.unit} at {self.where}{first}", self.because)
+        return Check(
+            self.name,
+            "failed",
+            f"{self.what}: off by {self.worst:.2g} {self.unit} at {self.where}{first}",
+            self.because,
+        )
 
 
-# --- files and flags -------------------------------------------------------------------------------------------------
+# --- files and flags ------------------------------------------------------------------------------
 
 
 def check_manifest(run: Run) -> Check:
     """Digests of files, and the checksum of every chunk."""
     if not exists(run.path / MANIFEST):
-        told = f"the run is {run.status}: its manifest is written at the end; the checksums of {read_all(run)} variables hold"
+        told = (
+            f"the run is {run.status}: its manifest is written at the end; the checksums of "
+            f"{read_all(run)} variables hold"
+        )
         return Check("manifest", "not checked" if run.status != "complete" else "failed", told)
-    if (said := run.attributes["status"]) in ("failed", "interrupted"):  # a writer that ends so takes the manifest away
-        return Check("manifest", "failed", f"there is one, as a complete run has; the status is {said}")
+    if (said := run.attributes["status"]) in (
+        "failed",
+        "interrupted",
+    ):  # a writer that ends so takes the manifest away
+        return Check(
+            "manifest", "failed", f"there is one, as a complete run has; the status is {said}"
+        )
     written, present = read_json(run.path, MANIFEST, MAX_MANIFEST), files_of(run.path)
     if not isinstance(written, dict):
         raise refuse(run.path, f"{MANIFEST} is not a list of files")
@@ -124,11 +168,19 @@ def check_manifest(run: Run) -> Check:
     for problem, names in (("changed", wrong), ("missing", missing), ("new", new)):
         if names:
             return Check("manifest", "failed", f"{len(names)} files {problem}: {names[0]}")
-    return Check("manifest", "exact", f"{len(written)} files have the digests they were written with, {read_all(run)} variables their checksums")
+    return Check(
+        "manifest",
+        "exact",
+        f"{len(written)} files have the digests they were written with, {read_all(run)} variables "
+        "their checksums",
+    )
 
 
 def files_of(path: Path) -> set[str]:
-    """What the manifest of a recording has to list, by relative path. Raises RecordingDamaged for a link, a pipe or a device."""
+    """What the manifest of a recording has to list, by relative path.
+
+    Raises RecordingDamaged for a link, a pipe or a device.
+    """
     found, folders, roomless = set(), [""], 0
     while folders:
         folder = folders.pop()
@@ -146,12 +198,19 @@ def files_of(path: Path) -> set[str]:
                     about = entry.stat(follow_symlinks=False)
                     roomless += about.st_size if takes_no_room(path / name, about) else 0
                     if roomless > LARGE:
-                        raise refuse(path, f"{printable(name)} is a hole, or shares its bytes", "Copy it with cp -r, and read the copy.")
+                        raise refuse(
+                            path,
+                            f"{printable(name)} is a hole, or shares its bytes",
+                            "Copy it with cp -r, and read the copy.",
+                        )
     return found
 
 
 def digest(run: Run, name: str) -> str:
-    """SHA-256 of one file, as `probe.writing.store.manifest` takes it, a block at a time. Raises RecordingDamaged for one of a strange size."""
+    """SHA-256 of one file, as `probe.writing.store.manifest` takes it, a block at a time.
+
+    Raises RecordingDamaged for one of a strange size.
+    """
     if name == "zarr.json":  # what is written at the very end is left out
         root = read_root(run.path)
         root["attributes"].pop("status", None)
@@ -166,15 +225,21 @@ def digest(run: Run, name: str) -> str:
 
 
 def read_all(run: Run) -> int:
-    """Decode every chunk of every variable, one step at a time, which checks their checksums. Raises ValueError where one is wrong.
+    """Decode every chunk of every variable, one step at a time, which checks their checksums.
+    Raises ValueError where one is wrong.
 
-    Of steps that are not committed nothing is promised: a killed writer may have left half a chunk there.
+    Of steps that are not committed nothing is promised: a killed writer may have left half a chunk
+    there.
     """
     count = 0
     for path, variable in variables(run):
         count += 1
         try:
-            for index in in_files(run.path, path, variable, run.steps) if "step" in variable.dims and variable.ndim > 1 else [None]:
+            for index in (
+                in_files(run.path, path, variable, run.steps)
+                if "step" in variable.dims and variable.ndim > 1
+                else [None]
+            ):
                 _ = (variable if index is None else variable.isel(step=index)).values
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -193,22 +258,44 @@ def check_committed(run: Run) -> Check:
     calls, done = run.tree.sizes["step"], len(run.steps)
     flags = run.variable("committed").values
     if not np.isin(flags, (0, 1)).all():
-        return Check("committed", "failed", f"committed is {flags.max()} at step {int(flags.argmax())}, and a flag is 0 or 1")
+        return Check(
+            "committed",
+            "failed",
+            f"committed is {flags.max()} at step {int(flags.argmax())}, and a flag is 0 or 1",
+        )
     if not np.array_equal(run.steps, np.arange(done)):
-        return Check("committed", "failed", f"steps {', '.join(map(str, run.steps[:8]))}: one before the last is missing")
+        return Check(
+            "committed",
+            "failed",
+            f"steps {', '.join(map(str, run.steps[:8]))}: one before the last is missing",
+        )
     if run.status == "complete" and done < calls:
         return Check("committed", "failed", f"{done} of {calls} steps; the run is complete")
     expected = np.isin(np.arange(calls), run.recipe.capture.steps_of(calls)).astype(np.uint8)
     for grid in run.grids:
         if not np.array_equal(run.variable(f"attention/{grid}/recorded").values, expected):
-            return Check("committed", "failed", f"attention/{grid}/recorded is not capture.steps: {run.recipe.capture.steps}")
-    return Check("committed", "exact", f"all {calls} steps" if done == calls else f"{done} of {calls} steps; the run is {run.status}")
+            return Check(
+                "committed",
+                "failed",
+                f"attention/{grid}/recorded is not capture.steps: {run.recipe.capture.steps}",
+            )
+    return Check(
+        "committed",
+        "exact",
+        f"all {calls} steps"
+        if done == calls
+        else f"{done} of {calls} steps; the run is {run.status}",
+    )
 
 
 def check_digests(run: Run) -> Check:
-    """What was written, step by step, against the lines that its writer added: proof of a recording that has no manifest yet."""
+    """What was written, step by step, against the lines that its writer added: proof of a recording
+    that has no manifest yet.
+    """
     if "digests" not in run.attributes:
-        return Check("digests", "not checked", "an older version wrote it, which kept no digests of steps")
+        return Check(
+            "digests", "not checked", "an older version wrote it, which kept no digests of steps"
+        )
     steps = [int(step) for step in run.steps]  # first: a living writer adds the line, then the flag
 
     if not exists(run.path / DIGESTS):
@@ -219,20 +306,33 @@ def check_digests(run: Run) -> Check:
     arrays = nodes_of(run.path, read_root(run.path))[1]
     told = sorted((step, what) for what in lines if (step := step_of(what)) is not None)
     if told[len(steps) + 1 :] and run.status != "running":
-        return Check("digests", "failed", f"{told[-1][1]} was written, and {told[-2][1]} is not committed")
-    proved = [*(f"step {step}" for step in steps), *(what for what in lines if step_of(what) is None)]
+        return Check(
+            "digests", "failed", f"{told[-1][1]} was written, and {told[-2][1]} is not committed"
+        )
+    proved = [
+        *(f"step {step}" for step in steps),
+        *(what for what in lines if step_of(what) is None),
+    ]
     for what in proved:
         if digest_now(run, arrays, what) != lines[what]:
             return Check("digests", "failed", f"{what} is not what was written")
     if run.status != "running" and (planted := _never_written(run, arrays, lines, len(steps))):
         return Check("digests", "failed", planted)
-    return Check("digests", "exact", f"{len(steps)} steps and {len(proved) - len(steps)} other parts are what was written")
+    return Check(
+        "digests",
+        "exact",
+        f"{len(steps)} steps and {len(proved) - len(steps)} other parts are what was written",
+    )
 
 
-def _never_written(run: Run, arrays: Mapping[str, Stored], lines: Mapping[str, str], done: int) -> str:
-    """What holds values and has no line, of all that is written step by step; nothing, if all is as a writer leaves it.
+def _never_written(
+    run: Run, arrays: Mapping[str, Stored], lines: Mapping[str, str], done: int
+) -> str:
+    """What holds values and has no line, of all that is written step by step; nothing, if all is as
+    a writer leaves it.
 
-    One that was killed, or whose disk failed, may have been at the step after the last committed, and at one picture on the way.
+    One that was killed, or whose disk failed, may have been at the step after the last committed,
+    and at one picture on the way.
     """
     for path, stored in arrays.items():
         if of_a_step(path, stored.dims) and stored.chunks == (1, *stored.shape[1:]):
@@ -253,25 +353,42 @@ def _never_written(run: Run, arrays: Mapping[str, Stored], lines: Mapping[str, s
 def digest_now(run: Run, arrays: Mapping[str, Stored], what: str) -> str:
     """The digest that a line would have if it was written now. Empty for what is not there."""
     if (step := step_of(what)) is not None:
-        return digest_of({path: _marks(run, stored, step) for path, stored in arrays.items() if of_a_step(path, stored.dims)})
+        return digest_of(
+            {
+                path: _marks(run, stored, step)
+                for path, stored in arrays.items()
+                if of_a_step(path, stored.dims)
+            }
+        )
     name, _, index = what.removesuffix("]").partition("[")
-    if name not in arrays or (index and not (re.fullmatch(r"0|[1-9][0-9]{0,8}", index) and int(index) < (*arrays[name].shape, 0)[0])):
+    if name not in arrays or (
+        index
+        and not (
+            re.fullmatch(r"0|[1-9][0-9]{0,8}", index) and int(index) < (*arrays[name].shape, 0)[0]
+        )
+    ):
         return ""
     return digest_of({name: _marks(run, arrays[name], int(index) if index else None)})
 
 
 def _marks(run: Run, stored: Stored, index: int | None) -> bytes:
-    """What a digest takes of a variable, or of one entry along its first dimension, which may be a step."""
+    """What a digest takes of a variable, or of one entry along its first dimension, which may be a
+    step.
+    """
     variable, chunk = run.variable(stored.path).variable, stored.inner or stored.chunks
     if index is None:
         return marks(variable.values, chunk, stored.fill)
     if variable.ndim == 1:
         return marks(variable.values[index : index + 1], (1,), stored.fill)
-    return marks(variable[index].values, chunk[1:] if stored.dims[0] == "step" else None, stored.fill)
+    return marks(
+        variable[index].values, chunk[1:] if stored.dims[0] == "step" else None, stored.fill
+    )
 
 
 def check_picture(run: Run) -> Check:
-    """The PNGs beside the arrays: whoever looks at them sees what was recorded, and every byte is as it was written."""
+    """The PNGs beside the arrays: whoever looks at them sees what was recorded, and every byte is
+    as it was written.
+    """
     names = sorted(path.name for path in run.path.iterdir() if DRAWN.fullmatch(path.name))
     finals = [name for name in names if name.startswith("picture")]
     sealed = [] if "digests" not in run.attributes else names
@@ -285,7 +402,11 @@ def check_picture(run: Run) -> Check:
         told = f"{', '.join(sealed)}: every byte as it was written; " if sealed else ""
         return Check("picture", "not checked", f"{told}the run is {run.status}")
     pixels = run.images.values
-    expected = ["picture.png"] if len(pixels) == 1 else [f"picture-{index}.png" for index in range(len(pixels))]
+    expected = (
+        ["picture.png"]
+        if len(pixels) == 1
+        else [f"picture-{index}.png" for index in range(len(pixels))]
+    )
     there = [(name, shown) for name, shown in zip(expected, pixels, strict=True) if name in finals]
     if not there:
         return Check("picture", "not checked", f"{expected[0]} is not there")
@@ -294,20 +415,39 @@ def check_picture(run: Run) -> Check:
         if not np.array_equal(shown, pixel):
             return Check("picture", "failed", f"{name} does not show images/final")
         if json.loads(experiment) != run.attributes.recipe:
-            return Check("picture", "failed", f"{name} was made from another experiment than the recording's")
+            return Check(
+                "picture", "failed", f"{name} was made from another experiment than the recording's"
+            )
     told = f"; every byte as it was written: {', '.join(sealed)}" if sealed else ""
-    return Check("picture", "exact", f"{', '.join(name for name, _ in there)}: as images/final, of this experiment{told}")
+    return Check(
+        "picture",
+        "exact",
+        f"{', '.join(name for name, _ in there)}: as images/final, of this experiment{told}",
+    )
 
 
 def _shown(run: Run, name: str, expected: np.ndarray) -> tuple[np.ndarray, str]:
-    """What a PNG shows, and the experiment in it. Nothing is decoded that is not as large as what is expected."""
+    """What a PNG shows, and the experiment in it.
+
+    Nothing is decoded that is not as large as what is expected.
+    """
     path, asked = run.path, "noising" if run.kind == "noising" else "experiment"
     raw = read_file(path, name, no_longer(path, name, 2 * expected.nbytes + MAX_SAID))
     bomb = Image.DecompressionBombWarning
     try:
-        with warnings.catch_warnings(action="error", category=bomb), Image.open(io.BytesIO(raw), formats=("PNG",)) as picture:
+        with (
+            warnings.catch_warnings(action="error", category=bomb),
+            Image.open(io.BytesIO(raw), formats=("PNG",)) as picture,
+        ):
             if (picture.height, picture.width, len(picture.getbands())) != expected.shape:
                 return np.zeros(0), "null"
             return np.asarray(picture), str(picture.info.get(asked, "null"))
-    except (OSError, SyntaxError, zlib.error, struct.error, Image.DecompressionBombError, bomb) as error:
+    except (
+        OSError,
+        SyntaxError,
+        zlib.error,
+        struct.error,
+        Image.DecompressionBombError,
+        bomb,
+    ) as error:
         raise refuse(path, f"{name} is no picture that can be read") from error

@@ -1,4 +1,5 @@
-"""Whether what was recorded of a picture with noise in it follows from the picture, the seed and the predictions.
+"""Whether what was recorded of a picture with noise in it follows from the picture, the seed and
+the predictions.
 
 forward      without the model: the noise is that of the seeds; of a noising, every difference and loss, and the VAE's round trip
 That the noised latents follow is a matter of `probe.proof.replay`, as in any run.
@@ -18,14 +19,21 @@ from probe.proof.replay import clean_of, conditions, numbers, run_dtype
 from probe.reading.recording import Run
 from probe.watching.source import psnr
 
-ROUNDED = 1e-4  # of the greatest value: one float32 formula, computed by torch and by numpy, and divided by sqrt(alpha_bar)
+# of the greatest value: one float32 formula, computed by torch and by numpy, and divided by
+# sqrt(alpha_bar)
+ROUNDED = 1e-4
 
 
 def check_forward(run: Run) -> Check:
     """The true noise, and all that is measured by it."""
     clean = clean_of(run)
     if run.kind == "noising":
-        tally = Tally("forward", "noise is that of the seeds; differences, losses and the round trip follow", ROUNDED, ("rounding", *conditions(run)))
+        tally = Tally(
+            "forward",
+            "noise is that of the seeds; differences, losses and the round trip follow",
+            ROUNDED,
+            ("rounding", *conditions(run)),
+        )
         eps = noise(run.noising.seed, tuple(clean.shape), run_dtype(run))[0]
         _measured(run, tally, clean, eps)
     else:
@@ -45,20 +53,33 @@ def _measured(run: Run, tally: Tally, clean: torch.Tensor, eps: torch.Tensor) ->
     axes = (1, 2, 3)
     for step in run.steps:
         alpha_bar = float(run.variable("alpha_bar").values[step])
-        x, prediction = (run.variable(f"latents/{name}").isel(step=step).values.astype(np.float32) for name in ("latents", "prediction"))
+        x, prediction = (
+            run.variable(f"latents/{name}").isel(step=step).values.astype(np.float32)
+            for name in ("latents", "prediction")
+        )
         difference = eps_from(prediction, x, alpha_bar, kind) - true_eps
-        with np.errstate(divide="ignore", invalid="ignore"):  # at alpha_bar 0, noise says nothing of what is clean
+        with np.errstate(
+            divide="ignore", invalid="ignore"
+        ):  # at alpha_bar 0, noise says nothing of what is clean
             denoised = denoised_from(prediction, x, alpha_bar, kind)
         made = {
             "denoised": denoised,
             "difference": difference,
-            "loss": ((prediction - target(true_clean, true_eps, alpha_bar, kind)) ** 2).mean(axis=axes),
+            "loss": ((prediction - target(true_clean, true_eps, alpha_bar, kind)) ** 2).mean(
+                axis=axes
+            ),
             "noise_loss": (difference**2).mean(axis=axes),
         }
         loss = run.variable("forward/loss").isel(step=step).values.astype(np.float64)
-        made |= {"loss_mean": loss.mean(), "loss_spread": loss.std(ddof=1) if count > 1 else np.array(np.nan)}
+        made |= {
+            "loss_mean": loss.mean(),
+            "loss_spread": loss.std(ddof=1) if count > 1 else np.array(np.nan),
+        }
         for name, value in made.items():
-            tally.add(relative(value, run.variable(f"forward/{name}").isel(step=step).values), f"forward/{name}, step {step}")
+            tally.add(
+                relative(value, run.variable(f"forward/{name}").isel(step=step).values),
+                f"forward/{name}, step {step}",
+            )
     if run.status == "complete":
         trip = np.array(psnr(run.variable("source/picture").values, run.images.values[0]))
         tally.add(relative(trip, run.variable("source/psnr").values), "source/psnr")

@@ -1,10 +1,12 @@
-"""Recorded attention maps held against what must hold of them, and against what the hook measured before they were stored.
+"""Recorded attention maps held against what must hold of them, and against what the hook measured
+before they were stored.
 
     softmax      at each place, the shares of all tokens sum to one; so do those of self-attention and of the text's attention
     moments      mass and centroid of each map, measured from q and k in the hook, are those of the stored map
     sums         time_sum and overview are the sums of the stored maps
 
-No tolerance here is guessed: `rounding` says how far each stored value can be from what was rounded, and every bound follows.
+No tolerance here is guessed: `rounding` says how far each stored value can be from what was
+rounded, and every bound follows.
 """
 
 from __future__ import annotations
@@ -24,19 +26,34 @@ ROUNDED = "rounded when stored"
 
 
 def rounding(stored: np.ndarray) -> np.ndarray:
-    """How far, at most, each stored probability is from the one that was rounded to it. *Shape:* as `stored`, float32."""
+    """How far, at most, each stored probability is from the one that was rounded to it.
+
+    *Shape:* as `stored`, float32.
+    """
     if stored.dtype == np.uint8:  # sqrt_u8: the codes next to c begin at c - 1/2 and c + 1/2
         return (stored.astype(np.float32) + np.float32(0.25 + 1e-3)) / 255**2
     with np.errstate(invalid="ignore"):  # NaN stays NaN
-        return np.spacing(np.abs(stored)).astype(np.float32) / 2 if stored.dtype == np.float16 else np.zeros(stored.shape, np.float32)
+        return (
+            np.spacing(np.abs(stored)).astype(np.float32) / 2
+            if stored.dtype == np.float16
+            else np.zeros(stored.shape, np.float32)
+        )
 
 
 def place(values: xr.DataArray, flat: int) -> str:
-    """Where a value is, by the labels of its dimensions: "attention/8x8, step 2, token 3, layer mid_block..., head 1"."""
+    """Where a value is, by the labels of its dimensions: "attention/8x8, step 2, token 3, layer
+    mid_block..., head 1".
+    """
     index = np.unravel_index(flat, values.shape)
     labels = dict(zip(values.dims, index, strict=True))
-    said = [f"step {int(values['step'])}"] if "step" in values.coords and "step" not in values.dims else []
-    said += [f"{dim} {values[dim].values[i] if dim in values.coords else i}" for dim, i in labels.items()]
+    said = (
+        [f"step {int(values['step'])}"]
+        if "step" in values.coords and "step" not in values.dims
+        else []
+    )
+    said += [
+        f"{dim} {values[dim].values[i] if dim in values.coords else i}" for dim, i in labels.items()
+    ]
     return ", ".join(said)
 
 
@@ -63,11 +80,17 @@ def check_softmax(run: Run) -> Check:
 
 def _not_zero(run: Run) -> Iterator[str]:
     """Values of the text encoders in branches for which the model was given zeros."""
-    for encoder in run.tree["text"].children if "text" in run.tree.children and run.attributes.zeroed_branches else ():
+    for encoder in (
+        run.tree["text"].children
+        if "text" in run.tree.children and run.attributes.zeroed_branches
+        else ()
+    ):
         for name in ("embedding", "hidden", "output", "attention", "pooled"):
             if name in run.tree[f"text/{encoder}"].data_vars:
                 values = run.variable(f"text/{encoder}/{name}")
-                if values.sel(branch=values["branch"].isin(run.attributes.zeroed_branches)).values.any():
+                if values.sel(
+                    branch=values["branch"].isin(run.attributes.zeroed_branches)
+                ).values.any():
                     yield f"text/{encoder}/{name}"
 
 
@@ -79,9 +102,13 @@ def _distributions(run: Run) -> Iterator[tuple[str, xr.DataArray, tuple[str, ...
         flags = run.variable("committed").values.astype(bool)
         asked = np.isin(np.arange(len(flags)), run.recipe.capture.steps_of(len(flags)))
         for grid in run.tree["self_attention"].children:
-            maps = run.variable(f"self_attention/{grid}/self").isel(step=np.flatnonzero(flags & asked))
+            maps = run.variable(f"self_attention/{grid}/self").isel(
+                step=np.flatnonzero(flags & asked)
+            )
             yield f"self_attention/{grid}", maps, ("key_y", "key_x")
-    if "text" in run.tree.children and run.recipe.capture.text and run.steps.size:  # it is written before the first step
+    if (
+        "text" in run.tree.children and run.recipe.capture.text and run.steps.size
+    ):  # it is written before the first step
         for encoder in run.tree["text"].children:
             attention = run.variable(f"text/{encoder}/attention")
             read = ~attention["branch"].isin(run.attributes.zeroed_branches)
@@ -92,27 +119,50 @@ def _nan_is_asked_for(run: Run, part: xr.DataArray) -> bool:
     """on_nan: record writes NaN down, and then every map of the step is NaN, as its latents are."""
     if run.recipe.on_nan != "record" or "step" not in part.coords:
         return False
-    return bool(np.isnan(run.variable("latents/prediction").isel(step=int(part["step"])).values).any())
+    return bool(
+        np.isnan(run.variable("latents/prediction").isel(step=int(part["step"])).values).any()
+    )
 
 
 def check_moments(run: Run) -> Check:
-    """The hook's own trace of each map: a map that was moved, turned or mislaid on its way to the disk no longer has it."""
+    """The hook's own trace of each map: a map that was moved, turned or mislaid on its way to the
+    disk no longer has it.
+    """
     grids = [grid for grid in run.grids if "moments" in run.tree[f"attention/{grid}"].data_vars]
     if not grids:
-        return Check("moments", "not checked", "queries are recorded, maps follow from them" if run.grids else "no attention maps were recorded")
-    tally = Tally("moments", "mass and centroid of each map, as measured before storage", 1.0, (ROUNDED,), unit=BOUND)
+        return Check(
+            "moments",
+            "not checked",
+            "queries are recorded, maps follow from them"
+            if run.grids
+            else "no attention maps were recorded",
+        )
+    tally = Tally(
+        "moments",
+        "mass and centroid of each map, as measured before storage",
+        1.0,
+        (ROUNDED,),
+        unit=BOUND,
+    )
     for grid in grids:
         maps, moments = run.attention(grid), run.variable(f"attention/{grid}/moments")
         for index, step in enumerate(maps["step"].values):
             stored, measured = maps.isel(step=index).load(), moments.sel(step=step).load()
             off = unlike_moments(stored.values, measured.values)
-            spoilt = np.expand_dims(np.isnan(probabilities(stored.values)).any((-2, -1)), -1) & np.isnan(measured.values)
-            off = np.where(spoilt & (run.recipe.on_nan == "record"), 0.0, np.where(np.isnan(off), np.inf, off))
+            spoilt = np.expand_dims(
+                np.isnan(probabilities(stored.values)).any((-2, -1)), -1
+            ) & np.isnan(measured.values)
+            off = np.where(
+                spoilt & (run.recipe.on_nan == "record"), 0.0, np.where(np.isnan(off), np.inf, off)
+            )
             worst = int(off.argmax())
             tally.add(float(off.flat[worst]), f"attention/{grid}, {place(measured, worst)}")
             if "head_statistics" in run.tree[f"attention/{grid}"].data_vars:
                 heads = run.variable(f"attention/{grid}/head_statistics").sel(step=step).values
-                tally.add(_unlike_heads(heads, measured.values), f"attention/{grid}/head_statistics, step {int(step)}")
+                tally.add(
+                    _unlike_heads(heads, measured.values),
+                    f"attention/{grid}/head_statistics, step {int(step)}",
+                )
     return tally.check()
 
 
@@ -126,17 +176,23 @@ def moments_of(maps: np.ndarray) -> np.ndarray:
 
 
 def head_statistics_of(maps: np.ndarray) -> np.ndarray:
-    """Moments, entropy over space in nats, and the greatest value. *Shape:* (..., y, x) -> (..., 5)."""
+    """Moments, entropy over space in nats, and the greatest value.
+
+    *Shape:* (..., y, x) -> (..., 5).
+    """
     over_space = maps / maps.sum((-2, -1), keepdims=True)
-    entropy = -np.where(over_space > 0, over_space * np.log(np.maximum(over_space, 1e-38)), 0).sum((-2, -1))
+    entropy = -np.where(over_space > 0, over_space * np.log(np.maximum(over_space, 1e-38)), 0).sum(
+        (-2, -1)
+    )
     return np.concatenate([moments_of(maps), np.stack([entropy, maps.max((-2, -1))], -1)], -1)
 
 
 def unlike_moments(stored: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """How far moments are from those of stored maps, over what rounding explains. *Shape:* (..., y, x), (..., 3) -> (..., 3).
+    """How far moments are from those of stored maps, over what rounding explains. *Shape:* (..., y,
+    x), (..., 3) -> (..., 3).
 
-    A map p was stored as p + e with |e| <= r. Its centroid c then moves by sum e (y - c) / sum p at most, which is bounded
-    by sum r |y - c| / (sum p - sum r).
+    A map p was stored as p + e with |e| <= r. Its centroid c then moves by sum e (y - c) / sum p at
+    most, which is bounded by sum r |y - c| / (sum p - sum r).
     """
     p, r = probabilities(stored), rounding(stored).astype(np.float64)
     found = moments_of(p)
@@ -145,9 +201,14 @@ def unlike_moments(stored: np.ndarray, measured: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         bounds = [spread / pixels + ARITHMETIC * found[..., 0] + 1e-12]
         for number, axis in enumerate(_axes(p.shape), start=1):
-            bounds.append((r * np.abs(axis - found[..., number, None, None])).sum((-2, -1)) / surely + ARITHMETIC)
+            bounds.append(
+                (r * np.abs(axis - found[..., number, None, None])).sum((-2, -1)) / surely
+                + ARITHMETIC
+            )
         off: np.ndarray = np.abs(found - measured) / np.stack(bounds, -1)
-    nothing = np.less_equal(surely[..., None], 0) & np.array([False, True, True])  # rounded to nothing: it has no centre
+    nothing = np.less_equal(surely[..., None], 0) & np.array(
+        [False, True, True]
+    )  # rounded to nothing: it has no centre
     return np.where(nothing, 0.0, off)
 
 
@@ -157,7 +218,9 @@ def _axes(shape: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _unlike_heads(heads: np.ndarray, measured: np.ndarray) -> float:
-    """Statistics of each head (token, branch, image, layer, head, statistic) against the moments of their mean map."""
+    """Statistics of each head (token, branch, image, layer, head, statistic) against the moments of
+    their mean map.
+    """
     mass = heads[..., 0].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         expected = [mass.mean(-1), *((mass * heads[..., i]).sum(-1) / mass.sum(-1) for i in (1, 2))]
@@ -168,12 +231,24 @@ def _unlike_heads(heads: np.ndarray, measured: np.ndarray) -> float:
 def check_sums(run: Run) -> Check:
     """What a first look reads."""
     if not run.grids or run.status != "complete":
-        return Check("sums", "not checked", f"the run is {run.status}" if run.grids else "no attention maps were recorded")
-    tally = Tally("sums", "time_sum and overview are those of the maps", ARITHMETIC, ("float32 arithmetic",))
+        return Check(
+            "sums",
+            "not checked",
+            f"the run is {run.status}" if run.grids else "no attention maps were recorded",
+        )
+    tally = Tally(
+        "sums", "time_sum and overview are those of the maps", ARITHMETIC, ("float32 arithmetic",)
+    )
     maps = {grid: run.attention(grid) for grid in run.grids}
     largest = maps[run.grids[0]]
-    size, layers = (largest.sizes["y"], largest.sizes["x"]), sum(found.sizes["layer"] for found in maps.values())
-    sums = {grid: np.zeros([n for dim, n in found.sizes.items() if dim != "step"], np.float32) for grid, found in maps.items()}
+    size, layers = (
+        (largest.sizes["y"], largest.sizes["x"]),
+        sum(found.sizes["layer"] for found in maps.values()),
+    )
+    sums = {
+        grid: np.zeros([n for dim, n in found.sizes.items() if dim != "step"], np.float32)
+        for grid, found in maps.items()
+    }
     stored = run.variable(f"attention/{run.grids[0]}/overview")
     for index, step in enumerate(largest["step"].values):
         overview = np.zeros((largest.sizes["token"], *size), np.float32)
@@ -181,14 +256,22 @@ def check_sums(run: Run) -> Check:
             part = probabilities(found.isel(step=index).values)
             sums[grid] += part
             overview += resize(part[:, -1].mean(axis=(1, 3)).sum(axis=1), size)
-        tally.add(relative(overview / layers, stored.sel(step=step).values), f"attention/{run.grids[0]}/overview, step {int(step)}")
+        tally.add(
+            relative(overview / layers, stored.sel(step=step).values),
+            f"attention/{run.grids[0]}/overview, step {int(step)}",
+        )
     for grid, total in sums.items():
-        tally.add(relative(total, run.variable(f"attention/{grid}/time_sum").values), f"attention/{grid}/time_sum")
+        tally.add(
+            relative(total, run.variable(f"attention/{grid}/time_sum").values),
+            f"attention/{grid}/time_sum",
+        )
     return tally.check()
 
 
 def relative(found: np.ndarray, recorded: np.ndarray) -> float:
-    """The greatest difference over the greatest recorded value; 0 only for the same values, NaN in the same places included."""
+    """The greatest difference over the greatest recorded value; 0 only for the same values, NaN in
+    the same places included.
+    """
     if np.array_equal(found, recorded, equal_nan=True):
         return 0.0
     off, of = unlike(found, recorded)
@@ -196,7 +279,9 @@ def relative(found: np.ndarray, recorded: np.ndarray) -> float:
 
 
 def apart(found: np.ndarray, recorded: np.ndarray) -> float:
-    """The norm of the difference over that of what was recorded; 0 only for the same values, NaN in the same places included."""
+    """The norm of the difference over that of what was recorded; 0 only for the same values, NaN in
+    the same places included.
+    """
     if np.array_equal(found, recorded, equal_nan=found.dtype.kind == "f"):
         return 0.0
     off, of = unlike(found, recorded)
@@ -204,8 +289,8 @@ def apart(found: np.ndarray, recorded: np.ndarray) -> float:
 
 
 def unlike(found: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The differences of two arrays, and what they are to be measured by, float64. Where both are NaN, or the same infinity, nothing
-    differs; where only one is, the difference is not finite."""
+    """The differences of two arrays, and what they are to be measured by, float64. Where both are
+    NaN, or the same infinity, nothing differs; where only one is, the difference is not finite."""
     a, b = found.astype(np.float64), recorded.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):

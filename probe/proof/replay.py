@@ -1,11 +1,12 @@
-"""What a recording's numbers give when they are computed again, without the model: noise levels, guidance, every latent.
+"""What a recording's numbers give when they are computed again, without the model: noise levels,
+guidance, every latent.
 
     schedule     step, timestep, sigma and alpha_bar are those of the recorded scheduler, and its configuration is what was asked for
     guidance     the scheduler's input follows from the two branches, rescale included
     scheduler    the seed's noise, and the predictions replayed through a fresh scheduler, give every latent and the final one
 
-Where this machine shares all that decides bits with the one that recorded, only the same bits pass. Otherwise a small
-difference does, with what is not shared named as the reason.
+Where this machine shares all that decides bits with the one that recorded, only the same bits pass.
+Otherwise a small difference does, with what is not shared named as the reason.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ from probe.settings.experiment import Experiment
 from probe.settings.fields import SCHEDULERS
 from probe.text import printable, shown
 
-# Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding grows some fifteenfold.
+# Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding
+# grows some fifteenfold.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 4e-1}
 NOT_FINITE = ("inf", "-inf", "nan")  # as text, for JSON has no such numbers
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the model, replayed. `came` is what the scheduler made of everything before, `latents` what was recorded.
-    `model_input` is scaled and has one row an image.
+    """A call of the model, replayed. `came` is what the scheduler made of everything before,
+    `latents` what was recorded. `model_input` is scaled and has one row an image.
 
-    After the last call of a complete run comes one more, for the final latents, whose `model_input` is None.
+    After the last call of a complete run comes one more, for the final latents, whose `model_input`
+    is None.
     """
 
     index: int
@@ -58,7 +61,9 @@ class Call:
 
 
 def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
-    """The committed calls of a run, each from its recorded latents, through a fresh scheduler and without the model."""
+    """The committed calls of a run, each from its recorded latents, through a fresh scheduler and
+    without the model.
+    """
     if run.kind == "noising":
         yield from _noised(run, device)
         return
@@ -69,7 +74,9 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
     set_steps(scheduler, asked.steps, device)
     stored, begin = run.latents, _begin(run, scheduler)
     if asked.image is None:
-        shape = stored.isel(step=0).values.shape  # read first: sizes are claimed, and noise of that size would be made
+        shape = stored.isel(
+            step=0
+        ).values.shape  # read first: sizes are claimed, and noise of that size would be made
         pure, generators = noise(asked.seed, shape, run_dtype(run))
         came = pure.to(device) * scheduler.init_noise_sigma
     else:
@@ -88,7 +95,14 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
             came = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
     if run.status == "complete":
         values = run.variable("latents/final_latents").values
-        yield Call(len(run.steps), None, came, arranged(tensor(run, values).to(device), memory_format(came)), values, None)
+        yield Call(
+            len(run.steps),
+            None,
+            came,
+            arranged(tensor(run, values).to(device), memory_format(came)),
+            values,
+            None,
+        )
 
 
 def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
@@ -103,7 +117,14 @@ def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
         yield Call(index, t, came, latents, values, latents)
     if run.status == "complete":
         values = run.variable("latents/final_latents").values
-        yield Call(len(run.steps), None, clean, arranged(tensor(run, values).to(device), memory_format(clean)), values, None)
+        yield Call(
+            len(run.steps),
+            None,
+            clean,
+            arranged(tensor(run, values).to(device), memory_format(clean)),
+            values,
+            None,
+        )
 
 
 def _begin(run: Run, scheduler: Any) -> int:
@@ -113,15 +134,31 @@ def _begin(run: Run, scheduler: Any) -> int:
 
 
 def rebuild_scheduler(run: Run) -> Any:
-    """A fresh scheduler as the run had it, from the recording alone. Raises RecordingDamaged where diffusers has none of that name."""
+    """A fresh scheduler as the run had it, from the recording alone.
+
+    Raises RecordingDamaged where diffusers has none of that name.
+    """
     import diffusers
 
     kind = getattr(diffusers, str(run.attributes["scheduler"]["class"]), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise RecordingDamaged(f"{run.name} names a scheduler that diffusers does not have.", "Use the version of diffusers that recorded it.")
-    config = {key: value for key, value in run.attributes["scheduler"]["config"].items() if not key.startswith("_")}
-    scheduler_config(f"{run.name}: its {kind.__name__}", config, lambda cause: RecordingDamaged(printable(cause), "Record it again, or remove it."))
-    return kind.from_config({key: float(value) if value in NOT_FINITE else value for key, value in config.items()})
+        raise RecordingDamaged(
+            f"{run.name} names a scheduler that diffusers does not have.",
+            "Use the version of diffusers that recorded it.",
+        )
+    config = {
+        key: value
+        for key, value in run.attributes["scheduler"]["config"].items()
+        if not key.startswith("_")
+    }
+    scheduler_config(
+        f"{run.name}: its {kind.__name__}",
+        config,
+        lambda cause: RecordingDamaged(printable(cause), "Record it again, or remove it."),
+    )
+    return kind.from_config(
+        {key: float(value) if value in NOT_FINITE else value for key, value in config.items()}
+    )
 
 
 def run_dtype(run: Run) -> torch.dtype:
@@ -134,7 +171,10 @@ def run_dtype(run: Run) -> torch.dtype:
 
 
 def tensor(run: Run, value: np.ndarray) -> torch.Tensor:
-    """A recorded value in the run's own number format. Raises ValueError if it is not one that this format has."""
+    """A recorded value in the run's own number format.
+
+    Raises ValueError if it is not one that this format has.
+    """
     whole = torch.from_numpy(np.array(value))
     made = whole.to(run_dtype(run))
     if not np.array_equal(numbers(made), value, equal_nan=True):
@@ -144,23 +184,34 @@ def tensor(run: Run, value: np.ndarray) -> torch.Tensor:
 
 def clean_of(run: Run) -> torch.Tensor:
     """The picture's latents, lying in memory as they did."""
-    return arranged(tensor(run, run.variable("forward/clean").values), memory_formats(run.attributes)["clean"])
+    return arranged(
+        tensor(run, run.variable("forward/clean").values), memory_formats(run.attributes)["clean"]
+    )
 
 
 def prediction_of(run: Run, index: int, branch: str | None = None) -> torch.Tensor:
-    """What the model said at a step, or what the scheduler got (None), lying in memory as it did."""
-    return arranged(tensor(run, run.prediction(branch).isel(step=index).values), memory_formats(run.attributes)["prediction"])
+    """What the model said at a step, or what the scheduler got (None), lying in memory as it
+    did.
+    """
+    return arranged(
+        tensor(run, run.prediction(branch).isel(step=index).values),
+        memory_formats(run.attributes)["prediction"],
+    )
 
 
 def numbers(value: torch.Tensor) -> np.ndarray:
     """As it would be stored: bfloat16, which numpy lacks, widened to float32."""
-    found: np.ndarray = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+    found: np.ndarray = (
+        (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+    )
     return found
 
 
 @contextlib.contextmanager
 def threads_of(run: Run) -> Iterator[None]:
-    """As many threads as the run had, where this machine has as many cores: the bits of sums depend on it."""
+    """As many threads as the run had, where this machine has as many cores: the bits of sums depend
+    on it.
+    """
     before, wanted = torch.get_num_threads(), run.attributes["environment"].get("threads")
     if isinstance(wanted, int) and 1 <= wanted <= (os.cpu_count() or 1):
         torch.set_num_threads(wanted)
@@ -171,7 +222,9 @@ def threads_of(run: Run) -> Iterator[None]:
 
 
 def conditions(run: Run) -> tuple[str, ...]:
-    """What decides the bits of a scheduler and of guidance and is not here as it was: device, threads, versions."""
+    """What decides the bits of a scheduler and of guidance and is not here as it was: device,
+    threads, versions.
+    """
     import diffusers
 
     there = run.attributes
@@ -182,7 +235,9 @@ def conditions(run: Run) -> tuple[str, ...]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    return tuple(differing_conditions(there, {**there, "environment": {**there["environment"], **changed}}))
+    return tuple(
+        differing_conditions(there, {**there, "environment": {**there["environment"], **changed}})
+    )
 
 
 def check_schedule(run: Run) -> Check:
@@ -207,13 +262,21 @@ def check_schedule(run: Run) -> Check:
         if (list(value) if isinstance(value, tuple) else value) != config.get(name):
             tally.fail(f"{name} is {config.get(name)!r}, {value!r} was asked for")
     convention = "variance_exploding" if schedule.variance_exploding else "variance_preserving"
-    for name, expected in (("latent_convention", convention), ("prediction_type", scheduler.config.prediction_type)):
+    for name, expected in (
+        ("latent_convention", convention),
+        ("prediction_type", scheduler.config.prediction_type),
+    ):
         if run.attributes[name] != expected:
             tally.fail(f"{name} is {run.attributes[name]}, the scheduler's is {expected}")
     if isinstance(asked, Experiment):
         set_steps(scheduler, asked.steps)
     table = [float(s) for s in getattr(scheduler, "sigmas", schedule.sigmas)]
-    wanted = {"step": range(len(schedule.timesteps)), "timestep": schedule.timesteps, "sigma": schedule.sigmas, "alpha_bar": schedule.alpha_bars}
+    wanted = {
+        "step": range(len(schedule.timesteps)),
+        "timestep": schedule.timesteps,
+        "sigma": schedule.sigmas,
+        "alpha_bar": schedule.alpha_bars,
+    }
     for name, values in {**wanted, "latents/scheduler_sigmas": table}.items():
         recorded = run.variable(name).values
         if recorded.shape != (len(values),):
@@ -234,7 +297,9 @@ def check_guidance(run: Run) -> Check:
     if scale > 1:
         rescaled = f", rescaled by {rescale:g}" if rescale else ""
         what = f"uncond + {scale:g} (cond - uncond){rescaled}"
-    tally = Tally("guidance", what, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
+    tally = Tally(
+        "guidance", what, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run)
+    )
     for index, step in enumerate(run.steps):
         given = run.prediction().isel(step=index).values
         names = ("uncond", "cond") if scale > 1 else ("cond",)
@@ -252,10 +317,15 @@ def check_scheduler(run: Run) -> Check:
         how += " in the picture's latents" if run.recipe.image is not None else ""
     else:
         how = "the seeds' noise in the picture's latents, at every timestep; nothing is denoised"
-    tally = Tally("scheduler", how, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run))
+    tally = Tally(
+        "scheduler", how, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run)
+    )
     for call in replayed(run):
         made = numbers(call.came)
-        tally.add(relative(made, call.stored), f"{'final_latents' if call.model_input is None else f'step {call.index}'}{_image(made, call.stored)}")
+        tally.add(
+            relative(made, call.stored),
+            f"{'final_latents' if call.model_input is None else f'step {call.index}'}{_image(made, call.stored)}",
+        )
     return tally.check()
 
 

@@ -10,7 +10,8 @@
     decode       the VAE's pictures of the recorded latents
     encode       its latents of the picture that a run or a noising began from (probe.proof.forward_checks)
 
-Maps are computed here in a way of their own, not by `probe.watching.capture`, so that a fault of the recorder is not repeated.
+Maps are computed here in a way of their own, not by `probe.watching.capture`, so that a fault of
+the recorder is not repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from probe.diffusion.family import Family, Predictions
 from probe.diffusion.loading import load, pick_device
 from probe.diffusion.sampling import Step
 from probe.proof.checks import DAMAGE, Check, Tally, variables
-from probe.proof.map_checks import BOUND, ROUNDED, apart, head_statistics_of, moments_of, relative, rounding
+from probe.proof.map_checks import (
+    BOUND,
+    ROUNDED,
+    apart,
+    head_statistics_of,
+    moments_of,
+    relative,
+    rounding,
+)
 from probe.proof.replay import Call, numbers, prediction_of, replayed, run_dtype, threads_of
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
@@ -44,14 +53,17 @@ from probe.watching.interface import Plan, grid_group
 from probe.watching.rehearsal import cross_attention, self_attention
 from probe.watching.sums import Sums
 
-# Of the norm of what was recorded, where device, versions or weights differ. CUDA's convolutions round float32 to TF32.
+# Of the norm of what was recorded, where device, versions or weights differ. CUDA's convolutions
+# round float32 to TF32.
 TOLERANCE = {"float32": 2e-2, "float16": 5e-2, "bfloat16": 2e-1}
 PICTURE, PATCH = 2e-2, 16  # mean difference of pixels, of 255; pixels along a patch
 OF_NORM = "of its norm"
 
 
 def model_of(run: Run, pipeline: Any | None = None) -> Family:
-    """The model of a recording, loaded where it ran if this machine has such a device, or `pipeline`. Raises ModelError."""
+    """The model of a recording, loaded where it ran if this machine has such a device, or
+    `pipeline`. Raises ModelError.
+    """
     asked, (scheduler, options) = run.recipe, run.recipe.sampler
     if pipeline is None:
         kind = str(run.attributes["environment"]["device"])
@@ -61,7 +73,12 @@ def model_of(run: Run, pipeline: Any | None = None) -> Family:
             device = "cpu"
         revision = run.attributes["model"].get("revision") or asked.revision
         dtype = str(run_dtype(run)).removeprefix("torch.")
-        where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": dtype, "device": device}
+        where: dict[str, Any] = {
+            "revision": revision,
+            "variant": asked.variant,
+            "dtype": dtype,
+            "device": device,
+        }
         return load(asked.model, **where, scheduler=scheduler, options=options)
     return family_of(pipeline, scheduler=scheduler, options=options)
 
@@ -81,19 +98,35 @@ def check_model(run: Run, model: Family, steps: Sequence[int]) -> Iterator[Check
 def check_weights(recorded: str | None, here: str) -> Check:
     """The digest of every weight and buffer."""
     if recorded is None:
-        return Check("weights", "not checked", "it was recorded by a version that took no digest of them")
+        return Check(
+            "weights", "not checked", "it was recorded by a version that took no digest of them"
+        )
     if recorded == here:
         return Check("weights", "exact", f"digest {recorded}")
-    return Check("weights", "failed", f"recorded with weights of digest {recorded}, these have {here}: bring those back")
+    return Check(
+        "weights",
+        "failed",
+        f"recorded with weights of digest {recorded}, these have {here}: bring those back",
+    )
 
 
-def _unlike_attributes(run: Run, model: Family, here: Mapping[str, Any], because: tuple[str, ...]) -> Iterator[str]:
-    """What a recording says of itself, where this model or the experiment leads to something else."""
+def _unlike_attributes(
+    run: Run, model: Family, here: Mapping[str, Any], because: tuple[str, ...]
+) -> Iterator[str]:
+    """What a recording says of itself, where this model or the experiment leads to something
+    else.
+    """
     there = run.attributes
     pairs = said_of_model(run, here)
     pairs |= {name: (getattr(there, name), here[name]) for name in ("read_as", "cut_from_prompt")}
-    pairs |= {name: (there[name], here.get(name)) for name in ("scheduler_clips", "denoised_not_defined") if name in there}
-    if model.pipeline is None:  # else nobody knows where it came from, and how it attends is its owner's choice
+    pairs |= {
+        name: (there[name], here.get(name))
+        for name in ("scheduler_clips", "denoised_not_defined")
+        if name in there
+    }
+    if (
+        model.pipeline is None
+    ):  # else nobody knows where it came from, and how it attends is its owner's choice
         pairs["model.revision"] = there.model.revision, model.revision
         if len(because) == 1 and because[0].startswith(name := "attention_backend"):
             pairs[f"environment.{name}"] = there["environment"].get(name), here["environment"][name]
@@ -104,10 +137,19 @@ def _unlike_attributes(run: Run, model: Family, here: Mapping[str, Any], because
             yield f"{field} is {shown(recorded)}, not {shown(expected)}"
 
 
-def check_plan(run: Run, settled: Plan, because: tuple[str, ...], problems: Iterable[str] = ()) -> Check:
-    """Every variable against a plan made anew: names, dimensions, types, and the values that are known before the first step."""
+def check_plan(
+    run: Run, settled: Plan, because: tuple[str, ...], problems: Iterable[str] = ()
+) -> Check:
+    """Every variable against a plan made anew: names, dimensions, types, and the values that are
+    known before the first step.
+    """
     found = dict(variables(run))
-    tally = Tally("plan", "tokens, layers, noise levels and shapes follow from model and experiment", 1e-4, because)
+    tally = Tally(
+        "plan",
+        "tokens, layers, noise levels and shapes follow from model and experiment",
+        1e-4,
+        because,
+    )
     for problem in problems:
         tally.fail(problem)
     planned = {a.path: a for a in settled.arrays}
@@ -116,7 +158,9 @@ def check_plan(run: Run, settled: Plan, because: tuple[str, ...], problems: Iter
     for path in sorted(planned.keys() & found.keys()):
         a, variable = planned[path], found[path]
         if (a.dims, a.shape) != (variable.dims, variable.shape):
-            tally.fail(f"{path} is {dict(variable.sizes)}, not {dict(zip(a.dims, a.shape, strict=True))}")
+            tally.fail(
+                f"{path} is {dict(variable.sizes)}, not {dict(zip(a.dims, a.shape, strict=True))}"
+            )
         elif path == "cost/flops":  # another version of torch may count otherwise
             if not because:
                 tally.add(relative(np.asarray(a.value), variable.values), path)
@@ -126,7 +170,10 @@ def check_plan(run: Run, settled: Plan, because: tuple[str, ...], problems: Iter
                 if len(wrong):
                     at = tuple(wrong[0])
                     said = ", ".join(f"{dim} {i}" for dim, i in zip(a.dims, at, strict=True))
-                    tally.fail(f"{path} is {variable.values[at]!r}, not {np.asarray(a.value)[at]!r} at {said}")
+                    tally.fail(
+                        f"{path} is {variable.values[at]!r}, not {np.asarray(a.value)[at]!r} at "
+                        f"{said}"
+                    )
                 tally.add(0.0, path)
             else:
                 tally.add(relative(np.asarray(a.value), variable.values), path)
@@ -134,11 +181,15 @@ def check_plan(run: Run, settled: Plan, because: tuple[str, ...], problems: Iter
 
 
 class Again:
-    """A recording made once more from its recorded latents, into a store that compares: one tally for each check."""
+    """A recording made once more from its recorded latents, into a store that compares: one tally
+    for each check.
+    """
 
     def __init__(self, run: Run, model: Family, plan: Plan, because: tuple[str, ...]):
         # Sums have a witness of their own in `map_checks`, and times are never the same.
-        captures = tuple(capture for capture in plan.captures if not isinstance(capture, Sums | Cost))
+        captures = tuple(
+            capture for capture in plan.captures if not isinstance(capture, Sums | Cost)
+        )
         self._run, self._model, self._because = run, model, because
         self._plan = replace(plan, captures=captures)
         self._allowed = TOLERANCE[str(run_dtype(run)).removeprefix("torch.")]
@@ -147,9 +198,23 @@ class Again:
         self.predictions = self._tally("predictions", "the UNet's answers")
         self.maps = self._tally("maps", "softmax(q k), computed here", 2.0)
         precision = max(1e-4, 8 * torch.finfo(model.dtype).eps)
-        self.attention = Tally("attention", "softmax(q k) v through to_out", precision, ("softmax by hand, in float32",), unit=OF_NORM)
-        self.inside = self._tally("inside", "statistics, outputs and queries of modules, what tokens write")
-        self.decode = Tally("decode", "pictures, the VAE's inside and the preview's map", PICTURE, because, unit="of its range")
+        self.attention = Tally(
+            "attention",
+            "softmax(q k) v through to_out",
+            precision,
+            ("softmax by hand, in float32",),
+            unit=OF_NORM,
+        )
+        self.inside = self._tally(
+            "inside", "statistics, outputs and queries of modules, what tokens write"
+        )
+        self.decode = Tally(
+            "decode",
+            "pictures, the VAE's inside and the preview's map",
+            PICTURE,
+            because,
+            unit="of its range",
+        )
         self.encode = Tally("encode", "the VAE's latents of the picture", self._allowed, because)
         if not because:
             self.maps.allowed, self.maps.because, self.maps.unit = 1.0, (ROUNDED,), BOUND
@@ -167,14 +232,23 @@ class Again:
             return None
         if path in ("forward/clean", "forward/noise"):
             return self.encode
-        of_group = {"text": self.text, "latents": self.predictions, **dict.fromkeys(("images", "decoded", "preview", "vae"), self.decode)}
+        of_group = {
+            "text": self.text,
+            "latents": self.predictions,
+            **dict.fromkeys(("images", "decoded", "preview", "vae"), self.decode),
+        }
         return of_group.get(group, self.inside)
 
     def checks(self, steps: Sequence[int]) -> Iterator[Check]:
         """All checks of what the model says, the UNet predicting again at `steps`."""
         run, plan, unet = self._run, self._plan, self._model.unet
-        layers = {path: cross_attention(unet)[path] for path in plan.layers} | {path: self_attention(unet)[path] for path in plan.self_layers}
-        witness, self.predictions.what = AttentionWitness(layers), f"the UNet's answers at {len(steps)} steps"
+        layers = {path: cross_attention(unet)[path] for path in plan.layers} | {
+            path: self_attention(unet)[path] for path in plan.self_layers
+        }
+        witness, self.predictions.what = (
+            AttentionWitness(layers),
+            f"the UNet's answers at {len(steps)} steps",
+        )
         with Session(self._model, plan, self._store) as session:
             conditioning = session.begin()
             session.first = steps[0] if steps else -1
@@ -186,7 +260,11 @@ class Again:
                     session.finish(call.latents)
                 elif call.index in steps:
                     recorded = call.index in plan.recorded
-                    with session.watching(call.index), Hooks(witness.watches() if recorded else ()), torch.no_grad():
+                    with (
+                        session.watching(call.index),
+                        Hooks(witness.watches() if recorded else ()),
+                        torch.no_grad(),
+                    ):
                         said = predict(call.index, call.model_input, call.t)
                     session.record(self._step(call, said))
                     if recorded:
@@ -194,7 +272,10 @@ class Again:
                 else:
                     session.replay(self._step(call))
         self._count_not_finite()
-        yield from (tally.check() for tally in (self.predictions, self.maps, self.attention, self.inside, self.decode))
+        yield from (
+            tally.check()
+            for tally in (self.predictions, self.maps, self.attention, self.inside, self.decode)
+        )
         if run.source is not None:
             yield self.encode.check()
 
@@ -205,39 +286,75 @@ class Again:
             for number, path in enumerate(layers):
                 shares, query, off = witness.take(path, rows)
                 attention.add(off, f"{path}, step {step}")
-                self._compare_layer(maps, f"{grid_group(grid)}", number, path, step, self._in_place(shares, grid), self._in_place(query, grid))
+                self._compare_layer(
+                    maps,
+                    f"{grid_group(grid)}",
+                    number,
+                    path,
+                    step,
+                    self._in_place(shares, grid),
+                    self._in_place(query, grid),
+                )
         for grid, layers in settled.self_grids.items():
             for number, path in enumerate(layers):
                 shares, _, off = witness.take(path, rows)
                 attention.add(off, f"{path}, step {step}")
-                whole = shares.reshape(-1, settled.latent_shape[0], shares.shape[1], *grid, *grid)  # (branch, image, head, y, x, key_y, key_x)
+                whole = shares.reshape(
+                    -1, settled.latent_shape[0], shares.shape[1], *grid, *grid
+                )  # (branch, image, head, y, x, key_y, key_x)
                 self._count(maps, f"self_{grid_group(grid)}/self", number, path, step, whole)
 
     def _in_place(self, values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """(branch x image, head, pixel, any) -> (any, branch, image, head, y, x)."""
-        whole = values.reshape(-1, self._plan.latent_shape[0], values.shape[1], *grid, values.shape[-1])
+        whole = values.reshape(
+            -1, self._plan.latent_shape[0], values.shape[1], *grid, values.shape[-1]
+        )
         return np.moveaxis(whole, -1, 0)
 
-    def _compare_layer(self, maps: Tally, group: str, number: int, path: str, step: int, shares: np.ndarray, query: np.ndarray) -> None:
+    def _compare_layer(
+        self,
+        maps: Tally,
+        group: str,
+        number: int,
+        path: str,
+        step: int,
+        shares: np.ndarray,
+        query: np.ndarray,
+    ) -> None:
         kept = self._plan.kept
         if kept.end + 1 < kept.tokens:
-            shares = np.concatenate([shares[: kept.end + 1], shares[kept.end + 1 :].sum(0, keepdims=True)])
+            shares = np.concatenate(
+                [shares[: kept.end + 1], shares[kept.end + 1 :].sum(0, keepdims=True)]
+            )
         mode = self._run.recipe.capture.attention
         if mode == "queries":
-            stored = self._recorded[f"{group}/query"].isel(step=step, layer=number).values  # (branch, image, head, key_feature, y, x)
+            stored = (
+                self._recorded[f"{group}/query"].isel(step=step, layer=number).values
+            )  # (branch, image, head, key_feature, y, x)
             made = np.moveaxis(query, 0, 3).astype(stored.dtype)
             self.inside.add(apart(made, stored), f"{group}/query, step {step}, {path}")
             return
         if mode == "summary":
-            recorded = self._recorded[f"{group}/head_statistics"].isel(step=step, layer=number).values
-            maps.add(self._off(head_statistics_of(shares), recorded), f"{group}/head_statistics, step {step}, {path}")
+            recorded = (
+                self._recorded[f"{group}/head_statistics"].isel(step=step, layer=number).values
+            )
+            maps.add(
+                self._off(head_statistics_of(shares), recorded),
+                f"{group}/head_statistics, step {step}, {path}",
+            )
             shares = shares.mean(3, keepdims=True)
         self._count(maps, f"{group}/cross", number, path, step, shares)
         recorded = self._recorded[f"{group}/moments"].isel(step=step, layer=number).values
         maps.add(self._off(moments_of(shares), recorded), f"{group}/moments, step {step}, {path}")
 
-    def _count(self, maps: Tally, path: str, number: int, layer: str, step: int, made: np.ndarray) -> None:
-        """One layer's maps. Under the same conditions each value may be off by rounding, else all of them together a little."""
+    def _count(
+        self, maps: Tally, path: str, number: int, layer: str, step: int, made: np.ndarray
+    ) -> None:
+        """One layer's maps.
+
+        Under the same conditions each value may be off by rounding, else all of them together a
+        little.
+        """
         stored = self._recorded[path].isel(step=step, layer=number)
         p = probabilities(stored.values)
         if self._because:
@@ -253,33 +370,56 @@ class Again:
         return apart(made, recorded) if self._because else apart(made, recorded) / 1e-4
 
     def _count_not_finite(self) -> None:
-        """What the VAE makes that is no colour is 0 in the picture: the recording has to say so, and how much it is."""
+        """What the VAE makes that is no colour is 0 in the picture: the recording has to say so,
+        and how much it is.
+        """
         count = self._store.annotations.get("decoded_not_finite", {}).get("images/final", 0)
         recorded = self._run.attributes.get("decoded_not_finite", {}).get("images/final", 0)
         if self._run.status != "complete":
             return
         if count:
             self.decode.what += f"; {count} values of images/final are not finite, and shown as 0"
-        again, said = "decoded_in_float32" in self._store.annotations, bool(self._run.attributes.get("decoded_in_float32", False))
+        again, said = (
+            "decoded_in_float32" in self._store.annotations,
+            bool(self._run.attributes.get("decoded_in_float32", False)),
+        )
         if again != said and not self._because:
-            self.decode.fail(f"decoded_in_float32 is {said}, and the VAE {'overflows' if again else 'does not overflow'} in float16")
+            self.decode.fail(
+                f"decoded_in_float32 is {said}, and the VAE "
+                f"{'overflows' if again else 'does not overflow'} in float16"
+            )
         if bool(count) != bool(recorded) or (count != recorded and not self._because):
-            self.decode.fail(f"{count} values of images/final are not finite, the recording says {recorded}")
+            self.decode.fail(
+                f"{count} values of images/final are not finite, the recording says {recorded}"
+            )
 
     def _step(self, call: Call, said: Predictions | None = None) -> Step:
-        """A step from its recorded latents, with what the model said just now, or else with what was recorded."""
+        """A step from its recorded latents, with what the model said just now, or else with what
+        was recorded.
+        """
         if said is None:
             given = prediction_of(self._run, call.index).to(call.latents.device)
             said = Predictions({"cond": given}, given)
-        return Step.of(self._plan.schedule, call.index, call.latents, said, call.latents, self._model.prediction_type)
+        return Step.of(
+            self._plan.schedule,
+            call.index,
+            call.latents,
+            said,
+            call.latents,
+            self._model.prediction_type,
+        )
 
 
 class ComparedStore:
-    """A store that writes nothing: each value is compared with the recorded one, and counted in the tally of its variable."""
+    """A store that writes nothing: each value is compared with the recorded one, and counted in the
+    tally of its variable.
+    """
 
     committed = 0
 
-    def __init__(self, run: Run, recorded: Mapping[str, xr.Variable], tally_of: Callable[[str], Tally | None]):
+    def __init__(
+        self, run: Run, recorded: Mapping[str, xr.Variable], tally_of: Callable[[str], Tally | None]
+    ):
         self._run, self._recorded, self._tally_of = run, recorded, tally_of
         self.annotations: dict[str, Any] = {}
 
@@ -291,7 +431,9 @@ class ComparedStore:
         self.annotations.update(attributes)
 
     def read(self, path: str, at: Any = ...) -> np.ndarray:
-        return np.asarray(self._recorded[path].values if at is ... else self._recorded[path][at].values)
+        return np.asarray(
+            self._recorded[path].values if at is ... else self._recorded[path][at].values
+        )
 
     def write(self, path: str, value: Any, at: Any = ...) -> None:
         tally = self._tally_of(path)
@@ -302,7 +444,10 @@ class ComparedStore:
         except DAMAGE as error:
             tally.fail(f"{path} cannot be read: {first_line(error)[:200]}")
             return
-        made, where = np.asarray(value), path if at is ... else f"{path}, step {self._step_of(path, at)}"
+        made, where = (
+            np.asarray(value),
+            path if at is ... else f"{path}, step {self._step_of(path, at)}",
+        )
         if made.shape != stored.shape:
             tally.fail(f"{where} is {stored.shape}, not {made.shape}")
         elif stored.dtype == np.uint8 and path.rpartition("/")[2] in ("final", "picture"):
@@ -322,15 +467,25 @@ class ComparedStore:
 
 
 class AttentionWitness:
-    """What attention layers multiply, and what leaves them. `take` gives a layer's softmax(q k) and how far its output is from it."""
+    """What attention layers multiply, and what leaves them.
+
+    `take` gives a layer's softmax(q k) and how far its output is from it.
+    """
 
     def __init__(self, layers: dict[str, Any]):
         self._layers = layers
         self._seen: dict[str, dict[str, torch.Tensor]] = {path: {} for path in layers}
 
     def watches(self) -> list[Watch]:
-        parts = {path: {"q": m.to_q, "k": m.to_k, "v": m.to_v, "out": m.to_out[0]} for path, m in self._layers.items()}
-        return [(part, "output", self._keep(path, name)) for path, named in parts.items() for name, part in named.items()]
+        parts = {
+            path: {"q": m.to_q, "k": m.to_k, "v": m.to_v, "out": m.to_out[0]}
+            for path, m in self._layers.items()
+        }
+        return [
+            (part, "output", self._keep(path, name))
+            for path, named in parts.items()
+            for name, part in named.items()
+        ]
 
     def _keep(self, path: str, name: str) -> Any:
         def hook(output: torch.Tensor) -> None:
@@ -339,10 +494,15 @@ class AttentionWitness:
         return hook
 
     def take(self, path: str, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, float]:
-        """softmax(q k) (row, head, pixel, key) float32, q (row, head, pixel, feature), and softmax(q k) v against the output."""
+        """softmax(q k) (row, head, pixel, key) float32, q (row, head, pixel, feature), and
+        softmax(q k) v against the output.
+        """
         module, seen = self._layers[path], self._seen[path]
         with torch.no_grad():
-            q, k, v = (seen[name][rows].unflatten(-1, (module.heads, -1)).transpose(1, 2).float() for name in "qkv")
+            q, k, v = (
+                seen[name][rows].unflatten(-1, (module.heads, -1)).transpose(1, 2).float()
+                for name in "qkv"
+            )
             shares = (q @ k.transpose(-1, -2) * module.scale).softmax(-1)
             mixed = (shares @ v).transpose(1, 2).flatten(2).to(seen["out"].dtype)
             made = module.to_out[0].forward(mixed)  # not a call: that would be seen by the hooks
@@ -351,9 +511,11 @@ class AttentionWitness:
 
 
 def _pixels_apart(found: np.ndarray, recorded: np.ndarray) -> float:
-    """How far pictures are apart, of their range: the mean over a picture, or an eighth of that over its worst patch.
+    """How far pictures are apart, of their range: the mean over a picture, or an eighth of that
+    over its worst patch.
 
-    *Shape:* both (image, y, x, rgb) uint8. A patch is `PATCH` x `PATCH` pixels: what is painted over is not averaged away.
+    *Shape:* both (image, y, x, rgb) uint8. A patch is `PATCH` x `PATCH` pixels: what is painted
+    over is not averaged away.
     """
     off = np.abs(found.astype(np.float32) - recorded).mean(axis=-1) / 255
     (images, y, x), pad = off.shape, [(0, 0), *((0, -side % PATCH) for side in off.shape[1:])]

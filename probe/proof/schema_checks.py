@@ -1,4 +1,5 @@
-"""Whether a recording's variables are those of the schema, and their labels mean what they say. Without torch and without the model.
+"""Whether a recording's variables are those of the schema, and their labels mean what they say.
+Without torch and without the model.
 
 schema       every variable that was asked for is there, with the schema's dimensions, type and unit
 labels       tokens spell the prompt, and mean the same in every group; layers are in the order in which they run
@@ -24,7 +25,9 @@ from probe.reading.recording import Run
 from probe.settings.experiment import Experiment, load_experiment
 from probe.words import spelt
 
-COMPONENT = re.compile(r"text_encoder(_[1-9])?|unet|vae")  # what runs: text encoders first, the VAE last
+COMPONENT = re.compile(
+    r"text_encoder(_[1-9])?|unet|vae"
+)  # what runs: text encoders first, the VAE last
 # What the model made, and nothing in a recording leads to or from.
 ONLY_THE_MODEL = re.compile(
     r"counterfactual/change|text/[^/]*/(?!attention).*|(text_encoder|unet|vae|preview)/.*|cost/(parameters|weight_bytes)|images/final|decoded/picture|attention/[^/]*/(value_size|key)"
@@ -33,13 +36,21 @@ FIXED = {"moment": MOMENTS, "head_statistic": HEAD_STATISTICS, "statistic": STAT
 
 
 def expected_variables(run: Run) -> set[str]:
-    """What the experiment of a recording asks for, by path; grids and self-attention layers are those that it has."""
+    """What the experiment of a recording asks for, by path; grids and self-attention layers are
+    those that it has.
+    """
     vae = run.attributes["model"]["f"] > 1
     asked, found = Asked(run.recipe, vae), dict(variables(run))
     family = run.attributes.family
-    encoders = TEXT_ENCODERS.get(family) or sorted({path.split("/")[1] for path in found if path.startswith("text/")})
+    encoders = TEXT_ENCODERS.get(family) or sorted(
+        {path.split("/")[1] for path in found if path.startswith("text/")}
+    )
     own = {path.split("/")[1]: None for path in found if path.startswith("self_attention/")}
-    groups = {"attention/{grid}": run.grids, "self_attention/{grid}": sorted(own), "text/{encoder}": list(encoders)}
+    groups = {
+        "attention/{grid}": run.grids,
+        "self_attention/{grid}": sorted(own),
+        "text/{encoder}": list(encoders),
+    }
     names = set()
     for variable in SCHEMA:
         if variable.since > run.attributes.recorded_format:
@@ -54,30 +65,71 @@ def expected_variables(run: Run) -> set[str]:
 
 def only_the_model_knows(run: Run) -> list[str]:
     """What no check holds against anything without the model, by the first part of its path."""
-    paths = [path for node in run.tree.subtree for path in (f"{node.path}/{name}".strip("/") for name in node.dataset.data_vars)]
+    paths = [
+        path
+        for node in run.tree.subtree
+        for path in (f"{node.path}/{name}".strip("/") for name in node.dataset.data_vars)
+    ]
     found = [path for path in paths if ONLY_THE_MODEL.fullmatch(path)]
-    return sorted({path.rpartition("/")[2] if path.startswith("attention/") else path.split("/")[0] for path in found})
+    return sorted(
+        {
+            path.rpartition("/")[2] if path.startswith("attention/") else path.split("/")[0]
+            for path in found
+        }
+    )
 
 
 def check_schema(run: Run) -> Check:
-    """Every variable that the experiment asks for, and nothing that the schema lacks; dimensions, types, units, sizes."""
+    """Every variable that the experiment asks for, and nothing that the schema lacks; dimensions,
+    types, units, sizes.
+    """
     found = dict(variables(run))
     problems = [f"{path} is missing" for path in sorted(expected_variables(run) - found.keys())]
-    problems += [problem for path, variable in found.items() for problem in _unlike_schema(run, path, variable)]
+    problems += [
+        problem
+        for path, variable in found.items()
+        for problem in _unlike_schema(run, path, variable)
+    ]
     if not problems:
         problems = list(_unlike_sizes(run, found))
     asked = run.recipe
-    if "experiment" in run.attributes:  # so a noising of format 1 says what was asked, and takes its identity from it
+    if (
+        "experiment" in run.attributes
+    ):  # so a noising of format 1 says what was asked, and takes its identity from it
         asked = load_experiment(run.attributes["experiment"])
-    identity, written = asked.identity(), run.attributes["experiment" if isinstance(asked, Experiment) else "noising"]
-    if written == asked.resolved() and run.attributes["identity"] != identity:  # not of one with the fields of another version
-        problems.append(f"the experiment is not the one that was recorded: its identity is {identity}, not {run.attributes['identity']}")
-    empty = ["uncond"] if run.attributes.family in ZEROED and run.recipe.texts.get("uncond") == "" else []
+    identity, written = (
+        asked.identity(),
+        run.attributes["experiment" if isinstance(asked, Experiment) else "noising"],
+    )
+    if (
+        written == asked.resolved() and run.attributes["identity"] != identity
+    ):  # not of one with the fields of another version
+        problems.append(
+            f"the experiment is not the one that was recorded: its identity is {identity}, not "
+            f"{run.attributes['identity']}"
+        )
+    empty = (
+        ["uncond"]
+        if run.attributes.family in ZEROED and run.recipe.texts.get("uncond") == ""
+        else []
+    )
     if run.attributes.zeroed_branches not in ([], empty):
-        problems.append(f"zeroed_branches is {run.attributes.zeroed_branches}, and only an empty negative prompt of SDXL may be zeros")
+        problems.append(
+            f"zeroed_branches is {run.attributes.zeroed_branches}, and only an empty negative "
+            "prompt of SDXL may be zeros"
+        )
     if problems:
-        return Check("schema", "failed", problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
-    return Check("schema", "exact", f"{len(found)} variables with the dimensions, types and units of the schema, all that was asked for")
+        return Check(
+            "schema",
+            "failed",
+            problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""),
+        )
+    return Check(
+        "schema",
+        "exact",
+        f"{len(found)} variables with the dimensions, types and units of the schema, all that was "
+        "asked for",
+    )
 
 
 def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
@@ -90,17 +142,31 @@ def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
     dtype, storage = str(run.attributes["model"]["dtype"]), run.recipe.capture.dtype
     run_dtype = "float32" if dtype == "bfloat16" else dtype
     map_dtype = ("float16" if name == "query" else "uint8") if storage == "sqrt_u8" else storage
-    upcast = group.startswith("vae/") and run.attributes.get("decoded_in_float32") is True and variable.attrs.get("recorded_dtype") == "float32"
-    kind = {"run": run_dtype, "any": "float32" if upcast else run_dtype, "map": map_dtype}.get(known.dtype, known.dtype)
+    upcast = (
+        group.startswith("vae/")
+        and run.attributes.get("decoded_in_float32") is True
+        and variable.attrs.get("recorded_dtype") == "float32"
+    )
+    kind = {"run": run_dtype, "any": "float32" if upcast else run_dtype, "map": map_dtype}.get(
+        known.dtype, known.dtype
+    )
     if variable.dims != dims:
         yield f"{path} has the dimensions {variable.dims}, not {dims}"
     if (variable.dtype.kind not in "OT") if kind == "str" else (variable.dtype != np.dtype(kind)):
         yield f"{path} is of type {variable.dtype}, not {kind}"
     if variable.attrs.get("units") != known.variable.units or not variable.attrs.get("long_name"):
         yield f"{path} has no long_name, or another unit than {known.variable.units}"
-    if known.dtype == "run" and group == "latents" and variable.attrs.get("recorded_dtype") != dtype:
+    if (
+        known.dtype == "run"
+        and group == "latents"
+        and variable.attrs.get("recorded_dtype") != dtype
+    ):
         yield f"{path} says that it was recorded in {variable.attrs.get('recorded_dtype')}, the model was {dtype}"
-    if known.dtype == "map" and name != "query" and ("encoding" in variable.attrs) != (storage == "sqrt_u8"):
+    if (
+        known.dtype == "map"
+        and name != "query"
+        and ("encoding" in variable.attrs) != (storage == "sqrt_u8")
+    ):
         yield f"{path} says {variable.attrs.get('encoding', 'nothing of an encoding')}, capture.dtype is {storage}"
 
 
@@ -118,22 +184,31 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
         name = path.rpartition("/")[2]
         if name in FIXED and tuple(map(str, variable.values)) != FIXED[name]:
             yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(FIXED[name])}"
-    parts = [str(part) for part in found["cost/component"].values] if "cost/component" in found else []
+    parts = (
+        [str(part) for part in found["cost/component"].values] if "cost/component" in found else []
+    )
     known = run.attributes.family not in FAMILIES or all(map(COMPONENT.fullmatch, parts))
     if not known or parts != sorted(set(parts)):
         yield f"cost/component is {', '.join(parts)}: text encoders, unet and vae, each once, belong there"
     calls = found["step"].size
     if "decoded/decoded_step" in found and asked.decoded_every:
-        wanted, there = sorted({*range(0, calls, asked.decoded_every), calls - 1}), found["decoded/decoded_step"].values.tolist()
+        wanted, there = (
+            sorted({*range(0, calls, asked.decoded_every), calls - 1}),
+            found["decoded/decoded_step"].values.tolist(),
+        )
         if there != wanted:
             yield f"decoded/decoded_step is {', '.join(map(str, there[:8]))}; every {asked.decoded_every} steps were to be"
     for grid in run.grids:
-        maps = next(found[f"attention/{grid}/{name}"].sizes for name in ("cross", "query") if f"attention/{grid}/{name}" in found)
+        maps = next(
+            found[f"attention/{grid}/{name}"].sizes
+            for name in ("cross", "query")
+            if f"attention/{grid}/{name}" in found
+        )
         if f"{maps['y']}x{maps['x']}" != grid:
             yield f"attention/{grid} holds maps of {maps['y']}x{maps['x']}"
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 LONGEST = 400  # characters, of a word of textual inversion with the space between two of it
 LABELS = ("token_text", "word", "word_index")
@@ -147,8 +222,13 @@ def check_labels(run: Run) -> Check:
     found = dict(variables(run))
     texts = [path.removesuffix("/token_text") for path in found if path.endswith("/token_text")]
     problems = [*_wrong_branches(run, found), *_misread(run)]
-    labels = {group: _labels(run, group) for group in sorted(texts, key=lambda group: not group.startswith("text/"))}
-    others = {f"text/{encoder}" for encoder in TEXT_ENCODERS.get(run.attributes.family, ())[1:]}  # each reads in its own way
+    labels = {
+        group: _labels(run, group)
+        for group in sorted(texts, key=lambda group: not group.startswith("text/"))
+    }
+    others = {
+        f"text/{encoder}" for encoder in TEXT_ENCODERS.get(run.attributes.family, ())[1:]
+    }  # each reads in its own way
     for (one, there), (other, here) in itertools.permutations(labels.items(), 2):
         if not {one, other} & others:
             problems += _unlike_labels(here, there, other, one)
@@ -156,13 +236,35 @@ def check_labels(run: Run) -> Check:
         problems += _misspelt(run, group, here, first=group not in others)
     problems += _misplaced_layers(run, found)
     if problems:
-        return Check("labels", "failed", problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
-    layers = sum(variable.size for path, variable in found.items() if re.fullmatch(r"attention/[^/]+/layer", path))
-    sides = [(branch, here) for here in labels.values() for branch in dict.fromkeys(branch for branch, _ in here)]
-    if unknown := dict.fromkeys(branch for branch, here in sides if _end(_rows(here, branch)) is None):
-        told = f"the tokens of {' and '.join(unknown)} do not begin and end as CLIP's do: what they spell, only the model can say"
+        return Check(
+            "labels",
+            "failed",
+            problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""),
+        )
+    layers = sum(
+        variable.size
+        for path, variable in found.items()
+        if re.fullmatch(r"attention/[^/]+/layer", path)
+    )
+    sides = [
+        (branch, here)
+        for here in labels.values()
+        for branch in dict.fromkeys(branch for branch, _ in here)
+    ]
+    if unknown := dict.fromkeys(
+        branch for branch, here in sides if _end(_rows(here, branch)) is None
+    ):
+        told = (
+            f"the tokens of {' and '.join(unknown)} do not begin and end as CLIP's do: what they "
+            "spell, only the model can say"
+        )
         return Check("labels", "not checked", told)
-    return Check("labels", "exact", f"tokens and words of {len(texts)} groups spell the prompt; {layers} layers in the order in which they run")
+    return Check(
+        "labels",
+        "exact",
+        f"tokens and words of {len(texts)} groups spell the prompt; {layers} layers in the order "
+        "in which they run",
+    )
 
 
 def _wrong_branches(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
@@ -181,7 +283,11 @@ def _labels(run: Run, group: str) -> Labels:
     data = run.tree[group].dataset
     columns = [data[name].transpose("branch", "token").values for name in LABELS]
     return {
-        (str(branch), int(token)): (str(columns[0][b, t]), str(columns[1][b, t]), int(columns[2][b, t]))
+        (str(branch), int(token)): (
+            str(columns[0][b, t]),
+            str(columns[1][b, t]),
+            int(columns[2][b, t]),
+        )
         for b, branch in enumerate(data["branch"].values)
         for t, token in enumerate(data["token"].values)
     }
@@ -197,22 +303,37 @@ def _misread(run: Run) -> Iterator[str]:
     """What was read and what was cut follow from what was typed."""
     asked, typed = run.recipe, run.attributes.texts
     for branch, read in run.attributes.read_as.items():
-        if run.attributes.text_rules == 1 or branch not in typed or not _is_written_out(typed[branch], read):
+        if (
+            run.attributes.text_rules == 1
+            or branch not in typed
+            or not _is_written_out(typed[branch], read)
+        ):
             yield f"read_as: {read[:60]!r} is not how {typed.get(branch, '')[:60]!r} of {branch[:10]} is read"
     for branch, cut in run.attributes.cut_from_prompt.items():
-        if branch not in typed or asked.over_long != "cut" or not cut or not run.read_as(branch).endswith(cut):
+        if (
+            branch not in typed
+            or asked.over_long != "cut"
+            or not cut
+            or not run.read_as(branch).endswith(cut)
+        ):
             yield f"cut_from_prompt: {cut[:60]!r} was not cut from the end of {branch[:10]}"
 
 
 def _is_written_out(typed: str, read: str) -> bool:
-    """Whether a prompt is as typed, but with a word of textual inversion written once for each of its vectors.
+    """Whether a prompt is as typed, but with a word of textual inversion written once for each of
+    its vectors.
 
-    Of word, word_1, word_2. Every place of such a word is written so, as diffusers' `maybe_convert_prompt` does.
+    Of word, word_1, word_2. Every place of such a word is written so, as diffusers'
+    `maybe_convert_prompt` does.
     """
     words = set()
     for vector in re.finditer("_1", read):
         before = read[max(vector.start() - LONGEST, 0) : vector.start()]
-        gaps = [at for at, character in enumerate(before) if character == " " and before[:at].endswith(before[at + 1 :]) and before[at + 1 :]]
+        gaps = [
+            at
+            for at, character in enumerate(before)
+            if character == " " and before[:at].endswith(before[at + 1 :]) and before[at + 1 :]
+        ]
         words |= {before[at + 1 :] for at in gaps}
     longer = {}
     for word in words:
@@ -243,7 +364,10 @@ def _end(rows: Sequence[TokenLabel]) -> int | None:
 
 
 def _misspelt(run: Run, group: str, labels: Labels, first: bool) -> Iterator[str]:
-    """What the tokens of a group do not spell. What was cut is known of the `first` text encoder."""
+    """What the tokens of a group do not spell.
+
+    What was cut is known of the `first` text encoder.
+    """
     first_rules = run.attributes.text_rules == 1
     decode = _decode if first_rules else _together
     is_word = str.__eq__ if first_rules else _reads
@@ -273,14 +397,20 @@ def _misspelt(run: Run, group: str, labels: Labels, first: bool) -> Iterator[str
 
 
 def _wrong_words(
-    rows: Sequence[TokenLabel], prompt: str, decode: Callable[[Sequence[str]], str], is_word: Callable[[str, str], bool], loosely: bool
+    rows: Sequence[TokenLabel],
+    prompt: str,
+    decode: Callable[[Sequence[str]], str],
+    is_word: Callable[[str, str], bool],
+    loosely: bool,
 ) -> Iterator[str]:
     """Words are numbered in order, are in the prompt in order, and are what their tokens spell."""
     numbers = [row[2] for row in rows if row[2] >= 0]
     if list(dict.fromkeys(numbers)) != list(range(len(set(numbers)))) or sorted(numbers) != numbers:
         yield f"words numbered {numbers}"
     at = 0
-    for number, members in itertools.groupby((row for row in rows if row[2] >= 0), key=lambda row: row[2]):
+    for number, members in itertools.groupby(
+        (row for row in rows if row[2] >= 0), key=lambda row: row[2]
+    ):
         pieces = list(members)
         word = _plain(decode([row[0] for row in pieces]))
         for label in dict.fromkeys(row[1] for row in pieces):
@@ -307,45 +437,75 @@ def _plain(text: str) -> str:
 
 def _together(tokens: Sequence[str]) -> str:
     """The text of some tokens; bytes of a character that is not there whole are left out."""
-    parts = [re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), token.encode()) for token in tokens]
+    parts = [
+        re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), token.encode())
+        for token in tokens
+    ]
     return b"".join(parts).decode(errors="ignore")
 
 
 def _reads(label: str, tokens: str) -> bool:
-    """Whether tokens read a word: it, punctuation around it, or, of a word with several vectors, word, word_1, word_2."""
-    return (label in tokens and spelt(label) == spelt(tokens)) or bool(re.fullmatch(rf"{re.escape(label)}({re.escape(label)}_[0-9]+)*", tokens))
+    """Whether tokens read a word: it, punctuation around it, or, of a word with several vectors,
+    word, word_1, word_2.
+    """
+    return (label in tokens and spelt(label) == spelt(tokens)) or bool(
+        re.fullmatch(rf"{re.escape(label)}({re.escape(label)}_[0-9]+)*", tokens)
+    )
 
 
 def _decode(pieces: Sequence[str]) -> str:
-    """CLIP's tokens by the first rules are made of bytes, each shown as a character (the byte alphabet of GPT-2)."""
+    """CLIP's tokens by the first rules are made of bytes, each shown as a character (the byte
+    alphabet of GPT-2).
+    """
     tokens = "".join(pieces)
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in shown]
-    table = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    return bytes(table[c] for c in tokens).decode(errors="replace") if all(c in table for c in tokens) else tokens
+    table = {chr(byte): byte for byte in shown} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
+    return (
+        bytes(table[c] for c in tokens).decode(errors="replace")
+        if all(c in table for c in tokens)
+        else tokens
+    )
 
 
 def _misplaced_layers(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
-    """Layers run down, through the middle and up; a block's grid follows from its place; each was asked for, and is there once."""
+    """Layers run down, through the middle and up; a block's grid follows from its place; each was
+    asked for, and is there once.
+    """
     asked = run.recipe.capture
     sizes = found["latents/latents"].sizes
     for kind, patterns in (("attention", asked.layers), ("self_attention", asked.self_attention)):
-        grids = {path.split("/")[1]: [str(v) for v in found[path].values] for path in found if re.fullmatch(rf"{kind}/[^/]+/layer", path)}
+        grids = {
+            path.split("/")[1]: [str(v) for v in found[path].values]
+            for path in found
+            if re.fullmatch(rf"{kind}/[^/]+/layer", path)
+        }
         for grid, layers in grids.items():
             if layers != sorted(layers, key=_running_order):
                 yield f"{kind}/{grid}/layer is not in the order in which layers run: {', '.join(layers)}"
             for layer in layers:
                 if not any(grid == pattern or fnmatchcase(layer, pattern) for pattern in patterns):
                     yield f"{kind}/{grid}/layer holds {layer}, which was not asked for"
-                if (level := re.match(r"down_blocks\.(\d+)\.", layer)) and grid != "x".join(str(-(-sizes[d] // 2 ** int(level[1]))) for d in "yx"):
+                if (level := re.match(r"down_blocks\.(\d+)\.", layer)) and grid != "x".join(
+                    str(-(-sizes[d] // 2 ** int(level[1]))) for d in "yx"
+                ):
                     yield f"{kind}/{grid}/layer holds {layer}, which works on another grid"
         every = [layer for layers in grids.values() for layer in layers]
         if len(every) != len(set(every)):
             yield f"{kind}: a layer is there twice"
-        blocks = {(grid, ".".join(layer.split(".")[:2])) for grid, layers in grids.items() for layer in layers if "_blocks." in layer}
+        blocks = {
+            (grid, ".".join(layer.split(".")[:2]))
+            for grid, layers in grids.items()
+            for layer in layers
+            if "_blocks." in layer
+        }
         if len({block for _, block in blocks}) != len(blocks):
             yield f"{kind}: layers of one block are on two grids"
-    if "unet/module" in found and (modules := [str(v) for v in found["unet/module"].values]) != sorted(modules, key=_stage):
+    if "unet/module" in found and (
+        modules := [str(v) for v in found["unet/module"].values]
+    ) != sorted(modules, key=_stage):
         yield "unet/module is not in the order in which modules run"
 
 

@@ -1,4 +1,5 @@
-"""What a recording holds that this version does not know. It is kept, and nothing is said about its meaning.
+"""What a recording holds that this version does not know. It is kept, and nothing is said about its
+meaning.
 
 The manifest proves that its files are as they were written, whatever they mean.
 """
@@ -18,12 +19,18 @@ NOTES = {"writer", "digests", "decoded_in_float32", "scheduler_clips", "denoised
 
 
 def check_unknown(run: Run) -> Check:
-    """Name the variables, attributes, family and rule of guidance that this version does not know."""
+    """Name the variables, attributes, family and rule of guidance that this version does not
+    know.
+    """
     found = [*_variables(run), *_attributes(run)]
     if not found:
-        return Check("unknown", "exact", "every variable and attribute is one that this version knows")
+        return Check(
+            "unknown", "exact", "every variable and attribute is one that this version knows"
+        )
     more = f" and {len(found) - 5} more" if found[5:] else ""
-    return Check("unknown", "not checked", f"this version does not know {', '.join(found[:5])}{more}")
+    return Check(
+        "unknown", "not checked", f"this version does not know {', '.join(found[:5])}{more}"
+    )
 
 
 def _variables(run: Run) -> Iterator[str]:

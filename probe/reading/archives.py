@@ -1,7 +1,9 @@
-"""A recording in a zip file, read from a copy that is unpacked once into the user's cache folder: whole, or not at all.
+"""A recording in a zip file, read from a copy that is unpacked once into the user's cache folder:
+whole, or not at all.
 
-The file is somebody else's: the names in it are relative and plain, it holds one recording, and the sizes it claims are checked
-before anything is written, and while it is. What no recording has is left in it.
+The file is somebody else's: the names in it are relative and plain, it holds one recording, and the
+sizes it claims are checked before anything is written, and while it is. What no recording has is
+left in it.
 """
 
 from __future__ import annotations
@@ -28,28 +30,40 @@ from probe.stopping import cleanly
 from probe.system import FULL, trouble_in, unreadable
 from probe.text import printable
 
-MOST_ENTRIES, MOST_RATIO, SMALL = 50_000, 100, 64 * 2**20  # files, as of 5 variables at their longest; bytes for one packed byte, beyond this size
+MOST_ENTRIES, MOST_RATIO, SMALL = (
+    50_000,
+    100,
+    64 * 2**20,
+)  # files, as of 5 variables at their longest; bytes for one packed byte, beyond this size
 MOST_LISTED, DEPTH = 16 * 2**20, 16  # bytes of the list of files; folders in each other
-OURS = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*")  # the files that a recording has, beside its pictures
+OURS = re.compile(
+    r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*"
+)  # the files that a recording has, beside its pictures
 PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others, Python unpacks without a bound
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
 MANUALLY = "Unpack it yourself, and read the folder."
 
 
 def unpacked(archive: Path, cache: Path) -> Path:
-    """The recording in a zip file, as a folder below `cache`. Nothing is unpacked twice under one name.
+    """The recording in a zip file, as a folder below `cache`. Nothing is unpacked twice under one
+    name.
 
-    Raises RecordingNotFound where none is in it, RecordingDamaged for a file that is no sound zip, TooLarge where the disk has
-    not the room, RecordingUnreadable.
+    Raises RecordingNotFound where none is in it, RecordingDamaged for a file that is no sound zip,
+    TooLarge where the disk has not the room, RecordingUnreadable.
     """
     try:
         file = open_plain(archive)
         if isinstance(file, str):
-            raise RecordingNotFound(f"{printable(str(archive))} is {file}, not a file.", "probe ls lists the recordings there are.")
+            raise RecordingNotFound(
+                f"{printable(str(archive))} is {file}, not a file.",
+                "probe ls lists the recordings there are.",
+            )
         with file:
             if is_hole(os.fstat(file.fileno())):
                 raise RecordingDamaged(
-                    f"{printable(str(archive))} has next to nothing in it: nearly all of it was never written.", "Take it from a copy."
+                    f"{printable(str(archive))} has next to nothing in it: nearly all of it was "
+                    "never written.",
+                    "Take it from a copy.",
                 )
             opened = Zip(file, MOST_LISTED)
             mark = opened.digest()[:16]
@@ -60,18 +74,31 @@ def unpacked(archive: Path, cache: Path) -> Path:
             if not root.is_dir():
                 with into_cache(printable(str(archive)), folder.parent):
                     _unpack(archive, opened, root)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError, OverflowError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        UnicodeDecodeError,
+        OverflowError,
+    ) as error:
         raise RecordingDamaged(
-            f"{printable(str(archive))} is not a zip file that can be read: {printable(str(error))}.", "Take it from a copy."
+            f"{printable(str(archive))} is not a zip file that can be read: "
+            f"{printable(str(error))}.",
+            "Take it from a copy.",
         ) from error
     except RuntimeError as error:  # as zipfile says that a file in it has a password
-        raise RecordingDamaged(f"{printable(str(archive))} cannot be read: {printable(str(error))}.", MANUALLY) from error
+        raise RecordingDamaged(
+            f"{printable(str(archive))} cannot be read: {printable(str(error))}.", MANUALLY
+        ) from error
     except OSError as error:
         if isinstance(error, ProbeError):
             raise
         if (trouble := trouble_in(error)) is not None:
             raise unreadable(archive, trouble) from error
-        raise RecordingDamaged(f"{printable(str(archive))} cannot be unpacked: {printable(str(error))}.", MANUALLY) from error
+        raise RecordingDamaged(
+            f"{printable(str(archive))} cannot be unpacked: {printable(str(error))}.", MANUALLY
+        ) from error
     return root
 
 
@@ -97,13 +124,16 @@ def into_cache(what: str, folder: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in NO_PLACE:
             better = "with room" if error.errno in FULL else "that can be written"
             raise RecordingNotFound(
-                f"{what} cannot be unpacked into {folder}: {error.strerror}.", f"Set XDG_CACHE_HOME to a folder {better}."
+                f"{what} cannot be unpacked into {folder}: {error.strerror}.",
+                f"Set XDG_CACHE_HOME to a folder {better}.",
             ) from error
         raise
 
 
 class _Listed(io.BufferedReader):
-    """A file from which no more than `most` bytes are read at once, as zipfile reads the list of what is in a zip."""
+    """A file from which no more than `most` bytes are read at once, as zipfile reads the list of
+    what is in a zip.
+    """
 
     most = sys.maxsize
 
@@ -114,15 +144,22 @@ class _Listed(io.BufferedReader):
 
 
 class Zip(zipfile.ZipFile):
-    """A zip file whose list of files has no more than `most` bytes. Raises BadZipFile, and what zipfile raises."""
+    """A zip file whose list of files has no more than `most` bytes.
+
+    Raises BadZipFile, and what zipfile raises.
+    """
 
     def __init__(self, file: io.BufferedReader, most: int):
-        self.whole = _Listed(io.FileIO(file.fileno(), closefd=False))  # read nothing from `file` beside: the two have one position
+        self.whole = _Listed(
+            io.FileIO(file.fileno(), closefd=False)
+        )  # read nothing from `file` beside: the two have one position
         self.whole.most = most
         super().__init__(self.whole)
         self.whole.most = sys.maxsize
         if unusual := [entry for entry in self.infolist() if entry.compress_type not in PACKED]:
-            raise zipfile.BadZipFile(f"{unusual[0].filename[:60]!r} in it is packed in a way that is not read")
+            raise zipfile.BadZipFile(
+                f"{unusual[0].filename[:60]!r} in it is packed in a way that is not read"
+            )
 
     def digest(self) -> str:
         """The SHA-256 of the whole file."""
@@ -132,22 +169,39 @@ class Zip(zipfile.ZipFile):
 
 def _unpack(archive: Path, opened: zipfile.ZipFile, target: Path) -> None:
     entries = opened.infolist()
-    total, packed = sum(entry.file_size for entry in entries), sum(entry.compress_size for entry in entries)
+    total, packed = (
+        sum(entry.file_size for entry in entries),
+        sum(entry.compress_size for entry in entries),
+    )
     if len(entries) > MOST_ENTRIES or total > max(SMALL, MOST_RATIO * packed):
-        raise RecordingDamaged(f"{printable(str(archive))} would grow from {packed} to {total} bytes, in {len(entries)} files.", MANUALLY)
+        raise RecordingDamaged(
+            f"{printable(str(archive))} would grow from {packed} to {total} bytes, in "
+            f"{len(entries)} files.",
+            MANUALLY,
+        )
     top = _top(archive, entries)
     cache = target.parent.parent
     room = shutil.disk_usage(cache)
     if room.total and total > room.free:
         raise TooLarge(
-            f"{printable(str(archive))} holds {total} bytes, and its cache folder has room for {room.free}.", "Set XDG_CACHE_HOME to another disk."
+            f"{printable(str(archive))} holds {total} bytes, and its cache folder has room for "
+            f"{room.free}.",
+            "Set XDG_CACHE_HOME to another disk.",
         )
     with cleanly(), tempfile.TemporaryDirectory(dir=cache) as partial:
         root = Path(partial) / "made"
         root.mkdir()
         for entry in entries:
-            inside = PurePosixPath(entry.filename).relative_to(top) if _is_below(entry.filename, top) else None
-            if inside is None or entry.is_dir() or not (OURS.fullmatch(inside.name) or DRAWN.fullmatch(str(inside))):
+            inside = (
+                PurePosixPath(entry.filename).relative_to(top)
+                if _is_below(entry.filename, top)
+                else None
+            )
+            if (
+                inside is None
+                or entry.is_dir()
+                or not (OURS.fullmatch(inside.name) or DRAWN.fullmatch(str(inside)))
+            ):
                 continue
             written = root.joinpath(*inside.parts)
             written.parent.mkdir(parents=True, exist_ok=True)
@@ -176,25 +230,49 @@ def _is_below(name: str, top: str) -> bool:
 
 
 def _top(archive: Path, entries: list[zipfile.ZipInfo]) -> str:
-    """The folder in the zip that is the recording: the one with the uppermost zarr.json. Check every name on the way."""
+    """The folder in the zip that is the recording: the one with the uppermost zarr.json.
+
+    Check every name on the way.
+    """
     names = [entry.filename for entry in entries]
     for entry in entries:
         parts = PurePosixPath(entry.filename).parts
         kind = entry.external_attr >> 16
         plain = not kind or stat.S_IFMT(kind) in (0, stat.S_IFREG, stat.S_IFDIR)
         windows = any(character in entry.filename for character in '\\:*?"<>|') and os.name == "nt"
-        if not plain or ".." in parts or entry.filename[:1] in ("/", "\\") or len(parts) > DEPTH or not entry.filename.isprintable() or windows:
-            raise RecordingDamaged(f"{printable(str(archive))} has an entry {printable(entry.filename)[:60]!r}, which no recording has.", MANUALLY)
+        if (
+            not plain
+            or ".." in parts
+            or entry.filename[:1] in ("/", "\\")
+            or len(parts) > DEPTH
+            or not entry.filename.isprintable()
+            or windows
+        ):
+            raise RecordingDamaged(
+                f"{printable(str(archive))} has an entry {printable(entry.filename)[:60]!r}, "
+                "which no recording has.",
+                MANUALLY,
+            )
     if len(set(names)) < len(names):
         raise RecordingDamaged(f"{printable(str(archive))} has two entries of one name.", MANUALLY)
     roots = sorted(
-        {str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == "zarr.json"},
+        {
+            str(PurePosixPath(name).parent)
+            for name in names
+            if PurePosixPath(name).name == "zarr.json"
+        },
         key=lambda name: (name != ".", len(PurePosixPath(name).parts)),
     )
     if not roots:
-        raise RecordingNotFound(f"{printable(str(archive))} holds no recording.", "It should hold a folder with a zarr.json.")
+        raise RecordingNotFound(
+            f"{printable(str(archive))} holds no recording.",
+            "It should hold a folder with a zarr.json.",
+        )
     depth = len(PurePosixPath(roots[0]).parts)
     beside = [name for name in roots if len(PurePosixPath(name).parts) == depth]
     if len(beside) > 1 and roots[0] != ".":
-        raise RecordingNotFound(f"{printable(str(archive))} holds {len(beside)} recordings.", "Unpack it, and name one of them.")
+        raise RecordingNotFound(
+            f"{printable(str(archive))} holds {len(beside)} recordings.",
+            "Unpack it, and name one of them.",
+        )
     return roots[0]

@@ -1,4 +1,5 @@
-"""The part of a `Run` that reads attention: maps as they were recorded, and as few, by token, word and phrase.
+"""The part of a `Run` that reads attention: maps as they were recorded, and as few, by token, word
+and phrase.
 
     run.attention("16x16"), run.contribution("16x16")           # as recorded: (step, token, branch, image, layer, head, y, x), lazily
     run.word_maps(), run.word_maps(branch="uncond")             # (step, word, image, y, x): mean over layers and heads of all grids
@@ -6,9 +7,9 @@
     run.phrase("scuba diving", of="contribution")               # what was written there, not where was looked
     run.against_others(), run.mass(), run.counterfactual()
 
-Of a noising, `image` is `draw`: `images` and "image" in `over` then choose draws of noise.
-Each is a few lines over `probe.analysis`, where what is computed is described. What a method has no setting for is done with
-xarray: `.sel(image=0)`, `.mean("step")`.
+Of a noising, `image` is `draw`: `images` and "image" in `over` then choose draws of noise. Each is
+a few lines over `probe.analysis`, where what is computed is described. What a method has no setting
+for is done with xarray: `.sel(image=0)`, `.mean("step")`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ Indices = slice | int | Sequence[int] | np.ndarray
 
 
 class Choice(TypedDict, total=False):
-    """Which maps, and over what their mean is taken: the settings of `token_maps`, and of all that is made of it."""
+    """Which maps, and over what their mean is taken: the settings of `token_maps`, and of all that
+    is made of it.
+    """
 
     of: Read
     branch: str
@@ -70,7 +73,9 @@ class Words(tuple[str, ...]):
 
     def __call__(self) -> xr.DataArray:
         """Return the maps of `Run.word_overview`, and warn of the new name."""
-        warn_renamed("Run.words()", "run.word_overview(), or run.word_maps() for every step", since="0.1")
+        warn_renamed(
+            "Run.words()", "run.word_overview(), or run.word_maps() for every step", since="0.1"
+        )
         return self._maps()
 
 
@@ -100,22 +105,33 @@ class Attention:
         """Grids with attention maps, the largest first: ["64x64", "32x32", ...]."""
         if "attention" not in self.tree.children:
             return []
-        return sorted(self.tree["attention"].children, key=lambda g: -math.prod(int(n) for n in g.split("x")))
+        return sorted(
+            self.tree["attention"].children, key=lambda g: -math.prod(int(n) for n in g.split("x"))
+        )
 
     def attention(self, grid: str | None = None) -> xr.DataArray:
-        """Cross-attention maps at one grid (default: the largest), still lazy, in their stored type.
+        """Cross-attention maps at one grid (default: the largest), still lazy, in their stored
+        type.
 
-        *Shape:* (step, token, branch, image, layer, head, y, x). Of a pixel's attention, each token's share; use
-        `probe.analysis.probabilities` on the values of a `sqrt_u8` recording. Maps of a `queries` recording are computed when they
-        are read, in float32; those of a `summary` recording are the mean over heads, with a head axis of 1 and their number as `heads`.
+        *Shape:* (step, token, branch, image, layer, head, y, x). Of a pixel's attention, each
+        token's share; use `probe.analysis.probabilities` on the values of a `sqrt_u8` recording.
+        Maps of a `queries` recording are computed when they are read, in float32; those of a
+        `summary` recording are the mean over heads, with a head axis of 1 and their number as
+        `heads`.
         """
         if not self.grids:
-            raise RecordingNotFound(f"{self.name} has no attention maps.", "Record with capture.attention: maps.")
+            raise RecordingNotFound(
+                f"{self.name} has no attention maps.", "Record with capture.attention: maps."
+            )
         grid = self.grids[0] if grid is None else grid
         if not isinstance(grid, str):
-            raise ExperimentError(f"grid is {told(grid)}, which is no text.", f"Give one of: {', '.join(self.grids)}.")
+            raise ExperimentError(
+                f"grid is {told(grid)}, which is no text.", f"Give one of: {', '.join(self.grids)}."
+            )
         if grid not in self.grids:
-            raise RecordingNotFound(f"{self.name} has no attention maps at {told(grid)[1:-1]}.", near(grid, self.grids))
+            raise RecordingNotFound(
+                f"{self.name} has no attention maps at {told(grid)[1:-1]}.", near(grid, self.grids)
+            )
         group = f"attention/{grid}"
         if "query" in self.tree[group].data_vars:
             maps = recomputed(self.variable(f"{group}/query"), self.variable(f"{group}/key"))
@@ -125,12 +141,16 @@ class Attention:
             heads = self.variable(f"{group}/head_statistics").sizes["each_head"]
             maps = maps.assign_coords(heads=("layer", np.full(maps.sizes["layer"], heads)))
         recorded = np.flatnonzero(self.variable(f"{group}/recorded").values)
-        return maps.isel(step=places(np.intersect1d(recorded, self.steps)))  # the same steps at each call, also while more are being written
+        return maps.isel(
+            step=places(np.intersect1d(recorded, self.steps))
+        )  # the same steps at each call, also while more are being written
 
     def contribution(self, grid: str | None = None) -> xr.DataArray:
-        """Attention times |v W_O|, the size of what each token writes, at one grid. Lazy, as `attention`; see `analysis.contribution`.
+        """Attention times |v W_O|, the size of what each token writes, at one grid. Lazy, as
+        `attention`; see `analysis.contribution`.
 
-        *Shape:* (step, token, branch, image, layer, head, y, x) float32, in the units of the layer's output.
+        *Shape:* (step, token, branch, image, layer, head, y, x) float32, in the units of the
+        layer's output.
         """
         maps = self.attention(grid)
         grid = self.grids[0] if grid is None else grid
@@ -138,12 +158,17 @@ class Attention:
         return analysis.contribution(maps, self.variable(f"attention/{grid}/value_size"))
 
     def counterfactual(self) -> xr.DataArray:
-        """What each word did: |prediction - prediction without it|, mean over channels. NaN at steps where it was not asked for.
+        """What each word did: |prediction - prediction without it|, mean over channels. NaN at
+        steps where it was not asked for.
 
-        *Shape:* (step, masked_word, image, y, x) float32, on the grid of the latents, in the units of the prediction.
+        *Shape:* (step, masked_word, image, y, x) float32, on the grid of the latents, in the units
+        of the prediction.
         """
         if "counterfactual" not in self.tree.children:
-            raise RecordingNotFound(f"{self.name} has no counterfactual maps.", 'Record with capture.counterfactual: ["*"], or a list of words.')
+            raise RecordingNotFound(
+                f"{self.name} has no counterfactual maps.",
+                'Record with capture.counterfactual: ["*"], or a list of words.',
+            )
         return self.variable("counterfactual/change").isel(step=places(self.steps))
 
     def tokens(self, branch: str = "cond") -> list[str]:
@@ -154,22 +179,30 @@ class Attention:
     def words(self) -> Words:
         """Return the words of the prompt as text, in their order: `("a", "cat", "on", "a", "mat")`.
 
-        They are the labels of `word_maps()`: what was read of a word that the cut went through ends in "…".
+        They are the labels of `word_maps()`: what was read of a word that the cut went through ends
+        in "…".
         """
         labels = self._labels("cond")
-        by_number = {int(number): str(word) for number, word in zip(labels["word_index"].values, labels["word"].values, strict=True)}
+        by_number = {
+            int(number): str(word)
+            for number, word in zip(labels["word_index"].values, labels["word"].values, strict=True)
+        }
         words = [by_number[number] for number in sorted(by_number) if number >= 0]
         if words and self.cut()[1]:
             words[-1] += STUMP
         return Words(words, self.word_overview)
 
     def cut(self, branch: str = "cond") -> tuple[str, str]:
-        """What was cut from the end of a prompt that is too long, and the word, whole, that the cut went through; "" where there is none."""
+        """What was cut from the end of a prompt that is too long, and the word, whole, that the cut
+        went through; "" where there is none.
+        """
         cut = self.attributes.cut_from_prompt.get(branch_name(branch), "")
         return cut, split_word(self.read_as(branch), cut)
 
     def read_as(self, branch: str = "cond") -> str:
-        """The prompt as the tokenizer got it: textual inversion writes a word once for each of its vectors."""
+        """The prompt as the tokenizer got it: textual inversion writes a word once for each of its
+        vectors.
+        """
         return self.attributes.read_as.get(branch, self.attributes.texts[branch_name(branch)])
 
     # --- as few ---
@@ -188,14 +221,18 @@ class Attention:
         method: Method = "bilinear",
         weigh: Weigh = "layers",
     ) -> xr.DataArray:
-        """Maps of every token, each brought to `grid`, (y, x), default the largest recorded; then the mean `over` what is named.
+        """Maps of every token, each brought to `grid`, (y, x), default the largest recorded; then
+        the mean `over` what is named.
 
-        *Shape:* (step, token, image, y, x) float32, with "layer" and "head" where they are not in `over`, without "step" where it is.
-        `of` is attention or contribution, `branch` cond (the prompt's tokens) or uncond (the negative prompt's). `layers` are globs
-        or grids as in capture.layers, `steps` indices of model calls, or text as in capture.steps. A mask of truth values, in an array as
-        long as there are of them, chooses steps, heads and images too. BOS, EOS and `rest` are tokens like any other. The mean is first
-        over the heads in a layer, then over layers; with weigh="heads" every head counts the same (`analysis.combined`). Raises
-        RecordingNotFound, which names the setting, for what was not recorded, and ExperimentError for a setting that has no such choice.
+        *Shape:* (step, token, image, y, x) float32, with "layer" and "head" where they are not in
+        `over`, without "step" where it is. `of` is attention or contribution, `branch` cond (the
+        prompt's tokens) or uncond (the negative prompt's). `layers` are globs or grids as in
+        capture.layers, `steps` indices of model calls, or text as in capture.steps. A mask of truth
+        values, in an array as long as there are of them, chooses steps, heads and images too. BOS,
+        EOS and `rest` are tokens like any other. The mean is first over the heads in a layer, then
+        over layers; with weigh="heads" every head counts the same (`analysis.combined`). Raises
+        RecordingNotFound, which names the setting, for what was not recorded, and ExperimentError
+        for a setting that has no such choice.
         """
         one_of("of", of, get_args(Read))
         branch_name(branch)
@@ -204,114 +241,212 @@ class Attention:
             raise _nothing("layers", layers)
         across = self.attributes.across
         numbers = {"head": heads, across: images}
-        maps = [self._chosen(name, paths, of, branch, steps, numbers) for name, paths in self._layers(patterns).items()]
+        maps = [
+            self._chosen(name, paths, of, branch, steps, numbers)
+            for name, paths in self._layers(patterns).items()
+        ]
         over = [across if dim == "image" else dim for dim in texts("over", over)]
         return analysis.combined(maps, over, grid, method, weigh).rename(of)
 
     def word_maps(
-        self, *, normalise: Normalisation = "none", bands: int | Sequence[float] = 0, merge: Literal["sum", "mean"] = "sum", **choice: Unpack[Choice]
+        self,
+        *,
+        normalise: Normalisation = "none",
+        bands: int | Sequence[float] = 0,
+        merge: Literal["sum", "mean"] = "sum",
+        **choice: Unpack[Choice],
     ) -> xr.DataArray:
-        """Maps of every word, the sum (or mean) of its tokens; a word that is there twice stays two, told apart by `word_index`.
+        """Maps of every word, the sum (or mean) of its tokens; a word that is there twice stays
+        two, told apart by `word_index`.
 
-        *Shape:* (step, word, image, y, x) float32, as `token_maps`; with `bands`, their number or edges, (band, word, image, y, x):
-        means over noise levels, the noisiest first (`analysis.by_sigma`). `normalise`: "min-max", "words" or "space", see
-        `analysis.normalised`. What was cut from a prompt that is too long is the attribute `cut_from_prompt`; a word that was cut in
-        its middle is labelled by what was read of it and "…". With layers=("down_blocks.*", "up_blocks.*"),
-        over=("step", "layer", "head"), method="bicubic", weigh="heads", merge="mean" it is DAAM's global map, for each step.
+        *Shape:* (step, word, image, y, x) float32, as `token_maps`; with `bands`, their number or
+        edges, (band, word, image, y, x): means over noise levels, the noisiest first
+        (`analysis.by_sigma`). `normalise`: "min-max", "words" or "space", see
+        `analysis.normalised`. What was cut from a prompt that is too long is the attribute
+        `cut_from_prompt`; a word that was cut in its middle is labelled by what was read of it and
+        "…". With layers=("down_blocks.*", "up_blocks.*"), over=("step", "layer", "head"),
+        method="bicubic", weigh="heads", merge="mean" it is DAAM's global map, for each step.
         """
         banded = not (type(bands) is int and bands == 0)
         bands = checked_bands(bands) if banded else 0
         if banded and "step" in texts("over", choice.get("over", ())):
             raise ExperimentError(
-                'bands and "step" in over exclude each other: either takes the mean over steps.', 'Leave out bands, or "step" in over.'
+                'bands and "step" in over exclude each other: either takes the mean over steps.',
+                'Leave out bands, or "step" in over.',
             )
         maps = self.token_maps(**choice)
         if banded:
             maps = analysis.by_sigma(maps, bands, self.variable("sigma"))
         cut, split = self.cut(choice.get("branch", "cond"))
-        return analysis.normalised(analysis.word_maps(maps, merge=merge, cut=cut, split=split), normalise)
+        return analysis.normalised(
+            analysis.word_maps(maps, merge=merge, cut=cut, split=split), normalise
+        )
 
-    def phrase(self, text: str, *, normalise: Normalisation = "none", bands: int | Sequence[float] = 0, **choice: Unpack[Choice]) -> xr.DataArray:
-        """A word, or words that follow one another, together: one map for each time that they are there.
+    def phrase(
+        self,
+        text: str,
+        *,
+        normalise: Normalisation = "none",
+        bands: int | Sequence[float] = 0,
+        **choice: Unpack[Choice],
+    ) -> xr.DataArray:
+        """A word, or words that follow one another, together: one map for each time that they are
+        there.
 
-        *Shape:* as `word_maps`. Raises PromptError, which lists the words, when it is not in the prompt or was cut from it.
+        *Shape:* as `word_maps`. Raises PromptError, which lists the words, when it is not in the
+        prompt or was cut from it.
         """
         text_of("text", text)
         words = analysis.phrase(self.word_maps(bands=bands, **choice), text, self._asking(text))
         return analysis.normalised(words, normalise)
 
-    def against_others(self, *, bands: int | Sequence[float] = 0, **choice: Unpack[Choice]) -> xr.DataArray:
-        """Each content word's map less the mean of the other content words' maps. *Shape:* as `word_maps`. Raises PromptError for fewer than two."""
-        return analysis.against_others(analysis.content_words(self.word_maps(bands=bands, **choice)))
+    def against_others(
+        self, *, bands: int | Sequence[float] = 0, **choice: Unpack[Choice]
+    ) -> xr.DataArray:
+        """Each content word's map less the mean of the other content words' maps.
+
+        *Shape:* as `word_maps`. Raises PromptError for fewer than two.
+        """
+        return analysis.against_others(
+            analysis.content_words(self.word_maps(bands=bands, **choice))
+        )
 
     def mass(self, **choice: Unpack[Choice]) -> xr.DataArray:
-        """How much of all attention goes to BOS, words, other tokens, EOS and rest. *Shape:* (step, kind, image); attention sums to 1."""
+        """How much of all attention goes to BOS, words, other tokens, EOS and rest.
+
+        *Shape:* (step, kind, image); attention sums to 1.
+        """
         return analysis.by_kind(self.token_maps(**choice).mean(("y", "x"), skipna=False))
 
     # --- at a glance ---
 
     def overview(self) -> xr.DataArray:
-        """Where each token was looked at in the last branch: mean over images and heads, then over the layers of all grids.
+        """Where each token was looked at in the last branch: mean over images and heads, then over
+        the layers of all grids.
 
-        *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run did not come to it.
+        *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run
+        did not come to it.
         """
         maps = self.attention()
-        stored = self.variable(f"attention/{self.grids[0]}/overview").isel(step=places(maps["step"].values))
-        stored = stored.load().transpose("step", ...)  # in this order: zarr reads what is transposed lazily 60 times slower
+        stored = self.variable(f"attention/{self.grids[0]}/overview").isel(
+            step=places(maps["step"].values)
+        )
+        stored = stored.load().transpose(
+            "step", ...
+        )  # in this order: zarr reads what is transposed lazily 60 times slower
         if np.isfinite(stored.values).all():
             return stored
         branch = str(maps["branch"].values[-1])
-        made = self.token_maps(branch=branch).mean(self.attributes.across, skipna=False).transpose("step", "token", "y", "x")
-        return made.drop_vars([name for name, value in made.coords.items() if not set(value.dims) <= {"step", "token"}]).rename("overview")
+        made = (
+            self.token_maps(branch=branch)
+            .mean(self.attributes.across, skipna=False)
+            .transpose("step", "token", "y", "x")
+        )
+        return made.drop_vars(
+            [
+                name
+                for name, value in made.coords.items()
+                if not set(value.dims) <= {"step", "token"}
+            ]
+        ).rename("overview")
 
     def word_overview(self) -> xr.DataArray:
         """The overview, averaged over steps and merged to words. *Shape:* (word, y, x) float32."""
-        word, number = (self.variable(f"attention/{self.grids[0]}/{name}").isel(branch=-1) for name in ("word", "word_index"))
+        word, number = (
+            self.variable(f"attention/{self.grids[0]}/{name}").isel(branch=-1)
+            for name in ("word", "word_index")
+        )
         cut, split = self.cut(str(word["branch"].item()))
-        return analysis.word_maps(self.overview().mean("step"), word.values, number.values, cut=cut, split=split)
+        return analysis.word_maps(
+            self.overview().mean("step"), word.values, number.values, cut=cut, split=split
+        )
 
     # --- inside ---
 
     def _labels(self, branch: str) -> xr.Dataset:
-        """Return token_text, word and word_index of a branch's tokens, from the first group that has them."""
+        """Return token_text, word and word_index of a branch's tokens, from the first group that
+        has them.
+        """
         branch_name(branch)
         for group in ("text/text_encoder", *(f"attention/{grid}" for grid in self.grids)):
-            if f"/{group}" in self.tree.groups and branch in self.variable(f"{group}/token_text")["branch"].values:
-                labels = {name: self.variable(f"{group}/{name}").variable for name in ("branch", "token_text", "word", "word_index")}
+            if (
+                f"/{group}" in self.tree.groups
+                and branch in self.variable(f"{group}/token_text")["branch"].values
+            ):
+                labels = {
+                    name: self.variable(f"{group}/{name}").variable
+                    for name in ("branch", "token_text", "word", "word_index")
+                }
                 return xr.Dataset(coords=labels).sel(branch=branch)
-        raise RecordingNotFound(f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true.")
+        raise RecordingNotFound(
+            f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true."
+        )
 
     def _layers(self, patterns: Sequence[str]) -> dict[str, list[str]]:
         """The layers that globs and grids select, by grid."""
         self.attention()
-        recorded = {grid: [str(path) for path in self.variable(f"attention/{grid}/layer").values] for grid in self.grids}
+        recorded = {
+            grid: [str(path) for path in self.variable(f"attention/{grid}/layer").values]
+            for grid in self.grids
+        }
         every = [path for paths in recorded.values() for path in paths]
         chosen: set[str] = set()
         for pattern in patterns:
             found = recorded.get(pattern) or [path for path in every if fnmatchcase(path, pattern)]
             if not found:
-                options = [*recorded, *dict.fromkeys(f"{path.split('.')[0]}.*" for path in every), *every]
-                raise RecordingNotFound(f"{pattern!r} matches no layer whose attention {self.name} has.", near(pattern, options))
+                options = [
+                    *recorded,
+                    *dict.fromkeys(f"{path.split('.')[0]}.*" for path in every),
+                    *every,
+                ]
+                raise RecordingNotFound(
+                    f"{pattern!r} matches no layer whose attention {self.name} has.",
+                    near(pattern, options),
+                )
             chosen.update(found)
-        kept = {grid: [path for path in paths if path in chosen] for grid, paths in recorded.items()}
+        kept = {
+            grid: [path for path in paths if path in chosen] for grid, paths in recorded.items()
+        }
         return {grid: paths for grid, paths in kept.items() if paths}
 
     def _chosen(
-        self, grid: str, layers: list[str], of: Read, branch: str, steps: Indices | str, numbers: Mapping[str, Indices | None]
+        self,
+        grid: str,
+        layers: list[str],
+        of: Read,
+        branch: str,
+        steps: Indices | str,
+        numbers: Mapping[str, Indices | None],
     ) -> xr.DataArray:
         maps = self.contribution(grid) if of == "contribution" else self.attention(grid)
         self._check_branch(branch, [str(name) for name in maps["branch"].values])
         calls = self.variable("committed").size
         indices = chosen_steps(steps, calls)
-        wanted = range(calls)[indices] if isinstance(indices, slice) else [step + calls if step < 0 else step for step in indices]
-        there, paths = [int(step) for step in maps["step"].values], [str(path) for path in maps["layer"].values]
+        wanted = (
+            range(calls)[indices]
+            if isinstance(indices, slice)
+            else [step + calls if step < 0 else step for step in indices]
+        )
+        there, paths = (
+            [int(step) for step in maps["step"].values],
+            [str(path) for path in maps["layer"].values],
+        )
         absent = [step for step in wanted if step not in there]
         if absent and not isinstance(indices, slice):
             named = absent[0] if absent[0] >= 0 else absent[0] - calls
-            raise RecordingNotFound(f"{self.name} has no attention maps of step {named}.", f"It has steps {_told(there)}; see capture.steps.")
+            raise RecordingNotFound(
+                f"{self.name} has no attention maps of step {named}.",
+                f"It has steps {_told(there)}; see capture.steps.",
+            )
         if there and not set(there) & set(wanted):
-            raise RecordingNotFound(f"{self.name} has attention maps of none of these steps.", f"It has steps {_told(there)}; see capture.steps.")
-        kept = {"step": [there.index(step) for step in wanted if step in there], "layer": [paths.index(path) for path in layers]}
+            raise RecordingNotFound(
+                f"{self.name} has attention maps of none of these steps.",
+                f"It has steps {_told(there)}; see capture.steps.",
+            )
+        kept = {
+            "step": [there.index(step) for step in wanted if step in there],
+            "layer": [paths.index(path) for path in layers],
+        }
         for dim, given in numbers.items():
             if given is None:
                 continue
@@ -323,19 +458,30 @@ class Attention:
             if dim == "head":
                 self._check_heads(grid, "single heads were asked for")
             if wrong := [number for number in several if not 0 <= number < maps.sizes[dim]]:
-                raise RecordingNotFound(f"{self.name} has no {dim} {wrong[0]} at {grid}.", f"It has {dim}s 0 to {maps.sizes[dim] - 1}.")
+                raise RecordingNotFound(
+                    f"{self.name} has no {dim} {wrong[0]} at {grid}.",
+                    f"It has {dim}s 0 to {maps.sizes[dim] - 1}.",
+                )
             kept[dim] = several
-        return maps.isel({dim: places(np.array(found, int)) for dim, found in kept.items()}).sel(branch=branch, drop=True)
+        return maps.isel({dim: places(np.array(found, int)) for dim, found in kept.items()}).sel(
+            branch=branch, drop=True
+        )
 
     def _check_heads(self, grid: str, why: str) -> None:
         if "head_statistics" in self.tree[f"attention/{grid}"].data_vars:
-            raise RecordingNotFound(f"{self.name} holds means over heads, and {why}.", "Record with capture.attention: maps or queries.")
+            raise RecordingNotFound(
+                f"{self.name} holds means over heads, and {why}.",
+                "Record with capture.attention: maps or queries.",
+            )
 
     def _check_branch(self, branch: str, there: list[str]) -> None:
         if branch in there:
             return
         guided = "" if self.attributes.is_guided else " and guidance_scale above 1"
-        raise RecordingNotFound(f"{self.name} has no attention maps of the {branch} branch.", f"Record with capture.branches: both{guided}.")
+        raise RecordingNotFound(
+            f"{self.name} has no attention maps of the {branch} branch.",
+            f"Record with capture.branches: both{guided}.",
+        )
 
     def _asking(self, text: str) -> str:
         """The command that looks for a word that was not in the prompt."""
@@ -348,11 +494,16 @@ class Attention:
 
 
 def _nothing(setting: str, given: object) -> ExperimentError:
-    return ExperimentError(f"{setting} is {told(given)}: there is nothing to take the mean of.", f"Leave {setting} out for all of them.")
+    return ExperimentError(
+        f"{setting} is {told(given)}: there is nothing to take the mean of.",
+        f"Leave {setting} out for all of them.",
+    )
 
 
 def places(indices: np.ndarray) -> np.ndarray | slice:
-    """Indices as a slice where they follow on one another, which zarr reads in a third of the time."""
+    """Indices as a slice where they follow on one another, which zarr reads in a third of the
+    time.
+    """
     whole = indices.size and bool((np.diff(indices) == 1).all())
     return slice(int(indices[0]), int(indices[-1]) + 1) if whole else indices
 

@@ -1,4 +1,5 @@
-"""Two recordings held against each other: what was asked, under which conditions, and which values differ by how much.
+"""Two recordings held against each other: what was asked, under which conditions, and which values
+differ by how much.
 
     found = compare(open_run("a"), open_run("b"))
     found.same           # True: every value of both is the same, bit for bit
@@ -6,8 +7,9 @@
     found.conditions     # device, threads, versions, weights ... that differ
     found.differences    # variables that differ, with how many values and by how much
 
-The bits of a run depend on the device's kind, the number of threads, the attention backend, whether the branches are one
-batch, the versions and the weights. Where those agree, two runs of one experiment are expected to be equal.
+The bits of a run depend on the device's kind, the number of threads, the attention backend, whether
+the branches are one batch, the versions and the weights. Where those agree, two runs of one
+experiment are expected to be equal.
 """
 
 from __future__ import annotations
@@ -23,14 +25,28 @@ from probe.output import rows
 from probe.reading.lazy import has_files, in_files
 from probe.reading.recording import Run
 
-CONDITIONS = ("device", "device_name", "threads", "attention_backend", "branches_batched", "torch", "diffusers", "transformers")
-AT_ONCE, VALUES = 2**23, 2**20  # bytes of a variable that are read together, values that are compared together
+CONDITIONS = (
+    "device",
+    "device_name",
+    "threads",
+    "attention_backend",
+    "branches_batched",
+    "torch",
+    "diffusers",
+    "transformers",
+)
+AT_ONCE, VALUES = (
+    2**23,
+    2**20,
+)  # bytes of a variable that are read together, values that are compared together
 NEW_EACH_TIME = ("cost",)  # groups that are measured anew and never the same
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A variable that differs: `count` of `total` values, by at most `greatest`; `at` is the first step where it does."""
+    """A variable that differs: `count` of `total` values, by at most `greatest`; `at` is the first
+    step where it does.
+    """
 
     variable: str
     problem: str
@@ -60,7 +76,10 @@ class Comparison:
         """Return the comparison for people."""
         told = []
         for title, parts in (("asked", self.asked), ("conditions", self.conditions)):
-            told += [f"  {title:11} {'the same' if not parts else parts[0]}", *(f"              {part}" for part in parts[1:])]
+            told += [
+                f"  {title:11} {'the same' if not parts else parts[0]}",
+                *(f"              {part}" for part in parts[1:]),
+            ]
         if self.same:
             return [*told, f"  values      the same bits in all {self.variables} variables"]
         table = [
@@ -75,12 +94,18 @@ class Comparison:
         ]
         apart = sum(d.problem.startswith("only in") for d in self.differences)
         shared = sum(d.variable != "committed" for d in self.differences) - apart
-        told += [f"  values      {shared} of {self.variables} variables differ{f', and {apart} are not in both' if apart else ''}", ""]
+        told += [
+            f"  values      {shared} of {self.variables} variables "
+            f"differ{f', and {apart} are not in both' if apart else ''}",
+            "",
+        ]
         return told + rows(table, ("variable", "", "values", "by at most", "first at step"))
 
 
 def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What two recordings' attributes say of the conditions that decide bits, where they disagree: "threads: 2 and 1"."""
+    """What two recordings' attributes say of the conditions that decide bits, where they disagree:
+    "threads: 2 and 1".
+    """
     found = [
         f"{name}: {there['environment'].get(name)} and {here['environment'].get(name)}"
         for name in CONDITIONS
@@ -94,21 +119,31 @@ def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """Compare everything that two recordings hold, some steps at a time, over the steps that both have committed."""
+    """Compare everything that two recordings hold, some steps at a time, over the steps that both
+    have committed.
+    """
     one, other = ({"kind": run.kind, **run.attributes.recipe} for run in (a, b))
     ignored = ("name", "output", "durability", "device")
-    asked = [f"{key}: {one.get(key)} and {other.get(key)}" for key in {**one, **other} if key not in ignored and one.get(key) != other.get(key)]
+    asked = [
+        f"{key}: {one.get(key)} and {other.get(key)}"
+        for key in {**one, **other}
+        if key not in ignored and one.get(key) != other.get(key)
+    ]
     first, second = _variables(a), _variables(b)
     differences = [Difference(name, "only in the first") for name in first if name not in second]
     differences += [Difference(name, "only in the second") for name in second if name not in first]
     shared = [name for name in first if name in second]
     steps = min(len(a.steps), len(b.steps))
     if len(a.steps) != len(b.steps):
-        differences.append(Difference("committed", f"{len(a.steps)} steps and {len(b.steps)} steps"))
+        differences.append(
+            Difference("committed", f"{len(a.steps)} steps and {len(b.steps)} steps")
+        )
     for name in shared:
         if (found := _difference(a, b, name, first[name], second[name], steps)) is not None:
             differences.append(found)
-    return Comparison(asked, differing_conditions(a.attributes, b.attributes), differences, len(shared))
+    return Comparison(
+        asked, differing_conditions(a.attributes, b.attributes), differences, len(shared)
+    )
 
 
 def _variables(run: Run) -> dict[str, xr.Variable]:
@@ -123,10 +158,16 @@ def _variables(run: Run) -> dict[str, xr.Variable]:
 
 def _steps_there(run: Run, name: str, variable: xr.Variable, steps: int) -> list[int]:
     """Steps of which a recording may hold something."""
-    return in_files(run.path, name, variable, range(steps)) if run.memory is None else list(range(steps))
+    return (
+        in_files(run.path, name, variable, range(steps))
+        if run.memory is None
+        else list(range(steps))
+    )
 
 
-def _difference(a: Run, b: Run, name: str, one: xr.Variable, other: xr.Variable, steps: int) -> Difference | None:
+def _difference(
+    a: Run, b: Run, name: str, one: xr.Variable, other: xr.Variable, steps: int
+) -> Difference | None:
     if one.dims != other.dims or one.shape != other.shape:
         return Difference(name, f"sizes {dict(one.sizes)} and {dict(other.sizes)}")
     if one.dtype != other.dtype:
@@ -136,7 +177,11 @@ def _difference(a: Run, b: Run, name: str, one: xr.Variable, other: xr.Variable,
     chosen = list(range(steps)) if stepped else [0]
     if stepped and same_fill:  # a step that neither has a file of is the same in both
         chosen = sorted({*_steps_there(a, name, one, steps), *_steps_there(b, name, other, steps)})
-    elif same_fill and one.ndim and not any(run.memory or has_files(run.path, name) for run in (a, b)):
+    elif (
+        same_fill
+        and one.ndim
+        and not any(run.memory or has_files(run.path, name) for run in (a, b))
+    ):
         chosen = []
     block = max(1, AT_ONCE * one.sizes["step"] // max(1, one.nbytes)) if stepped else 1
     count, greatest, at = 0, 0.0, None
@@ -144,8 +189,12 @@ def _difference(a: Run, b: Run, name: str, one: xr.Variable, other: xr.Variable,
         part = {"step": chosen[begin : begin + block]} if stepped else {}
         left, right = (np.asarray(v.isel(part).values) for v in (one, other))
         if stepped:
-            left, right = (np.moveaxis(values, one.get_axis_num("step"), 0) for values in (left, right))
-        for row, (mine, theirs) in enumerate(zip(left, right, strict=True) if stepped else [(left, right)]):
+            left, right = (
+                np.moveaxis(values, one.get_axis_num("step"), 0) for values in (left, right)
+            )
+        for row, (mine, theirs) in enumerate(
+            zip(left, right, strict=True) if stepped else [(left, right)]
+        ):
             wrong, off = _unlike(mine, theirs)
             if wrong and stepped and at is None:
                 at = chosen[begin + row]
@@ -155,14 +204,18 @@ def _difference(a: Run, b: Run, name: str, one: xr.Variable, other: xr.Variable,
 
 
 def _unlike(one: np.ndarray, other: np.ndarray) -> tuple[int, float]:
-    """How many values differ in their bits, and by how much at most; some of them at a time, for they may be many."""
+    """How many values differ in their bits, and by how much at most; some of them at a time, for
+    they may be many.
+    """
     count, greatest = 0, 0.0
     one, other = one.reshape(-1), other.reshape(-1)
     for begin in range(0, one.size, VALUES):
         left, right = one[begin : begin + VALUES], other[begin : begin + VALUES]
         unlike = left != right
         if left.dtype.kind == "f":
-            unlike |= np.signbit(left) != np.signbit(right)  # 0 and -0 are equal numbers, and other bits
+            unlike |= np.signbit(left) != np.signbit(
+                right
+            )  # 0 and -0 are equal numbers, and other bits
             unlike &= ~(np.isnan(left) & np.isnan(right))
         if wrong := int(unlike.sum()):
             count += wrong

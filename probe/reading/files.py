@@ -1,9 +1,11 @@
-"""Files that somebody else made: opened without following a link or waiting for a pipe, and read no further than they may be long.
+"""Files that somebody else made: opened without following a link or waiting for a pipe, and read no
+further than they may be long.
 
     read_file(root, "latents/zarr.json", check)     # `check` sees the size before a byte is read
     read_json(root, "zarr.json", most=2**20)
 
-A file that is not what it should be is a RecordingDamaged; a system that does not read it, a RecordingUnreadable.
+A file that is not what it should be is a RecordingDamaged; a system that does not read it, a
+RecordingUnreadable.
 """
 
 from __future__ import annotations
@@ -28,9 +30,16 @@ REMEDY = "Record it again, or remove it."
 UNLINKED = "Its files are links: copy it with cp -rL, and read the copy."
 MAX_PARTS = 400_000  # values in a JSON file
 READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-FOLDER, NO_LINK, NO_WAIT = (getattr(os, f"O_{name}", 0) for name in ("DIRECTORY", "NOFOLLOW", "NONBLOCK"))
-GUARDED = bool(FOLDER and NO_LINK and NO_WAIT) and os.open in os.supports_dir_fd  # else, as on Windows: looked at before and after
-LARGE, MOST_HOLES = 16 * 2**20, 64  # of more, in one file or in many, 1 byte in 64 must take room on the disk
+FOLDER, NO_LINK, NO_WAIT = (
+    getattr(os, f"O_{name}", 0) for name in ("DIRECTORY", "NOFOLLOW", "NONBLOCK")
+)
+GUARDED = (
+    bool(FOLDER and NO_LINK and NO_WAIT) and os.open in os.supports_dir_fd
+)  # else, as on Windows: looked at before and after
+LARGE, MOST_HOLES = (
+    16 * 2**20,
+    64,
+)  # of more, in one file or in many, 1 byte in 64 must take room on the disk
 Check = Callable[[os.stat_result], None]
 # The pictures that are drawn of a recording, beside its zarr.json.
 DRAWN = re.compile(r"(picture(-[0-9]+)?|contact-sheet|words|ask-[^/]*)\.png", re.DOTALL)
@@ -43,15 +52,17 @@ def refuse(path: Path, what: str, remedy: str = REMEDY) -> RecordingDamaged:
 
 def refuse_link(root: Path, name: str) -> RecordingLinked:
     """The error for a recording with a link in it: nothing is followed out of a recording."""
-    return RecordingLinked(f"{printable(str(root))} is not read: {printable(name)} is behind a link.", UNLINKED)
+    return RecordingLinked(
+        f"{printable(str(root))} is not read: {printable(name)} is behind a link.", UNLINKED
+    )
 
 
 @contextlib.contextmanager
 def opened(root: Path, name: str, check: Check) -> Iterator[io.BufferedReader]:
     """Open a plain file below `root`. No part of `name` may be a link.
 
-    `check` sees what the file is before a byte of it is read. Raises FileNotFoundError, RecordingDamaged for a link, a pipe
-    or a device, RecordingUnreadable.
+    `check` sees what the file is before a byte of it is read. Raises FileNotFoundError,
+    RecordingDamaged for a link, a pipe or a device, RecordingUnreadable.
     """
     with reading(root):
         descriptor = (_descend if GUARDED else _look_twice)(root, name)
@@ -89,7 +100,9 @@ def _descend(root: Path, name: str) -> int:
 
 
 def _look_twice(root: Path, name: str) -> int:
-    """Look at each part before the file is opened, and whether it is still the same file afterwards."""
+    """Look at each part before the file is opened, and whether it is still the same file
+    afterwards.
+    """
     at, found = Path(root), Path(root).stat()
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
@@ -110,7 +123,9 @@ def _look_twice(root: Path, name: str) -> int:
 
 
 def open_plain(path: Path) -> io.BufferedReader | str:
-    """Open a plain file, through links too; of anything else what it is, "a pipe", without waiting for it. Raises OSError."""
+    """Open a plain file, through links too; of anything else what it is, "a pipe", without waiting
+    for it. Raises OSError.
+    """
     if not stat.S_ISREG((found := path.stat()).st_mode):
         return kind_of(found)
     descriptor = os.open(path, READ | NO_WAIT)
@@ -121,7 +136,9 @@ def open_plain(path: Path) -> io.BufferedReader | str:
 
 
 def is_hole(found: os.stat_result) -> bool:
-    """Whether a large file takes next to no room on the disk, because nothing was ever written into it."""
+    """Whether a large file takes next to no room on the disk, because nothing was ever written into
+    it.
+    """
     blocks = getattr(found, "st_blocks", found.st_size)  # Windows does not say
     return found.st_size > LARGE and blocks * 512 * MOST_HOLES < found.st_size
 
@@ -133,7 +150,9 @@ def entry_is_link(entry: os.DirEntry[str]) -> bool:
 
 def is_link(found: os.stat_result) -> bool:
     """Whether `lstat` found a link, or what Windows has for one."""
-    return stat.S_ISLNK(found.st_mode) or bool(getattr(found, "st_file_attributes", 0) & 0x400)  # FILE_ATTRIBUTE_REPARSE_POINT
+    return stat.S_ISLNK(found.st_mode) or bool(
+        getattr(found, "st_file_attributes", 0) & 0x400
+    )  # FILE_ATTRIBUTE_REPARSE_POINT
 
 
 def read_file(root: Path, name: str, check: Check, part: slice = slice(None)) -> bytes:
@@ -149,18 +168,26 @@ def no_longer(root: Path, name: str, most: int) -> Check:
 
     def check(found: os.stat_result) -> None:
         if found.st_size > most:
-            raise refuse(root, f"{printable(name)} has {found.st_size} bytes, where {most} would be many")
+            raise refuse(
+                root, f"{printable(name)} has {found.st_size} bytes, where {most} would be many"
+            )
 
     return check
 
 
 def read_json(root: Path, name: str, most: int) -> Any:
-    """A small JSON file below `root`. NaN and Infinity, which are no JSON, only where an older version wrote a scheduler's settings."""
+    """A small JSON file below `root`.
+
+    NaN and Infinity, which are no JSON, only where an older version wrote a scheduler's settings.
+    """
     return parse_json(root, name, read_file(root, name, no_longer(root, name, most)))
 
 
 def parse_json(root: Path, name: str, raw: bytes) -> Any:
-    """What a JSON file says. Raises RecordingDamaged for one with too many values, or none that can be read."""
+    """What a JSON file says.
+
+    Raises RecordingDamaged for one with too many values, or none that can be read.
+    """
     not_finite: list[float] = []
 
     def constant(word: str) -> float:
@@ -173,7 +200,9 @@ def parse_json(root: Path, name: str, raw: bytes) -> Any:
         found = json.loads(raw.decode(), parse_constant=constant)
         if not_finite:
             settings = found["attributes"]["scheduler"]["config"].values()
-            if len(not_finite) != sum(isinstance(value, float) and not isfinite(value) for value in settings):
+            if len(not_finite) != sum(
+                isinstance(value, float) and not isfinite(value) for value in settings
+            ):
                 raise ValueError
         return found
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:

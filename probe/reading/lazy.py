@@ -1,12 +1,14 @@
-"""A recording's arrays as a labelled tree: what stock xarray makes of it, but nothing is read before it is asked for and checked.
+"""A recording's arrays as a labelled tree: what stock xarray makes of it, but nothing is read
+before it is asked for and checked.
 
     tree = open_tree(path)        # an xarray DataTree; the same as xr.open_datatree(path, engine="zarr")
     tree["latents/latents"].isel(step=3).values
 
-Of the files, zarr reads the chunks, but for those of sound shards (`probe.reading.shards`), through a store that hands out only
-plain files as large as their values are. Whatever goes wrong when values are read is a `RecordingDamaged` that names the
-variable. A chunk without a file reads as its fill value, as always in zarr, but no more than `UNBACKED` bytes are made up that
-way: a few bytes could claim terabytes.
+Of the files, zarr reads the chunks, but for those of sound shards (`probe.reading.shards`), through
+a store that hands out only plain files as large as their values are. Whatever goes wrong when
+values are read is a `RecordingDamaged` that names the variable. A chunk without a file reads as its
+fill value, as always in zarr, but no more than `UNBACKED` bytes are made up that way: a few bytes
+could claim terabytes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ import xarray as xr
 import zarr
 from xarray.backends.common import BackendArray
 from xarray.core import indexing
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.abc.store import (
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    Store,
+    SuffixByteRequest,
+)
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 
@@ -40,18 +48,34 @@ from probe.system import exists, reading, trouble_in, unreadable
 from probe.text import first_line, printable
 
 MAX_ALL_TEXT = 16 * 2**20  # bytes of all variables of text
-UNBACKED, MAX_ABSENT = 64 * 2**20, 4096  # bytes that are made up for one read; chunks without a file that are read at all
+UNBACKED, MAX_ABSENT = (
+    64 * 2**20,
+    4096,
+)  # bytes that are made up for one read; chunks without a file that are read at all
 CHOOSE = "Choose steps that were recorded: run.steps."
-FAULTS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError, MemoryError)  # what zarr makes of a damaged chunk
-SMALL, MAX_KEPT = 10_000, 2**21  # values of a variable that is kept once it was read, as stock xarray keeps each; of all that are
+FAULTS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    AssertionError,
+    MemoryError,
+)  # what zarr makes of a damaged chunk
+SMALL, MAX_KEPT = (
+    10_000,
+    2**21,
+)  # values of a variable that is kept once it was read, as stock xarray keeps each; of all that are
 TEXT = np.dtypes.StringDType()
 
 
-# --- the store ------------------------------------------------------------------------------------------------------
+# --- the store ------------------------------------------------------------------------------------
 
 
 class Untrusting(Store):
-    """The arrays of a checked recording as a zarr store to read from: plain files of the right size, and nothing else."""
+    """The arrays of a checked recording as a zarr store to read from: plain files of the right
+    size, and nothing else.
+    """
 
     supports_writes = supports_deletes = supports_listing = False
 
@@ -69,7 +93,12 @@ class Untrusting(Store):
     def __hash__(self) -> int:
         return hash(self.root)
 
-    async def get(self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None) -> Buffer | None:
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
         path, _, file = key.rpartition("/")
         stored = self._arrays.get(path)
         if stored is None:
@@ -93,7 +122,10 @@ class Untrusting(Store):
         elif isinstance(byte_range, SuffixByteRequest):
             part = slice(-byte_range.suffix, None)
         content = read_file(self.root, key, functools.partial(self.check, stored, key), part)
-        if isinstance(byte_range, RangeByteRequest) and len(content) != byte_range.end - byte_range.start:
+        if (
+            isinstance(byte_range, RangeByteRequest)
+            and len(content) != byte_range.end - byte_range.start
+        ):
             raise refuse(self.root, f"a chunk of {stored.path} is cut off")
         if stored.dtype is None:
             self._text[key] = check_text(self.root, stored, content)
@@ -102,16 +134,28 @@ class Untrusting(Store):
         return content
 
     def absent(self, stored: Stored, key: str, weight: int = 1) -> None:
-        """Count a chunk that is in no file: what is made up for such takes time, and no room. A few may be, for each file that is read."""
+        """Count a chunk that is in no file: what is made up for such takes time, and no room.
+
+        A few may be, for each file that is read.
+        """
         if key not in self._absent:
             self._absent.add(key)
             self._weight += weight
             self._made_up += min(stored.chunk_bytes, UNBACKED)
-            if self._weight > MAX_ABSENT + 50 * self._files or self._made_up > 16 * UNBACKED + 50 * self._bytes:
-                raise RecordingDamaged(f"{printable(self.root.name)}: {len(self._absent)} chunks were asked for that are in no file.", CHOOSE)
+            if (
+                self._weight > MAX_ABSENT + 50 * self._files
+                or self._made_up > 16 * UNBACKED + 50 * self._bytes
+            ):
+                raise RecordingDamaged(
+                    f"{printable(self.root.name)}: {len(self._absent)} chunks were asked for that "
+                    "are in no file.",
+                    CHOOSE,
+                )
 
     def check(self, stored: Stored, key: str, found: os.stat_result) -> None:
-        """Refuse a chunk's file by what it is: of another size than its values, or room that is claimed and not there."""
+        """Refuse a chunk's file by what it is: of another size than its values, or room that is
+        claimed and not there.
+        """
         check_chunk(self.root, stored, found)
         self._files, self._bytes = self._files + 1, self._bytes + found.st_size
         if takes_no_room(self.root / key, found):
@@ -124,7 +168,9 @@ class Untrusting(Store):
                 )
                 raise refuse(self.root, what, "Copy it with cp -r, and read the copy.")
 
-    async def get_partial_values(self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]) -> list[Buffer | None]:
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
     async def exists(self, key: str) -> bool:
@@ -146,7 +192,7 @@ class Untrusting(Store):
         raise NotImplementedError("what there is stands in the metadata")
 
 
-# --- the tree --------------------------------------------------------------------------------------------------------
+# --- the tree -------------------------------------------------------------------------------------
 
 
 class Values(BackendArray):
@@ -162,17 +208,33 @@ class Values(BackendArray):
         return zarr.open_array(self._store, path=self._stored.path, mode="r", zarr_format=3)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, self._read
+        )
 
     def _read(self, key: tuple[Any, ...]) -> Any:
         try:
             self._check_size(key)
-            found = read_shards(self._store.root, self._stored, key, functools.partial(self._store.check, self._stored))
+            found = read_shards(
+                self._store.root,
+                self._stored,
+                key,
+                functools.partial(self._store.check, self._stored),
+            )
             if found is not None:
                 return found
             if self._is_absent(key):
-                return np.full([_count(size, which) for size, which in zip(self.shape[1:], key[1:], strict=True) if not _is_one(which)], self._fill)
-            with np.errstate(over="ignore"):  # zarr adds up what a shard's index says, whatever it says
+                return np.full(
+                    [
+                        _count(size, which)
+                        for size, which in zip(self.shape[1:], key[1:], strict=True)
+                        if not _is_one(which)
+                    ],
+                    self._fill,
+                )
+            with np.errstate(
+                over="ignore"
+            ):  # zarr adds up what a shard's index says, whatever it says
                 if any(isinstance(which, np.ndarray) for which in key):
                     return self._array.oindex[key]
                 return self._array[key]
@@ -183,11 +245,21 @@ class Values(BackendArray):
                 raise unreadable(self._store.root, trouble) from error
             why = printable(" ".join(str(error).split())) or type(error).__name__
             name = printable(self._store.root.name)
-            raise RecordingDamaged(f"{name}: {self._stored.path} cannot be read: {why}", "Take it from a copy, or record it again.") from error
+            raise RecordingDamaged(
+                f"{name}: {self._stored.path} cannot be read: {why}",
+                "Take it from a copy, or record it again.",
+            ) from error
 
     def _is_absent(self, key: tuple[Any, ...]) -> bool:
-        """Whether one step is asked for, and its file is not there: said without zarr, which takes a millisecond."""
-        if self._stored.dtype is None or self._stored.chunks != (1, *self.shape[1:]) or not _is_one(key[0]) or not 0 <= key[0] < self.shape[0]:
+        """Whether one step is asked for, and its file is not there: said without zarr, which takes
+        a millisecond.
+        """
+        if (
+            self._stored.dtype is None
+            or self._stored.chunks != (1, *self.shape[1:])
+            or not _is_one(key[0])
+            or not 0 <= key[0] < self.shape[0]
+        ):
             return False
         name = ".".join(["c", str(int(key[0])), *["0"] * (len(self.shape) - 1)])
         if exists(self._store.root / self._stored.path / name):
@@ -202,10 +274,16 @@ class Values(BackendArray):
     def _check_size(self, key: tuple[Any, ...]) -> None:
         """Refuse to make up a large amount of values that no file holds."""
         stored = self._stored
-        asked = prod(_count(size, which) for size, which in zip(stored.shape, key, strict=True)) * self.dtype.itemsize
+        asked = (
+            prod(_count(size, which) for size, which in zip(stored.shape, key, strict=True))
+            * self.dtype.itemsize
+        )
         if asked <= UNBACKED:
             return
-        rows = [_chunks(size, which, part) for size, which, part in zip(stored.shape, key, stored.chunks, strict=True)]
+        rows = [
+            _chunks(size, which, part)
+            for size, which, part in zip(stored.shape, key, stored.chunks, strict=True)
+        ]
         held = 0
         for place in itertools.product(*rows):
             name = f"{stored.path}/{'.'.join(['c', *map(str, place)])}"
@@ -221,11 +299,20 @@ class Values(BackendArray):
     def _largest(self) -> int:
         """The size of the largest chunk that there is: another may well be as large."""
         with reading(self._store.root), os.scandir(self._store.root / self._stored.path) as entries:
-            return max((entry.stat(follow_symlinks=False).st_size for entry in entries if entry.name.startswith("c.")), default=0)
+            return max(
+                (
+                    entry.stat(follow_symlinks=False).st_size
+                    for entry in entries
+                    if entry.name.startswith("c.")
+                ),
+                default=0,
+            )
 
 
 def _count(size: int, which: Any) -> int:
-    """How many of `size` places an index selects, by arithmetic: `size` is what a stranger claims."""
+    """How many of `size` places an index selects, by arithmetic: `size` is what a stranger
+    claims.
+    """
     return len(range(*which.indices(size))) if isinstance(which, slice) else int(np.size(which))
 
 
@@ -237,14 +324,23 @@ def _chunks(size: int, which: Any, part: int) -> Sequence[int]:
     """The chunks of `part` places that an index selects."""
     if not isinstance(which, slice):
         places = np.atleast_1d(which)
-        return [int(chunk) for chunk in np.unique(np.where(places < 0, places + size, places) // part)]
+        return [
+            int(chunk) for chunk in np.unique(np.where(places < 0, places + size, places) // part)
+        ]
     chosen = range(*which.indices(size))
     ends = sorted((chosen[0] // part, chosen[-1] // part)) if chosen else (0, -1)
-    return range(ends[0], ends[1] + 1) if abs(chosen.step) <= part else sorted({place // part for place in chosen})
+    return (
+        range(ends[0], ends[1] + 1)
+        if abs(chosen.step) <= part
+        else sorted({place // part for place in chosen})
+    )
 
 
 def open_tree(path: Path) -> xr.DataTree:
-    """A recording as stock `xr.open_datatree(path, engine="zarr")` gives it. Raises what `read_root` and `nodes_of` raise."""
+    """A recording as stock `xr.open_datatree(path, engine="zarr")` gives it.
+
+    Raises what `read_root` and `nodes_of` raise.
+    """
     with reading(path):
         return _tree(path)
 
@@ -253,30 +349,49 @@ def _tree(path: Path) -> xr.DataTree:
     root = read_root(path)
     groups, arrays = nodes_of(path, root)
     store = Untrusting(path, arrays)
-    labels = _labels(store, [stored for name, stored in arrays.items() if stored.dims == (name.rpartition("/")[2],)])
+    labels = _labels(
+        store,
+        [stored for name, stored in arrays.items() if stored.dims == (name.rpartition("/")[2],)],
+    )
     inside: dict[str, dict[str, xr.Variable]] = {group: {} for group in groups}
     kept = 0
     for name, stored in arrays.items():
         group, _, last = name.rpartition("/")
-        values: Any = labels[name] if name in labels else indexing.LazilyIndexedArray(Values(store, stored))
-        if name not in labels and prod(stored.shape) <= SMALL and kept + prod(stored.shape) <= MAX_KEPT:
+        values: Any = (
+            labels[name] if name in labels else indexing.LazilyIndexedArray(Values(store, stored))
+        )
+        if (
+            name not in labels
+            and prod(stored.shape) <= SMALL
+            and kept + prod(stored.shape) <= MAX_KEPT
+        ):
             kept += prod(stored.shape)
             values = indexing.MemoryCachedArray(indexing.CopyOnWriteArray(values))  # type: ignore[no-untyped-call]
         layout = {"chunks": stored.chunks, "fill_value": stored.metadata.get("fill_value")}
         inside[group][last] = xr.Variable(stored.dims, values, dict(stored.attributes), layout)
     try:
         return xr.DataTree.from_dict(
-            {f"/{group}": dataset(variables, root["attributes"] if not group else {}) for group, variables in inside.items()}
+            {
+                f"/{group}": dataset(variables, root["attributes"] if not group else {})
+                for group, variables in inside.items()
+            }
         )
     except RecordingDamaged:
         raise
     except (ValueError, TypeError, KeyError) as error:
-        raise refuse(path, f"its variables do not fit together ({printable(first_line(error))})") from error
+        raise refuse(
+            path, f"its variables do not fit together ({printable(first_line(error))})"
+        ) from error
 
 
 def in_files(root: Path, name: str, variable: xr.Variable, steps: Iterable[int]) -> list[int]:
-    """Those of `steps` for which a variable of `open_tree` has a file: the others hold nothing but its fill value."""
-    if variable.dims[:1] != ("step",) or variable.encoding.get("chunks") != (1, *variable.shape[1:]):
+    """Those of `steps` for which a variable of `open_tree` has a file: the others hold nothing but
+    its fill value.
+    """
+    if variable.dims[:1] != ("step",) or variable.encoding.get("chunks") != (
+        1,
+        *variable.shape[1:],
+    ):
         return [int(step) for step in steps]
     rest = ".0" * (variable.ndim - 1)
     return [int(step) for step in steps if exists(root / name / f"c.{step}{rest}")]
@@ -289,10 +404,14 @@ def has_files(root: Path, name: str) -> bool:
 
 
 def _labels(store: Untrusting, which: Sequence[Stored]) -> dict[str, np.ndarray]:
-    """The labels of dimensions, which xarray wants at once, in one go; none where one cannot be read, which then says so itself."""
+    """The labels of dimensions, which xarray wants at once, in one go; none where one cannot be
+    read, which then says so itself.
+    """
 
     async def values(stored: Stored) -> Any:
-        array = await zarr.api.asynchronous.open_array(store=store, path=stored.path, mode="r", zarr_format=3)
+        array = await zarr.api.asynchronous.open_array(
+            store=store, path=stored.path, mode="r", zarr_format=3
+        )
         return await array.getitem(...)
 
     async def every() -> Sequence[Any]:
@@ -305,7 +424,9 @@ def _labels(store: Untrusting, which: Sequence[Stored]) -> dict[str, np.ndarray]
 
 
 def dataset(variables: dict[str, xr.Variable], attributes: dict[str, Any]) -> xr.Dataset:
-    """Variables with their coordinates, as xarray decodes them: those with a dimension's name, and those that others name."""
+    """Variables with their coordinates, as xarray decodes them: those with a dimension's name, and
+    those that others name.
+    """
     coordinates = {name for name, variable in variables.items() if variable.dims == (name,)}
     for variable in variables.values():
         named = variable.attrs.get("coordinates")
@@ -313,4 +434,6 @@ def dataset(variables: dict[str, xr.Variable], attributes: dict[str, Any]) -> xr
             coordinates |= set(named.split())
             variable.encoding["coordinates"] = variable.attrs.pop("coordinates")
     data = {name: variable for name, variable in variables.items() if name not in coordinates}
-    return xr.Dataset(data, {name: variables[name] for name in variables if name in coordinates}, attributes)
+    return xr.Dataset(
+        data, {name: variables[name] for name in variables if name in coordinates}, attributes
+    )

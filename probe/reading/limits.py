@@ -1,4 +1,6 @@
-"""What the file of a chunk may be, looked at before it is decoded: its size, the room it takes on the disk, what it grows to."""
+"""What the file of a chunk may be, looked at before it is decoded: its size, the room it takes on
+the disk, what it grows to.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,23 @@ def check_chunk(root: Path, stored: Stored, found: os.stat_result) -> None:
     """Refuse a chunk's file that is not as large as its values are."""
     least, most = sizes_of(stored)
     if not least <= found.st_size <= most:
-        raise refuse(root, f"a chunk of {stored.path} has {found.st_size} bytes, and not {least if least == most else f'{least} to {most}'}")
+        raise refuse(
+            root,
+            f"a chunk of {stored.path} has {found.st_size} bytes, and not "
+            f"{least if least == most else f'{least} to {most}'}",
+        )
 
 
 def takes_no_room(path: Path, found: os.stat_result) -> bool:
-    """Whether a file is a hole, or one of very many names of the same bytes. Some disks count its room only later: then it is looked at."""
+    """Whether a file is a hole, or one of very many names of the same bytes.
+
+    Some disks count its room only later: then it is looked at.
+    """
     if found.st_nlink >= MOST_HOLES:
         return True
-    if getattr(found, "st_blocks", found.st_size) * 512 * MOST_HOLES >= found.st_size or not hasattr(os, "SEEK_HOLE"):
+    if getattr(
+        found, "st_blocks", found.st_size
+    ) * 512 * MOST_HOLES >= found.st_size or not hasattr(os, "SEEK_HOLE"):
         return False
     descriptor = os.open(path, READ | NO_LINK | NO_WAIT)
     try:
@@ -48,7 +59,11 @@ def takes_no_room(path: Path, found: os.stat_result) -> bool:
 
 
 def check_text(root: Path, stored: Stored, raw: bytes) -> int:
-    """The size of a chunk of text. Refuse one that would grow beyond measure, or that says that it holds more texts than its shape has."""
+    """The size of a chunk of text.
+
+    Refuse one that would grow beyond measure, or that says that it holds more texts than its shape
+    has.
+    """
     names = [codec["name"] for codec in stored.metadata["codecs"]]
     try:
         if names[-1] == "crc32c":
@@ -71,7 +86,9 @@ def check_text(root: Path, stored: Stored, raw: bytes) -> int:
 
 
 def _zstd_size(raw: bytes) -> int:
-    """The size of what a zstd frame holds, as its header says it, or 0 (RFC 8878, section 3.1.1.1)."""
+    """The size of what a zstd frame holds, as its header says it, or 0 (RFC 8878, section
+    3.1.1.1).
+    """
     if raw[:4] != b"\x28\xb5\x2f\xfd":
         return 0
     flags = raw[4]

@@ -1,10 +1,12 @@
-"""The recordings in a folder, thousands of them in a second: of each, only the attributes at the head of its root file are read.
+"""The recordings in a folder, thousands of them in a second: of each, only the attributes at the
+head of its root file are read.
 
     list_runs("runs")      # [(path, attributes), ...], the newest first
     listing("runs")        # the same, with the reason where a recording cannot be read
 
-What was read of a large folder is kept in the user's cache folder, by name, size, times and file number. It is never needed: a
-row of another size or time is read again, and each is checked like a root file.
+What was read of a large folder is kept in the user's cache folder, by name, size, times and file
+number. It is never needed: a row of another size or time is read again, and each is checked like a
+root file.
 """
 
 from __future__ import annotations
@@ -23,18 +25,41 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
-from probe.errors import ExperimentError, ProbeError, RecordingDamaged, RecordingNotFound, RecordingUnreadable
+from probe.errors import (
+    ExperimentError,
+    ProbeError,
+    RecordingDamaged,
+    RecordingNotFound,
+    RecordingUnreadable,
+)
 from probe.format.attributes import Attributes
 from probe.format.schema import counted
-from probe.reading.files import GUARDED, MAX_PARTS, NO_LINK, NO_WAIT, READ, no_longer, opened, refuse
+from probe.reading.files import (
+    GUARDED,
+    MAX_PARTS,
+    NO_LINK,
+    NO_WAIT,
+    READ,
+    no_longer,
+    opened,
+    refuse,
+)
 from probe.reading.sample import cache_folder
 from probe.reading.untrusted import MAX_ROOT, check_attributes, read_root
 from probe.system import lives, reading
 from probe.writing.files import replace
 
-MANY, MAX_ROW, MAX_INDEX = 200, 2**16, 2**28  # recordings for which an index is kept; bytes of a row in it, and of all
+MANY, MAX_ROW, MAX_INDEX = (
+    200,
+    2**16,
+    2**28,
+)  # recordings for which an index is kept; bytes of a row in it, and of all
 JUST_NOW = 2 * 10**9  # ns: a file that was written again so soon may have the same time
-HEAD, NEXT, TAIL = re.compile(rb'\s*\{\s*"attributes"\s*:\s*'), re.compile(rb',\s*"zarr_format"\s*:\s*3\s*,'), re.compile(rb'"group"\s*\}\s*\Z')
+HEAD, NEXT, TAIL = (
+    re.compile(rb'\s*\{\s*"attributes"\s*:\s*'),
+    re.compile(rb',\s*"zarr_format"\s*:\s*3\s*,'),
+    re.compile(rb'"group"\s*\}\s*\Z'),
+)
 
 
 class Listed(NamedTuple):
@@ -47,7 +72,10 @@ class Listed(NamedTuple):
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without Python's search for circles of objects: a listing makes many objects, and no circle. A quarter of its time."""
+    """Without Python's search for circles of objects: a listing makes many objects, and no circle.
+
+    A quarter of its time.
+    """
     on = gc.isenabled()
     gc.disable()
     try:
@@ -59,31 +87,47 @@ def _uncollected() -> Iterator[None]:
 
 @_uncollected()
 def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | None]]:
-    """Every recording in a folder, the newest first, with its attributes (None for one that cannot be read: see `listing`)."""
+    """Every recording in a folder, the newest first, with its attributes (None for one that cannot
+    be read: see `listing`).
+    """
     return [(row.path, row.attributes) for row in listing(folder)]
 
 
 @_uncollected()
 def listing(folder: str | Path = "runs") -> list[Listed]:
-    """Every recording in a folder, the newest first. Raises RecordingUnreadable where the system does not list the folder."""
+    """Every recording in a folder, the newest first.
+
+    Raises RecordingUnreadable where the system does not list the folder.
+    """
     paths = recordings_in(folder)
     index = _Index(Path(folder)) if len(paths) >= MANY else None
     known = [None] * len(paths) if index is None else index.find(paths)
-    found = [_listed(path, attributes, index) for path, attributes in zip(paths, known, strict=True)]
+    found = [
+        _listed(path, attributes, index) for path, attributes in zip(paths, known, strict=True)
+    ]
     if index is not None:
         index.keep()
     return sorted(found, key=lambda row: (row.attributes or {}).get("created", ""), reverse=True)
 
 
 def recordings_in(folder: str | Path) -> list[Path]:
-    """The paths of what should be recordings in a folder. Raises RecordingUnreadable where the system does not list it."""
+    """The paths of what should be recordings in a folder.
+
+    Raises RecordingUnreadable where the system does not list it.
+    """
     if not isinstance(folder, str | os.PathLike):
-        raise ExperimentError(f"runs: a {type(folder).__name__} is no folder.", 'Give the path of a folder: "runs".')
+        raise ExperimentError(
+            f"runs: a {type(folder).__name__} is no folder.", 'Give the path of a folder: "runs".'
+        )
     with reading(folder, "The recordings in it are"):
         if not Path(folder).is_dir():
             return []
         with os.scandir(folder) as entries:
-            names = {entry.name for entry in entries if entry.name.endswith(".zarr") and entry.name[0] != "." and entry.is_dir()}
+            names = {
+                entry.name
+                for entry in entries
+                if entry.name.endswith(".zarr") and entry.name[0] != "." and entry.is_dir()
+            }
         return [path for path in Path(folder).iterdir() if path.name in names]
 
 
@@ -102,7 +146,10 @@ def _listed(path: Path, known: Any, index: _Index | None) -> Listed:
 
 
 def root_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of a recording, from its root file alone. Raises RecordingNotFound or RecordingDamaged."""
+    """The attributes of a recording, from its root file alone.
+
+    Raises RecordingNotFound or RecordingDamaged.
+    """
     attributes: dict[str, Any] = read_root(Path(path))["attributes"]
     return attributes
 
@@ -110,29 +157,41 @@ def root_attributes(path: Path) -> dict[str, Any]:
 def picture_and_sampling(told: Attributes) -> tuple[str, str]:
     """What a recording began from, if it was a picture, and how it went on."""
     if told.kind == "noising" and (noising := told.noising) is not None:
-        often = f"{counted(len(noising.timesteps), 'timestep')}, {counted(noising.noises, 'draw')} of noise"
+        often = (
+            f"{counted(len(noising.timesteps), 'timestep')}, {counted(noising.noises, 'draw')} of "
+            "noise"
+        )
         return noising.picture or "", f"no sampling: noised at {often}, seed {noising.seed}"
     asked = told.experiment
     assert asked is not None
     guidance = f", guidance {asked.guidance_scale:g}" if asked.guidance_scale > 1 else ""
     strength = f", strength {asked.strength:g}" if asked.image else ""
-    return asked.image or "", f"{told.scheduler.kind}, {counted(asked.steps, 'step')}{guidance}, seed {asked.seed}{strength}"
+    return (
+        asked.image or "",
+        f"{told.scheduler.kind}, {counted(asked.steps, 'step')}{guidance}, seed "
+        f"{asked.seed}{strength}",
+    )
 
 
 def status_of(attributes: dict[str, Any]) -> str:
     """The status that a recording gives, or interrupted where its writer died."""
     status, writer = str(attributes["status"]), attributes.get("writer")
-    if status == "running" and isinstance(writer, dict) and writer.get("host") == socket.gethostname():
+    if (
+        status == "running"
+        and isinstance(writer, dict)
+        and writer.get("host") == socket.gethostname()
+    ):
         with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
             return status if lives(int(writer["pid"])) else "interrupted"
     return status
 
 
-# --- the head of a file ----------------------------------------------------------------------------------------------
+# --- the head of a file ---------------------------------------------------------------------------
 
 
 def _quickly(path: Path, attributes: Any, index: _Index | None) -> dict[str, Any] | None:
-    """Check what the index or the head of the root file says. Return None if only the whole file can tell.
+    """Check what the index or the head of the root file says. Return None if only the whole file
+    can tell.
 
     Whether the rest of the file is sound is found out when the recording is opened.
     """
@@ -151,12 +210,18 @@ def _quickly(path: Path, attributes: Any, index: _Index | None) -> dict[str, Any
 
 
 def _head(path: Path) -> tuple[os.stat_result, bytes]:
-    """Return what a root file is, and its attributes if it is laid out as zarr does; else raise OSError or ValueError."""
+    """Return what a root file is, and its attributes if it is laid out as zarr does; else raise
+    OSError or ValueError.
+    """
     if GUARDED:
         descriptor = os.open(f"{path}/zarr.json", READ | NO_LINK | NO_WAIT)
         try:
             found = os.fstat(descriptor)
-            raw = os.read(descriptor, found.st_size) if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_ROOT else b""
+            raw = (
+                os.read(descriptor, found.st_size)
+                if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_ROOT
+                else b""
+            )
         finally:
             os.close(descriptor)
     else:
@@ -167,8 +232,13 @@ def _head(path: Path) -> tuple[os.stat_result, bytes]:
         raise ValueError
     start = head.end()
     end = raw.rfind(b",", start, raw.find(b'"zarr_format"', start))
-    # A second "attributes" would count for a JSON parser. Those of a recording name its format, in plain letters or escaped.
-    if NEXT.match(raw, end) is None or raw.find(b"format_version", end) >= 0 or _is_escaped(raw, end):
+    # A second "attributes" would count for a JSON parser. Those of a recording name its format, in
+    # plain letters or escaped.
+    if (
+        NEXT.match(raw, end) is None
+        or raw.find(b"format_version", end) >= 0
+        or _is_escaped(raw, end)
+    ):
         raise ValueError
     if end - start > MAX_PARTS or (not raw.isascii() and not raw.decode()):
         raise ValueError
@@ -176,7 +246,10 @@ def _head(path: Path) -> tuple[os.stat_result, bytes]:
 
 
 def _is_escaped(text: bytes, at: int) -> bool:
-    """Whether a letter is written by its number from `at` on. Looking for one character is several times as fast as for two."""
+    """Whether a letter is written by its number from `at` on.
+
+    Looking for one character is several times as fast as for two.
+    """
     while (at := text.find(b"\\", at)) >= 0:
         if text[at + 1 : at + 2] == b"u":
             return True
@@ -184,25 +257,38 @@ def _is_escaped(text: bytes, at: int) -> bool:
     return False
 
 
-# --- what was read before --------------------------------------------------------------------------------------------
+# --- what was read before -------------------------------------------------------------------------
 
 
 class _Index:
-    """What was read of a folder's root files. A line is a file's mark, a tab, and the recording's attributes."""
+    """What was read of a folder's root files.
+
+    A line is a file's mark, a tab, and the recording's attributes.
+    """
 
     def __init__(self, folder: Path):
         self._now, self._new = time.time_ns(), False
-        self._rows, self._kept = dict[bytes | None, bytes](), dict[bytes | None, bytes]()  # attributes by mark
+        self._rows, self._kept = (
+            dict[bytes | None, bytes](),
+            dict[bytes | None, bytes](),
+        )  # attributes by mark
         self._file: Path | None = None
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # there is none, it cannot be read, or there is no place for one
+        with contextlib.suppress(
+            OSError, RuntimeError, ValueError
+        ):  # there is none, it cannot be read, or there is no place for one
             name = f"listing-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.txt"
             self._file = cache_folder() / "diffusion-probe" / name
-            with opened(self._file.parent, name, no_longer(self._file.parent, name, MAX_INDEX)) as lines:
+            with opened(
+                self._file.parent, name, no_longer(self._file.parent, name, MAX_INDEX)
+            ) as lines:
                 split = (line.partition(b"\t") for line in lines if len(line) <= MAX_ROW)
                 self._rows = {mark: text for mark, tab, text in split if tab}
 
     def find(self, paths: list[Path]) -> list[Any]:
-        """Return what each root file said when it was as it is now, or None. One kind of work at a time is the quickest."""
+        """Return what each root file said when it was as it is now, or None.
+
+        One kind of work at a time is the quickest.
+        """
         marks = _marks(paths)
         self._kept = {mark: self._rows[mark] for mark in marks if mark in self._rows}
         return [_parsed(self._kept[mark]) if mark in self._kept else None for mark in marks]
@@ -216,17 +302,24 @@ class _Index:
             self._new = True
 
     def keep(self) -> None:
-        """Write what is worth keeping, if anything is new. If that fails, the next listing reads everything again."""
+        """Write what is worth keeping, if anything is new.
+
+        If that fails, the next listing reads everything again.
+        """
         if self._file is None or not (self._new or len(self._kept) < len(self._rows)):
             return
         with contextlib.suppress(OSError, ProbeError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            rows = [part for mark, text in self._kept.items() for part in (mark or b"", b"\t", text)]
+            rows = [
+                part for mark, text in self._kept.items() for part in (mark or b"", b"\t", text)
+            ]
             replace(self._file, rows, sync=False)
 
 
 def _mark(name: str, found: os.stat_result) -> bytes:
-    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino} {name!a}".encode()
+    return (
+        f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino} {name!a}".encode()
+    )
 
 
 def _marks(paths: list[Path]) -> list[bytes | None]:

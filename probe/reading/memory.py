@@ -4,8 +4,9 @@
     run = Run(nowhere("cat"), memory)             # every reading function works on it
     run.save("runs/cat.zarr")                     # the same values in files, which verify
 
-It takes values by the calls that a session makes of `RunWriter`, and keeps the order of those calls.
-So `save` can make them again of a `RunWriter`, and the recording on the disk has the same digests.
+It takes values by the calls that a session makes of `RunWriter`, and keeps the order of those
+calls. So `save` can make them again of a `RunWriter`, and the recording on the disk has the same
+digests.
 """
 
 from __future__ import annotations
@@ -30,14 +31,19 @@ OF_THE_WRITER = ("status", "writer", "digests")
 
 
 class Memory:
-    """The arrays of a recording, and its attributes. `specs` are all variables that it will ever have."""
+    """The arrays of a recording, and its attributes.
+
+    `specs` are all variables that it will ever have.
+    """
 
     def __init__(self, specs: Sequence[Array], attributes: Mapping[str, Any]):
         self.specs = tuple(specs)
         self._attributes: dict[str, Any] = {**attributes, "status": "running"}
         self._arrays = {spec.path: _empty(spec) for spec in self.specs}
         self._in_steps: set[str] = set()
-        self._once: dict[str, tuple[str, Any]] = {}  # what is not of a step, in the order of its writing
+        self._once: dict[
+            str, tuple[str, Any]
+        ] = {}  # what is not of a step, in the order of its writing
 
     # --- a session writes ---
 
@@ -82,7 +88,10 @@ class Memory:
     # --- a run reads ---
 
     def tree(self) -> xr.DataTree:
-        """Return everything as a labelled tree, like that of files. Each value that is read is a copy."""
+        """Return everything as a labelled tree, like that of files.
+
+        Each value that is read is a copy.
+        """
         groups: dict[str, dict[str, xr.Variable]] = {"": {}}
         for spec, attributes in attributes_in_files(self.specs):
             parts = spec.group.split("/") if spec.group else []
@@ -93,18 +102,30 @@ class Memory:
             values: Any = stored if labels else indexing.LazilyIndexedArray(Copied(stored))
             told = json.loads(json.dumps(attributes))
             groups[spec.group][spec.variable.name] = xr.Variable(spec.dims, values, told)
-        datasets = {f"/{group}": dataset(inside, {} if group else self.attributes) for group, inside in groups.items()}
+        datasets = {
+            f"/{group}": dataset(inside, {} if group else self.attributes)
+            for group, inside in groups.items()
+        }
         return xr.DataTree.from_dict(datasets)
 
     # --- to the disk ---
 
     def save(self, path: Path, durability: str, draw: Callable[[Path], object]) -> None:
-        """Write it as a recording. `draw` adds the pictures for people. Raise RecordingBusy, StoreError."""
-        attributes = {name: value for name, value in self.attributes.items() if name not in OF_THE_WRITER}
+        """Write it as a recording. `draw` adds the pictures for people.
+
+        Raise RecordingBusy, StoreError.
+        """
+        attributes = {
+            name: value for name, value in self.attributes.items() if name not in OF_THE_WRITER
+        }
         with RunWriter(path, self.specs, attributes, durability) as writer:
             for step in np.flatnonzero(self._arrays["committed"]):
                 values = {name: self._arrays[name][step] for name in sorted(self._in_steps)}
-                writer.write_step(int(step), functools.partial(dict, values), sum(value.nbytes for value in values.values()))
+                writer.write_step(
+                    int(step),
+                    functools.partial(dict, values),
+                    sum(value.nbytes for value in values.values()),
+                )
             writer.flush()
             for name, at in self._once.values():
                 writer.write(name, self._arrays[name][at], at)
@@ -119,7 +140,9 @@ class Copied(BackendArray):
         self._stored, self.shape, self.dtype = stored, stored.shape, stored.dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, self._read
+        )
 
     def _read(self, key: tuple[Any, ...]) -> Any:
         found = self._stored

@@ -26,7 +26,15 @@ import xarray as xr
 from xarray.core.treenode import NotFoundInTreeError
 
 from probe.arguments import branch_name, labelled, text, told, truth_value
-from probe.conversions import UNCLIPPED, clipping, clipping_text, denoised_from, eps_from, v_from, variance_preserving
+from probe.conversions import (
+    UNCLIPPED,
+    clipping,
+    clipping_text,
+    denoised_from,
+    eps_from,
+    v_from,
+    variance_preserving,
+)
 from probe.conversions import clipped as clip
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.format.attributes import Attributes, attributes_of
@@ -36,7 +44,13 @@ from probe.reading import archives, sample
 from probe.reading.attention import Attention, Indices, places
 from probe.reading.files import read_file, refuse
 from probe.reading.lazy import open_tree
-from probe.reading.listing import list_runs, picture_and_sampling, recordings_in, root_attributes, status_of
+from probe.reading.listing import (
+    list_runs,
+    picture_and_sampling,
+    recordings_in,
+    root_attributes,
+    status_of,
+)
 from probe.settings.experiment import Experiment, load_experiment
 from probe.settings.fields import place
 from probe.settings.noising import Noising, load_noising
@@ -57,11 +71,13 @@ MAX_PICTURE = 32 * 2**20
 class Run(Attention):
     """A recording, opened. Nothing is read until it is asked for.
 
-    A property names what a recording holds: `run.latents`, `run.words`, `run.status`.
-    A method computes (`run.denoised()`, `run.verify()`), takes a choice (`run.prediction("cond")`), or reads
-    what only some recordings have (`run.attention()`, `run.counterfactual()`). None of them changes anything.
+    A property names what a recording holds: `run.latents`, `run.words`, `run.status`. A method
+    computes (`run.denoised()`, `run.verify()`), takes a choice (`run.prediction("cond")`), or reads
+    what only some recordings have (`run.attention()`, `run.counterfactual()`). None of them changes
+    anything.
 
-    Raises RecordingNotFound; RecordingDamaged; RecordingUnreadable where the system does not read it.
+    Raises RecordingNotFound; RecordingDamaged; RecordingUnreadable where the system does not read
+    it.
     """
 
     path: Path
@@ -69,39 +85,58 @@ class Run(Attention):
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
-            raise ExperimentError(f"path is {told(self.path)}, which is no path.", "Give the path of a recording.")
+            raise ExperimentError(
+                f"path is {told(self.path)}, which is no path.", "Give the path of a recording."
+            )
         object.__setattr__(self, "path", Path(self.path))
         _ = self.attributes
 
     @functools.cached_property
     def attributes(self) -> Attributes:
-        """Return the recording's attributes, typed: `run.attributes.model.dtype`; by key, they are as in the file."""
+        """Return the recording's attributes, typed: `run.attributes.model.dtype`; by key, they are
+        as in the file.
+        """
         return attributes_of(self._root())
 
     @functools.cached_property
     def tree(self) -> xr.DataTree:
-        """Everything, lazily, as stock `xarray.open_datatree(path, engine="zarr")` opens it. Raises RecordingDamaged."""
+        """Everything, lazily, as stock `xarray.open_datatree(path, engine="zarr")` opens it.
+
+        Raises RecordingDamaged.
+        """
         return open_tree(self.path) if self.memory is None else self.memory.tree()
 
     @functools.cached_property
     def experiment(self) -> Experiment:
-        """What a generation was asked for. Raise RecordingNotFound for a noising: it has `run.noising`."""
+        """What a generation was asked for.
+
+        Raise RecordingNotFound for a noising: it has `run.noising`.
+        """
         if self.kind != "generation":
-            raise RecordingNotFound(f"{self.name} is a {self.kind}, and has no experiment.", f"Read run.{self.kind}.")
+            raise RecordingNotFound(
+                f"{self.name} is a {self.kind}, and has no experiment.", f"Read run.{self.kind}."
+            )
         try:
             return load_experiment(self.attributes["experiment"])
         except ExperimentError as error:
-            raise refuse(self.path, f"its experiment is none of this version ({error.cause})") from error
+            raise refuse(
+                self.path, f"its experiment is none of this version ({error.cause})"
+            ) from error
 
     @functools.cached_property
     def noising(self) -> Noising:
-        """What a noising was asked for. Raise RecordingNotFound for a generation: it has `run.experiment`."""
+        """What a noising was asked for.
+
+        Raise RecordingNotFound for a generation: it has `run.experiment`.
+        """
         if self.kind != "noising":
             raise RecordingNotFound(f"{self.name} is no noising.", "Read run.experiment.")
         try:
             return load_noising(self.attributes["noising"])
         except ExperimentError as error:
-            raise refuse(self.path, f"its noising is none of this version ({error.cause})") from error
+            raise refuse(
+                self.path, f"its noising is none of this version ({error.cause})"
+            ) from error
 
     @property
     def recipe(self) -> Experiment | Noising:
@@ -124,7 +159,10 @@ class Run(Attention):
 
     @functools.cached_property
     def steps(self) -> np.ndarray:
-        """Indices of the committed steps. Raises RecordingDamaged where the file of their flags is gone."""
+        """Indices of the committed steps.
+
+        Raises RecordingDamaged where the file of their flags is gone.
+        """
         if self.memory is None and flags_are_lost(self.path, self.attributes):
             raise refuse(self.path, "committed/c.0, which says what is committed, is missing")
         return np.flatnonzero(self.variable("committed").values)
@@ -133,43 +171,68 @@ class Run(Attention):
         return root_attributes(self.path) if self.memory is None else self.memory.attributes
 
     def save(self, path: str | Path) -> Run:
-        """Write a recording that is in memory into files, as if it had been recorded there, and return that.
+        """Write a recording that is in memory into files, as if it had been recorded there, and
+        return that.
 
-        `path` is that of the new recording, and ends in .zarr. Raises ExperimentError, RecordingBusy if something is there
-        already, StoreError.
+        `path` is that of the new recording, and ends in .zarr. Raises ExperimentError,
+        RecordingBusy if something is there already, StoreError.
         """
         from probe.figures.noising_sheet import save_sheet
         from probe.figures.sheets import save
         from probe.stopping import cleanly
 
         if self.memory is None:
-            raise ExperimentError(f"{self.name} is in files already: {self.path}", "Copy that folder.")
+            raise ExperimentError(
+                f"{self.name} is in files already: {self.path}", "Copy that folder."
+            )
         if not isinstance(path, str | os.PathLike) or Path(path).suffix != ".zarr":
-            raise ExperimentError(f"path is {told(path)}, which is no name of a recording.", 'Let it end in .zarr: run.save("runs/mine.zarr").')
+            raise ExperimentError(
+                f"path is {told(path)}, which is no name of a recording.",
+                'Let it end in .zarr: run.save("runs/mine.zarr").',
+            )
         target, noising = place(str(path)), self.kind == "noising"
         with cleanly(), storing(target):
             check_place(target.parent)
-            self.memory.save(target, self.recipe.durability, lambda new: save_sheet(Run(new)) if noising else save(Run(new)))
+            self.memory.save(
+                target,
+                self.recipe.durability,
+                lambda new: save_sheet(Run(new)) if noising else save(Run(new)),
+            )
         return Run(target)
 
     def variable(self, path: str) -> xr.DataArray:
-        """One variable or coordinate, lazily: "latents/latents", "attention/16x16/cross". Raises RecordingNotFound."""
+        """One variable or coordinate, lazily: "latents/latents", "attention/16x16/cross".
+
+        Raises RecordingNotFound.
+        """
         group, _, name = text("path", path).rpartition("/")
         try:
             return self.tree[group or "/"].dataset[name]
         except (KeyError, NotFoundInTreeError) as error:
-            found = [f"{node.path}/{n}".strip("/") for node in self.tree.subtree for n in node.dataset.data_vars]
-            raise RecordingNotFound(f"{self.name} has no variable {told(path)[1:-1]}.", near(path, found)) from error
+            found = [
+                f"{node.path}/{n}".strip("/")
+                for node in self.tree.subtree
+                for n in node.dataset.data_vars
+            ]
+            raise RecordingNotFound(
+                f"{self.name} has no variable {told(path)[1:-1]}.", near(path, found)
+            ) from error
 
     # --- latents and what follows from them ---
 
     @property
     def latents(self) -> xr.DataArray:
-        """What went into each call. *Shape:* (step, image, channel, y, x); of a noising, `draw` in the place of `image`."""
+        """What went into each call.
+
+        *Shape:* (step, image, channel, y, x); of a noising, `draw` in the place of `image`.
+        """
         return self._latent("latents")
 
     def prediction(self, branch: str | None = None) -> xr.DataArray:
-        """The model's output for `branch` ("cond", "uncond"), or what the scheduler got (None). *Shape:* as latents."""
+        """The model's output for `branch` ("cond", "uncond"), or what the scheduler got (None).
+
+        *Shape:* as latents.
+        """
         _check_branch(branch)
         return self._latent("prediction" if branch is None else f"prediction_{branch}")
 
@@ -182,10 +245,12 @@ class Run(Attention):
         return self._derive(v_from, branch, "v")
 
     def denoised(self, branch: str | None = None, clipped: bool = False) -> xr.DataArray:
-        """The predicted clean latents x0: as the model says them, or `clipped` as the scheduler goes on with them, if it limits them.
+        """The predicted clean latents x0: as the model says them, or `clipped` as the scheduler
+        goes on with them, if it limits them.
 
-        Its attributes say so where these two are not the same, and at which steps x0 is not defined: where there is no signal
-        (alpha_bar 0), predicted noise says nothing of it (Lin et al. 2023, arXiv:2305.08891). Raises RecordingDamaged.
+        Its attributes say so where these two are not the same, and at which steps x0 is not
+        defined: where there is no signal (alpha_bar 0), predicted noise says nothing of it (Lin et
+        al. 2023, arXiv:2305.08891). Raises RecordingDamaged.
         """
         truth_value("clipped", clipped)
         found = self._derive(denoised_from, branch, "denoised")
@@ -196,7 +261,9 @@ class Run(Attention):
         notes: dict[str, Any] = {"long_name": "predicted clean latents", "units": "1"}
         if how is not None and clipped:
             axes = [["channel", "y", "x"]]
-            limited = xr.apply_ufunc(functools.partial(clip, how=how), found, input_core_dims=axes, output_core_dims=axes)
+            limited = xr.apply_ufunc(
+                functools.partial(clip, how=how), found, input_core_dims=axes, output_core_dims=axes
+            )
             found = limited.transpose(*found.dims)
             notes["clipped"] = f"x0 as the scheduler goes on with it: {clipping_text(how)}"
         elif how is not None:
@@ -207,29 +274,53 @@ class Run(Attention):
 
     @property
     def undefined_steps(self) -> np.ndarray:
-        """Indices of the committed steps at which `denoised` is not defined: no signal at all, and a model that predicts noise."""
+        """Indices of the committed steps at which `denoised` is not defined: no signal at all, and
+        a model that predicts noise.
+        """
         without = self.variable("alpha_bar").isel(step=self.steps).values == 0
-        return self.steps[without] if self.attributes.prediction_type == "epsilon" else self.steps[:0]
+        return (
+            self.steps[without] if self.attributes.prediction_type == "epsilon" else self.steps[:0]
+        )
 
     def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
-        """Clean latents as small pictures, by the linear map fitted for this VAE. *Shape:* (..., y, x, rgb) uint8."""
-        latents = self.denoised() if latents is None else labelled("latents", latents, "channel", "y", "x")
-        slope, bias = self.variable("preview/latent_to_rgb").load(), self.variable("preview/bias").load()
+        """Clean latents as small pictures, by the linear map fitted for this VAE.
+
+        *Shape:* (..., y, x, rgb) uint8.
+        """
+        latents = (
+            self.denoised()
+            if latents is None
+            else labelled("latents", latents, "channel", "y", "x")
+        )
+        slope, bias = (
+            self.variable("preview/latent_to_rgb").load(),
+            self.variable("preview/bias").load(),
+        )
         if latents.sizes["channel"] != slope.sizes["channel"]:
-            raise ExperimentError(f"latents has {latents.sizes['channel']} channels.", f"Give latents of {slope.sizes['channel']} channels.")
+            raise ExperimentError(
+                f"latents has {latents.sizes['channel']} channels.",
+                f"Give latents of {slope.sizes['channel']} channels.",
+            )
         colour: xr.DataArray = xr.dot(latents.astype("float32"), slope, dim="channel") + bias
         order = [d for d in latents.dims if d not in ("channel", "y", "x")]
-        bright: xr.DataArray = (colour.fillna(0).clip(0, 1) * 255).round().astype("uint8")  # on_nan: record leaves NaN
+        bright: xr.DataArray = (
+            (colour.fillna(0).clip(0, 1) * 255).round().astype("uint8")
+        )  # on_nan: record leaves NaN
         return bright.transpose(*order, "y", "x", "rgb")
 
     @property
     def images(self) -> xr.DataArray:
-        """The finished pictures. *Shape:* (image, y, x, rgb) uint8; of a noising (draw, y, x, rgb), its round trip."""
+        """The finished pictures.
+
+        *Shape:* (image, y, x, rgb) uint8; of a noising (draw, y, x, rgb), its round trip.
+        """
         return self.variable("images/final")
 
     @property
     def source(self) -> xr.DataArray | None:
-        """The picture that an image-to-image run or a noising began from, (y, x, rgb) uint8; None where there was none."""
+        """The picture that an image-to-image run or a noising began from, (y, x, rgb) uint8; None
+        where there was none.
+        """
         return self.variable("source/picture") if "source" in self.tree.children else None
 
     # --- inside ---
@@ -238,21 +329,35 @@ class Run(Attention):
         there = self.tree["latents"].data_vars if "latents" in self.tree.children else {}
         if name not in there:
             found = ", ".join(map(str, there)) or "no latents at all"
-            raise RecordingNotFound(f"{self.name} has no {name}: it ran without guidance.", f"Record with guidance_scale above 1. It has: {found}.")
+            raise RecordingNotFound(
+                f"{self.name} has no {name}: it ran without guidance.",
+                f"Record with guidance_scale above 1. It has: {found}.",
+            )
         return self.variable(f"latents/{name}").isel(step=places(self.steps))
 
     def _derive(self, formula: Any, branch: str | None, name: str) -> xr.DataArray:
         _check_branch(branch)
-        sigma, alpha_bar = (self.variable(place).isel(step=self.steps) for place in ("sigma", "alpha_bar"))
+        sigma, alpha_bar = (
+            self.variable(place).isel(step=self.steps) for place in ("sigma", "alpha_bar")
+        )
         x = self.latents.astype("float32")
         if self.attributes.latent_convention == "variance_exploding":
             x = variance_preserving(x, sigma)
-        found: xr.DataArray = formula(self.prediction(branch).astype("float32"), x, alpha_bar, self.attributes.prediction_type)
+        found: xr.DataArray = formula(
+            self.prediction(branch).astype("float32"), x, alpha_bar, self.attributes.prediction_type
+        )
         return found.astype("float32").rename(name)
 
     def said(self, *place: str) -> Any:
-        """Return an attribute by its names from the outside in. Renamed: `run.attributes.model.dtype`."""
-        warn_renamed("Run.said()", 'run.attributes.model.dtype, or run.attributes["model"]["dtype"]', since="0.1")
+        """Return an attribute by its names from the outside in.
+
+        Renamed: `run.attributes.model.dtype`.
+        """
+        warn_renamed(
+            "Run.said()",
+            'run.attributes.model.dtype, or run.attributes["model"]["dtype"]',
+            since="0.1",
+        )
         found: Any = self.attributes
         for name in place:
             there = found if isinstance(found, Mapping) else {}
@@ -265,25 +370,32 @@ class Run(Attention):
     # --- is it what it says, and what is another ---
 
     def verify(self, model: Any = False, steps: Indices | str | None = None) -> Verification:
-        """Check the recording against itself, as `probe verify` does. With `model`, ask the model again as well.
+        """Check the recording against itself, as `probe verify` does. With `model`, ask the model
+        again as well.
 
-        `model` is True to load the recording's own, or a diffusers pipeline in memory; `steps` are the
-        indices of the model calls at which it is asked, or text as in capture.steps (None: all). Print what comes back, or ask for
-        its `verdict` and what `failed`. Raises ExperimentError, ModelError, RecordingUnreadable.
+        `model` is True to load the recording's own, or a diffusers pipeline in memory; `steps` are
+        the indices of the model calls at which it is asked, or text as in capture.steps (None:
+        all). Print what comes back, or ask for its `verdict` and what `failed`. Raises
+        ExperimentError, ModelError, RecordingUnreadable.
         """
         from probe.proof.verdict import verify
 
         return verify(self, model, steps)
 
     def diff(self, other: Run) -> Comparison:
-        """Compare with another recording, bit for bit, as `probe diff` does: what was asked, the conditions, the values.
+        """Compare with another recording, bit for bit, as `probe diff` does: what was asked, the
+        conditions, the values.
 
-        Print what comes back, or ask whether it is the `same`. Raises ExperimentError for what is no recording.
+        Print what comes back, or ask whether it is the `same`. Raises ExperimentError for what is
+        no recording.
         """
         from probe.reading.compare import compare
 
         if not isinstance(other, Run):
-            raise ExperimentError(f"other is {told(other)}, which is no recording.", "Open it first: probe.open_run(path).")
+            raise ExperimentError(
+                f"other is {told(other)}, which is no recording.",
+                "Open it first: probe.open_run(path).",
+            )
         return compare(self, other)
 
     def summary(self) -> dict[str, str]:
@@ -296,15 +408,22 @@ class Run(Attention):
             "model": f"{model.name} ({model.dtype}, {told.environment.device})",
             "picture": picture,
             "sampling": sampling,
-            "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} model calls",
-            "not finite": ", ".join(f"{count} values of {name}, shown as 0" for name, count in told.decoded_not_finite.items()),
+            "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} "
+            "model calls",
+            "not finite": ", ".join(
+                f"{count} values of {name}, shown as 0"
+                for name, count in told.decoded_not_finite.items()
+            ),
             "attention": ", ".join(self.grids) or "none",
             "created": told.created,
         }
         return {name: text for name, text in lines.items() if text}
 
     def __repr__(self) -> str:
-        lines = [f"  {name:16}{printable(' '.join(text.split()))}" for name, text in self.summary().items()]
+        lines = [
+            f"  {name:16}{printable(' '.join(text.split()))}"
+            for name, text in self.summary().items()
+        ]
         return "\n".join([f"<Run {printable(self.name)}>", *lines])
 
     def _picture(self, found: os.stat_result) -> None:
@@ -314,18 +433,27 @@ class Run(Attention):
     def _repr_html_(self) -> str:
         import base64
 
-        rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self.summary().items())
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(text)}</td></tr>"
+            for name, text in self.summary().items()
+        )
         picture = ""
         with contextlib.suppress(OSError, RecordingDamaged):  # a picture less, in a notebook
             sheet = read_file(self.path, "contact-sheet.png", self._picture)
             if sheet.startswith(b"\x89PNG\r\n"):
                 code = base64.b64encode(sheet).decode()
-                picture = f"<img alt='contact sheet' style='max-width:100%' src='data:image/png;base64,{code}'>"
+                picture = (
+                    "<img alt='contact sheet' style='max-width:100%' "
+                    f"src='data:image/png;base64,{code}'>"
+                )
         return f"<b>{html.escape(self.name)}</b><table>{rows}</table>{picture}"
 
 
 def with_files(run: Run) -> Run:
-    """Return a recording that is in files. Raise ExperimentError for one that is in memory alone."""
+    """Return a recording that is in files.
+
+    Raise ExperimentError for one that is in memory alone.
+    """
     if run.memory is not None:
         cause = f"{run.name} is in memory alone, and this needs its files."
         raise ExperimentError(cause, 'Save it first: run.save("runs/mine.zarr").')
@@ -337,13 +465,15 @@ def _check_branch(branch: object) -> None:
         branch_name(branch, "None (what the scheduler got), ")
 
 
-# --- finding ---------------------------------------------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------------
 
 
 def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
-    """The path of a recording: a path, "latest", "sample", or the beginning of a name in `runs`; a zip file's is that of a copy.
+    """The path of a recording: a path, "latest", "sample", or the beginning of a name in `runs`; a
+    zip file's is that of a copy.
 
-    Raises RecordingNotFound, RecordingDamaged for a zip file that is not sound, RecordingUnreadable.
+    Raises RecordingNotFound, RecordingDamaged for a zip file that is not sound,
+    RecordingUnreadable.
     """
     path = _as_path(str(name))
     if exists(path / "zarr.json"):
@@ -352,7 +482,9 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
         return path.parent
     if path.suffix == ".zip" and exists(path):
         return archives.unpacked(path, sample.cache_folder())
-    if path.suffix == ".zarr" and exists(path / path.name / "zarr.json"):  # unpacked into a folder of its own name
+    if path.suffix == ".zarr" and exists(
+        path / path.name / "zarr.json"
+    ):  # unpacked into a folder of its own name
         return path / path.name
     if str(name) == sample.NAME:
         return sample.unpacked()
@@ -362,7 +494,9 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     else:
         paths = recordings_in(runs)
     if not paths:
-        raise RecordingNotFound(f"There is no recording in {runs}.", "Make one: python -m probe.run")
+        raise RecordingNotFound(
+            f"There is no recording in {runs}.", "Make one: python -m probe.run"
+        )
     if str(name) == "latest":
         return paths[0]
     start = str(path.relative_to(runs) if path.is_relative_to(runs) else path)
@@ -371,12 +505,20 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
         return found[0]
     names = sorted(path.name.removesuffix(".zarr") for path in paths)
     if not found:
-        raise RecordingNotFound(f"No recording in {runs} begins with {str(name)!r}.", near(str(name), names))
-    raise RecordingNotFound(f"{len(found)} recordings begin with {str(name)!r}.", f"Say more of the name: {', '.join(p.name for p in found[:4])}.")
+        raise RecordingNotFound(
+            f"No recording in {runs} begins with {str(name)!r}.", near(str(name), names)
+        )
+    raise RecordingNotFound(
+        f"{len(found)} recordings begin with {str(name)!r}.",
+        f"Say more of the name: {', '.join(p.name for p in found[:4])}.",
+    )
 
 
 def _as_path(name: str) -> Path:
-    """The path that a text names; also as file:///home/me/x.zarr. Raises RecordingNotFound for an address elsewhere."""
+    """The path that a text names; also as file:///home/me/x.zarr.
+
+    Raises RecordingNotFound for an address elsewhere.
+    """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", name)
     if scheme is None:
         return Path(name)
@@ -385,7 +527,10 @@ def _as_path(name: str) -> Path:
         from urllib.request import url2pathname  # costs 15 ms, and few need it
 
         return Path(url2pathname(address.path))
-    raise RecordingNotFound(f"{name!r} is an address, and recordings are read from a disk.", "Copy it here, and give the path of the copy.")
+    raise RecordingNotFound(
+        f"{name!r} is an address, and recordings are read from a disk.",
+        "Copy it here, and give the path of the copy.",
+    )
 
 
 def open_run(name: str | Path = "latest", runs: str | Path = "runs") -> Run:

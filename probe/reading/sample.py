@@ -1,10 +1,11 @@
-"""The sample recording that comes with the package, so that a first look needs neither torch nor a model.
+"""The sample recording that comes with the package, so that a first look needs neither torch nor a
+model.
 
     probe show sample                  # any command that takes a recording takes this name
     run = probe.open_run("sample")
 
-It is shipped as one zip file and unpacked once into the user's cache folder, whole or not at all. Made by
-`python -m experiments.emojiworld.sample`.
+It is shipped as one zip file and unpacked once into the user's cache folder, whole or not at all.
+Made by `python -m experiments.emojiworld.sample`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ NAME = "sample"
 
 
 def unpacked() -> Path:
-    """The path of the sample recording, unpacked on first use. Raises RecordingNotFound where there is no place for it."""
+    """The path of the sample recording, unpacked on first use.
+
+    Raises RecordingNotFound where there is no place for it.
+    """
     try:
         content = ARCHIVE.read_bytes()
         folder = cache_folder() / "diffusion-probe"
@@ -52,29 +56,40 @@ def unpacked() -> Path:
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
         if (trouble := trouble_in(error)) is not None:
             raise unreadable(ARCHIVE, trouble) from error
-        raise RecordingNotFound(f"The sample recording cannot be unpacked: {error}", "Set XDG_CACHE_HOME to a folder that can be written.") from error
+        raise RecordingNotFound(
+            f"The sample recording cannot be unpacked: {error}",
+            "Set XDG_CACHE_HOME to a folder that can be written.",
+        ) from error
 
 
 def is_copy(path: Path) -> bool:
-    """Whether a recording lies in the cache folder: the sample, or one that was unpacked from a zip file."""
+    """Whether a recording lies in the cache folder: the sample, or one that was unpacked from a zip
+    file.
+    """
     return path.absolute().is_relative_to((cache_folder() / "diffusion-probe").absolute())
 
 
 def place_beside(path: Path) -> Path:
-    """The folder for what is made from a recording: its own, or `runs` where it is a copy in the cache folder."""
+    """The folder for what is made from a recording: its own, or `runs` where it is a copy in the
+    cache folder.
+    """
     return Path("runs") if is_copy(path) else path.parent
 
 
 def cache_folder() -> Path:
     """Return the user's folder for what can be made again.
 
-    Without a home that can be written, as in some containers, it is one for this account among temporary files.
+    Without a home that can be written, as in some containers, it is one for this account among
+    temporary files.
     """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)
     if (own := home()) is not None and _takes_files(own / ".cache" / "diffusion-probe"):
         return own / ".cache"
-    folder = Path(tempfile.gettempdir()) / f"probe-cache-{os.geteuid() if hasattr(os, 'geteuid') else 'user'}"
+    folder = (
+        Path(tempfile.gettempdir())
+        / f"probe-cache-{os.geteuid() if hasattr(os, 'geteuid') else 'user'}"
+    )
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "geteuid") and found.st_uid != os.geteuid()):
@@ -90,7 +105,9 @@ def _takes_files(folder: Path) -> bool:
 
 
 def pack(recording: Path, archive: Path = ARCHIVE) -> None:
-    """Zip a finished recording into the package, file by file in one order and with one date: the same bytes each time."""
+    """Zip a finished recording into the package, file by file in one order and with one date: the
+    same bytes each time.
+    """
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as made:
         for file in sorted(path for path in recording.rglob("*") if path.is_file()):
             entry = zipfile.ZipInfo(f"{NAME}.zarr/{file.relative_to(recording).as_posix()}")

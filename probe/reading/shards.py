@@ -1,6 +1,7 @@
 """Some chunks of a variable's shards, read without zarr's fixed cost of a millisecond a call.
 
-Its values are zarr's. Whatever is laid out otherwise, is not there or does not hold its checksum is left to zarr, which has words for it.
+Its values are zarr's. Whatever is laid out otherwise, is not there or does not hold its checksum is
+left to zarr, which has words for it.
 """
 
 from __future__ import annotations
@@ -21,33 +22,59 @@ from probe.reading.untrusted import Stored
 ENTRY, CHECKSUM = 16, 4  # bytes: where a chunk begins and how long it is; a CRC-32C
 
 
-def read_shards(root: Path, stored: Stored, key: tuple[Any, ...], check: Callable[[str, os.stat_result], None]) -> np.ndarray | None:
-    """The values at `key` (an int, slice or array of indices for each axis) of a variable with one shard a step and one chunk a token.
+def read_shards(
+    root: Path, stored: Stored, key: tuple[Any, ...], check: Callable[[str, os.stat_result], None]
+) -> np.ndarray | None:
+    """The values at `key` (an int, slice or array of indices for each axis) of a variable with one
+    shard a step and one chunk a token.
 
-    `check` is given each shard's file, by name and by what it is, before it is read. None where zarr has to read it.
-    Raises RecordingDamaged, RecordingUnreadable.
+    `check` is given each shard's file, by name and by what it is, before it is read. None where
+    zarr has to read it. Raises RecordingDamaged, RecordingUnreadable.
     """
     steps, tokens, *rest = stored.shape if len(stored.shape) > 2 else (0, 0)
     if stored.dtype is None or stored.inner != (1, 1, *rest) or stored.chunks != (1, tokens, *rest):
         return None
     dtype, size = stored.dtype.newbyteorder("<"), prod(rest) * stored.dtype.itemsize
-    asked = [np.atleast_1d(np.arange(count)[which]) for count, which in zip((steps, tokens), key[:2], strict=True)]
+    asked = [
+        np.atleast_1d(np.arange(count)[which])
+        for count, which in zip((steps, tokens), key[:2], strict=True)
+    ]
     found = np.empty((len(asked[0]), len(asked[1]), *rest), dtype)
     for place, step in enumerate(asked[0]):
         name = ".".join([f"{stored.path}/c.{step}", *["0"] * (len(rest) + 1)])
         try:
             with opened(root, name, functools.partial(check, name)) as file:
-                index = _checked(file.fileno(), ENTRY * tokens + CHECKSUM, os.fstat(file.fileno()).st_size - ENTRY * tokens - CHECKSUM)
+                index = _checked(
+                    file.fileno(),
+                    ENTRY * tokens + CHECKSUM,
+                    os.fstat(file.fileno()).st_size - ENTRY * tokens - CHECKSUM,
+                )
                 for number, token in enumerate(asked[1]):
-                    begin, length = np.frombuffer(index, "<u8").reshape(tokens, 2)[token].tolist() if index else (0, 0)
-                    chunk = _checked(file.fileno(), length, begin) if length == size + CHECKSUM and begin < 2**62 else b""
+                    begin, length = (
+                        np.frombuffer(index, "<u8").reshape(tokens, 2)[token].tolist()
+                        if index
+                        else (0, 0)
+                    )
+                    chunk = (
+                        _checked(file.fileno(), length, begin)
+                        if length == size + CHECKSUM and begin < 2**62
+                        else b""
+                    )
                     if not chunk:
                         return None
                     found[place, number] = np.frombuffer(chunk, dtype).reshape(rest)
         except FileNotFoundError:
             return None
-    for axis in reversed(range(len(key))):  # one after the other: each axis by itself, as zarr's oindex does it
-        which = key[axis] if axis > 1 else 0 if np.ndim(key[axis]) == 0 and not isinstance(key[axis], slice) else slice(None)
+    for axis in reversed(
+        range(len(key))
+    ):  # one after the other: each axis by itself, as zarr's oindex does it
+        which = (
+            key[axis]
+            if axis > 1
+            else 0
+            if np.ndim(key[axis]) == 0 and not isinstance(key[axis], slice)
+            else slice(None)
+        )
         found = found[(slice(None),) * axis + (which,)]
     return found
 
@@ -55,7 +82,11 @@ def read_shards(root: Path, stored: Stored, key: tuple[Any, ...], check: Callabl
 def _checked(file: int, length: int, begin: int) -> bytes:
     """A part of a file without the checksum at its end, or nothing where that does not hold."""
     content = _part(file, length, begin) if begin >= 0 else b""
-    whole = len(content) == length > CHECKSUM and google_crc32c.value(content[:-CHECKSUM]).to_bytes(CHECKSUM, "little") == content[-CHECKSUM:]
+    whole = (
+        len(content) == length > CHECKSUM
+        and google_crc32c.value(content[:-CHECKSUM]).to_bytes(CHECKSUM, "little")
+        == content[-CHECKSUM:]
+    )
     return content[:-CHECKSUM] if whole else b""
 
 

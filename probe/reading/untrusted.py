@@ -1,10 +1,12 @@
-"""A recording that somebody else made is untrusted input: what is checked before anything of it is decoded.
+"""A recording that somebody else made is untrusted input: what is checked before anything of it is
+decoded.
 
     root = read_root(path)                  # its zarr.json: a plain file, not huge, strict JSON, the attributes of a recording
     groups, arrays = nodes_of(path, root)   # every node: its name, types, sizes, codecs; files agree with the root's block
 
-Whatever is refused is a `RecordingDamaged`: one line of cause, one of remedy. Links are never followed, pipes and devices
-never waited for. Chunks are looked at when they are read (`probe.reading.lazy`), so opening costs the same whatever the number of steps.
+Whatever is refused is a `RecordingDamaged`: one line of cause, one of remedy. Links are never
+followed, pipes and devices never waited for. Chunks are looked at when they are read
+(`probe.reading.lazy`), so opening costs the same whatever the number of steps.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ import numpy as np
 from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.format.attributes import kind_of, problem_of
 from probe.format.schema import FORMATS_READ, array
-from probe.reading.files import entry_is_link, no_longer, parse_json, read_file, read_json, refuse, refuse_link
+from probe.reading.files import (
+    entry_is_link,
+    no_longer,
+    parse_json,
+    read_file,
+    read_json,
+    refuse,
+    refuse_link,
+)
 from probe.system import reading
 from probe.text import UNCLEAN, printable, shorten
 
@@ -30,46 +40,75 @@ MAX_ROOT, MAX_NODE = 8 * 2**20, 2**20  # bytes of the root file, of any other za
 MAX_ALL_NODES = 16 * 2**20  # bytes of all of them
 MAX_NODES, MAX_DEPTH, MAX_CHUNKS, MAX_LABELS, MAX_ALL_LABELS = 2000, 8, 10_000, 100_000, 300_000
 
-DTYPES = {name: np.dtype(name) for name in "uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split()}
+DTYPES = {
+    name: np.dtype(name)
+    for name in "uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split()
+}
 FLOATS = ("float16", "float32", "float64")
-KINDS = {"run": FLOATS, "map": ("float16", "float32", "uint8"), "any": tuple(DTYPES), "str": ("string",)}
+KINDS = {
+    "run": FLOATS,
+    "map": ("float16", "float32", "uint8"),
+    "any": tuple(DTYPES),
+    "str": ("string",),
+}
 SEGMENT = re.compile(r"(?!\.+$|__)[A-Za-z0-9_.+-]{1,200}")
 GRIDDED = re.compile(r"(?:self_)?attention/(?![0-9]{1,5}x[0-9]{1,5}$)[^/]*")
-NODE_KEYS = frozenset("zarr_format node_type attributes shape data_type chunk_grid chunk_key_encoding fill_value codecs dimension_names".split())
+NODE_KEYS = frozenset(
+    "zarr_format node_type attributes shape data_type chunk_grid chunk_key_encoding fill_value codecs dimension_names".split()
+)
 
 
-# --- the root ---------------------------------------------------------------------------------------------------------
+# --- the root -------------------------------------------------------------------------------------
 
 
 def read_root(path: Path) -> dict[str, Any]:
-    """The root zarr.json of a recording. Raises RecordingNotFound where there is none, RecordingDamaged where it cannot be trusted."""
+    """The root zarr.json of a recording.
+
+    Raises RecordingNotFound where there is none, RecordingDamaged where it cannot be trusted.
+    """
     try:
         root = read_json(path, "zarr.json", MAX_ROOT)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RecordingNotFound(f"{printable(str(path))} is not a recording.", "probe ls lists the recordings there are.") from error
-    if not isinstance(root, dict) or root.get("zarr_format") != 3 or root.get("node_type") != "group" or not isinstance(root.get("attributes"), dict):
+        raise RecordingNotFound(
+            f"{printable(str(path))} is not a recording.",
+            "probe ls lists the recordings there are.",
+        ) from error
+    if (
+        not isinstance(root, dict)
+        or root.get("zarr_format") != 3
+        or root.get("node_type") != "group"
+        or not isinstance(root.get("attributes"), dict)
+    ):
         raise refuse(path, "its zarr.json is not that of a recording")
     check_attributes(path, root["attributes"])
     return root
 
 
 def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Refuse attributes that are not those of a recording, or of a format that this version does not read. Raises RecordingDamaged."""
+    """Refuse attributes that are not those of a recording, or of a format that this version does
+    not read. Raises RecordingDamaged.
+    """
     version = attributes.get("format_version")
     if type(version) is int and version not in FORMATS_READ:
         known = " and ".join(map(str, FORMATS_READ))
-        cause = f"{printable(str(path))} has format {shorten(str(version))}, this version reads {known}."
+        cause = (
+            f"{printable(str(path))} has format {shorten(str(version))}, this version reads "
+            f"{known}."
+        )
         raise RecordingDamaged(cause, "Use the version of probe that wrote it.")
     if (problem := problem_of(attributes)) is not None:
         raise refuse(path, problem)
 
 
-# --- nodes -----------------------------------------------------------------------------------------------------------
+# --- nodes ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One array as its metadata describes it, after every check. `dtype` is None for text; `inner` is the shape of a shard's chunks."""
+    """One array as its metadata describes it, after every check.
+
+    `dtype` is None for text; `inner` is the shape of a shard's chunks.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -97,25 +136,42 @@ class Stored:
 
 
 def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, Stored]]:
-    """The groups and arrays that a recording's root file lists, each held against its own file and against the schema.
+    """The groups and arrays that a recording's root file lists, each held against its own file and
+    against the schema.
 
-    A variable that the schema does not know, of a newer version perhaps, may be there if it is harmless.
+    A variable that the schema does not know, of a newer version perhaps, may be there if it is
+    harmless.
     """
     noising = kind_of(root["attributes"]) == "noising"
     block = root.get("consolidated_metadata")
-    nodes = block.get("metadata") if isinstance(block, dict) and block.get("kind") == "inline" else None
+    nodes = (
+        block.get("metadata") if isinstance(block, dict) and block.get("kind") == "inline" else None
+    )
     if not isinstance(nodes, dict):
-        raise refuse(path, "its zarr.json does not list what is in it (zarr.consolidate_metadata does that)")
+        raise refuse(
+            path, "its zarr.json does not list what is in it (zarr.consolidate_metadata does that)"
+        )
     if len(nodes) > MAX_NODES:
         raise refuse(path, f"it lists {len(nodes)} variables and groups")
     groups, arrays, left, labels = [""], {}, MAX_ALL_NODES, 0
     for name, node in sorted(nodes.items()):
         said = shorten(printable(name))
         parent, _, last = name.rpartition("/")
-        if not SEGMENT.fullmatch(last) or GRIDDED.fullmatch(name) or name.count("/") >= MAX_DEPTH or parent not in groups or name[:1] == "/":
-            raise refuse(path, f"it lists {said!r}, which is no name of a variable or group, or is in no group")
+        if (
+            not SEGMENT.fullmatch(last)
+            or GRIDDED.fullmatch(name)
+            or name.count("/") >= MAX_DEPTH
+            or parent not in groups
+            or name[:1] == "/"
+        ):
+            raise refuse(
+                path,
+                f"it lists {said!r}, which is no name of a variable or group, or is in no group",
+            )
         try:
-            raw = read_file(path, f"{name}/zarr.json", no_longer(path, f"{name}/zarr.json", min(MAX_NODE, left)))
+            raw = read_file(
+                path, f"{name}/zarr.json", no_longer(path, f"{name}/zarr.json", min(MAX_NODE, left))
+            )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise refuse(path, f"{said} has no zarr.json that can be read") from error
         left -= len(raw)
@@ -137,8 +193,16 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
 
 
 def _bare(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What a node is. Not what is said of it: the root's word counts, and the manifest knows whether a file was edited."""
-    return {key: value for key, value in node.items() if key not in ("consolidated_metadata", "attributes")}
+    """What a node is.
+
+    Not what is said of it: the root's word counts, and the manifest knows whether a file was
+    edited.
+    """
+    return {
+        key: value
+        for key, value in node.items()
+        if key not in ("consolidated_metadata", "attributes")
+    }
 
 
 def _no_links(path: Path, group: str) -> None:
@@ -155,13 +219,21 @@ def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Store
     def no(what: str) -> NoReturn:
         raise refuse(path, f"{name} {what}")
 
-    if node.get("node_type") != "array" or not node.keys() <= NODE_KEYS | {"storage_transformers"} or node.get("storage_transformers"):
+    if (
+        node.get("node_type") != "array"
+        or not node.keys() <= NODE_KEYS | {"storage_transformers"}
+        or node.get("storage_transformers")
+    ):
         no("is neither a group nor a plain array")
     kind, grid, keys = node.get("data_type"), node.get("chunk_grid"), node.get("chunk_key_encoding")
     if not isinstance(kind, str) or (kind != "string" and kind not in DTYPES):
         no("has a type that recordings do not have")
     dtype = DTYPES.get(kind)
-    if keys != {"name": "default", "configuration": {"separator": "."}} or not isinstance(grid, dict) or grid.get("name") != "regular":
+    if (
+        keys != {"name": "default", "configuration": {"separator": "."}}
+        or not isinstance(grid, dict)
+        or grid.get("name") != "regular"
+    ):
         no("is not laid out as recordings are")
     shape, dims = _sizes(node.get("shape"), least=0), node.get("dimension_names") or []
     if noising and isinstance(dims, list):  # format 1 called draws of noise images
@@ -169,7 +241,11 @@ def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Store
     chunks = _sizes((grid.get("configuration") or {}).get("chunk_shape"))
     if shape is None or chunks is None or len(shape) != len(chunks):
         no("has no shape, or its chunks have none")
-    if not isinstance(dims, list) or len(dims) != len(shape) or len(set(map(str, dims))) < len(dims):
+    if (
+        not isinstance(dims, list)
+        or len(dims) != len(shape)
+        or len(set(map(str, dims))) < len(dims)
+    ):
         no("does not name its dimensions")
     if not all(isinstance(dim, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,60}", dim) for dim in dims):
         no("has dimensions with strange names")
@@ -177,12 +253,25 @@ def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Store
         inner = _codecs(node.get("codecs"), dtype)
     except (LookupError, TypeError, AttributeError, ValueError):
         no("is encoded in a way that recordings are not")
-    if inner is not None and (len(inner) != len(chunks) or any(size % part for size, part in zip(chunks, inner, strict=True))):
+    if inner is not None and (
+        len(inner) != len(chunks)
+        or any(size % part for size, part in zip(chunks, inner, strict=True))
+    ):
         no("has chunks that do not fit its shards")
     counts = [-(-size // part) for size, part in zip(shape, chunks, strict=True)]
-    if prod(counts) > MAX_CHUNKS or (inner and prod(chunks) // prod(inner) > MAX_CHUNKS) or prod(chunks) * 8 > 2**50 or prod(shape) * 8 > 2**50:
+    if (
+        prod(counts) > MAX_CHUNKS
+        or (inner and prod(chunks) // prod(inner) > MAX_CHUNKS)
+        or prod(chunks) * 8 > 2**50
+        or prod(shape) * 8 > 2**50
+    ):
         no(f"claims a shape of {shorten(' x '.join(map(str, shape)))}, which no recording has")
-    texts = [value for key, value in node["attributes"].items() for value in (key, value) if isinstance(value, str)]
+    texts = [
+        value
+        for key, value in node["attributes"].items()
+        for value in (key, value)
+        if isinstance(value, str)
+    ]
     if any(UNCLEAN.search(text) or "\n" in text or len(text) > 1000 for text in texts):
         no("is described with characters that hide what they say")
     group, _, last = name.rpartition("/")
@@ -190,7 +279,10 @@ def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Store
         known = replace(array(group, last, shape), across="draw" if noising else "image")
         allowed = KINDS.get(known.variable.dtype, (known.variable.dtype,))
         if known.dims != tuple(dims) or kind not in allowed:
-            no(f"is {kind} ({', '.join(dims)}), and not {' or '.join(allowed)} ({', '.join(known.dims)})")
+            no(
+                f"is {kind} ({', '.join(dims)}), and not {' or '.join(allowed)} "
+                f"({', '.join(known.dims)})"
+            )
     except KeyError:  # a newer version's: nothing here reads it
         pass
     stored = Stored(name, shape, chunks, inner, tuple(dims), dtype, node["attributes"], node)
@@ -202,28 +294,52 @@ def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Store
 
 
 def _sizes(found: object, least: int = 1) -> tuple[int, ...] | None:
-    if isinstance(found, list) and len(found) <= 16 and all(type(size) is int and least <= size < 2**48 for size in found):
+    if (
+        isinstance(found, list)
+        and len(found) <= 16
+        and all(type(size) is int and least <= size < 2**48 for size in found)
+    ):
         return tuple(found)
     return None
 
 
 def _codecs(found: Any, dtype: np.dtype[Any] | None) -> tuple[int, ...] | None:
-    """The shape of a shard's chunks, or None. Raises ValueError, or what Python raises, for any codec but those that are written here."""
-    names, settings = [codec["name"] for codec in found], [codec.get("configuration") or {} for codec in found]
+    """The shape of a shard's chunks, or None.
+
+    Raises ValueError, or what Python raises, for any codec but those that are written here.
+    """
+    names, settings = (
+        [codec["name"] for codec in found],
+        [codec.get("configuration") or {} for codec in found],
+    )
     if not all(codec.keys() <= {"name", "configuration"} for codec in found):
         raise ValueError
     if dtype is None:
-        if names not in (["vlen-utf8"], ["vlen-utf8", "crc32c"], ["vlen-utf8", "zstd"], ["vlen-utf8", "zstd", "crc32c"]) or settings[0]:
+        if (
+            names
+            not in (
+                ["vlen-utf8"],
+                ["vlen-utf8", "crc32c"],
+                ["vlen-utf8", "zstd"],
+                ["vlen-utf8", "zstd", "crc32c"],
+            )
+            or settings[0]
+        ):
             raise ValueError
     elif names == ["sharding_indexed"]:
         shard = settings[0]
-        whole = shard.keys() == {"chunk_shape", "codecs", "index_codecs", "index_location"} and shard["index_location"] == "end"
+        whole = (
+            shard.keys() == {"chunk_shape", "codecs", "index_codecs", "index_location"}
+            and shard["index_location"] == "end"
+        )
         for codecs in (shard["codecs"], shard["index_codecs"]):
             whole = whole and codecs[0]["name"] == "bytes" and _codecs(codecs, dtype) is None
         inner = _sizes(shard["chunk_shape"])
         if not whole or inner is None:
             raise ValueError
         return inner
-    elif names != ["bytes", "crc32c"] or settings[0] not in ({}, {"endian": "little"}) or settings[1]:
+    elif (
+        names != ["bytes", "crc32c"] or settings[0] not in ({}, {"endian": "little"}) or settings[1]
+    ):
         raise ValueError
     return None

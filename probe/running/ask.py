@@ -3,9 +3,10 @@
     maps = ask(open_run("latest"), "a fish")        # one array for each grid, like Run.attention
     found = read_out(open_run("latest"), "fish")    # one map a step
 
-A recording with `capture.attention: queries` holds what the picture asked at every step. The text encoder reads a new
-sentence, each layer's `to_k` makes keys of it, and the softmax runs over the new sentence's 77 tokens; the UNet is never
-called. It is a read-out: the word did not influence the picture. What came out says what those queries respond to.
+A recording with `capture.attention: queries` holds what the picture asked at every step. The text
+encoder reads a new sentence, each layer's `to_k` makes keys of it, and the softmax runs over the
+new sentence's 77 tokens; the UNet is never called. It is a read-out: the word did not influence the
+picture. What came out says what those queries respond to.
 """
 
 from __future__ import annotations
@@ -32,21 +33,27 @@ READ_OUT = "read-out: this word did not influence the picture"
 
 
 def ask(run: Run, context: str, pipeline: Any | None = None) -> dict[str, xr.DataArray]:
-    """Maps of every token of a new sentence, by grid, the largest first; computed when they are looked at.
+    """Maps of every token of a new sentence, by grid, the largest first; computed when they are
+    looked at.
 
-    *Shape:* (step, token, image, layer, head, y, x), labelled like recorded maps, so that `analysis.word_maps` merges them; each with
-    the attributes `read_out` and `context`. `pipeline` is the model if it is in memory. Raises RecordingNotFound for a recording
-    without queries, ModelError if the weights are not those of the run.
+    *Shape:* (step, token, image, layer, head, y, x), labelled like recorded maps, so that
+    `analysis.word_maps` merges them; each with the attributes `read_out` and `context`. `pipeline`
+    is the model if it is in memory. Raises RecordingNotFound for a recording without queries,
+    ModelError if the weights are not those of the run.
     """
     return _maps(run, *_read(run, context, pipeline))
 
 
-def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | None = None) -> xr.DataArray:
-    """Where the picture would have looked at `word`: its tokens' share, mean over layers of all grids, heads and images.
+def read_out(
+    run: Run, word: str, context: str | None = None, pipeline: Any | None = None
+) -> xr.DataArray:
+    """Where the picture would have looked at `word`: its tokens' share, mean over layers of all
+    grids, heads and images.
 
-    *Shape:* (step, y, x) float32 on the largest grid. `context` is the sentence that the text encoder reads (default: "a
-    <word>"), and has to contain the word. Raises ExperimentError for a text without letters, digits or symbols, and for a word that
-    is not in the context; else as `ask`.
+    *Shape:* (step, y, x) float32 on the largest grid. `context` is the sentence that the text
+    encoder reads (default: "a <word>"), and has to contain the word. Raises ExperimentError for a
+    text without letters, digits or symbols, and for a word that is not in the context; else as
+    `ask`.
     """
     name_one = "Name one: probe ask latest fish"
     if not word.strip():
@@ -58,10 +65,13 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
         raise ExperimentError(f"{word!r} is no word: there are no letters in it.", name_one)
     if not places and prompt.cut:
         raise ExperimentError(
-            f"{word[:80]!r} was not read: the sentence was cut before {prompt.cut[:80]!r}.", "Ask in a shorter one, with --context."
+            f"{word[:80]!r} was not read: the sentence was cut before {prompt.cut[:80]!r}.",
+            "Ask in a shorter one, with --context.",
         )
     if not places:
-        raise ExperimentError(f"{word!r} is not in {prompt.text!r}.", near(word, list(prompt.words) or ["a fish"]))
+        raise ExperimentError(
+            f"{word!r} is not in {prompt.text!r}.", near(word, list(prompt.words) or ["a fish"])
+        )
     tokens = [t for t, of in enumerate(prompt.word_of) if any(of in place for place in places)]
     grids = _maps(run, model, read_as)
     largest = next(iter(grids.values()))
@@ -69,7 +79,12 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
     total = np.zeros((largest.sizes["step"], *size), np.float32)
     for maps in grids.values():
         for index in range(len(total)):
-            one = maps.isel(step=index, token=tokens).sum("token").mean((run.attributes.across, "head")).sum("layer")
+            one = (
+                maps.isel(step=index, token=tokens)
+                .sum("token")
+                .mean((run.attributes.across, "head"))
+                .sum("layer")
+            )
             total[index] += resize(one.transpose("y", "x").values, size)
     layers = sum(maps.sizes["layer"] for maps in grids.values())
     sigma = run.variable("sigma").sel(step=largest["step"])
@@ -85,18 +100,33 @@ def read_out(run: Run, word: str, context: str | None = None, pipeline: Any | No
 def _read(run: Run, context: str, pipeline: Any | None) -> tuple[Family, Tokens]:
     grids = run.grids
     if not grids or "query" not in run.tree[f"attention/{grids[0]}"].data_vars:
-        raise RecordingNotFound(f"{run.name} holds no queries to ask.", "Record with capture.attention: queries.")
+        raise RecordingNotFound(
+            f"{run.name} holds no queries to ask.", "Record with capture.attention: queries."
+        )
     if "cond" not in run.variable(f"attention/{grids[0]}/branch").values:
-        raise RecordingNotFound(f"{run.name} holds no queries of the cond branch.", "Record with capture.branches: cond or both.")
+        raise RecordingNotFound(
+            f"{run.name} holds no queries of the cond branch.",
+            "Record with capture.branches: cond or both.",
+        )
     asked, (scheduler, options) = run.recipe, run.recipe.sampler
     if pipeline is not None:
         model = family_of(pipeline, scheduler=scheduler, options=options)
     else:
-        revision = run.attributes["model"]["revision"] or asked.revision  # a name like main may have moved on since
-        where: dict[str, Any] = {"revision": revision, "variant": asked.variant, "dtype": run.attributes["model"]["dtype"], "device": "cpu"}
+        revision = (
+            run.attributes["model"]["revision"] or asked.revision
+        )  # a name like main may have moved on since
+        where: dict[str, Any] = {
+            "revision": revision,
+            "variant": asked.variant,
+            "dtype": run.attributes["model"]["dtype"],
+            "device": "cpu",
+        }
         model = load(asked.model, **where, scheduler=scheduler, options=options)
     if model.digest() != run.attributes["model"]["weights"]:
-        raise ModelError(f"{run.name} was recorded with other weights of {model.name}.", "Bring those back, or record it again: probe rerun.")
+        raise ModelError(
+            f"{run.name} was recorded with other weights of {model.name}.",
+            "Bring those back, or record it again: probe rerun.",
+        )
     return model, model.tokens(context, asked.over_long)
 
 
@@ -110,7 +140,10 @@ def _maps(run: Run, model: Family, tokens_of: Tokens) -> dict[str, xr.DataArray]
         kept = run.attention(grid)["step"]
         query = run.variable(f"attention/{grid}/query").sel(step=kept, branch=["cond"])
         with torch.no_grad():
-            keys = [scaled_keys(modules[str(path)].to_k(embedding), modules[str(path)]).cpu() for path in query["layer"].values]
+            keys = [
+                scaled_keys(modules[str(path)].to_k(embedding), modules[str(path)]).cpu()
+                for path in query["layer"].values
+            ]
         key = xr.DataArray(
             np.stack([k.numpy() for k in keys], axis=2),
             dims=("branch", "token", "layer", "head", "key_feature"),
@@ -121,7 +154,9 @@ def _maps(run: Run, model: Family, tokens_of: Tokens) -> dict[str, xr.DataArray]
                 "word_index": ("token", np.array(prompt.word_of)),
             },
         )
-        query = query.drop_vars([name for name, value in query.coords.items() if "token" in value.dims])
+        query = query.drop_vars(
+            [name for name, value in query.coords.items() if "token" in value.dims]
+        )
         maps = recomputed(query, key).isel(branch=0, drop=True)
         found[grid] = maps.assign_attrs(read_out=READ_OUT, context=prompt.text)
     return found

@@ -18,12 +18,18 @@ from probe.words import RULES
 
 
 def describe(model: Family, run: Plan, weights: str | None = None) -> dict[str, Any]:
-    """The recording's attributes: what was asked, of which model (`weights`: its digest, if it is known), and where it ran."""
+    """The recording's attributes: what was asked, of which model (`weights`: its digest, if it is
+    known), and where it ran.
+    """
     import diffusers
     import transformers
 
     device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return {
         "format_version": FORMAT_VERSION,
         "format_status": FORMAT_STATUS,
@@ -53,20 +59,33 @@ def describe(model: Family, run: Plan, weights: str | None = None) -> dict[str, 
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": weights or model.digest(),
         },
-        "scheduler": {"class": type(model.scheduler).__name__, "config": scheduler_config(model.scheduler)},
+        "scheduler": {
+            "class": type(model.scheduler).__name__,
+            "config": scheduler_config(model.scheduler),
+        },
         "prediction_type": model.prediction_type,
-        "latent_convention": "variance_exploding" if run.schedule.variance_exploding else "variance_preserving",
+        "latent_convention": "variance_exploding"
+        if run.schedule.variance_exploding
+        else "variance_preserving",
         "text_rules": RULES,
-        "read_as": {branch: prompt.read_as for branch, prompt in run.prompts.items() if prompt.read_as != prompt.text},
+        "read_as": {
+            branch: prompt.read_as
+            for branch, prompt in run.prompts.items()
+            if prompt.read_as != prompt.text
+        },
         **_of_denoised(model, run),
-        "cut_from_prompt": {branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut},
+        "cut_from_prompt": {
+            branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut
+        },
         **({"zeroed_branches": list(run.zeroed_branches)} if run.zeroed_branches else {}),
         "decoded_in_float32": model.decoding_dtype == torch.float32 != model.dtype,
     }
 
 
 def _of_denoised(model: Family, run: Plan) -> dict[str, Any]:
-    """Where denoised is not what the scheduler goes on with, and where it is not defined; nothing, in most runs."""
+    """Where denoised is not what the scheduler goes on with, and where it is not defined; nothing,
+    in most runs.
+    """
     how = clipping(type(model.scheduler).__name__, model.scheduler.config)
     undefined = list(run.schedule.undefined(model.prediction_type))
     found: dict[str, Any] = {} if how is None else {"scheduler_clips": clipping_text(how)}
@@ -74,6 +93,11 @@ def _of_denoised(model: Family, run: Plan) -> dict[str, Any]:
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's settings. JSON has no infinity, which DPMSolverMultistepScheduler's are not without: as text, "-inf"."""
-    found: dict[str, Any] = json.loads(scheduler.to_json_string(), parse_constant=lambda word: str(float(word)))
+    """A scheduler's settings.
+
+    JSON has no infinity, which DPMSolverMultistepScheduler's are not without: as text, "-inf".
+    """
+    found: dict[str, Any] = json.loads(
+        scheduler.to_json_string(), parse_constant=lambda word: str(float(word))
+    )
     return found

@@ -1,4 +1,6 @@
-"""Our own loop over a session: denoise from the prompt to the picture, or ask the model about a noised one."""
+"""Our own loop over a session: denoise from the prompt to the picture, or ask the model about a
+noised one.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,23 @@ from probe.watching.interface import Plan
 from probe.watching.source import Noised, Source
 from probe.watching.sums import read_step
 
-SAMPLING = "steps guidance_scale guidance_rescale eta seed images height width".split()  # of an experiment, what the loop wants to know
+SAMPLING = (
+    "steps guidance_scale guidance_rescale eta seed images height width".split()
+)  # of an experiment, what the loop wants to know
 
 
 def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bool) -> None:
-    """Do what a plan says, and write it down; steps that `writer` has already are replayed, not predicted again."""
+    """Do what a plan says, and write it down; steps that `writer` has already are replayed, not
+    predicted again.
+    """
     noising, final = isinstance(plan.recipe, Noising), None
     with Session(model, plan, writer, say) as session:
         conditioning = session.begin()
-        steps = noised_steps(model, conditioning, plan) if noising else denoised_steps(model, conditioning, plan, writer)
+        steps = (
+            noised_steps(model, conditioning, plan)
+            if noising
+            else denoised_steps(model, conditioning, plan, writer)
+        )
         title = "Predicting" if noising else "Denoising"
         with tqdm(total=plan.calls, desc=title, unit="step", disable=not progress) as bar:
             for index in range(plan.calls):
@@ -44,7 +54,9 @@ def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bo
         session.finish(final)
 
 
-def denoised_steps(model: Family, conditioning: Conditioning, plan: Plan, writer: StepStore) -> Iterator[Step]:
+def denoised_steps(
+    model: Family, conditioning: Conditioning, plan: Plan, writer: StepStore
+) -> Iterator[Step]:
     """The steps of a run; those that were committed before come from their recorded predictions."""
     how: dict[str, Any] = {name: getattr(plan.experiment, name) for name in SAMPLING}
     start = next((capture.start for capture in plan.captures if isinstance(capture, Source)), None)
@@ -57,10 +69,18 @@ def noised_steps(model: Family, conditioning: Conditioning, plan: Plan) -> Itera
     return ask_noised(model, conditioning, plan.schedule, capture.clean, capture.noise)
 
 
-def ask_noised(model: Family, conditioning: Conditioning, schedule: Schedule, clean: torch.Tensor, noise: torch.Tensor) -> Iterator[Step]:
-    """Ask the model about latents with known noise in them, at each timestep on its own: nothing is denoised.
+def ask_noised(
+    model: Family,
+    conditioning: Conditioning,
+    schedule: Schedule,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+) -> Iterator[Step]:
+    """Ask the model about latents with known noise in them, at each timestep on its own: nothing is
+    denoised.
 
-    *Shape:* clean and noise (draw, channel, y, x). The `next_latents` of every step are the clean ones.
+    *Shape:* clean and noise (draw, channel, y, x). The `next_latents` of every step are the clean
+    ones.
     """
     scheduler, images = fresh(model.scheduler), len(clean)
     predict = model.predictor(conditioning, images)
@@ -81,5 +101,7 @@ def _recorded(writer: StepStore, plan: Plan, model: Family) -> Iterator[Predicti
         return arranged(value.to(model.device, model.dtype), how)
 
     for index in range(writer.committed):
-        branches = {branch: read(f"prediction_{branch}", index) for branch in plan.computed_branches}
+        branches = {
+            branch: read(f"prediction_{branch}", index) for branch in plan.computed_branches
+        }
         yield Predictions(branches, read("prediction", index))

@@ -1,4 +1,5 @@
-"""What a run will record, settled before its first step: every variable with its shape, and so the forecast of its size.
+"""What a run will record, settled before its first step: every variable with its shape, and so the
+forecast of its size.
 
 A plan needs the model's configs only; `probe run --dry-run` makes one without weights.
 """
@@ -50,7 +51,10 @@ def _always(_: Plan) -> bool:
 
 
 def _attends(*modes: str) -> Callable[[Plan], bool]:
-    return lambda plan: bool(plan.layers) and plan.recipe.capture.attention in (modes or ("maps", "queries", "summary"))
+    return lambda plan: (
+        bool(plan.layers)
+        and plan.recipe.capture.attention in (modes or ("maps", "queries", "summary"))
+    )
 
 
 # Every capture, in the order in which they are asked, and when a run has it.
@@ -68,8 +72,14 @@ CAPTURES: tuple[tuple[Callable[..., Capture], Callable[[Plan], bool]], ...] = (
     (Queries, _attends("queries")),
     (TextSide, _attends()),
     (SelfAttention, lambda plan: bool(plan.self_layers)),
-    (UnetOutputs, lambda plan: plan.recipe.capture.statistics or bool(plan.recipe.capture.activations)),
-    (VaeOutputs, lambda plan: plan.recipe.capture.statistics or bool(plan.recipe.capture.activations)),
+    (
+        UnetOutputs,
+        lambda plan: plan.recipe.capture.statistics or bool(plan.recipe.capture.activations),
+    ),
+    (
+        VaeOutputs,
+        lambda plan: plan.recipe.capture.statistics or bool(plan.recipe.capture.activations),
+    ),
     (Counterfactual, lambda plan: bool(plan.words)),
     (Sums, _attends()),
     (Cost, _always),
@@ -83,17 +93,25 @@ def check_size(plan: Plan, limit: int | None, free: int | None) -> None:
     largest = max(sizes.items(), key=lambda item: item[1])
     whole, on_disk = sum(sizes.values()), room(plan.arrays, sizes)
     elsewhere = "Free some room, or name another disk: --output FOLDER. Or record less: "
-    for total, most, what, first in ((whole, limit, "--max-bytes", ""), (on_disk, free, "the room on the disk", elsewhere)):
+    for total, most, what, first in (
+        (whole, limit, "--max-bytes", ""),
+        (on_disk, free, "the room on the disk", elsewhere),
+    ):
         if most is not None and total > most:
             raise TooLarge(
-                f"The recording would take {size_text(total)}, more than {what}: {size_text(most)}.",
-                f"{first}{'most' if first else 'Most'} of it is {largest[0]} ({size_text(largest[1])}): "
+                f"The recording would take {size_text(total)}, more than {what}: "
+                f"{size_text(most)}.",
+                f"{first}{'most' if first else 'Most'} of it is {largest[0]} "
+                f"({size_text(largest[1])}): "
                 "capture fewer layers, steps or tokens, or set capture.dtype: sqrt_u8.",
             )
 
 
 def free_room(folder: Path) -> int | None:
-    """Bytes free where `folder` is or will be; None where the disk does not say. Raises as `check_place` does."""
+    """Bytes free where `folder` is or will be; None where the disk does not say.
+
+    Raises as `check_place` does.
+    """
     folder = check_place(folder)
     try:
         found = shutil.disk_usage(folder)
@@ -115,7 +133,8 @@ def size_text(n: float) -> str:
 class Course:
     """What the steps of a recipe are: the noise levels, and what they begin from.
 
-    `begin` is the first of the scheduler's calls. `size` is (y, x) in pixels, None where the recipe has none.
+    `begin` is the first of the scheduler's calls. `size` is (y, x) in pixels, None where the recipe
+    has none.
     """
 
     schedule: Schedule
@@ -135,10 +154,12 @@ def plan(
     schedule: Schedule | None = None,
     rules: int = RULES,
 ) -> Plan:
-    """Settle what a recipe records of `model`. Raise ExperimentError or PromptError if it cannot be.
+    """Settle what a recipe records of `model`. Raise ExperimentError or PromptError if it cannot
+    be.
 
-    A `picture` and `masks`, (y, x) by word, take the place of the recipe's files. `schedule` and `rules` of text are
-    those of a recording. Without a `schedule`, the scheduler's is held against what it does.
+    A `picture` and `masks`, (y, x) by word, take the place of the recipe's files. `schedule` and
+    `rules` of text are those of a recording. Without a `schedule`, the scheduler's is held against
+    what it does.
     """
     course = course_of(model, recipe, picture, masks, schedule)
     capture, texts = recipe.capture, recipe.texts
@@ -147,14 +168,20 @@ def plan(
     branches = tuple(branch for branch in texts if capture.branches in ("both", branch))
     if not branches:
         raise ExperimentError(
-            f"capture.branches: there is no unconditional branch at guidance_scale {recipe.guidance[0]:g}.",
+            "capture.branches: there is no unconditional branch at guidance_scale "
+            f"{recipe.guidance[0]:g}.",
             "Use a guidance_scale above 1, or capture.branches: cond.",
         )
     latent_shape = model.latent_shape(recipe.count, *course.size)
     tokens, calls = int(prompts["cond"].ids.shape[1]), len(course.schedule.timesteps)
     rehearsal = _rehearsed(model, latent_shape, len(texts), tokens)
     model.check_reading(read)
-    kept = Kept(tokens - 1 if capture.tokens == "all" or capture.attention == "queries" else max(prompts[b].end for b in branches), tokens)
+    kept = Kept(
+        tokens - 1
+        if capture.tokens == "all" or capture.attention == "queries"
+        else max(prompts[b].end for b in branches),
+        tokens,
+    )
     every = recipe.decoded_every
     facts = Plan(
         recipe=recipe,
@@ -164,15 +191,23 @@ def plan(
         latent_shape=latent_shape,
         rows=Rows(tuple(texts), branches, recipe.count),
         kept=kept,
-        layers=attention_layers(rehearsal.grids, capture.layers) if capture.attention != "off" else {},
-        self_layers=attention_layers(rehearsal.self_grids, capture.self_attention, "self_attention"),
+        layers=attention_layers(rehearsal.grids, capture.layers)
+        if capture.attention != "off"
+        else {},
+        self_layers=attention_layers(
+            rehearsal.self_grids, capture.self_attention, "self_attention"
+        ),
         words=chosen_words(prompts["cond"], capture.counterfactual),
         recorded=capture.steps_of(calls),
         decoded=tuple(sorted({*range(0, calls, every), calls - 1})) if every else (),
         picture=course.picture,
         masks=course.masks,
         zeroed_branches=tuple(branch for branch in texts if not model.reads(read[branch], branch)),
-        remarks=(*remarks(model, course.schedule, course.begin), *_unlike_places(read), *course.remarks),
+        remarks=(
+            *remarks(model, course.schedule, course.begin),
+            *_unlike_places(read),
+            *course.remarks,
+        ),
     )
     return replace(facts, captures=tuple(_captures(model, facts)))
 
@@ -192,18 +227,31 @@ def course_of(
         refuse_pictures(model)
         if picture is None:
             picture = read_picture(recipe.image, *_pixels(model, recipe))
-    begin = 0 if recipe.image is None else first_call(model.scheduler, recipe.steps, recipe.strength)
+    begin = (
+        0 if recipe.image is None else first_call(model.scheduler, recipe.steps, recipe.strength)
+    )
     schedule = schedule or held_schedule(model, recipe, begin)
     return Course(schedule, (recipe.height, recipe.width), picture, begin=begin)
 
 
-def _noising_course(model: Family, noising: Noising, picture: np.ndarray | None, masks: Mapping[str, np.ndarray] | None) -> Course:
+def _noising_course(
+    model: Family,
+    noising: Noising,
+    picture: np.ndarray | None,
+    masks: Mapping[str, np.ndarray] | None,
+) -> Course:
     refuse_pictures(model)
     most = int(model.scheduler.config.num_train_timesteps) - 1
     if noising.timesteps[0] > most:
-        raise ExperimentError(f"timesteps: {noising.timesteps[0]} is beyond the timesteps of {model.name}.", f"It knows 0 to {most}.")
+        raise ExperimentError(
+            f"timesteps: {noising.timesteps[0]} is beyond the timesteps of {model.name}.",
+            f"It knows 0 to {most}.",
+        )
     if noising.capture.branches == "uncond":
-        raise ExperimentError("capture.branches: a noising has no unconditional branch.", "Leave the caption empty instead.")
+        raise ExperimentError(
+            "capture.branches: a noising has no unconditional branch.",
+            "Leave the caption empty instead.",
+        )
     if picture is not None:
         picture = checked_picture(picture, _multiple(model))
     elif noising.picture is None:
@@ -213,7 +261,9 @@ def _noising_course(model: Family, noising: Noising, picture: np.ndarray | None,
     size = int(picture.shape[0]), int(picture.shape[1])
     held = read_masks(noising.masks, *size) if masks is None else checked_masks(masks, *size)
     schedule = Schedule.at(model.scheduler, noising.timesteps)
-    return Course(schedule, size, picture, dict(held), remarks=_masks_of_no_word(held, noising.caption))
+    return Course(
+        schedule, size, picture, dict(held), remarks=_masks_of_no_word(held, noising.caption)
+    )
 
 
 def _pixels(model: Family, recipe: Recipe) -> tuple[int, int]:
@@ -227,14 +277,17 @@ def _multiple(model: Family) -> int:
     return int(model.f * 2 ** (len(model.unet.config.down_block_types) - 1))
 
 
-def _rehearsed(model: Family, latent_shape: tuple[int, int, int, int], branches: int, tokens: int) -> Rehearsal:
+def _rehearsed(
+    model: Family, latent_shape: tuple[int, int, int, int], branches: int, tokens: int
+) -> Rehearsal:
     """One call without weights. Raise ExperimentError for a size that the model cannot run on."""
     try:
         return rehearse(model, latent_shape, branches, tokens)
     except RuntimeError as problem:
         y, x = latent_shape[2] * model.f, latent_shape[3] * model.f
         raise ExperimentError(
-            f"height, width: {model.name} cannot run on {y} x {x} pixels ({first_line(problem)[:120]}).",
+            f"height, width: {model.name} cannot run on {y} x {x} pixels "
+            f"({first_line(problem)[:120]}).",
             f"Use multiples of {_multiple(model)}.",
         ) from problem
 
@@ -243,7 +296,14 @@ def _masks_of_no_word(masks: Mapping[str, np.ndarray], caption: str) -> tuple[st
     """What to say of masks whose words the caption does not have: one line, or none."""
     words = [caption[start:end] for start, end in word_spans(caption)]
     absent = [word for word in masks if not occurrences(word, words)]
-    return (f"Masks of what is not in the caption: {', '.join(absent)}. They are kept beside the picture.",) if absent else ()
+    return (
+        (
+            f"Masks of what is not in the caption: {', '.join(absent)}. They are kept beside the "
+            "picture.",
+        )
+        if absent
+        else ()
+    )
 
 
 def _captures(model: Family, facts: Plan) -> Iterator[Capture]:
@@ -251,19 +311,28 @@ def _captures(model: Family, facts: Plan) -> Iterator[Capture]:
     for kind, when in CAPTURES:
         if when(facts):
             more = model.text_encoders() if kind in OF_ENCODERS else (None,)
-            yield from (kind(model, facts) if encoder is None else kind(model, facts, encoder) for encoder in more)
+            yield from (
+                kind(model, facts) if encoder is None else kind(model, facts, encoder)
+                for encoder in more
+            )
 
 
 def _unlike_places(read: Mapping[str, Tokens]) -> tuple[str, ...]:
-    """What to say of tokenizers that put the words of a text in different places: one line, or none."""
+    """What to say of tokenizers that put the words of a text in different places: one line, or
+    none.
+    """
     for first, *others in (list(tokens.values()) for tokens in read.values()):
         if any(other.word_of != first.word_of for other in others):
-            return (f"The text encoders read {first.text[:80]!r} in different places; maps are labelled as the first one reads it.",)
+            return (
+                f"The text encoders read {first.text[:80]!r} in different places; maps are "
+                "labelled as the first one reads it.",
+            )
     return ()
 
 
 def replan(model: Family, run: Run, **changes: Any) -> Plan:
-    """The plan by which a recording was made, of whatever kind, with the picture and the masks that it holds.
+    """The plan by which a recording was made, of whatever kind, with the picture and the masks that
+    it holds.
 
     `changes` are fields of the recipe that differ.
     """

@@ -1,4 +1,5 @@
-"""One recording in progress, whoever runs the loop: the text is read, steps are watched and recorded, and the end is written.
+"""One recording in progress, whoever runs the loop: the text is read, steps are watched and
+recorded, and the end is written.
 
     with Session(model, plan, store) as session:
         conditioning = session.begin()
@@ -8,8 +9,9 @@
             session.record(step)
         session.finish(final_latents)
 
-Hooks are on while they are wanted: they are put on anew when other captures want the next step, and are off after the
-`with` block, whatever happened. The session knows captures and a store; of the loop it knows nothing.
+Hooks are on while they are wanted: they are put on anew when other captures want the next step, and
+are off after the `with` block, whatever happened. The session knows captures and a store; of the
+loop it knows nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ Say = Callable[[str], None]
 class StepStore(Store, Protocol):
     """A store that takes whole steps, later and in another thread."""
 
-    def write_step(self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int) -> None:
+    def write_step(
+        self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int
+    ) -> None:
         """Write a step's variables, which `values()` gives."""
 
     def flush(self) -> None:
@@ -46,7 +50,10 @@ class StepStore(Store, Protocol):
 
 
 class Session:
-    """A recording of `plan` into `store`. Steps that the store has already are passed to `replay`, all others recorded."""
+    """A recording of `plan` into `store`.
+
+    Steps that the store has already are passed to `replay`, all others recorded.
+    """
 
     def __init__(self, model: Family, plan: Plan, store: StepStore, say: Say = lambda _: None):
         self._model, self._plan, self._store, self._say = model, plan, store, say
@@ -58,19 +65,34 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._hook(())
 
     def begin(self) -> Conditioning:
-        """Read the prompts, each branch in a call of its own, and write what is known before the first step."""
+        """Read the prompts, each branch in a call of its own, and write what is known before the
+        first step.
+        """
         plan, arguments = self._plan, dict[str, Arguments]()
-        readers = [capture for capture in plan.captures if capture.component in (*self._model.text_encoders(), "all")]
+        readers = [
+            capture
+            for capture in plan.captures
+            if capture.component in (*self._model.text_encoders(), "all")
+        ]
         self._hook(readers)
-        for branch in sorted(plan.computed_branches):  # the prompt first, then the negative prompt, as diffusers does
+        for branch in sorted(
+            plan.computed_branches
+        ):  # the prompt first, then the negative prompt, as diffusers does
             for capture in readers if branch not in plan.zeroed_branches else ():
                 capture.expect(branch)
             arguments[branch] = self._model.encode_prompt(plan.tokens[branch], branch)
-            count_not_finite("text_encoder: its output", arguments[branch][TEXT], plan.recipe.on_nan)
+            count_not_finite(
+                "text_encoder: its output", arguments[branch][TEXT], plan.recipe.on_nan
+            )
         self._hook(())
         for capture in plan.captures:
             capture.begin(self._store)
@@ -79,7 +101,9 @@ class Session:
     @contextlib.contextmanager
     def watching(self, index: int) -> Iterator[None]:
         """Watch the call of the model that makes step `index`, in the `with` block."""
-        self._wanted = [capture for capture in self._plan.captures if capture.wants(index, index == self.first)]
+        self._wanted = [
+            capture for capture in self._plan.captures if capture.wants(index, index == self.first)
+        ]
         watching = [capture for capture in self._wanted if capture.component in ("unet", "all")]
         for capture in watching:
             capture.expect(index)
@@ -87,7 +111,10 @@ class Session:
         yield
 
     def record(self, step: Step) -> None:
-        """Record the step that was watched. Raise CaptureError if a module was not seen once, NotFinite, StoreError."""
+        """Record the step that was watched.
+
+        Raise CaptureError if a module was not seen once, NotFinite, StoreError.
+        """
         values: Values = {}
         for capture in self._wanted:
             if capture.calls_model:
@@ -104,7 +131,9 @@ class Session:
             for path in found:
                 if path.startswith("latents/"):
                     name = path.removeprefix("latents/")
-                    check_finite(name, step.index, found[path], self._plan.recipe, step.latents.dtype)
+                    check_finite(
+                        name, step.index, found[path], self._plan.recipe, step.latents.dtype
+                    )
             return found
 
         self._store.write_step(step.index, ready, sum(tensor.nbytes for tensor in values.values()))
@@ -112,24 +141,45 @@ class Session:
             capture.passed(step, self._store)
 
     def replay(self, step: Step) -> None:
-        """Pass a step that is recorded already. Raise StoreError if its latents come out otherwise than they were recorded."""
+        """Pass a step that is recorded already.
+
+        Raise StoreError if its latents come out otherwise than they were recorded.
+        """
         stop = self._plan.recipe.on_nan == "stop"
-        recorded, replayed = read_step(self._store, "latents/latents", step.index, stop), as_numpy(step.latents)
+        recorded, replayed = (
+            read_step(self._store, "latents/latents", step.index, stop),
+            as_numpy(step.latents),
+        )
         if not np.array_equal(recorded, replayed, equal_nan=True):
-            off = float(np.nan_to_num(np.abs(recorded.astype(np.float64) - replayed), nan=np.inf).max())
+            off = float(
+                np.nan_to_num(np.abs(recorded.astype(np.float64) - replayed), nan=np.inf).max()
+            )
             raise StoreError(
-                f"The latents of step {step.index} come out otherwise than they were recorded (by up to {off:.2g}).",
-                "It was begun under other versions or on another device: resume it there, or record it again with probe rerun.",
+                f"The latents of step {step.index} come out otherwise than they were recorded (by "
+                f"up to {off:.2g}).",
+                "It was begun under other versions or on another device: resume it there, or "
+                "record it again with probe rerun.",
             )
         self._hook([capture for capture in self._plan.captures if capture.component == "all"])
         for capture in self._plan.captures:
             capture.passed(step, self._store)
 
     def finish(self, latents: torch.Tensor) -> None:
-        """Write what follows from the whole run: the picture, the VAE's inside, sums, cost. Raise NotFinite, StoreError."""
+        """Write what follows from the whole run: the picture, the VAE's inside, sums, cost.
+
+        Raise NotFinite, StoreError.
+        """
         self._store.flush()
-        check_finite("final_latents", self._plan.calls - 1, as_numpy(latents), self._plan.recipe, latents.dtype)
-        self._hook([capture for capture in self._plan.captures if capture.component in ("vae", "all")])
+        check_finite(
+            "final_latents",
+            self._plan.calls - 1,
+            as_numpy(latents),
+            self._plan.recipe,
+            latents.dtype,
+        )
+        self._hook(
+            [capture for capture in self._plan.captures if capture.component in ("vae", "all")]
+        )
         for capture in self._plan.captures:
             if capture.finishing:
                 self._say(f"{capture.finishing} ...")
@@ -146,22 +196,32 @@ class Session:
         self._hooks.__enter__()
 
 
-def check_finite(name: str, step: int, value: np.ndarray, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Raise NotFinite for a NaN or an infinity, unless they are to be recorded; `dtype` is the run's."""
+def check_finite(
+    name: str, step: int, value: np.ndarray, recipe: Recipe, dtype: torch.dtype
+) -> None:
+    """Raise NotFinite for a NaN or an infinity, unless they are to be recorded; `dtype` is the
+    run's.
+    """
     if recipe.on_nan == "stop" and not np.isfinite(value).all():
         tries = ["--dtype float32"] * (dtype != torch.float32)
         tries += ["a smaller guidance_scale"] * (recipe.guidance[0] > 1)
         raise NotFinite(
             f"{name} holds {'NaN' if np.isnan(value).any() else 'infinity'} at step {step}.",
-            f"Try {' or '.join(tries) or 'another model'}; on_nan: record writes such values down instead of stopping.",
+            f"Try {' or '.join(tries) or 'another model'}; on_nan: record writes such values down "
+            "instead of stopping.",
         )
 
 
 def to_host(tensors: Values) -> Callable[[], dict[str, np.ndarray]]:
-    """Start copying to the host without waiting; the returned function waits and gives numpy arrays."""
+    """Start copying to the host without waiting; the returned function waits and gives numpy
+    arrays.
+    """
     event = None
     if any(tensor.is_cuda for tensor in tensors.values()):
-        pinned = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for name, t in tensors.items()}
+        pinned = {
+            name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+            for name, t in tensors.items()
+        }
         for name, tensor in tensors.items():
             pinned[name].copy_(tensor, non_blocking=True)
         event = torch.cuda.Event()

@@ -1,7 +1,9 @@
-"""The kinds of values that settings take, each strict: text without hidden characters, globs, choices of steps, schedulers.
+"""The kinds of values that settings take, each strict: text without hidden characters, globs,
+choices of steps, schedulers.
 
-A value that is not of its kind is an `ExperimentError` that says what to write instead. Inside: `SCHEDULERS` (our names
-for diffusers' classes), `Strict` (the base of all settings), and the annotated types.
+A value that is not of its kind is an `ExperimentError` that says what to write instead. Inside:
+`SCHEDULERS` (our names for diffusers' classes), `Strict` (the base of all settings), and the
+annotated types.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ from probe.text import UNCLEAN, did_you_mean, shown
 SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
     "DDIM": ("DDIMScheduler", {}),
     "DDPM": ("DDPMScheduler", {}),
-    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),  # as Stable Diffusion ships it: no Runge-Kutta warm-up
+    "PNDM": (
+        "PNDMScheduler",
+        {"skip_prk_steps": True},
+    ),  # as Stable Diffusion ships it: no Runge-Kutta warm-up
     "LMS": ("LMSDiscreteScheduler", {}),
     "Euler": ("EulerDiscreteScheduler", {}),
     "EulerAncestral": ("EulerAncestralDiscreteScheduler", {}),
@@ -49,28 +54,45 @@ SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
 
 def _clean(text: str) -> str:
     if found := UNCLEAN.search(text):
-        if "\udc80" <= found[0] <= "\udcff":  # bytes of a command line that the locale does not read, as Python keeps them
-            raise ExperimentError("these bytes are no text in this terminal's encoding", "Set PYTHONUTF8=1, or write it in a UTF-8 file.")
-        raise ExperimentError(f"the character U+{ord(found[0]):04X} is not allowed", "Delete it: such characters hide what a text says.")
+        if (
+            "\udc80" <= found[0] <= "\udcff"
+        ):  # bytes of a command line that the locale does not read, as Python keeps them
+            raise ExperimentError(
+                "these bytes are no text in this terminal's encoding",
+                "Set PYTHONUTF8=1, or write it in a UTF-8 file.",
+            )
+        raise ExperimentError(
+            f"the character U+{ord(found[0]):04X} is not allowed",
+            "Delete it: such characters hide what a text says.",
+        )
     return text
 
 
 def _line(text: str) -> str:
     if found := re.search(r"[\n\t]", text):
         name = "newline" if found[0] == "\n" else "tab"
-        raise ExperimentError(f"{shown(text)} has a {name} (U+{ord(found[0]):04X}), which is not allowed here", f"Delete the {name}.")
+        raise ExperimentError(
+            f"{shown(text)} has a {name} (U+{ord(found[0]):04X}), which is not allowed here",
+            f"Delete the {name}.",
+        )
     if not text:
         raise ExperimentError("the text is empty", "Write something, or leave the field out.")
     return text
 
 
 def _plain(value: object, depth: int = 2) -> object:
-    """Whole numbers of other packages, such as numpy's, as Python's own: also in lists and in mappings of lists."""
+    """Whole numbers of other packages, such as numpy's, as Python's own: also in lists and in
+    mappings of lists.
+    """
     if type(value) is not bool and isinstance(value, Integral):
         return int(value)
     if type(value) in (list, tuple) and depth:
         return type(value)([_plain(item, depth - 1) for item in value])  # type: ignore[call-arg, attr-defined]
-    return {name: _plain(item, depth - 1) for name, item in value.items()} if isinstance(value, dict) and depth else value
+    return (
+        {name: _plain(item, depth - 1) for name, item in value.items()}
+        if isinstance(value, dict) and depth
+        else value
+    )
 
 
 def _tuple(value: object) -> object:
@@ -80,15 +102,25 @@ def _tuple(value: object) -> object:
 def _scalar(value: object, validate: ValidatorFunctionWrapHandler) -> object:
     value = _tuple(value)
     try:
-        if all(type(item) is not int or abs(item) <= LARGEST for item in (value if isinstance(value, tuple) else (value,))):
+        if all(
+            type(item) is not int or abs(item) <= LARGEST
+            for item in (value if isinstance(value, tuple) else (value,))
+        ):
             return validate(value)
     except ValidationError:  # one sentence for all members of the union
         pass
-    raise ExperimentError(f"{shown(value)} is not an option's value", "Write a number, true, false, text or a list of numbers.")
+    raise ExperimentError(
+        f"{shown(value)} is not an option's value",
+        "Write a number, true, false, text or a list of numbers.",
+    )
 
 
 def _steps_text(value: object) -> object:
-    if isinstance(value, list | tuple) and value and all(type(item) is int and abs(item) < 10**6 for item in value):
+    if (
+        isinstance(value, list | tuple)
+        and value
+        and all(type(item) is int and abs(item) < 10**6 for item in value)
+    ):
         return ",".join(map(str, value))
     return str(value) if type(value) is int and abs(value) < 10**6 else value
 
@@ -96,13 +128,21 @@ def _steps_text(value: object) -> object:
 def _steps_syntax(text: str) -> str:
     text = re.sub(r"\s*([,:])\s*", r"\1", text.strip())
     index = r"-?[0-9]{1,6}"
-    if not re.fullmatch(rf"all|{index}(,{index})*|({index})?:({index})?(:(-?(?!0+$)[0-9]{{1,6}})?)?", text):
-        raise ExperimentError(f"{shown(text)} is not a choice of steps", 'Write all, a slice such as "0:50:5", or indices such as "0,5,-1".')
+    if not re.fullmatch(
+        rf"all|{index}(,{index})*|({index})?:({index})?(:(-?(?!0+$)[0-9]{{1,6}})?)?", text
+    ):
+        raise ExperimentError(
+            f"{shown(text)} is not a choice of steps",
+            'Write all, a slice such as "0:50:5", or indices such as "0,5,-1".',
+        )
     return text
 
 
 def steps_in(text: str) -> slice | list[int]:
-    """What a choice of steps chooses: "all" and "0:50:5" as a slice, "0,5,-1" as indices. Raises ExperimentError."""
+    """What a choice of steps chooses: "all" and "0:50:5" as a slice, "0,5,-1" as indices.
+
+    Raises ExperimentError.
+    """
     text = _steps_syntax(text)
     if text == "all":
         return slice(None)
@@ -113,15 +153,23 @@ def steps_in(text: str) -> slice | list[int]:
 
 def _layer(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.*?\[\]!-]{1,200}", text):
-        raise ExperimentError(f"{shown(text)} is not a glob of layers", 'Write dotted paths such as "up_blocks.*", or a grid such as "16x16".')
+        raise ExperimentError(
+            f"{shown(text)} is not a glob of layers",
+            'Write dotted paths such as "up_blocks.*", or a grid such as "16x16".',
+        )
     return text
 
 
 def _scheduler(name: str) -> str:
     if name == "default" or name in SCHEDULERS:
         return name
-    spellings = {"default": "default"} | {word.casefold(): key for key, (kind, _) in SCHEDULERS.items() for word in (key, kind)}
-    raise ExperimentError(f"{shown(name)} is not a scheduler", did_you_mean(name, spellings) or f"Write default, {', '.join(SCHEDULERS)}.")
+    spellings = {"default": "default"} | {
+        word.casefold(): key for key, (kind, _) in SCHEDULERS.items() for word in (key, kind)
+    }
+    raise ExperimentError(
+        f"{shown(name)} is not a scheduler",
+        did_you_mean(name, spellings) or f"Write default, {', '.join(SCHEDULERS)}.",
+    )
 
 
 def _revision(name: str | None) -> str | None:
@@ -151,7 +199,8 @@ def from_home(text: str) -> str:
 
 
 def place(text: str | Path) -> Path:
-    """The path that a text names; a leading ~ is the home folder of whoever asks, ~name that of somebody else.
+    """The path that a text names; a leading ~ is the home folder of whoever asks, ~name that of
+    somebody else.
 
     Raise ExperimentError where there is no home.
     """
@@ -163,7 +212,9 @@ def place(text: str | Path) -> Path:
     except RuntimeError:  # nobody of that name: a folder is called so
         return Path(text)
     if found is None:
-        raise ExperimentError(f"{shown(str(text))}: you have no home folder here.", "Write the whole path, without ~.")
+        raise ExperimentError(
+            f"{shown(str(text))}: you have no home folder here.", "Write the whole path, without ~."
+        )
     return found / rest.lstrip("/")
 
 
@@ -171,10 +222,14 @@ Text: TypeAlias = Annotated[str, AfterValidator(_clean)]
 Line: TypeAlias = Annotated[Text, AfterValidator(_line), StringConstraints(max_length=1000)]
 Place: TypeAlias = Annotated[Line, AfterValidator(from_home)]
 Prompt: TypeAlias = Annotated[Text, Field(max_length=10_000)]
-Globs: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(_layer)], ...], BeforeValidator(_tuple)]
+Globs: TypeAlias = Annotated[
+    tuple[Annotated[str, AfterValidator(_layer)], ...], BeforeValidator(_tuple)
+]
 Words: TypeAlias = Annotated[tuple[Line, ...], BeforeValidator(_tuple)]
 Places: TypeAlias = Annotated[tuple[Place, ...], BeforeValidator(_tuple)]
-Option: TypeAlias = Annotated[bool | int | float | Text | tuple[int | float, ...], WrapValidator(_scalar)]
+Option: TypeAlias = Annotated[
+    bool | int | float | Text | tuple[int | float, ...], WrapValidator(_scalar)
+]
 
 
 StepsChoice: TypeAlias = Annotated[str, BeforeValidator(_steps_text), AfterValidator(_steps_syntax)]
@@ -183,11 +238,19 @@ Revision: TypeAlias = Annotated[Line | None, AfterValidator(_revision)]
 
 
 class Strict(BaseModel):
-    """No field that nobody reads, no guess at a type; and a ValidationError never prints its input."""
+    """No field that nobody reads, no guess at a type; and a ValidationError never prints its
+    input.
+    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _whole_numbers(cls, data: object) -> object:
-        return {name: _plain(value) for name, value in data.items()} if isinstance(data, Mapping) else data
+        return (
+            {name: _plain(value) for name, value in data.items()}
+            if isinstance(data, Mapping)
+            else data
+        )

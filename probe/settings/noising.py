@@ -1,10 +1,11 @@
-"""What was asked of the forward process: a picture, its caption, and where and how often it is noised.
+"""What was asked of the forward process: a picture, its caption, and where and how often it is
+noised.
 
     noising = load_noising("experiments/noising.yaml", timesteps="100:1000:100")
     run = probe.record(noising)
 
-A `Noising` is a recipe beside `Experiment`: strict, frozen, and stored whole in its recording. Its steps are the
-timesteps, the noisiest first; the draws of noise lie along the dimension `draw`.
+A `Noising` is a recipe beside `Experiment`: strict, frozen, and stored whole in its recording. Its
+steps are the timesteps, the noisiest first; the draws of noise lie along the dimension `draw`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from probe.text import shown
 
 
 def _timesteps(value: object) -> object:
-    """A list, a text of numbers ("100,500") or of a range ("100:1000:100"), as a tuple, the noisiest first."""
+    """A list, a text of numbers ("100,500") or of a range ("100:1000:100"), as a tuple, the
+    noisiest first.
+    """
     found: Any = value
-    remedy = "Write whole numbers from 0 up, such as 100,500,900, or a range that rises, such as 100:1000:100."
+    remedy = (
+        "Write whole numbers from 0 up, such as 100,500,900, or a range that rises, such as "
+        "100:1000:100."
+    )
     if isinstance(value, np.ndarray):
         found = value.tolist()
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -37,11 +43,17 @@ def _timesteps(value: object) -> object:
         if bracketed := re.fullmatch(r"\[([0-9,]*)\]", spaceless):  # as YAML writes a list
             spaceless = bracketed[1]
         parts = spaceless.split(":" if ":" in value else ",")
-        if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts) or (":" in value and not 2 <= len(parts) <= 3):
+        if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts) or (
+            ":" in value and not 2 <= len(parts) <= 3
+        ):
             raise ExperimentError(f"{shown(value)} is no choice of timesteps", remedy)
         numbers = [int(part) for part in parts]
         found = list(range(*numbers) if numbers[2:] != [0] else ()) if ":" in value else numbers
-    if not isinstance(found, list | tuple | range) or not found or not all(type(t) is int and 0 <= t < 10**5 for t in found):
+    if (
+        not isinstance(found, list | tuple | range)
+        or not found
+        or not all(type(t) is int and 0 <= t < 10**5 for t in found)
+    ):
         raise ExperimentError(f"{shown(value)} is no choice of timesteps", remedy)
     return tuple(sorted(set(found), reverse=True))
 
@@ -50,27 +62,43 @@ Timesteps: TypeAlias = Annotated[tuple[int, ...], BeforeValidator(_timesteps)]
 
 
 class Noising(Recipe):
-    """What is asked of the forward process: the picture, its caption, and where and how often it is noised."""
+    """What is asked of the forward process: the picture, its caption, and where and how often it is
+    noised.
+    """
 
     kind: ClassVar[str] = "noising"
     across: ClassVar[str] = "draw"
 
     picture: Place | None = Field(
-        default=None, description="The picture, a PNG or JPEG file: scaled to cover the size, cut to its centre; a path from the folder you are in."
+        default=None,
+        description="The picture, a PNG or JPEG file: scaled to cover the size, cut to its "
+        "centre; a path from the folder you are in.",
     )
-    caption: Prompt = Field(default="", description="What is in the picture, which the UNet reads; empty: it is told nothing.")
+    caption: Prompt = Field(
+        default="",
+        description="What is in the picture, which the UNet reads; empty: it is told nothing.",
+    )
     masks: Places = Field(
         default=(),
         max_length=100,
-        description="Where things are, kept beside the picture: .npz files (arrays by word) or .png files (named by word).",
+        description="Where things are, kept beside the picture: .npz files (arrays by word) or "
+        ".png files (named by word).",
     )
     timesteps: Timesteps = Field(
         default=tuple(range(950, 0, -100)),
         max_length=1000,
         description='How much noise, by the model\'s t: a list in any order, or a range "50:1000:100"; 0 is the least.',
     )
-    noises: int = Field(default=4, ge=1, le=64, description="How many draws of noise; the loss has a mean and a spread over them.")
-    decode: bool = Field(default=True, description="Decode what the model takes for the clean picture, at every timestep.")
+    noises: int = Field(
+        default=4,
+        ge=1,
+        le=64,
+        description="How many draws of noise; the loss has a mean and a spread over them.",
+    )
+    decode: bool = Field(
+        default=True,
+        description="Decode what the model takes for the clean picture, at every timestep.",
+    )
 
     @property
     def texts(self) -> dict[str, str]:
@@ -94,12 +122,19 @@ class Noising(Recipe):
 
 
 def load_noising(source: str | Path | Mapping[str, Any] | Noising, **changes: Any) -> Noising:
-    """Return the settings in a YAML file or mapping, with changes on top, as `load_experiment` does. Raise ExperimentError."""
+    """Return the settings in a YAML file or mapping, with changes on top, as `load_experiment`
+    does. Raise ExperimentError.
+    """
     return load_settings(Noising, source, "noising", **changes)
 
 
-def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, **changes: Any) -> Experiment | Noising:
-    """Return a recipe with changes on top. A file or a mapping is that of an experiment. Raise ExperimentError."""
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe, **changes: Any
+) -> Experiment | Noising:
+    """Return a recipe with changes on top. A file or a mapping is that of an experiment.
+
+    Raise ExperimentError.
+    """
     if isinstance(source, Noising):
         return load_noising(source, **changes)
     if isinstance(source, Recipe) and not isinstance(source, Experiment):

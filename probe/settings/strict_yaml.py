@@ -1,7 +1,8 @@
 """YAML as people mean it: its plain part, read without surprises.
 
-Only true and false are bool, only decimal digits are numbers; anchors, aliases, merge keys, tags, keys written twice,
-second documents, control and direction-changing characters are errors that name their line.
+Only true and false are bool, only decimal digits are numbers; anchors, aliases, merge keys, tags,
+keys written twice, second documents, control and direction-changing characters are errors that name
+their line.
 """
 
 from __future__ import annotations
@@ -23,36 +24,56 @@ LARGEST = 2**63 - 1
 
 
 def too_long(where: str) -> ExperimentError:
-    return ExperimentError(f"{where}: longer than {MAX_BYTES // 1024} KB", "An experiment is a short text: is this the right file?")
+    return ExperimentError(
+        f"{where}: longer than {MAX_BYTES // 1024} KB",
+        "An experiment is a short text: is this the right file?",
+    )
 
 
 NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-WORDS = dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
+WORDS = dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(
+    ("false", "False", "FALSE"), False
+)
 NOTHING = ("", "~", "null", "Null", "NULL")
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """The mapping that a YAML text holds, read without YAML 1.1's surprises.
 
-    Only true and false are bool, only decimal digits are numbers (`1e-3` is one; `010`, `0x1F`, `1_000`, `1:30` are
-    text). Anchors, aliases, merge keys, tags, keys written twice and a second document are errors.
+    Only true and false are bool, only decimal digits are numbers (`1e-3` is one; `010`, `0x1F`,
+    `1_000`, `1:30` are text). Anchors, aliases, merge keys, tags, keys written twice and a second
+    document are errors.
     """
     where, text = printable(where), text.replace("\r\n", "\n")
     if len(text.encode(errors="surrogatepass")) > MAX_BYTES:
         raise too_long(where)
     if found := UNCLEAN.search(text):
-        cause = f"line {text.count(chr(10), 0, found.start()) + 1}: the character U+{ord(found[0]):04X} is not allowed"
-        raise ExperimentError(f"{where}: {cause}", "Delete it: such characters hide what a file says.")
+        cause = (
+            f"line {text.count(chr(10), 0, found.start()) + 1}: the character "
+            f"U+{ord(found[0]):04X} is not allowed"
+        )
+        raise ExperimentError(
+            f"{where}: {cause}", "Delete it: such characters hide what a file says."
+        )
     try:
         return _document(yaml.parse(text, Loader=yaml.SafeLoader), where)
     except ExperimentError:
         raise
-    except (yaml.YAMLError, ValueError, OverflowError) as problem:  # a bad escape is a bare ValueError in PyYAML
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+    ) as problem:  # a bad escape is a bare ValueError in PyYAML
         mark = getattr(problem, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        reason = shorten(printable(getattr(problem, "problem", None) or "a character that cannot be read"))
-        raise ExperimentError(f"{where}: {line}not YAML ({reason})", "Write one `field: value` a line, and text with : or # in quotes.") from None
+        reason = shorten(
+            printable(getattr(problem, "problem", None) or "a character that cannot be read")
+        )
+        raise ExperimentError(
+            f"{where}: {line}not YAML ({reason})",
+            "Write one `field: value` a line, and text with : or # in quotes.",
+        ) from None
 
 
 def _document(events: Iterator[yaml.Event], where: str) -> dict[str, Any]:
@@ -66,9 +87,17 @@ def _document(events: Iterator[yaml.Event], where: str) -> dict[str, Any]:
     def plain(event: Any) -> Any:
         """The event itself, once it is sure that it has no anchor and no tag."""
         if isinstance(event, yaml.AliasEvent) or event.anchor:
-            raise refuse(event, "anchors (&) and aliases (*) are not read here", "Write the value out, and text with & or * in quotes.")
+            raise refuse(
+                event,
+                "anchors (&) and aliases (*) are not read here",
+                "Write the value out, and text with & or * in quotes.",
+            )
         if event.tag:
-            raise refuse(event, "tags (!) are not read here", "Delete the tag, and put text with ! in quotes.")
+            raise refuse(
+                event,
+                "tags (!) are not read here",
+                "Delete the tag, and put text with ! in quotes.",
+            )
         return event
 
     count = itertools.count(1)
@@ -76,9 +105,15 @@ def _document(events: Iterator[yaml.Event], where: str) -> dict[str, Any]:
     def node(event: yaml.Event, depth: int) -> Any:
         plain(event)
         if next(count) > MAX_VALUES:
-            raise refuse(event, f"more than {MAX_VALUES} values", "An experiment is a short text: is this the right file?")
+            raise refuse(
+                event,
+                f"more than {MAX_VALUES} values",
+                "An experiment is a short text: is this the right file?",
+            )
         if depth > MAX_DEPTH:
-            raise refuse(event, f"nested more than {MAX_DEPTH} deep", "An experiment is at most 3 deep.")
+            raise refuse(
+                event, f"nested more than {MAX_DEPTH} deep", "An experiment is at most 3 deep."
+            )
         if isinstance(event, yaml.SequenceStartEvent):
             return [node(item, depth + 1) for item in until(yaml.SequenceEndEvent)]
         if not isinstance(event, yaml.MappingStartEvent):
@@ -86,18 +121,26 @@ def _document(events: Iterator[yaml.Event], where: str) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key in until(yaml.MappingEndEvent):
             if not isinstance(plain(key), yaml.ScalarEvent):
-                raise refuse(key, "a field's name must be plain text", "Write one `field: value` a line.")
+                raise refuse(
+                    key, "a field's name must be plain text", "Write one `field: value` a line."
+                )
             name = text_of(key)
             if name == "<<":
                 raise refuse(key, "merge keys (<<) are not read here", "Write the fields out.")
             if name in mapping:
-                raise refuse(key, f"{shorten(printable(name))} is written twice", "Keep one of the two.")
+                raise refuse(
+                    key, f"{shorten(printable(name))} is written twice", "Keep one of the two."
+                )
             mapping[name] = node(next(events), depth + 1)
         return mapping
 
     def text_of(event: Any) -> str:
         if found := UNCLEAN.search(event.value):  # from an escape such as "\u202e"
-            raise refuse(event, f"the character U+{ord(found[0]):04X} is not allowed", "Delete it: such characters hide what a file says.")
+            raise refuse(
+                event,
+                f"the character U+{ord(found[0]):04X} is not allowed",
+                "Delete it: such characters hide what a file says.",
+            )
         return str(event.value)
 
     def scalar(event: Any) -> Any:
@@ -111,17 +154,26 @@ def _document(events: Iterator[yaml.Event], where: str) -> dict[str, Any]:
         if not NUMBER.fullmatch(value):
             return WORDS.get(value, value)
         if len(value) > MAX_DIGITS:
-            raise refuse(event, f"a number of {len(value)} characters", f"No number here is larger than {LARGEST}.")
+            raise refuse(
+                event,
+                f"a number of {len(value)} characters",
+                f"No number here is larger than {LARGEST}.",
+            )
         return int(value) if value.lstrip("+-").isdigit() else float(value)
 
     next(events)  # the stream's start
     if isinstance(next(events), yaml.StreamEndEvent):
-        raise ExperimentError(f"{where}: this file is empty", "Write `field: value` lines, such as prompt: An astronaut scuba diving.")
+        raise ExperimentError(
+            f"{where}: this file is empty",
+            "Write `field: value` lines, such as prompt: An astronaut scuba diving.",
+        )
     top = next(events)
     data = node(top, 1)
     next(events)  # the document's end
     if not isinstance(after := next(events), yaml.StreamEndEvent):
-        raise refuse(after, "a second document begins", "Keep one experiment a file: delete the --- line.")
+        raise refuse(
+            after, "a second document begins", "Keep one experiment a file: delete the --- line."
+        )
     if not isinstance(data, dict):
         raise refuse(top, f"{shown(data)} is not a mapping", "Write one `field: value` a line.")
     return data
@@ -142,11 +194,21 @@ def read_text(path: Path) -> str:
         raise
     except FileNotFoundError:
         folders = (path.parent, path.parent / "experiments", Path("experiments"))
-        there = {file.stem.casefold(): printable(str(file)) for folder in folders for file in sorted(folder.glob("*.yaml"))}
+        there = {
+            file.stem.casefold(): printable(str(file))
+            for folder in folders
+            for file in sorted(folder.glob("*.yaml"))
+        }
         some = f"There is {', '.join(sorted(there.values())[:5])}." if there else "Check the path."
-        raise ExperimentError(f"{where}: this file does not exist", did_you_mean(path.stem, there) or some) from None
+        raise ExperimentError(
+            f"{where}: this file does not exist", did_you_mean(path.stem, there) or some
+        ) from None
     except UnicodeDecodeError as problem:
-        raise ExperimentError(f"{where}: byte {problem.start} is not UTF-8 text", "Save the file as UTF-8.") from None
+        raise ExperimentError(
+            f"{where}: byte {problem.start} is not UTF-8 text", "Save the file as UTF-8."
+        ) from None
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
-        raise ExperimentError(f"{where}: cannot be read ({printable(reason)})", "Name a YAML file that you may read.") from None
+        raise ExperimentError(
+            f"{where}: cannot be read ({printable(reason)})", "Name a YAML file that you may read."
+        ) from None

@@ -52,7 +52,10 @@ def same(one: Any, other: Any) -> bool:
 
 
 class WriterConformance:
-    """What every writer has to keep. `not_proven`: checks of `probe verify` that it does not claim."""
+    """What every writer has to keep.
+
+    `not_proven`: checks of `probe verify` that it does not claim.
+    """
 
     not_proven: ClassVar[tuple[str, ...]] = ()
     _path: ClassVar[Path | None] = None
@@ -94,8 +97,14 @@ class WriterConformance:
     def test_its_groups_fit_together(self, tmp_path_factory: Any) -> None:
         run = Run(self._recording(tmp_path_factory))
         nodes = {node.path.strip("/"): node.to_dataset(inherit=False) for node in run.tree.subtree}
-        sizes = {group: {str(name): size for name, size in data.sizes.items()} for group, data in nodes.items()}
-        labels = {group: {str(name): c.values for name, c in data.coords.items()} for group, data in nodes.items()}
+        sizes = {
+            group: {str(name): size for name, size in data.sizes.items()}
+            for group, data in nodes.items()
+        }
+        labels = {
+            group: {str(name): c.values for name, c in data.coords.items()}
+            for group, data in nodes.items()
+        }
         assert list(broken(sizes, labels, run.attributes.model.f or 1)) == []
 
     def test_it_verifies(self, tmp_path_factory: Any) -> None:
@@ -112,7 +121,9 @@ class WriterConformance:
         content = bytearray(chunk.read_bytes())
         content[len(content) // 2] ^= 1
         chunk.write_bytes(content)
-        assert "manifest" in [check.name for check in verify(Run(copy)) if check.verdict == "failed"]
+        assert "manifest" in [
+            check.name for check in verify(Run(copy)) if check.verdict == "failed"
+        ]
         try:
             _ = Run(copy).variable("latents/latents").values
         except ValueError:
@@ -141,7 +152,11 @@ class ReaderConformance:
         self._agrees(synthetic_recording(tmp_path / "complete.zarr"))
 
     def test_pictures_that_are_not_square_and_several(self, tmp_path: Path) -> None:
-        self._agrees(synthetic_recording(tmp_path / "wide.zarr", images=2, size=(6, 10), negative_prompt="a blue dog"))
+        self._agrees(
+            synthetic_recording(
+                tmp_path / "wide.zarr", images=2, size=(6, 10), negative_prompt="a blue dog"
+            )
+        )
 
     def test_a_run_without_guidance(self, tmp_path: Path) -> None:
         path = synthetic_recording(tmp_path / "unguided.zarr", guidance_scale=1)

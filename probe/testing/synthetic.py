@@ -20,7 +20,17 @@ import numpy as np
 
 from probe.analysis.maps import resize
 from probe.figures.sheets import save
-from probe.format.schema import BRANCHES, FORMAT_STATUS, FORMAT_VERSION, MOMENTS, REST, STATISTICS, Array, Variable, array
+from probe.format.schema import (
+    BRANCHES,
+    FORMAT_STATUS,
+    FORMAT_VERSION,
+    MOMENTS,
+    REST,
+    STATISTICS,
+    Array,
+    Variable,
+    array,
+)
 from probe.proof.map_checks import moments_of
 from probe.public import warn_renamed
 from probe.reading.recording import Run
@@ -57,10 +67,14 @@ def synthetic_recording(
     """Write a recording of latents of `size` (y, x), both even, and return its path.
 
     `status` "interrupted", "failed" or "running" leaves the second half of the steps out. `unknown`
-    adds a group and an attribute that no version knows, `pictures` the pictures for people. The same
-    arguments give the same values.
+    adds a group and an attribute that no version knows, `pictures` the pictures for people. The
+    same arguments give the same values.
     """
-    seeing = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+    seeing = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "guidance_scale": guidance_scale,
+    }
     sizes = {"steps": steps, "images": images, "height": F * size[0], "width": F * size[1]}
     rest = {"seed": seed, "decode_every": 1, "capture": {"branches": "both"}, "durability": "none"}
     asked = load_experiment(seeing | sizes | rest)
@@ -174,7 +188,10 @@ class _Synthetic:
     # --- attention ---
 
     def maps(self, step: int, grid: tuple[int, int], layers: int) -> np.ndarray:
-        """Shares of BOS, words, EOS and the rest. *Shape:* (token, branch, image, layer, head, y, x)."""
+        """Shares of BOS, words, EOS and the rest.
+
+        *Shape:* (token, branch, image, layer, head, y, x).
+        """
         words = resize(self.blobs, grid) if len(self.words) else np.zeros((0, *grid))
         flat = np.full((1, *grid), 0.5)
         scores = np.concatenate([flat, words * (1 + step), flat, 0 * flat])
@@ -211,7 +228,10 @@ class _Synthetic:
             every = [values[f"{group}/cross"].astype(np.float32) for values in stored]
             found[f"{group}/time_sum"] = np.asarray(np.sum(every, 0, dtype=np.float32))
         for values in stored:
-            parts = [values[f"{g}/cross"].astype(np.float32)[:, -1].mean((1, 3)).sum(1) for g in self.grids]
+            parts = [
+                values[f"{g}/cross"].astype(np.float32)[:, -1].mean((1, 3)).sum(1)
+                for g in self.grids
+            ]
             overview.append(np.sum([resize(part, self.size) for part in parts], 0) / layers)
         found[f"{next(iter(self.grids))}/overview"] = np.stack(overview, 1).astype(np.float32)
         seconds = np.full(self.asked.steps, 0.1)
@@ -237,7 +257,13 @@ class _Synthetic:
             "experiment": self.asked.resolved(),
             "identity": self.asked.identity(),
             "environment": {"device": "cpu", "device_name": "no device", "threads": 1},
-            "model": {"name": "synthetic", "revision": None, "dtype": "float32", "weights": "none", "f": F},
+            "model": {
+                "name": "synthetic",
+                "revision": None,
+                "dtype": "float32",
+                "weights": "none",
+                "f": F,
+            },
             "scheduler": {"class": "DDIMScheduler", "config": {"num_train_timesteps": 1000}},
             "prediction_type": "epsilon",
             "latent_convention": "variance_preserving",
@@ -272,7 +298,10 @@ class _Synthetic:
 
     def _labels(self, group: str, kept: Sequence[int]) -> Iterator[Array]:
         """Branches, tokens and words, of the positions that are kept."""
-        rows = {branch: [_label(self._prompt(branch), position) for position in kept] for branch in self.branches}
+        rows = {
+            branch: [_label(self._prompt(branch), position) for position in kept]
+            for branch in self.branches
+        }
         yield array(group, "branch", value=list(self.branches))
         yield array(group, "token", value=np.array(kept))
         for column, name in enumerate(("token_text", "word", "word_index")):
@@ -288,7 +317,11 @@ class _Synthetic:
         ids = np.arange(branches * POSITIONS).reshape(branches, POSITIONS)
         yield array(group, "token_id", value=ids)
         values = self.draw.standard_normal((3, branches, POSITIONS, FEATURES)).astype(np.float32)
-        for name, value in (("embedding", values[0]), ("hidden", values[1:]), ("output", values[-1])):
+        for name, value in (
+            ("embedding", values[0]),
+            ("hidden", values[1:]),
+            ("output", values[-1]),
+        ):
             yield array(group, name, dtype="float32", value=value, recorded_dtype="float32")
         causal = np.tri(POSITIONS) / np.arange(1, POSITIONS + 1)[:, None]
         shape = (2, branches, HEADS, POSITIONS, POSITIONS)

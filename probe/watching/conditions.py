@@ -1,10 +1,12 @@
-"""Under which conditions a model can be watched. Whatever would record something wrong in silence is refused here, by name.
+"""Under which conditions a model can be watched. Whatever would record something wrong in silence
+is refused here, by name.
 
     refuse_unwatchable(model)    a compiled, off-loaded or otherwise wrapped model, before a run begins
     Witness                      a layer whose processor is not known: its maps are proven at every step, or the run stops
 
-Hooks see what `to_q` and `to_k` put out. That this is what a layer multiplies is known of diffusers' own processors, with
-or without LoRA, slicing, FreeU or another memory format. Any other processor may mask, merge, rescale or edit in between.
+Hooks see what `to_q` and `to_k` put out. That this is what a layer multiplies is known of
+diffusers' own processors, with or without LoRA, slicing, FreeU or another memory format. Any other
+processor may mask, merge, rescale or edit in between.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 from probe.errors import CaptureError, ModelError
 from probe.watching.hooks import Watch
 
-# Of diffusers.models.attention_processor: each computes softmax(scale q k^T) v of what to_q, to_k and to_v put out.
+# Of diffusers.models.attention_processor: each computes softmax(scale q k^T) v of what to_q, to_k
+# and to_v put out.
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 PLACES = ("forward", "decode", "encode")
 NOT_FINITE = "computes what is not finite: its weights are not, or its number format is too small."
@@ -26,26 +29,37 @@ FINITE = "Fetch the model again, or try --dtype float32."
 
 
 def refuse_unwatchable(model: Any) -> None:
-    """Raises ModelError for a model with a part whose hooks would stay silent or whose weights are elsewhere."""
+    """Raises ModelError for a model with a part whose hooks would stay silent or whose weights are
+    elsewhere.
+    """
     for part, root in model.components().items():
         for path, module in root.named_modules():
             name = f"{part}.{path}" if path else part
             if _is_compiled(module):
                 raise ModelError(
-                    f"{name} is compiled (torch.compile), and hooks on compiled modules stay silent or change the result.",
-                    f"Record the plain model: pipeline.{part}._orig_mod, or the pipeline as it was before compiling.",
+                    f"{name} is compiled (torch.compile), and hooks on compiled modules stay "
+                    "silent or change the result.",
+                    f"Record the plain model: pipeline.{part}._orig_mod, or the pipeline as it "
+                    "was before compiling.",
                 )
             for hook in _accelerate_hooks(module):
                 place = getattr(hook, "execution_device", None)
                 first = next(module.parameters(), None)
-                elsewhere = place is not None and first is not None and torch.device(place) != first.device
+                elsewhere = (
+                    place is not None and first is not None and torch.device(place) != first.device
+                )
                 if getattr(hook, "offload", False) or elsewhere:
                     raise ModelError(
-                        f"{name} is off-loaded: accelerate moves its weights to {place} for each call.",
-                        "Call pipeline.remove_all_hooks(), then pipeline.to(device), if the model fits there.",
+                        f"{name} is off-loaded: accelerate moves its weights to {place} for each "
+                        "call.",
+                        "Call pipeline.remove_all_hooks(), then pipeline.to(device), if the model "
+                        "fits there.",
                     )
             if wrappers := list(getattr(vars(module).get("_diffusers_hook"), "hooks", ())):
-                raise ModelError(f"{name} is wrapped by diffusers' {wrappers[0]} hook, which is not supported.", "Load the pipeline without it.")
+                raise ModelError(
+                    f"{name} is wrapped by diffusers' {wrappers[0]} hook, which is not supported.",
+                    "Load the pipeline without it.",
+                )
 
 
 def _is_compiled(module: Any) -> bool:
@@ -60,22 +74,28 @@ def _accelerate_hooks(module: Any) -> Iterator[Any]:
 
 
 def is_plain(module: Any) -> bool:
-    """Whether an attention layer is known to compute softmax(scale q k^T) v from what to_q, to_k and to_v put out."""
+    """Whether an attention layer is known to compute softmax(scale q k^T) v from what to_q, to_k
+    and to_v put out.
+    """
     kind = type(module.processor)
     if kind.__module__ != "diffusers.models.attention_processor" or kind.__name__ not in PLAIN:
         return False
     if {"forward", "get_attention_scores"} & vars(module).keys():
         return False
     # AttnProcessor2_0 lets torch choose the scale, and never looks at `module.scale`.
-    return kind.__name__ != "AttnProcessor2_0" or math.isclose(module.scale, (module.inner_dim / module.heads) ** -0.5, rel_tol=1e-6)
+    return kind.__name__ != "AttnProcessor2_0" or math.isclose(
+        module.scale, (module.inner_dim / module.heads) ** -0.5, rel_tol=1e-6
+    )
 
 
 class Witness:
-    """Proves, at each call, that layers with a processor of unknown kind attend as their recorded maps say.
+    """Proves, at each call, that layers with a processor of unknown kind attend as their recorded
+    maps say.
 
-    softmax(scale q k^T) v of what to_q, to_k and to_v put out is held against what enters `to_out`, in the rows (batch
-    elements) that are recorded. They may differ by rounding: `max(1e-3, eps / 2)` of softmax(scale q k^T) |v|, in norm, with
-    eps that of the run's dtype. Layers of known kind cost nothing. Raises CaptureError where they differ.
+    softmax(scale q k^T) v of what to_q, to_k and to_v put out is held against what enters `to_out`,
+    in the rows (batch elements) that are recorded. They may differ by rounding: `max(1e-3, eps /
+    2)` of softmax(scale q k^T) |v|, in norm, with eps that of the run's dtype. Layers of known kind
+    cost nothing. Raises CaptureError where they differ.
     """
 
     def __init__(self, layers: Mapping[str, Any], rows: Sequence[int]):
@@ -87,7 +107,10 @@ class Witness:
     def watches(self) -> list[Watch]:
         found: list[Watch] = []
         for path, module in self._layers.items():
-            found += [(getattr(module, name), "output", self._keep(path, name)) for name in ("to_q", "to_k", "to_v")]
+            found += [
+                (getattr(module, name), "output", self._keep(path, name))
+                for name in ("to_q", "to_k", "to_v")
+            ]
             found.append((module.to_out[0], "input", self._prove(path, module)))
         return found
 
@@ -100,7 +123,12 @@ class Witness:
 
     def _keep(self, path: str, name: str) -> Callable[[Any], None]:
         def hook(output: torch.Tensor) -> None:
-            self._parts[path][name] = output.detach()[self._rows].unflatten(-1, (self._layers[path].heads, -1)).transpose(1, 2).float()
+            self._parts[path][name] = (
+                output.detach()[self._rows]
+                .unflatten(-1, (self._layers[path].heads, -1))
+                .transpose(1, 2)
+                .float()
+            )
 
         return hook
 
@@ -110,10 +138,19 @@ class Witness:
             if len(parts) < 3:
                 return
             with torch.no_grad():
-                shares = (parts["to_q"] @ parts["to_k"].transpose(-1, -2) * module.scale).softmax(-1)
-                expected, size = ((shares @ value).transpose(1, 2).flatten(2) for value in (parts["to_v"], parts["to_v"].abs()))
+                shares = (parts["to_q"] @ parts["to_k"].transpose(-1, -2) * module.scale).softmax(
+                    -1
+                )
+                expected, size = (
+                    (shares @ value).transpose(1, 2).flatten(2)
+                    for value in (parts["to_v"], parts["to_v"].abs())
+                )
                 if found.shape[1:] != expected.shape[1:]:
-                    self._refuse(path, f"it puts out {tuple(found.shape[1:])} where {tuple(expected.shape[1:])} was expected")
+                    self._refuse(
+                        path,
+                        f"it puts out {tuple(found.shape[1:])} where {tuple(expected.shape[1:])} "
+                        "was expected",
+                    )
                 off = float((found.detach()[self._rows].float() - expected).norm() / size.norm())
             if not off <= max(1e-3, torch.finfo(found.dtype).eps / 2):
                 self._refuse(path, f"its output is off by {off:.1%}")
@@ -123,6 +160,8 @@ class Witness:
 
     def _refuse(self, path: str, why: str) -> None:
         raise CaptureError(
-            f"{path} does not compute softmax(q k^T) v ({type(self._layers[path].processor).__name__}: {why}), so its maps would be wrong.",
-            "Call pipeline.unet.set_default_attn_processor(), or leave the layer out of capture.layers.",
+            f"{path} does not compute softmax(q k^T) v "
+            f"({type(self._layers[path].processor).__name__}: {why}), so its maps would be wrong.",
+            "Call pipeline.unet.set_default_attn_processor(), or leave the layer out of "
+            "capture.layers.",
         )

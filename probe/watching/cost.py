@@ -1,4 +1,6 @@
-"""How long each part of a run takes, how much memory, and how large it is: timed by hooks, without making the device wait."""
+"""How long each part of a run takes, how much memory, and how large it is: timed by hooks, without
+making the device wait.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ from probe.watching.interface import Capture, Plan, Store
 
 
 class Cost(Capture):
-    """Seconds of the components and of each step, FLOPs, sizes and peak memory. On CUDA, device events time the components.
+    """Seconds of the components and of each step, FLOPs, sizes and peak memory. On CUDA, device
+    events time the components.
 
-    A parameter that two components share counts in each of them, and once in each. Buffers do not count.
+    A parameter that two components share counts in each of them, and once in each. Buffers do not
+    count.
     """
 
     component = "all"
@@ -40,9 +44,13 @@ class Cost(Capture):
 
     def arrays(self) -> list[Array]:
         flops, components = self._plan.rehearsal.flops, self._model.components()
-        parameters = {part: list(components[part].parameters()) for part in flops}  # each parameter once
+        parameters = {
+            part: list(components[part].parameters()) for part in flops
+        }  # each parameter once
         counts = [sum(p.numel() for p in parameters[part]) for part in flops]
-        weight_bytes = [sum(p.numel() * p.element_size() for p in parameters[part]) for part in flops]
+        weight_bytes = [
+            sum(p.numel() * p.element_size() for p in parameters[part]) for part in flops
+        ]
         return [
             array("cost", "component", value=list(flops)),
             array("cost", "unet_seconds", (self._plan.calls,)),
@@ -55,7 +63,11 @@ class Cost(Capture):
         ]
 
     def watches(self) -> list[Watch]:
-        return [(module, when, functools.partial(self._mark, name)) for name, module in self._parts for when in ("input", "output")]
+        return [
+            (module, when, functools.partial(self._mark, name))
+            for name, module in self._parts
+            for when in ("input", "output")
+        ]
 
     def _mark(self, component: str, _: Any) -> None:
         if self._cuda is None:
@@ -75,10 +87,14 @@ class Cost(Capture):
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
         seconds = {name: self._seconds(marks) for name, marks in self._marks.items()}
-        before = [math.nan] * (self._plan.calls - len(seconds["unet"]))  # steps that another process computed
+        before = [math.nan] * (
+            self._plan.calls - len(seconds["unet"])
+        )  # steps that another process computed
         store.write("cost/unet_seconds", before + seconds["unet"])
         store.write("cost/step_seconds", before + self._steps[len(before) :])
-        store.write("cost/seconds", [sum(seconds.get(part, [])) for part in self._plan.rehearsal.flops])
+        store.write(
+            "cost/seconds", [sum(seconds.get(part, [])) for part in self._plan.rehearsal.flops]
+        )
         memory = torch.cuda.max_memory_allocated(self._cuda) if self._cuda else peak_memory()
         store.write("cost/peak_memory", memory)
         return []

@@ -1,11 +1,13 @@
-"""What a word did, not where it was looked at: the prediction with it, less the prediction without it.
+"""What a word did, not where it was looked at: the prediction with it, less the prediction without
+it.
 
     changes = word_changes(model, step, embeddings)        # (word, image, y, x)
 
-At a step of a run the UNet is called once more on the same latents, with the prompt and with the prompt in which one word's
-tokens are replaced by the padding token (so that the others keep their places). Both are in one batch, so that their
-difference is the word's alone. The picture being drawn is not touched. Beside attention it tells of a word that is looked
-at and changes nothing, or that acts through other tokens, which have read it in the text encoder.
+At a step of a run the UNet is called once more on the same latents, with the prompt and with the
+prompt in which one word's tokens are replaced by the padding token (so that the others keep their
+places). Both are in one batch, so that their difference is the word's alone. The picture being
+drawn is not touched. Beside attention it tells of a word that is looked at and changes nothing, or
+that acts through other tokens, which have read it in the text encoder.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from probe.words import STUMP, alike
 
 
 class Counterfactual(Capture):
-    """|prediction - prediction without a word| (masked_word, image, y, x) at the recorded steps, by one more call of the UNet."""
+    """|prediction - prediction without a word| (masked_word, image, y, x) at the recorded steps, by
+    one more call of the UNet.
+    """
 
     component, calls_model = "", True
 
@@ -37,21 +41,26 @@ class Counterfactual(Capture):
     def arrays(self) -> list[Array]:
         plan, words = self._plan, list(self._plan.words)
         shape = (plan.calls, len(words), plan.rows.images, *plan.latent_shape[2:])
-        return [array("counterfactual", "masked_word", value=words), array("counterfactual", "change", shape)]
+        return [
+            array("counterfactual", "masked_word", value=words),
+            array("counterfactual", "change", shape),
+        ]
 
     def wants(self, index: int, first: bool) -> bool:
         return index in self._plan.recorded
 
     def take(self, step: Step) -> Values:
         if self._arguments is None:
-            self._arguments = embeddings_without(self._model, self._plan.tokens["cond"], self._plan.words)
+            self._arguments = embeddings_without(
+                self._model, self._plan.tokens["cond"], self._plan.words
+            )
         return {"counterfactual/change": word_changes(self._model, step, self._arguments)}
 
 
 def chosen_words(prompt: Prompt, wanted: tuple[str, ...]) -> dict[str, list[int]]:
-    """Token positions of the words of a prompt that are wanted ("*": every one), by their text; a word that is there twice is taken
-    at all its places, also where one is in capital letters, which the text encoder does not see. Raises ExperimentError for a word
-    that is not in the prompt."""
+    """Token positions of the words of a prompt that are wanted ("*": every one), by their text; a
+    word that is there twice is taken at all its places, also where one is in capital letters, which
+    the text encoder does not see. Raises ExperimentError for a word that is not in the prompt."""
     same = alike if prompt.rules > 1 else str.casefold
     first: dict[str, str] = {}
     places: dict[str, list[int]] = {}
@@ -60,12 +69,22 @@ def chosen_words(prompt: Prompt, wanted: tuple[str, ...]) -> dict[str, list[int]
             text = first.setdefault(same(prompt.words[of]), prompt.words[of])
             places.setdefault(text, []).append(position)
     if wanted and not places:
-        raise ExperimentError("capture.counterfactual: the prompt has no words to leave out.", "Write a prompt, or leave capture.counterfactual out.")
+        raise ExperimentError(
+            "capture.counterfactual: the prompt has no words to leave out.",
+            "Write a prompt, or leave capture.counterfactual out.",
+        )
     found: dict[str, list[int]] = {}
     for word in wanted:
-        meant = {text: at for text, at in places.items() if word == "*" or same(text) == same(word.removesuffix(STUMP))}
+        meant = {
+            text: at
+            for text, at in places.items()
+            if word == "*" or same(text) == same(word.removesuffix(STUMP))
+        }
         if not meant:
-            raise ExperimentError(f"capture.counterfactual: {word!r} is not a word of {prompt.text!r}.", near(word, list(places)))
+            raise ExperimentError(
+                f"capture.counterfactual: {word!r} is not a word of {prompt.text!r}.",
+                near(word, list(places)),
+            )
         found.update(meant)
     return found
 
@@ -77,15 +96,27 @@ def without(prompt: Prompt, positions: list[int], padding: int) -> Prompt:
     return replace(prompt, ids=ids)
 
 
-def embeddings_without(model: Family, tokens: Tokens, words: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
-    """Return the denoiser's arguments for the prompt, then for the prompt without each word: 1 + word rows.
+def embeddings_without(
+    model: Family, tokens: Tokens, words: Mapping[str, list[int]]
+) -> dict[str, torch.Tensor]:
+    """Return the denoiser's arguments for the prompt, then for the prompt without each word: 1 +
+    word rows.
 
-    `words` has positions in the first text encoder's tokens. Every text encoder reads the prompt without the word, so that the
-    pooled embedding is without it too.
+    `words` has positions in the first text encoder's tokens. Every text encoder reads the prompt
+    without the word, so that the pooled embedding is without it too.
     """
     first = next(iter(tokens.values()))
-    padding = {encoder: int(tokenizer.pad_token_id) for encoder, (_, tokenizer) in model.text_encoders().items()}
-    masked = [{name: without(one, _places(one, first, positions), padding[name]) for name, one in tokens.items()} for positions in words.values()]
+    padding = {
+        encoder: int(tokenizer.pad_token_id)
+        for encoder, (_, tokenizer) in model.text_encoders().items()
+    }
+    masked = [
+        {
+            name: without(one, _places(one, first, positions), padding[name])
+            for name, one in tokens.items()
+        }
+        for positions in words.values()
+    ]
     return stacked([model.encode_prompt(one) for one in (tokens, *masked)])
 
 
@@ -96,18 +127,23 @@ def _places(prompt: Prompt, first: Prompt, positions: list[int]) -> list[int]:
 
 
 def refuse_unlike(model: Family, tokens: Tokens) -> None:
-    """Raise ModelError if the text encoders read other words, or if one would take padding for the end of the prompt."""
+    """Raise ModelError if the text encoders read other words, or if one would take padding for the
+    end of the prompt.
+    """
     first, *others = tokens.values()
     if any(other.words != first.words for other in others):
         raise ModelError(
-            f"{model.name}: capture.counterfactual leaves words out, and its text encoders read other words of {first.text[:80]!r}.",
+            f"{model.name}: capture.counterfactual leaves words out, and its text encoders read "
+            f"other words of {first.text[:80]!r}.",
             "Leave capture.counterfactual out, or add the same words to its tokenizers.",
         )
     for name, (encoder, tokenizer) in model.text_encoders().items():
         if hasattr(encoder, "text_projection") and tokenizer.pad_token_id == tokenizer.eos_token_id:
             raise ModelError(
-                f"{model.name}: capture.counterfactual pads a word out, and {name} would take that padding for the end of the prompt.",
-                "Leave capture.counterfactual out, or set the pad_token of its tokenizer to another than its eos_token.",
+                f"{model.name}: capture.counterfactual pads a word out, and {name} would take "
+                "that padding for the end of the prompt.",
+                "Leave capture.counterfactual out, or set the pad_token of its tokenizer to "
+                "another than its eos_token.",
             )
 
 

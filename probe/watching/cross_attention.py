@@ -1,10 +1,12 @@
 """Cross-attention maps of every recorded layer, head and token, at each step.
 
-For a layer with H heads on a grid of N = y * x positions, with q (N, H, d) and k (77, H, d), a head's map is
+For a layer with H heads on a grid of N = y * x positions, with q (N, H, d) and k (77, H, d), a
+head's map is
 
     softmax over tokens of (k @ q^T) / sqrt(d)            (77, N): for each pixel, the tokens sum to one
 
-(Rombach et al. 2022, section 3.3). q and k are widened to float32 first: float16 would round their products by 3e-4.
+(Rombach et al. 2022, section 3.3). q and k are widened to float32 first: float16 would round their
+products by 3e-4.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from probe.format.schema import MOMENTS, Array, array
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
 from probe.watching.labels import heads_of
-from probe.watching.measures import attention_maps, pixel_plane, storage_dtype, storage_note, to_storage
+from probe.watching.measures import (
+    attention_maps,
+    pixel_plane,
+    storage_dtype,
+    storage_note,
+    to_storage,
+)
 from probe.watching.projections import Projections, Shapes
 from probe.watching.rehearsal import cross_attention
 
@@ -27,21 +35,28 @@ IN_CACHE = 2**18  # scores: 1 MiB
 
 
 class CrossAttention(Capture):
-    """Maps (token, branch, image, layer, head, y, x) in the storage dtype, and their moments in float32.
+    """Maps (token, branch, image, layer, head, y, x) in the storage dtype, and their moments in
+    float32.
 
-    Moments are the mass (mean over pixels) and the centroid (y, x in 0..1) of each map, before it is rounded for storage.
+    Moments are the mass (mean over pixels) and the centroid (y, x in 0..1) of each map, before it
+    is rounded for storage.
     """
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._storage = plan, plan.recipe.capture.dtype
         modules = cross_attention(model.unet)
-        self._projections = Projections(modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens)
+        self._projections = Projections(
+            modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens
+        )
         self._planes: dict[Grid, torch.Tensor] = {}
 
     def arrays(self) -> list[Array]:
         found = []
         for grid in self._plan.grids:
-            group, (maps, moments) = grid_group(grid), (shape for shape, _, _ in self._shapes(grid).values())
+            group, (maps, moments) = (
+                grid_group(grid),
+                (shape for shape, _, _ in self._shapes(grid).values()),
+            )
             note, calls = storage_note(self._storage), self._plan.calls
             found += [
                 array(group, "moment", value=list(MOMENTS)),
@@ -72,21 +87,29 @@ class CrossAttention(Capture):
             "moments": ((*lead, len(MOMENTS)), torch.float32, 3),
         }
 
-    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+    def _read(
+        self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]
+    ) -> None:
         module, grid = self._projections.modules[path], self._plan.layers[path]
         maps, moments = parts.values()
         if grid not in self._planes:
             self._planes[grid] = pixel_plane(grid, query.device)
         for at, shares in shares_of(query, key, module, self._plan):
             moments[at] = (shares @ self._planes[grid]).transpose(0, 1)
-            maps[at] = (to_storage(shares, self._storage) if maps.dtype == torch.uint8 else shares).transpose(0, 1)
+            maps[at] = (
+                to_storage(shares, self._storage) if maps.dtype == torch.uint8 else shares
+            ).transpose(0, 1)
         moments[..., 1:] /= moments[..., :1]
 
 
-def shares_of(query: torch.Tensor, key: torch.Tensor, module: Any, plan: Plan) -> Iterator[tuple[Any, torch.Tensor]]:
-    """A layer's maps in parts, (head, token, pixel) float32, and the place of each in (token, branch, image, head).
+def shares_of(
+    query: torch.Tensor, key: torch.Tensor, module: Any, plan: Plan
+) -> Iterator[tuple[Any, torch.Tensor]]:
+    """A layer's maps in parts, (head, token, pixel) float32, and the place of each in (token,
+    branch, image, head).
 
-    On a CPU a part is as many heads as keep their scores in the cache; a GPU wants few and large parts.
+    On a CPU a part is as many heads as keep their scores in the cache; a GPU wants few and large
+    parts.
     """
     heads, on_cpu = module.heads, query.device.type == "cpu"
     together = max(1, IN_CACHE // (query.shape[1] * plan.kept.tokens)) if on_cpu else heads

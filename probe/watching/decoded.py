@@ -1,4 +1,6 @@
-"""Pictures: the finished ones, those of the predicted clean latents on the way, and the linear map for quick previews."""
+"""Pictures: the finished ones, those of the predicted clean latents on the way, and the linear map
+for quick previews.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from probe.watching.interface import Capture, Plan, Store
 
 
 class Decoded(Capture):
-    """Final pictures (image, y, x, rgb) uint8, and with decode_every those of `denoised` at some steps."""
+    """Final pictures (image, y, x, rgb) uint8, and with decode_every those of `denoised` at some
+    steps.
+    """
 
     component, finishing = "", "Decoding the picture"
 
@@ -27,7 +31,10 @@ class Decoded(Capture):
 
     def arrays(self) -> list[Array]:
         images, _, y, x = self._plan.latent_shape
-        channels, pixels = self._plan.latent_shape[1], (images, y * self._model.f, x * self._model.f, 3)
+        channels, pixels = (
+            self._plan.latent_shape[1],
+            (images, y * self._model.f, x * self._model.f, 3),
+        )
         found = [
             array("images", "final", pixels),
             array("preview", "latent_to_rgb", (channels, 3)),
@@ -50,7 +57,9 @@ class Decoded(Capture):
         shown, again = self._model.pixels(step.denoised.to(self._model.dtype))
         if torch.isfinite(step.denoised).all():
             self._count("decoded/picture", f"The VAE's picture at step {step.index}", shown)
-        store.write("decoded/picture", to_uint8(shown).numpy(), at=self._plan.decoded.index(step.index))
+        store.write(
+            "decoded/picture", to_uint8(shown).numpy(), at=self._plan.decoded.index(step.index)
+        )
         self.in_float32 |= again
 
     def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
@@ -61,7 +70,10 @@ class Decoded(Capture):
         told = []
         if spoilt := +self.not_finite:  # those above 0
             store.annotate(decoded_not_finite=dict(spoilt))
-            told.append(f"The VAE made {spoilt.total()} values that are not finite: they are 0 in the pictures.")
+            told.append(
+                f"The VAE made {spoilt.total()} values that are not finite: they are 0 in the "
+                "pictures."
+            )
         if self.in_float32:
             store.annotate(decoded_in_float32=True)
             told.append("The VAE overflowed in float16: decoded again in float32.")
@@ -72,9 +84,11 @@ class Decoded(Capture):
 
 
 def fit_preview(model: Family) -> tuple[np.ndarray, np.ndarray]:
-    """The linear map from denoised latents to colour that fits this VAE best: (channel, rgb) and (rgb), colour in 0..1.
+    """The linear map from denoised latents to colour that fits this VAE best: (channel, rgb) and
+    (rgb), colour in 0..1.
 
-    Fitted by least squares on decoded smooth noise, as latent previews do with constants measured for one model.
+    Fitted by least squares on decoded smooth noise, as latent previews do with constants measured
+    for one model.
     """
     channels = int(model.unet.config.in_channels)
     if model.vae is None:

@@ -1,4 +1,6 @@
-"""Cross-attention in short: maps averaged over the heads of a layer, and what each head did in a few numbers."""
+"""Cross-attention in short: maps averaged over the heads of a layer, and what each head did in a
+few numbers.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ from probe.watching.rehearsal import cross_attention
 
 
 class HeadSummary(Capture):
-    """The mean maps (token, branch, image, layer, 1, y, x), their moments, and `HEAD_STATISTICS` of every head in float32."""
+    """The mean maps (token, branch, image, layer, 1, y, x), their moments, and `HEAD_STATISTICS` of
+    every head in float32.
+    """
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._storage = plan, plan.recipe.capture.dtype
         modules = cross_attention(model.unet)
-        self._projections = Projections(modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens)
+        self._projections = Projections(
+            modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens
+        )
 
     def arrays(self) -> list[Array]:
         found = []
@@ -33,7 +39,14 @@ class HeadSummary(Capture):
             averaged = {"heads": f"mean of {heads_of(self._plan, layers, grid)}"}
             found += [
                 array(group, "moment", value=list(MOMENTS)),
-                array(group, "cross", (calls, *maps[:-1], *grid), note.dtype, **note.attributes, **averaged),
+                array(
+                    group,
+                    "cross",
+                    (calls, *maps[:-1], *grid),
+                    note.dtype,
+                    **note.attributes,
+                    **averaged,
+                ),
                 array(group, "moments", (calls, *moments)),
                 array(group, "head_statistic", value=list(HEAD_STATISTICS)),
                 array(group, "head_statistics", (calls, *statistics)),
@@ -64,7 +77,9 @@ class HeadSummary(Capture):
             "head_statistics": (each_head, torch.float32, 3),
         }
 
-    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+    def _read(
+        self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]
+    ) -> None:
         plan, module, grid = self._plan, self._projections.modules[path], self._plan.layers[path]
         lead = (len(plan.kept.positions), len(plan.kept_branches), plan.rows.images)
         maps = query.new_empty((*lead, module.heads, query.shape[1]), dtype=torch.float32)
@@ -75,4 +90,6 @@ class HeadSummary(Capture):
         mean = maps.mean(dim=3, keepdim=True)
         parts["cross"].copy_(to_storage(mean, self._storage))
         parts["moments"].copy_(moments_of(mean, grid))
-        parts["head_statistics"].copy_(torch.cat([moments_of(maps, grid), entropy, maps.amax(-1, keepdim=True)], dim=-1))
+        parts["head_statistics"].copy_(
+            torch.cat([moments_of(maps, grid), entropy, maps.amax(-1, keepdim=True)], dim=-1)
+        )

@@ -1,7 +1,8 @@
 """The one place where hooks are put on modules, and where they are surely taken off again.
 
-Hooks observe: whatever a callback returns is dropped, so a module's output stays what it was, bit for bit. All of
-them are registered on entering and removed on leaving, be it by success, an exception or Ctrl-C.
+Hooks observe: whatever a callback returns is dropped, so a module's output stays what it was, bit
+for bit. All of them are registered on entering and removed on leaving, be it by success, an
+exception or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ Watch = tuple[nn.Module, When, Callable[[Any], None]]
 
 
 class Hooks:
-    """Watch modules: `(module, "output", f)` calls f with the module's output, `"input"` with its first argument.
+    """Watch modules: `(module, "output", f)` calls f with the module's output, `"input"` with its
+    first argument.
 
     with Hooks([(unet.mid_block, "output", print)]):
         unet(...)
@@ -31,12 +33,19 @@ class Hooks:
     def __enter__(self) -> Hooks:
         with ExitStack() as stack:
             for module, when, callback in self._watches:
-                handle = _on_input(module, callback) if when == "input" else _on_output(module, callback)
+                handle = (
+                    _on_input(module, callback) if when == "input" else _on_output(module, callback)
+                )
                 stack.callback(handle.remove)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stack.close()
 
 

@@ -1,8 +1,9 @@
 """What a capture is, and what it is made from.
 
-A capture owns its variables. It says what it adds to a recording, where it looks, and what it makes of each call of the
-model; planning, writing, resuming and verifying ask it, and know nothing else of it. A new kind of capture is one file
-with one class, an entry in `probe.format.schema`, one line in `probe.running.planning.CAPTURES`, and the setting that asks for it.
+A capture owns its variables. It says what it adds to a recording, where it looks, and what it makes
+of each call of the model; planning, writing, resuming and verifying ask it, and know nothing else
+of it. A new kind of capture is one file with one class, an entry in `probe.format.schema`, one line
+in `probe.running.planning.CAPTURES`, and the setting that asks for it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from probe.watching.rehearsal import Rehearsal
 
 Grid = tuple[int, int]
-Values = dict[str, torch.Tensor]  # by the schema's path, "attention/16x16/cross", as they are stored
+Values = dict[
+    str, torch.Tensor
+]  # by the schema's path, "attention/16x16/cross", as they are stored
 
 
 class Store(Protocol):
@@ -55,11 +58,13 @@ class Store(Protocol):
 class Capture(Protocol):
     """One thing that is recorded. Whatever a capture has no need of is left as it is here.
 
-    The order of calls: `arrays` when the run is planned; `expect` before each text that is read; `begin`; then for each step `expect`,
-    if it `wants` that step the model's call with hooks on `watches`, and `take`; after each step `passed`; last `finish`.
+    The order of calls: `arrays` when the run is planned; `expect` before each text that is read;
+    `begin`; then for each step `expect`, if it `wants` that step the model's call with hooks on
+    `watches`, and `take`; after each step `passed`; last `finish`.
     """
 
-    component: str = "unet"  # the part of the model that it watches: also "vae", "text_encoder", "all", or "" for none
+    # the part of the model that it watches: also "vae", "text_encoder", "all", or "" for none
+    component: str = "unet"
     calls_model: bool = False  # whether `take` calls the model: nobody watches it then
     finishing: str = ""  # what `finish` does, if it takes a while: "Decoding the picture"
 
@@ -79,23 +84,37 @@ class Capture(Protocol):
         """Note what comes next: the step of that index, or the text of a branch."""
 
     def begin(self, store: Store) -> None:
-        """Write what is known before the first step. A resumed run has `store.committed` steps by then."""
+        """Write what is known before the first step.
+
+        A resumed run has `store.committed` steps by then.
+        """
 
     def take(self, step: Step) -> Values:
-        """Return what one call of the model showed. Raise CaptureError if a watched module was not seen once."""
+        """Return what one call of the model showed.
+
+        Raise CaptureError if a watched module was not seen once.
+        """
         return {}
 
     def passed(self, step: Step, store: Store) -> None:
-        """Write what follows from a step and is no part of it. Steps that were recorded before pass too."""
+        """Write what follows from a step and is no part of it.
+
+        Steps that were recorded before pass too.
+        """
 
     def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
-        """Write what follows from the whole run and its final latents. Return what people should know of it."""
+        """Write what follows from the whole run and its final latents.
+
+        Return what people should know of it.
+        """
         return []
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The token positions whose maps are kept, 0 to `end`; the others are summed into one `rest`, if there are any."""
+    """The token positions whose maps are kept, 0 to `end`; the others are summed into one `rest`,
+    if there are any.
+    """
 
     end: int
     tokens: int
@@ -108,7 +127,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which elements of the model's batch are recorded. The batch is (branch, image), the branches in their order."""
+    """Which elements of the model's batch are recorded.
+
+    The batch is (branch, image), the branches in their order.
+    """
 
     computed_branches: tuple[str, ...]
     kept_branches: tuple[str, ...]
@@ -133,11 +155,12 @@ class Rows:
 class Plan:
     """A run about to happen: what decides its shapes, and the captures that record it.
 
-    `tokens` are what each branch's text became, by text encoder. `layers` and `self_layers` are the recorded attention
-    layers with their grids (y, x), in running order; `recorded` are the steps at which they are read, `decoded` those
-    whose latents are decoded. `picture` is what it begins from, (y, x, rgb) uint8; a noising may have `masks`, (y, x)
-    uint8 by word. `words` are those to leave out, with their token positions. The texts of `zeroed_branches` are
-    read by no text encoder: the denoiser is given zeros. `format_version` is that of the recording.
+    `tokens` are what each branch's text became, by text encoder. `layers` and `self_layers` are the
+    recorded attention layers with their grids (y, x), in running order; `recorded` are the steps at
+    which they are read, `decoded` those whose latents are decoded. `picture` is what it begins
+    from, (y, x, rgb) uint8; a noising may have `masks`, (y, x) uint8 by word. `words` are those to
+    leave out, with their token positions. The texts of `zeroed_branches` are read by no text
+    encoder: the denoiser is given zeros. `format_version` is that of the recording.
     """
 
     recipe: Recipe
@@ -207,13 +230,20 @@ class Plan:
     def arrays(self) -> tuple[Array, ...]:
         """Every variable of the recording that its format has."""
         across = self.recipe.across
-        specs = (replace(spec, across=across) for capture in self.captures for spec in capture.arrays())
+        specs = (
+            replace(spec, across=across) for capture in self.captures for spec in capture.arrays()
+        )
         return tuple(spec for spec in specs if spec.variable.since <= self.format_version)
 
     def forecast(self) -> dict[str, int]:
-        """Bytes of every variable, uncompressed; chunks of steps that are not recorded take none."""
+        """Bytes of every variable, uncompressed; chunks of steps that are not recorded take
+        none.
+        """
         share = len(self.recorded) / self.calls
-        return {a.path: round(a.nbytes * (share if a.variable.recorded_only else 1)) for a in self.arrays}
+        return {
+            a.path: round(a.nbytes * (share if a.variable.recorded_only else 1))
+            for a in self.arrays
+        }
 
 
 def by_grid(layers: dict[str, Grid]) -> dict[Grid, list[str]]:

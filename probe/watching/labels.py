@@ -1,4 +1,6 @@
-"""What the axes of attention are called: branches, tokens, the words they belong to, layers, and which steps were read."""
+"""What the axes of attention are called: branches, tokens, the words they belong to, layers, and
+which steps were read.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,21 @@ from probe.format.schema import Array, array
 from probe.watching.interface import Capture, Grid, Plan, grid_group
 
 
-def token_labels(group: str, plan: Plan, branches: Sequence[str], positions: Sequence[int], encoder: str | None = None) -> list[Array]:
-    """The coordinates branch, token, token_text, word and word_index of a group, as a text encoder reads them (default: the first)."""
-    prompts = plan.prompts if encoder is None else {branch: tokens[encoder] for branch, tokens in plan.tokens.items()}
+def token_labels(
+    group: str,
+    plan: Plan,
+    branches: Sequence[str],
+    positions: Sequence[int],
+    encoder: str | None = None,
+) -> list[Array]:
+    """The coordinates branch, token, token_text, word and word_index of a group, as a text encoder
+    reads them (default: the first).
+    """
+    prompts = (
+        plan.prompts
+        if encoder is None
+        else {branch: tokens[encoder] for branch, tokens in plan.tokens.items()}
+    )
 
     def rows(of: Callable[[Prompt, int], Any], rest: Any) -> list[list[Any]]:
         return [[rest if p < 0 else of(prompts[b], p) for p in positions] for b in branches]

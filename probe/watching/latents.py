@@ -14,7 +14,9 @@ from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dty
 
 
 class Levels(Capture):
-    """The coordinates of a step: its index, timestep, sigma and alpha_bar; the scheduler's whole table; and what is committed."""
+    """The coordinates of a step: its index, timestep, sigma and alpha_bar; the scheduler's whole
+    table; and what is committed.
+    """
 
     component = ""
 
@@ -45,8 +47,16 @@ class Latents(Capture):
         self._plan, self._dtype = plan, model.dtype
 
     def arrays(self) -> list[Array]:
-        shape, dtype, note = self._plan.latent_shape, numpy_dtype(self._dtype), dtype_note(self._dtype)
-        names = ["latents", *(f"prediction_{branch}" for branch in self._plan.computed_branches), "prediction"]
+        shape, dtype, note = (
+            self._plan.latent_shape,
+            numpy_dtype(self._dtype),
+            dtype_note(self._dtype),
+        )
+        names = [
+            "latents",
+            *(f"prediction_{branch}" for branch in self._plan.computed_branches),
+            "prediction",
+        ]
         return [
             *(array("latents", name, (self._plan.calls, *shape), dtype, **note) for name in names),
             array("latents", "final_latents", shape, dtype, **note),

@@ -1,7 +1,9 @@
-"""The numbers taken from tensors in flight, inside hooks: pure functions, as cheap as they can be made exactly.
+"""The numbers taken from tensors in flight, inside hooks: pure functions, as cheap as they can be
+made exactly.
 
-What was measured to be slow, and is avoided here: passes over scores that have left the cache, `var_mean` and `aminmax`
-over a dimension (six times a sum on a CPU), a float32 norm over a million values (off by 1e-5).
+What was measured to be slow, and is avoided here: passes over scores that have left the cache,
+`var_mean` and `aminmax` over a dimension (six times a sum on a CPU), a float32 norm over a million
+values (off by 1e-5).
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from probe.format.schema import STATISTICS
 
 
 def attention_maps(query: torch.Tensor, key: torch.Tensor, scale: float, rest: int) -> torch.Tensor:
-    """softmax over tokens of the scaled products; the shares of tokens `rest` and later are summed into one.
+    """softmax over tokens of the scaled products; the shares of tokens `rest` and later are summed
+    into one.
 
-    *Shape:* query (head, pixel, d), key (head, token, d) -> (head, min(token, rest + 1), pixel) float32. The scores are made
-    as (token, pixel), so that a map is contiguous from birth, and everything after happens in place.
+    *Shape:* query (head, pixel, d), key (head, token, d) -> (head, min(token, rest + 1), pixel)
+    float32. The scores are made as (token, pixel), so that a map is contiguous from birth, and
+    everything after happens in place.
     """
     shares = torch.matmul(key.float() * scale, query.float().transpose(1, 2))
     shares.sub_(shares.amax(1, keepdim=True)).exp_()
@@ -30,17 +34,29 @@ def attention_maps(query: torch.Tensor, key: torch.Tensor, scale: float, rest: i
 
 
 def to_storage(maps: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Probabilities as stored: float16, float32, or `sqrt_u8`, round(255 sqrt(p)), which is off by 4e-3 at most."""
-    return maps.sqrt().mul_(255).round_().to(torch.uint8) if dtype == "sqrt_u8" else maps.to(getattr(torch, dtype))
+    """Probabilities as stored: float16, float32, or `sqrt_u8`, round(255 sqrt(p)), which is off by
+    4e-3 at most.
+    """
+    return (
+        maps.sqrt().mul_(255).round_().to(torch.uint8)
+        if dtype == "sqrt_u8"
+        else maps.to(getattr(torch, dtype))
+    )
 
 
 def statistics_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean, standard deviation, least and greatest value of each batch element, (statistic, batch) float32."""
+    """Mean, standard deviation, least and greatest value of each batch element, (statistic, batch)
+    float32.
+    """
     values = tensor.detach().float()
     flat = values.flatten(1)
     mean = flat.mean(1)
-    apart = values.sub(mean.view(-1, *[1] * (values.ndim - 1))).flatten(2)  # by channel: the norm of fewer values is more exact
-    deviation = torch.linalg.vector_norm(torch.linalg.vector_norm(apart, dim=-1), dim=-1) / math.sqrt(flat.shape[1])
+    apart = values.sub(mean.view(-1, *[1] * (values.ndim - 1))).flatten(
+        2
+    )  # by channel: the norm of fewer values is more exact
+    deviation = torch.linalg.vector_norm(
+        torch.linalg.vector_norm(apart, dim=-1), dim=-1
+    ) / math.sqrt(flat.shape[1])
     found = {"mean": mean, "std": deviation, "min": flat.amin(1), "max": flat.amax(1)}
     return torch.stack([found[name] for name in STATISTICS])
 
@@ -66,7 +82,10 @@ def storage_dtype(dtype: str) -> torch.dtype:
 
 
 def pixel_plane(grid: tuple[int, int], device: torch.device | str = "cpu") -> torch.Tensor:
-    """What a map is multiplied with to give its `MOMENTS`: 1, y and x of each pixel. *Shape:* (pixel, moment)."""
+    """What a map is multiplied with to give its `MOMENTS`: 1, y and x of each pixel.
+
+    *Shape:* (pixel, moment).
+    """
     sides = (torch.arange(n, device=device, dtype=torch.float32) + 0.5 for n in grid)
     y, x = torch.meshgrid(*(side / n for side, n in zip(sides, grid, strict=True)), indexing="ij")
     return torch.stack([torch.ones_like(y), y, x], dim=-1).flatten(0, 1) / y.numel()

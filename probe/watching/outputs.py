@@ -1,4 +1,6 @@
-"""Outputs of modules: their statistics, or the whole of them, for the denoiser, the VAE and the text encoder."""
+"""Outputs of modules: their statistics, or the whole of them, for the denoiser, the VAE and the
+text encoder.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +23,45 @@ from probe.watching.selection import activation_paths, statistic_paths
 
 
 class ModuleOutputs:
-    """Outputs of modules of one component, read by hooks: `take` gives their statistics and the whole of them.
+    """Outputs of modules of one component, read by hooks: `take` gives their statistics and the
+    whole of them.
 
-    Statistics are (statistic, batch, module) in float32, or None; whole outputs come by path, (batch, ...).
+    Statistics are (statistic, batch, module) in float32, or None; whole outputs come by path,
+    (batch, ...).
     """
 
-    def __init__(self, component: str, module: nn.Module, statistics: Sequence[str], whole: Sequence[str], replace: bool = False):
+    def __init__(
+        self,
+        component: str,
+        module: nn.Module,
+        statistics: Sequence[str],
+        whole: Sequence[str],
+        replace: bool = False,
+    ):
         self._modules = {f"{component}.{path}": part for path, part in module.named_modules()}
-        self.statistics, self.whole = list(statistics), [path for path in whole if path in self._modules]
+        self.statistics, self.whole = (
+            list(statistics),
+            [path for path in whole if path in self._modules],
+        )
         self._numbers, self._wholes = Tray(self.statistics, replace), Tray(self.whole, replace)
 
     def watches(self) -> list[Watch]:
-        found: list[Watch] = [(self._modules[path], "output", functools.partial(self._measure, path)) for path in self.statistics]
-        return found + [(self._modules[path], "output", functools.partial(self._keep, path)) for path in self.whole]
+        found: list[Watch] = [
+            (self._modules[path], "output", functools.partial(self._measure, path))
+            for path in self.statistics
+        ]
+        return found + [
+            (self._modules[path], "output", functools.partial(self._keep, path))
+            for path in self.whole
+        ]
 
     def take(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         numbers, whole = self._numbers.take(), self._wholes.take()
-        stacked = torch.stack([numbers[path] for path in self.statistics], dim=-1) if self.statistics else None
+        stacked = (
+            torch.stack([numbers[path] for path in self.statistics], dim=-1)
+            if self.statistics
+            else None
+        )
         return stacked, whole
 
     @torch.no_grad()
@@ -58,7 +82,9 @@ def variable_of(path: str) -> str:
 
 
 class UnetOutputs(Capture):
-    """Statistics and whole outputs of the denoiser's modules, at each step, with axes for branch and image."""
+    """Statistics and whole outputs of the denoiser's modules, at each step, with axes for branch
+    and image.
+    """
 
     component = "unet"
 
@@ -68,7 +94,9 @@ class UnetOutputs(Capture):
 
     def arrays(self) -> list[Array]:
         rows = (len(self._plan.computed_branches), self._plan.rows.images)
-        return _arrays(self._plan, self._outputs, self.component, (self._plan.calls,), rows, self._dtype)
+        return _arrays(
+            self._plan, self._outputs, self.component, (self._plan.calls,), rows, self._dtype
+        )
 
     def watches(self) -> list[Watch]:
         return self._outputs.watches()
@@ -80,7 +108,11 @@ class UnetOutputs(Capture):
         statistics, wholes = self._outputs.take()
         rows = (len(self._plan.computed_branches), self._plan.rows.images)
         found = {variable_of(path): whole.unflatten(0, rows) for path, whole in wholes.items()}
-        return found if statistics is None else {"unet/statistics": statistics.unflatten(1, rows), **found}
+        return (
+            found
+            if statistics is None
+            else {"unet/statistics": statistics.unflatten(1, rows), **found}
+        )
 
 
 class VaeOutputs(Capture):
@@ -90,10 +122,14 @@ class VaeOutputs(Capture):
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._dtype = plan, model.decoding_dtype
-        self._outputs = outputs_of(model, plan, self.component, replace=True)  # a VAE decodes again in float32
+        self._outputs = outputs_of(
+            model, plan, self.component, replace=True
+        )  # a VAE decodes again in float32
 
     def arrays(self) -> list[Array]:
-        return _arrays(self._plan, self._outputs, self.component, (), (self._plan.rows.images,), self._dtype)
+        return _arrays(
+            self._plan, self._outputs, self.component, (), (self._plan.rows.images,), self._dtype
+        )
 
     def watches(self) -> list[Watch]:
         return self._outputs.watches()
@@ -116,7 +152,14 @@ class TextOutputs(Capture):
         self._branch, self._seen = "", dict[str, dict[str, torch.Tensor]]()
 
     def arrays(self) -> list[Array]:
-        return _arrays(self._plan, self._outputs, self.component, (), (len(self._plan.computed_branches),), self._dtype)
+        return _arrays(
+            self._plan,
+            self._outputs,
+            self.component,
+            (),
+            (len(self._plan.computed_branches),),
+            self._dtype,
+        )
 
     def watches(self) -> list[Watch]:
         return self._outputs.watches()
@@ -128,8 +171,13 @@ class TextOutputs(Capture):
     def begin(self, store: Store) -> None:
         self._flush()
         for path in self._outputs.whole:
-            nothing = torch.zeros_like(self._seen["cond"][path])  # of a branch that no text encoder reads
-            rows = [self._seen[branch][path] if branch in self._seen else nothing for branch in self._plan.computed_branches]
+            nothing = torch.zeros_like(
+                self._seen["cond"][path]
+            )  # of a branch that no text encoder reads
+            rows = [
+                self._seen[branch][path] if branch in self._seen else nothing
+                for branch in self._plan.computed_branches
+            ]
             store.write(variable_of(path), as_numpy(torch.cat(rows)))
 
     def _flush(self) -> None:
@@ -142,26 +190,55 @@ class TextOutputs(Capture):
 def outputs_of(model: Family, plan: Plan, component: str, replace: bool = False) -> ModuleOutputs:
     """The outputs of a component's modules that the experiment asks for."""
     module, capture = model.components().get(component, nn.Module()), plan.recipe.capture
-    statistics = statistic_paths(model, component, plan.rehearsal) if capture.statistics and component in ("unet", "vae") else []
-    return ModuleOutputs(component, module, statistics, activation_paths(plan.rehearsal, capture.activations), replace)
+    statistics = (
+        statistic_paths(model, component, plan.rehearsal)
+        if capture.statistics and component in ("unet", "vae")
+        else []
+    )
+    return ModuleOutputs(
+        component,
+        module,
+        statistics,
+        activation_paths(plan.rehearsal, capture.activations),
+        replace,
+    )
 
 
-def _arrays(plan: Plan, outputs: ModuleOutputs, component: str, lead: tuple[int, ...], rows: tuple[int, ...], dtype: torch.dtype) -> list[Array]:
+def _arrays(
+    plan: Plan,
+    outputs: ModuleOutputs,
+    component: str,
+    lead: tuple[int, ...],
+    rows: tuple[int, ...],
+    dtype: torch.dtype,
+) -> list[Array]:
     found = list[Array]()
     if component != "vae" and (outputs.statistics or outputs.whole):
         found.append(array(component, "branch", value=list(plan.computed_branches)))
     if outputs.statistics:
         names = [path.removeprefix(f"{component}.") for path in outputs.statistics]
-        found += [array(component, "module", value=names), array(component, "statistic", value=list(STATISTICS))]
+        found += [
+            array(component, "module", value=names),
+            array(component, "statistic", value=list(STATISTICS)),
+        ]
         found.append(array(component, "statistics", (*lead, len(STATISTICS), *rows, len(names))))
     for path in outputs.whole:
         shape = plan.rehearsal.outputs[path]
         batch = 1 if component.startswith("text_encoder") else int(torch.Size(rows).numel())
         if shape[0] != batch or not 2 <= len(shape) <= 4:
             raise ExperimentError(
-                f"capture.activations: the output of {path} has shape {shape}, without one row per image.",
+                f"capture.activations: the output of {path} has shape {shape}, without one row "
+                "per image.",
                 "Name another module.",
             )
         group = variable_of(path).rpartition("/")[0]
-        found.append(array(group, "activation", (*lead, *rows, *shape[1:]), numpy_dtype(dtype), **dtype_note(dtype)))
+        found.append(
+            array(
+                group,
+                "activation",
+                (*lead, *rows, *shape[1:]),
+                numpy_dtype(dtype),
+                **dtype_note(dtype),
+            )
+        )
     return found

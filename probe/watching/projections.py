@@ -1,7 +1,9 @@
-"""What attention layers multiply: queries and keys, as `to_q` and `to_k` put them out, and trays to collect what is seen.
+"""What attention layers multiply: queries and keys, as `to_q` and `to_k` put them out, and trays to
+collect what is seen.
 
-The layer's own fused attention stays untouched. Whoever reads the two sides gets them layer by layer, while the model
-works, and has to be sure that they are what the layer used: fused, replaced, merged or unknown layers are refused.
+The layer's own fused attention stays untouched. Whoever reads the two sides gets them layer by
+layer, while the model works, and has to be sure that they are what the layer used: fused, replaced,
+merged or unknown layers are refused.
 """
 
 from __future__ import annotations
@@ -21,11 +23,17 @@ from probe.watching.interface import Grid, Rows, by_grid
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype, int]]
 
 SHARED = "A module that is shared or re-entered cannot be recorded: leave it out."
-HIDDEN = "Fused QKV projections, a compiled UNet or a replaced module hide it: undo that, or leave it out of capture.layers."
+HIDDEN = (
+    "Fused QKV projections, a compiled UNet or a replaced module hide it: undo that, or leave it "
+    "out of capture.layers."
+)
 
 
 class Tray:
-    """Values that hooks put down, by name. `take` empties it and insists on exactly one value for every name."""
+    """Values that hooks put down, by name.
+
+    `take` empties it and insists on exactly one value for every name.
+    """
 
     def __init__(self, names: Sequence[str], replace: bool = False):
         self._names, self._replace = tuple(names), replace
@@ -45,12 +53,15 @@ class Tray:
 
 
 class Projections:
-    """Queries and keys of some attention layers: `read(path, query, key, parts)` is called when a layer has made both.
+    """Queries and keys of some attention layers: `read(path, query, key, parts)` is called when a
+    layer has made both.
 
-    `read` fills `parts`, the layer's part of each variable in `shapes`; `take` gives the whole of them.
+    `read` fills `parts`, the layer's part of each variable in `shapes`; `take` gives the whole of
+    them.
 
-    *Shape:* query (batch, pixel, inner), key (batch, token, inner). Without `tokens`, the keys are those of the pixels:
-    self-attention. Raise CaptureError if they are not what the layer multiplies, or not of the planned shape.
+    *Shape:* query (batch, pixel, inner), key (batch, token, inner). Without `tokens`, the keys are
+    those of the pixels: self-attention. Raise CaptureError if they are not what the layer
+    multiplies, or not of the planned shape.
     """
 
     def __init__(
@@ -80,7 +91,10 @@ class Projections:
         return found + self._witness.watches()
 
     def take(self) -> dict[Grid, dict[str, torch.Tensor]]:
-        """The variables of each grid. Raise CaptureError if a layer was not read once since the last time."""
+        """The variables of each grid.
+
+        Raise CaptureError if a layer was not read once since the last time.
+        """
         self._queries.clear()
         self._tray.take()
         self._witness.take()
@@ -120,24 +134,34 @@ class Projections:
         queries, keys = (self._rows.batch, pixels), (self._rows.batch, self._tokens or pixels)
         if query.shape[:2] != queries or key.shape[:2] != keys:
             raise CaptureError(
-                f"{path} multiplies {tuple(query.shape[:2])} queries with {tuple(key.shape[:2])} keys, not {queries} with {keys}.",
-                "Something merges or adds tokens (token merging, an image prompt): undo it, or leave the layer out of what is captured.",
+                f"{path} multiplies {tuple(query.shape[:2])} queries with {tuple(key.shape[:2])} "
+                f"keys, not {queries} with {keys}.",
+                "Something merges or adds tokens (token merging, an image prompt): undo it, or "
+                "leave the layer out of what is captured.",
             )
 
 
 def refuse_unreadable(path: str, module: Any) -> None:
-    """Raise CaptureError for an attention layer whose queries or keys are not what its to_q and to_k put out."""
-    if "Fused" in type(module.processor).__name__:  # not module.fused_projections, which unfusing leaves true
+    """Raise CaptureError for an attention layer whose queries or keys are not what its to_q and
+    to_k put out.
+    """
+    if (
+        "Fused" in type(module.processor).__name__
+    ):  # not module.fused_projections, which unfusing leaves true
         raise CaptureError(
             f"{path} has fused QKV projections, whose queries cannot be read.",
             "Call pipeline.unfuse_qkv_projections() first.",
         )
     if module.norm_q is not None or module.norm_k is not None:
-        raise CaptureError(f"{path} normalises its queries or keys, which is not supported yet.", "Leave it out of capture.layers.")
+        raise CaptureError(
+            f"{path} normalises its queries or keys, which is not supported yet.",
+            "Leave it out of capture.layers.",
+        )
 
 
 class GridBuffers:
-    """Tensors for all layers of a grid, made when a step's first layer is read: nothing has to be copied together later.
+    """Tensors for all layers of a grid, made when a step's first layer is read: nothing has to be
+    copied together later.
 
     `shapes(grid)` gives for each variable its shape, its type, and which axis counts the layers.
     """
@@ -145,7 +169,9 @@ class GridBuffers:
     def __init__(self, layers: Mapping[str, Grid], shapes: Callable[[Grid], Shapes]):
         self._layers = layers
         self._shapes = {grid: shapes(grid) for grid in set(layers.values())}
-        self._index = {path: i for paths in by_grid(dict(layers)).values() for i, path in enumerate(paths)}
+        self._index = {
+            path: i for paths in by_grid(dict(layers)).values() for i, path in enumerate(paths)
+        }
         self._filling: dict[Grid, dict[str, torch.Tensor]] = {}
 
     def of(self, path: str, like: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -153,9 +179,15 @@ class GridBuffers:
         grid = self._layers[path]
         shapes = self._shapes[grid]
         if grid not in self._filling:
-            self._filling[grid] = {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype, _) in shapes.items()}
+            self._filling[grid] = {
+                name: like.new_empty(shape, dtype=dtype)
+                for name, (shape, dtype, _) in shapes.items()
+            }
         index = self._index[path]
-        return {name: whole.select(shapes[name][2], index) for name, whole in self._filling[grid].items()}
+        return {
+            name: whole.select(shapes[name][2], index)
+            for name, whole in self._filling[grid].items()
+        }
 
     def take(self) -> dict[Grid, dict[str, torch.Tensor]]:
         """The filled tensors of each grid."""

@@ -1,4 +1,5 @@
-"""The image side of cross-attention: with the text side, the map of any token can be computed when a recording is read.
+"""The image side of cross-attention: with the text side, the map of any token can be computed when
+a recording is read.
 
 map = softmax over tokens of key . query          (Vaswani et al. 2017; keys are stored with their factor 1 / sqrt(d))
 """
@@ -20,19 +21,26 @@ from probe.watching.rehearsal import cross_attention
 
 
 class Queries(Capture):
-    """Queries (branch, image, layer, head, key_feature, y, x) in float16, or in float32 if that is the storage dtype."""
+    """Queries (branch, image, layer, head, key_feature, y, x) in float16, or in float32 if that is
+    the storage dtype.
+    """
 
     def __init__(self, model: Family, plan: Plan):
         self._plan = plan
         # A query is no probability: it has a sign and no bound, so sqrt_u8 cannot hold it.
         self._dtype = torch.float32 if plan.recipe.capture.dtype == "float32" else torch.float16
         modules = cross_attention(model.unet)
-        self._projections = Projections(modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens)
+        self._projections = Projections(
+            modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens
+        )
 
     def arrays(self) -> list[Array]:
         kind = str(self._dtype).removeprefix("torch.")
         shapes = {grid: self._shapes(grid)["query"][0] for grid in self._plan.grids}
-        return [array(grid_group(grid), "query", (self._plan.calls, *shape[:-1], *grid), kind) for grid, shape in shapes.items()]
+        return [
+            array(grid_group(grid), "query", (self._plan.calls, *shape[:-1], *grid), kind)
+            for grid, shape in shapes.items()
+        ]
 
     def watches(self) -> list[Watch]:
         return self._projections.watches()
@@ -42,14 +50,24 @@ class Queries(Capture):
 
     def take(self, step: Any) -> Values:
         filled = self._projections.take().items()
-        return {f"{grid_group(grid)}/query": parts["query"].unflatten(-1, grid) for grid, parts in filled}
+        return {
+            f"{grid_group(grid)}/query": parts["query"].unflatten(-1, grid)
+            for grid, parts in filled
+        }
 
     def _shapes(self, grid: Grid) -> Shapes:
         plan, layers = self._plan, self._plan.grids[grid]
-        lead = (len(plan.kept_branches), plan.rows.images, len(layers), heads_of(plan, layers, grid))
+        lead = (
+            len(plan.kept_branches),
+            plan.rows.images,
+            len(layers),
+            heads_of(plan, layers, grid),
+        )
         return {"query": ((*lead, width_of(plan, grid), grid[0] * grid[1]), self._dtype, 2)}
 
-    def _read(self, path: str, query: torch.Tensor, _: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+    def _read(
+        self, path: str, query: torch.Tensor, _: torch.Tensor, parts: dict[str, torch.Tensor]
+    ) -> None:
         heads, images = self._projections.modules[path].heads, self._plan.rows.images
         rows = query[self._plan.rows.kept].unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
         parts["query"].copy_(rows.unflatten(0, (-1, images)))

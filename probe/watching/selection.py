@@ -13,21 +13,39 @@ from probe.watching.rehearsal import Rehearsal
 STATISTIC_CLASSES = frozenset(
     {
         *("ResnetBlock2D", "Transformer2DModel", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
-        *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D"),
+        *(
+            "DownBlock2D",
+            "CrossAttnDownBlock2D",
+            "UpBlock2D",
+            "CrossAttnUpBlock2D",
+            "UpDecoderBlock2D",
+        ),
     }
 )
 
 
-def attention_layers(layers: dict[str, tuple[int, int]], patterns: Sequence[str], field: str = "layers") -> dict[str, tuple[int, int]]:
-    """Those of `layers` (paths and grids) that `patterns` select. Raises ExperimentError if one selects nothing."""
+def attention_layers(
+    layers: dict[str, tuple[int, int]], patterns: Sequence[str], field: str = "layers"
+) -> dict[str, tuple[int, int]]:
+    """Those of `layers` (paths and grids) that `patterns` select.
+
+    Raises ExperimentError if one selects nothing.
+    """
     chosen: dict[str, tuple[int, int]] = {}
     grids = {path: f"{y}x{x}" for path, (y, x) in layers.items()}
     kind = "self-attention" if field == "self_attention" else "cross-attention"
     for pattern in patterns:
-        found = [path for path, grid in grids.items() if grid == pattern or fnmatchcase(path, pattern)]
+        found = [
+            path for path, grid in grids.items() if grid == pattern or fnmatchcase(path, pattern)
+        ]
         if not found:
-            options = [*dict.fromkeys([*grids.values(), *(f"{path.split('.')[0]}.*" for path in grids)]), *grids]
-            raise ExperimentError(f"capture.{field}: {pattern!r} matches no {kind} layer.", near(pattern, options))
+            options = [
+                *dict.fromkeys([*grids.values(), *(f"{path.split('.')[0]}.*" for path in grids)]),
+                *grids,
+            ]
+            raise ExperimentError(
+                f"capture.{field}: {pattern!r} matches no {kind} layer.", near(pattern, options)
+            )
         chosen.update({path: layers[path] for path in found})
     return {path: grid for path, grid in layers.items() if path in chosen}
 
@@ -41,15 +59,26 @@ def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]
         if not once:
             if found:
                 raise ExperimentError(
-                    f"capture.activations: {found[0]} runs {rehearsal.calls[found[0]]} times a call.", "Name the modules around it."
+                    f"capture.activations: {found[0]} runs {rehearsal.calls[found[0]]} times a "
+                    "call.",
+                    "Name the modules around it.",
                 )
-            raise ExperimentError(f"capture.activations: {pattern!r} matches no module.", near(pattern, list(rehearsal.outputs)))
+            raise ExperimentError(
+                f"capture.activations: {pattern!r} matches no module.",
+                near(pattern, list(rehearsal.outputs)),
+            )
         chosen.update(dict.fromkeys(once))
     return list(chosen)
 
 
 def statistic_paths(model: Family, component: str, rehearsal: Rehearsal) -> list[str]:
-    """Blocks, resnets and transformers of a component that run once a call, in the order in which they run."""
+    """Blocks, resnets and transformers of a component that run once a call, in the order in which
+    they run.
+    """
     module = getattr(model, component)
     kinds = {f"{component}.{path}": type(part).__name__ for path, part in module.named_modules()}
-    return [path for path in rehearsal.outputs if kinds.get(path) in STATISTIC_CLASSES and rehearsal.calls[path] == 1]
+    return [
+        path
+        for path in rehearsal.outputs
+        if kinds.get(path) in STATISTIC_CLASSES and rehearsal.calls[path] == 1
+    ]

@@ -1,4 +1,6 @@
-"""Self-attention maps of the layers that `capture.self_attention` names: which place looks at which. They are large."""
+"""Self-attention maps of the layers that `capture.self_attention` names: which place looks at
+which. They are large.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,15 @@ from probe.watching.rehearsal import self_attention
 
 
 class SelfAttention(Capture):
-    """Maps (branch, image, layer, head, y, x, key_y, key_x) in the storage dtype: softmax over keys of q k^T / sqrt(d)."""
+    """Maps (branch, image, layer, head, y, x, key_y, key_x) in the storage dtype: softmax over keys
+    of q k^T / sqrt(d).
+    """
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._storage = plan, plan.recipe.capture.dtype
-        self._projections = Projections(self_attention(model.unet), plan.self_layers, plan.rows, self._shapes, self._read)
+        self._projections = Projections(
+            self_attention(model.unet), plan.self_layers, plan.rows, self._shapes, self._read
+        )
 
     def arrays(self) -> list[Array]:
         plan, note, found = self._plan, storage_note(self._storage), list[Array]()
@@ -30,7 +36,13 @@ class SelfAttention(Capture):
             found += [
                 array(group, "branch", value=list(plan.kept_branches)),
                 array(group, "layer", value=layers),
-                array(group, "self", (plan.calls, *shape[:-2], *grid, *grid), note.dtype, **note.attributes),
+                array(
+                    group,
+                    "self",
+                    (plan.calls, *shape[:-2], *grid, *grid),
+                    note.dtype,
+                    **note.attributes,
+                ),
             ]
         return found
 
@@ -42,14 +54,24 @@ class SelfAttention(Capture):
 
     def take(self, step: Any) -> Values:
         filled = self._projections.take().items()
-        return {f"self_{grid_group(grid)}/self": parts["self"].unflatten(-1, grid).unflatten(-3, grid) for grid, parts in filled}
+        return {
+            f"self_{grid_group(grid)}/self": parts["self"].unflatten(-1, grid).unflatten(-3, grid)
+            for grid, parts in filled
+        }
 
     def _shapes(self, grid: Grid) -> Shapes:
         plan, layers, pixels = self._plan, self._plan.self_grids[grid], grid[0] * grid[1]
-        lead = (len(plan.kept_branches), plan.rows.images, len(layers), heads_of(plan, layers, grid))
+        lead = (
+            len(plan.kept_branches),
+            plan.rows.images,
+            len(layers),
+            heads_of(plan, layers, grid),
+        )
         return {"self": ((*lead, pixels, pixels), storage_dtype(self._storage), 2)}
 
-    def _read(self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+    def _read(
+        self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]
+    ) -> None:
         module, rows = self._projections.modules[path], self._plan.rows
         q = query[rows.kept].float().unflatten(-1, (module.heads, -1)).transpose(1, 2)
         k = key[rows.kept].float().unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1)

@@ -1,4 +1,6 @@
-"""What a run or a noising began from: the picture, its latents, the noise in them, and how well the model tells them apart."""
+"""What a run or a noising began from: the picture, its latents, the noise in them, and how well the
+model tells them apart.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dty
 
 
 class Source(Capture):
-    """The picture that a run begins from, a sample of its latents, and the noise mixed into them; `start` after `begin`."""
+    """The picture that a run begins from, a sample of its latents, and the noise mixed into them;
+    `start` after `begin`.
+    """
 
     component = ""
 
@@ -45,7 +49,8 @@ class Source(Capture):
 class Noised(Capture):
     """A noising's picture, masks and noise, and at each timestep what the prediction is worth.
 
-    `clean` is the mean of the VAE's posterior, in latents, for each draw of `noise`. *Shape:* each (draw, channel, y, x).
+    `clean` is the mean of the VAE's posterior, in latents, for each draw of `noise`. *Shape:* each
+    (draw, channel, y, x).
     """
 
     component = ""
@@ -59,7 +64,12 @@ class Noised(Capture):
         found = [
             *source_arrays(self._model, plan),
             array("source", "psnr", ()),
-            array("forward", "denoised", (plan.calls, images, *rest), **unclipped_note(self._model.scheduler)),
+            array(
+                "forward",
+                "denoised",
+                (plan.calls, images, *rest),
+                **unclipped_note(self._model.scheduler),
+            ),
             array("forward", "difference", (plan.calls, images, *rest)),
             *(array("forward", name, (plan.calls, images)) for name in ("loss", "noise_loss")),
             *(array("forward", name, (plan.calls,)) for name in ("loss_mean", "loss_spread")),
@@ -71,7 +81,9 @@ class Noised(Capture):
 
     def begin(self, store: Store) -> None:
         assert self._plan.picture is not None
-        self.clean, self.noise = noised(self._model, self._plan.picture, self._plan.rows.images, self._plan.recipe.seed)
+        self.clean, self.noise = noised(
+            self._model, self._plan.picture, self._plan.rows.images, self._plan.recipe.seed
+        )
         store.write("forward/clean", as_numpy(self.clean))
         store.write("forward/noise", as_numpy(self.noise))
         note_memory_format("clean", self.clean, store)
@@ -82,14 +94,18 @@ class Noised(Capture):
         wanted = target(clean, eps, step.alpha_bar, step.prediction_type)
         difference = wide.eps - eps
         loss = (wide.prediction - wanted).square().mean(dim=(1, 2, 3))
-        each = loss.to("cpu" if loss.device.type == "mps" else loss.device).double()  # Apple's GPUs have no float64
+        each = loss.to(
+            "cpu" if loss.device.type == "mps" else loss.device
+        ).double()  # Apple's GPUs have no float64
         return {
             "forward/denoised": wide.denoised,
             "forward/difference": difference,
             "forward/loss": loss,
             "forward/noise_loss": difference.square().mean(dim=(1, 2, 3)),
             "forward/loss_mean": each.mean(),
-            "forward/loss_spread": each.std() if len(each) > 1 else torch.full_like(each[0], torch.nan),
+            "forward/loss_spread": each.std()
+            if len(each) > 1
+            else torch.full_like(each[0], torch.nan),
         }
 
     def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
@@ -101,12 +117,17 @@ class Noised(Capture):
 def source_arrays(model: Family, plan: Plan) -> list[Array]:
     """The picture, its latents and their noise."""
     dtype, note = numpy_dtype(model.dtype), dtype_note(model.dtype)
-    latents = [array("forward", name, plan.latent_shape, dtype, **note) for name in ("clean", "noise")]
+    latents = [
+        array("forward", name, plan.latent_shape, dtype, **note) for name in ("clean", "noise")
+    ]
     return [array("source", "picture", value=plan.picture), *latents]
 
 
-def noised(model: Family, picture: np.ndarray, noises: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture's mean latents, once for each draw of noise, and the draws, seeded `seed`, `seed + 1`, ...
+def noised(
+    model: Family, picture: np.ndarray, noises: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A picture's mean latents, once for each draw of noise, and the draws, seeded `seed`, `seed +
+    1`, ...
 
     *Shape:* picture (y, x, rgb) uint8; each result (draw, channel, y, x).
     """
@@ -115,12 +136,16 @@ def noised(model: Family, picture: np.ndarray, noises: int, seed: int) -> tuple[
 
 
 def note_memory_format(name: str, tensor: torch.Tensor, store: Store) -> None:
-    """Note what does not lie in memory as it comes from the disk: a resumed run and a proof have to arrange it."""
+    """Note what does not lie in memory as it comes from the disk: a resumed run and a proof have to
+    arrange it.
+    """
     if (how := memory_format(tensor)) != "contiguous":
         store.annotate(memory_format={name: how})
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB, over all their values; infinite when they are the same."""
+    """Peak signal-to-noise ratio of two uint8 pictures in dB, over all their values; infinite when
+    they are the same.
+    """
     error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

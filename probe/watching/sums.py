@@ -1,4 +1,6 @@
-"""What a first look at a recording reads: the sum of the maps over time, and an overview of every step, token by token."""
+"""What a first look at a recording reads: the sum of the maps over time, and an overview of every
+step, token by token.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ AT_ONCE = 2**25  # bytes of the overview that are in memory together
 
 
 class Sums(Capture):
-    """`time_sum` (token, branch, image, layer, head, y, x) of each grid, and `overview` (token, step, y, x) on the largest."""
+    """`time_sum` (token, branch, image, layer, head, y, x) of each grid, and `overview` (token,
+    step, y, x) on the largest.
+    """
 
     component, finishing = "", "Summing up the attention maps"
 
@@ -26,7 +30,9 @@ class Sums(Capture):
         self._plan, self._mode = plan, plan.recipe.capture.attention
 
     def arrays(self) -> list[Array]:
-        found = [array(grid_group(grid), "time_sum", self._shape(grid)) for grid in self._plan.grids]
+        found = [
+            array(grid_group(grid), "time_sum", self._shape(grid)) for grid in self._plan.grids
+        ]
         largest = next(iter(self._plan.grids))
         overview = (len(self._plan.kept.positions), self._plan.calls, *largest)
         return [*found, array(grid_group(largest), "overview", overview)]
@@ -41,7 +47,9 @@ class Sums(Capture):
         plan, largest = self._plan, next(iter(self._plan.grids))
         sums = {grid: np.zeros(self._shape(grid), np.float32) for grid in plan.grids}
         tokens = len(plan.kept.positions)
-        together = max(1, AT_ONCE // (4 * tokens * math.prod(largest)))  # a token's steps are one file: few writes
+        together = max(
+            1, AT_ONCE // (4 * tokens * math.prod(largest))
+        )  # a token's steps are one file: few writes
         for first in range(0, len(plan.recorded), together):
             steps = list(plan.recorded[first : first + together])
             overview = np.zeros((tokens, len(steps), *largest), np.float32)
@@ -60,16 +68,21 @@ class Sums(Capture):
     def _maps(self, store: Store, grid: Grid, index: int) -> np.ndarray:
         group, stop = grid_group(grid), self._plan.recipe.on_nan == "stop"
         if self._mode == "queries":
-            return maps_of(read_step(store, f"{group}/query", index, stop), store.read(f"{group}/key"))
+            return maps_of(
+                read_step(store, f"{group}/query", index, stop), store.read(f"{group}/key")
+            )
         return probabilities(read_step(store, f"{group}/cross", index, stop))
 
 
 def read_step(store: Store, path: str, index: int, stop: bool) -> np.ndarray:
-    """One committed step of a variable. Raise RecordingDamaged if its file is gone, which zarr reads as NaN.
+    """One committed step of a variable. Raise RecordingDamaged if its file is gone, which zarr
+    reads as NaN.
 
     `stop` is whether the run stops at NaN: otherwise they may have been recorded.
     """
     value = store.read(path, at=index)
     if stop and value.dtype.kind == "f" and np.isnan(value).all():
-        raise RecordingDamaged(f"{path} of step {index} is not there any more.", "Record it again: probe rerun.")
+        raise RecordingDamaged(
+            f"{path} of step {index} is not there any more.", "Record it again: probe rerun."
+        )
     return value

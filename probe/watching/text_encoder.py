@@ -1,4 +1,6 @@
-"""The inside of a text encoder: embeddings, the output of each layer, the final output, and the attention of every layer."""
+"""The inside of a text encoder: embeddings, the output of each layer, the final output, and the
+attention of every layer.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ LAYERED = ("hidden", "attention")  # variables whose first axis counts the layer
 class TextEncoder(Capture):
     """What a text encoder makes of each branch's prompt.
 
-    Of a branch that no text encoder reads, zeros are recorded, as the denoiser gets zeros for it. Each layer's attention is
-    proven: softmax(q k^T) v has to be what it writes. Raise CaptureError if it is not.
+    Of a branch that no text encoder reads, zeros are recorded, as the denoiser gets zeros for it.
+    Each layer's attention is proven: softmax(q k^T) v has to be what it writes. Raise CaptureError
+    if it is not.
     """
 
     def __init__(self, model: Family, plan: Plan, component: str = "text_encoder"):
@@ -37,26 +40,51 @@ class TextEncoder(Capture):
         self._layers = list(self._root.encoder.layers)
         self._branch, self._mask = "", cast("torch.Tensor | None", None)
         self._pooled = getattr(text_encoder, "text_projection", None)
-        self._names = ["embedding", "hidden", "output", "attention", *(["pooled"] if self._pooled is not None else [])]
+        self._names = [
+            "embedding",
+            "hidden",
+            "output",
+            "attention",
+            *(["pooled"] if self._pooled is not None else []),
+        ]
         layered = [f"{part} {i}" for part in LAYERED for i in range(len(self._layers))]
         parts = [*(name for name in self._names if name not in LAYERED), *layered]
-        self._read = [branch for branch in plan.computed_branches if branch not in plan.zeroed_branches]
+        self._read = [
+            branch for branch in plan.computed_branches if branch not in plan.zeroed_branches
+        ]
         self._tray = Tray([f"{branch} {part}" for branch in self._read for part in parts])
         self._sides: dict[tuple[str, int], torch.Tensor] = {}
 
     def arrays(self) -> list[Array]:
         plan, config, group = self._plan, self._config, f"text/{self.component}"
-        branches, tokens, layers = len(plan.computed_branches), plan.kept.tokens, int(config.num_hidden_layers)
+        branches, tokens, layers = (
+            len(plan.computed_branches),
+            plan.kept.tokens,
+            int(config.num_hidden_layers),
+        )
         state, dtype = (branches, tokens, int(config.hidden_size)), numpy_dtype(self._model.dtype)
-        ids = np.stack([plan.tokens[branch][self.component].ids[0].numpy() for branch in plan.computed_branches])
-        pooled = [] if self._pooled is None else [array(group, "pooled", (branches, int(config.projection_dim)), dtype)]
+        ids = np.stack(
+            [
+                plan.tokens[branch][self.component].ids[0].numpy()
+                for branch in plan.computed_branches
+            ]
+        )
+        pooled = (
+            []
+            if self._pooled is None
+            else [array(group, "pooled", (branches, int(config.projection_dim)), dtype)]
+        )
         return [
             *token_labels(group, plan, plan.computed_branches, range(tokens), self.component),
             array(group, "token_id", value=ids),
             array(group, "embedding", state, dtype),
             array(group, "hidden", (layers, *state), dtype),
             array(group, "output", state, dtype),
-            array(group, "attention", (layers, branches, int(config.num_attention_heads), tokens, tokens)),
+            array(
+                group,
+                "attention",
+                (layers, branches, int(config.num_attention_heads), tokens, tokens),
+            ),
             *pooled,
         ]
 
@@ -83,14 +111,19 @@ class TextEncoder(Capture):
         seen, group = self._tray.take(), f"text/{self.component}"
         for name in self._names:
             read = {branch: self._whole(seen, f"{branch} {name}", name) for branch in self._read}
-            rows = [read[branch] if branch in read else torch.zeros_like(read["cond"]) for branch in self._plan.computed_branches]
-            store.write(f"{group}/{name}", as_numpy(torch.stack(rows, dim=1 if name in LAYERED else 0)))
+            rows = [
+                read[branch] if branch in read else torch.zeros_like(read["cond"])
+                for branch in self._plan.computed_branches
+            ]
+            store.write(
+                f"{group}/{name}", as_numpy(torch.stack(rows, dim=1 if name in LAYERED else 0))
+            )
 
     def _whole(self, seen: dict[str, torch.Tensor], prefix: str, name: str) -> torch.Tensor:
         """Return what was seen of one branch.
 
-        *Shape:* embedding and output (token, feature), pooled (feature), hidden (layer, token, feature), attention (layer,
-        head, token, key).
+        *Shape:* embedding and output (token, feature), pooled (feature), hidden (layer, token,
+        feature), attention (layer, head, token, key).
         """
         if name not in LAYERED:
             return seen[prefix][0]
@@ -108,7 +141,9 @@ class TextEncoder(Capture):
             query = self._sides.pop(("query", index))
             q, k = (by_head(side, module.num_heads) for side in (query, key))
             products = q @ k.transpose(-1, -2) * module.scale
-            hidden = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).triu(1)
+            hidden = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).triu(
+                1
+            )
             if self._mask is not None:
                 hidden = hidden | (self._mask.to(products.device) == 0)
             shares = products.masked_fill(hidden, float("-inf")).softmax(-1)
@@ -122,11 +157,16 @@ class TextEncoder(Capture):
         def hook(written: torch.Tensor) -> None:
             shares, values = self._sides.pop(("shares", index)), self._sides.pop(("value", index))
             parts = by_head(values, shares.shape[1])
-            expected, size = ((shares @ value).transpose(1, 2).flatten(2) for value in (parts, parts.abs()))
+            expected, size = (
+                (shares @ value).transpose(1, 2).flatten(2) for value in (parts, parts.abs())
+            )
             off = float((written.float() - expected).norm() / size.norm())
             if off <= max(1e-3, torch.finfo(written.dtype).eps / 2):
                 return
-            why = f"does not attend to the tokens before each token (off by {off:.1%}), so its maps would be wrong."
+            why = (
+                f"does not attend to the tokens before each token (off by {off:.1%}), so its maps "
+                "would be wrong."
+            )
             remedy = "Load the text encoder anew, or leave it out: capture.text: false."
             why, remedy = (why, remedy) if off == off else (NOT_FINITE, FINITE)
             raise CaptureError(f"{self.component}: layer {index} {why}", remedy)

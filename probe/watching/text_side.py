@@ -1,7 +1,9 @@
-"""The text side of cross-attention: what each token offers. It depends on the prompt alone, so it is read once a run.
+"""The text side of cross-attention: what each token offers. It depends on the prompt alone, so it
+is read once a run.
 
-Attention says how much of a token a place takes, |v W_O| how large that is which it takes: the length of the token's value
-through the layer's output matrix (Kobayashi et al. 2020, "Attention is not only a weight").
+Attention says how much of a token a place takes, |v W_O| how large that is which it takes: the
+length of the token's value through the layer's output matrix (Kobayashi et al. 2020, "Attention is
+not only a weight").
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from probe.watching.rehearsal import cross_attention
 
 
 class TextSide(Capture):
-    """Value sizes (branch, token, layer, head) float32; with capture.attention: queries, also the keys of every token."""
+    """Value sizes (branch, token, layer, head) float32; with capture.attention: queries, also the
+    keys of every token.
+    """
 
     def __init__(self, model: Family, plan: Plan):
         modules = cross_attention(model.unet)
@@ -37,7 +41,9 @@ class TextSide(Capture):
         for grid, layers in plan.grids.items():
             group, heads = grid_group(grid), heads_of(plan, layers, grid)
             lead = (len(plan.kept_branches), len(plan.kept.positions), len(layers))
-            found.append(array(group, "value_size", (*lead, 1 if self._mode == "summary" else heads)))
+            found.append(
+                array(group, "value_size", (*lead, 1 if self._mode == "summary" else heads))
+            )
             if self._mode == "queries":
                 found.append(array(group, "key", (*lead, heads, width_of(plan, grid))))
         return found
@@ -56,7 +62,10 @@ class TextSide(Capture):
     def take(self, step: Any) -> Values:
         seen, found = self._tray.take(), Values()
         for grid, layers in self._plan.grids.items():
-            sizes = [self._merged(written_sizes(seen[f"value {path}"], self._modules[path])) for path in layers]
+            sizes = [
+                self._merged(written_sizes(seen[f"value {path}"], self._modules[path]))
+                for path in layers
+            ]
             stacked = torch.stack(sizes, dim=2)
             if self._mode == "summary":
                 stacked = stacked.mean(dim=-1, keepdim=True)
@@ -81,20 +90,26 @@ class TextSide(Capture):
 
 
 def scaled_keys(key: torch.Tensor, module: Any) -> torch.Tensor:
-    """*Shape:* (n, token, inner) -> (n, token, head, key_feature) float32, times 1 / sqrt(key_feature)."""
+    """*Shape:* (n, token, inner) -> (n, token, head, key_feature) float32, times 1 /
+    sqrt(key_feature).
+    """
     scaled: torch.Tensor = key.float().unflatten(-1, (module.heads, -1)) * module.scale
     return scaled
 
 
 def written_sizes(value: torch.Tensor, module: Any) -> torch.Tensor:
-    """|v W_O| of each token and head: the length of what it adds to the picture. *Shape:* (n, token, inner) -> (n, token, head)."""
+    """|v W_O| of each token and head: the length of what it adds to the picture.
+
+    *Shape:* (n, token, inner) -> (n, token, head).
+    """
     wide = value.float().unflatten(-1, (module.heads, -1))
     output = module.to_out[0]
     if type(output) is nn.Linear:
         weight = output.weight.float().unflatten(1, (module.heads, -1))  # (out, head, feature)
         written: torch.Tensor = torch.einsum("nthd,ohd->ntho", wide, weight)
         return written.square().sum(-1).sqrt()
-    # An adapter sits on the matrix (LoRA): what the whole of it makes of one head alone, less what it makes of nothing.
+    # An adapter sits on the matrix (LoRA): what the whole of it makes of one head alone, less what
+    # it makes of nothing.
     one_head = torch.eye(module.heads, device=value.device)[:, :, None]
     alone = (wide[:, :, None] * one_head).flatten(-2).to(value.dtype)  # (n, token, head, inner)
     whole: torch.Tensor = output.forward(alone) - output.forward(torch.zeros_like(alone))

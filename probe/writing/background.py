@@ -1,7 +1,8 @@
-"""One background thread that works through a queue, so that the denoising loop never waits for the disk.
+"""One background thread that works through a queue, so that the denoising loop never waits for the
+disk.
 
-The queue is bounded by the bytes that it holds: a slow disk makes the loop wait, and memory stays what it was. An error
-in the thread stops the run: it is raised by the next call from outside.
+The queue is bounded by the bytes that it holds: a slow disk makes the loop wait, and memory stays
+what it was. An error in the thread stops the run: it is raised by the next call from outside.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from probe.errors import OutOfMemory, ProbeError, StoreError
 
 
 class Queue:
-    """Items for one background thread, from one producer, bounded by the bytes they hold. Its first error is raised by the next call.
+    """Items for one background thread, from one producer, bounded by the bytes they hold. Its first
+    error is raised by the next call.
 
-    Ctrl-C may strike between any two instructions of the producer, and the queue can still be closed. With a condition it
-    could not: struck just after it has taken the lock, a thread keeps it, and the other waits for ever. `SimpleQueue` is in C.
+    Ctrl-C may strike between any two instructions of the producer, and the queue can still be
+    closed. With a condition it could not: struck just after it has taken the lock, a thread keeps
+    it, and the other waits for ever. `SimpleQueue` is in C.
     """
 
     def __init__(self, work: Callable[[Any], None], limit: int):
         self._work, self._limit = work, limit
         self._items: SimpleQueue[tuple[Any, int] | None] = SimpleQueue()
-        self._done: SimpleQueue[int | ProbeError] = SimpleQueue()  # the bytes of each finished item; an error is the last
+        self._done: SimpleQueue[int | ProbeError] = (
+            SimpleQueue()
+        )  # the bytes of each finished item; an error is the last
         self._held = 0
         self._error: ProbeError | None = None
         self._thread = threading.Thread(target=self._run, name="probe-writer", daemon=True)
@@ -70,8 +75,13 @@ def _as_ours(error: BaseException) -> ProbeError:
     if isinstance(error, ProbeError):
         return error
     if isinstance(error, MemoryError):
-        ours: ProbeError = OutOfMemory("Out of memory while a step was being written.", "Fewer images, or fewer capture.layers.")
+        ours: ProbeError = OutOfMemory(
+            "Out of memory while a step was being written.",
+            "Fewer images, or fewer capture.layers.",
+        )
     else:
-        ours = StoreError(f"Writing a step failed: {error!r}.", "Run again with --debug for the traceback.")
+        ours = StoreError(
+            f"Writing a step failed: {error!r}.", "Run again with --debug for the traceback."
+        )
     ours.__cause__ = error
     return ours

@@ -1,8 +1,10 @@
-"""A variable's files as zarr would write them, byte for byte, each whole or not at all, without zarr's fixed cost of 0.4 ms a call.
+"""A variable's files as zarr would write them, byte for byte, each whole or not at all, without
+zarr's fixed cost of 0.4 ms a call.
 
-A chunk is its values, little-endian, and their CRC-32C. A shard is its chunks one after the other, then where each of them
-begins and how long it is, and the CRC-32C of that (zarr v3 specification, sharding codec 1.0). A chunk of nothing but fill
-values is left out: it has no file, and in a shard it begins at 2^64 - 1.
+A chunk is its values, little-endian, and their CRC-32C. A shard is its chunks one after the other,
+then where each of them begins and how long it is, and the CRC-32C of that (zarr v3 specification,
+sharding codec 1.0). A chunk of nothing but fill values is left out: it has no file, and in a shard
+it begins at 2^64 - 1.
 """
 
 from __future__ import annotations
@@ -21,19 +23,36 @@ NOWHERE = 2**64 - 1
 
 
 class StepFiles:
-    """A stored array's files. `array` is its zarr.Array; with `sync`, what is written has reached the disk when a call returns."""
+    """A stored array's files.
+
+    `array` is its zarr.Array; with `sync`, what is written has reached the disk when a call
+    returns.
+    """
 
     def __init__(self, root: Path, array: Any, sync: bool = False):
         self.path, self._array, self._sync = str(array.path), array, sync
         self._start = str(root / self.path / "c")  # of the name of each of its files
-        self._dtype, self._sharded = np.dtype(array.dtype).newbyteorder("<"), array.shards is not None
+        self._dtype, self._sharded = (
+            np.dtype(array.dtype).newbyteorder("<"),
+            array.shards is not None,
+        )
         self._shape, self._chunk = tuple(array.shape), tuple(array.chunks)
         self.fill = np.asarray(array.fill_value, self._dtype)
         self._index = b""
-        self.by_step = len(self._shape) > 1 and (array.shards or self._chunk)[0] == 1  # whether `write` leaves other steps' files alone
+        self.by_step = (
+            len(self._shape) > 1 and (array.shards or self._chunk)[0] == 1
+        )  # whether `write` leaves other steps' files alone
         if self._sharded:
-            lengths = np.full(prod(self._shape[1:]) // prod(self._chunk[1:]), prod(self._chunk) * self._dtype.itemsize + 4, "<u8")
-            self._index = checked(np.stack([np.arange(len(lengths), dtype="<u8") * lengths, lengths], axis=1).tobytes())
+            lengths = np.full(
+                prod(self._shape[1:]) // prod(self._chunk[1:]),
+                prod(self._chunk) * self._dtype.itemsize + 4,
+                "<u8",
+            )
+            self._index = checked(
+                np.stack(
+                    [np.arange(len(lengths), dtype="<u8") * lengths, lengths], axis=1
+                ).tobytes()
+            )
         self._along: np.ndarray | None = None  # of one number a step: all of them
 
     def file(self, step: int) -> Path:
@@ -43,7 +62,10 @@ class StepFiles:
         return Path(self._at([step if len(self._shape) > 1 else 0, *[0] * len(self._shape[1:])]))
 
     def write(self, step: int, value: np.ndarray) -> bytes:
-        """Write one step; returns what its digest takes of it (`probe.writing.digests.mark`). Raises OSError."""
+        """Write one step; returns what its digest takes of it (`probe.writing.digests.mark`).
+
+        Raises OSError.
+        """
         if len(self._shape) == 1:
             if self._along is None:
                 self._along = np.array(self._array[...], self._dtype)
@@ -58,7 +80,9 @@ class StepFiles:
         if not value.size:
             return b""
         found = [(part, full) for _, part, full in pieces(value, self._chunk[1:], self.fill)]
-        return self._put([step, *[0] * value.ndim], [part if full else None for part, full in found])
+        return self._put(
+            [step, *[0] * value.ndim], [part if full else None for part, full in found]
+        )
 
     def write_all(self, value: np.ndarray) -> bytes:
         """Write all of it, as `write` does a step."""
@@ -70,7 +94,9 @@ class StepFiles:
         return b"".join(self._put(index, [part if full else None]) for index, part, full in parts)
 
     def _put(self, index: Sequence[int], parts: Sequence[np.ndarray | None]) -> bytes:
-        """Write one file with these chunks, of which None are empty; returns what a digest takes of them."""
+        """Write one file with these chunks, of which None are empty; returns what a digest takes of
+        them.
+        """
         found: list[bytes] = []
         if any(part is not None for part in parts):
             files.replace(self._at(index), self._content(parts, found), self._sync)

@@ -1,12 +1,14 @@
-"""What a recording says of itself while it is being written: a digest of every committed step, and of what is written once.
+"""What a recording says of itself while it is being written: a digest of every committed step, and
+of what is written once.
 
-`digests.txt` lies beside the root's zarr.json. Each line is a SHA-256 and what it is of: `step 3`, a variable, or an entry of
-one, `decoded/picture[2]`. Lines are only ever added. A line is there before its step's flag is set, so a flag without a line is
-damage. A variable's line is there after its files; where it is written again, a line of dashes takes it back first. What a
-killed writer left of a last line does not count.
+`digests.txt` lies beside the root's zarr.json. Each line is a SHA-256 and what it is of: `step 3`,
+a variable, or an entry of one, `decoded/picture[2]`. Lines are only ever added. A line is there
+before its step's flag is set, so a flag without a line is damage. A variable's line is there after
+its files; where it is written again, a line of dashes takes it back first. What a killed writer
+left of a last line does not count.
 
-A digest is over names and, for each chunk, the CRC-32C that is stored with it. A chunk of nothing but fill values has no file;
-it counts as empty, so a file that was deleted does not go unseen.
+A digest is over names and, for each chunk, the CRC-32C that is stored with it. A chunk of nothing
+but fill values has no file; it counts as empty, so a file that was deleted does not go unseen.
 
 A PNG carries its own: the last chunk before its end is the SHA-256 of everything else in the file.
 """
@@ -32,9 +34,14 @@ from probe.writing import files
 
 DIGESTS = "digests.txt"
 LINE = re.compile(r"([0-9a-f]{64}|-{64}) (.{1,2000})")
-WITH_STEPS = re.compile(r"step|timestep|sigma|alpha_bar|committed|cost/.*|attention/[^/]*/recorded")  # along the steps, and not of one
+WITH_STEPS = re.compile(
+    r"step|timestep|sigma|alpha_bar|committed|cost/.*|attention/[^/]*/recorded"
+)  # along the steps, and not of one
 EMPTY = b"\0"
-KEY, END = b"sha256\0", 12  # of a PNG: the text that holds its digest, and the bytes of its last chunk
+KEY, END = (
+    b"sha256\0",
+    12,
+)  # of a PNG: the text that holds its digest, and the bytes of its last chunk
 
 
 def of_a_step(path: str, dims: tuple[str, ...]) -> bool:
@@ -42,11 +49,15 @@ def of_a_step(path: str, dims: tuple[str, ...]) -> bool:
     return dims[:1] == ("step",) and not WITH_STEPS.fullmatch(path)
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
-def pieces(value: np.ndarray, chunk: tuple[int, ...], fill: Any) -> Iterator[tuple[tuple[int, ...], np.ndarray, bool]]:
-    """Each chunk of an array: where it is, its values, and whether they are anything but fill values."""
+def pieces(
+    value: np.ndarray, chunk: tuple[int, ...], fill: Any
+) -> Iterator[tuple[tuple[int, ...], np.ndarray, bool]]:
+    """Each chunk of an array: where it is, its values, and whether they are anything but fill
+    values.
+    """
     counts = [size // part for size, part in zip(value.shape, chunk, strict=True)]
     places = itertools.product(*map(range, counts))
     for index, found in zip(places, _parts(value, chunk, counts), strict=True):
@@ -79,12 +90,17 @@ def checksum(content: Any) -> bytes:
 
 
 def mark(crc: bytes) -> bytes:
-    """What a digest takes of one chunk, by its checksum; of one that is nothing but fill values, it is `EMPTY`."""
+    """What a digest takes of one chunk, by its checksum; of one that is nothing but fill values, it
+    is `EMPTY`.
+    """
     return b"\1" + crc
 
 
 def marks(value: np.ndarray, chunk: tuple[int, ...] | None, fill: Any) -> bytes:
-    """What a digest takes of an array in chunks; without `chunk`, it is one. Text is one, whatever its chunks are."""
+    """What a digest takes of an array in chunks; without `chunk`, it is one.
+
+    Text is one, whatever its chunks are.
+    """
     if value.dtype.kind in "OTU":
         return mark(checksum(json.dumps(value.tolist()).encode()))
     if not prod(value.shape):
@@ -94,7 +110,9 @@ def marks(value: np.ndarray, chunk: tuple[int, ...] | None, fill: Any) -> bytes:
 
 
 def digest(of: Mapping[str, bytes]) -> str:
-    """SHA-256 over names and marks; a variable that holds nothing but fill values is left out, as if it were not there."""
+    """SHA-256 over names and marks; a variable that holds nothing but fill values is left out, as
+    if it were not there.
+    """
     made = hashlib.sha256()
     for name in sorted(of):
         if of[name].strip(EMPTY):
@@ -102,7 +120,7 @@ def digest(of: Mapping[str, bytes]) -> str:
     return made.hexdigest()
 
 
-# --- lines -----------------------------------------------------------------------------------------------------------
+# --- lines ----------------------------------------------------------------------------------------
 
 
 def line(what: str, of: Mapping[str, bytes]) -> bytes:
@@ -160,7 +178,10 @@ def step_of(what: str) -> int | None:
 
 
 def flags_are_lost(recording: Path, attributes: Mapping[str, Any]) -> bool:
-    """Whether the file of a recording's flags is gone. An older version wrote none before the first step was committed."""
+    """Whether the file of a recording's flags is gone.
+
+    An older version wrote none before the first step was committed.
+    """
     if exists(recording / "committed" / "c.0"):
         return False
     if "digests" in attributes:
@@ -170,7 +191,7 @@ def flags_are_lost(recording: Path, attributes: Mapping[str, Any]) -> bool:
         return latents.is_dir() and any(latents.glob("c.1.*"))
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def sealed(png: bytes) -> bytes:

@@ -1,10 +1,12 @@
-"""The one way in which a file of a recording is written: under another name beside it, then moved into its place.
+"""The one way in which a file of a recording is written: under another name beside it, then moved
+into its place.
 
     replace(file, [content], sync=True)      # whole or not at all; a link in its place goes, what it leads to stays as it is
     check_own(recording)                     # before one is taken over: plain files and folders, and nobody else's
 
-Whoever reads sees the old content or the new. A writer that is killed leaves a name that ends in `.partial`, which no reader
-looks at. With `sync`, content and name have reached the disk when the call returns.
+Whoever reads sees the old content or the new. A writer that is killed leaves a name that ends in
+`.partial`, which no reader looks at. With `sync`, content and name have reached the disk when the
+call returns.
 """
 
 from __future__ import annotations
@@ -29,10 +31,23 @@ NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # which follows no link
 NEW |= getattr(os, "O_BINARY", 0)
 AT_ONCE = 2**17  # bytes that do not wait for more
 BUFFERS = 1024  # of one write: no system in use takes fewer
-MORE = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+MORE = (
+    os.O_WRONLY
+    | os.O_APPEND
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_BINARY", 0)
+)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-A_FILE = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*")  # names that only files have in a recording
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR)  # of a folder: this system or this disk does not know that
+A_FILE = re.compile(
+    r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*"
+)  # names that only files have in a recording
+NO_SYNC = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EACCES,
+    errno.EISDIR,
+)  # of a folder: this system or this disk does not know that
 
 
 @contextlib.contextmanager
@@ -46,7 +61,9 @@ def storing(path: Path) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
         remedy = "Check the disk and its permissions."
         if error.errno in FULL:
-            remedy = "Free some room, or record less (probe run --dry-run shows what takes how much)."
+            remedy = (
+                "Free some room, or record less (probe run --dry-run shows what takes how much)."
+            )
         elif error.errno in REFUSED and not os.path.lexists(path):  # a recording that was to begin
             remedy = f"Name another folder: --output {elsewhere('runs')}"
         raise StoreError(f"{path} could not be written: {reason}.", remedy) from error
@@ -132,12 +149,14 @@ def append(file: Path, content: bytes, sync: bool) -> None:
         os.close(handle)
 
 
-# --- what reaches the disk -------------------------------------------------------------------------------------------
+# --- what reaches the disk ------------------------------------------------------------------------
 
 
 def sync_file(file: str | Path) -> None:
     """Force a file's content to the disk. Raises OSError."""
-    handle = os.open(file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)  # Windows syncs only what may be written
+    handle = os.open(
+        file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
+    )  # Windows syncs only what may be written
     try:
         os.fsync(handle)
     finally:
@@ -145,7 +164,10 @@ def sync_file(file: str | Path) -> None:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Force a folder's names to the disk. A system or a disk that cannot do that keeps them in its own way."""
+    """Force a folder's names to the disk.
+
+    A system or a disk that cannot do that keeps them in its own way.
+    """
     if sys.platform == "win32":
         return
     try:
@@ -156,7 +178,9 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Force everything in a folder to the disk: contents first, then names from the deepest folder up."""
+    """Force everything in a folder to the disk: contents first, then names from the deepest folder
+    up.
+    """
     folders = [str(folder)]
     for entry in entries(folder):
         if entry.is_dir(follow_symlinks=False):
@@ -168,7 +192,10 @@ def sync_all(folder: Path) -> None:
 
 
 def make_folders(folder: Path, sync: bool) -> None:
-    """Make a folder and those above it; with `sync`, the name of each that is new reaches the disk. Raises OSError."""
+    """Make a folder and those above it; with `sync`, the name of each that is new reaches the disk.
+
+    Raises OSError.
+    """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new if sync else ():
@@ -184,15 +211,26 @@ def check_place(folder: Path) -> Path:
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise ExperimentError(f"output: {folder} is a file, not a folder.", f"Name a folder: --output {'runs' * (wanted.name != 'runs') or 'mine'}.")
+        raise ExperimentError(
+            f"output: {folder} is a file, not a folder.",
+            f"Name a folder: --output {'runs' * (wanted.name != 'runs') or 'mine'}.",
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ExperimentError(f"output: nothing can be written in {folder}.", f"Name another folder: --output {elsewhere('runs')}")
-    if (longest := max(len(os.fsencode(part)) for part in wanted.parts)) > 255:  # bytes of one name, on nearly every disk
-        raise ExperimentError(f"output: a name in it has {longest} bytes; 255 is the most.", "Name another folder: --output runs.")
+        raise ExperimentError(
+            f"output: nothing can be written in {folder}.",
+            f"Name another folder: --output {elsewhere('runs')}",
+        )
+    if (
+        longest := max(len(os.fsencode(part)) for part in wanted.parts)
+    ) > 255:  # bytes of one name, on nearly every disk
+        raise ExperimentError(
+            f"output: a name in it has {longest} bytes; 255 is the most.",
+            "Name another folder: --output runs.",
+        )
     return folder
 
 
-# --- whose files they are --------------------------------------------------------------------------------------------
+# --- whose files they are -------------------------------------------------------------------------
 
 
 def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -207,12 +245,19 @@ def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def partials(folder: Path) -> list[Path]:
-    """What killed writers left half-written below a folder: files, and links in their place, no link followed."""
-    return sorted(Path(e.path) for e in entries(folder) if e.name.endswith(PARTIAL) and not e.is_dir(follow_symlinks=False))
+    """What killed writers left half-written below a folder: files, and links in their place, no
+    link followed.
+    """
+    return sorted(
+        Path(e.path)
+        for e in entries(folder)
+        if e.name.endswith(PARTIAL) and not e.is_dir(follow_symlinks=False)
+    )
 
 
 def check_own(recording: Path) -> None:
-    """Raise RecordingLinked unless a recording is a folder of plain files and folders that have no other name anywhere.
+    """Raise RecordingLinked unless a recording is a folder of plain files and folders that have no
+    other name anywhere.
 
     RecordingDamaged for a pipe or a device, and for a folder under the name of a file.
     """
@@ -224,13 +269,17 @@ def check_own(recording: Path) -> None:
             raise foreign(recording, name, problem)
         if not stat.S_ISREG(found.st_mode) and (not is_folder or A_FILE.fullmatch(entry.name)):
             raise RecordingDamaged(
-                f"{printable(recording.name)}: {printable(name)} is {kind_of(found)}, where only a file can be.",
-                f"Remove it, then try again: rm{' -r' * is_folder} {shlex.quote(printable(entry.path))}",
+                f"{printable(recording.name)}: {printable(name)} is {kind_of(found)}, where only "
+                "a file can be.",
+                f"Remove it, then try again: rm{' -r' * is_folder} "
+                f"{shlex.quote(printable(entry.path))}",
             )
 
 
 def check_no_link(recording: Path) -> None:
-    """Raise RecordingLinked for a recording that is itself a link: nothing is written or removed through one."""
+    """Raise RecordingLinked for a recording that is itself a link: nothing is written or removed
+    through one.
+    """
     if recording.is_symlink():
         raise RecordingLinked(
             f"{printable(str(recording))} is a link, and through a link nothing is written.",
@@ -239,10 +288,14 @@ def check_no_link(recording: Path) -> None:
 
 
 def check_folders(recording: Path, folders: Iterable[str]) -> None:
-    """Raise RecordingLinked if one of a recording's folders has become a link since it was opened."""
+    """Raise RecordingLinked if one of a recording's folders has become a link since it was
+    opened.
+    """
     for folder in folders:
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
-            raise foreign(recording, os.path.relpath(folder, recording), "is a link, or a folder no more")
+            raise foreign(
+                recording, os.path.relpath(folder, recording), "is a link, or a folder no more"
+            )
 
 
 def foreign(recording: Path, name: str, problem: str) -> RecordingLinked:

@@ -1,4 +1,7 @@
-"""A recording's lock, a file beside it: who holds it writes the recording, and nobody else. When its holder dies, the system frees it."""
+"""A recording's lock, a file beside it: who holds it writes the recording, and nobody else.
+
+When its holder dies, the system frees it.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,18 @@ class Lock:
         self._lock = filelock.FileLock(self.file)
 
     def acquire(self, remedy: str = "Stop its writer first.", patience: float = 0) -> None:
-        """Take it at once. A writer that was killed may need a moment to die: for that, wait up to `patience` seconds.
+        """Take it at once. A writer that was killed may need a moment to die: for that, wait up to
+        `patience` seconds.
 
-        Raises RecordingBusy with that remedy where somebody has it, StoreError where the disk has no locks, RecordingDamaged where
-        it is a link, a folder or a pipe, OSError.
+        Raises RecordingBusy with that remedy where somebody has it, StoreError where the disk has
+        no locks, RecordingDamaged where it is a link, a folder or a pipe, OSError.
         """
         until = time.monotonic() + patience
         while not self._take():
             if time.monotonic() > until or not self._holder_is_dying():
-                raise RecordingBusy(f"{printable(self._recording.name)} is being written {self._holder()}.", remedy)
+                raise RecordingBusy(
+                    f"{printable(self._recording.name)} is being written {self._holder()}.", remedy
+                )
             time.sleep(0.05)
 
     def _take(self) -> bool:
@@ -55,7 +61,8 @@ class Lock:
                 if error.errno not in NO_LOCKS:
                     raise
                 raise StoreError(
-                    f"The disk of {printable(str(self._recording))} has no locks ({os.strerror(error.errno)}): two writers could meet.",
+                    f"The disk of {printable(str(self._recording))} has no locks "
+                    f"({os.strerror(error.errno)}): two writers could meet.",
                     "Record on another disk: --output FOLDER. What is complete can be moved here.",
                 ) from error
         return False
@@ -64,7 +71,9 @@ class Lock:
         """Take the lock's file away, unless it is to stay, and let go."""
         try:
             if not keep:
-                self.file.unlink(missing_ok=True)  # before the release: whoever waits for the old file then sees that it is gone
+                self.file.unlink(
+                    missing_ok=True
+                )  # before the release: whoever waits for the old file then sees that it is gone
         except OSError:  # it stays, held by nobody: probe gc takes it
             pass
         finally:
@@ -80,12 +89,16 @@ class Lock:
             what = "a link" if stat.S_ISREG(found.st_mode) else kind_of(found)  # a hard one
             raise RecordingDamaged(
                 f"{printable(str(self.file))} is no lock: it is {what}.",
-                f"Remove it yourself, then try again: rm{' -r' * stat.S_ISDIR(found.st_mode)} {shlex.quote(printable(str(self.file)))}",
+                f"Remove it yourself, then try again: rm{' -r' * stat.S_ISDIR(found.st_mode)} "
+                f"{shlex.quote(printable(str(self.file)))}",
             )
         return found.st_dev, found.st_ino
 
     def _writer(self) -> tuple[int, str]:
-        """The process that the recording names as its writer, and its host. Raises what Python raises where it names none."""
+        """The process that the recording names as its writer, and its host.
+
+        Raises what Python raises where it names none.
+        """
         writer = json.loads((self._recording / "zarr.json").read_text())["attributes"]["writer"]
         return int(writer["pid"]), str(writer["host"])
 
@@ -97,7 +110,9 @@ class Lock:
             return "by another process"
 
     def _holder_is_dying(self) -> bool:
-        """Whether the writer is dead, or was killed and is not gone yet: it frees its memory first, and its lock last."""
+        """Whether the writer is dead, or was killed and is not gone yet: it frees its memory first,
+        and its lock last.
+        """
         try:
             pid, host = self._writer()
             if host != socket.gethostname():
@@ -105,7 +120,13 @@ class Lock:
             if not lives(pid):
                 return True
             state, *_, flags = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:7]
-            pending = re.findall(r"(?:Sig|Shd)Pnd:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
-            return state in "ZX" or bool(int(flags) & EXITING) or any(int(signals, 16) & KILLED for signals in pending)
+            pending = re.findall(
+                r"(?:Sig|Shd)Pnd:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text()
+            )
+            return (
+                state in "ZX"
+                or bool(int(flags) & EXITING)
+                or any(int(signals, 16) & KILLED for signals in pending)
+            )
         except (OSError, ValueError, LookupError, TypeError, OverflowError):
             return False

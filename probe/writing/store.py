@@ -1,16 +1,18 @@
 """A recording on disk: written so that it survives anything, read lazily and without torch.
 
-A run is one zarr v3 hierarchy, `<runs>/<name>-<id>.zarr`, that stock `xarray.open_datatree(path, engine="zarr")`
-opens while it is being written, after a crash, and when it is complete.
+A run is one zarr v3 hierarchy, `<runs>/<name>-<id>.zarr`, that stock `xarray.open_datatree(path,
+engine="zarr")` opens while it is being written, after a crash, and when it is complete.
 
-How it is written (`RunWriter`): a lock beside it; everything created and preallocated in a hidden folder, metadata
-consolidated once, then renamed into place; at each step first the bulk, then the small arrays, then the step's digest, then
-`committed[step] = 1`, the only truth about what is there; at the end a manifest of every file's digest, then `status =
-complete`. Every file is written whole under another name and moved into its place (`probe.writing.files`). Steps go through a
+How it is written (`RunWriter`): a lock beside it; everything created and preallocated in a hidden
+folder, metadata consolidated once, then renamed into place; at each step first the bulk, then the
+small arrays, then the step's digest, then `committed[step] = 1`, the only truth about what is
+there; at the end a manifest of every file's digest, then `status = complete`. Every file is written
+whole under another name and moved into its place (`probe.writing.files`). Steps go through a
 background thread whose queue is bounded in bytes; an error in it stops the run with its cause.
 
-What has reached the disk, and stays after a power cut: with durability "step" everything of a step, before its flag, and its
-flag, before the step counts as written; with "run" everything, before the status says complete; with "none" nothing for sure.
+What has reached the disk, and stays after a power cut: with durability "step" everything of a step,
+before its flag, and its flag, before the step counts as written; with "run" everything, before the
+status says complete; with "none" nothing for sure.
 """
 
 from __future__ import annotations
@@ -41,7 +43,16 @@ from probe.system import trouble_in, unreadable
 from probe.writing import files
 from probe.writing.background import Queue
 from probe.writing.chunks import StepFiles, checked
-from probe.writing.digests import DIGESTS, Ledger, flags_are_lost, line, marks, of_a_step, read_lines, step_of
+from probe.writing.digests import (
+    DIGESTS,
+    Ledger,
+    flags_are_lost,
+    line,
+    marks,
+    of_a_step,
+    read_lines,
+    step_of,
+)
 from probe.writing.files import storing
 from probe.writing.locks import Lock
 
@@ -54,29 +65,64 @@ LEFT = ".partial"  # how the name of what a killed writer left ends
 
 
 class RunWriter:
-    """A recording being written. Use it as a context manager: leaving it without `complete()` marks it interrupted or failed.
+    """A recording being written. Use it as a context manager: leaving it without `complete()` marks
+    it interrupted or failed.
 
-    `arrays` are all variables that it will ever have; those with a value are written at once. With `resume`, a recording
-    that was left unfinished is taken over where its last committed step ended. Raises RecordingBusy when another writer
-    holds the path, StoreError when the disk does not take it.
+    `arrays` are all variables that it will ever have; those with a value are written at once. With
+    `resume`, a recording that was left unfinished is taken over where its last committed step
+    ended. Raises RecordingBusy when another writer holds the path, StoreError when the disk does
+    not take it.
     """
 
-    def __init__(self, path: Path, arrays: Sequence[Array], attributes: Mapping[str, Any], durability: str = "run", *, resume: bool = False):
-        self.path, self._at_end, self._at_once = Path(path), durability != "none", durability == "step"
+    def __init__(
+        self,
+        path: Path,
+        arrays: Sequence[Array],
+        attributes: Mapping[str, Any],
+        durability: str = "run",
+        *,
+        resume: bool = False,
+    ):
+        self.path, self._at_end, self._at_once = (
+            Path(path),
+            durability != "none",
+            durability == "step",
+        )
         self._lock = Lock(self.path)
         with storing(self.path):
             files.make_folders(self.path.parent, self._at_end)
-            self._lock.acquire("Wait for it, or give the run another name.", PATIENCE if resume else 0)
+            self._lock.acquire(
+                "Wait for it, or give the run another name.", PATIENCE if resume else 0
+            )
             try:
-                told = {**attributes, "status": "running", "writer": {"pid": os.getpid(), "host": socket.gethostname()}}
+                told = {
+                    **attributes,
+                    "status": "running",
+                    "writer": {"pid": os.getpid(), "host": socket.gethostname()},
+                }
                 if resume:
                     self._check_own()
                 else:
                     self._begin(arrays, told)
-                self._arrays: dict[str, zarr.Array[Any]] = {a.path: _open(self.path, a) for a in arrays}
-                self._files = {a.path: StepFiles(self.path, self._arrays[a.path], self._at_once) for a in arrays if a.dtype != "str"}
-                self._folders = [str(self.path), *(entry.path for entry in files.entries(self.path) if entry.is_dir(follow_symlinks=False))]
-                self._committed = self.read("committed") if "committed" in self._arrays else np.zeros(0, np.uint8)
+                self._arrays: dict[str, zarr.Array[Any]] = {
+                    a.path: _open(self.path, a) for a in arrays
+                }
+                self._files = {
+                    a.path: StepFiles(self.path, self._arrays[a.path], self._at_once)
+                    for a in arrays
+                    if a.dtype != "str"
+                }
+                self._folders = [
+                    str(self.path),
+                    *(
+                        entry.path
+                        for entry in files.entries(self.path)
+                        if entry.is_dir(follow_symlinks=False)
+                    ),
+                ]
+                self._committed = (
+                    self.read("committed") if "committed" in self._arrays else np.zeros(0, np.uint8)
+                )
                 self._ledger: Ledger | None = None if resume else Ledger(self.path)
                 if resume:
                     self._take_over(arrays, told)
@@ -89,7 +135,8 @@ class RunWriter:
     def _begin(self, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
         if os.path.lexists(self.path):
             raise RecordingBusy(
-                f"{self.path.name} exists already, and a recording is never overwritten.", "Give the run another name, or remove it: probe rm."
+                f"{self.path.name} exists already, and a recording is never overwritten.",
+                "Give the run another name, or remove it: probe rm.",
             )
         hidden = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}{files.PARTIAL}")
         try:
@@ -107,26 +154,44 @@ class RunWriter:
             files.sync_folder(self.path.parent)
 
     def _check_own(self) -> None:
-        """Look at a recording before it is taken over. Nothing is written into one that shares a file with anybody."""
+        """Look at a recording before it is taken over.
+
+        Nothing is written into one that shares a file with anybody.
+        """
         files.check_no_link(self.path)
         if not (self.path / "zarr.json").is_file():
-            raise RecordingNotFound(f"{self.path} is not a recording.", "probe ls lists the recordings there are.")
+            raise RecordingNotFound(
+                f"{self.path} is not a recording.", "probe ls lists the recordings there are."
+            )
         files.check_own(self.path)
 
     def _take_over(self, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
-        """Go on with a recording that its writer left: what is committed stays, everything after it is written anew."""
+        """Go on with a recording that its writer left: what is committed stays, everything after it
+        is written anew.
+        """
         for a in arrays:
             there = self._arrays[a.path]
             if there.shape != a.shape or (a.dtype != "str" and there.dtype != np.dtype(a.dtype)):
-                raise RecordingDamaged(f"{self.path.name}: {a.path} is not what its experiment asks for.", "Record it again.")
+                raise RecordingDamaged(
+                    f"{self.path.name}: {a.path} is not what its experiment asks for.",
+                    "Record it again.",
+                )
         lines = self._lines()
         for left in [*files.partials(self.path), self.path / MANIFEST]:
             files.remove(left, self._at_once)
         if lines is not None:
             labels = {a.path for a in arrays if a.value is not None}
             held = range(self.committed)
-            kept = {what: told for what, told in lines.items() if what in labels or what.startswith(PICTURES) or step_of(what) in held}
-            files.replace(self.path / DIGESTS, [f"{told} {what}\n".encode() for what, told in kept.items()], self._at_once)
+            kept = {
+                what: told
+                for what, told in lines.items()
+                if what in labels or what.startswith(PICTURES) or step_of(what) in held
+            }
+            files.replace(
+                self.path / DIGESTS,
+                [f"{told} {what}\n".encode() for what, told in kept.items()],
+                self._at_once,
+            )
             self._ledger = Ledger(self.path, kept)
         if self._committed[self.committed :].any():
             self._committed[self.committed :] = 0
@@ -136,7 +201,10 @@ class RunWriter:
         self.annotate(**attributes)
 
     def _lines(self) -> dict[str, str] | None:
-        """Its digests so far; None where an older version began it, which kept none. Raises RecordingDamaged."""
+        """Its digests so far; None where an older version began it, which kept none.
+
+        Raises RecordingDamaged.
+        """
         attributes = json.loads((self.path / "zarr.json").read_text())["attributes"]
         try:
             if flags_are_lost(self.path, attributes):
@@ -150,7 +218,9 @@ class RunWriter:
                 raise ValueError(f"{DIGESTS} has no line of step {lost[0]}")
             return lines
         except ValueError as error:
-            raise RecordingDamaged(f"{self.path.name} is damaged: {error}.", "Record it again: probe rerun.") from error
+            raise RecordingDamaged(
+                f"{self.path.name} is damaged: {error}.", "Record it again: probe rerun."
+            ) from error
 
     @property
     def committed(self) -> int:
@@ -177,7 +247,11 @@ class RunWriter:
             except ProbeError as error:
                 self._status, late = "failed", error
             if self._status != "complete":
-                with contextlib.suppress(OSError, ProbeError) if kind or late else contextlib.nullcontext():
+                with (
+                    contextlib.suppress(OSError, ProbeError)
+                    if kind or late
+                    else contextlib.nullcontext()
+                ):
                     files.check_folders(self.path, self._folders)
                     files.remove(self.path / MANIFEST, False)  # only what is complete has one
                     self.annotate(status=self._status)
@@ -207,19 +281,32 @@ class RunWriter:
                 self._ledger.add(what, {path: told})
 
     def read(self, path: str, at: Any = ...) -> np.ndarray:
-        """Read back what was written. Raises RecordingDamaged where it is something else by now, RecordingUnreadable."""
+        """Read back what was written.
+
+        Raises RecordingDamaged where it is something else by now, RecordingUnreadable.
+        """
         try:
             return np.asarray(self._arrays[path][at])
-        except (OSError, ValueError, RuntimeError) as error:  # zarr-python and zarrs say it differently
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # zarr-python and zarrs say it differently
             if (trouble := trouble_in(error)) is not None:
                 raise unreadable(self.path, trouble) from error
             what = " ".join(str(error).split()) or type(error).__name__
-            raise RecordingDamaged(f"{self.path.name}: {path} cannot be read: {what}", "Record it again: probe rerun.") from error
+            raise RecordingDamaged(
+                f"{self.path.name}: {path} cannot be read: {what}", "Record it again: probe rerun."
+            ) from error
 
-    def write_step(self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int) -> None:
-        """Queue one step: `values()` gives its variables by path and is called in the writing thread.
+    def write_step(
+        self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int
+    ) -> None:
+        """Queue one step: `values()` gives its variables by path and is called in the writing
+        thread.
 
-        Waits while the queue holds too many bytes. Raises StoreError if an earlier step could not be written.
+        Waits while the queue holds too many bytes. Raises StoreError if an earlier step could not
+        be written.
         """
         self._queue.put((step, values), nbytes)
 
@@ -248,7 +335,11 @@ class RunWriter:
                 files.remove(left, False)
             if self._at_end:
                 files.sync_all(self.path)
-            files.replace(self.path / MANIFEST, [json.dumps(manifest(self.path), indent=0).encode()], self._at_end)
+            files.replace(
+                self.path / MANIFEST,
+                [json.dumps(manifest(self.path), indent=0).encode()],
+                self._at_end,
+            )
         self.annotate(status="complete")
         self._status = "complete"
 
@@ -256,7 +347,9 @@ class RunWriter:
         step, values = item
         with storing(self.path):
             written = values()
-            files.check_folders(self.path, self._folders)  # at each step: somebody may put a link in a folder's place
+            files.check_folders(
+                self.path, self._folders
+            )  # at each step: somebody may put a link in a folder's place
             bulk_first = sorted(written, key=lambda p: -written[p].nbytes)
             told = {path: self._files[path].write(step, written[path]) for path in bulk_first}
             if self._ledger:
@@ -266,14 +359,19 @@ class RunWriter:
             self._flag()
 
     def _flag(self) -> None:
-        files.replace(self.path / "committed" / "c.0", [checked(self._committed.tobytes())], self._at_once)
+        files.replace(
+            self.path / "committed" / "c.0", [checked(self._committed.tobytes())], self._at_once
+        )
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def manifest(path: Path) -> dict[str, str]:
-    """SHA-256 of every file of a recording, by relative path. The root's attributes that change at the end are left out."""
+    """SHA-256 of every file of a recording, by relative path.
+
+    The root's attributes that change at the end are left out.
+    """
     digests = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
@@ -288,7 +386,9 @@ def manifest(path: Path) -> dict[str, str]:
 
 
 def is_hashed(name: str) -> bool:
-    """Whether the manifest has a digest of a file: of all but itself, pictures for people, and what a killed writer left."""
+    """Whether the manifest has a digest of a file: of all but itself, pictures for people, and what
+    a killed writer left.
+    """
     return name != MANIFEST and not name.endswith(LEFT) and not DRAWN.fullmatch(name)
 
 
@@ -296,11 +396,17 @@ def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -
     told: list[bytes] = []
     flags = b""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")  # a draft of the v3 specification; xarray reads it
-        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")  # variable-length text
+        warnings.filterwarnings(
+            "ignore", message=".*[Cc]onsolidated metadata.*"
+        )  # a draft of the v3 specification; xarray reads it
+        warnings.filterwarnings(
+            "ignore", message=".*does not have a Zarr V3 specification.*"
+        )  # variable-length text
         root = zarr.create_group(LocalStore(folder), zarr_format=3, attributes=attributes)
         for a, described in attributes_in_files(arrays):
-            made = root.create_array(a.path, **_layout(a), dimension_names=a.dims, attributes=described)
+            made = root.create_array(
+                a.path, **_layout(a), dimension_names=a.dims, attributes=described
+            )
             if a.value is not None:
                 made[...] = a.value
                 value = np.asarray(a.value, None if a.dtype == "str" else a.dtype)
@@ -308,7 +414,9 @@ def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -
             elif a.path == "committed":
                 flags = checked(bytes(made.shape[0]))
         zarr.consolidate_metadata(LocalStore(folder))
-    if flags:  # as zarr would not write it: zeros are its fill value, and a missing file is to be damage
+    if (
+        flags
+    ):  # as zarr would not write it: zeros are its fill value, and a missing file is to be damage
         files.replace(folder / "committed" / "c.0", [flags], False)
     files.replace(folder / DIGESTS, told, False)
 
@@ -320,7 +428,9 @@ def attributes_in_files(arrays: Sequence[Array]) -> Iterator[tuple[Array, dict[s
         if a.variable.coordinate and a.dims != (a.variable.name,):
             coordinates.setdefault(a.group, []).append(a)
     for a in arrays:
-        beside = [c.variable.name for c in coordinates.get(a.group, []) if set(c.dims) <= set(a.dims)]
+        beside = [
+            c.variable.name for c in coordinates.get(a.group, []) if set(c.dims) <= set(a.dims)
+        ]
         attached = {"coordinates": " ".join(beside)} if beside and not a.variable.coordinate else {}
         told = {"long_name": a.variable.long_name, "units": a.variable.units}
         yield a, {**told, **a.attributes, **attached}
@@ -341,19 +451,37 @@ def fill_value(a: Array) -> float:
 
 
 def _layout(a: Array) -> dict[str, Any]:
-    """Type, chunks and checksums of a variable: one file a step, with maps one token a chunk inside it.
+    """Type, chunks and checksums of a variable: one file a step, with maps one token a chunk inside
+    it.
 
-    Lossless compression gains little on noise and probabilities and costs more than it saves; a checksum catches
-    what a disk gets wrong.
+    Lossless compression gains little on noise and probabilities and costs more than it saves; a
+    checksum catches what a disk gets wrong.
     """
-    keys = {"name": "default", "separator": "."}  # flat names: nested directories double the cost of a write
+    keys = {
+        "name": "default",
+        "separator": ".",
+    }  # flat names: nested directories double the cost of a write
     if a.dtype == "str":
         whole = tuple(max(1, n) for n in a.shape)
-        return {"shape": a.shape, "dtype": str, "chunks": whole, "chunk_key_encoding": keys, "compressors": [Crc32cCodec()]}
+        return {
+            "shape": a.shape,
+            "dtype": str,
+            "chunks": whole,
+            "chunk_key_encoding": keys,
+            "compressors": [Crc32cCodec()],
+        }
     dtype = np.dtype(a.dtype)
     whole = tuple(1 if a.per_step and axis == 0 else max(1, n) for axis, n in enumerate(a.shape))
-    inner = tuple(1 if dim in a.variable.chunked else n for dim, n in zip(a.dims, whole, strict=True))
-    layout: dict[str, Any] = {"shape": a.shape, "dtype": dtype, "chunk_key_encoding": keys, "compressors": [Crc32cCodec()], "chunks": inner}
+    inner = tuple(
+        1 if dim in a.variable.chunked else n for dim, n in zip(a.dims, whole, strict=True)
+    )
+    layout: dict[str, Any] = {
+        "shape": a.shape,
+        "dtype": dtype,
+        "chunk_key_encoding": keys,
+        "compressors": [Crc32cCodec()],
+        "chunks": inner,
+    }
     if a.per_step and inner != whole:
         layout["shards"] = whole
     if a.value is None and not a.variable.coordinate:
@@ -362,21 +490,47 @@ def _layout(a: Array) -> dict[str, Any]:
 
 
 def room(arrays: Sequence[Array], sizes: Mapping[str, int]) -> int:
-    """Bytes that a recording takes on a disk, in whole blocks, with metadata and pictures; `sizes` are what is written of each variable."""
+    """Bytes that a recording takes on a disk, in whole blocks, with metadata and pictures; `sizes`
+    are what is written of each variable.
+    """
     total = number = 0
     for a in arrays:
         layout = _layout(a)
         chunks = prod(-(-n // most) for n, most in zip(a.shape, layout["chunks"], strict=True))
-        files_of = prod(-(-n // most) for n, most in zip(a.shape, layout.get("shards", layout["chunks"]), strict=True))
+        files_of = prod(
+            -(-n // most)
+            for n, most in zip(a.shape, layout.get("shards", layout["chunks"]), strict=True)
+        )
         written = -(-files_of * sizes[a.path] // max(a.nbytes, 1))
         number += written
-        total += written * _blocks(-(-a.nbytes // max(files_of, 1)) + 20 * -(-chunks // max(files_of, 1)))
+        total += written * _blocks(
+            -(-a.nbytes // max(files_of, 1)) + 20 * -(-chunks // max(files_of, 1))
+        )
         if a.path == "images/final":
             picture = a.nbytes // max(a.shape[0], 1)
-            words = {text for found in arrays if found.variable.name == "word" and found.value is not None for text in np.ravel(found.value)}
-            total += a.shape[0] * _blocks(picture + BLOCK) + _blocks(24_000 + 8 * min(picture, 70_000) + 40_000 * len(words))
-    folders = len(arrays) + len({"/".join(a.group.split("/")[:depth]) for a in arrays for depth in range(a.group.count("/") + 2)})
-    return total + folders * 2 * BLOCK + _blocks(700 * folders) + _blocks(120 * (number + folders)) + _blocks(100 * number)
+            words = {
+                text
+                for found in arrays
+                if found.variable.name == "word" and found.value is not None
+                for text in np.ravel(found.value)
+            }
+            total += a.shape[0] * _blocks(picture + BLOCK) + _blocks(
+                24_000 + 8 * min(picture, 70_000) + 40_000 * len(words)
+            )
+    folders = len(arrays) + len(
+        {
+            "/".join(a.group.split("/")[:depth])
+            for a in arrays
+            for depth in range(a.group.count("/") + 2)
+        }
+    )
+    return (
+        total
+        + folders * 2 * BLOCK
+        + _blocks(700 * folders)
+        + _blocks(120 * (number + folders))
+        + _blocks(100 * number)
+    )
 
 
 def _blocks(nbytes: int) -> int:
@@ -384,8 +538,14 @@ def _blocks(nbytes: int) -> int:
 
 
 def _open(path: Path, a: Array) -> Any:
-    """The array for writing: parts of bulk through the Rust codecs, `committed` and scalars through zarr-python's atomic store."""
-    pipeline = "zarrs.ZarrsCodecPipeline" if a.per_step else "zarr.core.codec_pipeline.BatchedCodecPipeline"
+    """The array for writing: parts of bulk through the Rust codecs, `committed` and scalars through
+    zarr-python's atomic store.
+    """
+    pipeline = (
+        "zarrs.ZarrsCodecPipeline"
+        if a.per_step
+        else "zarr.core.codec_pipeline.BatchedCodecPipeline"
+    )
     with zarr.config.set({"codec_pipeline.path": pipeline}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
         return zarr.open_array(LocalStore(path), path=a.path, mode="r+")

@@ -1,4 +1,6 @@
-"""Tidying a folder of recordings: what dead writers left is cleared, what is to go is held so that nobody writes it meanwhile."""
+"""Tidying a folder of recordings: what dead writers left is cleared, what is to go is held so that
+nobody writes it meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ def held(path: Path) -> Iterator[None]:
 
 
 def check_removable(recording: Path) -> None:
-    """Raise StoreError where the system would keep a part of a recording. Half of one is worth nothing to anybody."""
+    """Raise StoreError where the system would keep a part of a recording.
+
+    Half of one is worth nothing to anybody.
+    """
     with reading(recording):
         _check_entry(recording, recording)
         for entry in files.entries(recording):
@@ -46,7 +51,9 @@ def check_removable(recording: Path) -> None:
 
 
 def _check_entry(recording: Path, path: Path) -> None:
-    """Raise StoreError unless this account may remove a file or a folder from the folder it lies in."""
+    """Raise StoreError unless this account may remove a file or a folder from the folder it lies
+    in.
+    """
     folder = path.parent
     found, owner = folder.stat(), path.lstat().st_uid
     user = os.geteuid() if hasattr(os, "geteuid") else 0
@@ -54,34 +61,55 @@ def _check_entry(recording: Path, path: Path) -> None:
     if may_change(folder) and not sticky:
         return
     if sticky:
-        cause, remedy = f"{path} belongs to another user", f"Ask its owner to remove it: rm -r {shlex.quote(str(path))}"
+        cause, remedy = (
+            f"{path} belongs to another user",
+            f"Ask its owner to remove it: rm -r {shlex.quote(str(path))}",
+        )
     elif found.st_uid == user:
-        cause, remedy = f"nothing may be removed from {folder}", f"Allow it, then try again: chmod u+rwx {shlex.quote(str(folder))}"
+        cause, remedy = (
+            f"nothing may be removed from {folder}",
+            f"Allow it, then try again: chmod u+rwx {shlex.quote(str(folder))}",
+        )
     else:
-        cause, remedy = f"nothing may be removed from {folder}, which belongs to another user", "Ask its owner to remove it, or to let you."
+        cause, remedy = (
+            f"nothing may be removed from {folder}, which belongs to another user",
+            "Ask its owner to remove it, or to let you.",
+        )
     raise StoreError(f"{recording.name} stays as it is: {cause}.", remedy)
 
 
 def remove(recording: Path) -> None:
-    """Remove a recording under its lock. It is out of sight at once; what a kill leaves of it, `clear_orphans` finds."""
+    """Remove a recording under its lock.
+
+    It is out of sight at once; what a kill leaves of it, `clear_orphans` finds.
+    """
     aside = recording.with_name(f".{recording.name}.{uuid.uuid4().hex[:8]}{files.PARTIAL}")
     try:
         recording.rename(aside)
     except OSError as error:
-        raise StoreError(f"{recording.name} stays as it is: {error.strerror}.", f"Check the permissions of {recording.parent}.") from error
+        raise StoreError(
+            f"{recording.name} stays as it is: {error.strerror}.",
+            f"Check the permissions of {recording.parent}.",
+        ) from error
     try:
         shutil.rmtree(aside)
     except OSError as error:
         remedy = f"Remove the rest: rm -r {shlex.quote(str(aside))}"
-        raise StoreError(f"{recording.name} is gone, but not all of its files: {error.filename}: {error.strerror}.", remedy) from error
+        raise StoreError(
+            f"{recording.name} is gone, but not all of its files: {error.filename}: "
+            f"{error.strerror}.",
+            remedy,
+        ) from error
 
 
 def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
-    """Remove what dead writers left in a folder of recordings: half-made hidden folders, lock files, parts of files.
+    """Remove what dead writers left in a folder of recordings: half-made hidden folders, lock
+    files, parts of files.
 
-    Whatever belongs to a living writer holds its lock, and stays. A link or a pipe among them goes; what a link leads to stays
-    as it is, and a recording that is itself a link is passed over. Returns what was removed; with `dry_run` nothing is. What cannot be removed
-    keeps nothing else from going: its StoreError comes at the end.
+    Whatever belongs to a living writer holds its lock, and stays. A link or a pipe among them goes;
+    what a link leads to stays as it is, and a recording that is itself a link is passed over.
+    Returns what was removed; with `dry_run` nothing is. What cannot be removed keeps nothing else
+    from going: its StoreError comes at the end.
     """
     found: dict[str, list[Path]] = {}
     with storing(folder):
@@ -108,7 +136,10 @@ def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
 
 
 def _is_no_writers(lock: os.stat_result) -> bool:
-    """Whether a lock is a link or a pipe: no writer made that, and none can hold it. A folder is left to whoever made it."""
+    """Whether a lock is a link or a pipe: no writer made that, and none can hold it.
+
+    A folder is left to whoever made it.
+    """
     return not stat.S_ISDIR(lock.st_mode) and (not stat.S_ISREG(lock.st_mode) or lock.st_nlink > 1)
 
 
