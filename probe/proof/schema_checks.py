@@ -197,7 +197,7 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
             found["decoded/decoded_step"].values.tolist(),
         )
         if there != wanted:
-            yield f"decoded/decoded_step is {', '.join(map(str, there[:8]))}; every {asked.decoded_every} steps were to be"
+            yield f"decoded/decoded_step is {', '.join(map(str, there[:8]))}; decode_every is {asked.decoded_every}"
     for grid in run.grids:
         maps = next(
             found[f"attention/{grid}/{name}"].sizes
