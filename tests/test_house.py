@@ -109,6 +109,7 @@ LAYERS = [
     ("probe.watching.rehearsal",),
     ("probe.watching.selection",),
     ("probe.diffusion.sampling",),
+    ("probe.diffusion.scheduler_trial",),
     ("probe.diffusion.schedule_check", "probe.diffusion.start"),
     ("probe.watching.interface", "probe.edits"),
     ("probe.watching.projections", "probe.watching.labels", "probe.watching.source"),
