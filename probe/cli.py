@@ -365,8 +365,9 @@ def rm(arguments: list[str]) -> int:
 
     Asks first, unless --yes is given; never removes one that is being written.
     """
+    from probe.reading.finding import find_run
     from probe.reading.listing import recordings_in
-    from probe.reading.recording import Run, find_run
+    from probe.reading.recording import Run
     from probe.reading.sample import is_copy
     from probe.writing.files import check_no_link
     from probe.writing.upkeep import check_removable, held, remove

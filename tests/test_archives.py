@@ -25,7 +25,8 @@ from probe.errors import (
     RecordingNotFound,
 )
 from probe.proof.verdict import verify
-from probe.reading.recording import find_run, open_run
+from probe.reading.finding import find_run
+from probe.reading.recording import open_run
 from probe.running.recorder import rerun, resume
 
 

@@ -33,7 +33,8 @@ from probe import cli, run
 from probe.diffusion.loading import BUNDLED
 from probe.output import rows
 from probe.reading.compare import compare
-from probe.reading.recording import Run, list_runs, open_run
+from probe.reading.listing import list_runs
+from probe.reading.recording import Run, open_run
 from probe.run import say_where
 from probe.running import recorder
 from probe.running.recorder import record

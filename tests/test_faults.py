@@ -29,7 +29,8 @@ from probe.errors import NotFinite, OutOfMemory
 from probe.proof.checks import variables
 from probe.proof.verdict import verify
 from probe.reading.compare import compare
-from probe.reading.recording import Run, list_runs
+from probe.reading.listing import list_runs
+from probe.reading.recording import Run
 from probe.running.recorder import record, resume
 from probe.watching import hooks
 from probe.writing.digests import DIGESTS

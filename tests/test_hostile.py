@@ -40,7 +40,8 @@ from probe.format.schema import array
 from probe.proof.checks import DAMAGE, check_picture
 from probe.reading.files import UNLINKED
 from probe.reading.lazy import UNBACKED
-from probe.reading.recording import Run, list_runs
+from probe.reading.listing import list_runs
+from probe.reading.recording import Run
 from probe.writing.digests import sealed
 from probe.writing.store import MANIFEST, RunWriter
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probe.proof.checks import Check
-from probe.proof.schema_checks import _is_written_out, check_labels
+from probe.proof.label_checks import _is_written_out, check_labels
 from probe.reading.recording import Run
 from probe.running.recorder import record
 

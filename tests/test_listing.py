@@ -17,8 +17,8 @@ from recordings import recording
 
 from probe.errors import ProbeError
 from probe.reading import listing as module
+from probe.reading.finding import find_run
 from probe.reading.listing import Listed, list_runs, listing, root_attributes
-from probe.reading.recording import find_run
 
 COUNT = 220  # an index is kept
 

@@ -23,7 +23,8 @@ from torch.nn.functional import interpolate
 from probe.analysis import combined
 from probe.errors import ExperimentError
 from probe.proof.map_checks import check_sums
-from probe.reading.recording import Run, list_runs
+from probe.reading.listing import list_runs
+from probe.reading.recording import Run
 from probe.running.ask import read_out
 from probe.running.recorder import record
 

@@ -30,7 +30,9 @@ from zarr.storage import LocalStore
 from probe.errors import NotFinite, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
 from probe.format.schema import Array, array
 from probe.proof.checks import files_of
-from probe.reading.recording import Run, find_run, list_runs, open_run
+from probe.reading.finding import find_run
+from probe.reading.listing import list_runs
+from probe.reading.recording import Run, open_run
 from probe.settings.experiment import Experiment
 from probe.writing import files
 from probe.writing.background import Queue

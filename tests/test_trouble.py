@@ -25,8 +25,9 @@ from probe.errors import RecordingUnreadable
 from probe.proof.verdict import verify
 from probe.reading import sample
 from probe.reading.compare import compare
+from probe.reading.finding import find_run
 from probe.reading.listing import list_runs, listing
-from probe.reading.recording import Run, find_run
+from probe.reading.recording import Run
 
 TROUBLES = "EACCES EPERM EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EMFILE ENFILE ENOMEM EBUSY".split()
 READS: dict[str, Callable[[Path], Any]] = {

@@ -20,7 +20,8 @@ from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, Store
 from probe.format.schema import FORMAT_VERSION
 from probe.proof.verdict import verify
 from probe.reading.compare import compare
-from probe.reading.recording import Run, list_runs
+from probe.reading.listing import list_runs
+from probe.reading.recording import Run
 from probe.running.recorder import resume
 from probe.testing.conformance import stored_values
 from probe.testing.synthetic import synthetic_recording

@@ -16,20 +16,21 @@ the recorder is not repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 
 from probe.analysis.maps import probabilities
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family, Predictions
 from probe.diffusion.loading import load, pick_device
 from probe.diffusion.sampling import Step
-from probe.proof.checks import DAMAGE, Check, Tally, variables
+from probe.proof.attention_witness import AttentionWitness
+from probe.proof.checks import Check, Tally, variables
+from probe.proof.compared_store import ComparedStore
 from probe.proof.map_checks import (
     BOUND,
     ROUNDED,
@@ -39,16 +40,16 @@ from probe.proof.map_checks import (
     relative,
     rounding,
 )
-from probe.proof.replay import Call, numbers, prediction_of, replayed, run_dtype, threads_of
+from probe.proof.replay import Call, prediction_of, replayed, run_dtype, threads_of
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
 from probe.running.description import describe
 from probe.running.planning import replan
 from probe.running.recorder import said_of_model
 from probe.running.session import Session
-from probe.text import first_line, shown
+from probe.text import shown
 from probe.watching.cost import Cost
-from probe.watching.hooks import Hooks, Watch
+from probe.watching.hooks import Hooks
 from probe.watching.interface import Plan, grid_group
 from probe.watching.rehearsal import cross_attention, self_attention
 from probe.watching.sums import Sums
@@ -56,7 +57,7 @@ from probe.watching.sums import Sums
 # Of the norm of what was recorded, where device, versions or weights differ. CUDA's convolutions
 # round float32 to TF32.
 TOLERANCE = {"float32": 2e-2, "float16": 5e-2, "bfloat16": 2e-1}
-PICTURE, PATCH = 2e-2, 16  # mean difference of pixels, of 255; pixels along a patch
+PICTURE = 2e-2  # mean difference of pixels, of 255
 OF_NORM = "of its norm"
 
 
@@ -408,116 +409,3 @@ class Again:
             call.latents,
             self._model.prediction_type,
         )
-
-
-class ComparedStore:
-    """A store that writes nothing: each value is compared with the recorded one, and counted in the
-    tally of its variable.
-    """
-
-    committed = 0
-
-    def __init__(
-        self, run: Run, recorded: Mapping[str, xr.Variable], tally_of: Callable[[str], Tally | None]
-    ):
-        self._run, self._recorded, self._tally_of = run, recorded, tally_of
-        self.annotations: dict[str, Any] = {}
-
-    @property
-    def attributes(self) -> Mapping[str, Any]:
-        return self._run.attributes
-
-    def annotate(self, **attributes: Any) -> None:
-        self.annotations.update(attributes)
-
-    def read(self, path: str, at: Any = ...) -> np.ndarray:
-        return np.asarray(
-            self._recorded[path].values if at is ... else self._recorded[path][at].values
-        )
-
-    def write(self, path: str, value: Any, at: Any = ...) -> None:
-        tally = self._tally_of(path)
-        if tally is None or (path.startswith("preview/") and not len(self._run.steps)):
-            return
-        try:
-            stored = self.read(path, at)
-        except DAMAGE as error:
-            tally.fail(f"{path} cannot be read: {first_line(error)[:200]}")
-            return
-        made, where = (
-            np.asarray(value),
-            path if at is ... else f"{path}, step {self._step_of(path, at)}",
-        )
-        if made.shape != stored.shape:
-            tally.fail(f"{where} is {stored.shape}, not {made.shape}")
-        elif stored.dtype == np.uint8 and path.rpartition("/")[2] in ("final", "picture"):
-            tally.add(_pixels_apart(made, stored), where)
-        else:
-            tally.add(apart(made.astype(stored.dtype), stored), where)
-
-    def write_step(self, step: int, values: Callable[[], Mapping[str, np.ndarray]], _: int) -> None:
-        for path, value in values().items():
-            self.write(path, value, step)
-
-    def flush(self) -> None:
-        pass
-
-    def _step_of(self, path: str, at: int) -> int:
-        return int(self._recorded["decoded/decoded_step"][at]) if path == "decoded/picture" else at
-
-
-class AttentionWitness:
-    """What attention layers multiply, and what leaves them.
-
-    `take` gives a layer's softmax(q k) and how far its output is from it.
-    """
-
-    def __init__(self, layers: dict[str, Any]):
-        self._layers = layers
-        self._seen: dict[str, dict[str, torch.Tensor]] = {path: {} for path in layers}
-
-    def watches(self) -> list[Watch]:
-        parts = {
-            path: {"q": m.to_q, "k": m.to_k, "v": m.to_v, "out": m.to_out[0]}
-            for path, m in self._layers.items()
-        }
-        return [
-            (part, "output", self._keep(path, name))
-            for path, named in parts.items()
-            for name, part in named.items()
-        ]
-
-    def _keep(self, path: str, name: str) -> Any:
-        def hook(output: torch.Tensor) -> None:
-            self._seen[path][name] = output.detach()
-
-        return hook
-
-    def take(self, path: str, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, float]:
-        """softmax(q k) (row, head, pixel, key) float32, q (row, head, pixel, feature), and
-        softmax(q k) v against the output.
-        """
-        module, seen = self._layers[path], self._seen[path]
-        with torch.no_grad():
-            q, k, v = (
-                seen[name][rows].unflatten(-1, (module.heads, -1)).transpose(1, 2).float()
-                for name in "qkv"
-            )
-            shares = (q @ k.transpose(-1, -2) * module.scale).softmax(-1)
-            mixed = (shares @ v).transpose(1, 2).flatten(2).to(seen["out"].dtype)
-            made = module.to_out[0].forward(mixed)  # not a call: that would be seen by the hooks
-        off = apart(numbers(made), numbers(seen["out"][rows]))
-        return numbers(shares), numbers(q), off
-
-
-def _pixels_apart(found: np.ndarray, recorded: np.ndarray) -> float:
-    """How far pictures are apart, of their range: the mean over a picture, or an eighth of that
-    over its worst patch.
-
-    *Shape:* both (image, y, x, rgb) uint8. A patch is `PATCH` x `PATCH` pixels: what is painted
-    over is not averaged away.
-    """
-    off = np.abs(found.astype(np.float32) - recorded).mean(axis=-1) / 255
-    (images, y, x), pad = off.shape, [(0, 0), *((0, -side % PATCH) for side in off.shape[1:])]
-    patches = np.pad(off, pad).reshape(images, -(-y // PATCH), PATCH, -(-x // PATCH), PATCH)
-    return float(max(off.mean(), patches.mean(axis=(2, 4)).max() / 8))

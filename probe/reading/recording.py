@@ -14,8 +14,6 @@ import contextlib
 import functools
 import html
 import os
-import re
-import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,21 +38,14 @@ from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.format.attributes import Attributes, attributes_of
 from probe.format.schema import near
 from probe.public import warn_renamed
-from probe.reading import archives, sample
 from probe.reading.attention import Attention, Indices, places
 from probe.reading.files import read_file, refuse
+from probe.reading.finding import find_run
 from probe.reading.lazy import open_tree
-from probe.reading.listing import (
-    list_runs,
-    picture_and_sampling,
-    recordings_in,
-    root_attributes,
-    status_of,
-)
+from probe.reading.listing import picture_and_sampling, root_attributes, status_of
 from probe.settings.experiment import Experiment, load_experiment
 from probe.settings.fields import place
 from probe.settings.noising import Noising, load_noising
-from probe.system import exists
 from probe.text import printable
 from probe.writing.digests import flags_are_lost
 from probe.writing.files import check_place, storing
@@ -463,74 +454,6 @@ def with_files(run: Run) -> Run:
 def _check_branch(branch: object) -> None:
     if branch is not None:
         branch_name(branch, "None (what the scheduler got), ")
-
-
-# --- finding --------------------------------------------------------------------------------------
-
-
-def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
-    """The path of a recording: a path, "latest", "sample", or the beginning of a name in `runs`; a
-    zip file's is that of a copy.
-
-    Raises RecordingNotFound, RecordingDamaged for a zip file that is not sound,
-    RecordingUnreadable.
-    """
-    path = _as_path(str(name))
-    if exists(path / "zarr.json"):
-        return path
-    if path.name == "zarr.json" and exists(path):
-        return path.parent
-    if path.suffix == ".zip" and exists(path):
-        return archives.unpacked(path, sample.cache_folder())
-    if path.suffix == ".zarr" and exists(
-        path / path.name / "zarr.json"
-    ):  # unpacked into a folder of its own name
-        return path / path.name
-    if str(name) == sample.NAME:
-        return sample.unpacked()
-    if str(name) == "latest":
-        rows = list_runs(runs)
-        paths = [path for path, attributes in rows if attributes] or [path for path, _ in rows]
-    else:
-        paths = recordings_in(runs)
-    if not paths:
-        raise RecordingNotFound(
-            f"There is no recording in {runs}.", "Make one: python -m probe.run"
-        )
-    if str(name) == "latest":
-        return paths[0]
-    start = str(path.relative_to(runs) if path.is_relative_to(runs) else path)
-    found = sorted(path for path in paths if path.name.startswith(start))
-    if len(found) == 1:
-        return found[0]
-    names = sorted(path.name.removesuffix(".zarr") for path in paths)
-    if not found:
-        raise RecordingNotFound(
-            f"No recording in {runs} begins with {str(name)!r}.", near(str(name), names)
-        )
-    raise RecordingNotFound(
-        f"{len(found)} recordings begin with {str(name)!r}.",
-        f"Say more of the name: {', '.join(p.name for p in found[:4])}.",
-    )
-
-
-def _as_path(name: str) -> Path:
-    """The path that a text names; also as file:///home/me/x.zarr.
-
-    Raises RecordingNotFound for an address elsewhere.
-    """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", name)
-    if scheme is None:
-        return Path(name)
-    address = urllib.parse.urlsplit(name)
-    if address.scheme == "file" and address.netloc in ("", "localhost"):
-        from urllib.request import url2pathname  # costs 15 ms, and few need it
-
-        return Path(url2pathname(address.path))
-    raise RecordingNotFound(
-        f"{name!r} is an address, and recordings are read from a disk.",
-        "Copy it here, and give the path of the copy.",
-    )
 
 
 def open_run(name: str | Path = "latest", runs: str | Path = "runs") -> Run:

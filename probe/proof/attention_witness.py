@@ -1,0 +1,60 @@
+"""Attention computed by hand from what the layers multiply, in a way of its own.
+
+`probe.watching` computes the recorded maps; a fault of its own would not show in itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from probe.proof.map_checks import apart
+from probe.proof.replay import numbers
+from probe.watching.hooks import Watch
+
+
+class AttentionWitness:
+    """What attention layers multiply, and what leaves them.
+
+    `take` gives a layer's softmax(q k) and how far its output is from it.
+    """
+
+    def __init__(self, layers: dict[str, Any]):
+        self._layers = layers
+        self._seen: dict[str, dict[str, torch.Tensor]] = {path: {} for path in layers}
+
+    def watches(self) -> list[Watch]:
+        parts = {
+            path: {"q": m.to_q, "k": m.to_k, "v": m.to_v, "out": m.to_out[0]}
+            for path, m in self._layers.items()
+        }
+        return [
+            (part, "output", self._keep(path, name))
+            for path, named in parts.items()
+            for name, part in named.items()
+        ]
+
+    def _keep(self, path: str, name: str) -> Any:
+        def hook(output: torch.Tensor) -> None:
+            self._seen[path][name] = output.detach()
+
+        return hook
+
+    def take(self, path: str, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, float]:
+        """softmax(q k) (row, head, pixel, key) float32, q (row, head, pixel, feature), and
+        softmax(q k) v against the output.
+        """
+        module, seen = self._layers[path], self._seen[path]
+        with torch.no_grad():
+            q, k, v = (
+                seen[name][rows].unflatten(-1, (module.heads, -1)).transpose(1, 2).float()
+                for name in "qkv"
+            )
+            shares = (q @ k.transpose(-1, -2) * module.scale).softmax(-1)
+            mixed = (shares @ v).transpose(1, 2).flatten(2).to(seen["out"].dtype)
+            made = module.to_out[0].forward(mixed)  # not a call: that would be seen by the hooks
+        off = apart(numbers(made), numbers(seen["out"][rows]))
+        return numbers(shares), numbers(q), off
