@@ -18,7 +18,7 @@ from tiny_runs import take
 from xarray.core import indexing
 
 from probe.errors import RecordingDamaged, RecordingNotFound
-from probe.format.schema import SCHEMA
+from probe.format.variables import SCHEMA
 from probe.proof.checks import DAMAGE, check_manifest
 from probe.proof.verdict import verify
 from probe.reading.lazy import Untrusting, Values

@@ -14,7 +14,8 @@ import zarr
 
 from probe.format import dimensions, schema
 from probe.format.attributes import Attributes
-from probe.format.schema import SCHEMA, Variable, array
+from probe.format.schema import array
+from probe.format.variables import SCHEMA, Variable
 from probe.proof.unknown import check_unknown
 from probe.reading.recording import Run
 from probe.running.recorder import record, record_noising

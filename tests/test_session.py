@@ -18,7 +18,8 @@ from probe.diffusion.family import Family, Predictions
 from probe.diffusion.sampling import Step
 from probe.diffusion.sd import StableDiffusion
 from probe.format import schema
-from probe.format.schema import Array, Variable, array
+from probe.format.schema import Array, array
+from probe.format.variables import SCHEMA, Variable
 from probe.proof import schema_checks
 from probe.proof.verdict import verify
 from probe.reading.compare import compare
@@ -140,7 +141,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> None:
         "clock", "embedding", ("step", "feature"), "float32", "what the UNet makes of t"
     )
     for module in (schema, schema_checks):
-        monkeypatch.setattr(module, "SCHEMA", (*schema.SCHEMA, entry))
+        monkeypatch.setattr(module, "SCHEMA", (*SCHEMA, entry))
     monkeypatch.setitem(schema._BY_NAME, ("clock", "embedding"), entry)
     monkeypatch.setattr(planning, "CAPTURES", (*planning.CAPTURES, (TimeEmbedding, lambda _: True)))
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from probe.format.schema import PICTURE, REST, SCHEMA
+from probe.format.schema import PICTURE, REST
+from probe.format.variables import SCHEMA
 
 DIMENSIONS: dict[str, str] = {
     "step": "model calls, in the order of the loop; as long in every group",

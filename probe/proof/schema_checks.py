@@ -13,7 +13,8 @@ import numpy as np
 import xarray as xr
 
 from probe.format.dimensions import FAMILIES, POOLED, TEXT_ENCODERS, ZEROED
-from probe.format.schema import HEAD_STATISTICS, MOMENTS, SCHEMA, STATISTICS, Asked, array
+from probe.format.schema import HEAD_STATISTICS, MOMENTS, STATISTICS, array
+from probe.format.variables import SCHEMA, Asked
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
 from probe.settings.experiment import Experiment, load_experiment
