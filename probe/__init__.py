@@ -64,8 +64,10 @@ if TYPE_CHECKING:
     from probe.running.session import (
         Session,
     )
-    from probe.settings.experiment import (
+    from probe.settings.capture import (
         CaptureOptions,
+    )
+    from probe.settings.experiment import (
         Experiment,
         load_experiment,
     )
@@ -93,7 +95,7 @@ _HOMES = {
     "StoreError": "probe.errors",
     "TooLarge": "probe.errors",
     "UserError": "probe.errors",
-    "CaptureOptions": "probe.settings.experiment",
+    "CaptureOptions": "probe.settings.capture",
     "Experiment": "probe.settings.experiment",
     "load_experiment": "probe.settings.experiment",
     "Noising": "probe.settings.noising",

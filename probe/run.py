@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from probe.errors import ExperimentError
 from probe.output import rows, say, say_json, tell
-from probe.settings.experiment import Experiment, Recipe, load_experiment
+from probe.settings.experiment import Experiment, load_experiment
+from probe.settings.recipe import Recipe
 from probe.terminal import (
     Parser,
     add_fields,

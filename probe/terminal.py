@@ -23,8 +23,10 @@ from typing import Any, NoReturn, get_args
 from probe import output, stopping
 from probe.errors import ProbeError
 from probe.output import say, tell
-from probe.settings.experiment import CaptureOptions, Experiment, Recipe
+from probe.settings.capture import CaptureOptions
+from probe.settings.experiment import Experiment
 from probe.settings.fields import home
+from probe.settings.recipe import Recipe
 from probe.settings.strict_yaml import read_yaml
 from probe.system import REMEDY, check_here
 

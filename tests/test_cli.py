@@ -38,7 +38,8 @@ from probe.reading.recording import Run, open_run
 from probe.run import say_where
 from probe.running import recorder
 from probe.running.recorder import record
-from probe.settings.experiment import CaptureOptions, Experiment, load_experiment
+from probe.settings.capture import CaptureOptions
+from probe.settings.experiment import Experiment, load_experiment
 from probe.terminal import guarded, overrides, shell_path, without_home
 from probe.writing.chunks import StepFiles
 from probe.writing.store import RunWriter

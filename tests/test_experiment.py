@@ -17,15 +17,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from probe.errors import ExperimentError
-from probe.settings.experiment import (
-    LARGEST,
-    CaptureOptions,
-    Experiment,
-    load_experiment,
-    parse_experiment,
-    read_yaml,
-)
+from probe.settings.capture import CaptureOptions
+from probe.settings.experiment import Experiment, load_experiment, parse_experiment
 from probe.settings.fields import SCHEDULERS
+from probe.settings.strict_yaml import LARGEST, read_yaml
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probe.errors import ExperimentError
-from probe.settings.experiment import CaptureOptions, Experiment, load_experiment, parse_experiment
+from probe.settings.capture import CaptureOptions
+from probe.settings.experiment import Experiment, load_experiment, parse_experiment
 from probe.settings.noising import load_noising
 
 FIELDS = [

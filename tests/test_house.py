@@ -56,6 +56,8 @@ LAYERS = [
     ("probe.format.dimensions",),
     ("probe.settings.fields",),
     ("probe.settings.pictures", "probe.arguments"),
+    ("probe.settings.capture",),
+    ("probe.settings.recipe", "probe.settings.loading"),
     ("probe.settings.experiment",),
     ("probe.settings.noising",),
     ("probe.writing.background", "probe.writing.files"),

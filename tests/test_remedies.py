@@ -18,7 +18,8 @@ import pytest
 
 from probe import cli, errors
 from probe.settings import experiment
-from probe.settings.experiment import CaptureOptions, Experiment
+from probe.settings.capture import CaptureOptions
+from probe.settings.experiment import Experiment
 from probe.settings.noising import Noising
 from probe.terminal import guarded
 from tasks import COMMANDS

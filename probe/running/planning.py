@@ -20,9 +20,10 @@ from probe.diffusion.schedule_check import held_schedule, recorded_schedule, rem
 from probe.diffusion.support import refuse_pictures
 from probe.errors import ExperimentError, TooLarge
 from probe.reading.recording import Run
-from probe.settings.experiment import Experiment, Recipe
+from probe.settings.experiment import Experiment
 from probe.settings.noising import Noising, load_recipe
 from probe.settings.pictures import checked_masks, checked_picture, read_masks, read_picture
+from probe.settings.recipe import Recipe
 from probe.text import first_line
 from probe.watching.cost import Cost
 from probe.watching.counterfactual import Counterfactual, chosen_words

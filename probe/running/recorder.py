@@ -39,9 +39,10 @@ from probe.running.description import describe
 from probe.running.perform import perform
 from probe.running.planning import check_size, free_room, plan, recorded_masks, replan, size_text
 from probe.running.session import Say
-from probe.settings.experiment import Experiment, Recipe
+from probe.settings.experiment import Experiment
 from probe.settings.fields import from_home, place
 from probe.settings.noising import Noising, load_noising, load_recipe
+from probe.settings.recipe import Recipe
 from probe.stopping import breakable, cleanly
 from probe.system import exists
 from probe.terminal import shell_path, without_home

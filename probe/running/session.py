@@ -28,7 +28,7 @@ from probe.diffusion.family import TEXT, Arguments, Conditioning, Family
 from probe.diffusion.parts import count_not_finite
 from probe.diffusion.sampling import Step
 from probe.errors import NotFinite, StoreError
-from probe.settings.experiment import Recipe
+from probe.settings.recipe import Recipe
 from probe.watching.hooks import Hooks
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, hooked
 from probe.watching.source import note_memory_format

@@ -19,9 +19,11 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from probe.errors import ExperimentError
-from probe.settings.experiment import Experiment, Recipe, load_experiment, load_settings
+from probe.settings.experiment import Experiment, load_experiment
 from probe.settings.experiment import table as fields_table
 from probe.settings.fields import Place, Places, Prompt
+from probe.settings.loading import load_settings
+from probe.settings.recipe import Recipe
 from probe.text import shown
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from probe.format.schema import FORMAT_VERSION, Array
-from probe.settings.experiment import Experiment, Recipe
+from probe.settings.experiment import Experiment
 from probe.settings.noising import Noising
+from probe.settings.recipe import Recipe
 from probe.watching.hooks import Hooks, Watch
 
 if TYPE_CHECKING:

@@ -1,0 +1,201 @@
+"""Settings of any kind from a YAML file, a mapping or a value, with changes on top.
+
+What does not fit is an `ExperimentError` that names the field, what was given, and the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from probe.errors import ExperimentError
+from probe.settings.capture import CaptureOptions
+from probe.settings.fields import Strict
+from probe.settings.strict_yaml import read_text, read_yaml
+from probe.text import UNCLEAN, did_you_mean, printable, shorten, shown
+
+Settings = TypeVar("Settings", bound=Strict)
+
+
+def load_settings(
+    kind: type[Settings],
+    source: str | Path | Mapping[str, Any] | Settings,
+    where: str,
+    **overrides: Any,
+) -> Settings:
+    """Settings of any kind, as `load_experiment` reads an experiment; `where` is what errors call a
+    mapping.
+    """
+    if isinstance(source, kind):
+        found = source
+    elif isinstance(source, Mapping):
+        found = validate(kind, _merge({}, source), where)
+    else:
+        path = Path(str(source))
+        found = validate(kind, read_yaml(read_text(path), str(path)), printable(str(path)))
+    return validate(kind, _merge(found.model_dump(mode="json"), overrides)) if overrides else found
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in changes.items():
+        if not isinstance(name, str) or UNCLEAN.search(name):
+            raise ExperimentError(
+                f"{shown(name)}: this is not a field's name", "Fields are named by plain text."
+            )
+        first, dot, rest = name.partition(".")
+        if dot and not (first and rest):
+            raise ExperimentError(
+                f"{shown(name)}: this is not a field's name",
+                "Write the group and the field, such as capture.text.",
+            )
+        nested = {rest: value} if rest else value
+        if rest or (name == "capture" and isinstance(value, Mapping)):
+            below = base.get(first)
+            below = (
+                below.model_dump()
+                if isinstance(below, BaseModel)
+                else dict(below)
+                if isinstance(below, Mapping)
+                else {}
+            )
+            # Only the fields of `capture` are dotted further: a scheduler's option may have any
+            # name.
+            nested = _merge(below, nested) if first == "capture" else below | nested
+        base[first] = nested
+    return base
+
+
+def validate(kind: type[Settings], data: Mapping[str, Any], where: str = "") -> Settings:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as problem:
+        every = problem.errors(include_input=False, include_url=False)
+        # A list with a bad item is also "too short": keep the errors with none below them.
+        above = {one["loc"][:-1] for one in every}
+        errors = [one for one in every if one["loc"] not in above]
+        # An unknown field comes first: it is a likelier slip than a wrong value, and the reason for
+        # others.
+        first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+        cause, remedy = _explain(kind, first, data)
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise ExperimentError(
+            f"{where}: {cause}{more}" if where else f"{cause}{more}", remedy
+        ) from None
+
+
+# Arguments of a diffusers pipeline that no experiment has, and what to do instead.
+NOT_HERE = {
+    **dict.fromkeys(
+        ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds"),
+        "Write the text as prompt: embeddings have no words.",
+    ),
+    **dict.fromkeys(
+        ("negative_prompt_embeds", "negative_pooled_prompt_embeds"),
+        "Write the text as negative_prompt: embeddings have no words.",
+    ),
+    **dict.fromkeys(("latents", "generator"), "Set seed: the noise is drawn from it."),
+    **dict.fromkeys(
+        ("ip_adapter_image", "ip_adapter_image_embeds"),
+        "Leave it out: IP-Adapters are not recorded.",
+    ),
+    **dict.fromkeys(
+        ("clip_skip", "cross_attention_kwargs", "sigmas"), "Leave it out: it is not supported."
+    ),
+    **dict.fromkeys(
+        ("callback_on_step_end", "callback", "output_type", "return_dict"),
+        "Leave it out: every step is in the recording.",
+    ),
+    "num_images_per_prompt": "Write images.",
+}
+
+KINDS = {
+    "int_type": ("a whole number", "Write a whole number, without quotes or a point."),
+    "float_type": ("a number", "Write a number, without quotes."),
+    "finite_number": ("finite", "Write a finite number."),
+    "bool_type": ("true or false", "Write true or false."),
+    "string_type": ("text", 'Write text, in quotes: "..."'),
+    "string_unicode": ("text", 'Write text, in quotes: "..."'),
+    "tuple_type": ("a list", 'Write a list: ["..."]'),
+    "dict_type": ("a mapping", "Write names and values below it, or delete it."),
+    "model_type": ("a mapping", "Write its fields below it, or delete it."),
+}
+
+
+def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
+    """A pydantic error as one line of cause and one of remedy."""
+    kind, place, context = (
+        error["type"],
+        tuple(key for key in error["loc"] if key != "[key]"),
+        error.get("ctx", {}),
+    )
+    field = "".join(
+        f"[{key}]" if isinstance(key, int) else f".{shorten(printable(key))}" for key in place
+    ).removeprefix(".")
+    if isinstance(context.get("error"), ExperimentError):
+        return f"{field}: {context['error'].cause}", context["error"].remedy
+    names = [*settings.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
+    if kind == "extra_forbidden":
+        if (
+            getattr(settings, "kind", "") == "generation"
+            and "timesteps" in data
+            and "caption" in data
+        ):
+            return (
+                f"{field}: this is a noising, not an experiment",
+                "Run it with python -m probe.noising FILE.",
+            )
+        inside = place[0] == "capture" and len(place) > 1
+        spellings = {
+            name.rpartition(".")[2]: name
+            for name in sorted(names, key=lambda name: ("." in name) == inside)
+        }
+        here = (CaptureOptions if inside else settings).model_fields
+        if not inside and (instead := NOT_HERE.get(str(place[-1]))):
+            return f"{field}: this argument of diffusers' pipelines has no field here", instead
+        elsewhere = {
+            "num_inference_steps": "steps",
+            "cfg": "guidance_scale",
+            "cfg_scale": "guidance_scale",
+            "sampler": "scheduler",
+        }
+        elsewhere = {word: name for word, name in elsewhere.items() if name in names}
+        return f"{field}: unknown field", did_you_mean(
+            str(place[-1]), elsewhere | spellings
+        ) or f"The fields here are {', '.join(here)}."
+    value: Any = data
+    with contextlib.suppress(LookupError, TypeError, AttributeError):
+        for key in place:
+            value = getattr(value, key) if isinstance(value, BaseModel) else value[key]
+    given = shown(value)
+    model, name = (
+        (CaptureOptions, place[1])
+        if place[0] == "capture" and len(place) > 1
+        else (settings, place[0])
+    )
+    declared = model.model_fields[str(name)]
+    if kind in KINDS:
+        return f"{field}: {given} is not {KINDS[kind][0]}", KINDS[kind][1]
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bounds = {
+            key: getattr(item, key)
+            for item in declared.metadata
+            for key in ("ge", "le")
+            if hasattr(item, key)
+        }
+        problem = "less than {ge}" if kind == "greater_than_equal" else "more than {le}"
+        return (
+            f"{field}: {given} is {problem.format(**context)}",
+            "Write a number from {ge} to {le}.".format(**bounds),
+        )
+    if kind == "literal_error":
+        options = re.findall(r"'(\w+)'", context["expected"])
+        meant = did_you_mean(given.strip("'"), {item: item for item in options})
+        return f"{field}: {given} is not one of {', '.join(options)}", meant or "Write one of them."
+    if kind.endswith("too_long"):
+        return f"{field}: {given} is too long", f"At most {context['max_length']} fit here."
+    return f"{field}: {given} does not fit", declared.description or ""

@@ -1,0 +1,167 @@
+"""What any recording is asked for: the model, where it runs, what is recorded, and where it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, JsonValue
+from pydantic.fields import FieldInfo
+
+from probe.settings.capture import CaptureOptions
+from probe.settings.fields import Line, Place, Revision, Strict
+from probe.settings.strict_yaml import LARGEST
+
+
+class Recipe(Strict):
+    """What is asked of any recording: the model, where it runs, what is recorded, and where that is
+    written.
+
+    Final kinds are `Experiment`, which draws pictures, and `probe.settings.noising.Noising`, which
+    adds noise to one.
+    """
+
+    kind: ClassVar[str]  # as the attribute `kind` of a recording
+    across: ClassVar[str]  # the dimension of what the model is given side by side
+
+    name: str = Field(
+        default="",
+        pattern=r"^[a-z0-9-]{0,60}$",
+        description="Name of the recording: up to 60 of a-z, 0-9 and -; empty: made of the text.",
+    )
+    model: Place = Field(
+        default="emojiworld",
+        description="The model: emojiworld (bundled), a Hugging Face id, a diffusers directory, "
+        "or one .safetensors file.",
+    )
+    revision: Revision = Field(
+        default=None,
+        description="Commit, tag or branch of a Hugging Face model; none: its main branch.",
+    )
+    variant: Line | None = Field(
+        default=None,
+        description="Which of a model's weight files, such as fp16; none: the plain ones.",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="Number format: float32, float16 or bfloat16; auto: float16 on CUDA, float32 "
+        "elsewhere.",
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$",
+        description="Where the model runs: auto, cpu, cuda, cuda:N or mps.",
+    )
+    over_long: Literal["error", "cut"] = Field(
+        default="error",
+        description="A text with more tokens than the model reads: error, or cut what does not "
+        "fit.",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=LARGEST,
+        description="Seed of the first noise: the same seed and fields, the same bits. Picture or "
+        "draw i, from 0, has seed + i.",
+    )
+    height: int | None = Field(
+        default=None,
+        ge=8,
+        le=4096,
+        description="Height of the picture in pixels; none: the model's own.",
+    )
+    width: int | None = Field(
+        default=None,
+        ge=8,
+        le=4096,
+        description="Width of the picture in pixels; none: the model's own.",
+    )
+    capture: CaptureOptions = Field(
+        default_factory=CaptureOptions, description="What is recorded on the way."
+    )
+    on_nan: Literal["stop", "record"] = Field(
+        default="stop",
+        description="When a number is not finite: stop and keep the steps, or record it (a pixel "
+        "as 0).",
+    )
+    durability: Literal["step", "run", "none"] = Field(
+        default="run",
+        description="What stays after a power cut: step, every step once it is written; run, a "
+        "complete recording; none, what the system likes.",
+    )
+    output: Place = Field(default="runs", description="Folder that recordings are written to.")
+
+    @property
+    @abstractmethod
+    def texts(self) -> dict[str, str]:
+        """The text of each branch that the model computes, uncond first."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many latents the model is given side by side: their length along `across`."""
+
+    @property
+    @abstractmethod
+    def sampler(self) -> tuple[str, dict[str, Any]]:
+        """The scheduler by our name, and its options by diffusers' names."""
+
+    @property
+    @abstractmethod
+    def guidance(self) -> tuple[float, float]:
+        """Scale and rescale of guidance; (1, 0) is none."""
+
+    @property
+    @abstractmethod
+    def decoded_every(self) -> int:
+        """Decode the latents of every so many steps; 0: of none."""
+
+    @property
+    def run_name(self) -> str:
+        """`name`, or else the prompt as a slug of at most 40 characters:
+        "an-astronaut-scuba-diving".
+        """
+        ascii_only = (
+            unicodedata.normalize("NFKD", self.texts["cond"])
+            .encode("ascii", "ignore")
+            .decode()
+            .lower()
+        )
+        slug = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")
+        return (
+            self.name
+            or (slug if len(slug) <= 40 else slug[:41].rpartition("-")[0] or slug[:40])
+            or "run"
+        )
+
+    def resolved(self) -> dict[str, JsonValue]:
+        """Every field as plain JSON; the same kind of recipe, made from it, is equal."""
+        return self.model_dump(mode="json")
+
+    def identity(self) -> str:
+        """8 hex characters of what was asked, whatever the run is called and wherever it is
+        written.
+        """
+        asked = {key: value for key, value in self.resolved().items() if key not in self.not_asked}
+        return hashlib.sha256(
+            json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()[:8]
+
+    @property
+    def not_asked(self) -> tuple[str, ...]:
+        """Fields that change nothing that is recorded."""
+        return ("name", "output", "durability")
+
+    @classmethod
+    def ordered_fields(cls) -> dict[str, FieldInfo]:
+        """The fields of one kind alone, then those that every kind has."""
+        own = {
+            name: field
+            for name, field in cls.model_fields.items()
+            if name not in Recipe.model_fields
+        }
+        return own | cls.model_fields
