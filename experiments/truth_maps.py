@@ -33,7 +33,7 @@ from probe.running.perform import ask_noised
 from probe.settings.experiment import Experiment
 from probe.watching.counterfactual import embeddings_without, word_changes
 from probe.watching.cross_attention import CrossAttention
-from probe.watching.interface import Kept, Plan, Rows, grid_group, hooked
+from probe.watching.interface import KeptTokens, Plan, Rows, grid_group, hooked
 from probe.watching.rehearsal import rehearse
 from probe.watching.source import noised
 from probe.watching.text_side import TextSide
@@ -126,7 +126,7 @@ def look(
         rehearsal=rehearsal,
         latent_shape=(1, *clean.shape[1:]),
         rows=Rows(("cond",), ("cond",), 1),
-        kept=Kept(prompt.end, int(prompt.ids.shape[1])),
+        kept=KeptTokens(prompt.end, int(prompt.ids.shape[1])),
         layers=rehearsal.grids,
         self_layers={},
         words={},

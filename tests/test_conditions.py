@@ -32,7 +32,7 @@ from probe.errors import CaptureError, ExperimentError, ModelError
 from probe.running.planning import plan
 from probe.settings.experiment import Experiment
 from probe.watching import conditions
-from probe.watching.conditions import PLAIN, Witness, is_plain
+from probe.watching.conditions import PLAIN, ProcessorWitness, is_plain
 from probe.watching.cross_attention import CrossAttention
 from probe.watching.interface import hooked
 from probe.watching.rehearsal import cross_attention
@@ -370,7 +370,7 @@ def test_the_witness_believes_the_usual_processor_in_any_dtype_and_no_other(
     ):
         pipe.unet.set_attn_processor(processor)
         with mock.patch.object(conditions, "is_plain", return_value=False):
-            witness = Witness(cross_attention(pipe.unet), [1])
+            witness = ProcessorWitness(cross_attention(pipe.unet), [1])
         with hooked(witness):
             if fails:
                 with pytest.raises(CaptureError, match="does not compute"):
@@ -399,7 +399,7 @@ def test_known_processors_are_those_of_diffusers_and_cost_nothing() -> None:
         assert source.count("attn.to_q(") == source.count("attn.to_k(") == 1
     layers = cross_attention(tiny.pipeline().unet)
     assert all(is_plain(module) for module in layers.values())
-    assert Witness(layers, [0]).watches() == []
+    assert ProcessorWitness(layers, [0]).watches() == []
     for module in layers.values():
         module.set_processor(type("AttnProcessor2_0", (AttnProcessor2_0,), {})())
         assert not is_plain(module), "a class of the same name from elsewhere"

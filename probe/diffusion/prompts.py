@@ -1,7 +1,8 @@
 """A prompt as a model reads it: token ids, their texts, and the words that they spell.
 
     prompt = read_prompt(tokenizer, "a cat's hat", convert=pipeline.maybe_convert_prompt)
-    prompt.words, prompt.spans                     # ("a", "cat's", "hat"), {0: [1], 1: [2, 3], 2: [4]}
+    prompt.words                                   # ("a", "cat's", "hat")
+    prompt.spans                                   # {0: [1], 1: [2, 3], 2: [4]}
 
 The words are those of `probe.words`, each with every token that reads a part of it. A token that
 was added to a tokenizer, as textual inversion does, is a word of its own, with all its vectors:
@@ -24,7 +25,7 @@ from probe.words import APOSTROPHES, RULES, word_spans
 
 Convert = Callable[[str, Any], str]
 OverLong = Literal["error", "cut"]
-Token = tuple[int, int]  # of the text, where what it reads begins and ends
+Token = tuple[int, int]  # where in the text a token begins and ends
 
 # The characters by which byte-level tokenizers show bytes (the alphabet of GPT-2).
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -35,12 +36,12 @@ BYTES = {chr(byte): byte for byte in _SHOWN} | {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model reads it: 77 tokens, their texts, and which word each belongs to (-1:
-    none).
+    """A prompt as the model reads it: its tokens, their texts and their words.
 
-    `text` is what was typed, `read_as` what the tokenizer got: textual inversion writes one word as
-    several. `cut` is the end of `read_as` that did not fit. `mask` is 1 for each token up to the
-    end, `rules` are those by which words were found.
+    `word_of` is the index of each token's word, -1 for none. `end` is the position of the token
+    that ends the prompt. `text` is what was typed, `read_as` what the tokenizer got: textual
+    inversion writes one word as several. `cut` is the end of `read_as` that did not fit. `mask` is
+    1 for each token up to the end. `rules` are those by which words were found.
 
     *Shape:* ids and mask (1, token).
     """
@@ -58,7 +59,7 @@ class Prompt:
 
     @property
     def spans(self) -> dict[int, list[int]]:
-        """Token positions of each word, by word index."""
+        """The token positions of each word, by the word's index."""
         return {
             w: [i for i, of in enumerate(self.word_of) if of == w] for w in range(len(self.words))
         }
@@ -72,82 +73,78 @@ def read_prompt(
     rules: int = RULES,
     padding_is_word: bool = True,
 ) -> Prompt:
-    """Tokenize a prompt as a pipeline does, after its `convert`. Raises PromptError when it is too
-    long or no text.
+    """Tokenize a prompt as a pipeline does, after its `convert`.
 
     A padding token that is typed, as the "!" of some models, is a word of its own, unless
     `padding_is_word` is false. `rules` 1 gives tokens and words as the first recordings have them,
-    which never converted a prompt.
+    which never converted a prompt. Raise PromptError for a prompt that is too long or no text.
     """
     limit = int(tokenizer.model_max_length)
     _refuse_half_characters(text)
-    # The conversion counts tokens, and warns of "indexing errors" where there are many: they are
-    # cut or refused below.
+    # The conversion warns of "indexing errors" where there are many tokens: they are cut or refused
+    # below.
     with unsaid(
         "transformers.tokenization_utils_base",
         "Running this sequence through the model will result in indexing errors",
     ):
         read_as = text if convert is None or rules == 1 else convert(text, tokenizer)
-    whole = tokenizer(read_as, return_offsets_mapping=True, truncation=False, verbose=False)
+    uncut = tokenizer(read_as, return_offsets_mapping=True, truncation=False, verbose=False)
     cut = ""
-    if len(whole.input_ids) > limit:
-        cut = read_as[whole["offset_mapping"][limit - 1][0] :]
+    if len(uncut.input_ids) > limit:
+        cut = read_as[uncut["offset_mapping"][limit - 1][0] :]
         if over_long == "error":
             raise PromptError(
-                f"The prompt has {len(whole.input_ids)} tokens, {limit} is the most; it would "
+                f"The prompt has {len(uncut.input_ids)} tokens, {limit} is the most; it would "
                 f"lose {cut[:80]!r}.",
                 "Shorten it, or set over_long: cut.",
             )
-    options = {"padding": "max_length", "max_length": limit, "truncation": True}
     encoded = tokenizer(
         read_as,
-        **options,
+        padding="max_length",
+        max_length=limit,
+        truncation=True,
         return_offsets_mapping=True,
         return_attention_mask=True,
         return_tensors="pt",
     )
     offsets = encoded.pop("offset_mapping")[0].tolist()
-    end = min(len(whole.input_ids), limit) - 1
+    end = min(len(uncut.input_ids), limit) - 1
     ids = encoded.input_ids[0].tolist()
     pieces = [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
     if rules == 1:
         words, word_of = _first_words(read_as, offsets, end)
     else:
-        added = tokenizer.added_tokens_decoder
-        plain = None if padding_is_word else tokenizer.pad_token_id
-        inside = [
-            position
-            for position in range(1, end)
-            if ids[position] in added and ids[position] != plain
-        ]
-        words, word_of = _words(
-            read_as[: len(read_as) - len(cut)],
-            read_as,
-            offsets,
-            end,
-            {position: pieces[position] for position in inside},
-        )
-        if _is_of_bytes(tokenizer):
-            pieces = [
-                piece if id in added else token_text(piece)
-                for id, piece in zip(ids, pieces, strict=True)
-            ]
-    return Prompt(
-        text,
-        encoded.input_ids,
-        tuple(pieces),
-        words,
-        word_of,
-        end,
-        cut,
-        read_as,
-        encoded.attention_mask,
-        rules,
-    )
+        added = _added(tokenizer, ids[:end], pieces, padding_is_word)
+        uncut_text = read_as[: len(read_as) - len(cut)]
+        words, word_of = _words(uncut_text, read_as, offsets, end, added)
+        pieces = _readable(tokenizer, ids, pieces)
+    tokens, mask = tuple(pieces), encoded.attention_mask
+    return Prompt(text, encoded.input_ids, tokens, words, word_of, end, cut, read_as, mask, rules)
+
+
+def _added(
+    tokenizer: Any, ids: Sequence[int], pieces: Sequence[str], padding_is_word: bool
+) -> dict[int, str]:
+    """Return the tokens that were added to a tokenizer, by position; each is a word of its own."""
+    added = set(tokenizer.added_tokens_decoder)
+    if not padding_is_word:
+        added.discard(tokenizer.pad_token_id)
+    return {at: pieces[at] for at in range(1, len(ids)) if ids[at] in added}
+
+
+def _readable(tokenizer: Any, ids: Sequence[int], pieces: list[str]) -> list[str]:
+    """Return the texts of tokens, where a tokenizer of bytes shows each byte as a character."""
+    if not _is_of_bytes(tokenizer):
+        return pieces
+    added = tokenizer.added_tokens_decoder
+    return [
+        piece if number in added else token_text(piece)
+        for number, piece in zip(ids, pieces, strict=True)
+    ]
 
 
 def token_text(piece: str) -> str:
-    r"""The text of a byte-level token.
+    r"""Return the text of a byte-level token.
 
     Bytes that are only part of a character are shown as Python does: \xf0\x9f.
     """
@@ -157,25 +154,19 @@ def token_text(piece: str) -> str:
 
 
 def words_to_know(text: str, tokenizer: Any) -> list[str]:
-    """The words of a text that have to be in a model's vocabulary, in small letters, each once: of
-    "cat's", cat and s.
+    """Return the words of a text that must be in a model's vocabulary, in small letters, each once.
 
-    Words that were added to the tokenizer since are known.
+    "cat's" gives cat and s. Words that were added to the tokenizer are left out.
     """
     added = [
         token.content for token in tokenizer.added_tokens_decoder.values() if not token.special
     ]
     if added:
-        text = re.sub(
-            "|".join(map(re.escape, sorted(added, key=len, reverse=True))),
-            " ",
-            text,
-            flags=re.IGNORECASE,
-        )
+        any_of_them = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
+        text = re.sub(any_of_them, " ", text, flags=re.IGNORECASE)
     words = [text[start:end].lower() for start, end in word_spans(text)]
-    return list(
-        dict.fromkeys(part for word in words for part in re.split(f"[{APOSTROPHES}]", word))
-    )
+    parts = [part for word in words for part in re.split(f"[{APOSTROPHES}]", word)]
+    return list(dict.fromkeys(parts))
 
 
 def _refuse_half_characters(text: str) -> None:
@@ -192,7 +183,7 @@ def _is_of_bytes(tokenizer: Any) -> bool:
 
 
 def _trimmed(text: str, token: Sequence[int]) -> Token:
-    """Where a token's text begins and ends without the spaces around it."""
+    """Return where a token's text begins and ends, without the spaces around it."""
     start, end = token
     piece = text[start:end]
     return start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
@@ -201,11 +192,11 @@ def _trimmed(text: str, token: Sequence[int]) -> Token:
 def _words(
     read: str, text: str, offsets: Sequence[Sequence[int]], end: int, added: dict[int, str]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The words that the tokens between BOS and EOS (at `end`) read, and the word of each token.
+    """Return the words that the tokens before `end` read, and the index of each token's word.
 
-    `read` is what was not cut from the end of `text`, `added` are the tokens that are words of
-    their own. Words that one token reads together are one word. A word of which no whole character
-    was read is none.
+    `read` is the part of `text` that was not cut. `added` are the tokens that are words of their
+    own. Words that one token reads together are one word. A word of which no whole character was
+    read is none.
     """
     tokens = {position: _trimmed(text, offsets[position]) for position in range(1, end)}
     rest = list(text)
@@ -239,20 +230,21 @@ def _words(
         vectors = []
         if position not in touched:
             continue
-        whole = first[touched[position]]
-        label = read[starts[whole] : ends[last[whole]]]
-        if whole not in number and label:
-            number[whole] = len(words)
+        span = first[touched[position]]
+        label = read[starts[span] : ends[last[span]]]
+        if span not in number and label:
+            number[span] = len(words)
             words.append(label)
-        word_of[position] = number.get(whole, -1)
+        word_of[position] = number.get(span, -1)
     return tuple(words), tuple(word_of)
 
 
 def _first_words(
     text: str, offsets: Sequence[Sequence[int]], end: int
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Words by the first version of the rules: what letters, digits and apostrophes spell without a
-    gap between tokens.
+    """Return words by the first version of the rules, and the index of each token's word.
+
+    A word is what letters, digits and apostrophes spell without a gap between tokens.
     """
     words: list[str] = []
     word_of = [-1] * len(offsets)

@@ -30,24 +30,24 @@ def memory_formats(attributes: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def begun(model: Family, asked: Experiment, picture: np.ndarray) -> Start:
+def begun(model: Family, experiment: Experiment, picture: np.ndarray) -> Start:
     """Return where a run begins: latents of the picture, a sample for each image, then their
     noise.
     """
-    generators = seeded(asked.seed, asked.images)
+    generators = seeded(experiment.seed, experiment.images)
     clean = model.encode_picture(picture, generators)
     eps = model.begin(generators, *picture.shape[:2])
-    return Start(clean, eps, asked.strength, generators)
+    return Start(clean, eps, experiment.strength, generators)
 
 
-def restart(asked: Experiment, clean: torch.Tensor, encoded: bool) -> Start:
+def restart(experiment: Experiment, clean: torch.Tensor, encoded: bool) -> Start:
     """Return where a recorded run began: its latents as they are, its noise drawn anew.
 
     `encoded` is whether a VAE made the latents: its sample is drawn first, and dropped.
     """
-    generators = seeded(asked.seed, asked.images)
+    generators = seeded(experiment.seed, experiment.images)
     shape = tuple(clean.shape)
     if encoded:
         draw(generators, shape, clean.dtype)
     eps = draw(generators, shape, clean.dtype)
-    return Start(clean, eps.to(clean.device), asked.strength, generators)
+    return Start(clean, eps.to(clean.device), experiment.strength, generators)

@@ -1,4 +1,4 @@
-"""What a recording says of itself: its attributes, made before the first step."""
+"""Make the attributes of a recording before its first step."""
 
 from __future__ import annotations
 
@@ -17,40 +17,23 @@ from probe.watching.interface import Plan
 from probe.words import RULES
 
 
-def describe(model: Family, run: Plan, weights: str | None = None) -> dict[str, Any]:
-    """The recording's attributes: what was asked, of which model (`weights`: its digest, if it is
-    known), and where it ran.
-    """
-    import diffusers
-    import transformers
+def describe(model: Family, plan: Plan, weights: str | None = None) -> dict[str, Any]:
+    """Return a recording's attributes: its recipe, its model, and where it ran.
 
-    device = model.device
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    `weights` is the digest of the weights, if it is known.
+    """
+    exploding = plan.schedule.variance_exploding
+    prompts = plan.prompts.items()
+    read_as = {branch: p.read_as for branch, p in prompts if p.read_as != p.text}
     return {
         "format_version": FORMAT_VERSION,
         "format_status": FORMAT_STATUS,
         "family": model.family,
-        "guidance_rule": model.guidance_rule(run.recipe.guidance[0]),
-        "kind": run.recipe.kind,
-        "noising" if isinstance(run.recipe, Noising) else "experiment": run.recipe.resolved(),
-        "identity": run.recipe.identity(),
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-            "platform": platform.platform(terse=True),
-            "device": device.type,
-            "device_name": name,
-            "threads": torch.get_num_threads(),
-            "attention_backend": type(next(iter(model.unet.attn_processors.values()))).__name__,
-            "branches_batched": True,
-        },
+        "guidance_rule": model.guidance_rule(plan.recipe.guidance[0]),
+        "kind": plan.recipe.kind,
+        "noising" if isinstance(plan.recipe, Noising) else "experiment": plan.recipe.resolved(),
+        "identity": plan.recipe.identity(),
+        "environment": _environment(model),
         "model": {
             "name": model.name,
             "revision": model.revision,
@@ -64,40 +47,56 @@ def describe(model: Family, run: Plan, weights: str | None = None) -> dict[str, 
             "config": scheduler_config(model.scheduler),
         },
         "prediction_type": model.prediction_type,
-        "latent_convention": "variance_exploding"
-        if run.schedule.variance_exploding
-        else "variance_preserving",
+        "latent_convention": "variance_exploding" if exploding else "variance_preserving",
         "text_rules": RULES,
-        "read_as": {
-            branch: prompt.read_as
-            for branch, prompt in run.prompts.items()
-            if prompt.read_as != prompt.text
-        },
-        **_of_denoised(model, run),
-        "cut_from_prompt": {
-            branch: prompt.cut for branch, prompt in run.prompts.items() if prompt.cut
-        },
-        **({"zeroed_branches": list(run.zeroed_branches)} if run.zeroed_branches else {}),
+        "read_as": read_as,
+        **_of_denoised(model, plan),
+        "cut_from_prompt": {branch: prompt.cut for branch, prompt in prompts if prompt.cut},
+        **({"zeroed_branches": list(plan.zeroed_branches)} if plan.zeroed_branches else {}),
         "decoded_in_float32": model.decoding_dtype == torch.float32 != model.dtype,
     }
 
 
-def _of_denoised(model: Family, run: Plan) -> dict[str, Any]:
-    """Where denoised is not what the scheduler goes on with, and where it is not defined; nothing,
-    in most runs.
+def _environment(model: Family) -> dict[str, Any]:
+    """Return versions, device and threads: whatever may change the last bits."""
+    import diffusers
+    import transformers
+
+    device = model.device
+    on_cuda = device.type == "cuda"
+    cpu = platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(terse=True),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "threads": torch.get_num_threads(),
+        "attention_backend": type(next(iter(model.unet.attn_processors.values()))).__name__,
+        "branches_batched": True,
+    }
+
+
+def _of_denoised(model: Family, plan: Plan) -> dict[str, Any]:
+    """Return how the scheduler clips `denoised`, and the steps at which it is not defined.
+
+    Most runs have neither.
     """
     how = clipping(type(model.scheduler).__name__, model.scheduler.config)
-    undefined = list(run.schedule.undefined(model.prediction_type))
-    found: dict[str, Any] = {} if how is None else {"scheduler_clips": clipping_text(how)}
-    return {**found, **({"denoised_not_defined": undefined} if undefined else {})}
+    undefined = list(plan.schedule.undefined(model.prediction_type))
+    clips: dict[str, Any] = {} if how is None else {"scheduler_clips": clipping_text(how)}
+    return {**clips, **({"denoised_not_defined": undefined} if undefined else {})}
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's settings.
+    """Return a scheduler's settings, as JSON can hold them.
 
-    JSON has no infinity, which DPMSolverMultistepScheduler's are not without: as text, "-inf".
+    Infinity becomes text, "-inf": DPMSolverMultistepScheduler has one.
     """
-    found: dict[str, Any] = json.loads(
+    settings: dict[str, Any] = json.loads(
         scheduler.to_json_string(), parse_constant=lambda word: str(float(word))
     )
-    return found
+    return settings

@@ -1,5 +1,4 @@
-"""What a run will record, settled before its first step: every variable with its shape, and so the
-forecast of its size.
+"""Settle what a run will record before its first step: every variable, its shape and its size.
 
 A plan needs the model's configs only; `probe run --dry-run` makes one without weights.
 """
@@ -7,7 +6,7 @@ A plan needs the model's configs only; `probe run --dry-run` makes one without w
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from probe.diffusion.family import Family, Tokens
+from probe.diffusion.prompts import Prompt
 from probe.diffusion.schedule import Schedule, first_call
 from probe.diffusion.schedule_check import held_schedule, recorded_schedule, remarks
 from probe.diffusion.support import refuse_pictures
@@ -30,7 +30,7 @@ from probe.watching.counterfactual import Counterfactual, chosen_words
 from probe.watching.cross_attention import CrossAttention
 from probe.watching.decoded import Decoded
 from probe.watching.head_summary import HeadSummary
-from probe.watching.interface import Capture, Kept, Plan, Rows
+from probe.watching.interface import Capture, KeptTokens, Plan, Rows
 from probe.watching.labels import GridLabels
 from probe.watching.latents import Latents, Levels
 from probe.watching.outputs import TextOutputs, UnetOutputs, VaeOutputs
@@ -51,6 +51,10 @@ def _always(_: Plan) -> bool:
     return True
 
 
+def _measures_modules(plan: Plan) -> bool:
+    return plan.recipe.capture.statistics or bool(plan.recipe.capture.activations)
+
+
 def _attends(*modes: str) -> Callable[[Plan], bool]:
     return lambda plan: (
         bool(plan.layers)
@@ -58,7 +62,7 @@ def _attends(*modes: str) -> Callable[[Plan], bool]:
     )
 
 
-# Every capture, in the order in which they are asked, and when a run has it.
+# Every capture, in the order in which they are called, and when a run has it.
 CAPTURES: tuple[tuple[Callable[..., Capture], Callable[[Plan], bool]], ...] = (
     (Levels, _always),
     (Latents, _always),
@@ -73,30 +77,26 @@ CAPTURES: tuple[tuple[Callable[..., Capture], Callable[[Plan], bool]], ...] = (
     (Queries, _attends("queries")),
     (TextSide, _attends()),
     (SelfAttention, lambda plan: bool(plan.self_layers)),
-    (
-        UnetOutputs,
-        lambda plan: plan.recipe.capture.statistics or bool(plan.recipe.capture.activations),
-    ),
-    (
-        VaeOutputs,
-        lambda plan: plan.recipe.capture.statistics or bool(plan.recipe.capture.activations),
-    ),
+    (UnetOutputs, _measures_modules),
+    (VaeOutputs, _measures_modules),
     (Counterfactual, lambda plan: bool(plan.words)),
     (Sums, _attends()),
     (Cost, _always),
 )
-OF_ENCODERS = (TextEncoder, TextOutputs)  # made with a text encoder's name too
+OF_ENCODERS: tuple[Callable[..., Capture], ...] = (
+    TextEncoder,
+    TextOutputs,
+)  # one for each text encoder
 
 
 def check_size(plan: Plan, limit: int | None, free: int | None) -> None:
     """Raise TooLarge if the recording would not fit; `free` is None if nobody knows the room."""
     sizes = plan.forecast()
     largest = max(sizes.items(), key=lambda item: item[1])
-    whole, on_disk = sum(sizes.values()), room(plan.arrays, sizes)
     elsewhere = "Free some room, or name another disk: --output FOLDER. Or record less: "
     for total, most, what, first in (
-        (whole, limit, "--max-bytes", ""),
-        (on_disk, free, "the room on the disk", elsewhere),
+        (sum(sizes.values()), limit, "--max-bytes", ""),
+        (room(plan.arrays, sizes), free, "the room on the disk", elsewhere),
     ):
         if most is not None and total > most:
             raise TooLarge(
@@ -109,20 +109,20 @@ def check_size(plan: Plan, limit: int | None, free: int | None) -> None:
 
 
 def free_room(folder: Path) -> int | None:
-    """Bytes free where `folder` is or will be; None where the disk does not say.
+    """Return the free bytes where `folder` is or will be; None where the disk does not say.
 
-    Raises as `check_place` does.
+    Raise as `check_place` does.
     """
     folder = check_place(folder)
     try:
-        found = shutil.disk_usage(folder)
+        usage = shutil.disk_usage(folder)
     except OSError:  # some mounts have no answer
         return None
-    return found.free if found.total else None
+    return usage.free if usage.total else None
 
 
 def size_text(n: float) -> str:
-    """Bytes for people: 4.5 MB."""
+    """Return a number of bytes as people read it: 4.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(n) < 1000:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -132,10 +132,10 @@ def size_text(n: float) -> str:
 
 @dataclass(frozen=True)
 class Course:
-    """What the steps of a recipe are: the noise levels, and what they begin from.
+    """The noise levels of a recipe's steps, and what they begin from.
 
-    `begin` is the first of the scheduler's calls. `size` is (y, x) in pixels, None where the recipe
-    has none.
+    `begin` is the scheduler's first call. `size` is (y, x) in pixels, None where the recipe has no
+    size.
     """
 
     schedule: Schedule
@@ -155,36 +155,25 @@ def plan(
     schedule: Schedule | None = None,
     rules: int = RULES,
 ) -> Plan:
-    """Settle what a recipe records of `model`. Raise ExperimentError or PromptError if it cannot
-    be.
+    """Settle what a recipe records of `model`.
 
     A `picture` and `masks`, (y, x) by word, take the place of the recipe's files. `schedule` and
-    `rules` of text are those of a recording. Without a `schedule`, the scheduler's is held against
-    what it does.
+    `rules` of text are those of a recording. Without a `schedule`, the scheduler's own is proven
+    first. Raise ExperimentError or PromptError if the recipe cannot be recorded.
     """
     course = course_of(model, recipe, picture, masks, schedule)
     capture, texts = recipe.capture, recipe.texts
     read = {branch: model.tokens(text, recipe.over_long, rules) for branch, text in texts.items()}
     prompts = {branch: next(iter(tokens.values())) for branch, tokens in read.items()}
-    branches = tuple(branch for branch in texts if capture.branches in ("both", branch))
-    if not branches:
-        raise ExperimentError(
-            "capture.branches: there is no unconditional branch at guidance_scale "
-            f"{recipe.guidance[0]:g}.",
-            "Use a guidance_scale above 1, or capture.branches: cond.",
-        )
+    branches = _kept_branches(recipe)
     latent_shape = model.latent_shape(recipe.count, *course.size)
-    tokens, calls = int(prompts["cond"].ids.shape[1]), len(course.schedule.timesteps)
-    rehearsal = _rehearsed(model, latent_shape, len(texts), tokens)
+    calls = len(course.schedule.timesteps)
+    kept = _kept_tokens(recipe, [prompts[branch] for branch in branches])
+    rehearsal = _rehearsed(model, latent_shape, len(texts), kept.tokens)
     model.check_reading(read)
-    kept = Kept(
-        tokens - 1
-        if capture.tokens == "all" or capture.attention == "queries"
-        else max(prompts[b].end for b in branches),
-        tokens,
-    )
+    patterns = () if capture.attention == "off" else capture.layers
     every = recipe.decoded_every
-    facts = Plan(
+    bare = Plan(
         recipe=recipe,
         tokens=read,
         schedule=course.schedule,
@@ -192,9 +181,7 @@ def plan(
         latent_shape=latent_shape,
         rows=Rows(tuple(texts), branches, recipe.count),
         kept=kept,
-        layers=attention_layers(rehearsal.grids, capture.layers)
-        if capture.attention != "off"
-        else {},
+        layers=attention_layers(rehearsal.grids, patterns),
         self_layers=attention_layers(
             rehearsal.self_grids, capture.self_attention, "self_attention"
         ),
@@ -210,7 +197,27 @@ def plan(
             *course.remarks,
         ),
     )
-    return replace(facts, captures=tuple(_captures(model, facts)))
+    return replace(bare, captures=tuple(_captures(model, bare)))
+
+
+def _kept_branches(recipe: Recipe) -> tuple[str, ...]:
+    """Return the branches whose attention is recorded. Raise ExperimentError if there are none."""
+    wanted = recipe.capture.branches
+    branches = tuple(branch for branch in recipe.texts if wanted in ("both", branch))
+    if not branches:
+        raise ExperimentError(
+            "capture.branches: there is no unconditional branch at guidance_scale "
+            f"{recipe.guidance[0]:g}.",
+            "Use a guidance_scale above 1, or capture.branches: cond.",
+        )
+    return branches
+
+
+def _kept_tokens(recipe: Recipe, prompts: Sequence[Prompt]) -> KeptTokens:
+    """Return the tokens whose maps are kept: all, or up to the end of the longest prompt."""
+    tokens = int(prompts[0].ids.shape[1])
+    everything = recipe.capture.tokens == "all" or recipe.capture.attention == "queries"
+    return KeptTokens(tokens - 1 if everything else max(p.end for p in prompts), tokens)
 
 
 def course_of(
@@ -268,20 +275,20 @@ def _noising_course(
 
 
 def _pixels(model: Family, recipe: Recipe) -> tuple[int, int]:
-    """The height and width that a model draws."""
+    """Return the height and width that a model draws, in pixels."""
     _, _, y, x = model.latent_shape(1, recipe.height, recipe.width)
     return y * model.f, x * model.f
 
 
 def _multiple(model: Family) -> int:
-    """What a picture's height and width have to be multiples of."""
+    """Return the number that height and width of a picture must be multiples of."""
     return int(model.f * 2 ** (len(model.unet.config.down_block_types) - 1))
 
 
 def _rehearsed(
     model: Family, latent_shape: tuple[int, int, int, int], branches: int, tokens: int
 ) -> Rehearsal:
-    """One call without weights. Raise ExperimentError for a size that the model cannot run on."""
+    """Rehearse one call. Raise ExperimentError for a size that the model cannot run on."""
     try:
         return rehearse(model, latent_shape, branches, tokens)
     except RuntimeError as problem:
@@ -294,34 +301,30 @@ def _rehearsed(
 
 
 def _masks_of_no_word(masks: Mapping[str, np.ndarray], caption: str) -> tuple[str, ...]:
-    """What to say of masks whose words the caption does not have: one line, or none."""
+    """Return a remark on masks whose words are not in the caption: one line, or none."""
     words = [caption[start:end] for start, end in word_spans(caption)]
     absent = [word for word in masks if not occurrences(word, words)]
+    if not absent:
+        return ()
     return (
-        (
-            f"Masks of what is not in the caption: {', '.join(absent)}. They are kept beside the "
-            "picture.",
-        )
-        if absent
-        else ()
+        f"Masks of what is not in the caption: {', '.join(absent)}. They are kept beside the "
+        "picture.",
     )
 
 
-def _captures(model: Family, facts: Plan) -> Iterator[Capture]:
-    """The captures that a run has; one for each text encoder of those of `OF_ENCODERS`."""
-    for kind, when in CAPTURES:
-        if when(facts):
-            more = model.text_encoders() if kind in OF_ENCODERS else (None,)
-            yield from (
-                kind(model, facts) if encoder is None else kind(model, facts, encoder)
-                for encoder in more
-            )
+def _captures(model: Family, plan: Plan) -> Iterator[Capture]:
+    """Make the captures that a plan needs."""
+    for kind, needed in CAPTURES:
+        if not needed(plan):
+            continue
+        if kind in OF_ENCODERS:
+            yield from (kind(model, plan, encoder) for encoder in model.text_encoders())
+        else:
+            yield kind(model, plan)
 
 
 def _unlike_places(read: Mapping[str, Tokens]) -> tuple[str, ...]:
-    """What to say of tokenizers that put the words of a text in different places: one line, or
-    none.
-    """
+    """Return a remark on tokenizers that give a word different tokens: one line, or none."""
     for first, *others in (list(tokens.values()) for tokens in read.values()):
         if any(other.word_of != first.word_of for other in others):
             return (
@@ -332,20 +335,21 @@ def _unlike_places(read: Mapping[str, Tokens]) -> tuple[str, ...]:
 
 
 def replan(model: Family, run: Run, **changes: Any) -> Plan:
-    """The plan by which a recording was made, of whatever kind, with the picture and the masks that
-    it holds.
+    """Return the plan by which a recording was made.
 
-    `changes` are fields of the recipe that differ.
+    Picture and masks are those that the recording holds. `changes` are fields of the recipe that
+    differ.
     """
     recipe = load_recipe(run.recipe, **changes)
     picture, masks = None if run.source is None else run.source.values, recorded_masks(run)
     schedule = recorded_schedule(model, recipe) if isinstance(recipe, Experiment) else None
-    made = plan(model, recipe, picture, masks, schedule=schedule, rules=run.attributes.text_rules)
-    return replace(made, format_version=run.attributes.recorded_format)
+    rules = run.attributes.text_rules
+    planned = plan(model, recipe, picture, masks, schedule=schedule, rules=rules)
+    return replace(planned, format_version=run.attributes.recorded_format)
 
 
 def recorded_masks(run: Run) -> dict[str, np.ndarray]:
-    """The masks that a noising holds, (y, x) uint8 by word."""
+    """Return the masks that a noising holds, by word. *Shape:* each (y, x) uint8."""
     if run.source is None or "mask" not in run.tree["source"].dataset:
         return {}
     return {str(mask["masked"].item()): mask.values for mask in run.variable("source/mask")}

@@ -1,10 +1,10 @@
 """Record a run or a noising, or go on with a run that was interrupted.
 
-    run = record("experiments/astronaut.yaml")                  # or an Experiment, or a dict of its fields
-    run = record(load_noising("experiments/noising.yaml"))      # or a Noising
-    run = record(Experiment(prompt="a cat"), pipeline=pipe)     # an in-memory diffusers StableDiffusionPipeline
-    run = resume(open_run("latest"))                            # the same bits as if it had never been interrupted
-    again = rerun(run)                                          # recorded once more, from its own record
+    run = record("experiments/astronaut.yaml")               # or an Experiment, or its fields
+    run = record(load_noising("experiments/noising.yaml"))   # or a Noising
+    run = record(Experiment(prompt="a cat"), pipeline=pipe)  # a diffusers pipeline in memory
+    run = resume(open_run("latest"))                         # the bits of an uninterrupted run
+    again = rerun(run)                                       # recorded once more
 
 Recording changes nothing: the pictures have the same bits with and without it.
 """
@@ -64,24 +64,24 @@ def record(
     progress: bool = True,
     **changes: Any,
 ) -> Run:
-    """Do what a recipe asks, record it, and return the finished recording. `changes` are fields
-    that differ from the recipe's.
+    """Record what a recipe asks for, and return the finished recording.
 
     A recipe is an Experiment or a Noising; a file, or a mapping of fields, is read as an
-    Experiment. `pipeline` is a diffusers StableDiffusionPipeline or StableDiffusionXLPipeline, or a
-    `Family`, to use instead of loading `recipe.model`; it stays on its own device and in its own
-    dtype. Progress goes to stderr. Raises ProbeError: a UserError before anything is written, a
-    RunFailed after (the recording then opens and holds every committed step).
+    Experiment. `changes` are fields that differ from the recipe's. `pipeline` is a diffusers
+    StableDiffusionPipeline or StableDiffusionXLPipeline, or a `Family`. It is used in place of
+    `recipe.model`, on its own device and in its own dtype. Progress goes to stderr.
 
-    With `output=None`, the recording is in memory and no file is written; `run.save(path)` writes
-    it down. What a run that ends early had recorded is lost then.
+    With `output=None` the recording stays in memory, and `run.save(path)` writes it to a folder.
+    If such a run ends early, what it had recorded is lost.
+
+    Raise UserError before anything is written, RunFailed after that. The recording of a failed run
+    opens, and holds every committed step.
     """
     in_files = changes.get("output", "") is not None
-    asked = load_recipe(
-        recipe, **(changes if in_files else {**changes, "output": Experiment().output})
-    )
+    if not in_files:
+        changes["output"] = Experiment().output
     return _carried_out(
-        asked,
+        load_recipe(recipe, **changes),
         pipeline,
         max_bytes=check_options(max_bytes, progress=progress),
         progress=progress,
@@ -100,14 +100,13 @@ def record_noising(
     sheet: bool = True,
     **settings: Any,
 ) -> Run:
-    """Noise a picture, record what the model says of it, and return the recording: `record` of a
-    Noising, with arrays.
+    """Noise a picture, record what the model predicts for it, and return the recording.
 
-    `picture` is a file, or (y, x, rgb) uint8 of a size that the model can work on; `masks` are (y,
-    x) by word, of the picture's size. `settings` are fields of `Noising`; `pipeline` is that of
-    `record`. Raises as `record` does.
+    `picture` is a file, or (y, x, rgb) uint8 of a size that the model can work on. `masks` are
+    (y, x) by word, of the picture's size. `settings` are fields of `Noising`. `pipeline` is that of
+    `record`, and so are the errors raised.
     """
-    asked = load_noising({"caption": caption, **settings})
+    recipe = load_noising({"caption": caption, **settings})
     if not isinstance(picture, str | Path | np.ndarray):
         raise ExperimentError(
             f"picture: a {type(picture).__name__} is neither a file nor an array.",
@@ -115,11 +114,11 @@ def record_noising(
         )
     most = check_options(max_bytes, progress=progress, sheet=sheet)
     if isinstance(picture, str | Path):
-        asked, given = load_noising(asked, picture=str(picture)), None
+        recipe, given = load_noising(recipe, picture=str(picture)), None
     else:
         given = picture
     return _carried_out(
-        asked, pipeline, given, masks, max_bytes=most, progress=progress, sheet=sheet
+        recipe, pipeline, given, masks, max_bytes=most, progress=progress, sheet=sheet
     )
 
 
@@ -130,22 +129,20 @@ def rerun(
     output: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
-    """Record a run or a noising again, from its own record: recipe, commit and number format of the
-    weights, and picture.
+    """Record a run or a noising again: the same recipe, picture, commit and dtype of the weights.
 
-    It is written beside the run, or into the folder `output`. Raises as `record` does.
+    The new recording lies beside the old one, or in the folder `output`. Raise as `record` does.
     """
-    asked = load_recipe(
-        opened(run).recipe, output=str(output or place_beside(with_files(run).path))
-    )
+    recipe = opened(run).recipe
+    recipe = load_recipe(recipe, output=str(output or place_beside(with_files(run).path)))
     picture = None if run.source is None else run.source.values
     return _carried_out(
-        asked, pipeline, picture, recorded_masks(run), progress=progress, parent=run
+        recipe, pipeline, picture, recorded_masks(run), progress=progress, parent=run
     )
 
 
 def _carried_out(
-    asked: Experiment | Noising,
+    recipe: Experiment | Noising,
     pipeline: Any | None,
     picture: np.ndarray | None = None,
     masks: Mapping[str, np.ndarray] | None = None,
@@ -156,42 +153,33 @@ def _carried_out(
     parent: Run | None = None,
     in_files: bool = True,
 ) -> Run:
-    """Record a recipe, `parent`'s as it was recorded; without a `sheet`, no pictures for people are
-    drawn.
-    """
-    room, say = free_room(place(asked.output)) if in_files else None, sayer(progress)
-    with out_of_memory(asked):
-        model, weights = model_for(asked, pipeline, say, parent), None
+    """Record a recipe. With a `parent`, its model is loaded as it was for that recording."""
+    room, say = free_room(place(recipe.output)) if in_files else None, sayer(progress)
+    with out_of_memory(recipe):
+        model, weights = model_for(recipe, pipeline, say, parent), None
         if parent is not None:
             weights = compare_weights(model, parent, say)
-            if (
-                weights != parent.attributes.model.weights and pipeline is not None
-            ):  # then they came from elsewhere
-                asked = load_recipe(asked, model=model.name, revision=model.revision, variant=None)
+            elsewhere = weights != parent.attributes.model.weights
+            if elsewhere and pipeline is not None:
+                recipe = load_recipe(
+                    recipe, model=model.name, revision=model.revision, variant=None
+                )
         elif pipeline is not None:
-            refuse_unread(asked.variant, asked.revision, model)
-            if asked.model not in (Experiment().model, model.name):
+            refuse_unread(recipe.variant, recipe.revision, model)
+            if recipe.model not in (Experiment().model, model.name):
                 say(
-                    f"{asked.model} is not loaded: the pipeline that was given is {model.name}, "
+                    f"{recipe.model} is not loaded: the pipeline that was given is {model.name}, "
                     "and is recorded as that."
                 )
-            asked = load_recipe(asked, model=model.name)
-        settled = plan(model, asked, picture, masks)
-        check_size(settled, max_bytes, room)
-        return _record(
-            model,
-            settled,
-            say,
-            progress,
-            sheet,
-            None if parent is None else parent.name,
-            weights,
-            in_files,
-        )
+            recipe = load_recipe(recipe, model=model.name)
+        planned = plan(model, recipe, picture, masks)
+        check_size(planned, max_bytes, room)
+        name = None if parent is None else parent.name
+        return _record(model, planned, say, progress, sheet, name, weights, in_files)
 
 
 def opened(run: object) -> Run:
-    """A recording that is open. Raises ExperimentError for its name."""
+    """Return an opened recording. Raise ExperimentError for anything else, such as its name."""
     if not isinstance(run, Run):
         raise ExperimentError(
             f"run is {told(run)}, which is no opened recording.",
@@ -201,7 +189,7 @@ def opened(run: object) -> Run:
 
 
 def compare_weights(model: Family, run: Run, say: Say) -> str:
-    """The digest of a model's weights; that it is not the one of a recording is said."""
+    """Return the digest of a model's weights, and say so if the recording has another."""
     weights = model.digest()
     if weights != (recorded := run.attributes["model"].get("weights", "unknown")):
         say(
@@ -221,12 +209,12 @@ def _record(
     weights: str | None = None,
     in_files: bool = True,
 ) -> Run:
-    asked, created = plan.recipe, datetime.now(UTC).isoformat(timespec="milliseconds")
-    content = json.dumps([asked.resolved(), created]).encode() + (
+    recipe, created = plan.recipe, datetime.now(UTC).isoformat(timespec="milliseconds")
+    content = json.dumps([recipe.resolved(), created]).encode() + (
         b"" if plan.picture is None else plan.picture.tobytes()
     )
-    name = f"{asked.run_name}-{hashlib.sha256(content).hexdigest()[:8]}"
-    path = place(asked.output) / f"{name}.zarr"
+    name = f"{recipe.run_name}-{hashlib.sha256(content).hexdigest()[:8]}"
+    path = place(recipe.output) / f"{name}.zarr"
     attributes = {**describe(model, plan, weights), "created": created, "parent_run": parent}
     if plainly := read_plainly([prompt.text for prompt in plan.prompts.values()]):
         say(plainly)
@@ -242,35 +230,26 @@ def _record(
         perform(model, plan, memory, say, progress)
         memory.complete()
         return Run(nowhere(name), memory)
-    with cleanly(), RunWriter(path, plan.arrays, attributes, asked.durability) as writer:
+    with cleanly(), RunWriter(path, plan.arrays, attributes, recipe.durability) as writer:
         _see_through(path, model, plan, writer, say, progress, sheet)
     return Run(path)
 
 
 def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
-    """Go on with a recording that was left unfinished, and return it finished, as if it had never
-    been interrupted.
+    """Finish a recording that was interrupted, and return it: the bits of an uninterrupted run.
 
     The committed steps are replayed through a fresh scheduler from their recorded predictions,
-    without calling the UNet: that gives it back its history and its random numbers. What decides
-    bits (device, threads, versions) and is not as it was is said, and written into the attribute
-    `resumed`. A complete recording is returned as it is. Raises RecordingBusy if its writer lives,
-    ModelError for other weights, RecordingDamaged where its experiment was edited or a value cannot
-    be read, StoreError where replaying does not give the recorded latents.
+    without the UNet. That gives the scheduler its history and its random numbers back. If device,
+    threads or versions differ from before, that is said, and written into the attribute `resumed`.
+    A complete recording is returned as it is.
+
+    Raise RecordingBusy while another process writes it. Raise ModelError for other weights. Raise
+    RecordingDamaged if its experiment was edited or a value cannot be read. Raise StoreError if
+    replaying does not give the recorded latents.
     """
     say = sayer(progress)
     if with_files(opened(run)).status == "complete":
-        if (done := len(run.steps)) < (calls := run.variable("committed").size) or not exists(
-            run.path / MANIFEST
-        ):
-            told = (
-                f"only {done} of {calls} steps are committed"
-                if done < calls
-                else f"it has no {MANIFEST}"
-            )
-            raise RecordingDamaged(
-                f"{run.name} says that it is complete, and {told}.", RECORD_AGAIN
-            )
+        _refuse_gaps(run)
         say(f"{run.name} is complete already.")
         return run
     if is_copy(run.path):
@@ -283,31 +262,12 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
             f"{run.name} is a noising, and those are not resumed: each is short.",
             f"Record it again: probe rerun {run.name}.",
         )
-    asked = run.experiment
-    with out_of_memory(asked):
-        model = model_for(asked, pipeline, say, run)
-        settled = replan(model, run)
-        here, there = describe(model, settled), run.attributes
-        if here["model"]["dtype"] != (dtype := run.attributes.model.dtype):
-            raise ModelError(
-                f"{run.name} was begun in {dtype}, and this model is in {here['model']['dtype']}.",
-                "Bring the model in that number format, or leave the model out: probe run "
-                "--resume loads it so.",
-            )
-        if here["model"]["weights"] != run.attributes.model.weights:  # every version wrote it
-            raise ModelError(
-                f"{run.name} was begun with other weights of {model.name}.",
-                "Bring those back, or record it again: probe rerun.",
-            )
-        if (
-            here["identity"] != there.get("identity") and here["experiment"] == there["experiment"]
-        ):  # else an older version began it, with fewer fields
-            raise RecordingDamaged(
-                f"The experiment in {run.name} is not the one it was begun with.",
-                "Record it again: probe run.",
-            )
-        changed = differing_conditions(there, here)
-        _hold(run, settled, here, bool(changed))
+    experiment = run.experiment
+    with out_of_memory(experiment):
+        model = model_for(experiment, pipeline, say, run)
+        planned = replan(model, run)
+        here = describe(model, planned)
+        changed = _continuable(run, model, planned, here)
         for remark in remarks_on_version():
             say(remark)
         if changed:
@@ -316,53 +276,88 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
                 f"{'; '.join(changed)}"
             )
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        attributes = {
-            "resumed": [
-                *there.get("resumed", []),
-                {"at": now, "environment": here["environment"], "changed": changed},
-            ]
-        }
+        resumption = {"at": now, "environment": here["environment"], "changed": changed}
+        attributes = {"resumed": [*run.attributes.get("resumed", []), resumption]}
+        durability = experiment.durability
         with (
             cleanly(),
-            RunWriter(
-                run.path, settled.arrays, attributes, asked.durability, resume=True
-            ) as writer,
+            RunWriter(run.path, planned.arrays, attributes, durability, resume=True) as writer,
         ):
-            say(f"Resuming {run.path}: {writer.committed} of {settled.calls} model calls are there")
-            _see_through(run.path, model, settled, writer, say, progress)
+            say(f"Resuming {run.path}: {writer.committed} of {planned.calls} model calls are there")
+            _see_through(run.path, model, planned, writer, say, progress)
     return Run(run.path)
 
 
-def _hold(run: Run, settled: Plan, here: Mapping[str, Any], changed: bool) -> None:
-    """Hold what a recording says of its model and its schedule against what would go on. Raises
-    RecordingDamaged, by field.
+def _refuse_gaps(run: Run) -> None:
+    """Raise RecordingDamaged if a recording says that it is complete, and is not."""
+    done, calls = len(run.steps), run.variable("committed").size
+    if done < calls:
+        lack = f"only {done} of {calls} steps are committed"
+    elif not exists(run.path / MANIFEST):
+        lack = f"it has no {MANIFEST}"
+    else:
+        return
+    raise RecordingDamaged(f"{run.name} says that it is complete, and {lack}.", RECORD_AGAIN)
 
-    Settings that only one version of diffusers has are passed over. Noise levels may differ by
-    rounding where conditions `changed`.
+
+def _continuable(run: Run, model: Family, planned: Plan, here: Mapping[str, Any]) -> list[str]:
+    """Check that a run can go on to the same bits, and return the conditions that changed.
+
+    `here` are the attributes that it would have now. Raise ModelError for another dtype or other
+    weights, RecordingDamaged where the recording contradicts itself.
     """
     there = run.attributes
-    for field, (recorded, asked) in said_of_model(run, here).items():
-        if type(recorded) is not type(asked) or recorded != asked:
-            told = f"its {field} is {shown(recorded)}, and {shown(asked)} would go on"
-            raise RecordingDamaged(f"{run.name}: {told}.", RECORD_AGAIN)
-    for a in settled.arrays:
-        if a.value is None or a.path not in LEVELS:
+    dtype, weights = there.model.dtype, there.model.weights
+    if here["model"]["dtype"] != dtype:
+        raise ModelError(
+            f"{run.name} was begun in {dtype}, and this model is in {here['model']['dtype']}.",
+            "Bring the model in that number format, or leave the model out: probe run "
+            "--resume loads it so.",
+        )
+    if here["model"]["weights"] != weights:
+        raise ModelError(
+            f"{run.name} was begun with other weights of {model.name}.",
+            "Bring those back, or record it again: probe rerun.",
+        )
+    # An older version has an experiment with fewer fields, and so another identity.
+    same_experiment = here["experiment"] == there["experiment"]
+    if same_experiment and here["identity"] != there.get("identity"):
+        raise RecordingDamaged(
+            f"The experiment in {run.name} is not the one it was begun with.",
+            "Record it again: probe run.",
+        )
+    changed = differing_conditions(there, here)
+    _hold(run, planned, here, bool(changed))
+    return changed
+
+
+def _hold(run: Run, planned: Plan, here: Mapping[str, Any], changed: bool) -> None:
+    """Compare a recording's model and noise levels with those that would go on.
+
+    Settings that only one version of diffusers has are skipped. Where conditions `changed`, levels
+    may differ by rounding. Raise RecordingDamaged, by field.
+    """
+    for field, (recorded, own) in said_of_model(run, here).items():
+        if type(recorded) is not type(own) or recorded != own:
+            difference = f"its {field} is {shown(recorded)}, and {shown(own)} would go on"
+            raise RecordingDamaged(f"{run.name}: {difference}.", RECORD_AGAIN)
+    tolerance = 1e-4 if changed else 0
+    for spec in planned.arrays:
+        if spec.value is None or spec.path not in LEVELS:
             continue
-        recorded, asked = run.variable(a.path).values, np.asarray(a.value, a.dtype)
-        if recorded.shape != asked.shape or not np.allclose(
-            recorded, asked, rtol=1e-4 if changed else 0, atol=0, equal_nan=True
+        recorded, own = run.variable(spec.path).values, np.asarray(spec.value, spec.dtype)
+        if recorded.shape != own.shape or not np.allclose(
+            recorded, own, rtol=tolerance, atol=0, equal_nan=True
         ):
+            scheduler = run.attributes["scheduler"]["class"]
             raise RecordingDamaged(
-                f"{run.name}: its {a.path} is not that of the {there['scheduler']['class']} that "
-                "would go on.",
+                f"{run.name}: its {spec.path} is not that of the {scheduler} that would go on.",
                 RECORD_AGAIN,
             )
 
 
 def said_of_model(run: Run, here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what a recording says of its model, by field, each with what `describe` says of this
-    one (`here`).
-    """
+    """Return pairs by field: what a recording says of its model, and what this one has (`here`)."""
     there = run.attributes
     pairs = {name: (there[name], here[name]) for name in ("prediction_type", "latent_convention")}
     pairs["scheduler.class"] = there["scheduler"]["class"], here["scheduler"]["class"]
@@ -379,48 +374,51 @@ def said_of_model(run: Run, here: Mapping[str, Any]) -> dict[str, tuple[Any, Any
 
 
 def sayer(progress: bool) -> Say:
-    """What tells people on stderr how far a run is, or nobody."""
+    """Return a function that tells people on stderr how far a run is, or tells nobody."""
     return (lambda line: tell(without_home(line))) if progress else (lambda _: None)
 
 
-def model_for(asked: Recipe, pipeline: Any | None, say: Say, recorded: Run | None = None) -> Family:
-    """The recipe's model, or that of a `pipeline` in memory, with the recipe's scheduler.
+def model_for(
+    recipe: Recipe, pipeline: Any | None, say: Say, recorded: Run | None = None
+) -> Family:
+    """Return the recipe's model, or that of a `pipeline` in memory, with the recipe's scheduler.
 
-    Of a `recorded` run it is loaded as it was: its commit, where "main" may have moved on, and what
-    an "auto" dtype became.
+    For a `recorded` run it is loaded as it was then: the same commit, though "main" may have moved
+    on, and the dtype that "auto" became.
     """
-    scheduler, options = asked.sampler
+    scheduler, options = recipe.sampler
     if pipeline is None:
-        say(f"Loading {asked.model} ...")
+        say(f"Loading {recipe.model} ...")
         where: dict[str, Any] = {
-            "revision": asked.revision,
-            "variant": asked.variant,
-            "dtype": asked.dtype,
-            "device": asked.device,
+            "revision": recipe.revision,
+            "variant": recipe.variant,
+            "dtype": recipe.dtype,
+            "device": recipe.device,
         }
         if recorded is not None:
             there = recorded.attributes.model
-            where |= {"revision": there.revision or asked.revision, "dtype": there.dtype}
-        model: Family = load(asked.model, **where, scheduler=scheduler, options=options)
+            where |= {"revision": there.revision or recipe.revision, "dtype": there.dtype}
+        model: Family = load(recipe.model, **where, scheduler=scheduler, options=options)
     else:
         model = family_of(pipeline, scheduler=scheduler, options=options)
     if pipeline is not None:
-        refuse_contradiction(asked.dtype, asked.device, model, recorded)
+        refuse_contradiction(recipe.dtype, recipe.device, model, recorded)
     return model
 
 
 def refuse_contradiction(
     dtype: str, device: str, model: Family, recorded: Run | None = None
 ) -> None:
-    """Raise ExperimentError where a pipeline is not in the number format or on the device that is
-    asked for, or was.
+    """Raise ExperimentError for a pipeline in another dtype, or on another device, than asked for.
+
+    With `recorded`, the dtype and device are those of that run.
     """
     own, where = str(model.dtype).removeprefix("torch."), model.device
     wanted = torch.device(where if device == "auto" else device)
     elsewhere = wanted.type != where.type or (
         wanted.index is not None and wanted.index != (where.index or 0)
     )
-    for field, value, found, differs in (
+    for field, value, actual, differs in (
         ("dtype", dtype, f"in {own}", dtype not in ("auto", own)),
         ("device", device, f"on {where}", elsewhere),
     ):
@@ -432,15 +430,13 @@ def refuse_contradiction(
                 else f'record it anew: probe.record(run.recipe, pipeline, {field}="auto")'
             )
             raise ExperimentError(
-                f"{field}: {value} is asked for, and the pipeline is {found}.",
+                f"{field}: {value} is asked for, and the pipeline is {actual}.",
                 f"Bring it there, {to}, or {instead}.",
             )
 
 
 def refuse_unread(variant: str | None, revision: str | None, model: Family) -> None:
-    """Raise ExperimentError for fields that say which files to load, where a pipeline in memory has
-    its weights already.
-    """
+    """Raise ExperimentError for fields that choose files, where a pipeline has its weights already."""
     for field, value, own in (("variant", variant, None), ("revision", revision, model.revision)):
         if value not in (None, own):
             raise ExperimentError(
@@ -474,19 +470,18 @@ def _see_through(
 
 
 @contextlib.contextmanager
-def out_of_memory(asked: Recipe) -> Iterator[None]:
-    """torch's and numpy's three kinds of running out of memory, as one."""
+def out_of_memory(recipe: Recipe) -> Iterator[None]:
+    """Raise OutOfMemory for each of the ways in which torch and numpy run out of memory."""
     try:
         yield
     except ProbeError:
         raise
     except (MemoryError, RuntimeError) as error:
-        said = ("not enough memory", "can't allocate", "can't start new thread")
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-            words in str(error) for words in said
-        ):
+        messages = ("not enough memory", "can't allocate", "can't start new thread")
+        by_message = any(message in str(error) for message in messages)
+        if by_message or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise OutOfMemory(
-                f"Out of memory on {pick_device(asked.device)}: {first_line(error)[:120]}",
+                f"Out of memory on {pick_device(recipe.device)}: {first_line(error)[:120]}",
                 "Fewer images, a smaller height and width, --dtype float16, or fewer "
                 "capture.layers.",
             ) from error

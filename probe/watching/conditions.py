@@ -2,7 +2,7 @@
 is refused here, by name.
 
     refuse_unwatchable(model)    a compiled, off-loaded or otherwise wrapped model, before a run begins
-    Witness                      a layer whose processor is not known: its maps are proven at every step, or the run stops
+    ProcessorWitness                      a layer whose processor is not known: its maps are proven at every step, or the run stops
 
 Hooks see what `to_q` and `to_k` put out. That this is what a layer multiplies is known of
 diffusers' own processors, with or without LoRA, slicing, FreeU or another memory format. Any other
@@ -88,7 +88,7 @@ def is_plain(module: Any) -> bool:
     )
 
 
-class Witness:
+class ProcessorWitness:
     """Proves, at each call, that layers with a processor of unknown kind attend as their recorded
     maps say.
 

@@ -112,7 +112,7 @@ class Capture(Protocol):
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptTokens:
     """The token positions whose maps are kept, 0 to `end`; the others are summed into one `rest`,
     if there are any.
     """
@@ -170,7 +170,7 @@ class Plan:
     rehearsal: Rehearsal
     latent_shape: tuple[int, int, int, int]
     rows: Rows
-    kept: Kept
+    kept: KeptTokens
     layers: dict[str, Grid]
     self_layers: dict[str, Grid]
     words: dict[str, list[int]]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from probe.errors import CaptureError
-from probe.watching.conditions import Witness
+from probe.watching.conditions import ProcessorWitness
 from probe.watching.hooks import Watch
 from probe.watching.interface import Grid, Rows, by_grid
 
@@ -78,7 +78,7 @@ class Projections:
         self._buffers, self._tray = GridBuffers(layers, shapes), Tray(list(layers))
         self._queries: dict[str, torch.Tensor] = {}
         self._watched: dict[str, tuple[nn.Module, nn.Module]] = {}
-        self._witness = Witness(self.modules, rows.kept)
+        self._witness = ProcessorWitness(self.modules, rows.kept)
         for path, module in self.modules.items():
             refuse_unreadable(path, module)
 
