@@ -3,10 +3,11 @@
 installed first.
 
     python3 tasks.py record experiments/astronaut.yaml    make a recording; all arguments go to `python -m probe.run`
+    python3 tasks.py view                                 look at recordings in a browser; all arguments go to `probe view`
     python3 tasks.py test [pytest arguments]              run the quick tests, or those you name
     python3 tasks.py test --smoke                         run the few that tell within a minute whether it works at all
     python3 tasks.py check                                format, lint, types and the quick tests: what CI asks of a change
-    python3 tasks.py check --all                          the same with the slow and the browser tests; only gpu tests stay out
+    python3 tasks.py check --all                          the same with the slow tests; only gpu tests stay out
     python3 tasks.py check --no-tests                     format, lint and types alone
     python3 tasks.py release --check                      build wheel and sdist, and use them on every Python that is here,
                                                           with lowest and latest dependencies (--help: what can be chosen)
@@ -145,8 +146,12 @@ def record(arguments: list[str]) -> int:
     hand_over([install("record"), "-m", "probe.run", *arguments])
 
 
+def view(arguments: list[str]) -> int:
+    hand_over([install("dashboard"), "-m", "probe.view", *arguments])
+
+
 def test(arguments: list[str]) -> int:
-    python = install("record", "test")
+    python = install("record", "dashboard", "test")
     os.chdir(ROOT)
     if arguments[:1] == ["--smoke"]:
         arguments = ["-m", "smoke", *smoke_files(), *arguments[1:]]
@@ -177,7 +182,7 @@ def check(arguments: list[str]) -> int:
             "To run some tests only: python3 tasks.py test <pytest arguments>.",
             code=2,
         )
-    python = install("record", "test")
+    python = install("record", "dashboard", "test")
     steps = {
         "format": ["ruff", "format", "--check"],
         "lint": ["ruff", "check"],
@@ -205,7 +210,7 @@ def release(arguments: list[str]) -> int:
     hand_over([install("record", "test"), str(ROOT / ".ci" / "release.py"), *arguments[1:]])
 
 
-COMMANDS = {"record": record, "test": test, "check": check, "release": release}
+COMMANDS = {"record": record, "view": view, "test": test, "check": check, "release": release}
 
 
 def install(*extras: str) -> str:

@@ -4,6 +4,8 @@
     probe noising NOISING.yaml    noise a real picture, and record what the model makes of it (python -m probe.noising)
     probe ls                      list recordings
     probe show [RUN]              what a recording holds, and where its pictures are; --words: a sheet of every word's maps
+    probe view [RUN ...]          look at recordings in a browser, on this machine alone
+    probe export RUN --html FILE  a recording as a page that plays by itself, or as an animation
     probe ask RUN WORD            where the picture would have looked at any word, also one that was not in the prompt
     probe verify [RUN]            check a recording against itself
     probe rerun [RUN]             record the same again, and say what differs
@@ -428,6 +430,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
         "noising": _door("probe.noising", "probe noising"),
         "ls": ls,
         "show": show,
+        "view": _door("probe.view", "probe view"),
+        "export": _door("probe.export", "probe export"),
         "ask": ask,
         "verify": _door("probe.verify", "probe verify"),
     },

@@ -79,6 +79,8 @@ LAYERS = [
     ("probe.reading.memory",),
     ("probe.reading.recording",),
     ("probe.figures.sheets", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),
+    ("probe.figures.bundle",),
+    ("probe.figures.page", "probe.figures.animation"),
     (
         "probe.figures.noising_sheet",
         "probe.proof.map_checks",
@@ -146,7 +148,7 @@ LAYERS = [
     ("probe.sweep",),
     # ================= the doors: torch only inside functions =================
     ("probe.proof.verdict",),
-    ("probe.run", "probe.verify"),
+    ("probe.run", "probe.verify", "probe.view", "probe.export"),
     ("probe.upgrade", "probe.testing.conformance"),
     ("probe.noising",),
     ("probe.cli",),

@@ -1,4 +1,1 @@
-"""The dashboard looks at recordings.
-
-It reads them through `probe.analysis.maps` and never imports torch.
-"""
+"""The dashboard looks at recordings, in a browser. It never imports torch."""

@@ -1,0 +1,140 @@
+"""The recordings that the dashboard shows, by their names, and the payloads made of them.
+
+An id is the name of a recording in the runs folder, or of one that the command line named: never a
+path that a browser sent. Payloads are kept up to a number of bytes, and made anew when a recording
+changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from probe.errors import ProbeError, RecordingNotFound
+from probe.reading import sample
+from probe.reading.finding import find_run
+from probe.reading.listing import Listed, listing
+from probe.reading.recording import Run
+
+ROOM = 256 * 2**20  # bytes of payloads that are kept
+OPEN = 16  # recordings that are kept open
+
+
+class Library:
+    """The recordings in a folder, the sample, and those that were named."""
+
+    def __init__(self, folder: str | Path = "runs", named: Sequence[str] = ()) -> None:
+        self.folder = Path(folder)
+        self.named = [find_run(name, folder) for name in named]
+        self._paths: dict[str, Path] = {}
+        self._ids: dict[Path, str] = {}
+        self._open: OrderedDict[tuple[str, Any], Run] = OrderedDict()
+        self._kept: OrderedDict[Any, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+        for path in [*self.named, sample.unpacked()]:
+            self.add(path)
+
+    def add(self, path: Path) -> str:
+        """Return the id of a recording, its name, by which it may be asked for from now on."""
+        path = Path(path).absolute()
+        if path in self._ids:
+            return self._ids[path]
+        name = (
+            sample.NAME if path == sample.unpacked().absolute() else path.name.removesuffix(".zarr")
+        )
+        if not re.fullmatch(r"[\w.-]{1,120}", name, re.ASCII) or name in self._paths:
+            name = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+        self._paths[name], self._ids[path] = path, name
+        return name
+
+    def rows(self) -> list[tuple[str, Listed]]:
+        """Return all recordings, the newest first; those that were named, and the sample, come
+        along.
+
+        Raise RecordingUnreadable if the system does not list the folder.
+        """
+        found = listing(self.folder)
+        there = {row.path.absolute() for row in found}
+        for path in [*self.named, sample.unpacked()]:
+            if path.absolute() not in there:
+                there.add(path.absolute())
+                try:
+                    found.append(Listed(path, dict(Run(path).attributes)))
+                except ProbeError:
+                    continue
+        return [(self.add(row.path), row) for row in found]
+
+    def run(self, key: str) -> Run:
+        """Return a recording, opened once for each state on the disk.
+
+        Raise RecordingNotFound for an unknown id.
+        """
+        if key not in self._paths:
+            raise RecordingNotFound("No recording has this id.", "Pick one from the list of runs.")
+        path = self._paths[key]
+        state = (key, changed(path))
+        with self._lock:
+            if state in self._open:
+                self._open.move_to_end(state)
+                return self._open[state]
+        run = Run(path)
+        with self._lock:
+            self._open[state] = run
+            while len(self._open) > OPEN:
+                self._open.popitem(last=False)
+        return run
+
+    def payload(
+        self, key: str, what: tuple[Any, ...], make: Callable[[Run], bytes]
+    ) -> tuple[bytes, str]:
+        """Return what `make` makes of a recording, and a tag that changes when it does.
+
+        Raise ProbeError.
+        """
+        run = self.run(key)
+        state = (key, changed(run.path), what)
+        tag = hashlib.sha256(repr(state).encode()).hexdigest()[:24]
+        with self._lock:
+            if state in self._kept:
+                self._kept.move_to_end(state)
+                return self._kept[state], tag
+        content = make(run)
+        with self._lock:
+            self._kept[state] = content
+            while sum(map(len, self._kept.values())) > ROOM and len(self._kept) > 1:
+                self._kept.popitem(last=False)
+        return content, tag
+
+
+def changed(path: Path) -> tuple[int, ...]:
+    """Return what changes when a recording does: times and sizes of its root file and its flags."""
+    found: list[int] = []
+    for name in ("zarr.json", "committed/c.0"):
+        try:
+            about = (path / name).stat()
+        except OSError:
+            found += [0, 0]
+        else:
+            found += [about.st_mtime_ns, about.st_size]
+    return tuple(found)
+
+
+_library: list[Library] = []
+
+
+def configure(library: Library) -> None:
+    """Make a library the one that views and routes use."""
+    _library[:] = [library]
+
+
+def library() -> Library:
+    """Return the library of this process: by default that of the folder `runs`."""
+    if not _library:
+        configure(Library())
+    return _library[0]

@@ -1,0 +1,105 @@
+"""A recording as one page that plays by itself: `probe export RUN --html FILE`.
+
+The page holds the player, its looks and the payloads. It fetches nothing and plays from a disk,
+offline.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from importlib import resources
+
+from probe.figures.bundle import facts, layers_and_heads, payload, prompt_of, unpack
+from probe.reading.recording import Run
+
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: "
+    "blob:; "
+    "base-uri 'none'; form-action 'none'"
+)
+STYLE = """
+:root { color-scheme: light dark; }
+body { max-width: 1240px; margin: 28px auto 60px; padding: 0 24px;
+  font: 15px/1.5 system-ui, sans-serif;
+  color: light-dark(#1b1d22, #e9e9ec); background: light-dark(#fff, #15161a); }
+h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
+.facts { opacity: .8; margin: 0 0 18px; overflow-wrap: anywhere; }
+"""
+START = """
+const raw = (name) => {
+  const text = document.getElementById(name)?.textContent;
+  return text ? Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)) : null;
+};
+const count = Number(document.body.dataset.runs);
+const ask = async (run, what) => raw(`run${run}-${what.what}-${what.channel ?? what.of}`);
+const runs = [];
+for (let i = 0; i < count; i++) runs.push(await open(raw(`run${i}`)));
+const state = fromAddress(location.search);
+const { steps } = runs[0].meta;
+if (state.step !== undefined) state.step = steps.indexOf(state.step);
+const changed = (now) => {
+  const address = toAddress(location.search, now, steps[now.step]);
+  history.replaceState(null, "", address + location.hash);
+};
+const options = { ask, changed, readings: [], state };
+mount(document.getElementById("player"), runs, options);
+"""
+
+
+def asset(name: str) -> str:
+    """Return the text of player.js or player.css."""
+    return resources.files("probe.figures").joinpath(name).read_text(encoding="utf-8")
+
+
+def page(runs: Sequence[Run], everything: bool = True) -> str:
+    """Return a page with one to four runs, side by side; with `everything`, every word in every
+    layer and head.
+
+    Raise RecordingDamaged, RecordingUnreadable.
+    """
+    data = "".join(
+        _held(f"run{index}{name}", content)
+        for index, run in enumerate(runs)
+        for name, content in _payloads(run, everything)
+    )
+    title = html.escape(prompt_of(runs[0]) or runs[0].name)
+    made = html.escape("  ·  ".join(facts(run) for run in runs))
+    script = asset("player.js").replace("</", "<\\/")
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{STYLE}{asset("player.css")}</style>
+<body data-runs="{len(runs)}">
+<main>
+<h1>{title}</h1>
+<p class="facts">{made}</p>
+<div id="player"></div>
+</main>
+{data}<script type="module">
+{script}
+{START}</script>
+</body>
+</html>
+"""
+
+
+def _held(name: str, content: bytes) -> str:
+    """Return bytes as an element that a page holds and no browser runs."""
+    text = base64.b64encode(content).decode()
+    return f'<script type="application/octet-stream" id="{name}">{text}</script>\n'
+
+
+def _payloads(run: Run, everything: bool) -> list[tuple[str, bytes]]:
+    """Return what the player may ask of a run, by the name that it asks with."""
+    whole = payload(run)
+    head, _ = unpack(whole)
+    found = [("", whole)]
+    if everything and "channels" in head["meta"]:
+        count = len(head["meta"]["channels"])
+        found += [(f"-heads-{index}", layers_and_heads(run, index)) for index in range(count)]
+    return found

@@ -1,0 +1,120 @@
+"""probe view [RUN ...]: look at recordings in a browser, on this machine alone.
+
+probe view                       # the recordings in the folder runs
+probe view sample                # the recording that comes along: no model, no torch
+probe view A B --no-browser      # begin with these; print the address and open nothing
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from probe import stopping
+
+    stopping.begin()  # before the slow imports
+
+import argparse
+import socket
+import threading
+import webbrowser
+from pathlib import Path
+from urllib.parse import urlencode
+
+from probe.errors import ExperimentError, UserError
+from probe.output import say
+from probe.terminal import Parser, add_runs, described, guarded
+
+OPTIONS = {
+    "server.address": "127.0.0.1",
+    "server.headless": True,
+    "server.fileWatcherType": "none",
+    "server.enableStaticServing": False,
+    "browser.gatherUsageStats": False,
+    "browser.serverAddress": "127.0.0.1",
+    "client.showErrorDetails": "none",
+    "client.showErrorLinks": False,
+    "client.toolbarMode": "minimal",
+    "runner.magicEnabled": False,
+    "runner.postScriptGC": False,  # with it, each change takes three times as long
+}
+
+
+def parser(prog: str = "probe view") -> argparse.ArgumentParser:
+    made = Parser(prog=prog, description=described(__doc__, "probe view", prog))
+    made.add_argument(
+        "names",
+        nargs="*",
+        metavar="RUN",
+        help="recordings to begin with: paths, beginnings of names, latest or sample",
+    )
+    add_runs(made)
+    made.add_argument(
+        "--port", type=int, default=0, help="the port on this machine; 0: one that is free"
+    )
+    made.add_argument(
+        "--no-browser", action="store_true", help="print the address and open nothing"
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def listening(port: int) -> socket.socket:
+    """Return a socket on this machine's own address. Raise ExperimentError if the port is taken."""
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        made.bind(("127.0.0.1", port))
+        made.listen(128)  # who comes before the server is up waits, and is not refused
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise ExperimentError(
+            f"Port {port} cannot be used ({error}).", "Leave --port out for a free one."
+        ) from error
+    return made
+
+
+def main(arguments: list[str], prog: str = "probe view") -> int:
+    options = parser(prog).parse_args(arguments)
+    try:
+        import streamlit as st
+        import uvicorn
+        from streamlit import config
+    except ImportError as error:
+        raise UserError(
+            "The dashboard is not installed.", "pip install 'diffusion-probe[dashboard]'"
+        ) from error
+    from probe.dashboard.library import Library, configure
+    from probe.dashboard.routes import MIDDLEWARE, ROUTES
+    from probe.figures.bundle import payload
+
+    library = Library(options.runs, options.names)
+    configure(library)
+    first = [library.add(path) for path in library.named]
+    door = listening(options.port)
+    port = door.getsockname()[1]
+    for name, value in {**OPTIONS, "server.port": port, "browser.serverPort": port}.items():
+        config.set_option(name, value)
+    pages = Path(__file__).with_name("dashboard") / "pages.py"
+    app = st.App(pages, routes=ROUTES, middleware=MIDDLEWARE)
+    settings = uvicorn.Config(
+        app,
+        ws="websockets-sansio",
+        ws_max_size=64 * 2**20,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )
+    address = f"http://127.0.0.1:{port}/" + (
+        f"?{urlencode({'runs': first}, doseq=True)}" if first else ""
+    )
+    for key in first[:1]:  # what is seen first is ready before the browser asks
+        library.payload(key, ("run", 0), payload)
+    say(f"Look at {address}", "Ctrl-C ends it.")
+    if not options.no_browser:
+        threading.Timer(0.3, webbrowser.open, [address]).start()
+    uvicorn.Server(settings).run(sockets=[door])
+    return 0
+
+
+if __name__ == "__main__":
+    guarded(main)

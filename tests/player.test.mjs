@@ -1,0 +1,59 @@
+// The pure parts of probe/figures/player.js: node --test tests/player.test.mjs
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import test from "node:test";
+
+import { clamp, fromAddress, high, map, nearest, open, peak, said, short, table, toAddress } from "../probe/figures/player.js";
+
+test("a step is said as the arrays count it and as people do", () => {
+  assert.equal(said(6, 20), "6 (7th of 20)");
+  assert.deepEqual([0, 1, 2, 3, 10, 11, 12, 20, 21, 110].map((step) => said(step, 200).match(/\((\S+)/)[1]), ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "22nd", "111th"]);
+});
+
+test("hostile numbers fall to the default", () => {
+  for (const value of ["abc", "-3", "99999999999999999999", "", "1e3", "0x1", "NaN", null, undefined, NaN, 1.5, Infinity, -1, 20, {}, [], "20"]) assert.equal(clamp(value, 20, 7), 7, String(value));
+  assert.equal(clamp("19", 20, 7), 19);
+  assert.equal(clamp(0, 20, 7), 0);
+});
+
+test("the address holds the state, keeps what is not its own, and drops what is hostile", () => {
+  const state = { step: 3, channel: 2, reading: "attention", layer: -1, head: -1, opacity: 0.35, scale: "word" };
+  const address = toAddress("?runs=a&runs=b&layer=4", state, 12);
+  assert.equal(address, "?runs=a&runs=b&step=12&word=2&opacity=0.35&scale=word");
+  assert.deepEqual(fromAddress(address), { step: 12, channel: 2, opacity: 0.35, scale: "word" });
+  assert.deepEqual(fromAddress("?step=<img src=x>&word=-1&layer=1e9&head=%00&opacity=2&scale=javascript:1"), {});
+});
+
+test("runs are synced by the logarithm of sigma", () => {
+  assert.equal(nearest([10, 1, 0.1, 0.01], 0.5), 1);
+  assert.equal(nearest([10, 1, 0.1, 0.01], 0.2), 2);
+  assert.equal(nearest([10, 1, 0], 0), 2);
+});
+
+test("a table of colours begins and ends with its anchors", () => {
+  const colours = table([[0, 0, 4], [60, 9, 101], [252, 255, 164]]);
+  const rgba = (value) => [value & 255, (value >> 8) & 255, (value >> 16) & 255, value >>> 24];
+  assert.deepEqual([rgba(colours[0]), rgba(colours[255])], [[0, 0, 4, 255], [252, 255, 164, 255]]);
+  assert.equal(colours.length, 256);
+});
+
+test("numbers are short", () => {
+  assert.deepEqual([0, 2.7562, 0.0357, 1e-5, 12345, NaN, null].map(short), ["0", "2.76", "0.0357", "1.0e-5", "1.2e+4", "not finite", "not finite"]);
+});
+
+test("what is no payload is refused", async () => {
+  await assert.rejects(open(new Uint8Array([1, 2, 3])), /no payload/);
+  await assert.rejects(open(new TextEncoder().encode("PNG!0000{}")), /no payload/);
+});
+
+test("numbers are those that Python wrote", { skip: process.env.PAYLOAD ? false : "set PAYLOAD and EXPECTED to what probe.figures.bundle wrote" }, async () => {
+  const run = await open(new Uint8Array(readFileSync(process.env.PAYLOAD)));
+  const expected = JSON.parse(readFileSync(process.env.EXPECTED, "utf8"));
+  assert.deepEqual(run.meta, expected.meta);
+  for (const one of expected.maps) {
+    const { values, height, width } = map(run.parts.maps, one.step, one.first, one.second);
+    assert.deepEqual([height, width], one.shape);
+    values.forEach((value, i) => assert.ok(Math.abs(value - one.values[i]) < 1e-6 * (1 + one.values[i]), `${i}: ${value} is not ${one.values[i]}`));
+    assert.ok(peak(run.parts.maps, one.first, one.second, one.step) <= high(run.parts.maps, one.first, one.second) * 1.000001);
+  }
+});

@@ -1,0 +1,283 @@
+"""The player and the dashboard in a real browser: what is drawn, by keys, after a reload, and what
+is asked of whom.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import resources, util
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from probe.export import main as export
+from probe.testing.synthetic import synthetic_recording
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+MISSING = [
+    *(["apt install chromium chromium-driver"] if not (CHROMIUM and DRIVER) else []),
+    *(
+        ["pip install selenium axe-core-python"]
+        if not (util.find_spec("selenium") and util.find_spec("axe_core_python"))
+        else []
+    ),
+]
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"needs a browser: {' and '.join(MISSING)}"),
+]
+FLAGS = (
+    "--headless=new --no-sandbox --disable-dev-shm-usage --disable-gpu --no-first-run "
+    "--disable-background-networking --disable-component-update --force-device-scale-factor=1"
+).split()
+NOWHERE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+HOSTILE = (
+    '<img src=x onerror="window.pwned=1">![a](http://evil.invalid/p.png) :red[red] $x^2$ **b** '
+    '<a href="http://evil.invalid">L</a> </script><script>window.pwned=2</script>'
+)
+BOX = (
+    "(document.querySelector('.probe') ?? [...document.querySelectorAll('*')].map(e => "
+    "e.shadowRoot)"
+    ".map(r => r && r.querySelector('.probe')).find(Boolean))"
+)
+INK = (
+    "const c = arguments[0]; const d = c.getContext('2d').getImageData(0, 0, c.width, "
+    "c.height).data;"
+    "let h = 0; for (let i = 0; i < d.length; i += 53) h = (h * 31 + d[i]) >>> 0; return h"
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM or ""
+    for flag in [*FLAGS, NOWHERE]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    made = webdriver.Chrome(options, Service(DRIVER))
+    yield made
+    made.quit()
+
+
+def look(browser: Any, width: int = 1280, height: int = 1200, dark: bool = False) -> None:
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def opened(browser: Any, address: str) -> Any:
+    """Open a page and return the player in it, once it has drawn."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get_log("performance")
+    browser.get_log("browser")
+    browser.get(address)
+    return WebDriverWait(browser, 40).until(
+        lambda driver: driver.execute_script(
+            f"const b = {BOX}; return b && b.dataset.step !== undefined ? b : null"
+        )
+    )
+
+
+def asked(browser: Any) -> set[str]:
+    """Return the hosts that a page asked, the empty one for files."""
+    rows = [json.loads(row["message"])["message"] for row in browser.get_log("performance")]
+    urls = [
+        row["params"]["request"]["url"]
+        for row in rows
+        if row["method"] == "Network.requestWillBeSent"
+    ]
+    urls += [row["params"]["url"] for row in rows if row["method"] == "Network.webSocketCreated"]
+    return {
+        urlsplit(url).hostname or "" for url in urls if urlsplit(url).scheme not in ("data", "blob")
+    }
+
+
+def complaints(browser: Any) -> list[str]:
+    """Return the errors of a page's console, less two of Streamlit's own on every page but the
+    first.
+    """
+    own = re.compile(r"/\w+/_stcore/(health|host-config)")
+    rows = [row["message"] for row in browser.get_log("browser") if row["level"] == "SEVERE"]
+    return [row for row in rows if not own.search(row)]
+
+
+def ink(browser: Any, player: Any, which: str) -> int:
+    """Return a number that changes with the pixels of a canvas."""
+    canvas = browser.execute_script(
+        "return arguments[0].querySelector(arguments[1])", player, which
+    )
+    return int(browser.execute_script(INK, canvas))
+
+
+def serious(browser: Any) -> list[Any]:
+    """Return what axe-core finds that is serious or worse."""
+    browser.execute_script(
+        resources.files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    )
+    found = browser.execute_async_script(
+        "const done = arguments[0]; axe.run(document, {resultTypes: ['violations']}).then(r => "
+        "done("
+        "r.violations.map(v => [v.impact, v.id, v.nodes.map(n => n.target.join(' '))])))"
+    )
+    return [one for one in found if one[0] in ("serious", "critical")]
+
+
+def press(browser: Any, *keys: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+# --- an exported page ----------------------------------------------------------------------------
+
+
+def test_an_exported_page_plays_from_a_disk(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    assert export(["sample", "--html", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").stat().st_size <= 450_000
+    address = (tmp_path / "page.html").as_uri()
+    for width, dark in ((1280, False), (320, True), (1920, False)):
+        look(browser, width, dark=dark)
+        player = opened(browser, address)
+        assert player.get_attribute("data-step") == "6"
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert serious(browser) == []
+        before = [
+            ink(browser, player, f".{part} canvas") for part in ("latents", "denoised", "maps")
+        ]
+        browser.execute_script("arguments[0].focus()", player)
+        press(browser, Keys.ARROW_RIGHT)
+        assert player.get_attribute("data-step") == "7"
+        after = [
+            ink(browser, player, f".{part} canvas") for part in ("latents", "denoised", "maps")
+        ]
+        assert all(one != other for one, other in zip(before, after, strict=True))
+        press(browser, Keys.HOME, " ")
+        time.sleep(1)
+        assert int(player.get_attribute("data-step")) > 2, "it plays"
+        press(browser, " ")
+        assert asked(browser) == {""} and complaints(browser) == []
+
+
+def test_a_word_a_head_and_a_place(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    export(["sample", "--html", str(tmp_path / "page.html")])
+    look(browser)
+    player = opened(browser, (tmp_path / "page.html").as_uri() + "?step=3&word=2")
+    pressed = (
+        "return [...arguments[0].querySelectorAll('.chip[aria-pressed=true]')].map(c => "
+        "c.textContent)"
+    )
+    assert player.get_attribute("data-step") == "3"
+    assert browser.execute_script(pressed, player) == ["scuba"]
+    before = ink(browser, player, "figure.maps canvas")
+    browser.execute_script("arguments[0].querySelectorAll('.chip')[1].click()", player)
+    assert ink(browser, player, "figure.maps canvas") != before
+    heads = browser.execute_script("return arguments[0].querySelector('.heads canvas')", player)
+    together = ink(browser, player, "figure.maps canvas")
+    browser.execute_script("arguments[0].focus()", heads)
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
+    assert ink(browser, player, "figure.maps canvas") != together, "one head alone"
+    canvas = browser.execute_script(
+        "return arguments[0].querySelector('figure.maps canvas')", player
+    )
+    browser.execute_script("arguments[0].focus()", canvas)
+    press(browser, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
+    assert "Row 1, column 1" in player.find_element("css selector", ".tools .tip").text
+    player.find_element("css selector", "summary").click()
+    assert (
+        "run.word_maps().sel(step=3).isel(word=1)"
+        in player.find_element("css selector", ".code").text
+    )
+    assert len(player.find_elements("css selector", ".table tr")) == 16
+    time.sleep(0.6)
+    assert "step=3" in browser.current_url and "word=1" in browser.current_url
+
+
+def test_hostile_text_is_shown_as_it_is(browser: Any, tmp_path: Path) -> None:
+    path = synthetic_recording(tmp_path / "hostile.zarr", prompt=HOSTILE)
+    export([str(path), "--html", str(tmp_path / "page.html")])
+    opened(browser, (tmp_path / "page.html").as_uri())
+    assert browser.execute_script("return document.querySelector('h1').textContent") == HOSTILE
+    assert browser.execute_script(
+        "return [window.pwned ?? 0, document.images.length, document.links.length]"
+    ) == [0, 0, 0]
+    assert asked(browser) == {""}
+
+
+# --- the dashboard -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    runs = tmp_path_factory.mktemp("runs")
+    synthetic_recording(runs / "hostile.zarr", prompt=HOSTILE)
+    command = [sys.executable, "-m", "probe.view", "sample", "--runs", str(runs), "--no-browser"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    ) as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        assert line.startswith("Look at http://127.0.0.1:"), line
+        yield line.removeprefix("Look at ").split("?")[0].rstrip("/\n")
+        child.send_signal(2)
+        assert child.wait(5) == 130
+
+
+@pytest.mark.parametrize("width", [1280, 1920])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_replay_in_the_dashboard(
+    width: int, dark: bool, server: str, browser: Any, tmp_path: Path
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    look(browser, width, dark=dark)
+    player = opened(browser, f"{server}/?runs=sample")
+    browser.execute_script("arguments[0].focus()", player)
+    before = ink(browser, player, "figure.denoised canvas")
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert (
+        player.get_attribute("data-step") == "8"
+        and ink(browser, player, "figure.denoised canvas") != before
+    )
+    time.sleep(0.6)
+    assert "step=8" in browser.current_url and "runs=sample" in browser.current_url
+    assert opened(browser, browser.current_url).get_attribute("data-step") == "8", (
+        "a reload restores it"
+    )
+    assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
+    assert browser.save_screenshot(str(tmp_path / "replay.png"))
+
+
+def test_hostile_recordings_run_nothing_in_the_dashboard(server: str, browser: Any) -> None:
+    look(browser, 1280)
+    for page in ("/?runs=hostile", "/compare?runs=hostile&runs=sample"):
+        opened(browser, server + page)
+        time.sleep(0.5)
+        assert browser.execute_script("return window.pwned ?? 0") == 0
+        assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
+    browser.get(f"{server}/runs")
+    time.sleep(2)
+    assert browser.execute_script("return [window.pwned ?? 0, document.images.length]") == [0, 0]
+    assert asked(browser) == {"127.0.0.1"}
+
+
+def test_an_address_full_of_nonsense_falls_to_the_defaults(server: str, browser: Any) -> None:
+    query = "runs=sample&step=abc&word=-3&layer=1e9&head=<b>&opacity=9&scale=x&step=9999999999999"
+    player = opened(browser, f"{server}/?{query}")
+    assert player.get_attribute("data-step") == "6" and complaints(browser) == []

@@ -1,0 +1,213 @@
+"""The dashboard without a browser: which recordings it serves, by which names, to whom, and what
+its pages show.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+from streamlit.testing.v1 import AppTest
+
+from probe.dashboard import library as libraries
+from probe.dashboard.library import Library, configure
+from probe.dashboard.routes import MIDDLEWARE, ROUTES
+from probe.errors import RecordingNotFound
+from probe.figures.bundle import payload, unpack
+from probe.testing.synthetic import synthetic_recording
+
+PAGES = Path(libraries.__file__).with_name("pages.py")
+BASE = "http://127.0.0.1:8000"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    synthetic_recording(runs / "one.zarr", prompt="a red cat", seed=1)
+    synthetic_recording(runs / "two.zarr", prompt="a red cat", seed=2)
+    synthetic_recording(runs / "broken.zarr", prompt="a red cat", seed=3)
+    (runs / "broken.zarr" / "zarr.json").write_text("{")
+    return runs
+
+
+@pytest.fixture
+def library(folder: Path) -> Iterator[Library]:
+    made = Library(folder)
+    configure(made)
+    yield made
+    libraries._library.clear()
+
+
+@pytest.fixture
+def client(library: Library) -> TestClient:
+    library.rows()
+    return TestClient(Starlette(routes=ROUTES, middleware=MIDDLEWARE), base_url=BASE)
+
+
+# --- what is served ------------------------------------------------------------------------------
+
+
+def test_recordings_are_served_by_name_alone(client: TestClient, folder: Path) -> None:
+    answer = client.get("/probe/run?run=one")
+    assert answer.status_code == 200 and answer.headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in answer.headers
+    head, found = unpack(answer.content)
+    assert head["meta"]["prompt"] == "a red cat" and found["maps"].shape[0] == 6
+    for name in (str(folder / "one.zarr"), "../one", "one.zarr", "", "three", "%00", "one/../two"):
+        answer = client.get("/probe/run", params={"run": name})
+        assert answer.status_code == 404 and "No recording has this id" in answer.text, name
+    assert client.get("/probe/run?run=broken").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "run?image=-1",
+        "run?image=1e3",
+        "heads?channel=99",
+        "heads?branch=left",
+        "maps?of=looking",
+        "maps?branch=%3Cimg%3E",
+        "run?image=7",
+    ],
+)
+def test_wrong_requests_are_refused(query: str, client: TestClient) -> None:
+    what, _, rest = query.partition("?")
+    answer = client.get(f"/probe/{what}?run=one&{rest}")
+    assert answer.status_code in (400, 404) and answer.headers["content-type"].startswith(
+        "text/plain"
+    )
+
+
+def test_what_did_not_change_is_not_sent_again(client: TestClient, folder: Path) -> None:
+    first = client.get("/probe/heads?run=one&channel=1")
+    again = client.get(
+        "/probe/heads?run=one&channel=1", headers={"if-none-match": first.headers["etag"]}
+    )
+    assert again.status_code == 304 and again.content == b""
+    root = folder / "one.zarr" / "zarr.json"
+    root.write_text(root.read_text() + " ")
+    changed = client.get(
+        "/probe/heads?run=one&channel=1", headers={"if-none-match": first.headers["etag"]}
+    )
+    assert changed.status_code == 200 and changed.headers["etag"] != first.headers["etag"]
+
+
+def test_only_this_machine_is_served(library: Library) -> None:
+    library.rows()
+    app = Starlette(routes=ROUTES, middleware=MIDDLEWARE)
+    for host, status in (
+        ("127.0.0.1:8000", 200),
+        ("localhost:8000", 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+    ):
+        assert (
+            TestClient(app, base_url=BASE)
+            .get("/probe/run?run=one", headers={"host": host})
+            .status_code
+            == status
+        )
+    far = TestClient(app, base_url=BASE, client=("192.0.2.1", 5000))
+    assert far.get("/probe/run?run=one").status_code == 403
+
+
+def test_payloads_are_kept_within_their_room(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.rows()
+    made: list[str] = []
+
+    def make(run: Any) -> bytes:
+        made.append(run.name)
+        return payload(run)
+
+    for _ in range(2):
+        for key in ("one", "two"):
+            library.payload(key, ("run",), make)
+    assert made == ["one", "two"]
+    monkeypatch.setattr(libraries, "ROOM", 1)
+    for key in ("one", "two", "one"):
+        library.payload(key, ("again",), make)
+    assert made == ["one", "two", "one", "two", "one"] and len(library._kept) == 1
+    with pytest.raises(RecordingNotFound):
+        library.run("unknown")
+
+
+def test_a_recording_of_the_same_name_elsewhere_has_an_id_of_its_own(
+    library: Library, folder: Path, tmp_path: Path
+) -> None:
+    library.rows()
+    shutil.copytree(folder / "one.zarr", tmp_path / "elsewhere" / "one.zarr")
+    assert library.add(tmp_path / "elsewhere" / "one.zarr") not in ("one", "two")
+    assert library.add(folder / "one.zarr") == "one"
+
+
+# --- pages ---------------------------------------------------------------------------------------
+
+
+def page(name: str = "", **query: Any) -> AppTest:
+    from probe.dashboard.views import pick
+
+    pick.rows.clear()  # type: ignore[attr-defined]
+    app = AppTest.from_file(str(PAGES), default_timeout=30)
+    for key, value in query.items():
+        app.query_params[key] = value
+    app.run()
+    if name:
+        app.switch_page(name)
+        app.run()
+    assert not app.exception
+    return app
+
+
+def shown(app: AppTest) -> list[str]:
+    """Return the ids that the player on a page was given."""
+    (player,) = app.get("bidi_component")
+    import json
+
+    return list(json.loads(player.proto.json)["runs"])
+
+
+def test_replay_opens_the_newest_and_shows_what_is_picked(library: Library) -> None:
+    app = page()
+    newest = app.multiselect("runs").value
+    assert shown(app) == newest and len(newest) == 1
+    app.multiselect("runs").set_value(["one"]).run()
+    assert shown(app) == ["one"] and not app.exception
+    app.multiselect("runs").set_value([]).run()
+    assert [info.value for info in app.info] == ["Pick a run above."]
+    assert "broken" not in app.multiselect("runs").options
+
+
+def test_an_unknown_run_in_the_address_falls_to_the_default(library: Library) -> None:
+    for hostile in ("<img src=x>", "../one", "x" * 5000):
+        assert shown(page(runs=hostile))[0] in ("one", "two", "sample")
+
+
+def test_an_empty_folder_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = Library(tmp_path)
+    monkeypatch.setattr(empty, "rows", lambda: [])
+    configure(empty)
+    try:
+        app = page()
+        assert app.code[0].value == "python -m probe.run experiments/astronaut.yaml"
+    finally:
+        libraries._library.clear()
+
+
+def test_the_process_of_the_dashboard_never_imports_torch() -> None:
+    code = (
+        "import sys; import probe.view, probe.export, probe.figures.page, probe.dashboard.routes;"
+        "from probe.dashboard.views import compare, learn, replay, runs;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
