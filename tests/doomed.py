@@ -2,7 +2,7 @@
 moment of choice.
 
     with Doomed(asked, Fault("kill", at=120)) as child:    # at the 120th operation on its files
-        ended = child.end()                                # exit code, what it said, which steps it had acknowledged
+        ended = child.end()                                # exit code, words, acknowledged steps
 
 They are forked from one clean process that has imported torch and built the tiny model, so each
 starts in no time; they record with the real recorder. Operations on files are seen by an audit

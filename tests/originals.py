@@ -8,14 +8,37 @@ from typing import Any
 
 import torch
 
-OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj",
-             "embeddings.token_embedding.weight": "token_embedding.weight", "embeddings.position_embedding.weight": "positional_embedding",
-             "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias"}  # fmt: skip
-PLAIN_UNET = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-              "conv_norm_out": "out.0", "conv_out": "out.2",
-              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # fmt: skip
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
-          "conv_shortcut": "skip_connection"}  # fmt: skip
+# diffusers' name: the original name
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+PLAIN_UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
 VAE_ATTENTION = {
     "group_norm": "norm",
     "to_q": "q",
@@ -108,17 +131,16 @@ def open_clip(encoder: Any) -> dict[str, torch.Tensor]:
     projection is turned around.
     """
     own = encoder.state_dict()
+    layer_part = "|".join(map(re.escape, OPEN_CLIP_LAYER))
     held = {"logit_scale": torch.ones(()), "text_projection": own["text_projection.weight"].T}
     for key, tensor in own.items():
         name = key.removeprefix("text_model.")
         if found := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name):
             parts = [own[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
             held[f"transformer.resblocks.{found[1]}.attn.in_proj_{found[2]}"] = torch.cat(parts)
-        elif found := re.fullmatch(
-            r"encoder\.layers\.(\d+)\.(layer_norm1|layer_norm2|mlp\.fc1|mlp\.fc2|self_attn\.out_proj)\.(.*)",
-            name,
-        ):
-            held[f"transformer.resblocks.{found[1]}.{OPEN_CLIP[found[2]]}.{found[3]}"] = tensor
+        elif found := re.fullmatch(rf"encoder\.layers\.(\d+)\.({layer_part})\.(.*)", name):
+            part = OPEN_CLIP_LAYER[found[2]]
+            held[f"transformer.resblocks.{found[1]}.{part}.{found[3]}"] = tensor
         elif name in OPEN_CLIP:
             held[OPEN_CLIP[name]] = tensor
     return held

@@ -42,7 +42,12 @@ ATTRIBUTES: dict[str, Any] = {
 
 
 AT_THE_FIRST_STEP = r"attention/.*/(key|value_size)"
-AT_THE_END = r"latents/final_latents|images/final|vae/statistics|vae/.*/activation|cost/(.*seconds|peak_memory)|attention/.*/(overview|time_sum)"
+AT_THE_END = "|".join(
+    (
+        r"latents/final_latents|images/final|vae/statistics|vae/.*/activation",
+        r"cost/(.*seconds|peak_memory)|attention/.*/(overview|time_sum)",
+    )
+)
 
 
 def recording(path: Path) -> Path:

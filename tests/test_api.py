@@ -289,7 +289,8 @@ import sys
 sys.modules["torch"] = None
 import probe
 run = probe.open_run("sample")
-print(run.words, run.verify().verdict, run.diff(run).same, {check.name for check in run.verify() if "needs torch" in check.detail})
+unchecked = {check.name for check in run.verify() if "needs torch" in check.detail}
+print(run.words, run.verify().verdict, run.diff(run).same, unchecked)
 probe.record({})
 """
     done = subprocess.run(

@@ -304,6 +304,15 @@ def test_what_is_said_of_some(run: Run) -> None:
 # --- analysis -------------------------------------------------------------------------------------
 
 
+# functions whose `maps` are those of tokens
+OF_TOKENS = ("combined", "by_sigma", "token_kinds", "word_maps", "head_statistics")
+# optional arguments that are checked, beside all that are not optional
+CHECKED = (
+    *("bands", "over", "seed", "level", "merge", "method", "weigh"),
+    *("resamples", "classes", "pool", "least", "sigma", "kinds"),
+)
+
+
 @pytest.mark.parametrize("name", analysis.__all__)
 def test_analysis_of_what_is_no_array(run: Run, name: str) -> None:
     """In place of each argument, the others being right."""
@@ -312,37 +321,22 @@ def test_analysis_of_what_is_no_array(run: Run, name: str) -> None:
     masks = words > 0
     scores = xr.DataArray(np.arange(12.0).reshape(4, 3), dims=("scene", "head"))
     good: dict[str, Any] = {
-        **{
-            "maps": words,
-            "words": words,
-            "masks": masks,
-            "truth": masks,
-            "values": maps,
-            "scores": scores,
-            "stored": maps.values,
-            "text": "cat",
-        },
-        **{
-            "at": 0.5,
-            "grid": (4, 4),
-            "how": {"overlap": "cosine", "normalised": "none"}.get(name, "none"),
-            "sizes": None,
-        },
+        "maps": maps if name in OF_TOKENS else words,
+        "words": words,
+        "masks": masks,
+        "truth": masks,
+        "values": maps,
+        "scores": scores,
+        "stored": maps.values,
+        "text": "cat",
+        "at": 0.5,
+        "grid": (4, 4),
+        "how": "cosine" if name == "overlap" else "none",
+        "sizes": None,
     }
-    if name in (
-        "combined",
-        "by_sigma",
-        "token_kinds",
-        "word_maps",
-        "head_statistics",
-        "contribution",
-    ):
-        good["maps"] = maps
     if name == "contribution":
-        good["maps"], good["sizes"] = (
-            run.attention(),
-            run.variable(f"attention/{run.grids[0]}/value_size"),
-        )
+        good["maps"] = run.attention()
+        good["sizes"] = run.variable(f"attention/{run.grids[0]}/value_size")
     function: Callable[..., Any] = getattr(analysis, name)
     parameters = inspect.signature(function).parameters
     right = {
@@ -353,26 +347,10 @@ def test_analysis_of_what_is_no_array(run: Run, name: str) -> None:
     if name == "by_sigma":
         right["sigma"] = run.variable("sigma")
     function(**right)
-    more = (
-        "bands",
-        "over",
-        "seed",
-        "level",
-        "merge",
-        "method",
-        "weigh",
-        "resamples",
-        "classes",
-        "pool",
-        "least",
-        "sigma",
-        "kinds",
-    )
-    for key in (key for key in parameters if key in (*right, *more)):
+    for key in (key for key in parameters if key in (*right, *CHECKED)):
         for value in ODD:
-            assert_ours(
-                f"{name}({key}={value!r})", functools.partial(function, **{**right, key: value})
-            )
+            call = functools.partial(function, **{**right, key: value})
+            assert_ours(f"{name}({key}={value!r})", call)
 
 
 def test_average_precision_takes_a_plain_mask(run: Run) -> None:

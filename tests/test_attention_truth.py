@@ -336,9 +336,9 @@ def test_thresholds_do_not_see_what_is_scored() -> None:
         and rows["uniform"]["AP, two subjects"] != ""
     )
     expected = interval(before.AP.sel(map="attention").mean("step")[:2])
+    mean, low, high = (float(expected[name]) for name in ("mean", "low", "high"))
     assert (
-        rows["attention, all heads"]["AP, two subjects"]
-        == f"{float(expected['mean']):.2f} ({float(expected.low):.2f} to {float(expected.high):.2f})"
+        rows["attention, all heads"]["AP, two subjects"] == f"{mean:.2f} ({low:.2f} to {high:.2f})"
     )
     figure = draw_figure(before)
     assert figure.size[0] == 1200 and len(figure.getcolors()) > 10

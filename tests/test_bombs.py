@@ -470,10 +470,11 @@ def many_files(path: Path) -> None:
 BOMBS: dict[str, Callable[[Path], None]] = {
     bomb.__name__.replace("_", " "): bomb
     for bomb in (
-        huge_claim, huge_claim_unknown, huge_tokens, many_labels, fat_nodes, fat_text_nodes, many_groups, many_small_arrays, many_written_arrays,
-        many_texts, unwritten_steps, many_unwritten_maps, sparse_chunks, shared_chunks, overlapping_chunks, json_numbers, json_texts,
-        json_objects, many_attributes, many_fields, many_chosen_steps, deep_attributes, long_text, large_numbers, many_steps_asked, picture_bomb,
-        manifest_bomb, many_files,
+        huge_claim, huge_claim_unknown, huge_tokens, many_labels, fat_nodes, fat_text_nodes,
+        many_groups, many_small_arrays, many_written_arrays, many_texts, unwritten_steps,
+        many_unwritten_maps, sparse_chunks, shared_chunks, overlapping_chunks, json_numbers,
+        json_texts, json_objects, many_attributes, many_fields, many_chosen_steps, deep_attributes,
+        long_text, large_numbers, many_steps_asked, picture_bomb, manifest_bomb, many_files,
     )
 }  # fmt: skip
 QUICK = {

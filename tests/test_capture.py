@@ -4,7 +4,7 @@ image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from probe.errors import CaptureError, ExperimentError
 from probe.reading.recording import Run
 from probe.running.planning import plan
 from probe.running.session import Session
+from probe.settings.experiment import Experiment
 from probe.watching import hooks, rehearsal
 from probe.watching.hooks import Hooks
 from probe.watching.measures import statistics_of, to_storage
@@ -212,20 +213,19 @@ def test_moments_are_taken_before_storage(tmp_path: Path, everything: Run) -> No
         assert np.array_equal(run.variable(name).values, everything.variable(name).values)
 
 
-@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
-def test_statistics_and_activations_are_those_of_the_modules_outputs(
-    guidance_scale: float, tmp_path: Path
-) -> None:
-    pipe = pipeline()
-    patterns = (
-        "unet.mid_block",
-        "unet.up_blocks.1.resnets.*",
-        "unet.time_embedding",
-        "vae.decoder.mid_block",
-        "text_encoder.encoder.layers.*",
-    )
-    run = take(tmp_path, **SHAPE, guidance_scale=guidance_scale, capture={"activations": patterns})
-    settled = plan(model_for(pipe, run.experiment), run.experiment)
+PATTERNS = (
+    "unet.mid_block",
+    "unet.up_blocks.1.resnets.*",
+    "unet.time_embedding",
+    "vae.decoder.mid_block",
+    "text_encoder.encoder.layers.*",
+)
+
+
+def outputs_of_modules(
+    pipe: Any, experiment: Experiment, paths: Iterable[str]
+) -> dict[str, list[torch.Tensor]]:
+    """Return what each module puts out while the picture is drawn and decoded, call by call."""
     seen: dict[str, list[torch.Tensor]] = {}
 
     def keep(path: str) -> Callable[[Any], None]:
@@ -236,62 +236,67 @@ def test_statistics_and_activations_are_those_of_the_modules_outputs(
 
         return callback
 
-    whole = {
+    modules = {
         f"{part}.{path}": module
         for part in ("unet", "vae", "text_encoder")
         for path, module in getattr(pipe, part).named_modules()
     }
+    with hooks.Hooks([(modules[path], "output", keep(path)) for path in paths]):
+        last = bare(pipe, experiment)[-1]
+        model_for(pipe, experiment).decode(last.next_latents)
+    return seen
+
+
+def four_numbers(output: torch.Tensor) -> torch.Tensor:
+    """Return mean, std, min and max of each image of a batch."""
+    flat = output.double().flatten(1)
+    return torch.stack([flat.mean(1), flat.std(1, correction=0), flat.amin(1), flat.amax(1)])
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_statistics_and_activations_are_those_of_the_modules_outputs(
+    guidance_scale: float, tmp_path: Path
+) -> None:
+    pipe = pipeline()
+    run = take(tmp_path, **SHAPE, guidance_scale=guidance_scale, capture={"activations": PATTERNS})
     outputs = [
         capture._outputs
-        for capture in settled.captures
+        for capture in plan(model_for(pipe, run.experiment), run.experiment).captures
         if isinstance(capture, UnetOutputs | VaeOutputs | TextOutputs)
     ]
-    wanted = [path for own in outputs for path in (*own.statistics, *own.whole)]
-    with hooks.Hooks([(whole[path], "output", keep(path)) for path in dict.fromkeys(wanted)]):
-        last = bare(pipe, run.experiment)[-1]
-        model_for(pipe, run.experiment).decode(last.next_latents)
-    branches = ["uncond", "cond"] if guidance_scale > 1 else ["cond"]
-    parts = ("unet", "vae")
-    statistics_of_part = {
-        part: [path for own in outputs for path in own.statistics if path.startswith(f"{part}.")]
-        for part in parts
-    }
-    assert len(statistics_of_part["unet"]) > 10 and len(statistics_of_part["vae"]) > 5
-    for part in ("unet", "vae"):
+    measured = [path for own in outputs for path in own.statistics]
+    kept = [path for own in outputs for path in own.whole]
+    seen = outputs_of_modules(pipe, run.experiment, dict.fromkeys([*measured, *kept]))
+    branches = 2 if guidance_scale > 1 else 1
+    for part, least in (("unet", 10), ("vae", 5)):
+        paths = [path for path in measured if path.startswith(f"{part}.")]
+        assert len(paths) > least
         statistics = run.variable(f"{part}/statistics")
         assert statistics["statistic"].values.tolist() == ["mean", "std", "min", "max"]
-        assert statistics["module"].values.tolist() == [
-            path.removeprefix(f"{part}.") for path in statistics_of_part[part]
-        ]
-        for number, path in enumerate(statistics_of_part[part]):
+        assert statistics["module"].values.tolist() == [p.removeprefix(f"{part}.") for p in paths]
+        for number, path in enumerate(paths):
+            stored = statistics.values[..., number]
             for step, output in enumerate(seen[path]):
-                flat = output.double().flatten(1)
-                numbers = torch.stack(
-                    [flat.mean(1), flat.std(1, correction=0), flat.amin(1), flat.amax(1)]
-                )
-                found = (
-                    statistics.values[step][..., number]
-                    if part == "unet"
-                    else statistics.values[..., number]
-                )
-                expected = numbers.unflatten(1, (len(branches), 2)) if part == "unet" else numbers
+                expected = four_numbers(output)
+                if part == "unet":
+                    expected = expected.unflatten(1, (branches, 2))
                 np.testing.assert_allclose(
-                    found, expected.numpy(), rtol=1e-5, atol=1e-5, err_msg=path
+                    stored[step] if part == "unet" else stored,
+                    expected.numpy(),
+                    rtol=1e-5,
+                    atol=1e-5,
+                    err_msg=path,
                 )
-    for path in (path for own in outputs for path in own.whole):
+    for path in kept:
         part, module = path.split(".", 1)
-        found = run.variable(f"{part}/{module}/activation").values
         if part == "unet":
-            expected_values = torch.stack(
-                [output.unflatten(0, (len(branches), 2)) for output in seen[path]]
-            )
+            expected = torch.stack([one.unflatten(0, (branches, 2)) for one in seen[path]])
         elif part == "vae":
-            expected_values = seen[path][0]
-        else:
-            # encoded in the order cond, uncond, after both were held against the pipeline's own
-            # reading
-            expected_values = torch.cat(seen[path][: -len(branches) - 1 : -1])
-        assert np.array_equal(found, expected_values.numpy()), path
+            expected = seen[path][0]
+        else:  # encoded as cond, uncond, after both were held against the pipeline's own reading
+            expected = torch.cat(seen[path][: -branches - 1 : -1])
+        stored = run.variable(f"{part}/{module}/activation").values
+        assert np.array_equal(stored, expected.numpy()), path
 
 
 def test_statistics_of_a_constant_and_of_large_half_precision_values() -> None:

@@ -183,6 +183,20 @@ def test_every_command_begins_with_it() -> None:
     )
 
 
+def in_a_process(
+    *arguments: str, press: signal.Handlers = signal.SIG_DFL
+) -> subprocess.CompletedProcess[str]:
+    """Run Python; `press` is what Ctrl-C does to it at its start."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, press),
+    )
+
+
 @pytest.mark.parametrize("slow", ["threading", "contextlib", "typing", "traceback"])
 def test_a_press_while_the_first_imports_run(slow: str) -> None:
     """A module that is imported early presses Ctrl-C: the command stops without a traceback."""
@@ -198,9 +212,7 @@ sys.argv = ["probe", "ls"]
 from probe.__main__ import main
 main()
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True, check=False,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    done = in_a_process("-S", "-c", code)
     assert (done.returncode, done.stderr.strip()) == (130, "Stopped.")
 
 
@@ -224,29 +236,81 @@ say("end")
 
 def small(body: str) -> tuple[int, str, str]:
     code = SCRIPT.format(body=body.replace("\n", "\n    "))
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    done = in_a_process("-c", code)
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 
 ORDERED = "ended in order interrupted"
-CASES = {
-    "press()\nsay('never')": "",  # nothing is begun: at once
-    "with cleanly(): pass\npress()\nsay('never')": "",
-    "with cleanly():\n  press()\n  say('ended in order')": ORDERED,
-    "with cleanly():\n  press(); press(); press()\n  say('ended in order')": ORDERED,
-    "with cleanly():\n  with breakable():\n    press()\n    say('never')": "interrupted",
-    "with cleanly():\n  press()\n  say('waits')\n  with breakable():\n    say('never')": "waits "
-    "interrupted",
-    "with cleanly():\n  try:\n    with breakable(): press()\n  finally:\n    press()\n    say('ended in order')": ORDERED,
-    "with cleanly():\n  with breakable():\n    with cleanly():\n      press()\n      say('inner')\n    say('never')": "inner "
-    ""
-    "interrupted",
-    "with cleanly():\n  try:\n    press()\n    raise OSError('so')\n  finally:\n    say('ended in order')": ORDERED,
-}
+NOTHING_BEGUN = """
+press()
+say("never")
+"""
+ALL_ENDED = """
+with cleanly(): pass
+press()
+say("never")
+"""
+ONCE = """
+with cleanly():
+    press()
+    say("ended in order")
+"""
+THREE_TIMES = """
+with cleanly():
+    press(); press(); press()
+    say("ended in order")
+"""
+BREAKABLE = """
+with cleanly():
+    with breakable():
+        press()
+        say("never")
+"""
+BEFORE_BREAKABLE = """
+with cleanly():
+    press()
+    say("waits")
+    with breakable():
+        say("never")
+"""
+AGAIN_WHILE_IT_ENDS = """
+with cleanly():
+    try:
+        with breakable(): press()
+    finally:
+        press()
+        say("ended in order")
+"""
+NESTED = """
+with cleanly():
+    with breakable():
+        with cleanly():
+            press()
+            say("inner")
+        say("never")
+"""
+BESIDE_AN_ERROR = """
+with cleanly():
+    try:
+        press()
+        raise OSError("so")
+    finally:
+        say("ended in order")
+"""
+CASES = [
+    (NOTHING_BEGUN, ""),  # it stops at once
+    (ALL_ENDED, ""),
+    (ONCE, ORDERED),
+    (THREE_TIMES, ORDERED),
+    (BREAKABLE, "interrupted"),
+    (BEFORE_BREAKABLE, "waits interrupted"),
+    (AGAIN_WHILE_IT_ENDS, ORDERED),
+    (NESTED, "inner interrupted"),
+    (BESIDE_AN_ERROR, ORDERED),
+]
 
 
-@pytest.mark.parametrize(("body", "said"), CASES.items(), ids=range(len(CASES)))
+@pytest.mark.parametrize(("body", "said"), CASES, ids=range(len(CASES)))
 def test_a_press_waits_for_what_must_end_in_order(body: str, said: str) -> None:
     code, out, err = small(body)
     assert (code, out) == (130, said) and "Traceback" not in err
@@ -265,15 +329,7 @@ def test_where_it_is_ignored_it_stays_ignored() -> None:
         "import os, signal; from probe import stopping; stopping.begin(); os.kill(os.getpid(), "
         "signal.SIGINT); print('went on')"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
+    done = in_a_process("-c", code, press=signal.SIG_IGN)
     assert (done.returncode, done.stdout) == (0, "went on\n")
 
 
@@ -287,9 +343,16 @@ def test_tasks_too(tmp_path: Path) -> None:
     """While it works, and while it starts."""
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / "x").write_text("")
-    script = "import runpy, sys; sys.argv = ['tasks.py', 'check']; import subprocess, os, signal\n"
-    script += "real = os.environ.get\ndef pressed(*a):\n    os.kill(os.getpid(), signal.SIGINT)\n    return real(*a)\nos.environ.get = pressed\n"
-    script += f"runpy.run_path({str(ROOT / 'tasks.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    script = f"""
+import runpy, sys
+sys.argv = ["tasks.py", "check"]
+import subprocess, os, signal
+real = os.environ.get
+def pressed(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    return real(*arguments)
+os.environ.get = pressed
+runpy.run_path({str(ROOT / "tasks.py")!r}, run_name="__main__")
+"""
+    done = in_a_process("-c", script)
     assert (done.returncode, done.stderr) == (130, "Stopped.\nCall it again to go on.\n")

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(
     900
 )  # 20 seconds of one quiet core each, many times that on one that others share
 
-# ---------------------------------------------------------------------------------------------- its
+# --- its form -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def test_the_check_of_the_form_can_fail(old: str, new: str, finding: str) -> Non
     assert len(found) == 1 and finding in found[0], found
 
 
-# ---------------------------------------------------------------------------------------------- run
+# --- run as a notebook ----------------------------------------------------------------------------
 
 # What is broken, by what, and what the lesson then says. Each is planted in its cell, after the
 # cells before it ran as they are.
@@ -379,7 +379,7 @@ def attention_products(model: Any, side: int) -> int:
     )
 
 
-# ---------------------------------------------------------------------------------------------- run
+# --- run as a script ------------------------------------------------------------------------------
 
 
 def pictures_named() -> set[str]:

@@ -23,12 +23,17 @@ from probe import system
 ROOT = Path(__file__).parent.parent
 WITHOUT = """
 import builtins, io, contextlib, os, signal, sys
-import filelock, google_crc32c, numpy, PIL.Image, pydantic, xarray, zarr, zarrs, shutil, subprocess, tempfile, zipfile
+import filelock, google_crc32c, numpy, PIL.Image, pydantic, xarray, zarr, zarrs
+import shutil, subprocess, tempfile, zipfile
 {libraries}
-for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY", "O_CLOEXEC", "pread", "pwrite", "preadv", "getuid", "geteuid", "getgid",
-             "writev", "uname", "mkfifo", "fork", "sysconf", "getpgid", "killpg", "sched_getaffinity", "posix_fallocate", "SEEK_HOLE"):
+for name in '''
+    O_NOFOLLOW O_NONBLOCK O_DIRECTORY O_CLOEXEC SEEK_HOLE pread pwrite preadv writev getuid geteuid
+    getgid getpgid killpg uname mkfifo fork sysconf sched_getaffinity posix_fallocate
+'''.split():
     delattr(os, name)
-for name in ("SIGKILL", "SIGHUP", "SIGALRM", "SIGUSR1", "alarm", "setitimer", "pthread_kill", "pthread_sigmask"):
+for name in '''
+    SIGKILL SIGHUP SIGALRM SIGUSR1 alarm setitimer pthread_kill pthread_sigmask
+'''.split():
     delattr(signal, name)
 for name in ("resource", "fcntl", "pwd", "grp", "termios"):
     sys.modules[name] = None
@@ -49,7 +54,8 @@ with xr.open_datatree(runs / "good.zarr", engine="zarr", chunks=None) as stock:
     xr.testing.assert_identical(run.tree.load(), stock)
 one = run.attention().isel(step=1, token=1)
 assert one.shape == (1, 1, 2, 2, 4, 4) and np.isfinite(one.values.astype("f4")).all()
-assert {path.stem for path, attributes in probe.list_runs(runs) if attributes} == {"good", "link", "pipe", "deep", "flip"}
+listed = {path.stem for path, attributes in probe.list_runs(runs) if attributes}
+assert listed == {"good", "link", "pipe", "deep", "flip"}
 for name in ("link", "deep", "root", "pipe", "flip"):
     error = RecordingDamaged if name in ("pipe", "flip") else RecordingLinked
     try:
@@ -62,17 +68,20 @@ try:
     probe.open_run(runs / "nowhere.zarr")
 except RecordingNotFound:
     pass
-for command in (["ls", str(runs)], ["show", str(runs / "good.zarr")], ["diff", str(runs / "good.zarr"), str(runs / "good.zarr")]):
+good = str(runs / "good.zarr")
+for command in (["ls", str(runs)], ["show", good], ["diff", good, good]):
     assert dispatch(command) == 0, command
 verdicts = {check.name: check.verdict for check in verify(run)}
 assert verdicts["manifest"] == "exact" and verdicts["committed"] == "exact", verdicts
 print("done")
 """
 RECORDS = """
-filelock.FileLock = filelock.SoftFileLock  # it chose another when it was imported; on Windows it has a third
+# it chose another when it was imported; on Windows it has a third
+filelock.FileLock = filelock.SoftFileLock
 import probe
 from probe.proof.verdict import verify
-run = probe.record({}, pipeline, steps=3, output=sys.argv[1], durability="step", height=32, width=32)
+size = {"height": 32, "width": 32}
+run = probe.record(size, pipeline, steps=3, output=sys.argv[1], durability="step")
 assert run.status == "complete" and len(run.steps) >= 3
 failed = [check for check in verify(run) if check.verdict == "failed"]
 assert not failed, failed

@@ -917,8 +917,12 @@ def test_the_tree_is_what_stock_xarray_opens(good: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [
-    {"step": 1}, {"step": slice(None, None, -1), "token": 2}, {"step": [2, 0, 0], "token": slice(1, 3)}, {"x": -1, "token": [2, 1]},
-    {"step": slice(3, 3)}, {"step": xr.DataArray([0, 2], dims="pick"), "token": xr.DataArray([1, 0], dims="pick")},
+    {"step": 1},
+    {"step": slice(None, None, -1), "token": 2},
+    {"step": [2, 0, 0], "token": slice(1, 3)},
+    {"x": -1, "token": [2, 1]},
+    {"step": slice(3, 3)},
+    {"step": xr.DataArray([0, 2], dims="pick"), "token": xr.DataArray([1, 0], dims="pick")},
 ])  # fmt: skip
 def test_parts_of_maps_are_what_zarr_gives(at: dict[str, Any], good: Path) -> None:
     ours = Run(good).tree[f"{GRID}/cross"]

@@ -203,7 +203,7 @@ class Import:
         return within(package, self.name)
 
 
-# ---------------------------------------------------------------------------------------------- rea
+# --- reading source -------------------------------------------------------------------------------
 
 
 def sources(root: Path, *packages: str) -> Iterator[Path]:
@@ -240,12 +240,8 @@ def imports_of(root: Path, path: Path) -> list[Import]:
             case ast.Import(names=names):
                 found.update({Import(alias.name, node.lineno, when): None for alias in names})
             case ast.ImportFrom(module=module, names=names, level=level):
-                base = ".".join(
-                    [
-                        *(package[: len(package) - level + 1] if level else []),
-                        *([module] if module else []),
-                    ]
-                )
+                above = package[: len(package) - level + 1] if level else []
+                base = ".".join([*above, *([module] if module else [])])
                 for alias in names:
                     full = f"{base}.{alias.name}"
                     found[Import(full if is_module(full) else base, node.lineno, when)] = None
@@ -257,14 +253,11 @@ def imports_of(root: Path, path: Path) -> list[Import]:
                 found[Import(name, node.lineno, when)] = None
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             when = "in a function"
-        typed = (
-            node.body
-            if isinstance(node, ast.If)
-            and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-            else []
-        )
-        children: list[ast.AST] = list(ast.iter_child_nodes(node))
-        for child in children:
+        typed: list[ast.stmt] = []
+        if isinstance(node, ast.If):
+            condition = ast.unparse(node.test)
+            typed = node.body if condition in ("TYPE_CHECKING", "typing.TYPE_CHECKING") else []
+        for child in ast.iter_child_nodes(node):
             visit(child, "for types only" if child in typed else when)
 
     visit(parse(path), "at once")
@@ -279,7 +272,7 @@ def at(root: Path, path: Path, line: int = 1) -> str:
     return f"{path.relative_to(root).as_posix()}:{line}"
 
 
-# ---------------------------------------------------------------------------------------------- the
+# --- the rules ------------------------------------------------------------------------------------
 
 
 def imports_that_point_up(root: Path) -> list[str]:
@@ -302,11 +295,9 @@ def imports_that_point_up(root: Path) -> list[str]:
                 if RANK[module] < RANK[DOORS]:
                     findings.append(f"{where}: only a door starts the dashboard")
                 continue
-            if not target.is_from("probe") or (
-                module in ("probe", "probe.testing") and target.when == "for types only"
-            ):
-                # a public package names in __init__, for types, what it imports when it is first
-                # used
+            # a public package names, for types, what it imports when it is first used
+            named = module in ("probe", "probe.testing") and target.when == "for types only"
+            if named or not target.is_from("probe"):
                 continue
             if target.name not in RANK:
                 findings.append(
@@ -477,11 +468,8 @@ def shapeless_modules(root: Path) -> list[str]:
     findings = []
     for path in sources(root, "probe", "experiments", "benchmarks", "tests"):
         inside = path.relative_to(root)
-        if path.stem in ("utils", "util", "helpers", "misc") or {
-            "common",
-            "utils",
-            "helpers",
-        } & set(inside.parts[:-1]):
+        rooms = {"common", "utils", "helpers"} & set(inside.parts[:-1])
+        if rooms or path.stem in ("utils", "util", "helpers", "misc"):
             findings.append(f"{at(root, path)}: this name says nothing of what is inside")
         lines = len(path.read_text(encoding="utf-8").splitlines())
         if inside.parts[0] == "probe" and lines > MAX_LINES:
@@ -501,15 +489,12 @@ def undocumented_modules(root: Path) -> list[str]:
 
 def untyped_packages(root: Path) -> list[str]:
     """The wheel ships the one package whole, and py.typed lies in it."""
-    wheel = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"][
-        "build"
-    ]["targets"]["wheel"]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     packages = wheel.get("packages")
-    findings = (
-        []
-        if packages == ["probe"]
-        else [f"pyproject.toml: the wheel holds {packages}, and not probe alone"]
-    )
+    findings = []
+    if packages != ["probe"]:
+        findings.append(f"pyproject.toml: the wheel holds {packages}, and not probe alone")
     findings += [
         f"pyproject.toml: the wheel must ship its packages whole, without {key!r}"
         for key in ("include", "only-include", "exclude")
@@ -536,27 +521,22 @@ MACHINE = re.compile(
     r"(?<![\w.~<>)}\]*-])/" + r"(?:wo" + r"rk|ro" + r"ot|op" + r"t)(?=/|[\s\"'`:;,)\]]|$)"
 )
 REGISTRY = re.compile(r"py" + r"pi\.org|python" + r"hosted\.org|download\." + r"pytorch\.org")
-NOT_OURS = frozenset(
-    ".git .venv __pycache__ .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs training".split()
-)
+CACHES = (".git .venv __pycache__ .pytest_cache .mypy_cache .ruff_cache .hypothesis").split()
+NOT_OURS = frozenset({*CACHES, "build", "dist", "runs", "training"})
 
 
 def text_files(root: Path) -> Iterator[Path]:
     """What git holds or would take; outside of a checkout, all but caches and outputs."""
     listed = None
     if (root / ".git").exists():
-        command = [
-            "git",
-            "-C",
-            str(root),
-            "ls-files",
-            "-z",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-        ]
+        what = ["-z", "--cached", "--others", "--exclude-standard"]
         try:
-            listed = subprocess.run(command, capture_output=True, text=True, check=False)
+            listed = subprocess.run(
+                ["git", "-C", str(root), "ls-files", *what],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         except OSError:  # no git here
             listed = None
     if listed is not None and listed.returncode == 0:
@@ -584,7 +564,7 @@ def words_of_this_machine(root: Path) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------- thi
+# --- this checkout keeps them ---------------------------------------------------------------------
 
 RULES = [
     imports_that_point_up,
@@ -614,19 +594,24 @@ def test_a_fresh_process_imports_it_without_torch(module: str) -> None:
     assert modules_loaded_by(f"import {module}", ROOT) == []
 
 
-# ---------------------------------------------------------------------------------------------- eac
+# --- each of them can fail ------------------------------------------------------------------------
 
 GOOD = {
     "pyproject.toml": '[tool.hatch.build.targets.wheel]\npackages = ["probe"]\n',
     "probe/py.typed": "",
-    "probe/__init__.py": '"""Reads recordings."""\nif TYPE_CHECKING:\n    from probe.running.recorder import record\n',
+    "probe/__init__.py": '"""Reads recordings."""\n'
+    "if TYPE_CHECKING:\n    from probe.running.recorder import record\n",
     "probe/errors.py": '"""Errors."""\n',
     "probe/writing/store.py": '"""Stores."""\nimport zarr\nfrom probe.errors import ProbeError\n',
-    "probe/watching/hooks.py": '"""Hooks."""\nfrom torch import nn\ndef on(module, hook):\n    return module.register_forward_hook(hook)\n',
-    "probe/diffusion/schedule.py": '"""The loop."""\nimport torch\nfrom . import errors\nx = scheduler.alphas_cumprod\n',
-    "probe/cli.py": '"""The door."""\nfrom probe import analysis\ndef main():\n    import torch\n    from probe.running.recorder import record\n',
+    "probe/watching/hooks.py": '"""Hooks."""\nfrom torch import nn\n'
+    "def on(module, hook):\n    return module.register_forward_hook(hook)\n",
+    "probe/diffusion/schedule.py": '"""The loop."""\nimport torch\nfrom . import errors\n'
+    "x = scheduler.alphas_cumprod\n",
+    "probe/cli.py": '"""The door."""\nfrom probe import analysis\n'
+    "def main():\n    import torch\n    from probe.running.recorder import record\n",
     "probe/dashboard/__init__.py": '"""Looks."""\nimport probe\nfrom ..analysis.maps import Run\n',
-    "probe/dashboard/views/maps.py": '"""A view."""\nfrom ... import schema\nfrom ..figures import draw\nimport streamlit\n',
+    "probe/dashboard/views/maps.py": '"""A view."""\nfrom ... import schema\n'
+    "from ..figures import draw\nimport streamlit\n",
     "tests/recordings.py": "",
     "tests/test_a.py": "import recordings\nfrom tests.recordings import x\n",
     "tests/test_b.py": "import pytest\n",

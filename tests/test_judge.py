@@ -239,16 +239,11 @@ def test_a_judge_learns_and_comes_back_the_same(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_report_runs_whole(tmp_path: Path) -> None:
     torch.save(Judge("tuning").state_dict(), tmp_path / "tuning-judge.pt")
-    sizes = "--scenes 4 --judge tuning --pairs 2 --seeds 1 --steps 2 --training-scenes 20 --markdown".split()
-    places = [
-        "--judges",
-        str(tmp_path),
-        "--sheet",
-        str(tmp_path / "sheet.png"),
-        "--nearest",
-        str(tmp_path / "nearest.png"),
-    ]
-    command = [sys.executable, "-m", "experiments.emojiworld.report", *sizes, *places]
+    sizes = "--scenes 4 --pairs 2 --seeds 1 --steps 2 --training-scenes 20".split()
+    judges = ["--judge", "tuning", "--judges", str(tmp_path)]
+    pages = ["--sheet", str(tmp_path / "sheet.png"), "--nearest", str(tmp_path / "nearest.png")]
+    report = [sys.executable, "-m", "experiments.emojiworld.report", "--markdown"]
+    command = [*report, *sizes, *judges, *pages]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
     )

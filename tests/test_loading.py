@@ -210,6 +210,7 @@ def test_no_code_that_comes_with_a_model_runs(copy: Path, tmp_path: Path) -> Non
 
 
 UNSAFE = {"torch.load", "pickle.load", "pickle.loads", "joblib.load", "snapshot_download"}
+FETCHERS = ("loading.py", "single_file.py")  # they may fetch
 
 
 def test_weights_are_read_by_us_alone() -> None:
@@ -217,17 +218,15 @@ def test_weights_are_read_by_us_alone() -> None:
     found = []
     for path in (ROOT / "probe").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.keyword) and (node.arg in ("trust_remote_code", "custom_pipeline") or (node.arg == "allow_pickle" and
-                                                  getattr(node.value, "value", True))):  # fmt: skip
-                found.append(f"{path.name}:{node.value.lineno}: {node.arg}")
+            if isinstance(node, ast.keyword):
+                pickles = node.arg == "allow_pickle" and getattr(node.value, "value", True)
+                if pickles or node.arg in ("trust_remote_code", "custom_pipeline"):
+                    found.append(f"{path.name}:{node.value.lineno}: {node.arg}")
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
-            if called in UNSAFE - (
-                {"snapshot_download"} if path.name in ("loading.py", "single_file.py") else set()
-            ):
-                found.append(f"{path.name}:{node.lineno}: {called}")
-            if called.endswith(".from_pretrained"):
+            fetches = called == "snapshot_download" and path.name in FETCHERS
+            if (called in UNSAFE and not fetches) or called.endswith(".from_pretrained"):
                 found.append(f"{path.name}:{node.lineno}: {called}")
     assert found == []
 
@@ -239,8 +238,9 @@ def test_a_place_in_the_home_folder_begins_with_a_tilde(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", "/somewhere/anna")
-    for text, kept in {"/somewhere/anna": "~", "/somewhere/anna/models/sd": "~/models/sd", "/somewhere/annabel/sd": "/somewhere/annabel/sd",
-                       "models/sd": "models/sd", "owner/name": "owner/name", "~/sd": "~/sd", "~anna/sd": "~anna/sd"}.items():  # fmt: skip
+    same = ("/somewhere/annabel/sd", "models/sd", "owner/name", "~/sd", "~anna/sd")
+    shortened = {"/somewhere/anna": "~", "/somewhere/anna/models/sd": "~/models/sd"}
+    for text, kept in {**shortened, **{text: text for text in same}}.items():
         assert from_home(text) == kept and from_home(kept) == kept
         assert place(kept) == Path(text.replace("~/", "/somewhere/anna/"))
     asked = load_experiment(
@@ -281,7 +281,8 @@ from probe.diffusion.loading import load
 from probe.reading.recording import open_run
 assert dispatch(["run", "asked.yaml", "--model", sys.argv[1], "--output", sys.argv[2]]) == 0
 run = open_run("latest", sys.argv[2])
-assert load(run.experiment.model).digest() == run.attributes["model"]["weights"], "its own record leads back to the model"
+weights = run.attributes["model"]["weights"]
+assert load(run.experiment.model).digest() == weights, "its own record leads back to the model"
 assert dispatch(["rerun", str(run.path), "--quiet"]) == 0
 """
 

@@ -286,9 +286,9 @@ def test_a_hub_id_without_a_network(
     )  # conftest sets it, for whoever runs this file alone
     error = refused(lambda: load_cpu("nobody/nothing", revision=revision))
     at = f" at revision {revision}" if revision else ""
-    assert (
-        error.cause
-        == f"model: nobody/nothing{at} is not on this machine and could not be fetched (LocalEntryNotFoundError)."
+    assert error.cause == (
+        f"model: nobody/nothing{at} is not on this machine and could not be fetched "
+        "(LocalEntryNotFoundError)."
     )
     assert error.remedy.endswith("or use the bundled model: --model emojiworld.")
 
@@ -394,18 +394,16 @@ def test_an_image_to_image_pipeline_in_memory_is_told_the_field_of_the_picture()
         **tiny.pipeline().components, requires_safety_checker=False
     )
     error = refused(lambda: StableDiffusion.of(other))
-    assert (
-        error.cause
-        == "A StableDiffusionImg2ImgPipeline is recorded as an ordinary pipeline that is given a picture."
+    assert error.cause == (
+        "A StableDiffusionImg2ImgPipeline is recorded as an ordinary pipeline that is given a "
+        "picture."
     )
-    assert (
-        error.remedy
-        == "Pass StableDiffusionPipeline.from_pipe(pipeline), and name the picture in the experiment: image: FILE."
+    assert error.remedy == (
+        "Pass StableDiffusionPipeline.from_pipe(pipeline), and name the picture in the "
+        "experiment: image: FILE."
     )
-    assert (
-        StableDiffusion.of(diffusers.StableDiffusionPipeline.from_pipe(other)).digest()
-        == memory().digest()
-    ), "the remedy helps"
+    ordinary = StableDiffusion.of(diffusers.StableDiffusionPipeline.from_pipe(other))
+    assert ordinary.digest() == memory().digest(), "the remedy helps"
 
 
 @pytest.mark.parametrize(
@@ -414,11 +412,9 @@ def test_an_image_to_image_pipeline_in_memory_is_told_the_field_of_the_picture()
 def test_a_scheduler_that_is_none_of_diffusers(copy: Path, scheduler: Any) -> None:
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": scheduler}))
-    error = refused(lambda: load_cpu(copy))
-    assert (
-        error.cause
-        == f"{copy}: its scheduler {str(scheduler[-1] if scheduler else None)!r} is not one of diffusers'."
-    )
+    name = str(scheduler[-1] if scheduler else None)
+    cause = refused(lambda: load_cpu(copy)).cause
+    assert cause == f"{copy}: its scheduler {name!r} is not one of diffusers'."
 
 
 UNETS: dict[str, dict[str, Any]] = {

@@ -705,49 +705,48 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return called
 
 
-def test_from_a_file_on_the_command_line(tmp_path: Path, call: Command) -> None:
-    tiny.pipeline().save_pretrained(tmp_path / "model")
-    wide = np.concatenate(
-        [np.zeros((64, 32, 3)), picture().repeat(2, 0).repeat(2, 1), np.zeros((64, 32, 3))], axis=1
-    ).astype(np.uint8)
-    Image.fromarray(wide).save(tmp_path / "wide.png")
+def write_recipe(folder: Path) -> Path:
+    """Write a model, a picture twice as wide as high, two masks, and the YAML that names them."""
+    tiny.pipeline().save_pretrained(folder / "model")
+    margin = np.zeros((64, 32, 3), np.uint8)
+    wide = np.concatenate([margin, picture().repeat(2, 0).repeat(2, 1), margin], axis=1)
+    Image.fromarray(wide.astype(np.uint8)).save(folder / "wide.png")
     cat = np.zeros((64, 128), np.uint8)
     cat[:, 32:64] = 1
-    np.savez(tmp_path / "masks.npz", cat=cat)
-    Image.fromarray((1 - cat) * 255).save(tmp_path / "hat.png")
-    (tmp_path / "asked.yaml").write_text(
-        f"model: {tmp_path}/model\npicture: {tmp_path}/wide.png\ncaption: {CAPTION}\nmasks: "
-        f"[{tmp_path}/masks.npz, {tmp_path}/hat.png]\n"
-        f"timesteps: [100, 900]\nnoises: 2\noutput: {tmp_path}/runs\n"
+    np.savez(folder / "masks.npz", cat=cat)
+    Image.fromarray((1 - cat) * 255).save(folder / "hat.png")
+    (folder / "asked.yaml").write_text(
+        f"""
+model: {folder}/model
+picture: {folder}/wide.png
+caption: {CAPTION}
+masks: [{folder}/masks.npz, {folder}/hat.png]
+timesteps: [100, 900]
+noises: 2
+output: {folder}/runs
+"""
     )
+    return folder / "asked.yaml"
+
+
+def test_from_a_file_on_the_command_line(tmp_path: Path, call: Command) -> None:
+    recipe = write_recipe(tmp_path)
     options = ("--capture.attention", "off", "--timesteps", "900,500")
-    code, out, err = call(noising.main, tmp_path / "asked.yaml", *options, "--dry-run")
-    assert (
-        code == 0
-        and "/forward/difference" in out
-        and '"timesteps": [' in out
-        and not (tmp_path / "runs").exists()
-    ), err
-    code, out, err = call(noising.main, tmp_path / "asked.yaml", *options)
-    assert (
-        code == 0
-        and "Predicting" in err
-        and "round trip" in out
-        and re.search(r"^Check .*probe verify", out, re.MULTILINE)
-    ), err
+    code, out, err = call(noising.main, recipe, *options, "--dry-run")
+    assert code == 0 and "/forward/difference" in out and '"timesteps": [' in out, err
+    assert not (tmp_path / "runs").exists()
+    code, out, err = call(noising.main, recipe, *options)
+    assert code == 0 and "Predicting" in err and "round trip" in out, err
+    assert re.search(r"^Check .*probe verify", out, re.MULTILINE)
     (path,) = (tmp_path / "runs").glob("*.zarr")
     run = Run(path)
-    assert (
-        tuple(run.tree["timestep"].values) == (900, 500)
-        and run.attributes["noising"]["picture"] == f"{tmp_path}/wide.png"
-    )
-    assert (
-        np.abs(run.variable("source/picture").values.astype(int) - picture()).mean() < 12
-    )  # scaled to half, cut to its centre
+    assert tuple(run.tree["timestep"].values) == (900, 500)
+    assert run.attributes["noising"]["picture"] == f"{tmp_path}/wide.png"
+    difference = np.abs(run.variable("source/picture").values.astype(int) - picture())
+    assert difference.mean() < 12, "scaled to half, cut to its centre"
     shown = run.variable("source/mask")
-    assert np.array_equal(shown.sel(masked="cat").values, masks()["cat"]) and np.array_equal(
-        shown.sel(masked="hat").values, masks()["hat"]
-    )
+    for name in ("cat", "hat"):
+        assert np.array_equal(shown.sel(masked=name).values, masks()[name])
     code, out, _ = call(cli.dispatch, "ls", tmp_path / "runs")
     assert code == 0 and "noised at 2 timesteps, seed 0" in out
     code, out, _ = call(cli.dispatch, "show", path)
@@ -757,10 +756,8 @@ def test_from_a_file_on_the_command_line(tmp_path: Path, call: Command) -> None:
     code, out, err = call(cli.dispatch, "rerun", path)
     assert code == 0 and "the same bits in all" in out, err
     (again,) = (Run(other) for other in (tmp_path / "runs").glob("*.zarr") if other != path)
-    assert (
-        again.attributes["parent_run"] == run.name
-        and again.attributes["noising"] == run.attributes["noising"]
-    )
+    assert again.attributes["parent_run"] == run.name
+    assert again.attributes["noising"] == run.attributes["noising"]
     changed = json.loads((path / "zarr.json").read_text())
     changed["attributes"]["status"] = "interrupted"
     (path / "zarr.json").write_text(json.dumps(changed))

@@ -124,9 +124,9 @@ def gone(_): raise KeyError("no such account")
 pwd.getpwuid = gone
 from probe import cli
 from probe.terminal import guarded
-for arguments in (["show", "sample"], ["ls"], ["gc"], ["run", "--dry-run", "--model", "~/x"], ["run", "--output", "~/x"]):
+for line in ("show sample", "ls", "gc", "run --dry-run --model ~/x", "run --output ~/x"):
     try:
-        guarded(cli.dispatch, arguments)
+        guarded(cli.dispatch, line.split())
     except SystemExit as end:
         print("code", end.code)
 """

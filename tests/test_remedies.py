@@ -35,7 +35,10 @@ ERRORS = {
     if issubclass(kind, errors.ProbeError)
 }
 FIELDS = {*Experiment.model_fields, *Noising.model_fields, *CaptureOptions.model_fields}
-VALUES = "cut|fp16|cond|queries|maps|summary|off|sqrt_u8|float16|float32|none|true|false|record|default|auto|cpu|fixed"
+VALUES = (
+    "cut|fp16|cond|queries|maps|summary|off|sqrt_u8|float16|float32|none|true|false|record|default"
+    "|auto|cpu|fixed"
+)
 SETTING = re.compile(
     rf"(?:set|use|with|write|or|and) ((?:capture\.)?[a-z_]+): (?:{VALUES})\b", re.I
 )

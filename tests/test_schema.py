@@ -267,8 +267,13 @@ def test_a_relation_that_does_not_hold_is_named(full: Run) -> None:
         change(sizes, labels)
         told += [next(iter(dimensions.broken(sizes, labels, full.attributes.model.f or 1)))]
     assert [line.split(" ")[0] for line in told] == [
-        "/images", "/decoded", "/preview", "/attention/10x6/branch", "/attention/10x6/token", "/attention/10x6/layer",
-    ]  # fmt: skip
+        "/images",
+        "/decoded",
+        "/preview",
+        "/attention/10x6/branch",
+        "/attention/10x6/token",
+        "/attention/10x6/layer",
+    ]
 
 
 # --- what any schema must keep --------------------------------------------------------------------

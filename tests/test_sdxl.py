@@ -99,10 +99,14 @@ def short_second(pipeline: Any) -> None:
     pipeline.register_modules(tokenizer_2=shorter)
 
 
+FORMATS = (
+    "its parts are of different number formats: unet float32, vae float32, text_encoder float32, "
+    "text_encoder_2 float16."
+)
 WRONG: dict[str, Callable[[Any], None]] = {
     "the pipeline has no text_encoder_2.": drop_second,
     "its text_encoder_2 is a CLIPTextModel, which is not supported.": other_second,
-    "its parts are of different number formats: unet float32, vae float32, text_encoder float32, text_encoder_2 float16.": half_second,
+    FORMATS: half_second,
     "its encode_prompt was replaced": replaced,
     "its tokenizers make prompts of 77 and 70 tokens.": short_second,
     "a UNet without SDXL's added conditions is not supported yet.": other_width,

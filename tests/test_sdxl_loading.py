@@ -137,12 +137,16 @@ def test_a_single_file_is_the_same_model(saved: dict[str, Path], tmp_path: Path)
 
 
 WRONG_FILES: dict[str, tuple[str, str, Any]] = {
-    "force_zeros_for_empty_prompt is 'no', not true or false.": ("model_index.json", "force_zeros_for_empty_prompt", "no"),
-    "it has no text_encoder_2 (model_index.json).": ("model_index.json", "text_encoder_2", [None, None]),
-    "its tokenizer_2 is ['transformers', 'BertTokenizer'], which is not": ("model_index.json", "tokenizer_2", ["transformers", "BertTokenizer"]),
-    "text_encoder_2: text_projection.weight has shape (12, 24), and text_encoder_2/config.json makes it (16, 24)": (
+    "force_zeros_for_empty_prompt is 'no', not true or false.": (
+        "model_index.json", "force_zeros_for_empty_prompt", "no"),
+    "it has no text_encoder_2 (model_index.json).": (
+        "model_index.json", "text_encoder_2", [None, None]),
+    "its tokenizer_2 is ['transformers', 'BertTokenizer'], which is not": (
+        "model_index.json", "tokenizer_2", ["transformers", "BertTokenizer"]),
+    "text_projection.weight has shape (12, 24), and text_encoder_2/config.json makes it (16": (
         "text_encoder_2/config.json", "projection_dim", 16),
-    "a UNet without SDXL's added conditions is not supported": ("unet/config.json", "addition_embed_type", None),
+    "a UNet without SDXL's added conditions is not supported": (
+        "unet/config.json", "addition_embed_type", None),
 }  # fmt: skip
 
 

@@ -470,53 +470,64 @@ def test_ctrl_c_between_any_two_instructions_leaves_a_queue_that_ends() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+BY_STEP = [
+    array("latents", "latents", (6, 1, 4, 8, 8), "float32"),
+    array("latents", "prediction", (6, 1, 4, 8, 8), "float16"),
+    array("attention/4x4", "cross", (6, 3, 1, 1, 2, 2, 4, 4), "float16"),
+    array("attention/4x5", "cross", (6, 3, 1, 1, 2, 2, 4, 5), "float32"),
+    array("attention/4x6", "cross", (6, 3, 1, 1, 2, 2, 4, 6), "uint8"),
+    array("attention/4x4", "moments", (6, 3, 1, 1, 2, 2, 3)),
+    array("forward", "loss_mean", (6,)),
+    array("unet", "statistics", (6, 4, 2, 1, 0)),
+]
+NOT_BY_STEP = [
+    array("latents", "final_latents", (1, 4, 8, 8), "float32"),
+    array("attention/4x4", "overview", (3, 6, 4, 4)),
+    array("decoded", "picture", (3, 1, 6, 9, 3)),
+    array("cost", "flops", (3,)),
+    array("cost", "peak_memory", ()),
+    array("source", "psnr", ()),
+]
+
+
+def value_of_step(
+    step: int, shape: tuple[int, ...], dtype: str, fill: Any, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw a step's value, with chunks that hold nothing but fill values at some steps."""
+    value = np.asarray(rng.integers(1, 250, shape) / 8).astype(dtype)
+    if step == 1 and value.ndim:  # one chunk of a shard is nothing but fill values, or almost
+        value[..., :1] = fill
+        value[:1] = fill
+    if step in (2, 5):
+        value[...] = fill
+    if step == 3 and value.ndim:  # as a view, and of another type
+        value = np.moveaxis(np.moveaxis(value, -1, 0).copy(), 0, -1).astype(np.float64)
+    return value
+
+
+def chunk_files(root: Path) -> dict[str, bytes]:
+    files = [file for file in root.rglob("c*") if file.is_file()]
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
+
+
 def test_what_is_written_are_the_bytes_that_zarr_would_write(tmp_path: Path) -> None:
     """As chunks and as shards, of every type, with values that are nothing but fill, here and there
     or all over; whole and in part.
     """
-    steps = [
-        array("latents", "latents", (6, 1, 4, 8, 8), "float32"),
-        array("latents", "prediction", (6, 1, 4, 8, 8), "float16"),
-        *(
-            array(f"attention/4x{n}", "cross", (6, 3, 1, 1, 2, 2, 4, n), dtype)
-            for n, dtype in ((4, "float16"), (5, "float32"), (6, "uint8"))
-        ),
-        array("attention/4x4", "moments", (6, 3, 1, 1, 2, 2, 3)),
-        array("forward", "loss_mean", (6,)),
-        array("unet", "statistics", (6, 4, 2, 1, 0)),
-    ]
-    whole = [
-        array("latents", "final_latents", (1, 4, 8, 8), "float32"),
-        array("attention/4x4", "overview", (3, 6, 4, 4)),
-        array("decoded", "picture", (3, 1, 6, 9, 3)),
-        array("cost", "flops", (3,)),
-        array("cost", "peak_memory", ()),
-        array("source", "psnr", ()),
-    ]
     rng = np.random.default_rng(3)
-    both = (
-        RunWriter(tmp_path / name, [*steps, *whole], ATTRIBUTES) for name in ("ours.zarr", "zarr")
-    )
+    arrays = [*BY_STEP, *NOT_BY_STEP]
+    both = (RunWriter(tmp_path / name, arrays, ATTRIBUTES) for name in ("ours.zarr", "zarr"))
     with next(both) as ours, next(both) as theirs:
         stock = zarr.open_group(theirs.path, mode="r+")
-        for a in steps:
-            fill = stock[a.path].fill_value
+        for a in BY_STEP:
             for step in range(6):
-                value = np.asarray(rng.integers(1, 250, a.shape[1:]) / 8).astype(a.dtype)
-                if (
-                    step == 1 and value.ndim
-                ):  # one chunk of a shard is nothing but fill values, or almost
-                    value[..., :1] = fill
-                    value[:1] = fill
-                if step in (2, 5):
-                    value[...] = fill
-                if step == 3 and value.ndim:  # as a view, and of another type
-                    value = np.moveaxis(np.moveaxis(value, -1, 0).copy(), 0, -1).astype(np.float64)
+                fill = stock[a.path].fill_value
+                value = value_of_step(step, a.shape[1:], a.dtype, fill, rng)
                 if step == 5:  # after a first writer, who was killed
                     ours._files[a.path].write(step, np.ones_like(value))
                 ours._files[a.path].write(step, value)
                 stock[a.path][step] = value
-        for a in whole:
+        for a in NOT_BY_STEP:
             value = np.asarray(rng.integers(1, 250, a.shape)).astype(a.dtype)
             parts = {"overview": (slice(None), 2), "picture": 1, "flops": slice(1, 3)}
             for at in (..., parts.get(a.variable.name, ...)):
@@ -528,15 +539,8 @@ def test_what_is_written_are_the_bytes_that_zarr_would_write(tmp_path: Path) -> 
             stock[path][...] = stock[path].fill_value
             ours.write(path, 7, at=0)
             stock[path][0] = 7
-        found = {
-            root.name: {
-                file.relative_to(root).as_posix(): file.read_bytes()
-                for file in root.rglob("c*")
-                if file.is_file()
-            }
-            for root in (ours.path, theirs.path)
-        }
-    assert found["ours.zarr"] == found["zarr"] and len(found["zarr"]) == 29
+        expected = chunk_files(theirs.path)
+        assert chunk_files(ours.path) == expected and len(expected) == 29
 
 
 # --- a disk that does not take it -----------------------------------------------------------------
@@ -631,7 +635,11 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """
     script = """
         import resource
-        arrays = [array("", "step", value=np.arange(3)), array("", "committed", (3,)), array("latents", "latents", (3, 1, 4, 64, 64), "float32")]
+        arrays = [
+            array("", "step", value=np.arange(3)),
+            array("", "committed", (3,)),
+            array("latents", "latents", (3, 1, 4, 64, 64), "float32"),
+        ]
         try:
             with RunWriter(Path(sys.argv[1]), arrays, ATTRIBUTES) as writer:
                 value = {"latents/latents": np.ones((1, 4, 64, 64), "f4")}

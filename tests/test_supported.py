@@ -50,8 +50,17 @@ def refused(asked: dict[str, Any], pipeline: Any, **changes: Any) -> UserError:
 
 # --- schedulers -----------------------------------------------------------------------------------
 
-ODD = ["IPNDMScheduler", "FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler",
-       "CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "DDIMInverseScheduler", "VQDiffusionScheduler"]  # fmt: skip
+ODD = [
+    "IPNDMScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "KarrasVeScheduler",
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+    "ScoreSdeVeScheduler",
+    "DDIMInverseScheduler",
+    "VQDiffusionScheduler",
+]
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -206,15 +215,23 @@ def test_parts_of_other_classes_are_named(ask: dict[str, Any]) -> None:
         )
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=pipeline.tokenizer.backend_tokenizer)
+    asymmetric = diffusers.AsymmetricAutoencoderKL(
+        norm_num_groups=1, down_block_out_channels=(8,), up_block_out_channels=(8,)
+    )
+    plain_unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
     others: list[tuple[str, Any]] = [
         ("text_encoder", bert),
         ("text_encoder", CLIPTextModelWithProjection(pipeline.text_encoder.config)),
         ("tokenizer", fast),
-        ("vae", diffusers.AsymmetricAutoencoderKL(norm_num_groups=1, down_block_out_channels=(8,), up_block_out_channels=(8,))),
+        ("vae", asymmetric),
         ("vae", diffusers.ConsistencyDecoderVAE.__new__(diffusers.ConsistencyDecoderVAE)),
-        ("unet", diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
-                                       up_block_types=("UpBlock2D",) * 2)),
-    ]  # fmt: skip
+        ("unet", plain_unet),
+    ]
     for part, other in others:
         own = getattr(pipeline, part)
         if isinstance(other, diffusers.ConsistencyDecoderVAE):

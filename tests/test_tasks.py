@@ -38,8 +38,10 @@ def build_editable(folder, config_settings=None, metadata_directory=None):
     name, about = "diffusion_probe-1-py3-none-any.whl", "diffusion_probe-1.dist-info/"
     texts = {
         "checkout.pth": str(Path.cwd()),
-        about + "METADATA": "Metadata-Version: 2.1\\nName: diffusion-probe\\nVersion: 1\\nProvides-Extra: record\\n",
-        about + "WHEEL": "Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
+        about + "METADATA": "Metadata-Version: 2.1\\nName: diffusion-probe\\nVersion: 1\\n"
+        "Provides-Extra: record\\n",
+        about + "WHEEL": "Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\n"
+        "Tag: py3-none-any\\n",
     }
     texts[about + "RECORD"] = "".join(f"{file},,\\n" for file in [*texts, about + "RECORD"])
     with zipfile.ZipFile(Path(folder) / name, "w") as wheel:
@@ -167,9 +169,9 @@ def test_a_folder_that_is_something_else_is_left_alone(checkout: Path, tmp_path:
     (other / "mine.txt").write_text("mine")
     done = call(checkout / "tasks.py", "record", PROBE_VENV=str(other))
     assert done.returncode == 1 and [file.name for file in other.iterdir()] == ["mine.txt"]
-    assert (
-        done.stderr
-        == f"{other} exists and is not a Python environment.\nName an empty or a new folder with PROBE_VENV.\n"
+    assert done.stderr == (
+        f"{other} exists and is not a Python environment.\n"
+        "Name an empty or a new folder with PROBE_VENV.\n"
     )
 
 

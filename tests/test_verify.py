@@ -41,7 +41,10 @@ from probe.watching.measures import to_storage
 from probe.writing.store import MANIFEST, manifest
 
 ROOT = Path(__file__).parent.parent
-NAMES = "manifest digests committed schema labels softmax moments sums picture schedule guidance scheduler".split()
+NAMES = [
+    *("manifest", "digests", "committed", "schema", "labels", "softmax"),
+    *("moments", "sums", "picture", "schedule", "guidance", "scheduler"),
+]
 TOLERANT = {"softmax", "moments"}  # maps are rounded when they are stored
 
 
@@ -214,17 +217,13 @@ def test_what_is_no_number_is_text_in_a_schedulers_settings(older: bool, tmp_pat
 
 @pytest.mark.parametrize("setting", ["num_train_timesteps", "solver_order"])
 def test_a_scheduler_that_would_take_all_memory_is_not_built(setting: str, copy: Run) -> None:
-    edit(
-        copy.path / "zarr.json", ["attributes", "scheduler", "class"], "DPMSolverMultistepScheduler"
-    )
+    kind = "DPMSolverMultistepScheduler"
+    edit(copy.path / "zarr.json", ["attributes", "scheduler", "class"], kind)
     edit(copy.path / "zarr.json", ["attributes", "scheduler", "config", setting], 10**10)
     for name in ("schedule", "scheduler"):
         check = found(Run(copy.path), name)
-        assert (
-            check.verdict == "failed"
-            and f"its DPMSolverMultistepScheduler: {setting} is 10000000000, not a whole number from"
-            in check.detail
-        )
+        assert check.verdict == "failed"
+        assert f"its {kind}: {setting} is 10000000000, not a whole number from" in check.detail
 
 
 def test_noise_is_not_drawn_for_sizes_that_no_file_has(copy: Run) -> None:
@@ -774,9 +773,9 @@ def test_the_command_says_what_it_found(copy: Run, capsys: pytest.CaptureFixture
         lines[0] == f"{copy.name} (complete)" and [line.split()[0] for line in lines[1:13]] == NAMES
     )
     unheld = "cost, images, preview, text, unet, vae, value_size"
-    assert (
-        lines[13]
-        == f"Verified: 10 exact, 2 within tolerance. Add --model to let the model predict again: only it can check {unheld}."
+    assert lines[13] == (
+        "Verified: 10 exact, 2 within tolerance. Add --model to let the model predict again: only "
+        f"it can check {unheld}."
     )
     flip(copy.path / CHUNK, 7)
     assert main([str(copy.path)]) == 1

@@ -205,9 +205,9 @@ def test_a_tensor_that_is_not_there_is_named(part: str, copy: Path) -> None:
 @pytest.mark.parametrize("part", FILES)
 def test_a_tensor_that_has_no_place_is_named(part: str, copy: Path) -> None:
     rename(weights(copy, part), str, **{"something.else": torch.zeros(2, 3)})
-    assert (
-        refused(copy).cause
-        == f"{copy}: {part}: its weights hold 'something.else' (2, 3), which has no place in the model."
+    assert refused(copy).cause == (
+        f"{copy}: {part}: its weights hold 'something.else' (2, 3), which has no place in the "
+        "model."
     )
 
 
@@ -218,9 +218,8 @@ def test_a_tensor_of_another_shape_is_named_with_both(part: str, copy: Path) -> 
     right = ", ".join(map(str, held[key].shape))
     held[key] = torch.zeros(5, 5)
     save_file(held, weights(copy, part))
-    assert (
-        refused(copy).cause
-        == f"{copy}: {part}: {KEYS[part]} has shape (5, 5), and {part}/config.json makes it ({right})."
+    assert refused(copy).cause == (
+        f"{copy}: {part}: {KEYS[part]} has shape (5, 5), and {part}/config.json makes it ({right})."
     )
 
 
@@ -265,8 +264,14 @@ def test_settings_of_a_tokenizer_that_name_files_are_not_followed(copy: Path, sa
     """Whatever a tokenizer's config names, what is read is tokenizer.json, or vocab.json and
     merges.txt.
     """
-    named = {"vocab_file": "/etc/passwd", "gguf_file": "/etc/passwd", "fast_tokenizer_files": ["/etc/passwd"], "init_inputs": ["/etc/passwd"],
-             "tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": "evil.Evil"}, "tokenizer_object": 3, "vocab": "/etc/passwd"}  # fmt: skip
+    named = {
+        **dict.fromkeys(("vocab_file", "gguf_file", "vocab"), "/etc/passwd"),
+        "fast_tokenizer_files": ["/etc/passwd"],
+        "init_inputs": ["/etc/passwd"],
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": "evil.Evil"},
+        "tokenizer_object": 3,
+    }
     config = copy / "tokenizer/tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **named}))
     for text in ("a cat on the hat, zebra!", "in and of"):

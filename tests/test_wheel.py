@@ -24,7 +24,7 @@ MOST_SECONDS = 0.4
 READ = """
 import importlib.util
 import probe
-for missing in ("torch", "diffusers", "transformers", "scipy", "tqdm", "streamlit", "plotly", "fsspec", "dashboard"):
+for missing in "torch diffusers transformers scipy tqdm streamlit plotly fsspec dashboard".split():
     assert importlib.util.find_spec(missing) is None, missing
 run = probe.open_run("sample")
 assert "An astronaut scuba diving" in str(run)

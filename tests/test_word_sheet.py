@@ -208,9 +208,9 @@ def test_a_word_that_was_left_out_at_all_its_places_has_one_map_and_a_note(
             "A, a and a; cat and Cat"
         )
     assert (maps[0] != maps[1]).any() and (maps[2] == PAPER).all(), "and `on` was not left out"
-    assert (
-        notes[0]
-        == "Counterfactual: a, cat: left out at all places at once, so that all rows of such a word show the same map"
+    assert notes[0] == (
+        "Counterfactual: a, cat: left out at all places at once, so that all rows of such a word "
+        "show the same map"
     )
     notes.clear()
     word_sheet(drawn(tmp_path / "b", **asked, capture={"counterfactual": ["hat"]}), bands=1)

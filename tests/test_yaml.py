@@ -22,7 +22,8 @@ MARKS = """- |: |? |&a |*a|!!|!x |%YAML 9.9
 |---
 |...
 |>-
-  |{|}|[|]|,|#|'|"|"\\x|"\\u202e|"\\ud800|\\|@|`|<<: |~|.inf|.nan|1e999|-0|0x1F|1_000|010|1:30|yes|2026-01-02|= |capture:
+  |{|}|[|]|,|#|'|"|"\\x|"\\u202e|"\\ud800|\\|@|`|<<: |~|.inf|.nan|1e999|-0|0x1F|1_000|010|1:30|yes|\
+2026-01-02|= |capture:
 |  steps: 1
 |prompt:|seed: """.split("|")
 BYTES = [
@@ -122,13 +123,16 @@ REFUSED, READ = ExperimentError, Experiment
 MADE: dict[str, tuple[bytes | Callable[[Path], Any], type, str]] = {
     # what: (the file, what it comes to, words of the cause or a field's value)
     "an alias bomb": (BOMB, REFUSED, "anchors (&) and aliases (*)"),
-    "an alias bomb in a list": (b"capture: {layers: [&a [" + b"x," * 99 + b"], *a, *a]}", REFUSED, "anchors"),
+    "an alias bomb in a list": (b"capture: {layers: [&a [" + b"x," * 99 + b"], *a, *a]}", REFUSED,
+        "anchors"),
     "a list that holds itself": (b"prompt: &a [*a]", REFUSED, "anchors"),
     "a mapping that holds itself": (b"&a capture: {text: *a}", REFUSED, "anchors"),
     "a merge key": (b"<<: {steps: 5}\nseed: 1", REFUSED, "merge keys"),
     "an anchor alone": (b"prompt: &p a cat", REFUSED, "anchors"),
-    "a tag that runs code": (b"prompt: !!python/object/apply:os.system ['touch owned']", REFUSED, "tags (!)"),
-    "a tag that makes an object": (b"!!python/object:probe.settings.experiment.Experiment {steps: 5}", REFUSED, "tags (!)"),
+    "a tag that runs code": (b"prompt: !!python/object/apply:os.system ['touch owned']", REFUSED,
+        "tags (!)"),
+    "a tag that makes an object": (
+        b"!!python/object:probe.settings.experiment.Experiment {steps: 5}", REFUSED, "tags (!)"),
     "a tag that names a module": (b"prompt: !!python/name:os.system", REFUSED, "tags (!)"),
     "a tag of one's own": (b"prompt: !mine a cat", REFUSED, "tags (!)"),
     "a tag that is none": (b"prompt: !!", REFUSED, ""),
@@ -174,22 +178,30 @@ MADE: dict[str, tuple[bytes | Callable[[Path], Any], type, str]] = {
     "UTF-32": ("steps: 5".encode("utf-32"), REFUSED, "is not UTF-8"),
     "Latin-1": ("prompt: café".encode("latin-1"), REFUSED, "is not UTF-8"),
     "a field twice": (b"steps: 5\nsteps: 6", REFUSED, "line 2: steps is written twice"),
-    "a field twice, once in quotes": (b"steps: 5\n'steps': 6", REFUSED, "line 2: steps is written twice"),
+    "a field twice, once in quotes": (b"steps: 5\n'steps': 6", REFUSED,
+        "line 2: steps is written twice"),
     "a tab": (b"capture:\n\ttext: true", REFUSED, "line 2"),
     "a tab behind a colon": (b"steps:\t5", REFUSED, "line 1"),
     "a very long line": (b"prompt: " + b"x" * 60_000, REFUSED, "too long"),
     "a very long name": (b"x" * 60_000 + b": 5", REFUSED, "not YAML"),
     "a very long name in quotes": (b'? "' + b"x" * 60_000 + b'"\n: 5', REFUSED, "unknown field"),
-    "many fields": (b"".join(b"f%d: 1\n" % i for i in range(6_000)), REFUSED, "unknown field (and 5999 more)"),
-    "many layers": (b"capture: {layers: [" + b"a," * 30_000 + b"]}", REFUSED, "more than 10000 values"),
+    "many fields": (b"".join(b"f%d: 1\n" % i for i in range(6_000)), REFUSED,
+        "unknown field (and 5999 more)"),
+    "many layers": (b"capture: {layers: [" + b"a," * 30_000 + b"]}", REFUSED,
+        "more than 10000 values"),
     "a few layers too many": (b"capture: {layers: [" + b"a," * 201 + b"]}", REFUSED, "is too long"),
-    "many options": (b"scheduler_options: {" + b",".join(b"o%d: 1" % i for i in range(5_000)) + b"}", REFUSED, "is too long"),
+    "many options": (
+        b"scheduler_options: {" + b",".join(b"o%d: 1" % i for i in range(5_000)) + b"}", REFUSED,
+        "is too long"),
     "70 KB": (b"#" * 70_000 + b"\nsteps: 5", REFUSED, "longer than 64 KB"),
-    "a file of 100 MB": (lambda path: path.touch() or os.truncate(path, 10**8), REFUSED, "longer than 64 KB"),
-    "a file of 4 TB": (lambda path: path.touch() or os.truncate(path, 2**42), REFUSED, "longer than 64 KB"),
+    "a file of 100 MB": (lambda path: path.touch() or os.truncate(path, 10**8), REFUSED,
+        "longer than 64 KB"),
+    "a file of 4 TB": (lambda path: path.touch() or os.truncate(path, 2**42), REFUSED,
+        "longer than 64 KB"),
     "a folder": (Path.mkdir, REFUSED, "Is a directory"),
     "a link to itself": (lambda path: path.symlink_to(path.name), REFUSED, "cannot be read"),
-    "a device without end": (lambda path: path.symlink_to("/dev/zero"), REFUSED, "longer than 64 KB"),
+    "a device without end": (lambda path: path.symlink_to("/dev/zero"), REFUSED,
+        "longer than 64 KB"),
     "a pipe that nobody writes to": (os.mkfifo, REFUSED, "is not a file"),
     "nothing": (b"", REFUSED, "empty"),
     "only a comment": (b"# nothing", REFUSED, "empty"),
@@ -197,7 +209,8 @@ MADE: dict[str, tuple[bytes | Callable[[Path], Any], type, str]] = {
     "an end, and more": (b"steps: 5\n...\nsteps: 6", REFUSED, ""),
     "a directive": (b"%YAML 1.1\n---\nsteps: 5", READ, "steps=5"),
     "a directive of another YAML": (b"%YAML 3.0\n---\nsteps: 5", REFUSED, "not YAML"),
-    "a directive of 5000 digits": (b"%YAML " + b"9" * 5000 + b".1\n---\nsteps: 5", REFUSED, "not YAML"),
+    "a directive of 5000 digits": (b"%YAML " + b"9" * 5000 + b".1\n---\nsteps: 5", REFUSED,
+        "not YAML"),
     "a directive for tags": (b"%TAG ! tag:evil,2026:\n---\nprompt: !x cat", REFUSED, "tags (!)"),
     "old Mac lines": (b"steps: 5\rseed: 6\r", REFUSED, "U+000D"),
     "Windows lines": (b"steps: 5\r\nseed: 6\r\n", READ, "seed=6"),
