@@ -139,13 +139,16 @@ def arguments() -> Iterator[tuple[str, str]]:
                 yield name, argument
 
 
+ELSEWHERE = {"said", "save"}  # tests/test_memory.py gives odd paths to `save`
+
+
 def test_every_public_method_with_arguments_is_here() -> None:
     taking = {
         name
         for name, method in inspect.getmembers(Run, inspect.isfunction)
-        if name[0] != "_" and len(inspect.signature(method).parameters) > 1 and name != "said"
+        if name[0] != "_" and len(inspect.signature(method).parameters) > 1
     }
-    assert taking == set(METHODS)
+    assert taking == {*METHODS, *ELSEWHERE}
 
 
 @pytest.mark.parametrize(("method", "argument"), list(arguments()))
