@@ -31,7 +31,7 @@ from probe.settings.experiment import Experiment, load_experiment
 from probe.terminal import guarded
 from probe.text import first_line
 from probe.writing.files import storing
-from probe.writing.store import room
+from probe.writing.layout import room
 
 PICTURE = np.zeros((32, 32, 3), np.uint8)
 

@@ -63,6 +63,7 @@ LAYERS = [
     ("probe.writing.background", "probe.writing.files"),
     ("probe.writing.digests", "probe.writing.locks"),
     ("probe.writing.chunks",),
+    ("probe.writing.layout",),
     ("probe.writing.store",),
     ("probe.writing.upkeep",),
     ("probe.analysis.maps", "probe.reading.sample"),

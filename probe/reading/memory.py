@@ -25,7 +25,8 @@ from xarray.core import indexing
 
 from probe.format.schema import Array
 from probe.reading.lazy import TEXT, dataset
-from probe.writing.store import RunWriter, attributes_in_files, fill_value, merged
+from probe.writing.layout import attributes_in_files, fill_value
+from probe.writing.store import RunWriter, merged
 
 OF_THE_WRITER = ("status", "writer", "digests")
 

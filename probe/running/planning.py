@@ -44,7 +44,7 @@ from probe.watching.text_encoder import TextEncoder
 from probe.watching.text_side import TextSide
 from probe.words import RULES, occurrences, word_spans
 from probe.writing.files import check_place
-from probe.writing.store import room
+from probe.writing.layout import room
 
 
 def _always(_: Plan) -> bool:

@@ -25,16 +25,12 @@ import shutil
 import socket
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
-from zarr.storage import LocalStore
 
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound
 from probe.format.schema import Array
@@ -47,17 +43,16 @@ from probe.writing.digests import (
     DIGESTS,
     Ledger,
     flags_are_lost,
-    line,
     marks,
     of_a_step,
     read_lines,
     step_of,
 )
 from probe.writing.files import storing
+from probe.writing.layout import create, open_array
 from probe.writing.locks import Lock
 
 MANIFEST = "manifest.json"
-BLOCK = 4096  # of a file on nearly every disk: it takes a whole number of these
 QUEUE_BYTES = 48 * 2**20
 PICTURES = "decoded/picture["  # rows of it stay until they are drawn again, and so do their lines
 PATIENCE = 20.0  # seconds for a killed writer to die: it frees its memory first, and its lock last
@@ -105,7 +100,7 @@ class RunWriter:
                 else:
                     self._begin(arrays, told)
                 self._arrays: dict[str, zarr.Array[Any]] = {
-                    a.path: _open(self.path, a) for a in arrays
+                    a.path: open_array(self.path, a) for a in arrays
                 }
                 self._files = {
                     a.path: StepFiles(self.path, self._arrays[a.path], self._at_once)
@@ -141,7 +136,7 @@ class RunWriter:
         hidden = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}{files.PARTIAL}")
         try:
             hidden.mkdir()
-            _create(hidden, arrays, {**attributes, "digests": DIGESTS})
+            create(hidden, arrays, {**attributes, "digests": DIGESTS})
             if self._at_once:
                 files.sync_all(hidden)
             hidden.rename(self.path)
@@ -392,50 +387,6 @@ def is_hashed(name: str) -> bool:
     return name != MANIFEST and not name.endswith(LEFT) and not DRAWN.fullmatch(name)
 
 
-def _create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
-    told: list[bytes] = []
-    flags = b""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*[Cc]onsolidated metadata.*"
-        )  # a draft of the v3 specification; xarray reads it
-        warnings.filterwarnings(
-            "ignore", message=".*does not have a Zarr V3 specification.*"
-        )  # variable-length text
-        root = zarr.create_group(LocalStore(folder), zarr_format=3, attributes=attributes)
-        for a, described in attributes_in_files(arrays):
-            made = root.create_array(
-                a.path, **_layout(a), dimension_names=a.dims, attributes=described
-            )
-            if a.value is not None:
-                made[...] = a.value
-                value = np.asarray(a.value, None if a.dtype == "str" else a.dtype)
-                told.append(line(a.path, {a.path: marks(value, made.chunks, made.fill_value)}))
-            elif a.path == "committed":
-                flags = checked(bytes(made.shape[0]))
-        zarr.consolidate_metadata(LocalStore(folder))
-    if (
-        flags
-    ):  # as zarr would not write it: zeros are its fill value, and a missing file is to be damage
-        files.replace(folder / "committed" / "c.0", [flags], False)
-    files.replace(folder / DIGESTS, told, False)
-
-
-def attributes_in_files(arrays: Sequence[Array]) -> Iterator[tuple[Array, dict[str, Any]]]:
-    """Yield each variable with its attributes, the names of its coordinates included."""
-    coordinates: dict[str, list[Array]] = {}
-    for a in arrays:
-        if a.variable.coordinate and a.dims != (a.variable.name,):
-            coordinates.setdefault(a.group, []).append(a)
-    for a in arrays:
-        beside = [
-            c.variable.name for c in coordinates.get(a.group, []) if set(c.dims) <= set(a.dims)
-        ]
-        attached = {"coordinates": " ".join(beside)} if beside and not a.variable.coordinate else {}
-        told = {"long_name": a.variable.long_name, "units": a.variable.units}
-        yield a, {**told, **a.attributes, **attached}
-
-
 def merged(there: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return attributes with others set; a mapping is merged into the one that is there."""
     found = dict(there)
@@ -443,109 +394,3 @@ def merged(there: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str,
         both = isinstance(value, Mapping) and isinstance(found.get(name), dict)
         found[name] = {**found[name], **value} if both else value
     return found
-
-
-def fill_value(a: Array) -> float:
-    """Return what stands where nothing was written yet: NaN or 0."""
-    return float("nan") if np.dtype(a.dtype).kind == "f" else 0
-
-
-def _layout(a: Array) -> dict[str, Any]:
-    """Type, chunks and checksums of a variable: one file a step, with maps one token a chunk inside
-    it.
-
-    Lossless compression gains little on noise and probabilities and costs more than it saves; a
-    checksum catches what a disk gets wrong.
-    """
-    keys = {
-        "name": "default",
-        "separator": ".",
-    }  # flat names: nested directories double the cost of a write
-    if a.dtype == "str":
-        whole = tuple(max(1, n) for n in a.shape)
-        return {
-            "shape": a.shape,
-            "dtype": str,
-            "chunks": whole,
-            "chunk_key_encoding": keys,
-            "compressors": [Crc32cCodec()],
-        }
-    dtype = np.dtype(a.dtype)
-    whole = tuple(1 if a.per_step and axis == 0 else max(1, n) for axis, n in enumerate(a.shape))
-    inner = tuple(
-        1 if dim in a.variable.chunked else n for dim, n in zip(a.dims, whole, strict=True)
-    )
-    layout: dict[str, Any] = {
-        "shape": a.shape,
-        "dtype": dtype,
-        "chunk_key_encoding": keys,
-        "compressors": [Crc32cCodec()],
-        "chunks": inner,
-    }
-    if a.per_step and inner != whole:
-        layout["shards"] = whole
-    if a.value is None and not a.variable.coordinate:
-        layout["fill_value"] = fill_value(a)
-    return layout
-
-
-def room(arrays: Sequence[Array], sizes: Mapping[str, int]) -> int:
-    """Bytes that a recording takes on a disk, in whole blocks, with metadata and pictures; `sizes`
-    are what is written of each variable.
-    """
-    total = number = 0
-    for a in arrays:
-        layout = _layout(a)
-        chunks = prod(-(-n // most) for n, most in zip(a.shape, layout["chunks"], strict=True))
-        files_of = prod(
-            -(-n // most)
-            for n, most in zip(a.shape, layout.get("shards", layout["chunks"]), strict=True)
-        )
-        written = -(-files_of * sizes[a.path] // max(a.nbytes, 1))
-        number += written
-        total += written * _blocks(
-            -(-a.nbytes // max(files_of, 1)) + 20 * -(-chunks // max(files_of, 1))
-        )
-        if a.path == "images/final":
-            picture = a.nbytes // max(a.shape[0], 1)
-            words = {
-                text
-                for found in arrays
-                if found.variable.name == "word" and found.value is not None
-                for text in np.ravel(found.value)
-            }
-            total += a.shape[0] * _blocks(picture + BLOCK) + _blocks(
-                24_000 + 8 * min(picture, 70_000) + 40_000 * len(words)
-            )
-    folders = len(arrays) + len(
-        {
-            "/".join(a.group.split("/")[:depth])
-            for a in arrays
-            for depth in range(a.group.count("/") + 2)
-        }
-    )
-    return (
-        total
-        + folders * 2 * BLOCK
-        + _blocks(700 * folders)
-        + _blocks(120 * (number + folders))
-        + _blocks(100 * number)
-    )
-
-
-def _blocks(nbytes: int) -> int:
-    return -(-nbytes // BLOCK) * BLOCK
-
-
-def _open(path: Path, a: Array) -> Any:
-    """The array for writing: parts of bulk through the Rust codecs, `committed` and scalars through
-    zarr-python's atomic store.
-    """
-    pipeline = (
-        "zarrs.ZarrsCodecPipeline"
-        if a.per_step
-        else "zarr.core.codec_pipeline.BatchedCodecPipeline"
-    )
-    with zarr.config.set({"codec_pipeline.path": pipeline}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
-        return zarr.open_array(LocalStore(path), path=a.path, mode="r+")
