@@ -18,7 +18,7 @@ from experiments.drawing import Colour
 from experiments.emojiworld.judge import table
 from probe.analysis.masks import interval
 from probe.diffusion.loading import BUNDLED
-from probe.figures.sheets import heat
+from probe.figures.drawing import heat
 
 INK, FAINT, RULE, PAPER = (24, 26, 32), (110, 114, 124), (226, 228, 232), (255, 255, 255)
 # the bundled model's condition, said beside every figure of it

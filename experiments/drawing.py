@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from probe.figures.sheets import heat
+from probe.figures.drawing import heat
 
 INK, FAINT, RULE, PAPER = (24, 26, 32), (110, 114, 124), (226, 228, 232), (255, 255, 255)
 BLUE, RED, ROSE = (33, 102, 172), (178, 24, 43), (240, 190, 180)

@@ -82,7 +82,7 @@ def ask(arguments: list[str]) -> int:
     """
     import numpy as np
 
-    from probe.figures.sheets import ask_name, ask_sheet
+    from probe.figures.word_sheet import ask_name, ask_sheet
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe ask", description=ask.__doc__)
@@ -313,7 +313,7 @@ def show(arguments: list[str]) -> int:
         )
     found = open_run(options.run, options.runs)
     if options.words:
-        from probe.figures.sheets import word_sheet
+        from probe.figures.word_sheet import word_sheet
 
         say(str(_keep(lambda: word_sheet(found), found, "words.png", options.save)))
         if not found.words:

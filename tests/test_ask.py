@@ -20,7 +20,7 @@ from tiny_runs import ask as ask_experiment
 from probe.analysis import combined, word_maps
 from probe.cli import dispatch
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
-from probe.figures.sheets import ask_name
+from probe.figures.word_sheet import ask_name
 from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.running.ask import READ_OUT, ask, read_out

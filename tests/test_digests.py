@@ -25,7 +25,8 @@ from PIL import Image
 from recordings import ATTRIBUTES
 
 from probe.errors import RecordingDamaged
-from probe.figures.sheets import keep, word_sheet
+from probe.figures.sheets import keep
+from probe.figures.word_sheet import word_sheet
 from probe.format.schema import array
 from probe.proof.checks import check_committed, check_digests, check_manifest, check_picture
 from probe.proof.verdict import verify

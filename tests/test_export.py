@@ -15,8 +15,8 @@ from probe.errors import ExperimentError, PromptError, RecordingNotFound, StoreE
 from probe.export import main
 from probe.figures.animation import animated, coloured, frames, strip
 from probe.figures.bundle import payload, unpack
+from probe.figures.drawing import HEAT
 from probe.figures.page import page
-from probe.figures.sheets import HEAT
 from probe.testing.synthetic import synthetic_recording
 
 

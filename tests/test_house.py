@@ -79,7 +79,14 @@ LAYERS = [
     ("probe.reading.lazy", "probe.reading.attention", "probe.reading.finding"),
     ("probe.reading.memory",),
     ("probe.reading.recording",),
-    ("probe.figures.sheets", "probe.terminal", "probe.reading.compare", "probe.proof.checks"),
+    ("probe.figures.drawing",),
+    (
+        "probe.figures.sheets",
+        "probe.figures.word_sheet",
+        "probe.terminal",
+        "probe.reading.compare",
+        "probe.proof.checks",
+    ),
     ("probe.figures.bundle",),
     ("probe.figures.page", "probe.figures.animation"),
     (

@@ -29,7 +29,8 @@ from recordings import ATTRIBUTES
 
 from probe.cli import dispatch
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingLinked, StoreError
-from probe.figures.sheets import ask_name, ask_sheet, keep, word_sheet
+from probe.figures.sheets import keep
+from probe.figures.word_sheet import ask_name, ask_sheet, word_sheet
 from probe.format.schema import array
 from probe.proof.verdict import verify
 from probe.reading.recording import Run

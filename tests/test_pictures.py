@@ -13,18 +13,9 @@ import tiny
 from PIL import Image, ImageDraw, ImageFont
 
 from probe.figures import sheets
-from probe.figures.sheets import (
-    CELL,
-    FAINT,
-    GAP,
-    HEAT,
-    INK,
-    MARGIN,
-    PAPER,
-    contact_sheet,
-    heat,
-    overlay,
-)
+from probe.figures.drawing import CELL, FAINT, GAP, HEAT, INK, MARGIN, PAPER, heat, overlay, shorten
+from probe.figures.sheets import contact_sheet
+from probe.figures.word_sheet import word_sheet
 from probe.reading.recording import Run
 from probe.running.recorder import record
 
@@ -207,7 +198,7 @@ def test_what_is_written_can_be_read_without_a_font_of_the_system(
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
     contact_sheet(run)
-    sheets.word_sheet(run)
+    word_sheet(run)
     box = bytes(font.getmask("\uffff"))
     assert len(written) > 30 and bytes(font.getmask("\u2192")) == box, (
         "an arrow is one that it lacks"
@@ -287,9 +278,7 @@ def test_long_and_broken_prompts_stay_on_one_line(tmp_path: Path, prompt: str) -
     faint = np.abs(sheet[MARGIN + 34 : MARGIN + 48] - FAINT).sum(axis=-1).min()
     dark = np.abs(sheet[MARGIN + 34 : MARGIN + 48] - INK).sum(axis=-1).min()
     assert faint < 30 < dark, "the second line is not written over"
-    assert (
-        sheets._shorten("x" * 100, 80) == "x" * 79 + "…" and sheets._shorten("a\n b", 80) == "a b"
-    )
+    assert shorten("x" * 100, 80) == "x" * 79 + "…" and shorten("a\n b", 80) == "a b"
 
 
 def test_a_run_that_recorded_nan_still_ends_and_has_its_pictures(tmp_path: Path) -> None:

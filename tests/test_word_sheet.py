@@ -16,19 +16,8 @@ from PIL import Image
 from probe.analysis.averages import by_sigma, combined
 from probe.analysis.maps import word_maps, word_names
 from probe.errors import RecordingNotFound
-from probe.figures import sheets
-from probe.figures.sheets import (
-    BETWEEN,
-    CELL,
-    GAP,
-    HEAD,
-    HEAT,
-    MARGIN,
-    PAPER,
-    overlay,
-    sheet_of_maps,
-    word_sheet,
-)
+from probe.figures.drawing import CELL, GAP, HEAT, MARGIN, PAPER, overlay
+from probe.figures.word_sheet import BETWEEN, HEAD, sheet_of_maps, word_sheet
 from probe.reading.recording import Run
 from probe.running.recorder import record
 
@@ -138,7 +127,8 @@ def test_a_prompt_without_words_is_said_on_the_sheet(
 ) -> None:
     notes: list[str] = []
     monkeypatch.setattr(
-        sheets, "sheet_of_maps", lambda *given: notes.extend(given[2]) or sheet_of_maps(*given)
+        "probe.figures.word_sheet.sheet_of_maps",
+        lambda *given: notes.extend(given[2]) or sheet_of_maps(*given),
     )
     for number, (prompt, negative) in enumerate((("", ""), ("!?", "a hat"), ("a cat", "..."))):
         notes.clear()
@@ -191,7 +181,8 @@ def test_a_word_that_was_left_out_at_all_its_places_has_one_map_and_a_note(
 ) -> None:
     notes: list[str] = []
     monkeypatch.setattr(
-        sheets, "sheet_of_maps", lambda *given: notes.extend(given[2]) or sheet_of_maps(*given)
+        "probe.figures.word_sheet.sheet_of_maps",
+        lambda *given: notes.extend(given[2]) or sheet_of_maps(*given),
     )
     asked: dict[str, Any] = {
         "prompt": "A cat on a Cat on a hat",

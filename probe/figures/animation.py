@@ -10,7 +10,7 @@ from PIL import Image
 
 from probe.errors import RecordingNotFound
 from probe.figures.bundle import COLUMNS
-from probe.figures.sheets import HEAT
+from probe.figures.drawing import HEAT
 from probe.reading.recording import Run
 
 SIDE = 256  # at least so many pixels high, by whole factors: square pixels stay square

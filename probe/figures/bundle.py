@@ -26,7 +26,7 @@ from probe import analysis
 from probe.analysis.maps import resize
 from probe.arguments import branch_name, one_of, whole
 from probe.errors import RecordingNotFound
-from probe.figures.sheets import HEAT
+from probe.figures.drawing import HEAT
 from probe.reading.recording import Run
 
 Part: TypeAlias = tuple[bytes, dict[str, Any]]  # the bytes, and what the header says of them
