@@ -28,9 +28,9 @@ from probe.format.schema import (
     REST,
     STATISTICS,
     Array,
-    Variable,
     array,
 )
+from probe.format.variables import Variable
 from probe.proof.map_checks import moments_of
 from probe.public import warn_renamed
 from probe.reading.recording import Run
