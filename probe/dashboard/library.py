@@ -23,6 +23,7 @@ from probe.reading.listing import Listed, listing
 from probe.reading.recording import Run
 
 ROOM = 256 * 2**20  # bytes of payloads that are kept
+NAME = r"[\w.-]{1,120}"
 OPEN = 16  # recordings that are kept open
 
 
@@ -48,7 +49,7 @@ class Library:
         name = (
             sample.NAME if path == sample.unpacked().absolute() else path.name.removesuffix(".zarr")
         )
-        if not re.fullmatch(r"[\w.-]{1,120}", name, re.ASCII) or name in self._paths:
+        if not re.fullmatch(NAME, name, re.ASCII) or name in self._paths:
             name = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
         self._paths[name], self._ids[path] = path, name
         return name
@@ -75,6 +76,10 @@ class Library:
 
         Raise RecordingNotFound for an unknown id.
         """
+        if key not in self._paths and re.fullmatch(NAME, key, re.ASCII):
+            path = self.folder / f"{key}.zarr"  # a link to one that no list showed yet
+            if path.is_dir():
+                self.add(path)
         if key not in self._paths:
             raise RecordingNotFound("No recording has this id.", "Pick one from the list of runs.")
         path = self._paths[key]
