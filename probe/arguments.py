@@ -1,8 +1,8 @@
 """What people give to a method, checked before anything is computed: indices, text, names, arrays
 with labels.
 
-    chosen("heads", [0, 2], 8)                  # [0, 2]; a mask of 8 truth values is the indices where it is true
-    labelled("maps", maps, "y", "x")            # an xarray array with these dimensions, or an ExperimentError
+    chosen("heads", [0, 2], 8)          # [0, 2]; a mask of 8 truth values gives where it is true
+    labelled("maps", maps, "y", "x")    # an xarray array with these dimensions
     branch_name("uncond")
 
 A value of the wrong kind is an `ExperimentError` that says what to give. It is never read as

@@ -1,12 +1,12 @@
 """probe: see inside Stable Diffusion.
 
     probe run EXPERIMENT.yaml     record a run (the same as python -m probe.run)
-    probe noising NOISING.yaml    noise a real picture, and record what the model makes of it (python -m probe.noising)
+    probe noising NOISING.yaml    noise a real picture, and record what the model makes of it
     probe ls                      list recordings
-    probe show [RUN]              what a recording holds, and where its pictures are; --words: a sheet of every word's maps
+    probe show [RUN]              what a recording holds, and where its pictures are
     probe view [RUN ...]          look at recordings in a browser, on this machine alone
     probe export RUN --html FILE  a recording as a page that plays by itself, or as an animation
-    probe ask RUN WORD            where the picture would have looked at any word, also one that was not in the prompt
+    probe ask RUN WORD            where the picture would have looked at any word
     probe verify [RUN]            check a recording against itself
     probe rerun [RUN]             record the same again, and say what differs
     probe diff A B                what differs between two recordings

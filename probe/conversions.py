@@ -3,8 +3,10 @@
 With x the model's variance-preserving input, x0 the clean latent and eps the noise (Ho et al. 2020;
 Salimans & Ho 2022):
 
-    x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps          sigma = sqrt((1 - alpha_bar) / alpha_bar)
-    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0          SNR = alpha_bar / (1 - alpha_bar) = 1 / sigma^2
+    x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0
+    sigma = sqrt((1 - alpha_bar) / alpha_bar)
+    SNR = alpha_bar / (1 - alpha_bar) = 1 / sigma^2
 
 The functions take floats, numpy arrays, torch tensors or labelled xarray arrays alike; `alpha_bar`
 broadcasts. The ends are numbers too: alpha_bar 0 (a schedule of zero terminal SNR) is sigma inf,

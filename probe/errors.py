@@ -2,22 +2,22 @@
 another.
 
 ProbeError
-|-- UserError                      the request cannot be met: exit code 2
-|   |-- ExperimentError            (ValueError)           an experiment file or option that makes no sense
-|   |-- ModelError                 (ValueError)           a model that is missing, unsafe or not supported
-|   |-- DeviceError                (RuntimeError)         a device or dtype this machine does not have
-|   |-- PromptError                (ValueError)           words the model cannot take
-|   |-- TooLarge                   (ValueError)           a recording over --max-bytes or over the disk's room
-|   |-- RecordingNotFound          (FileNotFoundError)    no such recording, or no such variable in it
-|   |-- RecordingDamaged           (ValueError)           a recording that is not what was written
-|   |   `-- RecordingLinked                             its files are links, which are not followed
-|   |-- RecordingUnreadable        (OSError)              the system did not read a recording, which is probably whole
-|   `-- RecordingBusy              (RuntimeError)         someone else is writing it
-`-- RunFailed                      a run that began and could not go on: exit code 1
-    |-- CaptureError               (RuntimeError)         a hook that fired 0 or 2 times in a step
-    |-- NotFinite                  (FloatingPointError)   NaN or infinity in a latent
-    |-- OutOfMemory                (MemoryError)          the device or the machine is out of memory
-    `-- StoreError                 (OSError)              the recording could not be written
+|-- UserError                the request cannot be met: exit code 2
+|   |-- ExperimentError      (ValueError)          an experiment file or option that makes no sense
+|   |-- ModelError           (ValueError)          a model that is missing, unsafe or not supported
+|   |-- DeviceError          (RuntimeError)        a device or dtype this machine does not have
+|   |-- PromptError          (ValueError)          words the model cannot take
+|   |-- TooLarge             (ValueError)          larger than --max-bytes or than the disk has room
+|   |-- RecordingNotFound    (FileNotFoundError)   no such recording, or no such variable in it
+|   |-- RecordingDamaged     (ValueError)          a recording that is not what was written
+|   |   `-- RecordingLinked                        its files are links, which are not followed
+|   |-- RecordingUnreadable  (OSError)             the system did not read a recording
+|   `-- RecordingBusy        (RuntimeError)        someone else is writing it
+`-- RunFailed                a run that began and could not go on: exit code 1
+    |-- CaptureError         (RuntimeError)        a hook that fired 0 or 2 times in a step
+    |-- NotFinite            (FloatingPointError)  NaN or infinity in a latent
+    |-- OutOfMemory          (MemoryError)         the device or the machine is out of memory
+    `-- StoreError           (OSError)             the recording could not be written
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ the command line:
     python -m probe.run experiments/astronaut.yaml
     python -m probe.run experiments/astronaut.yaml --guidance-scale 2 --seed 7
     python -m probe.run experiments/astronaut.yaml --prompt "A cat on the moon" --dry-run
-    python -m probe.run --resume latest        # go on with a run that was interrupted, to the same bits
+    python -m probe.run --resume latest    # go on with a run, to the same bits
 """
 
 from __future__ import annotations

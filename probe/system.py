@@ -1,9 +1,11 @@
 """What the operating system says, in words: why it did not read a recording, and what helps;
 whether a process lives.
 
-with reading(path):          # an error of the system becomes a RecordingUnreadable: the recording is probably whole
+with reading(path):          # an error of the system becomes a RecordingUnreadable
     os.scandir(path)
 trouble_in(error)            # the system's error that another error was made from, or None
+
+After a RecordingUnreadable the recording is probably whole.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from probe.text import printable
 # means.
 OF_THE_FILE = frozenset(
     getattr(errno, name)
-    for name in "ENOENT ENOTDIR EISDIR ELOOP ENXIO ENODEV ENAMETOOLONG EINVAL EMLINK EEXIST EPIPE".split()
+    for name in (
+        *("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENXIO", "ENODEV", "ENAMETOOLONG"),
+        *("EINVAL", "EMLINK", "EEXIST", "EPIPE"),
+    )
     if hasattr(errno, name)
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

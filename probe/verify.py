@@ -5,11 +5,11 @@ From the recording alone:
 
     manifest, digests                 files, and what was written step by step (probe.proof.checks)
     committed, picture                flags, and the pictures for people (probe.proof.checks)
-    schema, labels                    what there is, and what it is called (probe.proof.schema_checks)
-    unknown                           what only another version knows, if anything (probe.proof.unknown)
+    schema, labels                    what there is, and its labels (probe.proof.schema_checks)
+    unknown                           what only another version knows (probe.proof.unknown)
     softmax, moments, sums            attention maps (probe.proof.map_checks)
     schedule, guidance, scheduler     every number that follows from another (probe.proof.replay)
-    forward                           what a picture it began from, and noise in it, lead to (probe.proof.forward_checks)
+    forward                           what picture and noise lead to (probe.proof.forward_checks)
 
 With --model, from its recorded latents (probe.proof.repredict):
 

@@ -323,7 +323,8 @@ def _rows(part: type[Part], above: str) -> Iterator[str]:
             yield f"| `{place}` | object{needed} | {told} |"
             yield from _rows(inner, f"{place}.")
         else:
-            yield f"| `{place}` | {_kind(part, field.alias or name)}{needed} | {field.description} |"
+            kind = _kind(part, field.alias or name)
+            yield f"| `{place}` | {kind}{needed} | {field.description} |"
 
 
 def _kind(part: type[Part], name: str) -> str:

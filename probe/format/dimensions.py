@@ -221,7 +221,10 @@ def _strays(relation: Relation, of: str, to: str, labels: Labels) -> Iterator[st
                 if label not in known and not (here.dtype.kind == "i" and label < 0)
             ]
             if stray:
-                yield f"/{of}/{name} holds {stray[0]!r}, which /{to}/{name} does not: {relation.meaning}"
+                yield (
+                    f"/{of}/{name} holds {stray[0]!r}, which /{to}/{name} does not: "
+                    f"{relation.meaning}"
+                )
 
 
 def _shared(relation: Relation, of: str, to: str, labels: Labels) -> Iterator[str]:

@@ -25,7 +25,8 @@ class CaptureOptions(Strict):
     self_attention: Globs = Field(
         default=(),
         max_length=200,
-        description='Self-attention of which layers, which is large: globs such as "mid_block.*", or grids such as "8x8".',
+        description="Self-attention of which layers, which is large: globs such as "
+        '"mid_block.*", or grids such as "8x8".',
     )
     branches: Literal["cond", "uncond", "both"] = Field(
         default="cond",
@@ -47,11 +48,13 @@ class CaptureOptions(Strict):
         default=("*",),
         min_length=1,
         max_length=200,
-        description='Attention of which layers: globs such as "up_blocks.*", or grids (height x width) such as "16x16".',
+        description='Attention of which layers: globs such as "up_blocks.*", or grids '
+        '(height x width) such as "16x16".',
     )
     steps: StepsChoice = Field(
         default="all",
-        description='Attention, statistics and activations at which steps: all, "start:stop:step", or "0,5,-1".',
+        description="Attention, statistics and activations at which steps: all, "
+        '"start:stop:step", or "0,5,-1".',
     )
     dtype: Literal["float16", "float32", "sqrt_u8"] = Field(
         default="float16",
@@ -71,7 +74,8 @@ class CaptureOptions(Strict):
     activations: Globs = Field(
         default=(),
         max_length=200,
-        description='Record whole block outputs, which are large: globs such as "unet.mid_block.*" or "vae.decoder.*".',
+        description="Record whole block outputs, which are large: globs such as "
+        '"unet.mid_block.*" or "vae.decoder.*".',
     )
 
     def steps_of(self, calls: int) -> tuple[int, ...]:

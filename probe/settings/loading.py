@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from probe.errors import ExperimentError
 from probe.settings.capture import CaptureOptions
@@ -88,6 +89,14 @@ def validate(kind: type[Settings], data: Mapping[str, Any], where: str = "") -> 
         ) from None
 
 
+# What others call a field, and its name here.
+OTHER_NAMES = {
+    "num_inference_steps": "steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "sampler": "scheduler",
+}
+
 # Arguments of a diffusers pipeline that no experiment has, and what to do instead.
 NOT_HERE = {
     **dict.fromkeys(
@@ -128,58 +137,53 @@ KINDS = {
 
 def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
     """A pydantic error as one line of cause and one of remedy."""
-    kind, place, context = (
-        error["type"],
-        tuple(key for key in error["loc"] if key != "[key]"),
-        error.get("ctx", {}),
-    )
+    kind, context = error["type"], error.get("ctx", {})
+    place = tuple(key for key in error["loc"] if key != "[key]")
     field = "".join(
         f"[{key}]" if isinstance(key, int) else f".{shorten(printable(key))}" for key in place
     ).removeprefix(".")
     if isinstance(context.get("error"), ExperimentError):
         return f"{field}: {context['error'].cause}", context["error"].remedy
-    names = [*settings.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
     if kind == "extra_forbidden":
-        if (
-            getattr(settings, "kind", "") == "generation"
-            and "timesteps" in data
-            and "caption" in data
-        ):
-            return (
-                f"{field}: this is a noising, not an experiment",
-                "Run it with python -m probe.noising FILE.",
-            )
-        inside = place[0] == "capture" and len(place) > 1
-        spellings = {
-            name.rpartition(".")[2]: name
-            for name in sorted(names, key=lambda name: ("." in name) == inside)
-        }
-        here = (CaptureOptions if inside else settings).model_fields
-        if not inside and (instead := NOT_HERE.get(str(place[-1]))):
-            return f"{field}: this argument of diffusers' pipelines has no field here", instead
-        elsewhere = {
-            "num_inference_steps": "steps",
-            "cfg": "guidance_scale",
-            "cfg_scale": "guidance_scale",
-            "sampler": "scheduler",
-        }
-        elsewhere = {word: name for word, name in elsewhere.items() if name in names}
-        return f"{field}: unknown field", did_you_mean(
-            str(place[-1]), elsewhere | spellings
-        ) or f"The fields here are {', '.join(here)}."
+        cause, remedy = _unknown_field(settings, place, data)
+        return f"{field}: {cause}", remedy
     value: Any = data
     with contextlib.suppress(LookupError, TypeError, AttributeError):
         for key in place:
             value = getattr(value, key) if isinstance(value, BaseModel) else value[key]
-    given = shown(value)
-    model, name = (
-        (CaptureOptions, place[1])
-        if place[0] == "capture" and len(place) > 1
-        else (settings, place[0])
-    )
-    declared = model.model_fields[str(name)]
+    inside = place[0] == "capture" and len(place) > 1
+    model, name = (CaptureOptions, place[1]) if inside else (settings, place[0])
+    cause, remedy = _wrong_value(kind, context, shown(value), model.model_fields[str(name)])
+    return f"{field}: {cause}", remedy
+
+
+def _unknown_field(
+    settings: type[Strict], place: tuple[Any, ...], data: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Return cause and remedy for a field that does not exist."""
+    generation = getattr(settings, "kind", "") == "generation"
+    if generation and "timesteps" in data and "caption" in data:
+        return (
+            "this is a noising, not an experiment",
+            "Run it with python -m probe.noising FILE.",
+        )
+    word, inside = str(place[-1]), place[0] == "capture" and len(place) > 1
+    if not inside and (instead := NOT_HERE.get(word)):
+        return "this argument of diffusers' pipelines has no field here", instead
+    names = [*settings.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
+    near_first = sorted(names, key=lambda name: ("." in name) == inside)
+    known = {word: name for word, name in OTHER_NAMES.items() if name in names}
+    known |= {name.rpartition(".")[2]: name for name in near_first}
+    here = (CaptureOptions if inside else settings).model_fields
+    return "unknown field", did_you_mean(word, known) or f"The fields here are {', '.join(here)}."
+
+
+def _wrong_value(
+    kind: str, context: Mapping[str, Any], given: str, declared: FieldInfo
+) -> tuple[str, str]:
+    """Return cause and remedy for a value, shown as `given`, that its field does not take."""
     if kind in KINDS:
-        return f"{field}: {given} is not {KINDS[kind][0]}", KINDS[kind][1]
+        return f"{given} is not {KINDS[kind][0]}", KINDS[kind][1]
     if kind in ("greater_than_equal", "less_than_equal"):
         bounds = {
             key: getattr(item, key)
@@ -189,13 +193,13 @@ def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tup
         }
         problem = "less than {ge}" if kind == "greater_than_equal" else "more than {le}"
         return (
-            f"{field}: {given} is {problem.format(**context)}",
+            f"{given} is {problem.format(**context)}",
             "Write a number from {ge} to {le}.".format(**bounds),
         )
     if kind == "literal_error":
         options = re.findall(r"'(\w+)'", context["expected"])
         meant = did_you_mean(given.strip("'"), {item: item for item in options})
-        return f"{field}: {given} is not one of {', '.join(options)}", meant or "Write one of them."
+        return f"{given} is not one of {', '.join(options)}", meant or "Write one of them."
     if kind.endswith("too_long"):
-        return f"{field}: {given} is too long", f"At most {context['max_length']} fit here."
-    return f"{field}: {given} does not fit", declared.description or ""
+        return f"{given} is too long", f"At most {context['max_length']} fit here."
+    return f"{given} does not fit", declared.description or ""

@@ -89,7 +89,8 @@ class Noising(Recipe):
     timesteps: Timesteps = Field(
         default=tuple(range(950, 0, -100)),
         max_length=1000,
-        description='How much noise, by the model\'s t: a list in any order, or a range "50:1000:100"; 0 is the least.',
+        description="How much noise, by the model's t: a list in any order, or a range "
+        '"50:1000:100"; 0 is the least.',
     )
     noises: int = Field(
         default=4,

@@ -1,4 +1,4 @@
-"""What any recording is asked for: the model, where it runs, what is recorded, and where it lies."""
+"""What any recording is asked for: the model, its device, what is recorded, where it lies."""
 
 from __future__ import annotations
 

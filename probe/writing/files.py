@@ -1,8 +1,8 @@
 """The one way in which a file of a recording is written: under another name beside it, then moved
 into its place.
 
-    replace(file, [content], sync=True)      # whole or not at all; a link in its place goes, what it leads to stays as it is
-    check_own(recording)                     # before one is taken over: plain files and folders, and nobody else's
+    replace(file, [content], sync=True)    # whole or not at all; a link in its place is replaced
+    check_own(recording)                   # before one is taken over: plain, and nobody else's
 
 Whoever reads sees the old content or the new. A writer that is killed leaves a name that ends in
 `.partial`, which no reader looks at. With `sync`, content and name have reached the disk when the
