@@ -57,7 +57,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
             f"{where}: {cause}", "Delete it: such characters hide what a file says."
         )
     try:
-        return _document(yaml.parse(text, Loader=yaml.SafeLoader), where)
+        return _Document(yaml.parse(text, Loader=yaml.SafeLoader), where).read()
     except ExperimentError:
         raise
     except (
@@ -76,75 +76,88 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         ) from None
 
 
-def _document(events: Iterator[yaml.Event], where: str) -> dict[str, Any]:
-    def refuse(event: Any, cause: str, remedy: str) -> ExperimentError:
-        return ExperimentError(f"{where}: line {event.start_mark.line + 1}: {cause}", remedy)
+class _Document:
+    """One document of plain values, read from the events of a YAML parser."""
 
-    def until(end: type[yaml.Event]) -> Iterator[yaml.Event]:
-        while not isinstance(event := next(events), end):
+    def __init__(self, events: Iterator[yaml.Event], where: str) -> None:
+        self.events, self.where = events, where
+        self.count = itertools.count(1)
+
+    def read(self) -> dict[str, Any]:
+        next(self.events)  # the stream's start
+        if isinstance(next(self.events), yaml.StreamEndEvent):
+            raise ExperimentError(
+                f"{self.where}: this file is empty",
+                "Write `field: value` lines, such as prompt: An astronaut scuba diving.",
+            )
+        top = next(self.events)
+        data = self.node(top, 1)
+        next(self.events)  # the document's end
+        if not isinstance(after := next(self.events), yaml.StreamEndEvent):
+            remedy = "Keep one experiment a file: delete the --- line."
+            raise self.refuse(after, "a second document begins", remedy)
+        if not isinstance(data, dict):
+            cause = f"{shown(data)} is not a mapping"
+            raise self.refuse(top, cause, "Write one `field: value` a line.")
+        return data
+
+    def refuse(self, event: Any, cause: str, remedy: str) -> ExperimentError:
+        return ExperimentError(f"{self.where}: line {event.start_mark.line + 1}: {cause}", remedy)
+
+    def until(self, end: type[yaml.Event]) -> Iterator[yaml.Event]:
+        while not isinstance(event := next(self.events), end):
             yield event
 
-    def plain(event: Any) -> Any:
-        """The event itself, once it is sure that it has no anchor and no tag."""
+    def plain(self, event: Any) -> Any:
+        """Return the event. Raise ExperimentError if it has an anchor or a tag."""
         if isinstance(event, yaml.AliasEvent) or event.anchor:
-            raise refuse(
+            raise self.refuse(
                 event,
                 "anchors (&) and aliases (*) are not read here",
                 "Write the value out, and text with & or * in quotes.",
             )
         if event.tag:
-            raise refuse(
-                event,
-                "tags (!) are not read here",
-                "Delete the tag, and put text with ! in quotes.",
-            )
+            remedy = "Delete the tag, and put text with ! in quotes."
+            raise self.refuse(event, "tags (!) are not read here", remedy)
         return event
 
-    count = itertools.count(1)
-
-    def node(event: yaml.Event, depth: int) -> Any:
-        plain(event)
-        if next(count) > MAX_VALUES:
-            raise refuse(
-                event,
-                f"more than {MAX_VALUES} values",
-                "An experiment is a short text: is this the right file?",
-            )
+    def node(self, event: yaml.Event, depth: int) -> Any:
+        self.plain(event)
+        if next(self.count) > MAX_VALUES:
+            remedy = "An experiment is a short text: is this the right file?"
+            raise self.refuse(event, f"more than {MAX_VALUES} values", remedy)
         if depth > MAX_DEPTH:
-            raise refuse(
-                event, f"nested more than {MAX_DEPTH} deep", "An experiment is at most 3 deep."
-            )
+            cause = f"nested more than {MAX_DEPTH} deep"
+            raise self.refuse(event, cause, "An experiment is at most 3 deep.")
         if isinstance(event, yaml.SequenceStartEvent):
-            return [node(item, depth + 1) for item in until(yaml.SequenceEndEvent)]
-        if not isinstance(event, yaml.MappingStartEvent):
-            return scalar(event)
+            return [self.node(item, depth + 1) for item in self.until(yaml.SequenceEndEvent)]
+        if isinstance(event, yaml.MappingStartEvent):
+            return self.mapping(depth)
+        return self.scalar(event)
+
+    def mapping(self, depth: int) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
-        for key in until(yaml.MappingEndEvent):
-            if not isinstance(plain(key), yaml.ScalarEvent):
-                raise refuse(
-                    key, "a field's name must be plain text", "Write one `field: value` a line."
-                )
-            name = text_of(key)
+        for key in self.until(yaml.MappingEndEvent):
+            if not isinstance(self.plain(key), yaml.ScalarEvent):
+                cause = "a field's name must be plain text"
+                raise self.refuse(key, cause, "Write one `field: value` a line.")
+            name = self.text_of(key)
             if name == "<<":
-                raise refuse(key, "merge keys (<<) are not read here", "Write the fields out.")
+                raise self.refuse(key, "merge keys (<<) are not read here", "Write the fields out.")
             if name in mapping:
-                raise refuse(
-                    key, f"{shorten(printable(name))} is written twice", "Keep one of the two."
-                )
-            mapping[name] = node(next(events), depth + 1)
+                cause = f"{shorten(printable(name))} is written twice"
+                raise self.refuse(key, cause, "Keep one of the two.")
+            mapping[name] = self.node(next(self.events), depth + 1)
         return mapping
 
-    def text_of(event: Any) -> str:
+    def text_of(self, event: Any) -> str:
         if found := UNCLEAN.search(event.value):  # from an escape such as "\u202e"
-            raise refuse(
-                event,
-                f"the character U+{ord(found[0]):04X} is not allowed",
-                "Delete it: such characters hide what a file says.",
-            )
+            cause = f"the character U+{ord(found[0]):04X} is not allowed"
+            raise self.refuse(event, cause, "Delete it: such characters hide what a file says.")
         return str(event.value)
 
-    def scalar(event: Any) -> Any:
-        value = text_of(event)
+    def scalar(self, event: Any) -> Any:
+        value = self.text_of(event)
         if not event.implicit[0]:  # in quotes or a block: text
             return value
         if value in NOTHING:
@@ -154,29 +167,9 @@ def _document(events: Iterator[yaml.Event], where: str) -> dict[str, Any]:
         if not NUMBER.fullmatch(value):
             return WORDS.get(value, value)
         if len(value) > MAX_DIGITS:
-            raise refuse(
-                event,
-                f"a number of {len(value)} characters",
-                f"No number here is larger than {LARGEST}.",
-            )
+            remedy = f"No number here is larger than {LARGEST}."
+            raise self.refuse(event, f"a number of {len(value)} characters", remedy)
         return int(value) if value.lstrip("+-").isdigit() else float(value)
-
-    next(events)  # the stream's start
-    if isinstance(next(events), yaml.StreamEndEvent):
-        raise ExperimentError(
-            f"{where}: this file is empty",
-            "Write `field: value` lines, such as prompt: An astronaut scuba diving.",
-        )
-    top = next(events)
-    data = node(top, 1)
-    next(events)  # the document's end
-    if not isinstance(after := next(events), yaml.StreamEndEvent):
-        raise refuse(
-            after, "a second document begins", "Keep one experiment a file: delete the --- line."
-        )
-    if not isinstance(data, dict):
-        raise refuse(top, f"{shown(data)} is not a mapping", "Write one `field: value` a line.")
-    return data
 
 
 def read_text(path: Path) -> str:
