@@ -2,30 +2,31 @@
 """Everything this repository does, from a bare Python 3.11 or newer. Nothing else has to be
 installed first.
 
-    python3 tasks.py record experiments/astronaut.yaml    make a recording; all arguments go to `python -m probe.run`
-    python3 tasks.py view                                 look at recordings in a browser; all arguments go to `probe view`
+    python3 tasks.py record experiments/astronaut.yaml    make a recording, as `python -m probe.run`
+    python3 tasks.py view                                 look at recordings in a browser
     python3 tasks.py test [pytest arguments]              run the quick tests, or those you name
-    python3 tasks.py test --smoke                         run the few that tell within a minute whether it works at all
-    python3 tasks.py check                                format, lint, types and the quick tests: what CI asks of a change
-    python3 tasks.py check --all                          the same with the slow tests; only gpu tests stay out
+    python3 tasks.py test --smoke                         tell within a minute whether it works
+    python3 tasks.py check                                format, lint, types and the quick tests
+    python3 tasks.py check --all                          the slow tests too; no gpu tests
     python3 tasks.py check --no-tests                     format, lint and types alone
-    python3 tasks.py release --check                      build wheel and sdist, and use them on every Python that is here,
-                                                          with lowest and latest dependencies (--help: what can be chosen)
+    python3 tasks.py release --check                      build wheel and sdist, and use them on
+                                                          every Python that is here (see --help)
 
 The first call makes an environment in .venv and installs this checkout there, in the versions of
 constraints.txt. That takes minutes and gigabytes, most of them torch's. Later calls start at once;
 when pyproject.toml or constraints.txt has changed they install first. A call that was interrupted
 is finished by the next one. What pip said is in probe-install.log inside the environment.
 
-    PROBE_VENV=/some/where     put the environment there. An environment that is already there is used, and its
-                               packages are kept as long as constraints.txt agrees with them.
+    PROBE_VENV=/some/where     put the environment there. An environment that is already there is
+                               used; its packages are kept if constraints.txt agrees with them.
 
 On Linux, torch comes with CUDA by default (about 3 GB to download). Without an NVIDIA GPU the CPU
 build (0.2 GB) will do:
 
-    python3 -m venv .venv      then, with .venv/bin/pip, install the torch of constraints.txt from the CPU wheel index that
-                               "Get started" on PyTorch's site names, and call tasks.py; or set PIP_EXTRA_INDEX_URL to
-                               that index for the first call.
+    python3 -m venv .venv      then, with .venv/bin/pip, install the torch of constraints.txt from
+                               the CPU wheel index that "Get started" on PyTorch's site names, and
+                               call tasks.py; or set PIP_EXTRA_INDEX_URL to that index for the
+                               first call.
 
 Exit codes: 0 all went well; 1 an installation or a check failed; 2 a mistake in the call; else that
 of what was run.
@@ -65,7 +66,10 @@ WITHOUT_REQUIREMENTS = {"test": "attention-map-diffusers==1.0.0"}
 
 # Settings of pip that would send packages elsewhere, or leave some out, and of Python that would
 # show it those of another.
-NOT_FOR_PIP = "PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_DRY_RUN PIP_NO_DEPS PIP_PYTHON PYTHONPATH PYTHONHOME".split()
+NOT_FOR_PIP = (
+    "PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_DRY_RUN PIP_NO_DEPS PIP_PYTHON "
+    "PYTHONPATH PYTHONHOME"
+).split()
 
 # Prints what the package and its extras ask for and the environment does not have.
 WHAT_IS_MISSING = r"""
@@ -241,24 +245,9 @@ def install(*extras: str) -> str:
 
     wanted = sorted({*extras, *stamp.get("extras", [])})
     listed = ",".join(wanted)
-    if not stamp:
-        say(
-            f"Installing probe[{listed}] into {venv}. The first time this takes 2 to 10 minutes "
-            "and 2 to 8 GB of disk."
-        )
-    elif not stamp.get("finished"):
-        say(
-            f"An installation into {venv} did not finish. Trying again: probe[{listed}], up to "
-            "some minutes."
-        )
+    say(why_install(venv, stamp, listed, changed=set(extras) <= set(stamp.get("extras", []))))
+    if stamp and not stamp.get("finished"):
         forget_half_installed(venv)
-    elif set(extras) <= set(stamp["extras"]):
-        say(
-            "pyproject.toml, constraints.txt, the checkout or Python has changed. Updating "
-            f"{venv}: seconds, unless torch changed."
-        )
-    else:
-        say(f"Adding what probe[{listed}] needs to {venv}: up to a minute.")
     write_stamp(venv, dict(now, extras=wanted, finished=False))
     began = time.monotonic()
     pip_install(
@@ -280,6 +269,26 @@ def install(*extras: str) -> str:
     write_stamp(venv, dict(now, extras=wanted, finished=True))
     say(f"Installed in {time.monotonic() - began:.0f} s.")
     return str(python)
+
+
+def why_install(venv: Path, stamp: dict[str, Any], listed: str, changed: bool) -> str:
+    """Return what is about to be installed, and why, in one line."""
+    if not stamp:
+        return (
+            f"Installing probe[{listed}] into {venv}. The first time this takes 2 to 10 minutes "
+            "and 2 to 8 GB of disk."
+        )
+    if not stamp.get("finished"):
+        return (
+            f"An installation into {venv} did not finish. Trying again: probe[{listed}], up to "
+            "some minutes."
+        )
+    if changed:
+        return (
+            "pyproject.toml, constraints.txt, the checkout or Python has changed. Updating "
+            f"{venv}: seconds, unless torch changed."
+        )
+    return f"Adding what probe[{listed}] needs to {venv}: up to a minute."
 
 
 def version_of(python: Path) -> str | None:

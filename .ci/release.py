@@ -1,9 +1,9 @@
 """Check what would be released: build it, install it as a stranger would, and use it there.
 
-    python3 tasks.py release --check                         every Python that is here, both versions
+    python3 tasks.py release --check                         every Python here, both versions
     python3 tasks.py release --check --python 3.12           one of them
     python3 tasks.py release --check --versions lowest       the lowest direct dependencies alone
-    python3 tasks.py release --check --hold torch==2.13.0    one package at this version throughout
+    python3 tasks.py release --check --hold torch==2.13.0    one package at this version
 
 A row of the table is an environment of its own. The wheel with its base dependencies reads the
 sample. With the extra `record` it records, resumes and verifies, and has diffusers' bits on the
@@ -39,7 +39,7 @@ TOOLS = ("hypothesis", "pytest", "pytest-timeout")
 COLUMNS = ("python", "versions", "wheel", "reads", "records", "parity", "sdist")
 
 
-def main(arguments: list[str]) -> int:
+def options_of(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tasks.py release --check",
         description=__doc__,
@@ -62,13 +62,17 @@ def main(arguments: list[str]) -> int:
         metavar="NAME==VERSION",
         help="keep a package at a version; may be repeated",
     )
-    asked = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = options_of(arguments)
     pythons = {
         minor: path
         for minor, path in pythons_here().items()
-        if not asked.python or minor in asked.python
+        if not options.python or minor in options.python
     }
-    sought = asked.python or [f"3.{minor}" for minor in MINORS]
+    sought = options.python or [f"3.{minor}" for minor in MINORS]
     missing = [minor for minor in sought if minor not in pythons]
     if not pythons:
         print(
@@ -82,13 +86,13 @@ def main(arguments: list[str]) -> int:
     wheel, sdist = build(folder)
     cells = []
     for minor, python in pythons.items():
-        for versions in (asked.versions,) if asked.versions else ("lowest", "latest"):
+        for versions in (options.versions,) if options.versions else ("lowest", "latest"):
             say(f"Python {minor}, {versions} dependencies")
-            cells.append(
-                Cell(minor, versions, python, folder / f"{minor}-{versions}", project, asked.hold)
-            )
-            cells[-1].check(wheel, sdist)
-            shutil.rmtree(cells[-1].venv, ignore_errors=True)
+            own = folder / f"{minor}-{versions}"
+            cell = Cell(minor, versions, python, own, project, options.hold)
+            cells.append(cell)
+            cell.check(wheel, sdist)
+            shutil.rmtree(cell.venv, ignore_errors=True)
     print(*table(cells), sep="\n")
     if missing:
         print(f"Not here, so not tried: Python {', '.join(missing)}.")

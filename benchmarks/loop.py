@@ -8,6 +8,7 @@ It stands in for two names, `denoise` of `probe.running.perform` and `hooked` of
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,24 +42,15 @@ class Took:
         return self.hooks + self.handing_over + self.writing
 
 
-def nothing() -> None:
-    pass
+def now() -> tuple[float, float, float]:
+    """Return CPU time of the process, CPU time of this thread, and wall time."""
+    return time.process_time(), time.thread_time(), time.perf_counter()
 
 
-@contextlib.contextmanager
-def stopwatch(
-    took: Took, begin: Callable[[], None] = nothing, end: Callable[[], None] = nothing
-) -> Iterator[None]:
-    """Time the loop of a `record` inside this block, from its second step to the last step's being
-    on disk.
-
-    `begin` is called before its first step, `end` after its last.
-    """
-    begun: list[tuple[float, float, float]] = []
-    inside = 0.0
-
-    def now() -> tuple[float, float, float]:
-        return time.process_time(), time.thread_time(), time.perf_counter()
+def timed_hooks(took: Took, *captures: Any) -> Hooks:
+    """Return the hooks of some captures, timed if they are those of the loop."""
+    if took.cpu or not any(capture.component == "unet" for capture in captures):
+        return hooked(*captures)
 
     def timed(callback: Callable[[Any], None]) -> Callable[[Any], None]:
         def watch(value: Any) -> None:
@@ -68,16 +60,27 @@ def stopwatch(
 
         return watch
 
-    def watching(*captures: Any) -> Hooks:
-        if took.cpu or not any(
-            capture.component == "unet" for capture in captures
-        ):  # outside the loop
-            return hooked(*captures)
-        return Hooks(
-            (module, when, timed(callback))
-            for capture in captures
-            for module, when, callback in capture.watches()
-        )
+    return Hooks(
+        (module, when, timed(callback))
+        for capture in captures
+        for module, when, callback in capture.watches()
+    )
+
+
+def nothing() -> None:
+    pass
+
+
+@contextlib.contextmanager
+def stopwatch(
+    took: Took, begin: Callable[[], None] = nothing, end: Callable[[], None] = nothing
+) -> Iterator[None]:
+    """Time the loop of a `record` in this block, from its second step until all is on disk.
+
+    `begin` is called before its first step, `end` after its last.
+    """
+    begun: list[tuple[float, float, float]] = []
+    inside = 0.0
 
     def steps(*args: Any, **named: Any) -> Iterator[Any]:
         nonlocal inside
@@ -93,11 +96,8 @@ def stopwatch(
             yield step
             if number == 0:
                 begun.append(now())
-                took.once, took.hooks, inside = (
-                    took.hooks + begun[0][0] - first[0] - inside,
-                    0.0,
-                    0.0,
-                )
+                took.once = took.hooks + begun[0][0] - first[0] - inside
+                took.hooks = inside = 0.0
 
     flush = RunWriter.flush
 
@@ -111,7 +111,7 @@ def stopwatch(
             end()
 
     with (
-        mock.patch.object(session, "hooked", watching),
+        mock.patch.object(session, "hooked", functools.partial(timed_hooks, took)),
         mock.patch.object(perform, "denoise", steps),
         mock.patch.object(RunWriter, "flush", flushed),
     ):

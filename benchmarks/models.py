@@ -1,8 +1,9 @@
 """The models that are measured, and what their command lines share.
 
     bundled   the model that comes with the toolkit: 16x16 latents, 7 cross-attention layers
-    small     Stable Diffusion v1's topology with channels 64/128/256/256: 37,522,628 parameters and, at 512 pixels, its
-              full volume of attention (16 layers of 8 heads), at a seventh of its compute
+    small     Stable Diffusion v1's topology with channels 64/128/256/256: 37,522,628 parameters
+              and, at 512 pixels, its full volume of attention (16 layers of 8 heads), at a seventh
+              of its compute
     sd1       Stable Diffusion v1's exact configuration, 859,520,964 parameters
 
 The last two have random weights: time, memory and size do not depend on what a model has learned.

@@ -1,5 +1,6 @@
-"""What recording costs the loop: P1 (nothing changes), P2, P2b, P3 (self time), P13 (exactness),
-and on CUDA P4.
+"""Measure what recording costs the loop.
+
+P1 (nothing changes), P2, P2b, P3 (self time), P13 (exactness), and on CUDA P4.
 
     python -m benchmarks.overhead --model small
     python -m benchmarks.overhead --model sd1 --rounds 3 --steps 2          # long
@@ -18,6 +19,7 @@ each loop is a warm-up and not counted; `once` is what recording adds to it, in 
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -120,35 +122,37 @@ def main() -> None:
                 f"round {index + 1} of {asked.rounds}: bare {rounds[-1]['bare'].cpu:.1f} s CPU",
                 flush=True,
             )
-        heads = f"{'hooks':>7} {'hand over':>9} {'writing':>8} {'once':>6}   bits"
-        print(f"\n{'':34} {'self time':24} {'goal':>6}   {'CPU ratio':26} {heads}")
-        for name in list(ways)[1:]:
-            ratio = [100 * (took[name].cpu / took["bare"].cpu - 1) for took in rounds]
-            differing = int(np.sum(bench.final[name] != bench.final["bare"]))
-            bits = "equal" if not differing else f"{differing} DIFFER"
-            if name == "bare again":
-                print(
-                    f"{name + ' (control)':34} {'':24} {'':>6}   {spread(ratio):26} {'':>7} "
-                    f"{'':>9} {'':>8} {'':>6}   {bits}"
-                )
-                continue
-            bare = [took["bare"].cpu for took in rounds]
-            parts = [
-                [getattr(took[name], part) for took in rounds]
-                for part in ("hooks", "handing_over", "writing", "own")
+    report(asked, rounds, bench.final)
+
+
+def report(
+    asked: argparse.Namespace, rounds: list[dict[str, Took]], final: dict[str, np.ndarray]
+) -> None:
+    """Print what each way of recording costs, as a table."""
+    heads = f"{'hooks':>7} {'hand over':>9} {'writing':>8} {'once':>6}   bits"
+    print(f"\n{'':34} {'self time':24} {'goal':>6}   {'CPU ratio':26} {heads}")
+    bare = [took["bare"].cpu for took in rounds]
+    for name in [name for name in rounds[0] if name != "bare"]:
+        ratio = spread([100 * (took[name].cpu / took["bare"].cpu - 1) for took in rounds])
+        differing = int(np.sum(final[name] != final["bare"]))
+        bits = f"{differing} DIFFER" if differing else "equal"
+        if name == "bare again":
+            print(f"{name + ' (control)':34} {'':24} {'':>6}   {ratio:26} {'':33}   {bits}")
+            continue
+        shares = {
+            part: [
+                100 * getattr(took[name], part) / cpu
+                for took, cpu in zip(rounds, bare, strict=True)
             ]
-            hooks, over, writing, _ = (
-                100 * statistics.median(a / b for a, b in zip(part, bare, strict=True))
-                for part in parts
-            )
-            own = spread([100 * a / b for a, b in zip(parts[-1], bare, strict=True)])
-            once = 1000 * statistics.median(took[name].once for took in rounds)
-            goal = GOALS.get((asked.model, asked.dtype), {}).get(name)
-            limit = "" if goal is None else f"{goal:g}%"
-            costs = f"{hooks:6.2f}% {over:8.2f}% {writing:7.2f}% {once:6.0f}"
-            print(
-                f"{CAPTURES[name][0]:34} {own:24} {limit:>6}   {spread(ratio):26} {costs}   {bits}"
-            )
+            for part in ("hooks", "handing_over", "writing", "own")
+        }
+        own = spread(shares.pop("own"))
+        hooks, over, writing = map(statistics.median, shares.values())
+        once = 1000 * statistics.median(took[name].once for took in rounds)
+        goal = GOALS.get((asked.model, asked.dtype), {}).get(name)
+        limit = "" if goal is None else f"{goal:g}%"
+        costs = f"{hooks:6.2f}% {over:8.2f}% {writing:7.2f}% {once:6.0f}"
+        print(f"{CAPTURES[name][0]:34} {own:24} {limit:>6}   {ratio:26} {costs}   {bits}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """How good are attention maps? Word maps held against true masks, by noise level, layer and head.
 
-    python -m experiments.attention_truth                              # the bundled model on 200 fresh scenes, and on 64 generated pictures
-    python -m experiments.attention_truth --markdown --figure experiments/attention_truth.png       # docs/attention-truth.md and its figure
-    python -m experiments.attention_truth --model DIRECTORY --folder PICTURES    # any Stable Diffusion 1.x or 2.x, your own pictures
+    # the bundled model on 200 fresh scenes, and on 64 generated pictures
+    python -m experiments.attention_truth
+    # docs/attention-truth.md and its figure
+    python -m experiments.attention_truth --markdown --figure experiments/attention_truth.png
+    # any Stable Diffusion 1.x or 2.x, your own pictures
+    python -m experiments.attention_truth --model DIRECTORY --folder PICTURES
 
 Scenes with known masks are encoded, noised to each timestep with known noise, and the UNet is asked
 once. The map of each subject's word is scored against its mask: average precision (AP, needs no
@@ -23,10 +26,11 @@ segmenter sees, which is trained first (about 5 minutes; experiments/emojiworld/
 whose own mIoU is printed.
 
 A folder for --folder holds, for each picture:
-    NAME.png (or .jpg)    the picture; it is scaled and cut to the model's size, and so are its masks
+    NAME.png (or .jpg)    the picture; it and its masks are scaled and cut to the model's size
     NAME.txt              its caption, one line: "a cat on a mat"
-    NAME.WORD.png         a mask, white where WORD is; one for each word or phrase of the caption that is to be scored
-A third of the pictures (drawn with --seed) ranks heads, a third chooses thresholds, a third is scored: give at least 30 to learn something.
+    NAME.WORD.png         a mask, white where WORD is; one for each word or phrase to be scored
+A third of the pictures (drawn with --seed) ranks heads, a third chooses thresholds, a third is
+scored. Give at least 30 to learn something.
 """
 
 from __future__ import annotations
@@ -62,6 +66,7 @@ from experiments.truth_maps import (
     scored,
 )
 from probe.diffusion.loading import load
+from probe.diffusion.prompts import Prompt
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError
 from probe.running.recorder import record
@@ -112,9 +117,9 @@ def scenes(model: StableDiffusion, count: int, first: int) -> list[Shown]:
 
 
 def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
-    """The pictures of a folder with captions and masks, each as the model's size asks.
+    """Read the pictures of a folder with captions and masks, each scaled to the model's size.
 
-    Raises ExperimentError or PromptError.
+    Raise ExperimentError or PromptError.
     """
     _, _, *latents = model.latent_shape(1)
     height, width = (model.f * side for side in latents)
@@ -127,52 +132,12 @@ def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
         (file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg")),
         key=lambda file: (file.stem, file.suffix),
     )
-    shown, pictures = [], [file for file in files if "." not in file.stem]
-    if lonely := [
-        file.name
-        for file in files
-        if file.stem.split(".")[0] not in {picture.stem for picture in pictures}
-    ]:
-        raise ExperimentError(
-            f"folder: {lonely[0]} is a mask of no picture.",
-            "A picture's name has no dot: NAME.png, and NAME.WORD.png for its masks.",
-        )
-    if blurred := [
-        file.name for file in files if "." in file.stem and file.suffix.lower() != ".png"
-    ]:
-        raise ExperimentError(
-            f"folder: {blurred[0]} is a mask as JPEG, which blurs its edge.",
-            "Save it as PNG: NAME.WORD.png.",
-        )
-    if twice := [two.name for one, two in itertools.pairwise(files) if one.stem == two.stem]:
-        raise ExperimentError(
-            f"folder: {twice[0]} is there under another suffix too.", "Leave one of the two files."
-        )
+    pictures = [file for file in files if "." not in file.stem]
+    _refuse_names(files, pictures)
+    shown = []
     for file in pictures:
-        told = file.with_suffix(".txt")
-        if not told.is_file():
-            raise ExperimentError(
-                f"folder: {file.name} has no caption.",
-                f"Write what it shows into {told.name}, in one line.",
-            )
-        caption = " ".join(told.read_text(encoding="utf-8", errors="replace").split())
-        masks = {
-            mask.stem.partition(".")[2]: mask
-            for mask in files
-            if mask.stem.startswith(f"{file.stem}.")
-        }
-        if not masks:
-            raise ExperimentError(
-                f"folder: {file.name} has no mask.",
-                f"Add {file.stem}.WORD.png for a word of its caption, white where it is.",
-            )
-        prompt = model.read(caption)
-        for word, mask in masks.items():
-            if not places_of(prompt, word):
-                raise ExperimentError(
-                    f"folder: {mask.name}: {word!r} is not in the caption {caption!r}.",
-                    "Name the mask by a word of the caption.",
-                )
+        caption = _caption(file)
+        masks = _masks(file, files, model.read(caption), caption)
         inside = {
             word: read_masks([mask], height, width, "folder")[mask.stem].astype(bool)
             for word, mask in masks.items()
@@ -184,6 +149,58 @@ def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
             "At least 6 are needed: a third each to rank heads, to choose, to score.",
         )
     return shown
+
+
+def _refuse_names(files: Sequence[Path], pictures: Sequence[Path]) -> None:
+    """Raise ExperimentError for masks without a picture, masks as JPEG, and names that are twice
+    there.
+    """
+    names = {picture.stem for picture in pictures}
+    if lonely := [file.name for file in files if file.stem.split(".")[0] not in names]:
+        raise ExperimentError(
+            f"folder: {lonely[0]} is a mask of no picture.",
+            "A picture's name has no dot: NAME.png, and NAME.WORD.png for its masks.",
+        )
+    masks = [file for file in files if "." in file.stem]
+    if blurred := [mask.name for mask in masks if mask.suffix.lower() != ".png"]:
+        raise ExperimentError(
+            f"folder: {blurred[0]} is a mask as JPEG, which blurs its edge.",
+            "Save it as PNG: NAME.WORD.png.",
+        )
+    neighbours = itertools.pairwise(files)
+    if twice := [second.name for first, second in neighbours if first.stem == second.stem]:
+        raise ExperimentError(
+            f"folder: {twice[0]} is there under another suffix too.", "Leave one of the two files."
+        )
+
+
+def _caption(picture: Path) -> str:
+    """Read a picture's caption from the text beside it. Raise ExperimentError if there is none."""
+    text = picture.with_suffix(".txt")
+    if not text.is_file():
+        raise ExperimentError(
+            f"folder: {picture.name} has no caption.",
+            f"Write what it shows into {text.name}, in one line.",
+        )
+    return " ".join(text.read_text(encoding="utf-8", errors="replace").split())
+
+
+def _masks(picture: Path, files: Sequence[Path], prompt: Prompt, caption: str) -> dict[str, Path]:
+    """Return a picture's masks by word. Raise ExperimentError for none, or one of no word."""
+    prefix = f"{picture.stem}."
+    masks = {file.stem.partition(".")[2]: file for file in files if file.stem.startswith(prefix)}
+    if not masks:
+        raise ExperimentError(
+            f"folder: {picture.name} has no mask.",
+            f"Add {picture.stem}.WORD.png for a word of its caption, white where it is.",
+        )
+    for word, mask in masks.items():
+        if not places_of(prompt, word):
+            raise ExperimentError(
+                f"folder: {mask.name}: {word!r} is not in the caption {caption!r}.",
+                "Name the mask by a word of the caption.",
+            )
+    return masks
 
 
 def drawn(
@@ -376,66 +393,63 @@ def study_pictures(model: StableDiffusion, heads: list[str], count: int) -> xr.D
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="python -m experiments.attention_truth", description=__doc__)
-    made.add_argument(
-        "--model",
-        default="emojiworld",
-        help="emojiworld (bundled), a Hugging Face id, or a local diffusers directory [emojiworld]",
-    )
-    made.add_argument(
+    parser = Parser(prog="python -m experiments.attention_truth", description=__doc__)
+    models = "emojiworld (bundled), a Hugging Face id, or a local diffusers directory [emojiworld]"
+    parser.add_argument("--model", default="emojiworld", help=models)
+    parser.add_argument(
         "--scenes",
         type=int,
         default=200,
         metavar="N",
         help="scenes that are scored; half as many more rank heads and choose [200]",
     )
-    made.add_argument(
+    parser.add_argument(
         "--folder",
         type=Path,
         help="pictures, captions and masks of your own, in place of scenes and generated pictures",
     )
-    made.add_argument(
+    parser.add_argument(
         "--timesteps",
         default=",".join(map(str, TIMESTEPS)),
         metavar="T,T",
         help="how much noise, by the model's t [%(default)s]",
     )
-    made.add_argument(
+    parser.add_argument(
         "--pictures",
         type=int,
         default=64,
         metavar="N",
         help="generated pictures that are scored; 0: none [64]",
     )
-    made.add_argument(
+    parser.add_argument(
         "--seed",
         type=int,
         default=0,
         help="of the noise, the random weights, and how a folder is split [0]",
     )
-    made.add_argument(
+    parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "float16", "bfloat16"],
         help="number format of the model [auto]",
     )
-    made.add_argument(
+    parser.add_argument(
         "--device", default="auto", help="where the model runs: auto, cpu, cuda [auto]"
     )
-    made.add_argument(
+    parser.add_argument(
         "--scores",
         type=Path,
         help="a JSON file for all scores; what it holds already is not measured again",
     )
-    made.add_argument("--figure", type=Path, help="draw the figure into this PNG")
-    made.add_argument(
+    parser.add_argument("--figure", type=Path, help="draw the figure into this PNG")
+    parser.add_argument(
         "--markdown",
         action="store_true",
         help="print the section of docs/attention-truth.md, one table in Markdown, in place of "
         "all tables",
     )
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return made
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def measured(options: argparse.Namespace) -> dict[str, xr.Dataset]:

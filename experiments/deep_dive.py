@@ -6,7 +6,7 @@
 # each thing on a real model: `emojiworld`, which comes with this toolkit. It has the parts and the
 # code path of Stable Diffusion v1, and is small enough for a laptop.
 #
-#     python -m experiments.deep_dive        # the pictures go to runs/deep_dive; --help tells what can be changed
+#     python -m experiments.deep_dive        # the pictures go to runs/deep_dive; see --help
 #
 # Or open this file as cells (VS Code, Spyder, or `jupytext --to notebook`) and run them one by one;
 # the pictures then appear below their cells. No result is written into the text. Each is computed
@@ -149,8 +149,9 @@ assert torch.equal(by_hand[0], torch.from_numpy(np.array(one_line))), (
 print(f"{len(steps)} calls of the UNet, {latents.numel()} latents, {by_hand.numel()} pixel values:")
 print("by hand and by one line agree in every bit.")
 
-# %% [markdown] So nothing is hidden from us. Whatever we look at from here on *is* what the one
-# line does, not something like it.
+# %% [markdown]
+# So nothing is hidden from us. Whatever we look at from here on *is* what the one line does, not
+# something like it.
 #
 # ## 3. Three components and their shapes
 #
@@ -484,8 +485,9 @@ show(
     ),
 )
 
-# %% [markdown] And here is one step of training, on a copy of the UNet: one exercise, its loss, the
-# slope, a small move of every weight downhill.
+# %% [markdown]
+# And here is one step of training, on a copy of the UNet: one exercise, its loss, the slope, a
+# small move of every weight downhill.
 
 # %%
 student, t = copy.deepcopy(model.unet), T[3]
@@ -535,10 +537,11 @@ print(
     f"{type(scheduler).__name__}."
 )
 
-# %% [markdown] Look at it from left to right. "Believed" is the picture that remains if all
-# predicted noise is taken away at once. Without words the model believes in some picture of its
-# world; the words pull; guidance pulls harder. How far they move the believed latents $x_0$ (by
-# $\sigma$ times the change in the noise) is written below. Watch it shrink.
+# %% [markdown]
+# Look at it from left to right. "Believed" is the picture that remains if all predicted noise is
+# taken away at once. Without words the model believes in some picture of its world; the words
+# pull; guidance pulls harder. How far they move the believed latents $x_0$ (by $\sigma$ times the
+# change in the noise) is written below. Watch it shrink.
 
 # %%
 chosen = [
@@ -802,9 +805,10 @@ show(
     ),
 )
 
-# %% [markdown] Counted is not measured, so we let the small one run for once: on latents, and on
-# pixels, with weights drawn at random. Then a whole picture: all calls, with and without words, and
-# for latents the painting on top.
+# %% [markdown]
+# Counted is not measured, so we let the small one run for once: on latents, and on pixels, with
+# weights drawn at random. Then a whole picture: all calls, with and without words, and for
+# latents the painting on top.
 
 
 # %%
@@ -846,12 +850,13 @@ print(
     "for what it never saw."
 )
 
-# %% [markdown] That is all of it. A sentence became vectors. Noise became latents, a little at a
-# time, while every place asked the words what to be. A decoder painted the latents. Where to go
-# from here:
+# %% [markdown]
+# That is all of it. A sentence became vectors. Noise became latents, a little at a time, while
+# every place asked the words what to be. A decoder painted the latents. Where to go from here:
 #
 # * `probe show latest --runs runs/deep_dive` tells what else is in the recording of section four;
-# * `experiments/astronaut.yaml` is an experiment to change and to run: `python -m probe.run experiments/astronaut.yaml`;
+# * `experiments/astronaut.yaml` is an experiment to change, and to run with
+#   `python -m probe.run experiments/astronaut.yaml`;
 # * with a GPU, `experiments/astronaut-sd14.yaml` does the same with Stable Diffusion itself.
 
 # %%

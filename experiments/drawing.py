@@ -1,7 +1,6 @@
-"""Labelled pictures for lessons and reports, with nothing but PIL: sheets of pictures, line charts,
-areas, tables.
+"""Draw labelled pictures for lessons and reports with PIL: sheets, line charts, areas, tables.
 
-sheet(title, note, heads, rows)          # a grid; each row has its own label, captions and colour scale
+sheet(title, note, heads, rows)          # a grid; a row has its label, captions and colour scale
 chart(title, note, xlabel, ylabel, ...)  # lines with bands
 areas(title, ...)                        # costs as squares
 table(heads, rows)                       # text, its columns aligned

@@ -1,10 +1,11 @@
-"""Every map that could say where a word is in a picture, and how right each is: what
-`experiments.attention_truth` measures with.
+"""Make every map that could say where a word is in a picture, and score each.
 
-    seen = look(model, shown, timesteps, seed=0)               # the picture noised, the UNet asked, its maps captured
-    maps = candidates(seen, shown, truth)                      # (map, step, word, y, x), all on one grid
-    levels = best_levels([level_scores(maps, truth), ...])     # from pictures that are not scored
-    scored(maps, truth, levels)                                # AP and IoU of each map
+`experiments.attention_truth` measures with these functions.
+
+    seen = look(model, shown, timesteps, seed=0)            # noise the picture, capture the maps
+    maps = candidates(seen, truth)                          # (map, step, word, y, x), on one grid
+    levels = best_levels([level_scores(maps, truth), ...])  # from pictures that are not scored
+    scored(maps, truth, levels)                             # AP and IoU of each map
 
 Maps and truth meet on `SIDE` x `SIDE` places: there a place is inside when the mask covers at least
 half of it. Maps are brought to it bilinearly, as `probe.analysis` does it. A threshold is a level
@@ -25,7 +26,9 @@ from probe.analysis.averages import combined
 from probe.analysis.heads import contribution
 from probe.analysis.maps import FUNCTION_WORDS, against_others, normalised, on_grid, word_maps
 from probe.analysis.masks import average_precision, iou, threshold
+from probe.diffusion.family import Conditioning
 from probe.diffusion.prompts import Prompt
+from probe.diffusion.sampling import Step
 from probe.diffusion.schedule import Schedule
 from probe.diffusion.sd import StableDiffusion
 from probe.reading.recording import Run
@@ -66,10 +69,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model looked at, for each grid: maps (step, token, layer, head, y, x), and the sizes
-    of what tokens write (token, layer, head).
+    """Where a model looked, for each grid.
 
-    `change` is the counterfactual map of each word, (step, word, y, x), where it was asked for.
+    `grids` are maps (step, token, layer, head, y, x), `sizes` how large what tokens write is
+    (token, layer, head). `change` is the counterfactual map of each word, (step, word, y, x).
     """
 
     prompt: Prompt
@@ -79,9 +82,9 @@ class Seen:
 
 
 def places_of(prompt: Prompt, word: str) -> list[int]:
-    """The token positions of a word or phrase, each time the prompt has it; case does not count.
+    """Return the token positions of a word or phrase, each time the prompt has it.
 
-    Empty where it has not.
+    Case does not count. Return an empty list if the prompt does not have it.
     """
     wanted, words = word.casefold().split(), [text.casefold() for text in prompt.words]
     starts = [
@@ -107,72 +110,78 @@ def look(
     seed: int = 0,
     counterfactual: bool = True,
 ) -> Seen:
-    """Noise a picture to each timestep, the noise the same, and see where the UNet looks at each
-    token of the caption.
+    """Noise a picture to each timestep, and capture where the UNet looks at each caption token.
 
-    `model` has a scheduler that keeps variance one (DDPM, as for `probe.noising`). Nothing is
-    written to disk.
+    The noise is the same at every timestep. `model` has a scheduler that keeps variance one (DDPM,
+    as for `probe.noising`). Nothing is written to disk.
     """
-    conditioning, schedule = (
-        model.condition(shown.caption, guided=False),
-        Schedule.at(model.scheduler, timesteps),
-    )
-    prompt, (clean, eps) = conditioning.cond, noised(model, shown.picture, 1, seed)
-    rehearsal = rehearse(model, tuple(clean.shape), 1, int(prompt.ids.shape[1]))
-    plan = Plan(
-        recipe=Experiment(prompt=shown.caption, guidance_scale=1.0, capture={"dtype": "float32"}),
+    conditioning = model.condition(shown.caption, guided=False)
+    schedule = Schedule.at(model.scheduler, timesteps)
+    clean, eps = noised(model, shown.picture, 1, seed)
+    plan = _plan(model, shown.caption, conditioning, schedule, clean)
+    attention, text, sizes = CrossAttention(model, plan), TextSide(model, plan), {}
+    steps, maps = [], []
+    loop = ask_noised(model, conditioning, schedule, clean, eps)
+    for index in range(plan.calls):
+        # What tokens write is the same at every step: it is read at the first.
+        with hooked(attention, *([] if index else [text])):
+            step = next(loop)
+        maps.append(attention.take(step))
+        sizes = sizes or text.take(step)
+        steps.append(step)
+    change = _changes(model, shown, conditioning, steps) if counterfactual else None
+    grids, written = [], []
+    for grid, paths in plan.grids.items():
+        group = grid_group(grid)
+        coords = {"step": list(timesteps), "token": list(plan.kept.positions), "layer": paths}
+        values = np.stack([step[f"{group}/cross"][:, 0, 0].cpu().numpy() for step in maps])
+        dims = ("step", "token", "layer", "head", "y", "x")
+        grids.append(xr.DataArray(values, dims=dims, coords=coords))
+        of_tokens = sizes[f"{group}/value_size"][0].cpu().numpy()
+        coords = {"token": coords["token"], "layer": paths}
+        written.append(xr.DataArray(of_tokens, dims=("token", "layer", "head"), coords=coords))
+    if change is not None:
+        change = change.assign_coords(step=list(timesteps))
+    return Seen(conditioning.cond, grids, written, change)
+
+
+def _plan(
+    model: StableDiffusion,
+    caption: str,
+    conditioning: Conditioning,
+    schedule: Schedule,
+    clean: torch.Tensor,
+) -> Plan:
+    """Plan the capture of every cross-attention layer at every timestep, for one image."""
+    prompt = conditioning.cond
+    tokens = int(prompt.ids.shape[1])
+    rehearsal = rehearse(model, tuple(clean.shape), 1, tokens)
+    return Plan(
+        recipe=Experiment(prompt=caption, guidance_scale=1.0, capture={"dtype": "float32"}),
         tokens=conditioning.tokens,
         schedule=schedule,
         rehearsal=rehearsal,
         latent_shape=(1, *clean.shape[1:]),
         rows=Rows(("cond",), ("cond",), 1),
-        kept=KeptTokens(prompt.end, int(prompt.ids.shape[1])),
+        kept=KeptTokens(prompt.end, tokens),
         layers=rehearsal.grids,
         self_layers={},
         words={},
-        recorded=tuple(range(len(timesteps))),
+        recorded=tuple(range(len(schedule.timesteps))),
         decoded=(),
     )
-    attention, text, sizes = CrossAttention(model, plan), TextSide(model, plan), {}
-    steps, maps = [], []
-    loop = ask_noised(model, conditioning, schedule, clean, eps)
-    for index in range(plan.calls):
-        with hooked(
-            attention, *([] if index else [text])
-        ):  # what tokens write is the same at every step
-            step = next(loop)
-        maps.append(attention.take(step))
-        sizes = sizes or text.take(step)
-        steps.append(step)
-    change = None
-    if counterfactual:
-        embeddings = embeddings_without(
-            model,
-            conditioning.tokens["cond"],
-            {word: places_of(prompt, word) for word in shown.masks},
-        )
-        found = [word_changes(model, step, embeddings)[:, 0].cpu().numpy() for step in steps]
-        change = xr.DataArray(
-            np.stack(found),
-            dims=("step", "word", "y", "x"),
-            coords={"step": list(timesteps), "word": list(shown.masks)},
-        )
-    grids, written = [], []
-    for grid, paths in plan.grids.items():
-        coords = {"step": list(timesteps), "token": list(plan.kept.positions), "layer": paths}
-        whole = np.stack([of[f"{grid_group(grid)}/cross"][:, 0, 0].cpu().numpy() for of in maps])
-        grids.append(
-            xr.DataArray(whole, dims=("step", "token", "layer", "head", "y", "x"), coords=coords)
-        )
-        sides = sizes[f"{grid_group(grid)}/value_size"][0].cpu().numpy()
-        written.append(
-            xr.DataArray(
-                sides,
-                dims=("token", "layer", "head"),
-                coords={"token": coords["token"], "layer": paths},
-            )
-        )
-    return Seen(prompt, grids, written, change)
+
+
+def _changes(
+    model: StableDiffusion, shown: Shown, conditioning: Conditioning, steps: Sequence[Step]
+) -> xr.DataArray:
+    """Return what each word changes in the prediction. *Shape:* (step, word, y, x)."""
+    places = {word: places_of(conditioning.cond, word) for word in shown.masks}
+    embeddings = embeddings_without(model, conditioning.tokens["cond"], places)
+    changes = [word_changes(model, step, embeddings)[:, 0].cpu().numpy() for step in steps]
+    return xr.DataArray(
+        np.stack(changes), dims=("step", "word", "y", "x"), coords={"word": list(shown.masks)}
+    )
 
 
 def recorded(run: Run, prompt: Prompt, timesteps: Sequence[int], words: Sequence[str]) -> Seen:
@@ -216,68 +225,65 @@ def recorded(run: Run, prompt: Prompt, timesteps: Sequence[int], words: Sequence
 
 
 def candidates(seen: Seen, truth: xr.DataArray, random: Seen | None = None) -> xr.DataArray:
-    """Every map of each word whose truth is known, on the grid of the truth. *Shape:* truth (word,
-    y, x) -> (map, step, word, y, x).
+    """Return every map of each word whose truth is known, on the grid of the truth.
 
     By name: `attention` (mean over layers and heads), `grid/GRID`, `layer/GRID/PATH` and
     `head/GRID/PATH/N`; `against others`, `contribution`, `counterfactual`; what knows nothing:
     `random` (a UNet with random weights), `Gaussian`, `uniform`, and, of two words, `other word`;
     and what knows all: `ceiling/...`, the true mask at each grid of the UNet. What does not exist
-    is left out.
+    is left out. *Shape:* truth (word, y, x) -> (map, step, word, y, x).
     """
-    side, things = (
-        (truth.sizes["y"], truth.sizes["x"]),
-        [str(word) for word in truth["word"].values],
-    )
+    side = (truth.sizes["y"], truth.sizes["x"])
+    things = [str(word) for word in truth["word"].values]
     merged = [_merged(maps, seen.prompt, things) for maps in seen.grids]
-    own = [maps.isel(word=slice(len(things))) for maps in merged]
+    own = [_first(maps, things) for maps in merged]
     attention = combined(own, grid=side)
-    found: dict[str, xr.DataArray] = {"attention": attention}
-    for maps in own:
-        grid = f"{maps.sizes['y']}x{maps.sizes['x']}"
-        found[f"grid/{grid}"] = combined(maps, grid=side)
-        single = on_grid(maps, side)
-        for layer in single["layer"].values:
-            heads = single.sel(layer=layer, drop=True)
-            found[f"layer/{grid}/{layer}"] = heads.mean("head")
-            found |= {
-                f"head/{grid}/{layer}/{head}": heads.isel(head=head)
-                for head in range(heads.sizes["head"])
-            }
+    maps_of = {"attention": attention, **_parts(own, side)}
     if merged[0].sizes["word"] > 1:
-        found["against others"] = against_others(combined(merged, grid=side)).isel(
-            word=slice(len(things))
-        )
+        maps_of["against others"] = _first(against_others(combined(merged, grid=side)), things)
     sized = [contribution(maps, sizes) for maps, sizes in zip(seen.grids, seen.sizes, strict=True)]
-    written = [_merged(maps, seen.prompt, things).isel(word=slice(len(things))) for maps in sized]
-    found["contribution"] = combined(written, grid=side)
+    written = [_first(_merged(maps, seen.prompt, things), things) for maps in sized]
+    maps_of["contribution"] = combined(written, grid=side)
     if seen.change is not None:
-        found["counterfactual"] = on_grid(seen.change.sel(word=things), side)
+        maps_of["counterfactual"] = on_grid(seen.change.sel(word=things), side)
     if len(things) > 1:
-        found["other word"] = attention.roll(word=1)
+        maps_of["other word"] = attention.roll(word=1)
     if random is not None:
-        found["random"] = combined(
-            [
-                _merged(maps, seen.prompt, things).isel(word=slice(len(things)))
-                for maps in random.grids
-            ],
-            grid=side,
-        )
+        blind = [_first(_merged(maps, seen.prompt, things), things) for maps in random.grids]
+        maps_of["random"] = combined(blind, grid=side)
     y, x = np.meshgrid(*((np.arange(n) + 0.5) / n - 0.5 for n in side), indexing="ij")
-    found["Gaussian"] = xr.zeros_like(attention) + xr.DataArray(
-        np.exp(-8 * (y**2 + x**2)), dims=("y", "x")
-    )
-    found["uniform"] = xr.ones_like(attention)
+    centred = xr.DataArray(np.exp(-8 * (y**2 + x**2)), dims=("y", "x"))
+    maps_of["Gaussian"] = xr.zeros_like(attention) + centred
+    maps_of["uniform"] = xr.ones_like(attention)
     for maps in own:
-        true = on_grid(
-            on_grid(truth.drop_vars("word"), (maps.sizes["y"], maps.sizes["x"]), "area"), side
-        )
-        found[f"ceiling/{maps.sizes['y']}x{maps.sizes['x']}"] = xr.zeros_like(attention) + true
-    rows = [one.transpose("step", "word", "y", "x").values for one in found.values()]
-    coords = {"map": list(found), "step": attention["step"].values, "word": things}
+        grid = (maps.sizes["y"], maps.sizes["x"])
+        coarse = on_grid(on_grid(truth.drop_vars("word"), grid, "area"), side)
+        maps_of[f"ceiling/{grid[0]}x{grid[1]}"] = xr.zeros_like(attention) + coarse
+    rows = [maps.transpose("step", "word", "y", "x").values for maps in maps_of.values()]
+    coords = {"map": list(maps_of), "step": attention["step"].values, "word": things}
     return xr.DataArray(
         np.stack(rows).astype(np.float32), dims=("map", "step", "word", "y", "x"), coords=coords
     )
+
+
+def _first(maps: xr.DataArray, things: Sequence[str]) -> xr.DataArray:
+    """Return the maps of the words whose truth is known: they come first."""
+    return maps.isel(word=slice(len(things)))
+
+
+def _parts(grids: Sequence[xr.DataArray], side: tuple[int, int]) -> dict[str, xr.DataArray]:
+    """Return the maps of each grid, layer and head alone, by name."""
+    parts: dict[str, xr.DataArray] = {}
+    for maps in grids:
+        grid = f"{maps.sizes['y']}x{maps.sizes['x']}"
+        parts[f"grid/{grid}"] = combined(maps, grid=side)
+        single = on_grid(maps, side)
+        for layer in single["layer"].values:
+            heads = single.sel(layer=layer, drop=True)
+            parts[f"layer/{grid}/{layer}"] = heads.mean("head")
+            for head in range(heads.sizes["head"]):
+                parts[f"head/{grid}/{layer}/{head}"] = heads.isel(head=head)
+    return parts
 
 
 def _merged(maps: xr.DataArray, prompt: Prompt, things: Sequence[str]) -> xr.DataArray:

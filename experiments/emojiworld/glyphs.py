@@ -1,7 +1,9 @@
 """Write the sheet of emoji that the world is drawn from. Only this script needs the font.
 
-    python -m experiments.emojiworld.glyphs --font NotoColorEmoji.ttf            # writes glyphs.webp and glyphs.json
-    python -m experiments.emojiworld.glyphs --font NotoColorEmoji.ttf --check    # compares the sheet with the font
+    # writes glyphs.webp and glyphs.json
+    python -m experiments.emojiworld.glyphs --font NotoColorEmoji.ttf
+    # compares the sheet with the font
+    python -m experiments.emojiworld.glyphs --font NotoColorEmoji.ttf --check
 
 The font is Noto Color Emoji 2.042, Debian's package fonts-noto-color-emoji. `apt-get download` and
 `dpkg-deb -x` unpack it without installing it. Pillow also needs raqm, which joins code points into

@@ -1,7 +1,6 @@
-"""Two judges that say which subjects and which setting a picture shows, so that generated pictures
-can be scored.
+"""Train two judges that say which subjects and which setting a generated picture shows.
 
-    python -m experiments.emojiworld.judge              # trains both, about ten minutes each on one core
+    python -m experiments.emojiworld.judge     # trains both, about ten minutes each on one core
     python -m experiments.emojiworld.judge --help
 
 `tuning` is there to choose training and sampling settings by; `report` only ever scores a model

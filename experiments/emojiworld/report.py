@@ -1,8 +1,13 @@
 """Measure `emojiworld` on scenes it never saw, score what it draws, and show it.
 
-    python -m experiments.emojiworld.report                              # the bundled model, by the judge kept for reports
-    python -m experiments.emojiworld.report --model training/emojiworld/model --judge tuning --guidance 3 --pairs 24 --seeds 4
-    python -m experiments.emojiworld.report --judge none --sheet experiments/emojiworld/sheet.webp --nearest experiments/emojiworld/nearest.png
+    # the bundled model, by the judge that is kept for reports
+    python -m experiments.emojiworld.report
+    # a model in training, by the other judge
+    python -m experiments.emojiworld.report --model training/emojiworld/model --judge tuning \\
+        --guidance 3 --pairs 24 --seeds 4
+    # only the pictures
+    python -m experiments.emojiworld.report --judge none \\
+        --sheet experiments/emojiworld/sheet.webp --nearest experiments/emojiworld/nearest.png
 
 Prints the VAE's round trip (PSNR) and the UNet's error in predicting the noise at ten timesteps,
 for seen and for left-out subject x setting pairs; then how often a judge
@@ -358,18 +363,15 @@ def nearest(model: StableDiffusion, count: int) -> tuple[Image.Image, str]:
     pair = Image.new("RGB", (2 * world.SIZE + 4, world.SIZE), "white")
     pair.paste(Image.fromarray(picture[0].numpy()), (0, 0))
     pair.paste(Image.fromarray(scene.image), (world.SIZE + 4, 0))
-    told = (
+    others = least[1:]
+    return pair, (
         f"nearest of {count} training scenes: number {int(which[0])}, {scene.caption!r}, at "
-        f"distance {least[0]:.1f}; "
-    )
-    return (
-        pair,
-        told
-        + f"true scenes of the pair: {least[1:].median():.1f} (median of 50), at least {least[1:].min():.1f}",
+        f"distance {least[0]:.1f}; true scenes of the pair: {others.median():.1f} (median of 50), "
+        f"at least {others.min():.1f}"
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -414,22 +416,20 @@ def main(argv: list[str] | None = None) -> None:
         "--training-scenes", type=int, default=40_000, help="scenes that the model was trained on"
     )
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments().parse_args(argv)
     model = load(options.model, dtype="float32", device="cpu").with_scheduler(options.scheduler, {})
     rows: list[dict[str, Any]] = []
-    for label, held_out in (("seen", False), ("left out", True)):
-        if options.scenes:
+    if options.scenes:
+        for label, held_out in (("seen", False), ("left out", True)):
             scenes = fresh_scenes(options.scenes, held_out)
             losses = noise_losses(model, scenes, TIMESTEPS)
-            row = {
-                "scenes": label,
-                "n": len(scenes),
-                "PSNR": f"{vae_psnr(model, pixels_of(scenes)):.1f} dB",
-            }
-            rows.append(
-                row | {f"t = {t}": f"{loss:.3f}" for t, loss in zip(TIMESTEPS, losses, strict=True)}
-            )
-    if rows:
+            psnr = f"{vae_psnr(model, pixels_of(scenes)):.1f} dB"
+            by_t = {f"t = {t}": f"{loss:.3f}" for t, loss in zip(TIMESTEPS, losses, strict=True)}
+            rows.append({"scenes": label, "n": len(scenes), "PSNR": psnr, **by_t})
         print(table(rows, options.markdown) + "\n", flush=True)
     if options.judge != "none":
         names = ["tuning", "report"] if options.judge == "both" else [options.judge]
@@ -448,9 +448,9 @@ def main(argv: list[str] | None = None) -> None:
         sheet(model, prompts(), **sampling, seed=options.seed).save(options.sheet)
         print(f"wrote {options.sheet}", flush=True)
     if options.nearest:
-        pair, told = nearest(model, options.training_scenes)
+        pair, distances = nearest(model, options.training_scenes)
         pair.save(options.nearest)
-        print(f"wrote {options.nearest}: {told}")
+        print(f"wrote {options.nearest}: {distances}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A small network that says which pixels of a picture show which subject, so that generated
-pictures have a truth too.
+"""Train a small network that says which pixels of a picture show which subject.
 
-    python -m experiments.emojiworld.segmenter          # trains it, and tests it on scenes that it never saw
+    python -m experiments.emojiworld.segmenter    # trains it, tests it on scenes it never saw
     python -m experiments.emojiworld.segmenter --help
 
 A generated picture has no mask, so its maps are scored against what this network sees in it. It

@@ -1,18 +1,21 @@
 """Train `emojiworld`, the bundled text-to-image model, from nothing.
 
-    python -m experiments.emojiworld.train                 # all stages, then writes training/emojiworld/model
+    python -m experiments.emojiworld.train      # all stages; writes training/emojiworld/model
     python -m experiments.emojiworld.train --help
 
 Stages, each resumed from its last checkpoint when the command is started again:
 
-    vae       AutoencoderKL on random crops of scenes: L1 + MSE + L1 of the gradients + a little KL (Rombach et al. 2022)
+    vae       AutoencoderKL on random crops of scenes: L1 + MSE + L1 of the gradients + a little KL
+              (Rombach et al. 2022)
     encode    every training scene to a latent, once
-    unet      CLIPTextModel and UNet2DConditionModel together on noise prediction, captions dropped one time in ten
-              (Ho & Salimans 2022), the loss weighted by min-SNR (Hang et al. 2023)
-    refine    the same once more from there, with a fresh one-cycle rate; for every other picture the start, end and padding
-              tokens are hidden, so that the UNet learns to find each noun at its own word
+    unet      CLIPTextModel and UNet2DConditionModel together on noise prediction; captions are
+              dropped one time in ten (Ho & Salimans 2022), the loss is weighted by min-SNR (Hang et
+              al. 2023)
+    refine    the same once more from there, with a fresh one-cycle rate; for every other picture
+              the start, end and padding tokens are hidden: the UNet learns to find each noun at its
+              own word
     decoder   the VAE's decoder alone, its latents unchanged, on crops of whole scenes
-    export    an ordinary diffusers directory: fp16 safetensors, tokenizer, scheduler, the words it knows
+    export    an ordinary diffusers directory: fp16 safetensors, tokenizer, scheduler, its words
 
 `--start MODEL` takes VAE, text encoder and UNet from a finished model instead of the stages vae and
 unet.
@@ -495,7 +498,7 @@ def timed(stage: str) -> Iterator[None]:
     print(f"{stage}: {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -514,7 +517,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--decoder-steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments().parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     np.random.seed(options.seed)

@@ -421,11 +421,10 @@ def draw_scene(
     *,
     allow_held_out: bool = False,
 ) -> Scene:
-    """Draw one scene. Whatever is not asked for is chosen by `seed`, and never a held-out pair
-    unless allowed.
+    """Draw one scene. `seed` chooses what is not given; a held-out pair only if that is allowed.
 
-    Raises ValueError for unknown nouns, for a relation without two subjects, or for a held-out pair
-    asked for by name.
+    Raise ValueError for unknown nouns, for a relation without two subjects, and for a held-out pair
+    that is given.
     """
     rng = np.random.default_rng([20_221_112, seed])
     if subjects is None:
@@ -441,17 +440,7 @@ def draw_scene(
         raise ValueError(
             f"{subjects} x {setting} is held out of training; pass allow_held_out=True"
         )
-    unknown = [s for s in subjects if s not in SUBJECTS] + [
-        s for s in (setting,) if s is not None and s not in SETTINGS
-    ]
-    if unknown:
-        raise ValueError(
-            f"unknown nouns {unknown}; subjects: {sorted(SUBJECTS)}; settings: {sorted(SETTINGS)}"
-        )
-    if (relation is not None) != (len(subjects) == 2) or relation not in (None, *RELATIONS):
-        raise ValueError(
-            "two subjects need a relation ('next to' or 'above'), and one subject has none"
-        )
+    _refuse_unknown(subjects, setting, relation)
 
     canvas = _Canvas(rng)
     nouns = [*subjects, *([setting] if setting else [])]
@@ -477,6 +466,20 @@ def draw_scene(
         setting=setting,
         relation=relation,
     )
+
+
+def _refuse_unknown(subjects: tuple[str, ...], setting: str | None, relation: str | None) -> None:
+    unknown = [subject for subject in subjects if subject not in SUBJECTS]
+    if setting is not None and setting not in SETTINGS:
+        unknown.append(setting)
+    if unknown:
+        raise ValueError(
+            f"unknown nouns {unknown}; subjects: {sorted(SUBJECTS)}; settings: {sorted(SETTINGS)}"
+        )
+    if (relation is not None) != (len(subjects) == 2) or relation not in (None, *RELATIONS):
+        raise ValueError(
+            "two subjects need a relation ('next to' or 'above'), and one subject has none"
+        )
 
 
 def vocabulary() -> list[str]:

@@ -38,8 +38,12 @@ STEMS = {
 }
 MOST_JSON, MOST_INDEX, MOST_HEADER = 1 << 20, 8 << 20, 8 << 20
 MOST_TENSORS, MOST_SHARDS = 50_000, 1000
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16,
-        "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}  # fmt: skip
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 8),
+}
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys that mean the same: diffusers renamed the VAE's attention, transformers dropped a wrapper and
 # a buffer.

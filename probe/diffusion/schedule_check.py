@@ -28,48 +28,40 @@ UNDEFINED = "there is no signal (alpha_bar 0), and the model predicts noise."
 def proven(
     scheduler: Any, steps: int, begin: int = 0, given: Collection[str] = (), finite: bool = True
 ) -> Schedule:
-    """The schedule of `steps` steps from call `begin` on, held against the scheduler. `given` are
-    the options that were asked for.
+    """Return the schedule of `steps` steps from call `begin` on, proven against the scheduler.
 
-    With `finite`, what its steps make of finite predictions has to be finite too.
-
-    Raises ExperimentError, which names the scheduler and, where one of them is the cause, its
-    option.
+    `given` are the options that the experiment sets. With `finite`, steps from finite predictions
+    must give finite latents. Raise ExperimentError, which names the scheduler and the option that
+    is the cause.
     """
     kind = type(scheduler).__name__
     try:
         return held(scheduler, steps, begin, finite)
     except Disagrees as problem:
-        found, cause = problem, problem.__cause__
+        disagreement, cause = problem, problem.__cause__
     refused = cause if isinstance(cause, ValueError | IndexError) else None
     if steps > int(scheduler.config.get("num_train_timesteps") or steps):
-        raise too_many(scheduler, steps, refused or found) from found
+        raise too_many(scheduler, steps, refused or disagreement) from disagreement
     option = _culprit(scheduler, steps, begin, [name for name in given if name not in KEPT])
     if (
         option is None
         and refused
         and any(_holds(scheduler, fewer, 0) for fewer in (steps // 2, 10, 2) if 0 < fewer < steps)
     ):
-        raise too_many(scheduler, steps, refused) from found
+        raise too_many(scheduler, steps, refused) from disagreement
     if option is None:
-        option = _culprit(
-            scheduler,
-            steps,
-            begin,
-            [name for name in _defaults(scheduler) if name not in (*given, *KEPT)],
-        )
-    named = (
-        ""
-        if option is None
-        else f" with {option}: {json.dumps(scheduler.config[option], default=str)}"
-    )
+        others = [name for name in _defaults(scheduler) if name not in (*given, *KEPT)]
+        option = _culprit(scheduler, steps, begin, others)
+    named = ""
+    if option is not None:
+        named = f" with {option}: {json.dumps(scheduler.config[option], default=str)}"
     raise ExperimentError(
-        f"scheduler: {kind}{named} {found}.", _remedy(scheduler, option, given)
-    ) from found
+        f"scheduler: {kind}{named} {disagreement}.", _remedy(scheduler, option, given)
+    ) from disagreement
 
 
 def _culprit(scheduler: Any, steps: int, begin: int, options: Collection[str]) -> str | None:
-    """The first of some options without which the schedule holds."""
+    """Return the first of some options without which the schedule holds; None if there is none."""
     defaults = _defaults(scheduler)
     changed = [name for name in options if scheduler.config.get(name) != defaults.get(name)]
     return next(
@@ -107,21 +99,18 @@ def _remedy(scheduler: Any, option: str | None, given: Collection[str]) -> str:
 
 
 def _holds(scheduler: Any, steps: int, begin: int, **changes: Any) -> bool:
-    """Whether it would hold with other options.
-
-    They may be ones that diffusers does not take together.
-    """
+    """Return whether the schedule would hold with other options."""
     try:
         held(fresh(scheduler, **changes), steps, begin)
-    except Exception:
+    except Exception:  # diffusers may not take these options together
         return False
     return True
 
 
 def held_schedule(model: Family, experiment: Experiment, begin: int) -> Schedule:
-    """The schedule of a run to come, held against its scheduler.
+    """Return the schedule of a run to come, proven against its scheduler.
 
-    Raises ExperimentError, also where the latents would be infinite.
+    Raise ExperimentError if it is not true, or the latents would be infinite.
     """
     schedule = proven(
         model.scheduler,
@@ -135,8 +124,9 @@ def held_schedule(model: Family, experiment: Experiment, begin: int) -> Schedule
 
 
 def recorded_schedule(model: Family, experiment: Experiment) -> Schedule:
-    """The schedule of a recording, which is what it is: today's check does not refuse what was
-    recorded before. Raises ExperimentError.
+    """Return the schedule of a recording, which may be older than today's check.
+
+    Raise ExperimentError if the scheduler does not take so many steps.
     """
     begin = (
         0
@@ -150,28 +140,23 @@ def recorded_schedule(model: Family, experiment: Experiment) -> Schedule:
 
 
 def too_many(scheduler: Any, steps: int, problem: Exception) -> ExperimentError:
-    """What to say of a number of steps that a scheduler does not take."""
-    trained, most = (
-        scheduler.config.get("num_train_timesteps"),
-        scheduler.config.get("original_inference_steps") or steps,
-    )
-    fewer = (
+    """Return the error for a number of steps that a scheduler does not take."""
+    trained = scheduler.config.get("num_train_timesteps")
+    most = scheduler.config.get("original_inference_steps") or steps  # of LCM
+    why: object = problem
+    remedy = (
         f"Use fewer: this model was trained on {trained} timesteps, and some schedulers need a few "
         "to spare."
     )
-    # LCM
-    at_most = (
-        f"Write at most {most}, or set scheduler_options: {{original_inference_steps: {steps}}}."
-    )
-    why = problem if steps <= most else f"its original_inference_steps are {most}"
-    return ExperimentError(
-        f"steps: {type(scheduler).__name__} refuses {steps} ({why}).",
-        fewer if steps <= most else at_most,
-    )
+    if steps > most:
+        why = f"its original_inference_steps are {most}"
+        own = f"{{original_inference_steps: {steps}}}"
+        remedy = f"Write at most {most}, or set scheduler_options: {own}."
+    return ExperimentError(f"steps: {type(scheduler).__name__} refuses {steps} ({why}).", remedy)
 
 
 def _refuse_infinity(model: Family, experiment: Experiment, schedule: Schedule) -> None:
-    """Refuse a run whose latents would be infinite after its first step. Raises ExperimentError."""
+    """Raise ExperimentError for a run whose latents would be infinite after its first step."""
     kind, config = type(model.scheduler).__name__, model.scheduler.config
     if (
         experiment.on_nan == "record"
@@ -192,35 +177,35 @@ def _refuse_infinity(model: Family, experiment: Experiment, schedule: Schedule) 
 
 
 def remarks(model: Family, schedule: Schedule, begin: int) -> tuple[str, ...]:
-    """What whoever asks for a run should know of its noise levels before it begins."""
-    said: list[str] = []
-    if (
-        begin and type(model.scheduler).__name__ == "PNDMScheduler"
-    ):  # it takes the second of these calls for its own second of the first step
-        said.append(
+    """Return what people should know of a run's noise levels before it begins."""
+    lines: list[str] = []
+    if begin and type(model.scheduler).__name__ == "PNDMScheduler":
+        # It takes the second of these calls for its own second of the first step.
+        lines.append(
             "PNDM, begun from a picture, goes over its first step twice: from step 2 on, the "
             "latents hold the noise of the step before."
         )
     if model.prediction_type != "epsilon":
-        return tuple(said)
-    said += [
+        return tuple(lines)
+    lines += [
         f"At step {index}, denoised is not defined: {UNDEFINED}"
         for index in schedule.undefined("epsilon")
     ]
     # At zero terminal SNR, some schedulers put alpha_bar 2^-24 in the place of 0 (Lin et al. 2023,
     # arXiv:2305.08891).
-    said += [
+    lines += [
         f"At step {index}, sigma is {sigma:.0f}: denoised is what is left of the latents without "
         "the predicted noise, times that."
         for index, sigma in enumerate(schedule.sigmas)
         if 1000 < sigma < float("inf")
     ]
-    return tuple(said)
+    return tuple(lines)
 
 
 def unclipped_note(scheduler: Any) -> dict[str, str]:
-    """The attribute of what is made of x0 as the model says it, where the scheduler limits it
-    before it goes on. Raises ExperimentError.
+    """Return the attribute of variables made of an x0 that the scheduler clips before it goes on.
+
+    Raise ExperimentError for a clipping that is not known.
     """
     try:
         how = clipping(type(scheduler).__name__, scheduler.config)

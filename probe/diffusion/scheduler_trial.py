@@ -51,11 +51,11 @@ class Stepped:
 
 
 class Disagrees(Exception):
-    """How a scheduler is not what its schedule says."""
+    """A scheduler does not do what its schedule says; the text says how."""
 
 
 def held(scheduler: Any, steps: int, begin: int, finite: bool = True) -> Schedule:
-    """The schedule, if it holds. Raises Disagrees, whatever it is that diffusers raises."""
+    """Return the schedule of a scheduler. Raise Disagrees if it is not what the scheduler does."""
     state = torch.get_rng_state()
     try:
         bare = fresh(scheduler, **OFF)
@@ -79,89 +79,96 @@ def held(scheduler: Any, steps: int, begin: int, finite: bool = True) -> Schedul
 def _compare(
     scheduler: Any, bare: Any, schedule: Schedule, steps: int, begin: int, finite: bool = False
 ) -> None:
-    """Raise Disagrees unless `schedule` is what the scheduler does; `bare` is a fresh one without
-    clipping.
+    """Raise Disagrees unless `schedule` is what the scheduler does.
+
+    `bare` is a fresh one without clipping. With `finite`, its steps must give finite latents.
     """
-    kind, sigmas = str(scheduler.config.get("prediction_type")), np.array(schedule.sigmas)
+    kind = str(scheduler.config.get("prediction_type"))
+    _check_levels(kind, schedule)
+    clean, eps = _latents()
+    stepped = _stepped(bare, schedule, steps, begin, clean, eps)
+    if finite and not schedule.undefined(kind):
+        _check_finite(stepped)
+    _check_scale(schedule, stepped)
+
+    undefined = (np.array(schedule.alpha_bars) == 0) & (kind == "epsilon")
+    blind = np.isnan(stepped.own).all(axis=(1, 2)) & ~undefined
+    x0, noise, left = _parts(stepped.own, clean, eps)
+    is_x0, is_eps = _told_apart(kind, schedule, x0, noise, left)
+    if kind == "epsilon" and not blind.all() and is_eps[~blind & ~undefined].all():
+        as_v = {**OFF, "prediction_type": "v_prediction"}
+        _compare(fresh(scheduler, **as_v), fresh(scheduler, **as_v), schedule, steps, begin)
+    else:
+        fits = blind | undefined | is_x0 | (is_eps & (kind != "epsilon"))
+        text = "its own x0 is {:.4g} x0 {:+.3g} noise, though the prediction is right"
+        _agree(schedule, fits, text, x0, noise)
+    if begin:
+        _begins(fresh(scheduler), schedule, steps, begin, clean, eps)
+    if begin and blind.any():
+        # Begun in its middle, PNDM goes twice over its first step, as in diffusers. `remarks` says
+        # so.
+        return _compare(scheduler, fresh(scheduler, **OFF), Schedule.of(scheduler, steps), steps, 0)
+    if blind.any():
+        if kind == "v_prediction":
+            # PNDM remembers v of other levels; eps is the same at all levels.
+            as_eps = fresh(scheduler, **OFF, prediction_type="epsilon")
+            stepped = _stepped(as_eps, schedule, steps, begin, clean, eps)
+        _marginal(bare, schedule, blind, stepped, clean, eps)
+    if not schedule.variance_exploding:
+        _lands(schedule, stepped, clean, eps, undefined)
+    clips = clipping(type(scheduler).__name__, scheduler.config)
+    if clips or any(scheduler.config.get(name) for name in OFF):
+        _clips(scheduler, schedule, steps, begin, clean, eps, blind | undefined)
+
+
+def _check_levels(kind: str, schedule: Schedule) -> None:
+    """Raise Disagrees for levels that are no numbers or rise, and for another prediction type."""
     if kind not in PREDICTION_TYPES:
         raise Disagrees(f"{WRONG} its prediction type is {kind}")
-    alpha_bars, exploding = np.array(schedule.alpha_bars), schedule.variance_exploding
-    numbers = (
-        (sigmas >= 0)
-        & (alpha_bars >= 0)
-        & (alpha_bars <= 1)
-        & (np.isfinite(sigmas) | (not exploding))
-    )
+    sigmas, alpha_bars = np.array(schedule.sigmas), np.array(schedule.alpha_bars)
+    numbers = (sigmas >= 0) & (alpha_bars >= 0) & (alpha_bars <= 1)
+    numbers &= np.isfinite(sigmas) | (not schedule.variance_exploding)
     _agree(schedule, numbers, "they are not numbers")
     if (rising := np.flatnonzero(sigmas[1:] > sigmas[:-1] * (1 + EXACT))).size:
         raise Disagrees(
             f"makes noise of pictures: its noise grows from call {rising[0]} to the next"
         )
 
-    clean, eps = _latents()
-    made = _stepped(bare, schedule, steps, begin, clean, eps)
-    if (
-        finite
-        and not schedule.undefined(kind)
-        and (lost := np.flatnonzero(~np.isfinite(made.after).all(axis=(1, 2)))).size
-    ):
+
+def _check_finite(stepped: Stepped) -> None:
+    """Raise Disagrees if a step gives NaN or infinity."""
+    if (lost := np.flatnonzero(~np.isfinite(stepped.after).all(axis=(1, 2)))).size:
         raise Disagrees(
             f"does not work: its step {lost[0]} makes NaN or infinity of a finite prediction"
         )
-    scale = 1 / np.sqrt(sigmas**2 + 1) if exploding else np.ones(len(sigmas))
-    _agree(
-        schedule,
-        np.abs(made.factors - scale) <= EXACT * scale,
-        "scale_model_input multiplies by {:.4g}, not {:.4g}",
-        made.factors,
-        scale,
-    )
 
-    x0, noise, left = _parts(made.own, clean, eps)
-    slope = (
-        np.where(alpha_bars > 0, sigmas, 0)
-        if kind == "epsilon"
-        else np.sqrt(alpha_bars * (1 - alpha_bars))
-    )
-    size = np.maximum(1, slope)
-    floor = ROUNDING * size
-    level = np.maximum(np.abs(x0 - 1) - EXACT, np.maximum(np.abs(noise) - EXACT * slope, left))
+
+def _check_scale(schedule: Schedule, stepped: Stepped) -> None:
+    """Raise Disagrees if `scale_model_input` does not give the latents variance one."""
+    sigmas = np.array(schedule.sigmas)
+    exploding = schedule.variance_exploding
+    scale = 1 / np.sqrt(sigmas**2 + 1) if exploding else np.ones(len(sigmas))
+    fits = np.abs(stepped.factors - scale) <= EXACT * scale
+    text = "scale_model_input multiplies by {:.4g}, not {:.4g}"
+    _agree(schedule, fits, text, stepped.factors, scale)
+
+
+def _told_apart(
+    kind: str, schedule: Schedule, x0: np.ndarray, noise: np.ndarray, left: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return at which calls a scheduler's own value is x0, and at which it is eps.
+
+    `x0` and `noise` are how much of each is in the value, `left` what else is.
+    """
+    sigmas, alpha_bars = np.array(schedule.sigmas), np.array(schedule.alpha_bars)
+    if kind == "epsilon":
+        slope = np.where(alpha_bars > 0, sigmas, 0)
+    else:
+        slope = np.sqrt(alpha_bars * (1 - alpha_bars))
+    as_x0 = np.maximum(np.abs(x0 - 1) - EXACT, np.maximum(np.abs(noise) - EXACT * slope, left))
     as_eps = np.maximum(np.abs(noise - 1) - EXACT, np.maximum(np.abs(x0) - EXACT * slope, left))
     floor_eps = ROUNDING / np.sqrt(np.maximum(1 - alpha_bars, 1e-12))
-    undefined = (alpha_bars == 0) & (kind == "epsilon")
-    blind = np.isnan(made.own).all(axis=(1, 2)) & ~undefined
-    if not blind.all() and (as_eps <= floor_eps)[~blind & ~undefined].all() and kind == "epsilon":
-        as_v = {**OFF, "prediction_type": "v_prediction"}
-        _compare(fresh(scheduler, **as_v), fresh(scheduler, **as_v), schedule, steps, begin)
-    else:
-        fits = blind | undefined | (level <= floor) | ((as_eps <= floor_eps) & (kind != "epsilon"))
-        _agree(
-            schedule,
-            fits,
-            "its own x0 is {:.4g} x0 {:+.3g} noise, though the prediction is right",
-            x0,
-            noise,
-        )
-    if begin:
-        _begins(fresh(scheduler), schedule, steps, begin, clean, eps)
-    if begin and blind.any():
-        # begun in its middle, PNDM goes twice over its first step, as in diffusers: `remarks` says
-        # so
-        return _compare(scheduler, fresh(scheduler, **OFF), Schedule.of(scheduler, steps), steps, 0)
-    if (
-        blind.any() and kind == "v_prediction"
-    ):  # what PNDM remembers is v of other levels; of eps, it is the same at all
-        made = _stepped(
-            fresh(scheduler, **OFF, prediction_type="epsilon"), schedule, steps, begin, clean, eps
-        )
-    if blind.any():
-        _marginal(bare, schedule, blind, made, clean, eps)
-    if not exploding:
-        _lands(schedule, made, clean, eps, undefined)
-    if clipping(type(scheduler).__name__, scheduler.config) or any(
-        scheduler.config.get(name) for name in OFF
-    ):
-        _clips(scheduler, schedule, steps, begin, clean, eps, blind | undefined)
+    return as_x0 <= ROUNDING * np.maximum(1, slope), as_eps <= floor_eps
 
 
 def _latents() -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,35 +185,32 @@ def _stepped(
     clean: torch.Tensor,
     eps: torch.Tensor,
 ) -> Stepped:
-    """Step a fresh scheduler through the calls of `schedule`, each from latents of its level, with
-    the prediction that knows them.
+    """Step a fresh scheduler through the calls of `schedule`.
+
+    Each call has latents of its own level, and the prediction of a model that knows x0 and eps.
     """
     set_steps(scheduler, steps)
     if begin and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     generators = [torch.Generator().manual_seed(0) for _ in range(len(clean))]
-    options: dict[str, Any] = (
-        {"order": 1} if "order" in inspect.signature(scheduler.step).parameters else {}
-    )  # LMS: x0 is the same, and quick
-    options.update(step_options(scheduler, 0.0, generators))
+    options = step_options(scheduler, 0.0, generators)
+    if "order" in inspect.signature(scheduler.step).parameters:
+        options["order"] = 1  # LMS: x0 is the same, and quick
     kind, nothing = str(scheduler.config["prediction_type"]), torch.full(clean.shape, torch.nan)
     factors, own, after = [], [], []
     for t, sigma, alpha_bar in zip(
         scheduler.timesteps[begin:], schedule.sigmas, schedule.alpha_bars, strict=True
     ):
-        signal, noise = (
-            (1.0, sigma)
-            if schedule.variance_exploding
-            else (alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
-        )
+        signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        if schedule.variance_exploding:
+            signal, noise = 1.0, sigma
         latents = signal * clean + noise * eps
         scaled = scheduler.scale_model_input(latents, t)
         out = scheduler.step(target(clean, eps, alpha_bar, kind), t, latents, **options)
-        found = _own(scheduler, out, t, latents)
-        factors.append(
-            (scaled.flatten() @ latents.flatten()) / (latents.flatten() @ latents.flatten())
-        )
-        own.append(nothing if found is None else found)
+        value = _own(scheduler, out, t, latents)
+        flat = latents.flatten()
+        factors.append((scaled.flatten() @ flat) / (flat @ flat))
+        own.append(nothing if value is None else value)
         after.append(out.prev_sample if hasattr(out, "prev_sample") else out[0])
     shape = (len(own), len(clean), -1)
     return Stepped(
@@ -218,24 +222,22 @@ def _stepped(
 
 
 def _own(scheduler: Any, out: Any, t: Any, latents: torch.Tensor) -> torch.Tensor | None:
-    """The scheduler's own x0 at the call just made, or its eps where it keeps that; None where it
-    has neither.
-    """
-    found: torch.Tensor | None = getattr(out, "pred_original_sample", None)
-    if found is None and hasattr(out, "denoised"):  # LCM: between x0 and what went in
-        skip, whole = scheduler.get_scalings_for_boundary_condition_discrete(t)
-        return (out.denoised - skip * latents) / whole if float(whole) > EXACT else None
-    if found is None and getattr(
-        scheduler, "model_outputs", None
-    ):  # the multistep solvers keep what `convert_model_output` gave
-        return scheduler.model_outputs[-1]  # type: ignore[no-any-return]
-    return found
+    """Return the scheduler's own x0 at the last call, or the eps that it keeps, if any."""
+    x0: torch.Tensor | None = getattr(out, "pred_original_sample", None)
+    if x0 is not None:
+        return x0
+    if hasattr(out, "denoised"):  # LCM: between x0 and what went in
+        skip, share = scheduler.get_scalings_for_boundary_condition_discrete(t)
+        return (out.denoised - skip * latents) / share if float(share) > EXACT else None
+    # The multistep solvers keep what `convert_model_output` gave.
+    kept = getattr(scheduler, "model_outputs", None)
+    return kept[-1] if kept else None
 
 
 def _parts(
     values: np.ndarray, clean: torch.Tensor, eps: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How much x0 and how much eps are in values, and the most that is left over.
+    """Return how much x0 and how much eps are in some values, and the most that is left over.
 
     *Shape:* (call, image, value) -> each (call).
     """
@@ -262,14 +264,14 @@ def _marginal(
     scheduler: Any,
     schedule: Schedule,
     blind: np.ndarray,
-    made: Stepped,
+    stepped: Stepped,
     clean: torch.Tensor,
     eps: torch.Tensor,
 ) -> None:
-    """Of a scheduler that gives no x0: its `add_noise` and its steps."""
+    """Check `add_noise` and the steps of a scheduler that gives no x0."""
     if schedule.variance_exploding:
         raise Disagrees(f"{WRONG} it gives no x0 to hold ours against")
-    x0, noise, left = _parts(made.after, clean, eps)
+    x0, noise, left = _parts(stepped.after, clean, eps)
     unit = np.abs(x0**2 + noise**2 - 1)
     _agree(
         schedule,
@@ -302,15 +304,11 @@ def _begins(
     clean: torch.Tensor,
     eps: torch.Tensor,
 ) -> None:
-    """A picture with noise in it, from which a run begins, is at the level of its first call."""
+    """Check that a run from a picture begins at the level of its first call."""
     set_steps(scheduler, steps)
     sigma, alpha_bar = np.array(schedule.sigmas[:1]), np.array(schedule.alpha_bars[:1])
-    mixed = (
-        started(scheduler, Start(clean, eps, 1.0, []), begin)
-        .reshape(1, len(clean), -1)
-        .double()
-        .numpy()
-    )
+    latents = started(scheduler, Start(clean, eps, 1.0, []), begin)
+    mixed = latents.reshape(1, len(clean), -1).double().numpy()
     signal, noise, _ = _parts(mixed, clean, eps)
     wanted = (
         (np.ones(1), sigma)
@@ -324,18 +322,24 @@ def _begins(
 
 
 def _lands(
-    schedule: Schedule, made: Stepped, clean: torch.Tensor, eps: torch.Tensor, undefined: np.ndarray
+    schedule: Schedule,
+    stepped: Stepped,
+    clean: torch.Tensor,
+    eps: torch.Tensor,
+    undefined: np.ndarray,
 ) -> None:
-    """Each step ends nearer to the level of the next call than to that of this one: diffusers
-    rounds timesteps, by less than half a step.
+    """Check that each step ends near the level of the next call.
+
+    diffusers rounds timesteps, by less than half a step.
     """
-    levels, found = np.sqrt(np.array(schedule.alpha_bars)), _parts(made.after, clean, eps)[0][:-1]
-    off, room = np.abs(found - levels[1:]), EXACT + 0.51 * np.abs(levels[1:] - levels[:-1])
+    levels = np.sqrt(np.array(schedule.alpha_bars))
+    reached = _parts(stepped.after, clean, eps)[0][:-1]
+    off, room = np.abs(reached - levels[1:]), EXACT + 0.51 * np.abs(levels[1:] - levels[:-1])
     _agree(
         schedule,
         undefined | np.append(off <= room, True),
         "its step ends at {:.4g} of x0, the next call begins at {:.4g}",
-        found,
+        reached,
         levels[1:],
     )
 
@@ -349,9 +353,7 @@ def _clips(
     eps: torch.Tensor,
     unseen: np.ndarray,
 ) -> None:
-    """The scheduler's x0 as it goes on with it is that of `clipped`, or its eps follows from
-    that.
-    """
+    """Check that the scheduler's x0 is that of `clipped`, or that its eps follows from that."""
     clean = 4 * clean
     own = _stepped(fresh(scheduler), schedule, steps, begin, clean, eps).own
     signal = np.sqrt(np.array(schedule.alpha_bars)).reshape(-1, 1, 1, 1, 1)

@@ -1,11 +1,12 @@
-"""Stable Diffusion as its parts: text encoder, UNet, scheduler and VAE, described by their configs.
+"""Stable Diffusion 1 and 2 as their parts: text encoder, UNet, scheduler and VAE.
 
-    model = StableDiffusion.of(pipeline)              # an in-memory diffusers pipeline; probe.diffusion.loading.load gets others
+    model = StableDiffusion.of(pipeline)              # a diffusers pipeline in memory
     conditioning = model.condition("An astronaut scuba diving")
 
-Constants (downsampling factor f, scaling factor, prediction type, grid size) come from the model's
-own configs. `skeleton()` is the same model without weights, on the meta device: it tells every
-shape and cost before anything is computed.
+`probe.diffusion.loading.load` gets a model from files. Constants (downsampling factor f, scaling
+factor, prediction type, grid size) come from the model's own configs. `skeleton()` is the same
+model without weights, on the meta device: it tells every shape and cost before anything is
+computed.
 """
 
 from __future__ import annotations
@@ -66,24 +67,22 @@ class StableDiffusion:
         scheduler: str = "default",
         options: Mapping[str, Any] | None = None,
     ) -> StableDiffusion:
-        """The parts of a diffusers `StableDiffusionPipeline`, with its own scheduler or another
-        made from it.
+        """Take the parts of a diffusers pipeline, with its own scheduler or another made from it.
 
-        Raises ModelError for other pipelines, and for parts that are missing, of another kind or do
+        Raise ModelError for other pipelines, and for parts that are missing, of another kind or do
         not fit together.
         """
         from diffusers import StableDiffusionPipeline
 
         refuse_other_pipelines(pipeline)
         refuse_other_readers(pipeline, StableDiffusionPipeline)
-        found = {part: getattr(pipeline, part, None) for part in (*PARTS, "scheduler")}
-        name = name or from_home(
-            str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
-        )
-        refuse_unsupported(
-            name, {part: value for part, value in found.items() if part != "scheduler"}
-        )
-        return cls(name=name, pipeline=pipeline, **found).with_scheduler(scheduler, options or {})
+        modules = {part: getattr(pipeline, part, None) for part in PARTS}
+        path = pipeline.config.get("_name_or_path") or type(pipeline).__name__
+        name = name or from_home(str(path))
+        refuse_unsupported(name, modules)
+        own = getattr(pipeline, "scheduler", None)
+        model = cls(name=name, pipeline=pipeline, scheduler=own, **modules)
+        return model.with_scheduler(scheduler, options or {})
 
     @property
     def device(self) -> torch.device:
@@ -142,21 +141,17 @@ class StableDiffusion:
     encode_picture = parts.encode_picture
 
     def with_scheduler(self, name: str, options: Mapping[str, Any]) -> StableDiffusion:
-        """The same model with another scheduler (`default`: its own), built from its own schedule
-        plus `options`.
+        """Return the same model with another scheduler (`default`: its own) and its `options`.
+
+        The other scheduler has the settings of the model's own, plus `options`.
         """
         if name == "default" and not options:
             return self.checked()
         own = self.scheduler
-        made = another_scheduler(
-            self.name,
-            name,
-            {} if own is None else own.config,
-            type(own),
-            options,
-            forced={} if self.vae is None else FORCED,
-        )
-        return replace(self, scheduler=made).checked()
+        config = {} if own is None else own.config
+        forced = {} if self.vae is None else FORCED
+        scheduler = another_scheduler(self.name, name, config, type(own), options, forced)
+        return replace(self, scheduler=scheduler).checked()
 
     def read(self, text: str, over_long: OverLong = "error", rules: int = RULES) -> Prompt:
         """Tokenize a prompt as the pipeline does.
@@ -227,31 +222,27 @@ class StableDiffusion:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
     ) -> Predict:
-        """Return the model as a `Predict`: both branches in one batch, guided as its pipeline
-        does.
-        """
+        """Return the model as a `Predict`: both branches in one batch, guided."""
         return batched(self, conditioning, images, guidance_scale, guidance_rescale)
 
     def check_reading(self, tokens: Mapping[str, Tokens]) -> None:
-        """Hold the embeddings of prompts, by branch, against those of the pipeline.
+        """Compare the embeddings of prompts, by branch, with those of the pipeline.
 
         Raise ModelError if a bit differs.
         """
         check_reading(self, tokens, _theirs)
 
     def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Decode latents to (image, rgb, y, x), about -1 to 1; and whether the VAE ran again in
-        float32.
+        """Decode latents to (image, rgb, y, x), about -1 to 1.
+
+        Return beside them whether the VAE ran again in float32.
         """
         if self.vae is None:
             return latents, False
         return parts.decoded(self.vae, latents, lambda scaled: scaled / self.scaling_factor)
 
     def checked(self) -> StableDiffusion:
-        """The model itself.
-
-        Raises ModelError if it, or its scheduler, is of a kind that is not supported.
-        """
+        """Return the model itself. Raise ModelError if it, or its scheduler, is not supported."""
         refuse_unsupported(
             self.name, {part: getattr(self, part) for part in PARTS}, pixels=self.vae is None
         )

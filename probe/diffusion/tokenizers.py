@@ -1,13 +1,12 @@
-"""Getting a model's tokenizer: its files are checked, and the library opens these alone."""
+"""Make a model's tokenizer from its checked files; the library opens no others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from probe.diffusion.model_configs import CLASSES
 from probe.diffusion.model_files import ModelFolder
-from probe.errors import ModelError
 from probe.text import first_line, printable, shorten, shown
 
 MOST, MOST_ADDED = 16 << 20, 10_000
@@ -47,10 +46,10 @@ def read_tokenizer(
     inside: str | None = None,
     part: str = "tokenizer",
 ) -> Any:
-    """Make the tokenizer of a model's folder. Without a length of its own it has that of the text
-    encoder's config.
+    """Make the tokenizer of a model's folder.
 
-    Raises ModelError where its files are missing, too large, not plain, or make no CLIP tokenizer.
+    Without a length of its own it has that of the text encoder's config. Raise ModelError if its
+    files are missing, too large, not plain, or make no CLIP tokenizer.
     """
     from transformers import CLIPTokenizer
 
@@ -66,51 +65,12 @@ def read_tokenizer(
             f"{inside}/ has neither tokenizer.json, nor vocab.json and merges.txt.",
             "Fetch the model again, whole.",
         )
-    settings = (
-        folder.json_object(f"{inside}/tokenizer_config.json")
-        if "tokenizer_config.json" in there
-        else {}
-    )
-    kept = {key: value for key, value in settings.items() if key in TOKENS or key in SETTINGS}
-    for key, value in kept.items():
-        if value is not None and not isinstance(
-            value,
-            (str, dict)
-            if key in TOKENS
-            else (SETTINGS[key], dict if key.endswith("tokens") else SETTINGS[key]),
-        ):
-            raise folder.refuse(
-                f"{inside}/tokenizer_config.json: {key} is {shown(value)}, which it cannot be."
-            )
-    length = settings.get("model_max_length")
-    if length is not None and (
-        isinstance(length, bool) or not isinstance(length, int | float) or length < 1
-    ):
-        raise folder.refuse(
-            f"{inside}/tokenizer_config.json: model_max_length is {shown(length)}, which it cannot "
-            "be."
-        )
-    kept["model_max_length"] = (
-        int(length)
-        if length is not None and length < LONGEST
-        else int(encoder.get("max_position_embeddings") or 77)
-    )
-    for file in FILES:
-        if file in there:
-            held = folder.json_object(f"{inside}/{file}", MOST)
-            added = (
-                held.get("added_tokens", ())
-                if file == "tokenizer.json"
-                else held
-                if file == "added_tokens.json"
-                else ()
-            )
-            if not isinstance(added, list | tuple | dict) or len(added) > MOST_ADDED:
-                raise folder.refuse(
-                    f"{inside}/{file}: it adds no list of at most {MOST_ADDED} tokens."
-                )
-    if "merges.txt" in there:
-        folder.plain(f"{inside}/merges.txt", MOST)
+    config = "tokenizer_config.json"
+    written = folder.json_object(f"{inside}/{config}") if config in there else {}
+    settings = _settings(folder, f"{inside}/{config}", written)
+    own_length = int(encoder.get("max_position_embeddings") or 77)
+    settings["model_max_length"] = _length(folder, f"{inside}/{config}", written) or own_length
+    _check_files(folder, inside, there)
     files = {
         kind: str(folder.path / inside / file) if file in there else None
         for kind, file in KINDS.items()
@@ -118,27 +78,60 @@ def read_tokenizer(
     try:
         # What `from_pretrained` does once it has chosen the files and read the settings, and these
         # are our choice.
-        made = CLIPTokenizer._from_pretrained(
-            files, str(folder.path / inside), kept, local_files_only=True, _is_local=True
+        tokenizer = CLIPTokenizer._from_pretrained(
+            files, str(folder.path / inside), settings, local_files_only=True, _is_local=True
         )
-        largest, known = (
-            max(made.get_vocab().values(), default=0),
-            int(encoder.get("vocab_size") or 49408),
-        )
-        if largest >= known:
-            raise folder.refuse(
-                f"{part}/ has a token number {largest}, and the text encoder knows {known}.",
-                "Bring the two that belong together.",
-            )
-        return made
-    except ModelError:
-        raise
+        largest = max(tokenizer.get_vocab().values(), default=0)
     except Exception as problem:
         raise _no_tokenizer(folder, part, problem) from problem
     except BaseException as problem:
         if type(problem).__name__ != "PanicException":  # of the tokenizers library, in Rust
             raise
         raise _no_tokenizer(folder, part, problem) from problem
+    if largest >= (known := int(encoder.get("vocab_size") or 49408)):
+        raise folder.refuse(
+            f"{part}/ has a token number {largest}, and the text encoder knows {known}.",
+            "Bring the two that belong together.",
+        )
+    return tokenizer
+
+
+def _settings(folder: ModelFolder, where: str, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a CLIP tokenizer has. Raise ModelError for a wrong type."""
+    settings = {key: value for key, value in written.items() if key in TOKENS or key in SETTINGS}
+    for key, value in settings.items():
+        if key in TOKENS:
+            kinds: tuple[type, ...] = (str, dict)
+        else:
+            kinds = (SETTINGS[key], dict) if key.endswith("tokens") else (SETTINGS[key],)
+        if value is not None and not isinstance(value, kinds):
+            raise folder.refuse(f"{where}: {key} is {shown(value)}, which it cannot be.")
+    return settings
+
+
+def _length(folder: ModelFolder, where: str, written: Mapping[str, Any]) -> int | None:
+    """Return the most tokens of a prompt, None if unknown. Raise ModelError for no number."""
+    length = written.get("model_max_length")
+    if length is None:
+        return None
+    if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
+        raise folder.refuse(f"{where}: model_max_length is {shown(length)}, which it cannot be.")
+    return int(length) if length < LONGEST else None
+
+
+def _check_files(folder: ModelFolder, inside: str, there: Collection[str]) -> None:
+    """Raise ModelError for files that are too large, not plain, or add too many tokens."""
+    for file in [file for file in FILES if file in there]:
+        content = folder.json_object(f"{inside}/{file}", MOST)
+        added: Any = ()
+        if file == "tokenizer.json":
+            added = content.get("added_tokens", ())
+        elif file == "added_tokens.json":
+            added = content
+        if not isinstance(added, list | tuple | dict) or len(added) > MOST_ADDED:
+            raise folder.refuse(f"{inside}/{file}: it adds no list of at most {MOST_ADDED} tokens.")
+    if "merges.txt" in there:
+        folder.plain(f"{inside}/merges.txt", MOST)
 
 
 def _no_tokenizer(folder: ModelFolder, part: str, problem: BaseException) -> Exception:

@@ -436,7 +436,7 @@ def refuse_contradiction(
 
 
 def refuse_unread(variant: str | None, revision: str | None, model: Family) -> None:
-    """Raise ExperimentError for fields that choose files, where a pipeline has its weights already."""
+    """Raise ExperimentError for fields that choose files: a pipeline has its weights already."""
     for field, value, own in (("variant", variant, None), ("revision", revision, model.revision)):
         if value not in (None, own):
             raise ExperimentError(

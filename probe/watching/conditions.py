@@ -1,12 +1,11 @@
-"""Under which conditions a model can be watched. Whatever would record something wrong in silence
-is refused here, by name.
+"""Refuse by name whatever would be recorded wrongly in silence.
 
-    refuse_unwatchable(model)    a compiled, off-loaded or otherwise wrapped model, before a run begins
-    ProcessorWitness                      a layer whose processor is not known: its maps are proven at every step, or the run stops
+    refuse_unwatchable(model)    before a run: a compiled, off-loaded or wrapped model
+    ProcessorWitness(...)        at every step: a layer whose processor is not known
 
-Hooks see what `to_q` and `to_k` put out. That this is what a layer multiplies is known of
-diffusers' own processors, with or without LoRA, slicing, FreeU or another memory format. Any other
-processor may mask, merge, rescale or edit in between.
+Hooks see what `to_q` and `to_k` put out. diffusers' own processors multiply just that, also with
+LoRA, slicing, FreeU or another memory format. Any other processor may mask, merge, rescale or edit
+in between: the witness proves its maps at every step, or the run stops.
 """
 
 from __future__ import annotations
@@ -23,15 +22,13 @@ from probe.watching.hooks import Watch
 # Of diffusers.models.attention_processor: each computes softmax(scale q k^T) v of what to_q, to_k
 # and to_v put out.
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
-PLACES = ("forward", "decode", "encode")
+METHODS = ("forward", "decode", "encode")
 NOT_FINITE = "computes what is not finite: its weights are not, or its number format is too small."
 FINITE = "Fetch the model again, or try --dtype float32."
 
 
 def refuse_unwatchable(model: Any) -> None:
-    """Raises ModelError for a model with a part whose hooks would stay silent or whose weights are
-    elsewhere.
-    """
+    """Raise ModelError for a part whose hooks would stay silent or whose weights are elsewhere."""
     for part, root in model.components().items():
         for path, module in root.named_modules():
             name = f"{part}.{path}" if path else part
@@ -43,14 +40,14 @@ def refuse_unwatchable(model: Any) -> None:
                     "was before compiling.",
                 )
             for hook in _accelerate_hooks(module):
-                place = getattr(hook, "execution_device", None)
+                target = getattr(hook, "execution_device", None)
                 first = next(module.parameters(), None)
-                elsewhere = (
-                    place is not None and first is not None and torch.device(place) != first.device
-                )
+                elsewhere = False
+                if target is not None and first is not None:
+                    elsewhere = torch.device(target) != first.device
                 if getattr(hook, "offload", False) or elsewhere:
                     raise ModelError(
-                        f"{name} is off-loaded: accelerate moves its weights to {place} for each "
+                        f"{name} is off-loaded: accelerate moves its weights to {target} for each "
                         "call.",
                         "Call pipeline.remove_all_hooks(), then pipeline.to(device), if the model "
                         "fits there.",
@@ -65,7 +62,7 @@ def refuse_unwatchable(model: Any) -> None:
 def _is_compiled(module: Any) -> bool:
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         return True
-    return any(hasattr(vars(module).get(place), "_torchdynamo_orig_callable") for place in PLACES)
+    return any(hasattr(vars(module).get(name), "_torchdynamo_orig_callable") for name in METHODS)
 
 
 def _accelerate_hooks(module: Any) -> Iterator[Any]:
@@ -74,8 +71,9 @@ def _accelerate_hooks(module: Any) -> Iterator[Any]:
 
 
 def is_plain(module: Any) -> bool:
-    """Whether an attention layer is known to compute softmax(scale q k^T) v from what to_q, to_k
-    and to_v put out.
+    """Return whether a layer is known to compute softmax(scale q k^T) v of its projections.
+
+    These are what its to_q, to_k and to_v put out.
     """
     kind = type(module.processor)
     if kind.__module__ != "diffusers.models.attention_processor" or kind.__name__ not in PLAIN:
@@ -89,13 +87,12 @@ def is_plain(module: Any) -> bool:
 
 
 class ProcessorWitness:
-    """Proves, at each call, that layers with a processor of unknown kind attend as their recorded
-    maps say.
+    """Proof, at each call, that layers with an unknown processor attend as their maps say.
 
-    softmax(scale q k^T) v of what to_q, to_k and to_v put out is held against what enters `to_out`,
-    in the rows (batch elements) that are recorded. They may differ by rounding: `max(1e-3, eps /
-    2)` of softmax(scale q k^T) |v|, in norm, with eps that of the run's dtype. Layers of known kind
-    cost nothing. Raises CaptureError where they differ.
+    softmax(scale q k^T) v of what to_q, to_k and to_v put out is compared with what enters
+    `to_out`, in the rows (batch elements) that are recorded. They may differ by rounding: in norm,
+    by `max(1e-3, eps / 2)` of softmax(scale q k^T) |v|, with eps of the run's dtype. Layers with a
+    known processor cost nothing. Raise CaptureError if they differ.
     """
 
     def __init__(self, layers: Mapping[str, Any], rows: Sequence[int]):
@@ -105,17 +102,17 @@ class ProcessorWitness:
         self._proven: set[str] = set()
 
     def watches(self) -> list[Watch]:
-        found: list[Watch] = []
+        watches: list[Watch] = []
         for path, module in self._layers.items():
-            found += [
+            watches += [
                 (getattr(module, name), "output", self._keep(path, name))
                 for name in ("to_q", "to_k", "to_v")
             ]
-            found.append((module.to_out[0], "input", self._prove(path, module)))
-        return found
+            watches.append((module.to_out[0], "input", self._prove(path, module)))
+        return watches
 
     def take(self) -> None:
-        """To be called after each call of the model: was every layer proven?"""
+        """Raise CaptureError if a layer was not proven in the last call of the model."""
         unproven = [path for path in self._layers if path not in self._proven]
         self._proven.clear()
         if unproven:

@@ -3,7 +3,7 @@
 For a layer with H heads on a grid of N = y * x positions, with q (N, H, d) and k (77, H, d), a
 head's map is
 
-    softmax over tokens of (k @ q^T) / sqrt(d)            (77, N): for each pixel, the tokens sum to one
+    softmax over tokens of (k @ q^T) / sqrt(d)     (77, N): at each pixel, tokens sum to one
 
 (Rombach et al. 2022, section 3.3). q and k are widened to float32 first: float16 would round their
 products by 3e-4.

@@ -1,7 +1,8 @@
-"""The image side of cross-attention: with the text side, the map of any token can be computed when
-a recording is read.
+"""The image side of cross-attention: with the text side, readers compute the map of any token.
 
-map = softmax over tokens of key . query          (Vaswani et al. 2017; keys are stored with their factor 1 / sqrt(d))
+    map = softmax over tokens of key . query
+
+(Vaswani et al. 2017.) Keys are stored with their factor 1 / sqrt(d).
 """
 
 from __future__ import annotations

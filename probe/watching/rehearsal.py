@@ -1,5 +1,4 @@
-"""A run rehearsed on the meta device: every shape and the FLOPs of each component, before anything
-is computed.
+"""Rehearse a run on the meta device: every shape and FLOP is known before anything is computed.
 
 The skeleton of the model (no weights, no memory) makes one UNet call, one decoding and one text
 encoding while every module is watched. From this come the grid of each attention layer, in the
@@ -9,8 +8,9 @@ of each component.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one call of each component does, `unet` for a batch of `branches` x `images`.
+    """What one call of each component does; `unet` has a batch of `branches` x `images`.
 
     `outputs` maps "unet.<module path>", "vae.<...>" and "text_encoder.<...>" to output shapes, in
-    the order in which modules run; `grids` maps the UNet's cross-attention layers to (y, x),
-    `self_grids` its self-attention layers, `heads` both to their number of heads; `flops` counts
-    one call of each component, and `calls` how often each module runs in it.
+    the order in which modules run. `grids` maps the UNet's cross-attention layers to (y, x),
+    `self_grids` its self-attention layers, `heads` both to their number of heads. `flops` counts
+    one call of each component, `calls` how often each module runs in it.
     """
 
     outputs: dict[str, Shape]
@@ -61,114 +61,111 @@ def rehearse(model: Family, latent_shape: Shape, branches: int, tokens: int) -> 
     )
     key = (parts, model.dtype, repr(tiling(model.vae)), latent_shape, branches, tokens)
     if key not in _REHEARSED:
-        made = _rehearse(model, latent_shape, branches, tokens)
+        rehearsal = _rehearse(model, latent_shape, branches, tokens)
         while len(_REHEARSED) >= REMEMBERED:
             del _REHEARSED[next(iter(_REHEARSED))]
-        _REHEARSED[key] = made
+        _REHEARSED[key] = rehearsal
     return _REHEARSED[key]
 
 
 def tiling(vae: Any) -> dict[str, Any]:
-    """What is set on a VAE and not in its config: slicing and tiling."""
-    return (
-        {name: value for name, value in vars(vae).items() if name.startswith(("use_", "tile_"))}
-        if vae is not None
-        else {}
-    )
+    """Return what is set on a VAE and is not in its config: slicing and tiling."""
+    if vae is None:
+        return {}
+    return {name: value for name, value in vars(vae).items() if name.startswith(("use_", "tile_"))}
 
 
 def _rehearse(model: Family, latent_shape: Shape, branches: int, tokens: int) -> Rehearsal:
     skeleton = model.skeleton()
-    encoders = skeleton.text_encoders()
-    outputs: dict[str, Shape] = {}
-    calls: dict[str, int] = {}
-    grids: dict[str, tuple[int, int]] = {}
-    flops: dict[str, int] = {}
     attention = skeleton.attention_layers()
+    seen = _Seen()
     batch = (branches * latent_shape[0], *latent_shape[1:])
-
-    def seen(name: str) -> Callable[[Any], None]:
-        def note(output: Any) -> None:
-            tensor = first_tensor(output)
-            if tensor is not None:
-                calls[name] = calls.get(name, 0) + 1
-                outputs.setdefault(name, tuple(tensor.shape))
-
-        return note
-
-    def entered(layers: list[str]) -> Callable[[Any], None]:
-        def note(tensor: Any) -> None:
-            grids.update(dict.fromkeys(layers, (int(tensor.shape[2]), int(tensor.shape[3]))))
-
-        return note
-
-    def watch(component: str, module: nn.Module) -> list[Watch]:
-        return [
-            (part, "output", seen(f"{component}.{path}"))
-            for path, part in module.named_modules()
-            if path
-        ]
-
-    def run(component: str, module: nn.Module, call: Callable[[], Any], extra: list[Watch]) -> None:
-        with (
-            Hooks([*watch(component, module), *extra]),
-            torch.no_grad(),
-            FlopCounterMode(display=False) as counter,
-        ):
-            try:
-                call()
-            except ProbeError:
-                raise
-            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
-                why = shorten(printable(first_line(problem)))
-                if component in encoders:
-                    cause = f"{model.name}: its {component} does not run on {tokens} tokens: {why}"
-                    raise ModelError(
-                        cause,
-                        f"Fetch the model again: the config of its {component} may not be whole.",
-                    ) from problem
-                cause = (
-                    f"{model.name}: its {component} does not run on latents of {latent_shape[2]} x "
-                    f"{latent_shape[3]}: {why}"
-                )
-                raise ModelError(
-                    cause,
-                    "Set another height and width, or fetch the model again: its configs may not "
-                    "be whole.",
-                ) from problem
-        flops[component] = int(counter.get_total_flops())
-
     parents: list[Watch] = []
     for path, module in skeleton.unet.named_modules():
         inside = [name for name in attention if name.startswith(path + ".")]
         if type(module).__name__ == "Transformer2DModel" and inside:
-            parents.append((module, "input", entered(inside)))
+            parents.append((module, "input", functools.partial(seen.enter, inside)))
     with torch.device("meta"):
         latents = torch.zeros(batch, dtype=model.dtype)
         ids = torch.zeros((1, tokens), dtype=torch.long)
         t = torch.zeros((), dtype=torch.long)
-    for name, (encoder, _) in encoders.items():
-        run(name, encoder, functools.partial(encoder, ids), [])
-    run(
-        "unet",
-        skeleton.unet,
-        lambda: skeleton.call(latents, t, skeleton.blank(batch[0], tokens)),
-        parents,
-    )
+    for name, (encoder, _) in skeleton.text_encoders().items():
+        cause = f"{model.name}: its {name} does not run on {tokens} tokens"
+        remedy = f"Fetch the model again: the config of its {name} may not be whole."
+        with seen.running(name, encoder, cause, remedy):
+            encoder(ids)
+    size = f"latents of {latent_shape[2]} x {latent_shape[3]}"
+    remedy = "Set another height and width, or fetch the model again: its configs may not be whole."
+    with seen.running(
+        "unet", skeleton.unet, f"{model.name}: its unet does not run on {size}", remedy, parents
+    ):
+        skeleton.call(latents, t, skeleton.blank(batch[0], tokens))
     if skeleton.vae is not None:
         vae = skeleton.vae
         vars(vae).update(tiling(model.vae))
-        run("vae", vae, lambda: vae.decode(latents[: latent_shape[0]], return_dict=False), [])
+        cause = f"{model.name}: its vae does not run on {size}"
+        with seen.running("vae", vae, cause, remedy):
+            vae.decode(latents[: latent_shape[0]], return_dict=False)
     heads = {path: layer.heads for path, layer in attention.items()}
     crossing, own = (
-        {path: grid for path, grid in grids.items() if attention[path].kind == kind}
+        {path: grid for path, grid in seen.grids.items() if attention[path].kind == kind}
         for kind in ("cross", "self")
     )
-    return Rehearsal(outputs, heads, crossing, own, flops, calls)
+    return Rehearsal(seen.outputs, heads, crossing, own, seen.flops, seen.calls)
+
+
+class _Seen:
+    """What hooks saw of a rehearsal so far; its fields are those of `Rehearsal`."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, Shape] = {}
+        self.calls: dict[str, int] = {}
+        self.grids: dict[str, tuple[int, int]] = {}
+        self.flops: dict[str, int] = {}
+
+    def put_out(self, name: str, output: Any) -> None:
+        """Note the output of a module."""
+        tensor = first_tensor(output)
+        if tensor is not None:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self.outputs.setdefault(name, tuple(tensor.shape))
+
+    def enter(self, layers: list[str], tensor: Any) -> None:
+        """Note the grid of the attention layers inside a transformer."""
+        self.grids.update(dict.fromkeys(layers, (int(tensor.shape[2]), int(tensor.shape[3]))))
+
+    @contextlib.contextmanager
+    def running(
+        self,
+        component: str,
+        module: nn.Module,
+        cause: str,
+        remedy: str,
+        extra: Sequence[Watch] = (),
+    ) -> Iterator[None]:
+        """Watch every module of a component while it runs.
+
+        Raise ModelError, with `cause` and `remedy`, if it fails.
+        """
+        watches: list[Watch] = [
+            (part, "output", functools.partial(self.put_out, f"{component}.{path}"))
+            for path, part in module.named_modules()
+            if path
+        ]
+        counter = FlopCounterMode(display=False)
+        with Hooks([*watches, *extra]), torch.no_grad(), counter:
+            try:
+                yield
+            except ProbeError:
+                raise
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
+                why = shorten(printable(first_line(problem)))
+                raise ModelError(f"{cause}: {why}", remedy) from problem
+        self.flops[component] = int(counter.get_total_flops())
 
 
 def cross_attention(unet: nn.Module) -> dict[str, Any]:
-    """The UNet's cross-attention modules by dotted path."""
+    """Return the UNet's cross-attention modules by dotted path."""
     return {
         path: module
         for path, module in unet.named_modules()
@@ -177,7 +174,7 @@ def cross_attention(unet: nn.Module) -> dict[str, Any]:
 
 
 def self_attention(unet: nn.Module) -> dict[str, Any]:
-    """The UNet's self-attention modules by dotted path."""
+    """Return the UNet's self-attention modules by dotted path."""
     return {
         path: module
         for path, module in unet.named_modules()
@@ -186,9 +183,7 @@ def self_attention(unet: nn.Module) -> dict[str, Any]:
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
-    """The tensor that a module returns, or the first of the several it returns; None when there is
-    none.
-    """
+    """Return the first tensor of a module's output; None if there is none."""
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, (tuple, list)):
