@@ -1,5 +1,4 @@
-"""Get a model safely: bundled, from a local diffusers directory, a single file, or from the Hugging
-Face hub.
+"""Get a model safely: bundled, from a local directory, a single file, or the Hugging Face hub.
 
 Only safetensors are read, and no code that comes with a model is ever run. A hub model is fetched
 once and resolved to the commit it came from.
@@ -53,9 +52,9 @@ BUNDLED = {"emojiworld": Path(__file__).parent.parent / "emojiworld"}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
+    """Return a device by name; `auto` is CUDA where there is one, else the CPU.
 
-    Raises DeviceError for a device this machine lacks.
+    Raise DeviceError for a device that this machine lacks.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,12 +84,11 @@ def load(
     scheduler: str = "default",
     options: Mapping[str, Any] | None = None,
 ) -> AnyFamily:
-    """Load a bundled model, a local diffusers directory, a hub id or a single file. With
-    `weights=False` the parts are on the meta device.
+    """Load a bundled model, a local diffusers directory, a hub id or a single file.
 
-    `scheduler` and its `options` are an experiment's: the model's own scheduler need not be a
-    supported one if another is named. Raises ModelError when the model is missing, unsafe, not
-    whole, or of no family.
+    With `weights=False` the parts are on the meta device. `scheduler` and its `options` are an
+    experiment's. If they name another scheduler, the model's own may be one that is not supported.
+    Raise ModelError if the model is missing, unsafe, not whole, or of no family.
     """
     check_here()
     what = (
@@ -126,10 +124,7 @@ def load(
 
 @dataclass(frozen=True)
 class _Description:
-    """What a model's files say of it, before anything is made of it.
-
-    `weights` reads the headers of a part's weights.
-    """
+    """What a model's files say, before any part is made. `weights` reads a part's headers."""
 
     folder: ModelFolder
     index: Mapping[str, Any]
@@ -141,12 +136,12 @@ class _Description:
 
     @property
     def kind(self) -> str:
-        """The class of the pipeline that it is a model of."""
+        """The class of the model's pipeline."""
         return str(self.index["_class_name"])
 
     @property
     def settings_of_pipeline(self) -> dict[str, bool]:
-        """What model_index.json says of the family as a whole."""
+        """The settings in model_index.json that hold for the whole family."""
         if self.kind != XL:
             return {}
         zeros = self.index.get("force_zeros_for_empty_prompt", True)
@@ -175,9 +170,7 @@ def _directory(name: str, revision: str | None, variant: str | None) -> _Descrip
 
 
 def _single_file(name: str, variant: str | None) -> _Description:
-    """Describe a checkpoint in one file, with the configs beside it or those of Stable Diffusion
-    1.x.
-    """
+    """Describe a checkpoint in one file, with configs beside it or those known to us."""
     if variant is not None:
         raise ModelError(f"{name}: a single file has no variants.", "Leave variant out.")
     beside = config_folder(name)
@@ -230,9 +223,7 @@ def _tokenizers(
 
 
 def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device) -> Any:
-    """Make one part on the meta device from its checked config, and give it its weights if the
-    target is another device.
-    """
+    """Make one part from its checked config, with its weights if the target is a real device."""
     import diffusers
     import transformers
     from diffusers.models.modeling_utils import no_init_weights
@@ -267,9 +258,7 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
 
 
 def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path, str | None]:
-    """The local directory of a model, and the commit it was resolved to when it came from the
-    hub.
-    """
+    """Return a model's local directory, and its commit if it came from the hub."""
     if name in BUNDLED:
         return BUNDLED[name], None
     if place(name).is_dir():

@@ -83,14 +83,10 @@ class Step:
 
     @property
     def model_input(self) -> torch.Tensor:
-        """The latents as the model sees them: variance-preserving, whatever the scheduler's own
-        convention.
-        """
-        return (
-            variance_preserving(self.latents, self.sigma)
-            if self.variance_exploding
-            else self.latents
-        )
+        """The latents as the model sees them: variance-preserving, for every scheduler."""
+        if self.variance_exploding:
+            return variance_preserving(self.latents, self.sigma)  # type: ignore[no-any-return]
+        return self.latents
 
     @property
     def eps(self) -> torch.Tensor:
@@ -104,9 +100,7 @@ class Step:
 
     @property
     def denoised(self) -> torch.Tensor:
-        """The guided prediction of the clean latent x0, before any clipping or thresholding by the
-        scheduler.
-        """
+        """The guided prediction of the clean latents x0, before the scheduler clips them."""
         clean: torch.Tensor = denoised_from(
             self.prediction, self.model_input, self.alpha_bar, self.prediction_type
         )
@@ -115,11 +109,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Start:
-    """A beginning that is not pure noise: clean latents and the noise to mix into them, each
-    (image, channel, y, x).
+    """A beginning that is not pure noise: clean latents, and the noise to mix into them.
 
-    `strength` is the share of the steps that is run, and `generators` are those of the images as
-    drawing the noise left them.
+    `strength` is the share of the steps that is run. `generators` are those of the images, after
+    the noise was drawn. *Shape:* each (image, channel, y, x).
     """
 
     clean: torch.Tensor
@@ -129,8 +122,9 @@ class Start:
 
 
 def started(scheduler: Any, start: Start, begin: int) -> torch.Tensor:
-    """The latents that go into call `begin`, the first; the scheduler, whose timesteps are set, is
-    told that it begins there.
+    """Return the latents that go into call `begin`, the first of a run.
+
+    The scheduler, whose timesteps are set, is told that it begins there.
     """
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
@@ -139,7 +133,7 @@ def started(scheduler: Any, start: Start, begin: int) -> torch.Tensor:
 
 
 def memory_format(tensor: torch.Tensor) -> str:
-    """How a tensor lies in memory: "contiguous", or "channels_last".
+    """Return how a tensor lies in memory: "contiguous", or "channels_last".
 
     The last bits of convolutions and sums depend on it.
     """
@@ -152,7 +146,7 @@ def memory_format(tensor: torch.Tensor) -> str:
 
 
 def arranged(tensor: torch.Tensor, how: str) -> torch.Tensor:
-    """The same values, lying in memory as `memory_format` said."""
+    """Return the same values, laid out in memory as `memory_format` said."""
     return tensor.contiguous(
         memory_format=torch.channels_last
         if how == "channels_last" and tensor.ndim == 4
@@ -161,7 +155,7 @@ def arranged(tensor: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def step_options(scheduler: Any, eta: float, generators: list[torch.Generator]) -> dict[str, Any]:
-    """The optional arguments that this scheduler's `step` understands."""
+    """Return the optional arguments that this scheduler's `step` understands."""
     accepted = inspect.signature(scheduler.step).parameters
     return {
         name: value for name, value in (("eta", eta), ("generator", generators)) if name in accepted
@@ -184,9 +178,9 @@ def sample(
     for index, t in enumerate(scheduler.timesteps[-len(schedule.timesteps) :]):
         with torch.no_grad():  # never across the yield: the caller's gradient mode is the caller's
             said = predict(index, scheduler.scale_model_input(latents, t), t)
-            made = scheduler.step(said.prediction, t, latents, **options, return_dict=False)[0]
-        yield Step.of(schedule, index, latents, said, made, prediction_type)
-        latents = made
+            following = scheduler.step(said.prediction, t, latents, **options, return_dict=False)[0]
+        yield Step.of(schedule, index, latents, said, following, prediction_type)
+        latents = following
 
 
 def denoise(
@@ -209,11 +203,10 @@ def denoise(
     `height` and `width` are in pixels (default: the model's own). Guidance is on when
     `guidance_scale > 1`. The last step's `next_latents` are the result.
 
-    `known` holds the predictions of the first calls, recorded earlier. The model is not asked for
-    them; they give a fresh scheduler the history and the random numbers that the interrupted run
-    had.
+    `known` holds recorded predictions of the first calls, for which the model is not called. They
+    give a fresh scheduler the history and the random numbers that the interrupted run had.
 
-    With a `start`, the last steps are run, from its latents. It has the images and their size;
+    With a `start`, the last steps are run, from its latents. It has the images and their size, and
     `seed` is not used.
     """
     if start is not None:
@@ -227,6 +220,6 @@ def denoise(
     else:
         generators = [generator.clone_state() for generator in start.generators]
         latents = started(scheduler, start, begin)
-    asked = model.predictor(conditioning, len(latents), guidance_scale, guidance_rescale)
+    predict = model.predictor(conditioning, len(latents), guidance_scale, guidance_rescale)
     options = step_options(scheduler, eta, generators)
-    yield from sample(scheduler, schedule, latents, replaying(known, asked), **options)
+    yield from sample(scheduler, schedule, latents, replaying(known, predict), **options)

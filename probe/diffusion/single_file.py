@@ -1,10 +1,9 @@
-"""Stable Diffusion in one file, in the original layout: `v1-5.safetensors`,
-`sd_xl_base_1.0.safetensors`.
+"""Read Stable Diffusion from one file in the original layout, such as `v1-5.safetensors`.
 
-Its configs come from the folder of the same name beside it (`v1-5/`, a diffusers directory without
-weights), or are those of Stable Diffusion 1.x, which are known; the tokenizer is then CLIP's from
-the hub's cache, or the hub. Nothing is unpickled: diffusers' own table translates the names of the
-tensors, and their shapes are held against the model as a folder's are.
+Its configs come from the folder of the same name beside it: `v1-5/`, a diffusers directory without
+weights. Without that folder they are those of Stable Diffusion 1.x, with CLIP's tokenizer from the
+hub's cache or the hub. Nothing is unpickled. diffusers' own table translates the names of the
+tensors, and their shapes are compared with the model's, as a folder's are.
 """
 
 from __future__ import annotations
@@ -76,9 +75,9 @@ TOKENIZER_FILES = (
 
 
 def is_single_file(name: str) -> bool:
-    """Whether a model's name is that of one file with weights.
+    """Return whether a model's name is that of one file with weights.
 
-    Raises ModelError where these are pickled.
+    Raise ModelError if they are pickled.
     """
     path = place(name)
     try:
@@ -110,17 +109,13 @@ def why_not(problem: Exception) -> str:
 
 
 def config_folder(name: str) -> Path | None:
-    """Return the folder with the configs of a single file, which has its name and lies beside
-    it.
-    """
+    """Return the folder beside a single file with its name and its configs, if there is one."""
     beside = place(name).with_suffix("")
     return beside if beside.is_dir() else None
 
 
 def refuse_larger(name: str) -> None:
-    """Raise ModelError for a file of Stable Diffusion XL that has no configs beside it: nobody says
-    how large its parts are.
-    """
+    """Raise ModelError for Stable Diffusion XL without configs: nobody knows its sizes then."""
     path = place(name)
     folder = ModelFolder(path.parent, name)
     if XL_ONLY in header(folder, path.name):
@@ -139,7 +134,7 @@ def split(
 ) -> dict[str, dict[str, Weight]]:
     """Return the tensors of each part of a single file, by the names that diffusers has for them.
 
-    `known` says that the configs are ours, for Stable Diffusion 1.x. Raises ModelError for other
+    `known` says that the configs are ours, for Stable Diffusion 1.x. Raise ModelError for other
     kinds of checkpoints.
     """
     from diffusers.loaders.single_file_utils import (
@@ -195,7 +190,7 @@ def split(
 def clip_tokenizer(name: str) -> tuple[ModelFolder, str]:
     """Return the folder of CLIP's tokenizer, and where in it.
 
-    Raises ModelError where it is neither here nor to be fetched.
+    Raise ModelError if it is neither here nor on the hub.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

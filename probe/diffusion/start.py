@@ -1,5 +1,4 @@
-"""Where a run begins that begins from a picture: the VAE's posterior of it, a sample of that, and
-the noise to mix in.
+"""Where a run from a picture begins: latents of the picture, and the noise to mix into them.
 
 Every draw is made on the CPU, by one generator an image, in diffusers' order: the sample of the
 VAE's posterior, then the noise, then whatever the scheduler draws.
@@ -20,8 +19,9 @@ from probe.settings.experiment import Experiment
 
 
 def memory_formats(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """How `clean` latents and each `prediction` of a run lay in memory; what its attributes do not
-    say was contiguous.
+    """Return how `clean` latents and each `prediction` of a run lay in memory.
+
+    What its attributes do not name was contiguous.
     """
     return {
         "clean": "contiguous",
@@ -31,9 +31,7 @@ def memory_formats(attributes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def begun(model: Family, experiment: Experiment, picture: np.ndarray) -> Start:
-    """Return where a run begins: latents of the picture, a sample for each image, then their
-    noise.
-    """
+    """Return where a run begins: sampled latents of the picture and noise, for each image."""
     generators = seeded(experiment.seed, experiment.images)
     clean = model.encode_picture(picture, generators)
     eps = model.begin(generators, *picture.shape[:2])

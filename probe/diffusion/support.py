@@ -1,8 +1,7 @@
-"""Which models are supported, and what is said of the others: the kind by name, and what to do
-about it.
+"""Refuse models that are not supported, each by name and with a remedy.
 
-Everything is told before a recording is begun: a part that is missing or of another class, number
-formats or devices that do not fit together, a UNet that wants more than a prompt.
+It is done before a recording is begun: for a part that is missing or of another class, number
+formats or devices that do not fit together, a UNet that needs more than a prompt.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def refuse_other_pipelines(pipeline: Any, wanted: str = ORDINARY) -> None:
-    """Raises ModelError for a pipeline in memory that is not of the `wanted` class."""
+    """Raise ModelError for a pipeline in memory that is not of the `wanted` class."""
     kind = type(pipeline).__name__
     if kind == wanted:
         return
@@ -86,7 +85,7 @@ def refuse_other_pipelines(pipeline: Any, wanted: str = ORDINARY) -> None:
 
 
 def refuse_other_kinds(kind: str) -> None:
-    """Raises ModelError for the name of a pipeline's class whose parts are of no family."""
+    """Raise ModelError for the name of a pipeline's class if its parts are of no family."""
     if kind in KINDS_OF:
         return
     kind = shorten(printable(kind))
@@ -97,8 +96,7 @@ def refuse_other_kinds(kind: str) -> None:
 def refuse_unsupported(
     name: str, parts: Mapping[str, Any], *, kinds: Kinds = KINDS, pixels: bool = False
 ) -> None:
-    """Raises ModelError for parts that are missing, of another kind, do not fit together, or want
-    more than a prompt.
+    """Raise ModelError for parts that are missing, of another kind, or do not fit together.
 
     `kinds` are the classes of each module of the family. A model of `pixels` has no VAE.
     """
@@ -279,9 +277,7 @@ def _refuse_tokenizer(name: str, part: str, parts: Mapping[str, Any], text_encod
 
 
 def _refuse_mixtures(name: str, modules: Mapping[str, Any]) -> None:
-    """Raises ModelError for number formats or devices that differ between parts: torch would stop
-    in the middle of a run.
-    """
+    """Raise ModelError if number formats or devices differ: torch would stop during a run."""
     if any(
         {"_hf_hook", "_diffusers_hook"} & vars(owner).keys()
         for module in modules.values()

@@ -1,7 +1,7 @@
 """Ask a finished recording about any word: where would the picture have looked at it?
 
     maps = ask(open_run("latest"), "a fish")        # one array for each grid, like Run.attention
-    found = read_out(open_run("latest"), "fish")    # one map a step
+    maps = read_out(open_run("latest"), "fish")     # one map a step
 
 A recording with `capture.attention: queries` holds what the picture asked at every step. The text
 encoder reads a new sentence, each layer's `to_k` makes keys of it, and the softmax runs over the
@@ -33,13 +33,12 @@ READ_OUT = "read-out: this word did not influence the picture"
 
 
 def ask(run: Run, context: str, pipeline: Any | None = None) -> dict[str, xr.DataArray]:
-    """Maps of every token of a new sentence, by grid, the largest first; computed when they are
-    looked at.
+    """Return maps of every token of a new sentence, by grid, the largest first.
 
-    *Shape:* (step, token, image, layer, head, y, x), labelled like recorded maps, so that
-    `analysis.word_maps` merges them; each with the attributes `read_out` and `context`. `pipeline`
-    is the model if it is in memory. Raises RecordingNotFound for a recording without queries,
-    ModelError if the weights are not those of the run.
+    They are computed when they are read, and labelled like recorded maps, so that
+    `analysis.word_maps` merges them. Each has the attributes `read_out` and `context`. `pipeline`
+    is the model if it is in memory. *Shape:* (step, token, image, layer, head, y, x). Raise
+    RecordingNotFound for a recording without queries, ModelError for other weights.
     """
     return _maps(run, *_read(run, context, pipeline))
 
@@ -47,13 +46,12 @@ def ask(run: Run, context: str, pipeline: Any | None = None) -> dict[str, xr.Dat
 def read_out(
     run: Run, word: str, context: str | None = None, pipeline: Any | None = None
 ) -> xr.DataArray:
-    """Where the picture would have looked at `word`: its tokens' share, mean over layers of all
-    grids, heads and images.
+    """Return where the picture would have looked at `word`, at each step.
 
-    *Shape:* (step, y, x) float32 on the largest grid. `context` is the sentence that the text
-    encoder reads (default: "a <word>"), and has to contain the word. Raises ExperimentError for a
-    text without letters, digits or symbols, and for a word that is not in the context; else as
-    `ask`.
+    It is the share of the word's tokens, a mean over layers of all grids, heads and images.
+    `context` is the sentence that the text encoder reads (default: "a <word>"), and must contain
+    the word. *Shape:* (step, y, x) float32 on the largest grid. Raise ExperimentError for a text
+    without letters, digits or symbols, and for a word that is not in the context; else as `ask`.
     """
     name_one = "Name one: probe ask latest fish"
     if not word.strip():
@@ -79,13 +77,9 @@ def read_out(
     total = np.zeros((largest.sizes["step"], *size), np.float32)
     for maps in grids.values():
         for index in range(len(total)):
-            one = (
-                maps.isel(step=index, token=tokens)
-                .sum("token")
-                .mean((run.attributes.across, "head"))
-                .sum("layer")
-            )
-            total[index] += resize(one.transpose("y", "x").values, size)
+            share = maps.isel(step=index, token=tokens).sum("token")
+            share = share.mean((run.attributes.across, "head")).sum("layer")
+            total[index] += resize(share.transpose("y", "x").values, size)
     layers = sum(maps.sizes["layer"] for maps in grids.values())
     sigma = run.variable("sigma").sel(step=largest["step"])
     return xr.DataArray(
@@ -108,26 +102,24 @@ def _read(run: Run, context: str, pipeline: Any | None) -> tuple[Family, Tokens]
             f"{run.name} holds no queries of the cond branch.",
             "Record with capture.branches: cond or both.",
         )
-    asked, (scheduler, options) = run.recipe, run.recipe.sampler
+    recipe, (scheduler, options) = run.recipe, run.recipe.sampler
     if pipeline is not None:
         model = family_of(pipeline, scheduler=scheduler, options=options)
     else:
-        revision = (
-            run.attributes["model"]["revision"] or asked.revision
-        )  # a name like main may have moved on since
         where: dict[str, Any] = {
-            "revision": revision,
-            "variant": asked.variant,
+            # The commit: a name like main may have moved on since.
+            "revision": run.attributes["model"]["revision"] or recipe.revision,
+            "variant": recipe.variant,
             "dtype": run.attributes["model"]["dtype"],
             "device": "cpu",
         }
-        model = load(asked.model, **where, scheduler=scheduler, options=options)
+        model = load(recipe.model, **where, scheduler=scheduler, options=options)
     if model.digest() != run.attributes["model"]["weights"]:
         raise ModelError(
             f"{run.name} was recorded with other weights of {model.name}.",
             "Bring those back, or record it again: probe rerun.",
         )
-    return model, model.tokens(context, asked.over_long)
+    return model, model.tokens(context, recipe.over_long)
 
 
 def _maps(run: Run, model: Family, tokens_of: Tokens) -> dict[str, xr.DataArray]:

@@ -1,6 +1,4 @@
-"""Our own loop over a session: denoise from the prompt to the picture, or ask the model about a
-noised one.
-"""
+"""Run our own loop over a session: denoise to a picture, or predict the noise in a given one."""
 
 from __future__ import annotations
 
@@ -20,15 +18,12 @@ from probe.watching.interface import Plan
 from probe.watching.source import Noised, Source
 from probe.watching.sums import read_step
 
-SAMPLING = (
-    "steps guidance_scale guidance_rescale eta seed images height width".split()
-)  # of an experiment, what the loop wants to know
+# The fields of an experiment that the loop takes.
+SAMPLING = "steps guidance_scale guidance_rescale eta seed images height width".split()
 
 
 def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bool) -> None:
-    """Do what a plan says, and write it down; steps that `writer` has already are replayed, not
-    predicted again.
-    """
+    """Run a plan and record it. Steps that `writer` has already are replayed without the model."""
     noising, final = isinstance(plan.recipe, Noising), None
     with Session(model, plan, writer, say) as session:
         conditioning = session.begin()
@@ -57,14 +52,14 @@ def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bo
 def denoised_steps(
     model: Family, conditioning: Conditioning, plan: Plan, writer: StepStore
 ) -> Iterator[Step]:
-    """The steps of a run; those that were committed before come from their recorded predictions."""
+    """Return the steps of a run; committed ones come from their recorded predictions."""
     how: dict[str, Any] = {name: getattr(plan.experiment, name) for name in SAMPLING}
     start = next((capture.start for capture in plan.captures if isinstance(capture, Source)), None)
     return denoise(model, conditioning, **how, known=_recorded(writer, plan, model), start=start)
 
 
 def noised_steps(model: Family, conditioning: Conditioning, plan: Plan) -> Iterator[Step]:
-    """The timesteps of a noising, from the draws of noise that its capture holds."""
+    """Return the steps of a noising, from the draws of noise that its capture holds."""
     capture = next(capture for capture in plan.captures if isinstance(capture, Noised))
     return ask_noised(model, conditioning, plan.schedule, capture.clean, capture.noise)
 
@@ -76,11 +71,10 @@ def ask_noised(
     clean: torch.Tensor,
     noise: torch.Tensor,
 ) -> Iterator[Step]:
-    """Ask the model about latents with known noise in them, at each timestep on its own: nothing is
-    denoised.
+    """Predict known noise in latents, at each timestep on its own: nothing is denoised.
 
-    *Shape:* clean and noise (draw, channel, y, x). The `next_latents` of every step are the clean
-    ones.
+    The `next_latents` of every step are the clean ones. *Shape:* clean and noise (draw, channel, y,
+    x).
     """
     scheduler, images = fresh(model.scheduler), len(clean)
     predict = model.predictor(conditioning, images)
@@ -93,7 +87,7 @@ def ask_noised(
 
 
 def _recorded(writer: StepStore, plan: Plan, model: Family) -> Iterator[Predictions]:
-    """The predictions of the steps that were committed before."""
+    """Yield the predictions of the steps that were committed before."""
     how, stop = memory_formats(writer.attributes)["prediction"], plan.recipe.on_nan == "stop"
 
     def read(name: str, index: int) -> torch.Tensor:

@@ -1,5 +1,4 @@
-"""One recording in progress, whoever runs the loop: the text is read, steps are watched and
-recorded, and the end is written.
+"""One recording in progress, whoever runs the loop.
 
     with Session(model, plan, store) as session:
         conditioning = session.begin()
@@ -9,9 +8,8 @@ recorded, and the end is written.
             session.record(step)
         session.finish(final_latents)
 
-Hooks are on while they are wanted: they are put on anew when other captures want the next step, and
-are off after the `with` block, whatever happened. The session knows captures and a store; of the
-loop it knows nothing.
+Hooks are on only while they are wanted, and off after the `with` block, whatever happened. The
+session knows captures and a store, and nothing of the loop.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ class StepStore(Store, Protocol):
 class Session:
     """A recording of `plan` into `store`.
 
-    Steps that the store has already are passed to `replay`, all others recorded.
+    Pass steps that the store has already to `replay`, all others to `record`.
     """
 
     def __init__(self, model: Family, plan: Plan, store: StepStore, say: Say = lambda _: None):
@@ -74,9 +72,7 @@ class Session:
         self._hook(())
 
     def begin(self) -> Conditioning:
-        """Read the prompts, each branch in a call of its own, and write what is known before the
-        first step.
-        """
+        """Read the prompts, one branch a call, and write what is known before the first step."""
         plan, arguments = self._plan, dict[str, Arguments]()
         readers = [
             capture
@@ -84,9 +80,8 @@ class Session:
             if capture.component in (*self._model.text_encoders(), "all")
         ]
         self._hook(readers)
-        for branch in sorted(
-            plan.computed_branches
-        ):  # the prompt first, then the negative prompt, as diffusers does
+        # The prompt first, then the negative prompt, as diffusers does.
+        for branch in sorted(plan.computed_branches):
             for capture in readers if branch not in plan.zeroed_branches else ():
                 capture.expect(branch)
             arguments[branch] = self._model.encode_prompt(plan.tokens[branch], branch)
@@ -127,14 +122,12 @@ class Session:
         host = to_host(dict(values))
 
         def ready() -> dict[str, np.ndarray]:
-            found = host()
-            for path in found:
+            arrays, recipe = host(), self._plan.recipe
+            for path in arrays:
                 if path.startswith("latents/"):
                     name = path.removeprefix("latents/")
-                    check_finite(
-                        name, step.index, found[path], self._plan.recipe, step.latents.dtype
-                    )
-            return found
+                    check_finite(name, step.index, arrays[path], recipe, step.latents.dtype)
+            return arrays
 
         self._store.write_step(step.index, ready, sum(tensor.nbytes for tensor in values.values()))
         for capture in self._plan.captures:
@@ -143,17 +136,14 @@ class Session:
     def replay(self, step: Step) -> None:
         """Pass a step that is recorded already.
 
-        Raise StoreError if its latents come out otherwise than they were recorded.
+        Raise StoreError if its latents differ from the recorded ones.
         """
         stop = self._plan.recipe.on_nan == "stop"
-        recorded, replayed = (
-            read_step(self._store, "latents/latents", step.index, stop),
-            as_numpy(step.latents),
-        )
+        recorded = read_step(self._store, "latents/latents", step.index, stop)
+        replayed = as_numpy(step.latents)
         if not np.array_equal(recorded, replayed, equal_nan=True):
-            off = float(
-                np.nan_to_num(np.abs(recorded.astype(np.float64) - replayed), nan=np.inf).max()
-            )
+            difference = np.abs(recorded.astype(np.float64) - replayed)
+            off = float(np.nan_to_num(difference, nan=np.inf).max())
             raise StoreError(
                 f"The latents of step {step.index} come out otherwise than they were recorded (by "
                 f"up to {off:.2g}).",
@@ -199,9 +189,7 @@ class Session:
 def check_finite(
     name: str, step: int, value: np.ndarray, recipe: Recipe, dtype: torch.dtype
 ) -> None:
-    """Raise NotFinite for a NaN or an infinity, unless they are to be recorded; `dtype` is the
-    run's.
-    """
+    """Raise NotFinite for NaN or infinity, unless the recipe records them. `dtype` is the run's."""
     if recipe.on_nan == "stop" and not np.isfinite(value).all():
         tries = ["--dtype float32"] * (dtype != torch.float32)
         tries += ["a smaller guidance_scale"] * (recipe.guidance[0] > 1)
@@ -213,9 +201,7 @@ def check_finite(
 
 
 def to_host(tensors: Values) -> Callable[[], dict[str, np.ndarray]]:
-    """Start copying to the host without waiting; the returned function waits and gives numpy
-    arrays.
-    """
+    """Start copying to the host, and return a function that waits and gives numpy arrays."""
     event = None
     if any(tensor.is_cuda for tensor in tensors.values()):
         pinned = {

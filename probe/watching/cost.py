@@ -1,6 +1,4 @@
-"""How long each part of a run takes, how much memory, and how large it is: timed by hooks, without
-making the device wait.
-"""
+"""Record time, memory and size of each part of a run. Hooks take the time; no device waits."""
 
 from __future__ import annotations
 
@@ -21,11 +19,10 @@ from probe.watching.interface import Capture, Plan, Store
 
 
 class Cost(Capture):
-    """Seconds of the components and of each step, FLOPs, sizes and peak memory. On CUDA, device
-    events time the components.
+    """Seconds of the components and of each step, FLOPs, sizes and peak memory.
 
-    A parameter that two components share counts in each of them, and once in each. Buffers do not
-    count.
+    On CUDA, device events time the components. A parameter that two components share counts once in
+    each of them. Buffers do not count.
     """
 
     component = "all"
@@ -44,9 +41,7 @@ class Cost(Capture):
 
     def arrays(self) -> list[Array]:
         flops, components = self._plan.rehearsal.flops, self._model.components()
-        parameters = {
-            part: list(components[part].parameters()) for part in flops
-        }  # each parameter once
+        parameters = {part: list(components[part].parameters()) for part in flops}
         counts = [sum(p.numel() for p in parameters[part]) for part in flops]
         weight_bytes = [
             sum(p.numel() * p.element_size() for p in parameters[part]) for part in flops
@@ -87,9 +82,8 @@ class Cost(Capture):
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
         seconds = {name: self._seconds(marks) for name, marks in self._marks.items()}
-        before = [math.nan] * (
-            self._plan.calls - len(seconds["unet"])
-        )  # steps that another process computed
+        # Another process computed these steps.
+        before = [math.nan] * (self._plan.calls - len(seconds["unet"]))
         store.write("cost/unet_seconds", before + seconds["unet"])
         store.write("cost/step_seconds", before + self._steps[len(before) :])
         store.write(

@@ -1,6 +1,4 @@
-"""Pictures: the finished ones, those of the predicted clean latents on the way, and the linear map
-for quick previews.
-"""
+"""Record pictures: the finished ones, those on the way, and the linear map for quick previews."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from probe.watching.interface import Capture, Plan, Store
 
 
 class Decoded(Capture):
-    """Final pictures (image, y, x, rgb) uint8, and with decode_every those of `denoised` at some
-    steps.
+    """Final pictures, and with decode_every those of `denoised` at some steps.
+
+    *Shape:* each (image, y, x, rgb) uint8.
     """
 
     component, finishing = "", "Decoding the picture"
@@ -30,21 +29,18 @@ class Decoded(Capture):
         self.in_float32 = False
 
     def arrays(self) -> list[Array]:
-        images, _, y, x = self._plan.latent_shape
-        channels, pixels = (
-            self._plan.latent_shape[1],
-            (images, y * self._model.f, x * self._model.f, 3),
-        )
-        found = [
+        images, channels, y, x = self._plan.latent_shape
+        pixels = (images, y * self._model.f, x * self._model.f, 3)
+        variables = [
             array("images", "final", pixels),
             array("preview", "latent_to_rgb", (channels, 3)),
             array("preview", "bias", (3,)),
         ]
         if steps := self._plan.decoded:
             note = unclipped_note(self._model.scheduler)
-            found.append(array("decoded", "decoded_step", value=np.array(steps)))
-            found.append(array("decoded", "picture", (len(steps), *pixels), **note))
-        return found
+            variables.append(array("decoded", "decoded_step", value=np.array(steps)))
+            variables.append(array("decoded", "picture", (len(steps), *pixels), **note))
+        return variables
 
     def begin(self, store: Store) -> None:
         slope, bias = fit_preview(self._model)
@@ -67,28 +63,27 @@ class Decoded(Capture):
         self._count("images/final", "The VAE's picture", shown)
         store.write("images/final", to_uint8(shown).numpy())
         self.in_float32 |= again
-        told = []
+        lines = []
         if spoilt := +self.not_finite:  # those above 0
             store.annotate(decoded_not_finite=dict(spoilt))
-            told.append(
+            lines.append(
                 f"The VAE made {spoilt.total()} values that are not finite: they are 0 in the "
                 "pictures."
             )
         if self.in_float32:
             store.annotate(decoded_in_float32=True)
-            told.append("The VAE overflowed in float16: decoded again in float32.")
-        return told
+            lines.append("The VAE overflowed in float16: decoded again in float32.")
+        return lines
 
     def _count(self, path: str, what: str, pixels: torch.Tensor) -> None:
         self.not_finite[path] += count_not_finite(what, pixels, self._plan.recipe.on_nan)
 
 
 def fit_preview(model: Family) -> tuple[np.ndarray, np.ndarray]:
-    """The linear map from denoised latents to colour that fits this VAE best: (channel, rgb) and
-    (rgb), colour in 0..1.
+    """Return the linear map from denoised latents to colour (0 to 1) that fits this VAE best.
 
-    Fitted by least squares on decoded smooth noise, as latent previews do with constants measured
-    for one model.
+    It is fitted by least squares on decoded smooth noise. Latent previews elsewhere use constants
+    that were measured for one model. *Shape:* slope (channel, rgb), bias (rgb).
     """
     channels = int(model.unet.config.in_channels)
     if model.vae is None:

@@ -1,8 +1,8 @@
 """What a capture is, and what it is made from.
 
 A capture owns its variables. It says what it adds to a recording, where it looks, and what it makes
-of each call of the model; planning, writing, resuming and verifying ask it, and know nothing else
-of it. A new kind of capture is one file with one class, an entry in `probe.format.schema`, one line
+of each call of the model. Planning, writing, resuming and verifying use captures through this
+interface alone. A new kind of capture is one file with one class, an entry in the schema, one line
 in `probe.running.planning.CAPTURES`, and the setting that asks for it.
 """
 
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from probe.watching.rehearsal import Rehearsal
 
 Grid = tuple[int, int]
-Values = dict[
-    str, torch.Tensor
-]  # by the schema's path, "attention/16x16/cross", as they are stored
+# Tensors as they are stored, by the schema's path: "attention/16x16/cross".
+Values = dict[str, torch.Tensor]
 
 
 class Store(Protocol):
@@ -57,7 +56,7 @@ class Store(Protocol):
 
 
 class Capture(Protocol):
-    """One thing that is recorded. Whatever a capture has no need of is left as it is here.
+    """One thing that is recorded. A capture defines only those methods that it needs.
 
     The order of calls: `arrays` when the run is planned; `expect` before each text that is read;
     `begin`; then for each step `expect`, if it `wants` that step the model's call with hooks on
@@ -70,15 +69,15 @@ class Capture(Protocol):
     finishing: str = ""  # what `finish` does, if it takes a while: "Decoding the picture"
 
     def arrays(self) -> list[Array]:
-        """The variables that it adds, with their sizes."""
+        """Return the variables that it adds, with their sizes."""
         return []
 
     def watches(self) -> list[Watch]:
-        """Where it looks."""
+        """Return the modules that it looks at."""
         return []
 
     def wants(self, index: int, first: bool) -> bool:
-        """Whether it looks at a step; `first` is true for the first that this process computes."""
+        """Return whether it looks at a step; `first` is true for the first computed here."""
         return True
 
     def expect(self, call: int | str) -> None:
@@ -113,16 +112,14 @@ class Capture(Protocol):
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """The token positions whose maps are kept, 0 to `end`; the others are summed into one `rest`,
-    if there are any.
-    """
+    """The token positions whose maps are kept: 0 to `end`. The others are summed as `rest`."""
 
     end: int
     tokens: int
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The `token` coordinate: positions, then -1 for `rest`."""
+        """The `token` coordinate: positions, then -1 for `rest`, if there is one."""
         return (*range(self.end + 1), *([-1] if self.end + 1 < self.tokens else []))
 
 
@@ -142,7 +139,7 @@ class Rows:
         return len(self.computed_branches) * self.images
 
     def of(self, branch: str) -> list[int]:
-        """The rows of a branch, one an image."""
+        """Return the rows of a branch, one an image."""
         first = self.computed_branches.index(branch) * self.images
         return list(range(first, first + self.images))
 
@@ -156,12 +153,12 @@ class Rows:
 class Plan:
     """A run about to happen: what decides its shapes, and the captures that record it.
 
-    `tokens` are what each branch's text became, by text encoder. `layers` and `self_layers` are the
-    recorded attention layers with their grids (y, x), in running order; `recorded` are the steps at
-    which they are read, `decoded` those whose latents are decoded. `picture` is what it begins
-    from, (y, x, rgb) uint8; a noising may have `masks`, (y, x) uint8 by word. `words` are those to
-    leave out, with their token positions. The texts of `zeroed_branches` are read by no text
-    encoder: the denoiser is given zeros. `format_version` is that of the recording.
+    `tokens` are each branch's text, by text encoder. `layers` and `self_layers` are the recorded
+    attention layers with their grids (y, x), in running order. `recorded` are the steps at which
+    they are read, `decoded` those whose latents are decoded. `picture` is what the run begins from,
+    (y, x, rgb) uint8; a noising may have `masks`, (y, x) uint8 by word. `words` are those to leave
+    out for the counterfactual, with their token positions. No text encoder reads the texts of
+    `zeroed_branches`: the denoiser gets zeros. `format_version` is that of the recording.
     """
 
     recipe: Recipe
@@ -190,14 +187,14 @@ class Plan:
 
     @property
     def experiment(self) -> Experiment:
-        """What a generation was asked for. Raise TypeError for any other plan."""
+        """The recipe of a generation. Raise TypeError for any other plan."""
         if not isinstance(self.recipe, Experiment):
             raise TypeError(f"a {self.recipe.kind} has no experiment")
         return self.recipe
 
     @property
     def noising(self) -> Noising:
-        """What a noising was asked for. Raise TypeError for any other plan."""
+        """The recipe of a noising. Raise TypeError for any other plan."""
         if not isinstance(self.recipe, Noising):
             raise TypeError(f"a {self.recipe.kind} is no noising")
         return self.recipe
@@ -237,9 +234,7 @@ class Plan:
         return tuple(spec for spec in specs if spec.variable.since <= self.format_version)
 
     def forecast(self) -> dict[str, int]:
-        """Bytes of every variable, uncompressed; chunks of steps that are not recorded take
-        none.
-        """
+        """Return the bytes of every variable, uncompressed; steps that are not recorded count 0."""
         share = len(self.recorded) / self.calls
         return {
             a.path: round(a.nbytes * (share if a.variable.recorded_only else 1))
@@ -248,32 +243,32 @@ class Plan:
 
 
 def by_grid(layers: dict[str, Grid]) -> dict[Grid, list[str]]:
-    """The layers of each grid, the largest grid first."""
+    """Return the layers of each grid, the largest grid first."""
     grids = sorted(set(layers.values()), reverse=True)
     return {grid: [path for path, own in layers.items() if own == grid] for grid in grids}
 
 
 def grid_group(grid: Grid) -> str:
-    """The group of a grid's cross-attention: attention/16x16."""
+    """Return the group of a grid's cross-attention: attention/16x16."""
     return f"attention/{grid[0]}x{grid[1]}"
 
 
 def hooked(*captures: Capture) -> Hooks:
-    """All hooks of some captures, on while the `with` block lasts."""
+    """Return all hooks of some captures; they are on while the `with` block lasts."""
     return Hooks(watch for capture in captures for watch in capture.watches())
 
 
 def numpy_dtype(dtype: torch.dtype) -> str:
-    """The type in which a tensor is stored; bfloat16, which numpy lacks, as float32, exactly."""
+    """Return the type in which a tensor is stored: bfloat16, which numpy lacks, as float32."""
     return "float32" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as it is stored."""
+    """Return a tensor as it is stored."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def dtype_note(dtype: torch.dtype) -> dict[str, str]:
-    """The attribute of a variable that is stored in another type than it was computed in."""
+    """Return the attribute that names the type in which a variable was computed."""
     return {"recorded_dtype": str(dtype).removeprefix("torch.")}

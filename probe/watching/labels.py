@@ -1,6 +1,4 @@
-"""What the axes of attention are called: branches, tokens, the words they belong to, layers, and
-which steps were read.
-"""
+"""Label the axes of attention: branches, tokens, words, layers, and the steps that were read."""
 
 from __future__ import annotations
 
@@ -23,8 +21,9 @@ def token_labels(
     positions: Sequence[int],
     encoder: str | None = None,
 ) -> list[Array]:
-    """The coordinates branch, token, token_text, word and word_index of a group, as a text encoder
-    reads them (default: the first).
+    """Return the coordinates branch, token, token_text, word and word_index of a group.
+
+    They are as a text encoder reads the prompts (default: the first).
     """
     prompts = (
         plan.prompts
@@ -48,14 +47,14 @@ def token_labels(
 
 
 def heads_of(plan: Plan, layers: Sequence[str], grid: Grid) -> int:
-    """The number of heads of the layers of a grid. Raise ExperimentError if they differ."""
-    found = {plan.rehearsal.heads[path] for path in layers}
-    if len(found) > 1:
+    """Return the number of heads of a grid's layers. Raise ExperimentError if they differ."""
+    heads = {plan.rehearsal.heads[path] for path in layers}
+    if len(heads) > 1:
         raise ExperimentError(
             f"capture.layers: the layers at {grid_group(grid)} differ in their number of heads.",
             "Choose layers of one kind.",
         )
-    return found.pop()
+    return heads.pop()
 
 
 class GridLabels(Capture):

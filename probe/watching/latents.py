@@ -1,4 +1,4 @@
-"""The levels of noise, and the latents and predictions of every step."""
+"""Record the levels of noise, and the latents and predictions of every step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dty
 
 
 class Levels(Capture):
-    """The coordinates of a step: its index, timestep, sigma and alpha_bar; the scheduler's whole
-    table; and what is committed.
+    """The coordinates of a step: index, timestep, sigma, alpha_bar, and whether it is committed.
+
+    Beside them the scheduler's whole table of sigmas is recorded.
     """
 
     component = ""
@@ -47,16 +48,10 @@ class Latents(Capture):
         self._plan, self._dtype = plan, model.dtype
 
     def arrays(self) -> list[Array]:
-        shape, dtype, note = (
-            self._plan.latent_shape,
-            numpy_dtype(self._dtype),
-            dtype_note(self._dtype),
-        )
-        names = [
-            "latents",
-            *(f"prediction_{branch}" for branch in self._plan.computed_branches),
-            "prediction",
-        ]
+        shape = self._plan.latent_shape
+        dtype, note = numpy_dtype(self._dtype), dtype_note(self._dtype)
+        branches = [f"prediction_{branch}" for branch in self._plan.computed_branches]
+        names = ["latents", *branches, "prediction"]
         return [
             *(array("latents", name, (self._plan.calls, *shape), dtype, **note) for name in names),
             array("latents", "final_latents", shape, dtype, **note),
@@ -64,9 +59,9 @@ class Latents(Capture):
 
     def take(self, step: Step) -> Values:
         branches = {f"prediction_{branch}": output for branch, output in step.branches.items()}
-        found = {"latents": step.latents, **branches, "prediction": step.prediction}
+        values = {"latents": step.latents, **branches, "prediction": step.prediction}
         # Cloned, because the caller may change what the loop yielded.
-        return {f"latents/{name}": value.clone() for name, value in found.items()}
+        return {f"latents/{name}": value.clone() for name, value in values.items()}
 
     def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
         store.write("latents/final_latents", as_numpy(latents))

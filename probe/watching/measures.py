@@ -1,5 +1,4 @@
-"""The numbers taken from tensors in flight, inside hooks: pure functions, as cheap as they can be
-made exactly.
+"""Take numbers from tensors inside hooks: pure functions, exact, and as cheap as possible.
 
 What was measured to be slow, and is avoided here: passes over scores that have left the cache,
 `var_mean` and `aminmax` over a dimension (six times a sum on a CPU), a float32 norm over a million
@@ -17,8 +16,9 @@ from probe.format.schema import STATISTICS
 
 
 def attention_maps(query: torch.Tensor, key: torch.Tensor, scale: float, rest: int) -> torch.Tensor:
-    """softmax over tokens of the scaled products; the shares of tokens `rest` and later are summed
-    into one.
+    """Return the softmax over tokens of the scaled products of keys and queries.
+
+    The shares of tokens `rest` and later are summed into one.
 
     *Shape:* query (head, pixel, d), key (head, token, d) -> (head, min(token, rest + 1), pixel)
     float32. The scores are made as (token, pixel), so that a map is contiguous from birth, and
@@ -34,31 +34,29 @@ def attention_maps(query: torch.Tensor, key: torch.Tensor, scale: float, rest: i
 
 
 def to_storage(maps: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Probabilities as stored: float16, float32, or `sqrt_u8`, round(255 sqrt(p)), which is off by
-    4e-3 at most.
+    """Return probabilities as stored: float16, float32 or `sqrt_u8`.
+
+    `sqrt_u8` is round(255 sqrt(p)), which is off by 4e-3 at most.
     """
-    return (
-        maps.sqrt().mul_(255).round_().to(torch.uint8)
-        if dtype == "sqrt_u8"
-        else maps.to(getattr(torch, dtype))
-    )
+    if dtype == "sqrt_u8":
+        return maps.sqrt().mul_(255).round_().to(torch.uint8)
+    return maps.to(getattr(torch, dtype))
 
 
 def statistics_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean, standard deviation, least and greatest value of each batch element, (statistic, batch)
-    float32.
+    """Return mean, standard deviation, least and greatest value of each batch element.
+
+    *Shape:* (batch, ...) -> (statistic, batch) float32.
     """
     values = tensor.detach().float()
     flat = values.flatten(1)
     mean = flat.mean(1)
-    apart = values.sub(mean.view(-1, *[1] * (values.ndim - 1))).flatten(
-        2
-    )  # by channel: the norm of fewer values is more exact
-    deviation = torch.linalg.vector_norm(
-        torch.linalg.vector_norm(apart, dim=-1), dim=-1
-    ) / math.sqrt(flat.shape[1])
-    found = {"mean": mean, "std": deviation, "min": flat.amin(1), "max": flat.amax(1)}
-    return torch.stack([found[name] for name in STATISTICS])
+    # By channel first: the norm of fewer values is more exact.
+    apart = values.sub(mean.view(-1, *[1] * (values.ndim - 1))).flatten(2)
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(apart, dim=-1), dim=-1)
+    deviation = norm / math.sqrt(flat.shape[1])
+    statistics = {"mean": mean, "std": deviation, "min": flat.amin(1), "max": flat.amax(1)}
+    return torch.stack([statistics[name] for name in STATISTICS])
 
 
 class Stored(NamedTuple):
@@ -69,20 +67,20 @@ class Stored(NamedTuple):
 
 
 def storage_note(dtype: str) -> Stored:
-    """How maps are stored under `capture.dtype`."""
+    """Return how maps are stored under `capture.dtype`."""
     if dtype == "sqrt_u8":
         return Stored("uint8", {"encoding": "sqrt_u8: p = (code / 255)^2"})
     return Stored(dtype, {})
 
 
 def storage_dtype(dtype: str) -> torch.dtype:
-    """The type of a tensor of maps under `capture.dtype`."""
+    """Return the type of a tensor of maps under `capture.dtype`."""
     kind: torch.dtype = getattr(torch, storage_note(dtype).dtype)
     return kind
 
 
 def pixel_plane(grid: tuple[int, int], device: torch.device | str = "cpu") -> torch.Tensor:
-    """What a map is multiplied with to give its `MOMENTS`: 1, y and x of each pixel.
+    """Return what a map is multiplied with to give its `MOMENTS`: 1, y and x of each pixel.
 
     *Shape:* (pixel, moment).
     """
@@ -92,6 +90,6 @@ def pixel_plane(grid: tuple[int, int], device: torch.device | str = "cpu") -> to
 
 
 def moments_of(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Mass and centroid of each map. *Shape:* (..., pixel) -> (..., moment) float32."""
+    """Return mass and centroid of each map. *Shape:* (..., pixel) -> (..., moment) float32."""
     sums = maps @ pixel_plane(grid, maps.device)
     return torch.cat([sums[..., :1], sums[..., 1:] / sums[..., :1]], dim=-1)

@@ -1,6 +1,4 @@
-"""Outputs of modules: their statistics, or the whole of them, for the denoiser, the VAE and the
-text encoder.
-"""
+"""Record outputs of modules, whole or as statistics, of denoiser, VAE and text encoder."""
 
 from __future__ import annotations
 
@@ -23,10 +21,9 @@ from probe.watching.selection import activation_paths, statistic_paths
 
 
 class ModuleOutputs:
-    """Outputs of modules of one component, read by hooks: `take` gives their statistics and the
-    whole of them.
+    """Outputs of modules of one component, read by hooks.
 
-    Statistics are (statistic, batch, module) in float32, or None; whole outputs come by path,
+    `take` gives statistics, (statistic, batch, module) float32 or None, and whole outputs by path,
     (batch, ...).
     """
 
@@ -39,10 +36,8 @@ class ModuleOutputs:
         replace: bool = False,
     ):
         self._modules = {f"{component}.{path}": part for path, part in module.named_modules()}
-        self.statistics, self.whole = (
-            list(statistics),
-            [path for path in whole if path in self._modules],
-        )
+        self.statistics = list(statistics)
+        self.whole = [path for path in whole if path in self._modules]
         self._numbers, self._wholes = Tray(self.statistics, replace), Tray(self.whole, replace)
 
     def watches(self) -> list[Watch]:
@@ -77,14 +72,12 @@ class ModuleOutputs:
 
 
 def variable_of(path: str) -> str:
-    """Where the whole output of a module is: "unet.mid_block" -> "unet/mid_block/activation"."""
+    """Return the variable of a module's output: "unet.mid_block" -> "unet/mid_block/activation"."""
     return f"{path.replace('.', '/', 1)}/activation"
 
 
 class UnetOutputs(Capture):
-    """Statistics and whole outputs of the denoiser's modules, at each step, with axes for branch
-    and image.
-    """
+    """Statistics and whole outputs of the denoiser's modules at each step, by branch and image."""
 
     component = "unet"
 
@@ -122,9 +115,8 @@ class VaeOutputs(Capture):
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._dtype = plan, model.decoding_dtype
-        self._outputs = outputs_of(
-            model, plan, self.component, replace=True
-        )  # a VAE decodes again in float32
+        # A VAE that overflows in float16 decodes again in float32.
+        self._outputs = outputs_of(model, plan, self.component, replace=True)
 
     def arrays(self) -> list[Array]:
         return _arrays(
@@ -171,9 +163,8 @@ class TextOutputs(Capture):
     def begin(self, store: Store) -> None:
         self._flush()
         for path in self._outputs.whole:
-            nothing = torch.zeros_like(
-                self._seen["cond"][path]
-            )  # of a branch that no text encoder reads
+            # Zeros are for a branch that no text encoder reads.
+            nothing = torch.zeros_like(self._seen["cond"][path])
             rows = [
                 self._seen[branch][path] if branch in self._seen else nothing
                 for branch in self._plan.computed_branches
@@ -188,7 +179,7 @@ class TextOutputs(Capture):
 
 
 def outputs_of(model: Family, plan: Plan, component: str, replace: bool = False) -> ModuleOutputs:
-    """The outputs of a component's modules that the experiment asks for."""
+    """Return the outputs of a component's modules that the experiment asks for."""
     module, capture = model.components().get(component, nn.Module()), plan.recipe.capture
     statistics = (
         statistic_paths(model, component, plan.rehearsal)

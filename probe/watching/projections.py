@@ -1,9 +1,8 @@
-"""What attention layers multiply: queries and keys, as `to_q` and `to_k` put them out, and trays to
-collect what is seen.
+"""Read what attention layers multiply: queries and keys, as `to_q` and `to_k` put them out.
 
-The layer's own fused attention stays untouched. Whoever reads the two sides gets them layer by
-layer, while the model works, and has to be sure that they are what the layer used: fused, replaced,
-merged or unknown layers are refused.
+The layer's own fused attention stays untouched. A reader gets both sides layer by layer, while the
+model works. They must be what the layer uses: fused, replaced and merged layers are refused, and
+unknown processors proven.
 """
 
 from __future__ import annotations
@@ -53,11 +52,10 @@ class Tray:
 
 
 class Projections:
-    """Queries and keys of some attention layers: `read(path, query, key, parts)` is called when a
-    layer has made both.
+    """Queries and keys of some attention layers.
 
-    `read` fills `parts`, the layer's part of each variable in `shapes`; `take` gives the whole of
-    them.
+    `read(path, query, key, parts)` is called when a layer has made both. It fills `parts`, the
+    layer's part of each variable in `shapes`; `take` gives these variables.
 
     *Shape:* query (batch, pixel, inner), key (batch, token, inner). Without `tokens`, the keys are
     those of the pixels: self-attention. Raise CaptureError if they are not what the layer
@@ -91,7 +89,7 @@ class Projections:
         return found + self._witness.watches()
 
     def take(self) -> dict[Grid, dict[str, torch.Tensor]]:
-        """The variables of each grid.
+        """Return the variables of each grid.
 
         Raise CaptureError if a layer was not read once since the last time.
         """
@@ -124,7 +122,7 @@ class Projections:
         return hook
 
     def _check(self, path: str, query: torch.Tensor, key: torch.Tensor, module: Any) -> None:
-        """Hold what was seen against the layer's own modules and the planned shape."""
+        """Raise CaptureError for replaced modules, or another shape than planned."""
         if self._watched[path] != (module.to_q, module.to_k):
             raise CaptureError(
                 f"{path}: to_q or to_k was replaced while recording (a LoRA?).",
@@ -142,12 +140,9 @@ class Projections:
 
 
 def refuse_unreadable(path: str, module: Any) -> None:
-    """Raise CaptureError for an attention layer whose queries or keys are not what its to_q and
-    to_k put out.
-    """
-    if (
-        "Fused" in type(module.processor).__name__
-    ):  # not module.fused_projections, which unfusing leaves true
+    """Raise CaptureError for a layer that multiplies other than what to_q and to_k put out."""
+    # Not module.fused_projections: unfusing leaves it true.
+    if "Fused" in type(module.processor).__name__:
         raise CaptureError(
             f"{path} has fused QKV projections, whose queries cannot be read.",
             "Call pipeline.unfuse_qkv_projections() first.",

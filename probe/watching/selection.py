@@ -11,25 +11,17 @@ from probe.format.schema import near
 from probe.watching.rehearsal import Rehearsal
 
 STATISTIC_CLASSES = frozenset(
-    {
-        *("ResnetBlock2D", "Transformer2DModel", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
-        *(
-            "DownBlock2D",
-            "CrossAttnDownBlock2D",
-            "UpBlock2D",
-            "CrossAttnUpBlock2D",
-            "UpDecoderBlock2D",
-        ),
-    }
+    "ResnetBlock2D Transformer2DModel UNetMidBlock2D UNetMidBlock2DCrossAttn DownBlock2D "
+    "CrossAttnDownBlock2D UpBlock2D CrossAttnUpBlock2D UpDecoderBlock2D".split()
 )
 
 
 def attention_layers(
     layers: dict[str, tuple[int, int]], patterns: Sequence[str], field: str = "layers"
 ) -> dict[str, tuple[int, int]]:
-    """Those of `layers` (paths and grids) that `patterns` select.
+    """Return those of `layers` (paths and grids) that `patterns` select.
 
-    Raises ExperimentError if one selects nothing.
+    Raise ExperimentError for a pattern that selects nothing.
     """
     chosen: dict[str, tuple[int, int]] = {}
     grids = {path: f"{y}x{x}" for path, (y, x) in layers.items()}
@@ -51,7 +43,10 @@ def attention_layers(
 
 
 def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]:
-    """The modules that `patterns` select ("unet.mid_block", "vae.decoder.*", ...)."""
+    """Return the modules that `patterns` select ("unet.mid_block", "vae.decoder.*", ...).
+
+    Raise ExperimentError for a pattern that selects none, or only modules that run many times.
+    """
     chosen: dict[str, None] = {}
     for pattern in patterns:
         found = [path for path in rehearsal.outputs if fnmatchcase(path, pattern)]
@@ -72,9 +67,7 @@ def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]
 
 
 def statistic_paths(model: Family, component: str, rehearsal: Rehearsal) -> list[str]:
-    """Blocks, resnets and transformers of a component that run once a call, in the order in which
-    they run.
-    """
+    """Return blocks, resnets and transformers of a component that run once a call, in order."""
     module = getattr(model, component)
     kinds = {f"{component}.{path}": type(part).__name__ for path, part in module.named_modules()}
     return [

@@ -1,6 +1,4 @@
-"""The inside of a text encoder: embeddings, the output of each layer, the final output, and the
-attention of every layer.
-"""
+"""Record the inside of a text encoder: embeddings, layers, their attention, and the output."""
 
 from __future__ import annotations
 
@@ -27,9 +25,9 @@ LAYERED = ("hidden", "attention")  # variables whose first axis counts the layer
 class TextEncoder(Capture):
     """What a text encoder makes of each branch's prompt.
 
-    Of a branch that no text encoder reads, zeros are recorded, as the denoiser gets zeros for it.
-    Each layer's attention is proven: softmax(q k^T) v has to be what it writes. Raise CaptureError
-    if it is not.
+    For a branch that no text encoder reads, zeros are recorded, as the denoiser gets zeros. Each
+    layer's attention is proven: softmax(q k^T) v must be what it writes. Raise CaptureError if it
+    is not.
     """
 
     def __init__(self, model: Family, plan: Plan, component: str = "text_encoder"):

@@ -1,9 +1,8 @@
-"""The text side of cross-attention: what each token offers. It depends on the prompt alone, so it
-is read once a run.
+"""The text side of cross-attention: what each token offers. It is read once a run.
 
-Attention says how much of a token a place takes, |v W_O| how large that is which it takes: the
-length of the token's value through the layer's output matrix (Kobayashi et al. 2020, "Attention is
-not only a weight").
+It depends on the prompt alone. Attention says how much of a token a place takes. |v W_O| says how
+large that is: the length of the token's value after the layer's output matrix (Kobayashi et al.
+2020, "Attention is not only a weight").
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ from probe.watching.rehearsal import cross_attention
 
 
 class TextSide(Capture):
-    """Value sizes (branch, token, layer, head) float32; with capture.attention: queries, also the
-    keys of every token.
+    """The size of each token's value; with `capture.attention: queries`, also every token's key.
+
+    *Shape:* (branch, token, layer, head) float32, keys with (key_feature) last.
     """
 
     def __init__(self, model: Family, plan: Plan):
@@ -82,7 +82,7 @@ class TextSide(Capture):
         return hook
 
     def _merged(self, sizes: torch.Tensor) -> torch.Tensor:
-        """The sizes of the kept tokens; `rest` has the mean size of its tokens."""
+        """Return the sizes of the kept tokens; `rest` has the mean size of its tokens."""
         end = self._plan.kept.end
         if end + 1 >= self._plan.kept.tokens:
             return sizes
@@ -98,7 +98,7 @@ def scaled_keys(key: torch.Tensor, module: Any) -> torch.Tensor:
 
 
 def written_sizes(value: torch.Tensor, module: Any) -> torch.Tensor:
-    """|v W_O| of each token and head: the length of what it adds to the picture.
+    """Return |v W_O| of each token and head: the length of what it adds to the picture.
 
     *Shape:* (n, token, inner) -> (n, token, head).
     """
@@ -108,9 +108,8 @@ def written_sizes(value: torch.Tensor, module: Any) -> torch.Tensor:
         weight = output.weight.float().unflatten(1, (module.heads, -1))  # (out, head, feature)
         written: torch.Tensor = torch.einsum("nthd,ohd->ntho", wide, weight)
         return written.square().sum(-1).sqrt()
-    # An adapter sits on the matrix (LoRA): what the whole of it makes of one head alone, less what
-    # it makes of nothing.
+    # An adapter sits on the matrix (LoRA): its output for one head alone, less that for nothing.
     one_head = torch.eye(module.heads, device=value.device)[:, :, None]
     alone = (wide[:, :, None] * one_head).flatten(-2).to(value.dtype)  # (n, token, head, inner)
-    whole: torch.Tensor = output.forward(alone) - output.forward(torch.zeros_like(alone))
-    return whole.float().square().sum(-1).sqrt()
+    added: torch.Tensor = output.forward(alone) - output.forward(torch.zeros_like(alone))
+    return added.float().square().sum(-1).sqrt()
