@@ -444,8 +444,7 @@ show(
 # predicted. Training draws a picture, a timestep and a noise, computes the loss, moves each weight
 # a little to where the loss falls, and begins again, very often. That is the whole objective:
 #
-# $$L = \mathbb{E}_{x_0, t, \varepsilon} \left\| \varepsilon - \varepsilon_\theta(x_t, t,
-# \text{text}) \right\|^2$$
+# $$L = \mathbb{E}_{x_0,t,\varepsilon} \|\varepsilon - \varepsilon_\theta(x_t, t, \text{text})\|^2$$
 #
 # How large is it? That depends on $t$, and for each $t$ on the noise one happens to draw, so we
 # draw several. Beside it stands a lazy student, who calls the whole of the input noise. Where there
@@ -660,10 +659,8 @@ for index, word in enumerate(maps["word"].values):
             colours,
         )
     )
-note = (
-    "a word's share of each place's attention, in a model trained to bind nouns to words; mean "
-    "over heads, then layers; one scale a word"
-)
+note = "a word's share of each place's attention, in a model trained to bind nouns to words; "
+note += "mean over heads, then layers; one scale a word"
 show(
     "4-attention", sheet("Where the picture looked at each word", note, list(spans), rows, cell=160)
 )
@@ -675,16 +672,16 @@ show(
 # let it run. It is only slow. The idea of Stable Diffusion (Rombach et al. 2022) is to squeeze
 # first, to diffuse what was squeezed, and to paint once at the end.
 #
-# How slow? We count the floating-point operations of one call of the *same* UNet on latents and on
-# pixels: on the meta device, so that nothing is estimated and nothing has to run. Convolutions grow
-# with the number of places. Attention, in which every place of a layer looks at every other, grows
-# with its *square*.
+# How slow? We count the floating-point operations of one call of the *same* UNet, on latents and
+# on pixels. The meta device does it, so
+# that nothing is estimated and nothing has to run. Convolutions grow with the number of places.
+# Attention, in which every place of a layer looks at every other, grows with its *square*.
 #
-# Nobody has to pay all of that: a model for pixels can do with attention on coarse grids (Ho et al.
-# 2020). So a third UNet is counted: the same on pixels, without attention on grids wider than the
-# widest that Stable Diffusion v1 has on latents. Beside both stands how many times as many places
-# there are. The factors differ because the same UNet pays the square on its widest grids, where the
-# third UNet has no attention layer at all.
+# Nobody has to pay all of that: a model for pixels can do with attention on coarse grids
+# (Ho et al. 2020). So a third UNet is counted: the same on pixels, without attention on grids wider
+# than the widest that Stable Diffusion v1 has on latents. Beside both stands how many times as many
+# places there are. The factors differ because the same UNet pays the square on its widest grids,
+# where the third UNet has no attention layer at all.
 
 
 # %%

@@ -383,7 +383,7 @@ def attention_products(model: Any, side: int) -> int:
 
 
 def pictures_named() -> set[str]:
-    return set(re.findall(r'show\("([\w-]+)"', SOURCE))
+    return set(re.findall(r'show\(\s*"([\w-]+)"', SOURCE))
 
 
 def not_blank(folder: Path) -> set[str]:
