@@ -22,6 +22,7 @@ BLOCK = 4096  # of a file on nearly every disk: it takes a whole number of these
 
 
 def create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
+    """Create every variable of a recording in an empty folder, and write those with a value."""
     told: list[bytes] = []
     flags = b""
     with warnings.catch_warnings():
@@ -51,8 +52,9 @@ def create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) ->
 
 
 def open_array(path: Path, a: Array) -> Any:
-    """The array for writing: parts of bulk through the Rust codecs, `committed` and scalars through
-    zarr-python's atomic store.
+    """Return a variable as a zarr array to write into.
+
+    Variables with a chunk a step go through the Rust codecs, all others through zarr-python.
     """
     pipeline = (
         "zarrs.ZarrsCodecPipeline"
@@ -85,11 +87,11 @@ def fill_value(a: Array) -> float:
 
 
 def layout(a: Array) -> dict[str, Any]:
-    """Type, chunks and checksums of a variable: one file a step, with maps one token a chunk inside
-    it.
+    """Return type, chunks and checksums of a variable, as zarr's `create_array` takes them.
 
-    Lossless compression gains little on noise and probabilities and costs more than it saves; a
-    checksum catches what a disk gets wrong.
+    Each step is one file; of maps, each token is a chunk in that file. Nothing is compressed: on
+    noise and probabilities that costs more than it saves. A checksum catches what a disk gets
+    wrong.
     """
     keys = {
         "name": "default",
@@ -124,8 +126,9 @@ def layout(a: Array) -> dict[str, Any]:
 
 
 def room(arrays: Sequence[Array], sizes: Mapping[str, int]) -> int:
-    """Bytes that a recording takes on a disk, in whole blocks, with metadata and pictures; `sizes`
-    are what is written of each variable.
+    """Return the bytes that a recording takes on a disk, with metadata and pictures.
+
+    Files are counted in whole blocks. `sizes` holds the bytes written of each variable, by path.
     """
     total = number = 0
     for a in arrays:

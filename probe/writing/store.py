@@ -60,8 +60,9 @@ LEFT = ".partial"  # how the name of what a killed writer left ends
 
 
 class RunWriter:
-    """A recording being written. Use it as a context manager: leaving it without `complete()` marks
-    it interrupted or failed.
+    """A recording in the course of being written; use it as a context manager.
+
+    Leaving it without `complete()` marks the recording interrupted or failed.
 
     `arrays` are all variables that it will ever have; those with a value are written at once. With
     `resume`, a recording that was left unfinished is taken over where its last committed step
@@ -161,8 +162,9 @@ class RunWriter:
         files.check_own(self.path)
 
     def _take_over(self, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
-        """Go on with a recording that its writer left: what is committed stays, everything after it
-        is written anew.
+        """Go on with a recording that its writer left.
+
+        What is committed stays. Everything after it is written anew.
         """
         for a in arrays:
             there = self._arrays[a.path]
@@ -196,9 +198,9 @@ class RunWriter:
         self.annotate(**attributes)
 
     def _lines(self) -> dict[str, str] | None:
-        """Its digests so far; None where an older version began it, which kept none.
+        """Return the digests so far, or None if an older version began it and kept none.
 
-        Raises RecordingDamaged.
+        Raise RecordingDamaged.
         """
         attributes = json.loads((self.path / "zarr.json").read_text())["attributes"]
         try:
@@ -381,8 +383,9 @@ def manifest(path: Path) -> dict[str, str]:
 
 
 def is_hashed(name: str) -> bool:
-    """Whether the manifest has a digest of a file: of all but itself, pictures for people, and what
-    a killed writer left.
+    """Return whether the manifest has a digest of a file.
+
+    It has none of itself, of pictures for people, and of what a killed writer left.
     """
     return name != MANIFEST and not name.endswith(LEFT) and not DRAWN.fullmatch(name)
 
