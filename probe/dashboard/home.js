@@ -32,6 +32,7 @@ export default async function ({ data, parentElement }) {
       ask: (run, { what, ...fields }) => get(address(what, { run: data.runs[run], ...fields })),
       changed: (now) => history.replaceState(history.state, "", toAddress(location.search, now, runs[0].meta.steps[now.step]) + location.hash),
     });
+    home.player.box.classList.add("streamlit");
   } catch (error) {
     const problem = document.createElement("p");
     problem.className = "problem";

@@ -20,7 +20,7 @@ PAGES = {
 }
 st.session_state["pages"] = PAGES
 chosen = st.navigation(list(PAGES.values()), position="hidden")
-name, *places, _ = st.columns([1, 1, 1, 2, 1, 4])
+name, *places, _ = st.columns([1, 1, 1, 2, 1, 4], vertical_alignment="center")
 name.html('<h1 class="name">probe</h1>')
 for place, page in zip(places, PAGES.values(), strict=True):
     keep = {"runs": st.query_params.get_all("runs")} if "runs" in st.query_params else {}
