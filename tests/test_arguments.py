@@ -21,7 +21,7 @@ import xarray as xr
 from probe import analysis, noising
 from probe.errors import ExperimentError, ProbeError, PromptError, RecordingNotFound
 from probe.proof.verdict import asked_steps
-from probe.reading.attention import places
+from probe.reading.choice import slice_of
 from probe.reading.listing import list_runs
 from probe.reading.recording import Run, open_run
 from probe.running.recorder import record, record_noising, rerun, resume
@@ -237,10 +237,10 @@ def test_masks_slices_and_text_choose_what_they_say(run: Run) -> None:
 
 def test_indices_in_disorder_are_no_slice(run: Run) -> None:
     """[0, 0, 2] was read as 0 to 2, and [0, 2, 1, 3] as 0 to 3."""
-    assert isinstance(places(np.array([0, 0, 2])), np.ndarray) and isinstance(
-        places(np.array([0, 2, 1, 3])), np.ndarray
+    assert isinstance(slice_of(np.array([0, 0, 2])), np.ndarray) and isinstance(
+        slice_of(np.array([0, 2, 1, 3])), np.ndarray
     )
-    assert places(np.array([2, 3, 4])) == slice(2, 5)
+    assert slice_of(np.array([2, 3, 4])) == slice(2, 5)
     assert list(run.token_maps(steps=[0, 2, 1, 3])["step"].values) == [0, 2, 1, 3]
     every = run.token_maps()
     assert np.array_equal(run.token_maps(steps=[0, 0, 2]).values, every.values[[0, 0, 2]])

@@ -75,7 +75,12 @@ LAYERS = [
     ),
     ("probe.analysis",),
     ("probe.reading.untrusted",),
-    ("probe.reading.shards", "probe.reading.limits", "probe.reading.listing"),
+    (
+        "probe.reading.shards",
+        "probe.reading.limits",
+        "probe.reading.listing",
+        "probe.reading.choice",
+    ),
     ("probe.reading.lazy", "probe.reading.attention", "probe.reading.finding"),
     ("probe.reading.memory",),
     ("probe.reading.recording",),

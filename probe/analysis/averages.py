@@ -66,55 +66,63 @@ def combined(
         one_of("over", dim, ("step", "image", "draw", "layer", "head"))
     one_of("weigh", weigh, get_args(Weigh))
     one_of("method", method, get_args(Method))
-    several = (
-        maps
-        if isinstance(maps, Iterable)
-        and not isinstance(maps, xr.DataArray | np.ndarray | str | bytes)
-        else [maps]
-    )
+    grids = _grids_in(maps)
+    _check_grids(grids, over)
+    sizes = [(maps.sizes["y"], maps.sizes["x"]) for maps in grids]
+    size = max(sizes, key=math.prod) if grid is None else grid_size(grid)
+    heads = [_heads(maps, weigh) if "head" in over else 1 for maps in grids]
+    shares = [
+        (number if weigh == "heads" else 1) / (maps.sizes.get("head", 1) if "head" in over else 1)
+        for maps, number in zip(grids, heads, strict=True)
+    ]
+    total: list[np.ndarray] = []
+    sums: list[xr.DataArray] = []
+    weight, terms = 0.0, 0
+    for maps, number, share in zip(grids, heads, shares, strict=True):
+        inner = [dim for dim in over if dim != "step" and dim in maps.dims]
+        sums, count = _sums_of_grid(maps, "step" in over, inner, size, method)
+        sums = [one.transpose(*(dim for dim in grids[0].dims if dim in one.dims)) for one in sums]
+        part = np.float32(share / max(shares))  # 1 where all layers have as many heads
+        weighted = [part * one.values for one in sums]
+        total = [a + b for a, b in zip(total, weighted, strict=True)] if total else weighted
+        weight += float(part) * math.prod(maps.sizes[dim] for dim in inner) * count
+        terms += number * math.prod(maps.sizes[dim] for dim in inner if dim != "head") * count
+    means = [
+        one.copy(data=values / np.float32(weight)) for one, values in zip(sums, total, strict=True)
+    ]
+    mean = means[0] if "step" in over else stacked(means, grids[0])
+    mean = mean.rename(grids[0].name).assign_attrs(units="1")
+    mean.attrs.pop("terms", None)
+    return mean.assign_attrs(terms=terms) if weigh == "heads" or len(set(heads)) == 1 else mean
+
+
+def _grids_in(maps: xr.DataArray | Sequence[xr.DataArray]) -> list[xr.DataArray]:
+    """Return the maps of each grid as a list. Raise ExperimentError if there are none."""
+    single = isinstance(maps, xr.DataArray | np.ndarray | str | bytes)
+    several = [maps] if single or not isinstance(maps, Iterable) else maps
     grids = [labelled("maps", one, "y", "x") for one in several]
     if not grids:
         raise ExperimentError("maps is empty.", "Give the maps of at least one grid.")
-    _check_grids(grids, over)
-    size = (
-        grid_size(grid)
-        if grid is not None
-        else max(((one.sizes["y"], one.sizes["x"]) for one in grids), key=math.prod)
+    return grids
+
+
+def _sums_of_grid(
+    maps: xr.DataArray,
+    over_steps: bool,
+    inner: Sequence[str],
+    size: tuple[int, int],
+    method: Method,
+) -> tuple[list[xr.DataArray], int]:
+    """Return one grid's maps at `size`, summed over `inner`, and how many steps are in each.
+
+    There is one array a step, or with `over_steps` a single one.
+    """
+    steps, count = (
+        _over_steps(maps, inner if method != "bicubic" else [])
+        if over_steps
+        else (steps_of(maps), 1)
     )
-    heads = [_heads(found, weigh) if "head" in over else 1 for found in grids]
-    added = [found.sizes.get("head", 1) if "head" in over else 1 for found in grids]
-    shares = [
-        (real if weigh == "heads" else 1) / there for real, there in zip(heads, added, strict=True)
-    ]
-    total: list[np.ndarray] = []
-    made: list[xr.DataArray] = []
-    weight, terms = 0.0, 0
-    for found, number, share in zip(grids, heads, shares, strict=True):
-        inner = [dim for dim in over if dim != "step" and dim in found.dims]
-        steps, count = (
-            _over_steps(found, inner if method != "bicubic" else [])
-            if "step" in over
-            else (steps_of(found), 1)
-        )
-        made = [_brought(one, size, method, inner) for one in steps]
-        made = [one.transpose(*(dim for dim in grids[0].dims if dim in one.dims)) for one in made]
-        part = np.float32(
-            share / max(shares)
-        )  # 1 for all grids where all layers have as many heads
-        total = (
-            [a + part * b.values for a, b in zip(total, made, strict=True)]
-            if total
-            else [part * one.values for one in made]
-        )
-        weight += float(part) * math.prod(found.sizes[dim] for dim in inner) * count
-        terms += number * math.prod(found.sizes[dim] for dim in inner if dim != "head") * count
-    parts = [
-        one.copy(data=values / np.float32(weight)) for one, values in zip(made, total, strict=True)
-    ]
-    whole = parts[0] if "step" in over else stacked(parts, grids[0])
-    whole = whole.rename(grids[0].name).assign_attrs(units="1")
-    whole.attrs.pop("terms", None)
-    return whole.assign_attrs(terms=terms) if weigh == "heads" or len(set(heads)) == 1 else whole
+    return [_brought(one, size, method, inner) for one in steps], count
 
 
 def _check_grids(grids: Sequence[xr.DataArray], over: Sequence[str]) -> None:

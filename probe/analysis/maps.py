@@ -255,20 +255,8 @@ def word_maps(
     one_of("merge", merge, ("sum", "mean"))
     labelled("maps", maps, "token")
     if words is None or numbers is None:
-        if lost := [name for name in ("word", "word_index") if name not in maps.coords]:
-            raise ExperimentError(
-                f"These maps have no label {lost[0]}: nothing says which word a token belongs to.",
-                "Give words and numbers.",
-            )
-        labels = {name: maps.coords[name] for name in ("word", "word_index")}
-        if "branch" in labels["word"].dims:
-            if maps.sizes["branch"] > 1:
-                raise ExperimentError(
-                    "The two branches have different tokens.", "Choose one with .sel(branch=...)."
-                )
-            labels = {name: label.isel(branch=0) for name, label in labels.items()}
-        words, numbers = labels["word"].values, labels["word_index"].values
-    places = [
+        words, numbers = _own_words(maps)
+    tokens_of_words = [
         np.flatnonzero(numbers == number)
         for number in sorted({int(number) for number in numbers if number >= 0})
     ]
@@ -277,8 +265,8 @@ def word_maps(
         axis = one.get_axis_num("token")
         values = one.values
         parts = [
-            getattr(values.take(place, axis=axis), merge)(axis=axis, keepdims=True)
-            for place in places
+            getattr(values.take(tokens, axis=axis), merge)(axis=axis, keepdims=True)
+            for tokens in tokens_of_words
         ]
         whole = np.concatenate(parts, axis=axis) if parts else values.take([], axis=axis)
         coords = {name: value for name, value in one.coords.items() if "token" not in value.dims}
@@ -291,13 +279,30 @@ def word_maps(
         )
 
     found = stepwise(merged, maps).transpose(*("word" if d == "token" else d for d in maps.dims))
-    texts = np.array([str(words[place[0]]) for place in places], dtype=object)
+    firsts = [tokens[0] for tokens in tokens_of_words]
+    texts = np.array([str(words[first]) for first in firsts], dtype=object)
     if split and len(texts):
         texts[-1] += STUMP
-    found = found.assign_coords(
-        word=texts, word_index=("word", np.array([int(numbers[place[0]]) for place in places], int))
-    )
+    places = np.array([int(numbers[first]) for first in firsts], int)
+    found = found.assign_coords(word=texts, word_index=("word", places))
     return found.assign_attrs({"cut_from_prompt": cut} if cut else {})
+
+
+def _own_words(maps: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the word of each token and its place in the prompt, as the maps' labels say."""
+    if lost := [name for name in ("word", "word_index") if name not in maps.coords]:
+        raise ExperimentError(
+            f"These maps have no label {lost[0]}: nothing says which word a token belongs to.",
+            "Give words and numbers.",
+        )
+    labels = {name: maps.coords[name] for name in ("word", "word_index")}
+    if "branch" in labels["word"].dims:
+        if maps.sizes["branch"] > 1:
+            raise ExperimentError(
+                "The two branches have different tokens.", "Choose one with .sel(branch=...)."
+            )
+        labels = {name: label.isel(branch=0) for name, label in labels.items()}
+    return labels["word"].values, labels["word_index"].values
 
 
 def word_names(words: xr.DataArray) -> list[str]:

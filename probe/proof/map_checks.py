@@ -40,7 +40,7 @@ def rounding(stored: np.ndarray) -> np.ndarray:
         )
 
 
-def place(values: xr.DataArray, flat: int) -> str:
+def label_of(values: xr.DataArray, flat: int) -> str:
     """Where a value is, by the labels of its dimensions: "attention/8x8, step 2, token 3, layer
     mid_block..., head 1".
     """
@@ -72,7 +72,7 @@ def check_softmax(run: Run) -> Check:
             worst = int(np.nanargmax(np.where(np.isnan(off), np.inf, off))) if off.size else 0
             if off.size and not (np.isnan(off).all() and _nan_is_asked_for(run, part)):
                 left = part.isel(dict.fromkeys(dims, 0))
-                tally.add(float(off.flat[worst]), f"{path}, {place(left, worst)}")
+                tally.add(float(off.flat[worst]), f"{path}, {label_of(left, worst)}")
     for path in _not_zero(run):
         tally.fail(f"{path} is not zero in a branch that no text encoder read")
     return tally.check()
@@ -156,7 +156,7 @@ def check_moments(run: Run) -> Check:
                 spoilt & (run.recipe.on_nan == "record"), 0.0, np.where(np.isnan(off), np.inf, off)
             )
             worst = int(off.argmax())
-            tally.add(float(off.flat[worst]), f"attention/{grid}, {place(measured, worst)}")
+            tally.add(float(off.flat[worst]), f"attention/{grid}, {label_of(measured, worst)}")
             if "head_statistics" in run.tree[f"attention/{grid}"].data_vars:
                 heads = run.variable(f"attention/{grid}/head_statistics").sel(step=step).values
                 tally.add(

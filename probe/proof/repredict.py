@@ -89,11 +89,11 @@ def check_model(run: Run, model: Family, steps: Sequence[int]) -> Iterator[Check
     with threads_of(run):
         weights = model.digest()
         yield check_weights(run.attributes["model"].get("weights"), weights)
-        settled = replan(model, run, on_nan="record")  # whatever is not finite is compared
-        here = describe(model, settled, weights)
+        plan = replan(model, run, on_nan="record")  # whatever is not finite is compared
+        here = describe(model, plan, weights)
         because = tuple(differing_conditions(run.attributes, here))
-        yield check_plan(run, settled, because, _unlike_attributes(run, model, here, because))
-        yield from Again(run, model, settled, because).checks(steps)
+        yield check_plan(run, plan, because, _unlike_attributes(run, model, here, because))
+        yield from ModelCheck(run, model, plan, because).checks(steps)
 
 
 def check_weights(recorded: str | None, here: str) -> Check:
@@ -139,7 +139,7 @@ def _unlike_attributes(
 
 
 def check_plan(
-    run: Run, settled: Plan, because: tuple[str, ...], problems: Iterable[str] = ()
+    run: Run, plan: Plan, because: tuple[str, ...], problems: Iterable[str] = ()
 ) -> Check:
     """Every variable against a plan made anew: names, dimensions, types, and the values that are
     known before the first step.
@@ -153,7 +153,7 @@ def check_plan(
     )
     for problem in problems:
         tally.fail(problem)
-    planned = {a.path: a for a in settled.arrays}
+    planned = {a.path: a for a in plan.arrays}
     for path in sorted(planned.keys() ^ found.keys()):
         tally.fail(f"{path} is {'missing' if path in planned else 'not in the plan'}")
     for path in sorted(planned.keys() & found.keys()):
@@ -181,7 +181,7 @@ def check_plan(
     return tally.check()
 
 
-class Again:
+class ModelCheck:
     """A recording made once more from its recorded latents, into a store that compares: one tally
     for each check.
     """
@@ -281,9 +281,9 @@ class Again:
             yield self.encode.check()
 
     def _compare_maps(self, witness: AttentionWitness, step: int) -> None:
-        settled, maps, attention = self._plan, self.maps, self.attention
-        rows = settled.rows.kept
-        for grid, layers in settled.grids.items():
+        plan, maps, attention = self._plan, self.maps, self.attention
+        rows = plan.rows.kept
+        for grid, layers in plan.grids.items():
             for number, path in enumerate(layers):
                 shares, query, off = witness.take(path, rows)
                 attention.add(off, f"{path}, step {step}")
@@ -296,12 +296,12 @@ class Again:
                     self._in_place(shares, grid),
                     self._in_place(query, grid),
                 )
-        for grid, layers in settled.self_grids.items():
+        for grid, layers in plan.self_grids.items():
             for number, path in enumerate(layers):
                 shares, _, off = witness.take(path, rows)
                 attention.add(off, f"{path}, step {step}")
                 whole = shares.reshape(
-                    -1, settled.latent_shape[0], shares.shape[1], *grid, *grid
+                    -1, plan.latent_shape[0], shares.shape[1], *grid, *grid
                 )  # (branch, image, head, y, x, key_y, key_x)
                 self._count(maps, f"self_{grid_group(grid)}/self", number, path, step, whole)
 

@@ -30,7 +30,7 @@ from probe.proof.label_checks import check_labels
 from probe.proof.map_checks import check_moments, check_softmax, check_sums
 from probe.proof.schema_checks import check_schema, only_the_model_knows
 from probe.proof.unknown import check_unknown
-from probe.reading.attention import Indices
+from probe.reading.choice import Indices
 from probe.reading.recording import Run, with_files
 from probe.system import reading
 from probe.terminal import without_home

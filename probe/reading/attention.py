@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
@@ -28,16 +27,24 @@ from probe import analysis
 from probe.analysis.averages import Weigh, checked_bands
 from probe.analysis.maps import Method, Normalisation
 from probe.analysis.recomputed import recomputed
-from probe.arguments import branch_name, chosen, chosen_steps, grid_size, one_of, texts, told
+from probe.arguments import branch_name, grid_size, one_of, texts, told
 from probe.arguments import text as text_of
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.format.attributes import Attributes
 from probe.format.schema import near
 from probe.public import warn_renamed
+from probe.reading.choice import (
+    Indices,
+    check_there,
+    chosen_layers,
+    chosen_positions,
+    nothing_chosen,
+    several,
+    slice_of,
+)
 from probe.words import STUMP, split_word
 
 Read = Literal["attention", "contribution"]
-Indices = slice | int | Sequence[int] | np.ndarray
 
 
 class Choice(TypedDict, total=False):
@@ -142,7 +149,7 @@ class Attention:
             maps = maps.assign_coords(heads=("layer", np.full(maps.sizes["layer"], heads)))
         recorded = np.flatnonzero(self.variable(f"{group}/recorded").values)
         return maps.isel(
-            step=places(np.intersect1d(recorded, self.steps))
+            step=slice_of(np.intersect1d(recorded, self.steps))
         )  # the same steps at each call, also while more are being written
 
     def contribution(self, grid: str | None = None) -> xr.DataArray:
@@ -169,7 +176,7 @@ class Attention:
                 f"{self.name} has no counterfactual maps.",
                 'Record with capture.counterfactual: ["*"], or a list of words.',
             )
-        return self.variable("counterfactual/change").isel(step=places(self.steps))
+        return self.variable("counterfactual/change").isel(step=slice_of(self.steps))
 
     def tokens(self, branch: str = "cond") -> list[str]:
         """The 77 tokens of the prompt, as text."""
@@ -238,7 +245,7 @@ class Attention:
         branch_name(branch)
         grid = None if grid is None else grid_size(grid)
         if not (patterns := texts("layers", layers)):
-            raise _nothing("layers", layers)
+            raise nothing_chosen("layers", layers)
         across = self.attributes.across
         numbers = {"head": heads, across: images}
         maps = [
@@ -329,7 +336,7 @@ class Attention:
         """
         maps = self.attention()
         stored = self.variable(f"attention/{self.grids[0]}/overview").isel(
-            step=places(maps["step"].values)
+            step=slice_of(maps["step"].values)
         )
         stored = stored.load().transpose(
             "step", ...
@@ -383,31 +390,13 @@ class Attention:
         )
 
     def _layers(self, patterns: Sequence[str]) -> dict[str, list[str]]:
-        """The layers that globs and grids select, by grid."""
-        self.attention()
+        """Return the layers that globs and grids select, by grid."""
+        self.attention()  # raises an error if there are no maps
         recorded = {
             grid: [str(path) for path in self.variable(f"attention/{grid}/layer").values]
             for grid in self.grids
         }
-        every = [path for paths in recorded.values() for path in paths]
-        chosen: set[str] = set()
-        for pattern in patterns:
-            found = recorded.get(pattern) or [path for path in every if fnmatchcase(path, pattern)]
-            if not found:
-                options = [
-                    *recorded,
-                    *dict.fromkeys(f"{path.split('.')[0]}.*" for path in every),
-                    *every,
-                ]
-                raise RecordingNotFound(
-                    f"{pattern!r} matches no layer whose attention {self.name} has.",
-                    near(pattern, options),
-                )
-            chosen.update(found)
-        kept = {
-            grid: [path for path in paths if path in chosen] for grid, paths in recorded.items()
-        }
-        return {grid: paths for grid, paths in kept.items() if paths}
+        return chosen_layers(self.name, recorded, patterns)
 
     def _chosen(
         self,
@@ -418,54 +407,24 @@ class Attention:
         steps: Indices | str,
         numbers: Mapping[str, Indices | None],
     ) -> xr.DataArray:
+        """Return the chosen maps of one grid, still lazy. `numbers` chooses heads and images."""
         maps = self.contribution(grid) if of == "contribution" else self.attention(grid)
         self._check_branch(branch, [str(name) for name in maps["branch"].values])
-        calls = self.variable("committed").size
-        indices = chosen_steps(steps, calls)
-        wanted = (
-            range(calls)[indices]
-            if isinstance(indices, slice)
-            else [step + calls if step < 0 else step for step in indices]
-        )
-        there, paths = (
-            [int(step) for step in maps["step"].values],
-            [str(path) for path in maps["layer"].values],
-        )
-        absent = [step for step in wanted if step not in there]
-        if absent and not isinstance(indices, slice):
-            named = absent[0] if absent[0] >= 0 else absent[0] - calls
-            raise RecordingNotFound(
-                f"{self.name} has no attention maps of step {named}.",
-                f"It has steps {_told(there)}; see capture.steps.",
-            )
-        if there and not set(there) & set(wanted):
-            raise RecordingNotFound(
-                f"{self.name} has attention maps of none of these steps.",
-                f"It has steps {_told(there)}; see capture.steps.",
-            )
+        recorded = [int(step) for step in maps["step"].values]
+        paths = [str(path) for path in maps["layer"].values]
         kept = {
-            "step": [there.index(step) for step in wanted if step in there],
+            "step": chosen_positions(self.name, recorded, steps, self.variable("committed").size),
             "layer": [paths.index(path) for path in layers],
         }
         for dim, given in numbers.items():
             if given is None:
                 continue
-            setting = "heads" if dim == "head" else "images"
-            wished = chosen(setting, given, maps.sizes[dim])
-            several = [*range(maps.sizes[dim])[wished]] if isinstance(wished, slice) else wished
-            if not several:
-                raise _nothing(setting, given)
+            kept[dim] = several(dim, given, maps.sizes[dim])
             if dim == "head":
                 self._check_heads(grid, "single heads were asked for")
-            if wrong := [number for number in several if not 0 <= number < maps.sizes[dim]]:
-                raise RecordingNotFound(
-                    f"{self.name} has no {dim} {wrong[0]} at {grid}.",
-                    f"It has {dim}s 0 to {maps.sizes[dim] - 1}.",
-                )
-            kept[dim] = several
-        return maps.isel({dim: places(np.array(found, int)) for dim, found in kept.items()}).sel(
-            branch=branch, drop=True
-        )
+            check_there(f"{self.name} has no {dim}", grid, dim, kept[dim], maps.sizes[dim])
+        indexers = {dim: slice_of(np.array(index, int)) for dim, index in kept.items()}
+        return maps.isel(indexers).sel(branch=branch, drop=True)
 
     def _check_heads(self, grid: str, why: str) -> None:
         if "head_statistics" in self.tree[f"attention/{grid}"].data_vars:
@@ -491,24 +450,3 @@ class Attention:
                 return f"probe.read_out(run, {text!r})"
             return f"probe ask {shlex.quote(str(self.path))} {word}"
         return f"record with capture.attention: queries, then probe ask latest {word}"
-
-
-def _nothing(setting: str, given: object) -> ExperimentError:
-    return ExperimentError(
-        f"{setting} is {told(given)}: there is nothing to take the mean of.",
-        f"Leave {setting} out for all of them.",
-    )
-
-
-def places(indices: np.ndarray) -> np.ndarray | slice:
-    """Indices as a slice where they follow on one another, which zarr reads in a third of the
-    time.
-    """
-    whole = indices.size and bool((np.diff(indices) == 1).all())
-    return slice(int(indices[0]), int(indices[-1]) + 1) if whole else indices
-
-
-def _told(steps: list[int]) -> str:
-    if steps and steps == list(range(steps[0], steps[-1] + 1)):
-        return f"{steps[0]} to {steps[-1]}"
-    return ", ".join(map(str, steps[:12])) + (", ..." if len(steps) > 12 else "") or "none"

@@ -72,7 +72,7 @@ TEXT = np.dtypes.StringDType()
 # --- the store ------------------------------------------------------------------------------------
 
 
-class Untrusting(Store):
+class CheckedStore(Store):
     """The arrays of a checked recording as a zarr store to read from: plain files of the right
     size, and nothing else.
     """
@@ -88,7 +88,7 @@ class Untrusting(Store):
         self._roomless = 0
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Untrusting) and self.root == other.root
+        return isinstance(other, CheckedStore) and self.root == other.root
 
     def __hash__(self) -> int:
         return hash(self.root)
@@ -195,10 +195,10 @@ class Untrusting(Store):
 # --- the tree -------------------------------------------------------------------------------------
 
 
-class Values(BackendArray):
+class LazyArray(BackendArray):
     """The values of one stored array, read when they are indexed."""
 
-    def __init__(self, store: Untrusting, stored: Stored):
+    def __init__(self, store: CheckedStore, stored: Stored):
         self._store, self._stored = store, stored
         self.shape = stored.shape
         self.dtype = TEXT if stored.dtype is None else stored.dtype
@@ -348,7 +348,7 @@ def open_tree(path: Path) -> xr.DataTree:
 def _tree(path: Path) -> xr.DataTree:
     root = read_root(path)
     groups, arrays = nodes_of(path, root)
-    store = Untrusting(path, arrays)
+    store = CheckedStore(path, arrays)
     labels = _labels(
         store,
         [stored for name, stored in arrays.items() if stored.dims == (name.rpartition("/")[2],)],
@@ -358,7 +358,9 @@ def _tree(path: Path) -> xr.DataTree:
     for name, stored in arrays.items():
         group, _, last = name.rpartition("/")
         values: Any = (
-            labels[name] if name in labels else indexing.LazilyIndexedArray(Values(store, stored))
+            labels[name]
+            if name in labels
+            else indexing.LazilyIndexedArray(LazyArray(store, stored))
         )
         if (
             name not in labels
@@ -403,7 +405,7 @@ def has_files(root: Path, name: str) -> bool:
         return any(entry.name[:1] == "c" for entry in entries)
 
 
-def _labels(store: Untrusting, which: Sequence[Stored]) -> dict[str, np.ndarray]:
+def _labels(store: CheckedStore, which: Sequence[Stored]) -> dict[str, np.ndarray]:
     """The labels of dimensions, which xarray wants at once, in one go; none where one cannot be
     read, which then says so itself.
     """

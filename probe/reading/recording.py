@@ -38,7 +38,8 @@ from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.format.attributes import Attributes, attributes_of
 from probe.format.schema import near
 from probe.public import warn_renamed
-from probe.reading.attention import Attention, Indices, places
+from probe.reading.attention import Attention
+from probe.reading.choice import Indices, slice_of
 from probe.reading.files import read_file, refuse
 from probe.reading.finding import find_run
 from probe.reading.lazy import open_tree
@@ -324,7 +325,7 @@ class Run(Attention):
                 f"{self.name} has no {name}: it ran without guidance.",
                 f"Record with guidance_scale above 1. It has: {found}.",
             )
-        return self.variable(f"latents/{name}").isel(step=places(self.steps))
+        return self.variable(f"latents/{name}").isel(step=slice_of(self.steps))
 
     def _derive(self, formula: Any, branch: str | None, name: str) -> xr.DataArray:
         _check_branch(branch)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -54,8 +54,11 @@ KINDS = {
 SEGMENT = re.compile(r"(?!\.+$|__)[A-Za-z0-9_.+-]{1,200}")
 GRIDDED = re.compile(r"(?:self_)?attention/(?![0-9]{1,5}x[0-9]{1,5}$)[^/]*")
 NODE_KEYS = frozenset(
-    "zarr_format node_type attributes shape data_type chunk_grid chunk_key_encoding fill_value codecs dimension_names".split()
+    "zarr_format node_type attributes shape data_type chunk_grid chunk_key_encoding fill_value "
+    "codecs dimension_names".split()
 )
+KEYS = {"name": "default", "configuration": {"separator": "."}}  # how chunks' files are named
+Refusal = Callable[[str], NoReturn]
 
 
 # --- the root -------------------------------------------------------------------------------------
@@ -216,6 +219,8 @@ def _no_links(path: Path, group: str) -> None:
 
 
 def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Stored:
+    """Return one array as its metadata describes it. Raise RecordingDamaged for a strange one."""
+
     def no(what: str) -> NoReturn:
         raise refuse(path, f"{name} {what}")
 
@@ -229,30 +234,46 @@ def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Store
     if not isinstance(kind, str) or (kind != "string" and kind not in DTYPES):
         no("has a type that recordings do not have")
     dtype = DTYPES.get(kind)
-    if (
-        keys != {"name": "default", "configuration": {"separator": "."}}
-        or not isinstance(grid, dict)
-        or grid.get("name") != "regular"
-    ):
+    if keys != KEYS or not isinstance(grid, dict) or grid.get("name") != "regular":
         no("is not laid out as recordings are")
-    shape, dims = _sizes(node.get("shape"), least=0), node.get("dimension_names") or []
-    if noising and isinstance(dims, list):  # format 1 called draws of noise images
-        dims = ["draw" if dim == "image" else dim for dim in dims]
+    shape = _sizes(node.get("shape"), least=0)
     chunks = _sizes((grid.get("configuration") or {}).get("chunk_shape"))
     if shape is None or chunks is None or len(shape) != len(chunks):
         no("has no shape, or its chunks have none")
-    if (
-        not isinstance(dims, list)
-        or len(dims) != len(shape)
-        or len(set(map(str, dims))) < len(dims)
-    ):
-        no("does not name its dimensions")
-    if not all(isinstance(dim, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,60}", dim) for dim in dims):
-        no("has dimensions with strange names")
+    dims = _dimensions(node, len(shape), noising, no)
     try:
         inner = _codecs(node.get("codecs"), dtype)
     except (LookupError, TypeError, AttributeError, ValueError):
         no("is encoded in a way that recordings are not")
+    counts = _check_extent(shape, chunks, inner, no)
+    strings = [text for pair in node["attributes"].items() for text in pair if type(text) is str]
+    if any(UNCLEAN.search(text) or "\n" in text or len(text) > 1000 for text in strings):
+        no("is described with characters that hide what they say")
+    _check_schema(name, shape, dims, kind, noising, no)
+    stored = Stored(name, shape, chunks, inner, dims, dtype, node["attributes"], node)
+    if stored.is_labels and prod(shape) > MAX_LABELS:
+        no("has too many labels")
+    if dtype is None and prod(counts) > 1:
+        no("is text in more than one chunk")
+    return stored
+
+
+def _dimensions(node: dict[str, Any], count: int, noising: bool, no: Refusal) -> tuple[str, ...]:
+    """Return the names of an array's dimensions."""
+    dims = node.get("dimension_names") or []
+    if noising and isinstance(dims, list):  # format 1 called draws of noise images
+        dims = ["draw" if dim == "image" else dim for dim in dims]
+    if not isinstance(dims, list) or len(dims) != count or len(set(map(str, dims))) < count:
+        no("does not name its dimensions")
+    if not all(isinstance(dim, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,60}", dim) for dim in dims):
+        no("has dimensions with strange names")
+    return tuple(dims)
+
+
+def _check_extent(
+    shape: tuple[int, ...], chunks: tuple[int, ...], inner: tuple[int, ...] | None, no: Refusal
+) -> list[int]:
+    """Return how many chunks there are along each axis. Refuse what no recording is as large as."""
     if inner is not None and (
         len(inner) != len(chunks)
         or any(size % part for size, part in zip(chunks, inner, strict=True))
@@ -266,31 +287,30 @@ def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Store
         or prod(shape) * 8 > 2**50
     ):
         no(f"claims a shape of {shorten(' x '.join(map(str, shape)))}, which no recording has")
-    texts = [
-        value
-        for key, value in node["attributes"].items()
-        for value in (key, value)
-        if isinstance(value, str)
-    ]
-    if any(UNCLEAN.search(text) or "\n" in text or len(text) > 1000 for text in texts):
-        no("is described with characters that hide what they say")
+    return counts
+
+
+def _check_schema(
+    name: str,
+    shape: tuple[int, ...],
+    dims: tuple[str, ...],
+    kind: str,
+    noising: bool,
+    no: Refusal,
+) -> None:
+    """Refuse a variable whose dimensions or type are not those of the schema.
+
+    One that the schema does not know is a newer version's, and nothing here reads it.
+    """
     group, _, last = name.rpartition("/")
     try:
         known = replace(array(group, last, shape), across="draw" if noising else "image")
-        allowed = KINDS.get(known.variable.dtype, (known.variable.dtype,))
-        if known.dims != tuple(dims) or kind not in allowed:
-            no(
-                f"is {kind} ({', '.join(dims)}), and not {' or '.join(allowed)} "
-                f"({', '.join(known.dims)})"
-            )
-    except KeyError:  # a newer version's: nothing here reads it
-        pass
-    stored = Stored(name, shape, chunks, inner, tuple(dims), dtype, node["attributes"], node)
-    if stored.is_labels and prod(shape) > MAX_LABELS:
-        no("has too many labels")
-    if dtype is None and prod(counts) > 1:
-        no("is text in more than one chunk")
-    return stored
+    except KeyError:
+        return
+    allowed = KINDS.get(known.variable.dtype, (known.variable.dtype,))
+    if known.dims != dims or kind not in allowed:
+        expected = f"{' or '.join(allowed)} ({', '.join(known.dims)})"
+        no(f"is {kind} ({', '.join(dims)}), and not {expected}")
 
 
 def _sizes(found: object, least: int = 1) -> tuple[int, ...] | None:
