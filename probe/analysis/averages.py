@@ -1,18 +1,22 @@
-"""Maps of many steps, layers, heads and grids as few: means that never hold more than one step.
+"""Means of maps over steps, layers, heads and grids. They never hold more than one step.
 
-    maps = [run.attention(grid) for grid in run.grids]       # (step, token, branch, image, layer, head, y, x), one for each grid
-    tokens = combined(maps)                                  # (step, token, branch, image, y, x): the mean over layers and heads
-    by_sigma(tokens, 4, run.variable("sigma"))               # (band, token, branch, image, y, x): at which noise level
-    word_maps(tokens.sel(branch="cond"))                     # (step, word, image, y, x)
+    maps = [run.attention(grid) for grid in run.grids]
+    tokens = combined(maps)                      # (step, token, branch, image, y, x)
+    by_sigma(tokens, 4, run.variable("sigma"))   # (band, token, branch, image, y, x)
+    word_maps(tokens.sel(branch="cond"))         # (step, word, image, y, x)
 
-The mean over layers and heads is one definition everywhere: first over the heads in each layer,
+The mean over layers and heads has one definition everywhere: first over the heads in each layer,
 then over the layers of all grids.
 
-DAAM's global map (Tang et al. 2022, arXiv:2210.04885) weighs every head alike. Its code (castorini/daam) leaves out the mid block, and
-grids an eighth of the latents' size. Given the maps of the other layers, it is
-    word_maps(combined(maps, over=("step", "layer", "head"), method="bicubic", weigh="heads").sel(branch="cond"), merge="mean")
-for each step; the code sums over steps, the paper also over layers and heads: multiply by their number. It needs the maps of every
-head, which a `summary` recording has not: each is clipped where bicubic interpolation undershoots.
+DAAM's global map (Tang et al. 2022, arXiv:2210.04885) weighs every head alike:
+
+    every = combined(maps, ("step", "layer", "head"), method="bicubic", weigh="heads")
+    word_maps(every.sel(branch="cond"), merge="mean")
+
+DAAM's code (castorini/daam) leaves out the mid block, and grids an eighth of the latents' size:
+give it the maps of the other layers. The code sums over steps, the paper also over layers and
+heads; multiply by their number. Each head's map is clipped where bicubic interpolation undershoots,
+so the maps of every head are needed. A `summary` recording does not have them.
 """
 
 from __future__ import annotations
@@ -40,26 +44,23 @@ def combined(
     method: Method = "bilinear",
     weigh: Weigh = "layers",
 ) -> xr.DataArray:
-    """Maps of all grids as one: each brought to `grid`, (y, x), default the largest given; then the
-    mean over `over`.
+    """Return maps of all grids as one: each brought to `grid`, then the mean over `over`.
 
-    *Shape:* (step, token, branch, image, layer, head, y, x) -> the same without what is in `over`
-    ("step", "image", "layer", "head"; of a noising "draw" for "image"), float32. A step that was
-    not recorded stays NaN, and does not count where "step" is in `over`.
+    *Shape:* (step, token, branch, image, layer, head, y, x) -> the same without what is in `over`,
+    float32. `over` may have "step", "image" (of a noising "draw"), "layer" and "head". `grid` is
+    (y, x), default the largest given. A step that was not recorded stays NaN; a mean over steps
+    leaves it out.
 
-    `weigh` says what counts the same. "layers": each layer, as the mean over its heads. "heads":
-    each head, so that a layer with more heads counts more. They are the same where all layers have
-    as many heads. The maps of a `summary` recording are means over heads already: their coordinate
-    `heads` says of how many.
+    With weigh="layers" each layer counts the same, as the mean over its heads; with "heads" each
+    head does. The two agree if all layers have as many heads. A `summary` recording has means over
+    heads: their label `heads` says of how many.
 
-    The attribute `terms` is the number of maps: mean times `terms` is the sum, which DAAM's paper
-    has. It is left out where layers have unlike numbers of heads and `weigh` is "layers": no
-    multiple of that mean is the sum. Bicubic maps are clipped at 0 after the sum over steps and
-    before all others, as DAAM's code does it; of a `summary`, after the mean over heads.
+    The mean times the attribute `terms` is the sum. It is left out if no number of terms gives it:
+    layers have different numbers of heads, and `weigh` is "layers". Bicubic maps are clipped at 0
+    after the sum over steps, as in DAAM's code.
 
-    Raises RecordingNotFound when no step was recorded, and ExperimentError for another dimension or
-    weight, for grids of unlike steps, and for grids whose layers or heads cannot be kept apart,
-    since they differ.
+    Raises RecordingNotFound if no step was recorded. Raises ExperimentError for a wrong setting,
+    and for grids that differ in steps, or in layers or heads that are to be kept.
     """
     over = texts("over", over)
     for dim in over:
@@ -126,7 +127,7 @@ def _sums_of_grid(
 
 
 def _check_grids(grids: Sequence[xr.DataArray], over: Sequence[str]) -> None:
-    """Whether maps of several grids can become one."""
+    """Raise ExperimentError if maps of several grids cannot become one."""
     if len(grids) > 1 and "layer" not in over:
         raise ExperimentError(
             "These maps are of several grids, which have different layers.",
@@ -144,7 +145,7 @@ def _check_grids(grids: Sequence[xr.DataArray], over: Sequence[str]) -> None:
 
 
 def _heads(maps: xr.DataArray, weigh: Weigh) -> int:
-    """How many heads each layer has: those there are, times those that each is the mean of."""
+    """Return how many heads each layer has: those there are, times what each is a mean of."""
     behind = np.unique(maps["heads"].values) if "heads" in maps.coords else np.array([1])
     if len(behind) > 1 and weigh == "heads":
         raise ExperimentError(
@@ -157,8 +158,9 @@ def _heads(maps: xr.DataArray, weigh: Weigh) -> int:
 def _brought(
     one: xr.DataArray, size: tuple[int, int], method: Method, inner: Sequence[str]
 ) -> xr.DataArray:
-    """A step's maps at another grid, summed over `inner`: before, where that is the same and less
-    work.
+    """Return a step's maps at another grid, summed over `inner`.
+
+    The sum comes first where that gives the same: it is less work.
     """
     dims = [dim for dim in inner if dim in one.dims]
     if method == "bicubic":
@@ -167,9 +169,7 @@ def _brought(
 
 
 def _over_steps(maps: xr.DataArray, inner: Sequence[str]) -> tuple[Iterable[xr.DataArray], int]:
-    """The sum over the steps that were recorded, and over `inner`; and how many steps there
-    were.
-    """
+    """Return the sum over the recorded steps and over `inner`, and how many steps there were."""
     total: xr.DataArray | None = None
     count = 0
     for one in steps_of(maps):
@@ -187,15 +187,17 @@ def _over_steps(maps: xr.DataArray, inner: Sequence[str]) -> tuple[Iterable[xr.D
 def by_sigma(
     maps: xr.DataArray, bands: int | Sequence[float] = 3, sigma: xr.DataArray | None = None
 ) -> xr.DataArray:
-    """The mean over the steps of each band of noise levels, the noisiest first: maps resolved in
-    time.
+    """Return the mean over the steps of each band of noise levels, the noisiest first.
 
-    *Shape:* (step, ...) -> (band, ...), labelled by `sigma_from` and `sigma_to` (from <= sigma <
-    to; the noisiest band has its upper end too) and by `steps`, the number of steps in it. `bands`:
-    how many, of equal width in log sigma, or their edges, rising; a step outside of the edges is in
-    no band. `sigma`: over `step`, where `maps` has no such coordinate. A band without steps is NaN.
-    Raises RecordingNotFound when no step was recorded, and ExperimentError for edges that do not
-    rise, for maps without a step axis, and for maps without noise levels.
+    *Shape:* (step, ...) -> (band, ...). Labels: `sigma_from` and `sigma_to` (from <= sigma < to;
+    the noisiest band includes its upper end), and `steps`, the number of steps in the band.
+
+    `bands` is their number, of equal width in log sigma, or their rising edges. A step outside of
+    the edges is in no band; a band without steps is NaN. `sigma` gives the level of each step, if
+    `maps` has no such label.
+
+    Raises RecordingNotFound if no step was recorded. Raises ExperimentError for edges that do not
+    rise, and for maps without steps or noise levels.
     """
     if sigma is not None:
         labelled("sigma", sigma, "step")
@@ -234,8 +236,9 @@ def by_sigma(
 
 
 def _edges(levels: np.ndarray, bands: int | Sequence[float]) -> np.ndarray:
-    """The edges of the bands, rising; 0 and infinity, which have no logarithm, are in the
-    outermost.
+    """Return the edges of the bands, rising.
+
+    0 and infinity have no logarithm, and are in the outermost bands.
     """
     if isinstance(bands, int):
         between = levels[np.isfinite(levels) & (levels > 0)]
@@ -250,7 +253,7 @@ def _edges(levels: np.ndarray, bands: int | Sequence[float]) -> np.ndarray:
 
 
 def checked_bands(bands: int | Sequence[float]) -> int | list[float]:
-    """Bands as a number from 1, or as edges that rise. Raises ExperimentError for anything else."""
+    """Return bands as a number from 1, or as rising edges. Raises ExperimentError otherwise."""
     if (
         isinstance(bands, int | np.integer)
         and not isinstance(bands, bool)

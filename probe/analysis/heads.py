@@ -1,14 +1,12 @@
-"""What single heads do: how narrow their maps are, what they look at, how they change; which heads
-find a word; what is written.
+"""What single heads do: how narrow their maps are, what they look at, which find a word.
 
-    found = head_statistics(run.attention("16x16"))      # entropy, concentration, mass, change: (step, token, ..., layer, head)
-    by_kind(found["mass"])                               # of all attention, the shares of BOS, words, other, EOS and rest
-    overlap(word_maps(maps))                             # (step, word, other_word, ...): do two words share a place?
-    ranked_heads(scores)                                 # chosen on one half of the scenes, reported on the other
-    contribution(maps, run.variable("attention/16x16/value_size"))     # attention times the size of what a token writes
+    found = head_statistics(run.attention("16x16"))   # (step, token, ..., layer, head)
+    by_kind(found["mass"])         # shares of BOS, words, other, EOS and rest
+    overlap(word_maps(maps))       # (step, word, other_word, ...): do two words share a place?
+    ranked_heads(scores)           # chosen on half of the scenes, reported on the others
+    contribution(maps, sizes)      # attention times the size of what a token writes
 
-Maps are read one step at a time. Nothing is dropped in silence: BOS, EOS and rest are in every
-result that has tokens.
+Maps are read one step at a time. BOS, EOS and rest are in every result that has tokens.
 """
 
 from __future__ import annotations
@@ -32,16 +30,23 @@ KINDS = ("BOS", "words", "other", "EOS", "rest")
 
 
 def head_statistics(maps: xr.DataArray) -> xr.Dataset:
-    """What each map is like, in four numbers. *Shape:* (..., y, x) -> each (...), float32.
+    """Return what each map is like, in four numbers.
 
-    `mass`: the mean over pixels, a token's share of all attention; over all tokens it sums to 1.
-    `entropy`: of the map as a distribution over space, in nats, from 0 (one pixel) to ln of the
-    number of pixels (even). `concentration`: the Gini index, from 0 (even) to nearly 1 (one pixel);
-    it does not change when a map is scaled, nor when each pixel becomes four, so that grids can be
-    compared (Hurley and Rickard 2009, arXiv:0811.4706, on measures of sparseness). `change`: how
-    much of the map, as a distribution, moved since the step before that was recorded, from 0 to 1
-    (total variation); NaN at the first. A map that is 0 everywhere has no shape: NaN, but for its
-    mass.
+    *Shape:* (..., y, x) -> each (...), float32.
+
+    `mass` is the mean over pixels, a token's share of all attention. Over all tokens it sums to 1.
+
+    `entropy` is that of the map as a distribution over space, in nats: from 0 (one pixel) to ln of
+    the number of pixels (even).
+
+    `concentration` is the Gini index, from 0 (even) to nearly 1 (one pixel). It stays the same when
+    a map is scaled or each pixel becomes four, so that grids can be compared (Hurley and Rickard
+    2009, arXiv:0811.4706).
+
+    `change` is how much of the distribution moved since the recorded step before, from 0 to 1
+    (total variation). It is NaN at the first step.
+
+    A map that is 0 everywhere has no shape: all but its mass are NaN.
     """
     rows: dict[str, list[xr.DataArray]] = {
         "mass": [],
@@ -77,8 +82,9 @@ def _entropy(share: xr.DataArray) -> xr.DataArray:
 
 
 def _gini(share: xr.DataArray) -> xr.DataArray:
-    """The Gini index of maps that each sum to 1: the weighted sum of their values in rising
-    order.
+    """Return the Gini index of maps that each sum to 1.
+
+    It is the weighted sum of their values in rising order.
     """
     last = share.transpose(..., "y", "x")
     rising = np.sort(last.values.reshape(*last.shape[:-2], -1), axis=-1)
@@ -90,13 +96,14 @@ def _gini(share: xr.DataArray) -> xr.DataArray:
 
 
 def overlap(words: xr.DataArray, how: Literal["cosine", "iou"] = "cosine") -> xr.DataArray:
-    """How much the maps of two words are in one place, for each two. *Shape:* (word, ..., y, x) ->
-    (word, ..., other_word), in 0..1.
+    """Return how much the maps of two words are in one place, for each two, from 0 to 1.
 
-    "cosine": of the angle between them; high for any two maps that are nearly even. "iou": both
-    from 0 at their least to 1 at their greatest value, the sum of the lesser over the sum of the
-    greater (the Jaccard index of fuzzy sets). NaN where a map is 0 everywhere, or for "iou" where
-    both are constant. Raises ExperimentError for another measure.
+    *Shape:* (word, ..., y, x) -> (word, ..., other_word).
+
+    "cosine" is that of the angle between them; it is high for any two maps that are nearly even.
+    "iou" scales both by "min-max", and divides the sum of the lesser by that of the greater (the
+    Jaccard index of fuzzy sets). NaN for a map that is 0 everywhere, and for "iou" of two constant
+    maps. Raises ExperimentError for another measure.
     """
     one_of("how", how, ("cosine", "iou"))
     labelled("words", words, "word", "y", "x")
@@ -127,12 +134,13 @@ def overlap(words: xr.DataArray, how: Literal["cosine", "iou"] = "cosine") -> xr
 
 
 def token_kinds(maps: xr.DataArray) -> xr.DataArray:
-    """What each token is, one of `KINDS`. *Shape:* that of the label `word_index`: (token) or
-    (branch, token).
+    """Return what each token is, one of `KINDS`.
 
-    BOS is the first token, EOS the first end of the text. "words" have a word; "other" is between
-    BOS and EOS and has none, as punctuation. "rest" is all after EOS: the padding, kept one by one
-    or as the one sum that a recording calls rest.
+    *Shape:* that of the label `word_index`: (token) or (branch, token).
+
+    BOS is the first token, EOS the first end of the text. "words" have a word. "other" is between
+    BOS and EOS and has none, as punctuation. "rest" is all after EOS: the padding, one by one or
+    summed.
     """
     if lost := [
         name
@@ -171,11 +179,10 @@ def token_kinds(maps: xr.DataArray) -> xr.DataArray:
 
 
 def by_kind(values: xr.DataArray, kinds: xr.DataArray | None = None) -> xr.DataArray:
-    """Values added up by kind of token: masses, or whole maps. *Shape:* (token, ...) -> (kind,
-    ...), every one of `KINDS`.
+    """Return values added up by kind of token: masses, or whole maps.
 
-    `kinds`: what each token is, where `values` has not the labels of tokens. Masses of all tokens
-    sum to 1.
+    *Shape:* (token, ...) -> (kind, ...), with all of `KINDS`. `kinds` says what each token is, if
+    `values` has lost its labels. Masses of all kinds sum to 1.
     """
     labelled("values", values, "token")
     kinds = token_kinds(values) if kinds is None else kinds
@@ -211,16 +218,16 @@ def by_kind(values: xr.DataArray, kinds: xr.DataArray | None = None) -> xr.DataA
 
 
 def ranked_heads(scores: xr.DataArray, seed: int = 0) -> xr.Dataset:
-    """The best heads by their mean score on one half of the scenes, and what they score on the
-    other half, which chose nothing.
+    """Return the best heads on one half of the scenes, and their scores on the other half.
 
     *Shape:* (scene, layer, head) -> `chosen` (rank) and `reported` (rank), means over each half,
-    with each rank's `layer` and `head`; `reported_scores` (reported_scene, rank), from which an
-    interval can be made. Every dimension but `scene` is ranked, the best first. `seed` draws the
-    halves; the coordinates `chosen_scene` and `reported_scene` and the attribute `split` say how.
-    NaN scores (a scene without the word) do not count; heads without any score in the choosing half
-    are left out. Raises ExperimentError for fewer than two scenes, and for scores that are not
-    joined as (scene, layer, head).
+    with each rank's `layer` and `head`; and `reported_scores` (reported_scene, rank), for an
+    interval. Every dimension but `scene` is ranked, the best first.
+
+    `seed` draws the halves. The labels `chosen_scene` and `reported_scene` and the attribute
+    `split` tell them. NaN scores (a scene without the word) do not count. Heads without any score
+    in the choosing half are left out. Raises ExperimentError for fewer than two scenes, and for
+    scores without the dimension `scene`.
     """
     if not isinstance(scores, xr.DataArray) or "scene" not in scores.dims:
         raise ExperimentError(
@@ -278,17 +285,17 @@ def _mean_of_finite(rows: np.ndarray) -> np.ndarray:
 
 
 def contribution(maps: xr.DataArray, sizes: xr.DataArray) -> xr.DataArray:
-    """Attention times |v W_O|, the size of what each token writes: how much of it a pixel is given.
-    Lazy, as `maps`.
+    """Return attention times |v W_O|: the size of what each token writes into a pixel. Lazy.
 
     *Shape:* maps (..., token, ..., layer, head, y, x), sizes (branch, token, layer, head) -> as
-    maps, float32, in the units of the layer's output. BOS, EOS and rest are there beside the words.
-    The size of rest is the mean over its tokens, so that its contribution is exact only where they
-    write alike. What tokens write are vectors: these lengths do not add up to the length of the
-    sum. (Kobayashi et al. 2020, arXiv:2004.10102, for language models.)
+    maps, float32, in the units of the layer's output.
 
-    Raises ExperimentError for maps that have lost the layers, heads or tokens that `sizes` tell
-    apart: multiply before the mean.
+    The size of `rest` is the mean over its tokens: its contribution is exact only if they write
+    alike. What tokens write are vectors, so these lengths do not add up to that of the sum
+    (Kobayashi et al. 2020, arXiv:2004.10102, for language models).
+
+    Raises ExperimentError for maps without the layers, heads or tokens of `sizes`: multiply before
+    you take the mean.
     """
     labelled("maps", maps)
     labelled("sizes", sizes)

@@ -1,15 +1,14 @@
-"""What can be computed from recorded maps: pure functions, without torch and without files. Here:
-numbers, grids and words.
+"""Recorded maps as numbers, on a grid, and merged to words: pure functions, without torch.
 
-    words = word_maps(run.attention("16x16").sel(branch="cond"))     # (step, word, image, layer, head, y, x)
-    phrase(words, "scuba diving")                                    # its words together, wherever it occurs
-    normalised(content_words(words), "words")                        # each pixel's shares over the content words
-    against_others(content_words(words))                             # a word's map less the mean of the others'
+    words = word_maps(run.attention("16x16").sel(branch="cond"))
+    phrase(words, "scuba diving")                 # its words together, wherever it occurs
+    normalised(content_words(words), "words")     # each pixel's shares over the content words
+    against_others(content_words(words))          # a word's map less the mean of the others'
 
-First what works on plain arrays (`probabilities`, `maps_of`, `resize`), then what works on labelled
-ones, which addresses dimensions by name and keeps their labels. What has steps is read one step at
-a time: maps may be given as they lie on the disk. Means over layers, heads and steps are in
-`averages`, the shape of single heads in `heads`, truth in `masks`.
+Plain arrays come first (`probabilities`, `maps_of`, `resize`), then labelled ones. Those address
+dimensions by name and keep their labels. Maps are read one step at a time, and may be given as they
+lie on the disk. For means see `averages`, for single heads `heads`, for comparison with the truth
+`masks`.
 """
 
 from __future__ import annotations
@@ -44,8 +43,9 @@ FUNCTION_WORDS = frozenset(
 
 
 def probabilities(stored: np.ndarray) -> np.ndarray:
-    """Stored maps as float32 probabilities: floats as they are, uint8 as `sqrt_u8` codes, p = (code
-    / 255)^2.
+    """Return stored maps as float32 probabilities.
+
+    Floats stay as they are; uint8 are `sqrt_u8` codes, p = (code / 255)^2.
     """
     if not isinstance(stored, np.ndarray | xr.DataArray) or stored.dtype.kind not in "buif":
         raise ExperimentError(
@@ -58,7 +58,7 @@ def probabilities(stored: np.ndarray) -> np.ndarray:
 
 
 def maps_of(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The maps that a layer's two sides make: softmax over tokens of key . query, in float32.
+    """Return the maps of a layer's two sides: softmax over tokens of key . query, in float32.
 
     *Shape:* query (branch, image, layer, head, key_feature, y, x), key (branch, token, layer, head,
     key_feature) -> (token, branch, image, layer, head, y, x).
@@ -74,12 +74,12 @@ def maps_of(query: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def resize(maps: np.ndarray, grid: tuple[int, int], method: Method = "bilinear") -> np.ndarray:
-    """The last two axes brought to `grid`, in float32. Every method's weights sum to one, so that
-    maps that sum to one still do.
+    """Return maps with the last two axes brought to `grid`, (y, x), in float32.
 
-    "bilinear" and "bicubic" interpolate between pixel centres as torch does (align_corners=False,
-    no antialiasing; bicubic can over- and undershoot); "area" is the mean over what each new pixel
-    covers, with parts of pixels counted as parts. Raises ExperimentError for another method.
+    "bilinear" and "bicubic" interpolate between pixel centres, as torch does with
+    align_corners=False and no antialiasing; bicubic can over- and undershoot. "area" is the mean
+    over what each new pixel covers. The weights of each method sum to one. Raises ExperimentError
+    for another method.
     """
     one_of("method", method, list(_WEIGHTS))
     if maps.shape[-2:] == tuple(grid):
@@ -92,7 +92,7 @@ def resize(maps: np.ndarray, grid: tuple[int, int], method: Method = "bilinear")
 
 
 def _bilinear(source: int, target: int) -> np.ndarray:
-    """The (target, source) matrix of one axis."""
+    """Return the (target, source) matrix of one axis."""
     at = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
     low = np.floor(at).astype(int)
     matrix = np.zeros((target, source), np.float32)
@@ -132,7 +132,7 @@ _WEIGHTS: dict[Method, Callable[[int, int], np.ndarray]] = {
 
 
 def numbers(maps: xr.DataArray) -> xr.DataArray:
-    """Stored maps, read from the disk and decoded: the same labels, float32 (float64 stays)."""
+    """Return stored maps read and decoded: the same labels, float32 (float64 stays)."""
     values = maps.values
     found = maps.copy(
         deep=False, data=values if values.dtype == np.float64 else probabilities(values)
@@ -144,7 +144,7 @@ def numbers(maps: xr.DataArray) -> xr.DataArray:
 
 
 def steps_of(maps: xr.DataArray) -> Iterator[xr.DataArray]:
-    """Maps read and decoded, one step at a time; without a step axis, all at once.
+    """Yield maps read and decoded, one step at a time; without a step axis, all at once.
 
     A step that was not recorded is NaN.
     """
@@ -163,7 +163,7 @@ def steps_of(maps: xr.DataArray) -> Iterator[xr.DataArray]:
 
 
 def stepwise(function: Callable[[xr.DataArray], xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
-    """A function of the maps of one step, applied to each step.
+    """Return a function of the maps of one step, applied to each step.
 
     *Shape:* (step, ...) -> (step, ...); without steps, the function's own.
     """
@@ -171,8 +171,9 @@ def stepwise(function: Callable[[xr.DataArray], xr.DataArray], maps: xr.DataArra
 
 
 def stacked(parts: Sequence[xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
-    """What was computed from each step of `maps`, put together: the steps first, with their labels
-    back. Raises RecordingNotFound for none.
+    """Return what was computed of each step of `maps`, put together: steps first, labelled.
+
+    Raises RecordingNotFound if there is none.
     """
     if "step" not in maps.dims:
         return parts[0]
@@ -190,7 +191,7 @@ def stacked(parts: Sequence[xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
 
 
 def unrecorded() -> RecordingNotFound:
-    """The error for maps without a single step."""
+    """Return the error for maps without a single step."""
     return RecordingNotFound(
         "There are no maps to read: no step was recorded.",
         "Record it again, with capture.steps: all.",
@@ -198,17 +199,15 @@ def unrecorded() -> RecordingNotFound:
 
 
 def missing(one: xr.DataArray) -> bool:
-    """Whether the maps of a step are NaN everywhere, as those of a step that was not recorded
-    are.
-    """
+    """Tell whether a step's maps are NaN everywhere, as those that were not recorded are."""
     values = one.values
     return bool(values.size and np.isnan(values.flat[0]) and np.isnan(values).all())
 
 
 def on_grid(maps: xr.DataArray, grid: tuple[int, int], method: Method = "bilinear") -> xr.DataArray:
-    """Maps (or masks: "area" gives each pixel's covered share) brought to another grid.
+    """Return maps brought to another grid, (y, x).
 
-    *Shape:* (..., y, x), both sizes given as (y, x).
+    *Shape:* (..., y, x) -> (..., y, x). Of masks, "area" gives each pixel's covered share.
     """
     grid = grid_size(grid)
     last = (
@@ -238,19 +237,18 @@ def word_maps(
     cut: str = "",
     split: str = "",
 ) -> xr.DataArray:
-    """Token maps merged to words: each word the sum of its tokens (DAAM takes their mean). Repeated
-    words stay apart.
+    """Return token maps merged to words: each the sum of its tokens (DAAM takes the mean).
 
-    *Shape:* (token, ...) -> (word, ...), labelled by `word`, its text, and `word_index`, its place
-    in the prompt, which tells "cat" from "cat". `words` and `numbers` say of each token which word
-    it belongs to; default: the maps' own labels. Tokens without a word (BOS, EOS, punctuation,
-    `rest`) are left out; `heads.by_kind` says how much they hold. `cut`: the end of the prompt that
-    the model never read, kept as the attribute `cut_from_prompt`, so that `phrase` can say so.
-    `split`: the word that the cut went through, if any (`split_word`); of it only a stump was read,
-    which is called "su…", as it is no word of the prompt.
+    *Shape:* (token, ...) -> (word, ...). Labels: `word`, its text, and `word_index`, its place in
+    the prompt. A word that is there twice stays two. Tokens without a word (BOS, EOS, punctuation,
+    `rest`) are left out; `heads.by_kind` says how much they hold.
 
-    Raises ExperimentError for maps of two branches, whose tokens differ: choose one with
-    .sel(branch=...), and for another `merge`.
+    `words` and `numbers` give each token's word and its place; default: the maps' own labels. `cut`
+    is the end of the prompt that the model never read; it becomes the attribute `cut_from_prompt`.
+    `split` is the word that the cut went through; what was read of it is labelled "su…".
+
+    Raises ExperimentError for another `merge`, and for maps of two branches: choose one with
+    .sel(branch=...).
     """
     one_of("merge", merge, ("sum", "mean"))
     labelled("maps", maps, "token")
@@ -306,7 +304,7 @@ def _own_words(maps: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def word_names(words: xr.DataArray) -> list[str]:
-    """A name of its own for each word, for captions and legends: "cat", "hat", "cat (2)".
+    """Return a name of its own for each word, for captions: "cat", "hat", "cat (2)".
 
     *Shape:* (word, ...) -> one for each word.
     """
@@ -318,7 +316,7 @@ def word_names(words: xr.DataArray) -> list[str]:
 
 
 def content_words(words: xr.DataArray, leave_out: Collection[str] = FUNCTION_WORDS) -> xr.DataArray:
-    """The words that mean something to the eye: all but articles, prepositions and their like.
+    """Return the words that mean something to the eye: no articles, prepositions and their like.
 
     *Shape:* (word, ...) -> (word, ...).
     """
@@ -333,7 +331,7 @@ def content_words(words: xr.DataArray, leave_out: Collection[str] = FUNCTION_WOR
 
 
 def _worded(words: xr.DataArray) -> xr.DataArray:
-    """Maps that have words, each with its label. Raises ExperimentError for others."""
+    """Return maps whose words are labelled. Raise ExperimentError for others."""
     if lost := [
         name
         for name in ("word", "word_index")
@@ -344,12 +342,11 @@ def _worded(words: xr.DataArray) -> xr.DataArray:
 
 
 def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.DataArray:
-    """The words of a phrase together, the sum of their maps, each time they follow one another in
-    the prompt; case does not count.
+    """Return the summed map of words that follow one another, for each time they are there.
 
-    *Shape:* (word, ...) -> (word, ...), one for each time. Raises PromptError when it does not
-    occur, or was cut away: it lists the words that there are, and says by which command (`asking`)
-    one looks for another.
+    *Shape:* (word, ...) -> (word, ...). Case does not count. Raises PromptError if the phrase is
+    not there or was cut away. It lists the words there are, and names the command (`asking`) that
+    looks for another.
     """
     text_of("text", text)
     labels = [str(word) for word in _worded(words)["word"].values]
@@ -371,7 +368,7 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
 
 
 def _not_there(text: str, labels: list[str], cut: str, asking: str) -> PromptError:
-    """The error for a phrase that is not in a prompt, or was cut from it."""
+    """Return the error for a phrase that is not in a prompt, or was cut from it."""
     wanted = spelt(text)
     read = [alike(label) for label in labels]
     stump = read.pop().removesuffix(STUMP) if read and read[-1].endswith(STUMP) else ""
@@ -403,13 +400,14 @@ def _not_there(text: str, labels: list[str], cut: str, asking: str) -> PromptErr
 
 
 def normalised(maps: xr.DataArray, how: Normalisation) -> xr.DataArray:
-    """Maps on one of four scales. *Shape:* (..., y, x), as it was.
+    """Return maps on one of four scales. *Shape:* (..., y, x), as it was.
 
-    "none": as they are, of a pixel's attention the share of a word. "min-max": each map from 0 at
-    its least to 1 at its greatest value; a constant map is 0. "words": each pixel's shares over the
-    words given sum to 1 (give `content_words`, or the common words take part). "space": each map
-    sums to 1. Where there is nothing to share, the shares are equal. NaN stays NaN. Raises
-    ExperimentError for another scale.
+        "none"      as they are: of a pixel's attention, the share of a word
+        "min-max"   each map from 0 at its least to 1 at its greatest value; a constant map is 0
+        "words"     each pixel's shares over the given words sum to 1; give `content_words`
+        "space"     each map sums to 1
+
+    Shares of nothing are equal. NaN stays NaN. Raises ExperimentError for another scale.
     """
     one_of("normalise", how, ("none", "min-max", "words", "space"))
     labelled("maps", maps, *{"words": ("word",), "none": ()}.get(how, ("y", "x")))
@@ -429,11 +427,10 @@ def normalised(maps: xr.DataArray, how: Normalisation) -> xr.DataArray:
 
 
 def against_others(words: xr.DataArray) -> xr.DataArray:
-    """Each word's map less the mean of the other words' maps: where it was looked at more than the
-    others. Give `content_words`.
+    """Return each word's map less the mean of the other words' maps. Give `content_words`.
 
-    *Shape:* (word, ...) -> (word, ...), sums to 0 over words. A word that is there twice has its
-    other place among the others. Raises PromptError when there are fewer than two words.
+    *Shape:* (word, ...) -> (word, ...), sums to 0 over words. Of a word that is there twice, each
+    is among the others of the other. Raises PromptError if there are fewer than two words.
     """
     if labelled("words", words, "word").sizes["word"] < 2:
         there = ", ".join(repr(str(word)) for word in words["word"].values) or "none"

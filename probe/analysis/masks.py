@@ -1,14 +1,14 @@
-"""Masks from maps, and how well either agrees with the truth: exact metrics, by name, for any
-number of maps at once.
+"""Masks from maps, and how well either agrees with the truth.
 
-    masks = threshold(normalised(maps, "min-max"), 0.4)          # or argmax_masks(maps), or threshold(maps, area_threshold(maps, truth))
+    masks = threshold(normalised(maps, "min-max"), 0.4)   # or argmax_masks(maps)
+    masks = threshold(maps, area_threshold(maps, truth))
     iou(masks, truth), mean_iou(masks, truth), pixel_accuracy(masks, truth)
-    average_precision(maps, truth)                               # needs no threshold
-    interval(scores, over="scene")                               # the mean, and how far it can be trusted
+    average_precision(maps, truth)                        # needs no threshold
+    interval(scores, over="scene")                        # the mean, and how far to trust it
 
 Maps and truth meet on one grid: `analysis.on_grid` brings maps to pixels, and masks to a grid by
-the mean over areas. Whatever other dimensions there are (step, layer, head, word, scene) are
-matched by name, and stay.
+the mean over areas. Other dimensions (step, layer, head, word, scene) are matched by name, and
+stay.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ BLOCK = 1 << 20  # values that are sorted at once, which takes 50 MB
 
 
 def threshold(maps: xr.DataArray, at: float | xr.DataArray) -> xr.DataArray:
-    """Where a map reaches a level.
+    """Return where a map reaches a level. NaN reaches nothing.
 
-    *Shape:* maps (..., y, x), `at` a number or (...) -> bool (..., y, x). NaN reaches nothing.
+    *Shape:* maps (..., y, x), `at` a number or (...) -> bool (..., y, x).
     """
     found = numbers(labelled("maps", maps, *SPACE))
     _check_level("at", at)
@@ -41,11 +41,10 @@ def threshold(maps: xr.DataArray, at: float | xr.DataArray) -> xr.DataArray:
 
 
 def argmax_masks(words: xr.DataArray, least: float | xr.DataArray | None = None) -> xr.DataArray:
-    """To each word the pixels where it has the greatest value of all; of equals, the first word in
-    the array.
+    """Return for each word the pixels where it has the greatest value of all words.
 
-    *Shape:* (word, ..., y, x) -> bool, as it was. `least`: a pixel where no word reaches it is
-    nobody's. NaN is never greatest.
+    *Shape:* (word, ..., y, x) -> bool, as it was. Of equals the first word wins; NaN never does.
+    Pixels where no word reaches `least` are nobody's.
     """
     found = numbers(labelled("words", words, "word", *SPACE))
     if least is not None:
@@ -71,12 +70,11 @@ def _check_level(name: str, level: object) -> None:
 
 
 def area_threshold(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
-    """The level at which a map's mask has the true area: with n true pixels, its n-th greatest
-    value; infinity where n is 0.
+    """Return the level at which a map's mask has the area of the truth.
 
-    *Shape:* (..., y, x) and (..., y, x) -> (...). Where values tie at that level the mask is larger
-    than the truth, so that a constant map gives the whole picture and not an arbitrary part of it.
-    This uses the truth's size: say so beside the result.
+    *Shape:* (..., y, x) and (..., y, x) -> (...). With n true pixels it is the n-th greatest value,
+    or infinity if n is 0. If values tie at that level, the mask is larger than the truth: of a
+    constant map it is the whole picture. This uses the truth's size: say so beside the result.
     """
     scores, true = _rows(maps, truth)
     found = np.full(len(scores.rows), np.inf, scores.rows.dtype)
@@ -92,11 +90,12 @@ def area_threshold(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
 
 
 def iou(masks: xr.DataArray, truth: xr.DataArray, pool: Sequence[str] = ()) -> xr.DataArray:
-    """Intersection over union. *Shape:* bool (..., y, x) and bool (..., y, x) -> (...), without
-    `pool`.
+    """Return the intersection over union.
 
-    `pool`: dimensions over which intersections and unions are added up first ("scene": as Pascal
-    VOC does it, where large objects count more); without it, every mask counts the same. NaN where
+    *Shape:* bool (..., y, x) and bool (..., y, x) -> (...), without `pool`.
+
+    `pool` names dimensions over which intersections and unions are added up first. Pascal VOC does
+    so over scenes: large objects then count more. Without it every mask counts the same. NaN if
     both are empty.
     """
     a, b = _masks(masks, truth)
@@ -111,8 +110,9 @@ def mean_iou(
     over: Sequence[str] = ("word",),
     pool: Sequence[str] = (),
 ) -> xr.DataArray:
-    """The mean of `iou` over some dimensions (mIoU); what is undefined, empty in both, does not
-    count. *Shape:* (..., y, x) -> (...).
+    """Return the mean of `iou` over some dimensions (mIoU). Pairs of empty masks do not count.
+
+    *Shape:* (..., y, x) -> (...).
     """
     found = iou(masks, truth, pool)
     return found.mean(_dims("over", over, found), skipna=True).rename("mean_iou")
@@ -121,11 +121,12 @@ def mean_iou(
 def pixel_accuracy(
     masks: xr.DataArray, truth: xr.DataArray, classes: str | None = None
 ) -> xr.DataArray:
-    """The share of pixels where mask and truth say the same. *Shape:* bool (..., y, x) and bool
-    (..., y, x) -> (...).
+    """Return the share of pixels where mask and truth say the same.
 
-    `classes`: a dimension ("word") over which all have to say the same; without it each mask is
-    judged by itself. An empty mask of a small thing has a high accuracy: look at `iou` too.
+    *Shape:* bool (..., y, x) and bool (..., y, x) -> (...).
+
+    `classes` is a dimension ("word") over which all have to say the same; without it each mask is
+    judged by itself. Even an empty mask of a small thing scores high: look at `iou` too.
     """
     a, b = _masks(masks, truth)
     same = a == b
@@ -135,7 +136,7 @@ def pixel_accuracy(
 
 
 def _dims(name: str, given: object, *arrays: xr.DataArray) -> list[str]:
-    """Names of dimensions that one of the arrays has."""
+    """Return names of dimensions. Raise ExperimentError for one that no array has."""
     found = list(dict.fromkeys(texts(name, given)))
     there = [
         str(dim)
@@ -163,7 +164,7 @@ def _masks(masks: xr.DataArray, truth: xr.DataArray) -> tuple[xr.DataArray, xr.D
 
 
 def _aligned(a: xr.DataArray, b: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
-    """Both, whose labels have to be the same. Raises ExperimentError."""
+    """Return both arrays. Raise ExperimentError if their labels differ."""
     try:
         left, right = xr.align(a, b, join="exact", copy=False)
     except xr.AlignmentError as problem:
@@ -187,14 +188,15 @@ def _same_grid(maps: xr.DataArray, truth: xr.DataArray) -> None:
 
 
 def average_precision(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
-    """Average precision of each map as a score of its pixels: the sum over levels of precision
-    times the growth of recall.
+    """Return the average precision of each map as a score of its pixels.
 
     *Shape:* (..., y, x) and bool (..., y, x) -> (...), float64. `truth` may be a plain (y, x)
-    array. Exact, without interpolation, as scikit-learn's `average_precision_score`: equal values
-    are one level, so their order does not matter, and a constant map scores the share of true
-    pixels. Any rising function of a map scores the same. NaN where nothing is true, or the map is
-    not finite.
+    array.
+
+    It is the sum over levels of precision times the growth of recall, without interpolation, as
+    scikit-learn's `average_precision_score`. Equal values are one level, so a constant map scores
+    the share of true pixels. Any rising function of a map scores the same. NaN if nothing is true,
+    or the map is not finite.
     """
     scores, true = _rows(maps, truth)
     found = np.empty(len(scores.rows))
@@ -257,13 +259,14 @@ def interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> xr.Dataset:
-    """The mean over scenes and its bootstrap interval: scenes are drawn again with replacement, the
-    same ones for all scores.
+    """Return the mean over scenes and its bootstrap interval.
 
     *Shape:* (scene, ...) -> `mean`, `low`, `high` and `scenes` (how many counted), each (...).
-    Percentiles of the resampled means (Efron and Tibshirani 1993, chapter 13). NaN scores do not
-    count. Give the difference of two methods on the same scenes to compare them. It says how the
-    result varies with the scenes, not with the seed of the training. Fewer than two scenes: NaN.
+
+    Scenes are drawn again with replacement, the same ones for all scores. The ends are percentiles
+    of the resampled means (Efron and Tibshirani 1993, chapter 13). NaN scores do not count; fewer
+    than two scenes give NaN. To compare two methods, give their difference on the same scenes. The
+    interval says how the result varies with the scenes, and nothing about the seed of the training.
     """
     text("over", over)
     resamples, seed = whole("resamples", resamples, 1, 10**6), whole("seed", seed)

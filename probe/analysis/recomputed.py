@@ -1,10 +1,9 @@
-"""Attention maps that a recording does not hold but that its queries and keys determine: computed
-when they are looked at.
+"""Attention maps that follow from recorded queries and keys, computed when they are read.
 
-    maps = recomputed(query, key)      # a labelled array like recorded maps; nothing is computed yet
+    maps = recomputed(query, key)      # labelled like recorded maps; nothing is computed yet
     maps.sel(step=3, token=5).values   # computes step 3
 
-Whatever reads recorded maps reads these: one step at a time is computed, so memory stays small.
+One step at a time is computed, so that memory stays small.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ DIMS = ("step", "token", "branch", "image", "layer", "head", "y", "x")
 
 
 class _Maps(BackendArray):
+    """The maps as an array that xarray reads lazily."""
+
     def __init__(self, query: xr.DataArray, key: np.ndarray):
         self._query, self._key = query.rename(draw="image") if "draw" in query.dims else query, key
         sizes = {**self._query.sizes, "token": key.shape[1]}
@@ -68,9 +69,11 @@ class _Maps(BackendArray):
 
 
 def recomputed(query: xr.DataArray, key: xr.DataArray) -> xr.DataArray:
-    """Maps from both sides of attention, lazily. *Shape:* query (step, branch, image, layer, head,
-    key_feature, y, x) and key (branch, token, layer, head, key_feature) -> (step, token, branch,
-    image, layer, head, y, x) float32."""
+    """Return maps from both sides of attention, lazily.
+
+    *Shape:* query (step, branch, image, layer, head, key_feature, y, x) and key (branch, token,
+    layer, head, key_feature) -> (step, token, branch, image, layer, head, y, x) float32.
+    """
     sides = key.transpose("branch", "token", "layer", "head", "key_feature").values
     coords = {
         str(name): value

@@ -1,3 +1,4 @@
-"""What a recording proves of itself: each check of `probe.verify`, from checksums to the model
-asked again.
+"""What a recording proves of itself: the checks of `probe.verify`.
+
+They go from checksums to asking the model again.
 """

@@ -1,6 +1,6 @@
 """Attention computed by hand from what the layers multiply, in a way of its own.
 
-`probe.watching` computes the recorded maps; a fault of its own would not show in itself.
+The recorded maps are computed by `probe.watching`, which cannot be its own witness.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from probe.watching.hooks import Watch
 class AttentionWitness:
     """What attention layers multiply, and what leaves them.
 
-    `take` gives a layer's softmax(q k) and how far its output is from it.
+    `take` returns a layer's softmax(q k), and how far its output is from it.
     """
 
     def __init__(self, layers: dict[str, Any]):
@@ -44,8 +44,10 @@ class AttentionWitness:
         return hook
 
     def take(self, path: str, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, float]:
-        """softmax(q k) (row, head, pixel, key) float32, q (row, head, pixel, feature), and
-        softmax(q k) v against the output.
+        """Return the maps and queries of a layer, and how far its output is off.
+
+        *Shape:* softmax(q k) (row, head, pixel, key) float32, q (row, head, pixel, feature). The
+        output is compared with softmax(q k) v through to_out.
         """
         module, seen = self._layers[path], self._seen[path]
         with torch.no_grad():

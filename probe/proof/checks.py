@@ -1,13 +1,14 @@
-"""What a check of a recording finds, and the checks of its files and flags. Without torch and
-without the model.
+"""What a check of a recording finds, and the checks of its files and flags.
 
-    manifest     every file is there, none is new, each has the digest it was written with; every chunk's checksum holds
-    digests      each committed step, and what is written once, has the digest that was written with it, also after an interruption
-    committed    every step is there, or those up to an interruption; maps are where they were asked for
-    picture      the pictures for people show the pixels that were recorded, and no byte of them has changed
+They need neither torch nor the model.
 
-A check gives one `Check`, whose verdict is one of four: exact; within a tolerance, for a reason
-that is named; failed, and where; or not checked, and why. `Tally` makes one of many comparisons.
+    manifest     all files are there, none is new; digests and the checksums of chunks hold
+    digests      each committed step has the digest that was written with it
+    committed    every step is there, or those up to an interruption
+    picture      the pictures for people show the recorded pixels
+
+A check returns one `Check`. Its verdict is "exact", "within tolerance" (with the reason), "failed"
+(with the place) or "not checked" (and why). `Tally` makes one of many comparisons.
 """
 
 from __future__ import annotations
@@ -75,9 +76,7 @@ Verdict = Literal["exact", "within tolerance", "failed", "not checked"]
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was found and where, and, for a tolerance, the reasons for which it is
-    granted.
-    """
+    """One finding: what was found and where. A tolerance names the reasons it is granted for."""
 
     name: str
     verdict: Verdict
@@ -87,9 +86,9 @@ class Check:
 
 @dataclass
 class Tally:
-    """Many comparisons of one check, as one verdict: exact when none is off, else by how much the
-    worst is, and where the first is.
+    """Many comparisons of one check, as one verdict.
 
+    It is exact if none is off. Otherwise it tells how far the worst is off, and where the first is.
     `allowed` is granted only for a reason in `because`; without one, only the same bits pass.
     """
 
@@ -106,7 +105,7 @@ class Tally:
     _failed: list[str] = field(default_factory=list)
 
     def add(self, off: float, where: str) -> None:
-        """One comparison that is `off` by so much; NaN is worse than anything."""
+        """Count one comparison that is `off` by so much. NaN is worse than anything."""
         self.count += 1
         off = float("inf") if np.isnan(off) else off
         if off > (self.allowed if self.because else 0.0):
@@ -115,11 +114,11 @@ class Tally:
             self.worst, self.where = off, where
 
     def fail(self, what: str) -> None:
-        """Something that no tolerance covers."""
+        """Count something that no tolerance covers."""
         self._failed.append(what)
 
     def check(self) -> Check:
-        """The verdict, with where the worst is."""
+        """Return the verdict, with where the worst is."""
         if self._failed:
             more = f" (and {len(self._failed) - 1} more)" if self._failed[1:] else ""
             return Check(self.name, "failed", f"{self.what}: {self._failed[0]}{more}")
@@ -146,7 +145,7 @@ class Tally:
 
 
 def check_manifest(run: Run) -> Check:
-    """Digests of files, and the checksum of every chunk."""
+    """Check the digests of files, and the checksum of every chunk."""
     if not exists(run.path / MANIFEST):
         told = (
             f"the run is {run.status}: its manifest is written at the end; the checksums of "
@@ -177,7 +176,7 @@ def check_manifest(run: Run) -> Check:
 
 
 def files_of(path: Path) -> set[str]:
-    """What the manifest of a recording has to list, by relative path.
+    """Return the files that the manifest of a recording has to list, by relative path.
 
     Raises RecordingDamaged for a link, a pipe or a device.
     """
@@ -207,9 +206,9 @@ def files_of(path: Path) -> set[str]:
 
 
 def digest(run: Run, name: str) -> str:
-    """SHA-256 of one file, as `probe.writing.store.manifest` takes it, a block at a time.
+    """Return the SHA-256 of one file, as `probe.writing.store.manifest` takes it.
 
-    Raises RecordingDamaged for one of a strange size.
+    Raises RecordingDamaged for a hole.
     """
     if name == "zarr.json":  # what is written at the very end is left out
         root = read_root(run.path)
@@ -225,11 +224,10 @@ def digest(run: Run, name: str) -> str:
 
 
 def read_all(run: Run) -> int:
-    """Decode every chunk of every variable, one step at a time, which checks their checksums.
-    Raises ValueError where one is wrong.
+    """Decode every chunk of every variable, and return how many variables there are.
 
-    Of steps that are not committed nothing is promised: a killed writer may have left half a chunk
-    there.
+    Decoding checks the checksums; ValueError says which is wrong. Steps that are not committed are
+    left out: a killed writer may have left half a chunk there.
     """
     count = 0
     for path, variable in variables(run):
@@ -247,14 +245,14 @@ def read_all(run: Run) -> int:
 
 
 def variables(run: Run) -> Iterator[tuple[str, xr.Variable]]:
-    """Every variable and coordinate of a recording by its path, "latents/prediction"."""
+    """Yield every variable and coordinate of a recording by its path, "latents/prediction"."""
     for node in run.tree.subtree:
         for name, variable in node.to_dataset(inherit=False).variables.items():
             yield f"{node.path}/{name}".strip("/"), variable
 
 
 def check_committed(run: Run) -> Check:
-    """Flags of steps, and of the steps at which maps were recorded."""
+    """Check the flags of steps, and of the steps at which maps were recorded."""
     calls, done = run.tree.sizes["step"], len(run.steps)
     flags = run.variable("committed").values
     if not np.isin(flags, (0, 1)).all():
@@ -289,8 +287,9 @@ def check_committed(run: Run) -> Check:
 
 
 def check_digests(run: Run) -> Check:
-    """What was written, step by step, against the lines that its writer added: proof of a recording
-    that has no manifest yet.
+    """Check what was written, step by step, against the lines that its writer added.
+
+    They prove a recording that has no manifest yet.
     """
     if "digests" not in run.attributes:
         return Check(
@@ -328,11 +327,9 @@ def check_digests(run: Run) -> Check:
 def _never_written(
     run: Run, arrays: Mapping[str, Stored], lines: Mapping[str, str], done: int
 ) -> str:
-    """What holds values and has no line, of all that is written step by step; nothing, if all is as
-    a writer leaves it.
+    """Return what holds values and has no line; "" if all is as a writer leaves it.
 
-    One that was killed, or whose disk failed, may have been at the step after the last committed,
-    and at one picture on the way.
+    A writer that was killed may have been at the step after the last committed, and at one picture.
     """
     for path, stored in arrays.items():
         if of_a_step(path, stored.dims) and stored.chunks == (1, *stored.shape[1:]):
@@ -351,7 +348,7 @@ def _never_written(
 
 
 def digest_now(run: Run, arrays: Mapping[str, Stored], what: str) -> str:
-    """The digest that a line would have if it was written now. Empty for what is not there."""
+    """Return the digest that a line would have if it was written now; "" for what is missing."""
     if (step := step_of(what)) is not None:
         return digest_of(
             {
@@ -372,9 +369,7 @@ def digest_now(run: Run, arrays: Mapping[str, Stored], what: str) -> str:
 
 
 def _marks(run: Run, stored: Stored, index: int | None) -> bytes:
-    """What a digest takes of a variable, or of one entry along its first dimension, which may be a
-    step.
-    """
+    """Return what a digest takes of a variable, or of one entry along its first dimension."""
     variable, chunk = run.variable(stored.path).variable, stored.inner or stored.chunks
     if index is None:
         return marks(variable.values, chunk, stored.fill)
@@ -386,9 +381,7 @@ def _marks(run: Run, stored: Stored, index: int | None) -> bytes:
 
 
 def check_picture(run: Run) -> Check:
-    """The PNGs beside the arrays: whoever looks at them sees what was recorded, and every byte is
-    as it was written.
-    """
+    """Check that the PNGs show what was recorded, and that no byte of them has changed."""
     names = sorted(path.name for path in run.path.iterdir() if DRAWN.fullmatch(path.name))
     finals = [name for name in names if name.startswith("picture")]
     sealed = [] if "digests" not in run.attributes else names
@@ -427,9 +420,9 @@ def check_picture(run: Run) -> Check:
 
 
 def _shown(run: Run, name: str, expected: np.ndarray) -> tuple[np.ndarray, str]:
-    """What a PNG shows, and the experiment in it.
+    """Return what a PNG shows, and the recipe in it.
 
-    Nothing is decoded that is not as large as what is expected.
+    A picture of another size than expected is not decoded.
     """
     path, asked = run.path, "noising" if run.kind == "noising" else "experiment"
     raw = read_file(path, name, no_longer(path, name, 2 * expected.nbytes + MAX_SAID))

@@ -17,8 +17,9 @@ PATCH = 16  # pixels along a patch
 
 
 class ComparedStore:
-    """A store that writes nothing: each value is compared with the recorded one, and counted in the
-    tally of its variable.
+    """A store that writes nothing. It compares each value with the recorded one.
+
+    Each is counted in the tally of its variable.
     """
 
     committed = 0
@@ -73,11 +74,12 @@ class ComparedStore:
 
 
 def _pixels_apart(found: np.ndarray, recorded: np.ndarray) -> float:
-    """How far pictures are apart, of their range: the mean over a picture, or an eighth of that
-    over its worst patch.
+    """Return how far pictures are apart, as a share of their range.
 
-    *Shape:* both (image, y, x, rgb) uint8. A patch is `PATCH` x `PATCH` pixels: what is painted
-    over is not averaged away.
+    *Shape:* both (image, y, x, rgb) uint8.
+
+    It is the mean over a picture, or an eighth of that over its worst patch of `PATCH` x `PATCH`
+    pixels if that is more: a spot that was painted over does not vanish in the mean.
     """
     off = np.abs(found.astype(np.float32) - recorded).mean(axis=-1) / 255
     (images, y, x), pad = off.shape, [(0, 0), *((0, -side % PATCH) for side in off.shape[1:])]

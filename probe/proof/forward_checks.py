@@ -1,8 +1,9 @@
-"""Whether what was recorded of a picture with noise in it follows from the picture, the seed and
-the predictions.
+"""Whether a picture with noise in it was recorded right.
 
-forward      without the model: the noise is that of the seeds; of a noising, every difference and loss, and the VAE's round trip
-That the noised latents follow is a matter of `probe.proof.replay`, as in any run.
+    forward      the noise is that of the seeds
+                 a noising: its differences, losses and the VAE's round trip follow
+
+The model is not needed. The noised latents are checked by `probe.proof.replay`, as in any run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROUNDED = 1e-4
 
 
 def check_forward(run: Run) -> Check:
-    """The true noise, and all that is measured by it."""
+    """Check the true noise, and all that is measured by it."""
     clean = clean_of(run)
     if run.kind == "noising":
         tally = Tally(
@@ -46,6 +47,7 @@ def check_forward(run: Run) -> Check:
 
 
 def _measured(run: Run, tally: Tally, clean: torch.Tensor, eps: torch.Tensor) -> None:
+    """Compare what a noising measured at each timestep with what follows from its latents."""
     kind, count = str(run.attributes["prediction_type"]), len(clean)
     if not bool((clean == clean[:1]).all()):
         tally.fail("the draws of noise have not the same clean latents")

@@ -1,7 +1,7 @@
-"""Whether the labels of a recording mean what they say: branches, tokens, words and layers.
+"""Whether labels mean what they say, without torch and without the model.
 
-Without torch and without the model. Tokens have to spell the prompt and mean the same in every
-group. Layers have to stand in the order in which they run.
+Tokens have to spell the prompt, and to be the same in every group. Layers have to stand in the
+order in which they run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Labels = dict[tuple[str, int], TokenLabel]
 
 
 def check_labels(run: Run) -> Check:
-    """Coordinates mean what they say: branches, tokens, words, layers."""
+    """Check branches, tokens, words and layers."""
     found = dict(variables(run))
     texts = [path.removesuffix("/token_text") for path in found if path.endswith("/token_text")]
     problems = [*_wrong_branches(run, found), *_misread(run)]
@@ -79,6 +79,7 @@ def check_labels(run: Run) -> Check:
 
 
 def _wrong_branches(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
+    """Yield groups whose branches are not those of the recipe."""
     asked = run.recipe
     called = tuple(asked.texts)
     kept = tuple(b for b in called if asked.capture.branches in ("both", b))
@@ -90,7 +91,7 @@ def _wrong_branches(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
 
 
 def _labels(run: Run, group: str) -> Labels:
-    """Text, word and word number by branch and token position."""
+    """Return text, word and word number by branch and token position."""
     data = run.tree[group].dataset
     columns = [data[name].transpose("branch", "token").values for name in LABELS]
     return {
@@ -105,13 +106,14 @@ def _labels(run: Run, group: str) -> Labels:
 
 
 def _unlike_labels(here: Labels, there: Labels, group: str, other: str) -> Iterator[str]:
+    """Yield tokens that another group labels differently."""
     for at, label in here.items():
         if at in there and there[at] != label:
             yield f"{group}: token {at[1]} of {at[0]} is {label[0]!r} in the word {label[1]!r}, in {other} {there[at][0]!r} in {there[at][1]!r}"
 
 
 def _misread(run: Run) -> Iterator[str]:
-    """What was read and what was cut follow from what was typed."""
+    """Yield what was read or cut and does not follow from what was typed."""
     asked, typed = run.recipe, run.attributes.texts
     for branch, read in run.attributes.read_as.items():
         if (
@@ -131,11 +133,10 @@ def _misread(run: Run) -> Iterator[str]:
 
 
 def _is_written_out(typed: str, read: str) -> bool:
-    """Whether a prompt is as typed, but with a word of textual inversion written once for each of
-    its vectors.
+    """Tell whether a prompt is as typed, but for words of textual inversion.
 
-    Of word, word_1, word_2. Every place of such a word is written so, as diffusers'
-    `maybe_convert_prompt` does.
+    Such a word is written once for each of its vectors: "cat" as "cat cat_1 cat_2", everywhere, as
+    in diffusers' `maybe_convert_prompt`.
     """
     words = set()
     for vector in re.finditer("_1", read):
@@ -163,21 +164,21 @@ def _is_written_out(typed: str, read: str) -> bool:
 
 
 def _rows(labels: Labels, branch: str) -> list[TokenLabel]:
-    """The labels of a branch's tokens, without `rest`."""
+    """Return the labels of a branch's tokens, without `rest`."""
     return [label for (of, position), label in labels.items() if of == branch and position != REST]
 
 
 def _end(rows: Sequence[TokenLabel]) -> int | None:
-    """Where the prompt's tokens end. None where another tokenizer than CLIP's made them."""
+    """Return where the prompt's tokens end; None if another tokenizer than CLIP's made them."""
     if rows[0][0] != "<|startoftext|>":
         return None
     return next((i for i, row in enumerate(rows) if i and row[0] == END and row[2] < 0), None)
 
 
 def _misspelt(run: Run, group: str, labels: Labels, first: bool) -> Iterator[str]:
-    """What the tokens of a group do not spell.
+    """Yield how the tokens of a group do not spell the prompt.
 
-    What was cut is known of the `first` text encoder.
+    What was cut is known of the `first` text encoder alone.
     """
     first_rules = run.attributes.text_rules == 1
     decode = _decode if first_rules else _together
@@ -214,7 +215,7 @@ def _wrong_words(
     is_word: Callable[[str, str], bool],
     loosely: bool,
 ) -> Iterator[str]:
-    """Words are numbered in order, are in the prompt in order, and are what their tokens spell."""
+    """Yield words that are out of order, not in the prompt, or unlike their tokens."""
     numbers = [row[2] for row in rows if row[2] >= 0]
     if list(dict.fromkeys(numbers)) != list(range(len(set(numbers)))) or sorted(numbers) != numbers:
         yield f"words numbered {numbers}"
@@ -237,17 +238,17 @@ def _wrong_words(
 
 
 def _letters(text: str) -> str:
-    """Only letters and digits: other tokenizers mark pieces of words with other signs."""
+    """Return only letters and digits: tokenizers mark pieces of words with different signs."""
     return re.sub(r"[\W_]+", "", text)
 
 
 def _plain(text: str) -> str:
-    """As CLIP reads it: composed, in small letters, without spaces."""
+    """Return text as CLIP reads it: composed, in small letters, without spaces."""
     return re.sub(r"\s+", "", "".join(c.lower() for c in unicodedata.normalize("NFC", text)))
 
 
 def _together(tokens: Sequence[str]) -> str:
-    """The text of some tokens; bytes of a character that is not there whole are left out."""
+    """Return the text of some tokens, without bytes of characters that are not whole."""
     parts = [
         re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), token.encode())
         for token in tokens
@@ -256,8 +257,9 @@ def _together(tokens: Sequence[str]) -> str:
 
 
 def _reads(label: str, tokens: str) -> bool:
-    """Whether tokens read a word: it, punctuation around it, or, of a word with several vectors,
-    word, word_1, word_2.
+    """Tell whether tokens read a word.
+
+    They may have punctuation around it. A word with several vectors reads word, word_1, word_2.
     """
     return (label in tokens and spelt(label) == spelt(tokens)) or bool(
         re.fullmatch(rf"{re.escape(label)}({re.escape(label)}_[0-9]+)*", tokens)
@@ -265,8 +267,9 @@ def _reads(label: str, tokens: str) -> bool:
 
 
 def _decode(pieces: Sequence[str]) -> str:
-    """CLIP's tokens by the first rules are made of bytes, each shown as a character (the byte
-    alphabet of GPT-2).
+    """Return the text of CLIP's tokens by the first rules.
+
+    Each byte is shown as a character there (the byte alphabet of GPT-2).
     """
     tokens = "".join(pieces)
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -282,8 +285,9 @@ def _decode(pieces: Sequence[str]) -> str:
 
 
 def _misplaced_layers(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
-    """Layers run down, through the middle and up; a block's grid follows from its place; each was
-    asked for, and is there once.
+    """Yield layers that are in a wrong place, were not asked for, or are there twice.
+
+    Layers run down, through the middle and up. A block's grid follows from its place.
     """
     asked = run.recipe.capture
     sizes = found["latents/latents"].sizes

@@ -1,12 +1,11 @@
-"""Recorded attention maps held against what must hold of them, and against what the hook measured
-before they were stored.
+"""Recorded attention maps, checked by what must hold of them and by what the hook measured.
 
-    softmax      at each place, the shares of all tokens sum to one; so do those of self-attention and of the text's attention
-    moments      mass and centroid of each map, measured from q and k in the hook, are those of the stored map
+    softmax      at each pixel the shares of all tokens sum to one; so does self-attention
+    moments      mass and centroid, measured in the hook, are those of the stored map
     sums         time_sum and overview are the sums of the stored maps
 
-No tolerance here is guessed: `rounding` says how far each stored value can be from what was
-rounded, and every bound follows.
+No tolerance is guessed. `rounding` says how far a stored value can be from what was rounded, and
+every bound follows from it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ ROUNDED = "rounded when stored"
 
 
 def rounding(stored: np.ndarray) -> np.ndarray:
-    """How far, at most, each stored probability is from the one that was rounded to it.
+    """Return how far, at most, each stored probability is from the one that was rounded to it.
 
     *Shape:* as `stored`, float32.
     """
@@ -41,8 +40,9 @@ def rounding(stored: np.ndarray) -> np.ndarray:
 
 
 def label_of(values: xr.DataArray, flat: int) -> str:
-    """Where a value is, by the labels of its dimensions: "attention/8x8, step 2, token 3, layer
-    mid_block..., head 1".
+    """Return where a value is, by labels: "step 2, token 3, layer mid_block..., head 1".
+
+    `flat` is its index in the flattened array.
     """
     index = np.unravel_index(flat, values.shape)
     labels = dict(zip(values.dims, index, strict=True))
@@ -58,7 +58,7 @@ def label_of(values: xr.DataArray, flat: int) -> str:
 
 
 def check_softmax(run: Run) -> Check:
-    """Kept tokens and `rest` sum to one."""
+    """Check that attention sums to one: kept tokens and `rest`, or all keys."""
     tally = Tally("softmax", "rows sum to 1", 1.0, (ROUNDED,), unit=BOUND)
     for path, maps, dims in _distributions(run):
         steps = range(maps.sizes["step"]) if "step" in maps.dims else [None]
@@ -79,7 +79,7 @@ def check_softmax(run: Run) -> Check:
 
 
 def _not_zero(run: Run) -> Iterator[str]:
-    """Values of the text encoders in branches for which the model was given zeros."""
+    """Yield values of text encoders that are not zero, in branches that were given zeros."""
     for encoder in (
         run.tree["text"].children
         if "text" in run.tree.children and run.attributes.zeroed_branches
@@ -95,7 +95,7 @@ def _not_zero(run: Run) -> Iterator[str]:
 
 
 def _distributions(run: Run) -> Iterator[tuple[str, xr.DataArray, tuple[str, ...]]]:
-    """Everything that sums to one, and over which dimensions."""
+    """Yield everything that sums to one, and over which dimensions."""
     for grid in run.grids:
         yield f"attention/{grid}", run.attention(grid), ("token",)
     if "self_attention" in run.tree.children:
@@ -116,7 +116,10 @@ def _distributions(run: Run) -> Iterator[tuple[str, xr.DataArray, tuple[str, ...
 
 
 def _nan_is_asked_for(run: Run, part: xr.DataArray) -> bool:
-    """on_nan: record writes NaN down, and then every map of the step is NaN, as its latents are."""
+    """Tell whether NaN in a step's maps is right: on_nan: record writes it down.
+
+    Every map of the step is NaN then, as its latents are.
+    """
     if run.recipe.on_nan != "record" or "step" not in part.coords:
         return False
     return bool(
@@ -125,8 +128,9 @@ def _nan_is_asked_for(run: Run, part: xr.DataArray) -> bool:
 
 
 def check_moments(run: Run) -> Check:
-    """The hook's own trace of each map: a map that was moved, turned or mislaid on its way to the
-    disk no longer has it.
+    """Check the hook's own trace of each map.
+
+    A map that was moved, turned or swapped on its way to the disk no longer has it.
     """
     grids = [grid for grid in run.grids if "moments" in run.tree[f"attention/{grid}"].data_vars]
     if not grids:
@@ -167,7 +171,10 @@ def check_moments(run: Run) -> Check:
 
 
 def moments_of(maps: np.ndarray) -> np.ndarray:
-    """Mass (mean) and centroid (y, x in 0..1) of maps. *Shape:* (..., y, x) -> (..., 3) float64."""
+    """Return mass (mean) and centroid (y, x from 0 to 1) of maps.
+
+    *Shape:* (..., y, x) -> (..., 3) float64.
+    """
     p = maps.astype(np.float64)
     total = p.sum((-2, -1))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -176,7 +183,7 @@ def moments_of(maps: np.ndarray) -> np.ndarray:
 
 
 def head_statistics_of(maps: np.ndarray) -> np.ndarray:
-    """Moments, entropy over space in nats, and the greatest value.
+    """Return moments, entropy over space in nats, and the greatest value.
 
     *Shape:* (..., y, x) -> (..., 5).
     """
@@ -188,11 +195,12 @@ def head_statistics_of(maps: np.ndarray) -> np.ndarray:
 
 
 def unlike_moments(stored: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """How far moments are from those of stored maps, over what rounding explains. *Shape:* (..., y,
-    x), (..., 3) -> (..., 3).
+    """Return how far moments are from those of stored maps, over what rounding explains.
 
-    A map p was stored as p + e with |e| <= r. Its centroid c then moves by sum e (y - c) / sum p at
-    most, which is bounded by sum r |y - c| / (sum p - sum r).
+    *Shape:* (..., y, x), (..., 3) -> (..., 3).
+
+    A map p was stored as p + e with |e| <= r. Its centroid c then moves by at most sum e (y - c) /
+    sum p, and that is at most sum r |y - c| / (sum p - sum r).
     """
     p, r = probabilities(stored), rounding(stored).astype(np.float64)
     found = moments_of(p)
@@ -213,13 +221,14 @@ def unlike_moments(stored: np.ndarray, measured: np.ndarray) -> np.ndarray:
 
 
 def _axes(shape: tuple[int, ...]) -> list[np.ndarray]:
-    """The centres of pixels, (y, x) each."""
+    """Return the centres of pixels along y and along x."""
     return list(np.meshgrid(*((np.arange(n) + 0.5) / n for n in shape[-2:]), indexing="ij"))
 
 
 def _unlike_heads(heads: np.ndarray, measured: np.ndarray) -> float:
-    """Statistics of each head (token, branch, image, layer, head, statistic) against the moments of
-    their mean map.
+    """Return how far statistics of each head are from the moments of their mean map.
+
+    *Shape:* heads (token, branch, image, layer, head, statistic).
     """
     mass = heads[..., 0].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -229,7 +238,7 @@ def _unlike_heads(heads: np.ndarray, measured: np.ndarray) -> float:
 
 
 def check_sums(run: Run) -> Check:
-    """What a first look reads."""
+    """Check the sums that a first look reads."""
     if not run.grids or run.status != "complete":
         return Check(
             "sums",
@@ -269,8 +278,9 @@ def check_sums(run: Run) -> Check:
 
 
 def relative(found: np.ndarray, recorded: np.ndarray) -> float:
-    """The greatest difference over the greatest recorded value; 0 only for the same values, NaN in
-    the same places included.
+    """Return the greatest difference over the greatest recorded value.
+
+    It is 0 only for the same values, with NaN in the same places.
     """
     if np.array_equal(found, recorded, equal_nan=True):
         return 0.0
@@ -279,8 +289,9 @@ def relative(found: np.ndarray, recorded: np.ndarray) -> float:
 
 
 def apart(found: np.ndarray, recorded: np.ndarray) -> float:
-    """The norm of the difference over that of what was recorded; 0 only for the same values, NaN in
-    the same places included.
+    """Return the norm of the difference over that of what was recorded.
+
+    It is 0 only for the same values, with NaN in the same places.
     """
     if np.array_equal(found, recorded, equal_nan=found.dtype.kind == "f"):
         return 0.0
@@ -289,8 +300,11 @@ def apart(found: np.ndarray, recorded: np.ndarray) -> float:
 
 
 def unlike(found: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The differences of two arrays, and what they are to be measured by, float64. Where both are
-    NaN, or the same infinity, nothing differs; where only one is, the difference is not finite."""
+    """Return the differences of two arrays, and the values to measure them by, float64.
+
+    Where both are NaN, or the same infinity, nothing differs. Where only one is, the difference is
+    not finite.
+    """
     a, b = found.astype(np.float64), recorded.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):

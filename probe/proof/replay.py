@@ -1,12 +1,11 @@
-"""What a recording's numbers give when they are computed again, without the model: noise levels,
-guidance, every latent.
+"""A recording's numbers computed again without the model: noise levels, guidance, latents.
 
-    schedule     step, timestep, sigma and alpha_bar are those of the recorded scheduler, and its configuration is what was asked for
+    schedule     step, timestep, sigma and alpha_bar are those of the recorded scheduler
     guidance     the scheduler's input follows from the two branches, rescale included
-    scheduler    the seed's noise, and the predictions replayed through a fresh scheduler, give every latent and the final one
+    scheduler    the seed's noise and the recorded predictions give every latent
 
-Where this machine shares all that decides bits with the one that recorded, only the same bits pass.
-Otherwise a small difference does, with what is not shared named as the reason.
+If this machine shares all that decides bits with the one that recorded, only the same bits pass.
+Otherwise a small difference passes, and the reasons are named.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ NOT_FINITE = ("inf", "-inf", "nan")  # as text, for JSON has no such numbers
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the model, replayed. `came` is what the scheduler made of everything before,
-    `latents` what was recorded. `model_input` is scaled and has one row an image.
+    """A call of the model, replayed.
 
-    After the last call of a complete run comes one more, for the final latents, whose `model_input`
-    is None.
+    `replayed` are the latents that the scheduler made of everything before, `latents` those that
+    were recorded. `model_input` is scaled and has one row an image. After the last call of a
+    complete run comes one more, for the final latents, without `model_input`.
     """
 
     index: int
@@ -61,8 +60,9 @@ class Call:
 
 
 def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
-    """The committed calls of a run, each from its recorded latents, through a fresh scheduler and
-    without the model.
+    """Yield the committed calls of a run, each from its recorded latents.
+
+    A fresh scheduler is used, and no model.
     """
     if run.kind == "noising":
         yield from _noised(run, device)
@@ -106,7 +106,7 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
 
 
 def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
-    """The timesteps of a noising: the noise of its seeds, mixed into its clean latents."""
+    """Yield the timesteps of a noising: the noise of its seeds, mixed into its clean latents."""
     scheduler, stored = rebuild_scheduler(run), run.latents
     clean = clean_of(run).to(device)
     eps = noise(run.noising.seed, tuple(clean.shape), run_dtype(run))[0].to(device)
@@ -128,15 +128,15 @@ def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
 
 
 def _begin(run: Run, scheduler: Any) -> int:
-    """Which of the scheduler's calls is the run's first."""
+    """Return which of the scheduler's calls is the run's first."""
     asked = run.experiment
     return 0 if asked.image is None else first_call(scheduler, asked.steps, asked.strength)
 
 
 def rebuild_scheduler(run: Run) -> Any:
-    """A fresh scheduler as the run had it, from the recording alone.
+    """Return a fresh scheduler as the run had it, from the recording alone.
 
-    Raises RecordingDamaged where diffusers has none of that name.
+    Raises RecordingDamaged if diffusers has none of that name.
     """
     import diffusers
 
@@ -162,7 +162,7 @@ def rebuild_scheduler(run: Run) -> Any:
 
 
 def run_dtype(run: Run) -> torch.dtype:
-    """The number format of the run. Raises ValueError for one that no run has."""
+    """Return the number format of the run. Raises ValueError for one that no run has."""
     name = run.attributes["model"]["dtype"]
     if name not in TOLERANCE:
         raise ValueError(f"{name!r} is not a number format of a run")
@@ -171,7 +171,7 @@ def run_dtype(run: Run) -> torch.dtype:
 
 
 def tensor(run: Run, value: np.ndarray) -> torch.Tensor:
-    """A recorded value in the run's own number format.
+    """Return a recorded value in the run's own number format.
 
     Raises ValueError if it is not one that this format has.
     """
@@ -183,15 +183,16 @@ def tensor(run: Run, value: np.ndarray) -> torch.Tensor:
 
 
 def clean_of(run: Run) -> torch.Tensor:
-    """The picture's latents, lying in memory as they did."""
+    """Return the picture's latents, in the memory layout that they had."""
     return arranged(
         tensor(run, run.variable("forward/clean").values), memory_formats(run.attributes)["clean"]
     )
 
 
 def prediction_of(run: Run, index: int, branch: str | None = None) -> torch.Tensor:
-    """What the model said at a step, or what the scheduler got (None), lying in memory as it
-    did.
+    """Return the model's output at a step, or what the scheduler got (None).
+
+    It has the memory layout that it had.
     """
     return arranged(
         tensor(run, run.prediction(branch).isel(step=index).values),
@@ -200,7 +201,7 @@ def prediction_of(run: Run, index: int, branch: str | None = None) -> torch.Tens
 
 
 def numbers(value: torch.Tensor) -> np.ndarray:
-    """As it would be stored: bfloat16, which numpy lacks, widened to float32."""
+    """Return a tensor as it would be stored: bfloat16, which numpy lacks, as float32."""
     found: np.ndarray = (
         (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
     )
@@ -209,8 +210,9 @@ def numbers(value: torch.Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def threads_of(run: Run) -> Iterator[None]:
-    """As many threads as the run had, where this machine has as many cores: the bits of sums depend
-    on it.
+    """Use as many threads as the run had, if this machine has as many cores.
+
+    The bits of sums depend on it.
     """
     before, wanted = torch.get_num_threads(), run.attributes["environment"].get("threads")
     if isinstance(wanted, int) and 1 <= wanted <= (os.cpu_count() or 1):
@@ -222,9 +224,7 @@ def threads_of(run: Run) -> Iterator[None]:
 
 
 def conditions(run: Run) -> tuple[str, ...]:
-    """What decides the bits of a scheduler and of guidance and is not here as it was: device,
-    threads, versions.
-    """
+    """Return what decides the bits of scheduler and guidance and is different here."""
     import diffusers
 
     there = run.attributes
@@ -241,7 +241,7 @@ def conditions(run: Run) -> tuple[str, ...]:
 
 
 def check_schedule(run: Run) -> Check:
-    """Noise levels, and whether the scheduler is the one that was asked for."""
+    """Check the noise levels, and that the scheduler is the one that was asked for."""
     asked, config = run.recipe, run.attributes["scheduler"]["config"]
     scheduler = rebuild_scheduler(run)
     if isinstance(asked, Experiment):
@@ -289,7 +289,7 @@ def check_schedule(run: Run) -> Check:
 
 
 def check_guidance(run: Run) -> Check:
-    """uncond + s (cond - uncond), computed with torch in the run's number format."""
+    """Check uncond + s (cond - uncond), computed with torch in the run's number format."""
     (scale, rescale), rule = run.recipe.guidance, run.attributes.guidance_rule
     if rule is not None and rule not in GUIDANCE_RULES:
         return Check("guidance", "not checked", f"this version does not know the rule {rule}")
@@ -311,7 +311,7 @@ def check_guidance(run: Run) -> Check:
 
 
 def check_scheduler(run: Run) -> Check:
-    """Every latent from the seed's noise and the recorded predictions."""
+    """Check every latent: it follows from the seed's noise and the recorded predictions."""
     how = f"{run.attributes['scheduler']['class']} replayed from the seed's noise"
     if isinstance(run.recipe, Experiment):
         how += " in the picture's latents" if run.recipe.image is not None else ""
@@ -330,7 +330,7 @@ def check_scheduler(run: Run) -> Check:
 
 
 def _image(found: np.ndarray, recorded: np.ndarray) -> str:
-    """Which image, channel and place is off the most."""
+    """Return which image, channel and pixel is off the most."""
     same = (found == recorded) | (np.isnan(found) & np.isnan(recorded))
     with np.errstate(invalid="ignore"):  # on_nan: record leaves infinities
         off = np.where(same, 0, np.abs(found.astype(np.float64) - recorded))

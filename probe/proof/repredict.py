@@ -1,17 +1,17 @@
 """The model asked again: does it say from the recorded latents what was recorded?
 
     weights      the digest of this model's weights is the recorded one
-    plan         tokens, words, layers, grids, noise levels and shapes are what this model and the experiment lead to
-    text         the text encoder's inside and output
-    predictions  the UNet's answers to the recorded latents, at each step asked for
-    maps         softmax(q k), computed here from what the layers multiply, against the stored maps, queries and moments
-    attention    softmax(q k) v through to_out, computed here, against what leaves the layer: maps are what the layer used
-    inside       statistics, whole outputs and queries of modules, what tokens write, what each word did
+    plan         tokens, layers, noise levels and shapes follow from model and experiment
+    text         the inside and output of the text encoder
+    predictions  the UNet's answers to the recorded latents
+    maps         softmax(q k), computed here, against the stored maps, queries and moments
+    attention    softmax(q k) v through to_out, computed here, against the layer's output
+    inside       statistics, outputs and queries of modules; what tokens write, what words did
     decode       the VAE's pictures of the recorded latents
-    encode       its latents of the picture that a run or a noising began from (probe.proof.forward_checks)
+    encode       the VAE's latents of the picture that a run or a noising began from
 
-Maps are computed here in a way of their own, not by `probe.watching.capture`, so that a fault of
-the recorder is not repeated.
+Maps are computed by `probe.proof.attention_witness` and not by `probe.watching`: a fault of the
+recorder is not repeated.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ OF_NORM = "of its norm"
 
 
 def model_of(run: Run, pipeline: Any | None = None) -> Family:
-    """The model of a recording, loaded where it ran if this machine has such a device, or
-    `pipeline`. Raises ModelError.
+    """Return the model of a recording, or `pipeline` as such a model.
+
+    It is loaded onto the kind of device that it ran on, if there is one. Raises ModelError.
     """
     asked, (scheduler, options) = run.recipe, run.recipe.sampler
     if pipeline is None:
@@ -85,7 +86,7 @@ def model_of(run: Run, pipeline: Any | None = None) -> Family:
 
 
 def check_model(run: Run, model: Family, steps: Sequence[int]) -> Iterator[Check]:
-    """All checks that need the model, one after the other; the UNet predicts again at `steps`."""
+    """Yield all checks that need the model. The UNet predicts again at `steps`."""
     with threads_of(run):
         weights = model.digest()
         yield check_weights(run.attributes["model"].get("weights"), weights)
@@ -97,7 +98,7 @@ def check_model(run: Run, model: Family, steps: Sequence[int]) -> Iterator[Check
 
 
 def check_weights(recorded: str | None, here: str) -> Check:
-    """The digest of every weight and buffer."""
+    """Compare the digest of every weight and buffer."""
     if recorded is None:
         return Check(
             "weights", "not checked", "it was recorded by a version that took no digest of them"
@@ -114,9 +115,7 @@ def check_weights(recorded: str | None, here: str) -> Check:
 def _unlike_attributes(
     run: Run, model: Family, here: Mapping[str, Any], because: tuple[str, ...]
 ) -> Iterator[str]:
-    """What a recording says of itself, where this model or the experiment leads to something
-    else.
-    """
+    """Yield the attributes that this model or the experiment would give another value."""
     there = run.attributes
     pairs = said_of_model(run, here)
     pairs |= {name: (getattr(there, name), here[name]) for name in ("read_as", "cut_from_prompt")}
@@ -141,8 +140,9 @@ def _unlike_attributes(
 def check_plan(
     run: Run, plan: Plan, because: tuple[str, ...], problems: Iterable[str] = ()
 ) -> Check:
-    """Every variable against a plan made anew: names, dimensions, types, and the values that are
-    known before the first step.
+    """Compare every variable with a new plan: names, dimensions, types.
+
+    Values that are known before the first step are compared too.
     """
     found = dict(variables(run))
     tally = Tally(
@@ -182,8 +182,9 @@ def check_plan(
 
 
 class ModelCheck:
-    """A recording made once more from its recorded latents, into a store that compares: one tally
-    for each check.
+    """A recording made once more from its recorded latents, into a store that compares.
+
+    There is one tally for each check.
     """
 
     def __init__(self, run: Run, model: Family, plan: Plan, because: tuple[str, ...]):
@@ -227,7 +228,7 @@ class ModelCheck:
         return Tally(name, what, factor * self._allowed, self._because, unit=OF_NORM)
 
     def _tally_of(self, path: str) -> Tally | None:
-        """Which check a variable belongs to; None for what follows without the model."""
+        """Return the check of a variable; None for what follows without the model."""
         group = path.partition("/")[0]
         if path in ("latents/latents", "latents/final_latents", "source/psnr"):
             return None
@@ -241,7 +242,7 @@ class ModelCheck:
         return of_group.get(group, self.inside)
 
     def checks(self, steps: Sequence[int]) -> Iterator[Check]:
-        """All checks of what the model says, the UNet predicting again at `steps`."""
+        """Yield all checks of what the model says. The UNet predicts again at `steps`."""
         run, plan, unet = self._run, self._plan, self._model.unet
         layers = {path: cross_attention(unet)[path] for path in plan.layers} | {
             path: self_attention(unet)[path] for path in plan.self_layers
@@ -306,7 +307,7 @@ class ModelCheck:
                 self._count(maps, f"self_{grid_group(grid)}/self", number, path, step, whole)
 
     def _in_place(self, values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        """(branch x image, head, pixel, any) -> (any, branch, image, head, y, x)."""
+        """Return (branch x image, head, pixel, any) as (any, branch, image, head, y, x)."""
         whole = values.reshape(
             -1, self._plan.latent_shape[0], values.shape[1], *grid, values.shape[-1]
         )
@@ -351,10 +352,10 @@ class ModelCheck:
     def _count(
         self, maps: Tally, path: str, number: int, layer: str, step: int, made: np.ndarray
     ) -> None:
-        """One layer's maps.
+        """Compare one layer's maps.
 
-        Under the same conditions each value may be off by rounding, else all of them together a
-        little.
+        Under the same conditions each value may be off by rounding. Otherwise all of them together
+        may be off a little.
         """
         stored = self._recorded[path].isel(step=step, layer=number)
         p = probabilities(stored.values)
@@ -371,8 +372,9 @@ class ModelCheck:
         return apart(made, recorded) if self._because else apart(made, recorded) / 1e-4
 
     def _count_not_finite(self) -> None:
-        """What the VAE makes that is no colour is 0 in the picture: the recording has to say so,
-        and how much it is.
+        """Check what the recording says of pixels that are not finite.
+
+        They are 0 in the picture. The recording has to say so, and how many there are.
         """
         count = self._store.annotations.get("decoded_not_finite", {}).get("images/final", 0)
         recorded = self._run.attributes.get("decoded_not_finite", {}).get("images/final", 0)
@@ -395,9 +397,7 @@ class ModelCheck:
             )
 
     def _step(self, call: Call, said: Predictions | None = None) -> Step:
-        """A step from its recorded latents, with what the model said just now, or else with what
-        was recorded.
-        """
+        """Return a step from its recorded latents, with `said` or the recorded prediction."""
         if said is None:
             given = prediction_of(self._run, call.index).to(call.latents.device)
             said = Predictions({"cond": given}, given)

@@ -30,8 +30,9 @@ FIXED = {"moment": MOMENTS, "head_statistic": HEAD_STATISTICS, "statistic": STAT
 
 
 def expected_variables(run: Run) -> set[str]:
-    """What the experiment of a recording asks for, by path; grids and self-attention layers are
-    those that it has.
+    """Return what the recipe of a recording asks for, by path.
+
+    Grids and self-attention layers are those that the recording has.
     """
     vae = run.attributes["model"]["f"] > 1
     asked, found = Asked(run.recipe, vae), dict(variables(run))
@@ -58,7 +59,7 @@ def expected_variables(run: Run) -> set[str]:
 
 
 def only_the_model_knows(run: Run) -> list[str]:
-    """What no check holds against anything without the model, by the first part of its path."""
+    """Return what no check can judge without the model, by a part of its path."""
     paths = [
         path
         for node in run.tree.subtree
@@ -74,9 +75,7 @@ def only_the_model_knows(run: Run) -> list[str]:
 
 
 def check_schema(run: Run) -> Check:
-    """Every variable that the experiment asks for, and nothing that the schema lacks; dimensions,
-    types, units, sizes.
-    """
+    """Check that every variable asked for is there and as the schema says, and no other."""
     found = dict(variables(run))
     problems = [f"{path} is missing" for path in sorted(expected_variables(run) - found.keys())]
     problems += [
@@ -127,6 +126,7 @@ def check_schema(run: Run) -> Check:
 
 
 def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
+    """Yield how a variable differs from the schema: dimensions, type, unit."""
     group, _, name = path.rpartition("/")
     try:
         known = replace(array(group, name, variable.shape), across=run.attributes.across)
@@ -165,6 +165,7 @@ def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
 
 
 def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
+    """Yield sizes and labels that do not fit what was asked for."""
     asked, across, f = run.recipe, run.attributes.across, int(run.attributes["model"]["f"])
     latents = found["latents/latents"].sizes
     pixels = found["images/final"].sizes

@@ -1,7 +1,6 @@
-"""What a recording holds that this version does not know. It is kept, and nothing is said about its
-meaning.
+"""What a recording holds that this version does not know is named, and its meaning not judged.
 
-The manifest proves that its files are as they were written, whatever they mean.
+The manifest still proves that its files are as they were written.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ NOTES = {"writer", "digests", "decoded_in_float32", "scheduler_clips", "denoised
 
 
 def check_unknown(run: Run) -> Check:
-    """Name the variables, attributes, family and rule of guidance that this version does not
-    know.
-    """
+    """Name the variables, attributes, family and guidance rule that this version does not know."""
     found = [*_variables(run), *_attributes(run)]
     if not found:
         return Check(

@@ -1,11 +1,11 @@
-"""All checks of a recording and their verdict: what `run.verify()` gives and `probe verify` prints.
+"""All checks of a recording and their verdict: `run.verify()`, printed by `probe verify`.
 
     found = verify(open_run("latest"))      # with model=True, the model is asked again
     found.verdict                           # the worst: "exact", "within tolerance", "failed", ...
     found.failed                            # the checks that failed
     print(found)
 
-A recording is read one step at a time. torch is imported where a check needs it.
+A recording is read one step at a time. torch is imported when a check needs it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WORST_FIRST: tuple[Verdict, ...] = ("failed", "within tolerance", "exact", "not 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the checks of a recording found. Iterate over its checks, or print it for people."""
+    """What the checks of a recording found. Iterate over its checks, or print it."""
 
     run: Run
     checks: tuple[Check, ...]
@@ -57,13 +57,13 @@ class Verification:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict of all: the worst of them."""
+        """Return the verdict of all: the worst of them."""
         present = {check.verdict for check in self.checks}
         return next(verdict for verdict in WORST_FIRST if verdict in present)
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """The checks that failed; none in a sound recording."""
+        """Return the checks that failed; none in a sound recording."""
         return tuple(check for check in self.checks if check.verdict == "failed")
 
     def as_json(self) -> dict[str, Any]:
@@ -103,12 +103,12 @@ class Verification:
 
 
 def verify(run: Run, model: Any = None, steps: Steps | None = None) -> Verification:
-    """Make all checks of a recording. Reads all of it, one step at a time.
+    """Make all checks of a recording. All of it is read, one step at a time.
 
-    `model` is a diffusers pipeline, or True to load the experiment's own. The model then predicts
-    again from the recorded latents of `steps` (indices of model calls; None: every committed one).
-    Raises ExperimentError for a step that was not committed, ModelError where the model cannot be
-    had, RecordingUnreadable where the system does not read the recording.
+    `model` is a diffusers pipeline, or True to load the recording's own. The model then predicts
+    again from the recorded latents of `steps`: indices of model calls, or None for every committed
+    one. Raises ExperimentError for a step that was not committed, ModelError if the model cannot be
+    had, RecordingUnreadable if the system does not read the recording.
     """
     asked = model is not None and model is not False
     if steps is not None and not asked:
@@ -135,7 +135,7 @@ def verify(run: Run, model: Any = None, steps: Steps | None = None) -> Verificat
 def asked_steps(run: Run, steps: Steps | None) -> list[int]:
     """Return the committed steps that are asked for: by indices, a mask, a slice or text.
 
-    Raises ExperimentError for an index that was not committed. A slice takes those that were.
+    A slice takes those that were committed. Raises ExperimentError for an index that was not.
     """
     committed = [int(step) for step in run.steps]
     if steps is None:

@@ -1,9 +1,8 @@
-"""A recording in a zip file, read from a copy that is unpacked once into the user's cache folder:
-whole, or not at all.
+"""A recording in a zip file, read from a copy that is unpacked once into the user's cache folder.
 
-The file is somebody else's: the names in it are relative and plain, it holds one recording, and the
-sizes it claims are checked before anything is written, and while it is. What no recording has is
-left in it.
+The file is somebody else's. It has to hold one recording, under relative and plain names. The sizes
+it claims are checked before anything is written, and again meanwhile. Files that no recording has
+are left in it.
 """
 
 from __future__ import annotations
@@ -45,11 +44,10 @@ MANUALLY = "Unpack it yourself, and read the folder."
 
 
 def unpacked(archive: Path, cache: Path) -> Path:
-    """The recording in a zip file, as a folder below `cache`. Nothing is unpacked twice under one
-    name.
+    """Return the recording in a zip file, as a folder below `cache`.
 
-    Raises RecordingNotFound where none is in it, RecordingDamaged for a file that is no sound zip,
-    TooLarge where the disk has not the room, RecordingUnreadable.
+    The same contents are unpacked only once. Raises RecordingNotFound if no recording is in it,
+    RecordingDamaged if it is no sound zip, TooLarge if the disk is too full, RecordingUnreadable.
     """
     try:
         file = open_plain(archive)
@@ -103,15 +101,15 @@ def unpacked(archive: Path, cache: Path) -> Path:
 
 
 def _name(archive: Path) -> str:
-    """The name of the recording in a zip file is that of the file."""
+    """Return the name of the recording in a zip file: that of the file."""
     return archive.name.removesuffix(".zip").removesuffix(".zarr").lstrip(".") or "recording"
 
 
 @contextlib.contextmanager
 def into_cache(what: str, folder: Path) -> Iterator[None]:
-    """Make a cache folder for what is unpacked into it. Where that fails, leave no empty folder.
+    """Make a cache folder for what is unpacked into it. Leave no empty folder if that fails.
 
-    Raise RecordingNotFound where the disk takes nothing.
+    Raises RecordingNotFound if the disk takes nothing.
     """
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
@@ -131,8 +129,9 @@ def into_cache(what: str, folder: Path) -> Iterator[None]:
 
 
 class _Listed(io.BufferedReader):
-    """A file from which no more than `most` bytes are read at once, as zipfile reads the list of
-    what is in a zip.
+    """A file that refuses to read more than `most` bytes at once.
+
+    zipfile reads the list of a zip's files in one go.
     """
 
     most = sys.maxsize
@@ -144,7 +143,7 @@ class _Listed(io.BufferedReader):
 
 
 class Zip(zipfile.ZipFile):
-    """A zip file whose list of files has no more than `most` bytes.
+    """A zip file whose list of files has at most `most` bytes.
 
     Raises BadZipFile, and what zipfile raises.
     """
@@ -162,7 +161,7 @@ class Zip(zipfile.ZipFile):
             )
 
     def digest(self) -> str:
-        """The SHA-256 of the whole file."""
+        """Return the SHA-256 of the whole file."""
         self.whole.seek(0)
         return hashlib.file_digest(self.whole, "sha256").hexdigest()
 
@@ -230,9 +229,9 @@ def _is_below(name: str, top: str) -> bool:
 
 
 def _top(archive: Path, entries: list[zipfile.ZipInfo]) -> str:
-    """The folder in the zip that is the recording: the one with the uppermost zarr.json.
+    """Return the folder in the zip that is the recording: the one with the uppermost zarr.json.
 
-    Check every name on the way.
+    Check every name on the way. Raises RecordingDamaged, RecordingNotFound.
     """
     names = [entry.filename for entry in entries]
     for entry in entries:

@@ -1,15 +1,16 @@
-"""The part of a `Run` that reads attention: maps as they were recorded, and as few, by token, word
-and phrase.
+"""Reading attention, a part of `Run`: maps as recorded, or as few, by token, word and phrase.
 
-    run.attention("16x16"), run.contribution("16x16")           # as recorded: (step, token, branch, image, layer, head, y, x), lazily
-    run.word_maps(), run.word_maps(branch="uncond")             # (step, word, image, y, x): mean over layers and heads of all grids
-    run.word_maps(layers="up_blocks.*", heads=3, bands=4)       # (band, word, image, y, x): one head, at four noise levels
-    run.phrase("scuba diving", of="contribution")               # what was written there, not where was looked
+    run.attention("16x16")          # (step, token, branch, image, layer, head, y, x), lazily
+    run.contribution("16x16")       # attention times the size of what a token writes
+    run.word_maps()                 # (step, word, image, y, x): mean over layers, heads, grids
+    run.word_maps(branch="uncond", layers="up_blocks.*", heads=3)       # one head
+    run.word_maps(bands=4)          # (band, word, image, y, x): at four noise levels
+    run.phrase("scuba diving")      # words that follow one another, together
     run.against_others(), run.mass(), run.counterfactual()
 
-Of a noising, `image` is `draw`: `images` and "image" in `over` then choose draws of noise. Each is
-a few lines over `probe.analysis`, where what is computed is described. What a method has no setting
-for is done with xarray: `.sel(image=0)`, `.mean("step")`.
+A noising has the dimension `draw` in the place of `image`; `images` and "image" in `over` then
+choose draws of noise. Each method is a few lines over `probe.analysis`, which describes what is
+computed. For what has no setting use xarray: `.sel(image=0)`, `.mean("step")`.
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ Read = Literal["attention", "contribution"]
 
 
 class Choice(TypedDict, total=False):
-    """Which maps, and over what their mean is taken: the settings of `token_maps`, and of all that
-    is made of it.
-    """
+    """Which maps, and over what to take the mean: the settings of `token_maps`."""
 
     of: Read
     branch: str
@@ -65,7 +64,7 @@ class Choice(TypedDict, total=False):
 
 
 class Words(tuple[str, ...]):
-    """The words of a prompt. To call them is the old name of `Run.word_overview`."""
+    """The words of a prompt. Calling them is the old name of `Run.word_overview`."""
 
     _maps: Callable[[], xr.DataArray]
 
@@ -109,7 +108,7 @@ class Attention:
 
     @property
     def grids(self) -> list[str]:
-        """Grids with attention maps, the largest first: ["64x64", "32x32", ...]."""
+        """Return the grids with attention maps, the largest first: ["64x64", "32x32", ...]."""
         if "attention" not in self.tree.children:
             return []
         return sorted(
@@ -117,14 +116,15 @@ class Attention:
         )
 
     def attention(self, grid: str | None = None) -> xr.DataArray:
-        """Cross-attention maps at one grid (default: the largest), still lazy, in their stored
-        type.
+        """Return the cross-attention maps at one grid, lazily. Default: the largest grid.
 
-        *Shape:* (step, token, branch, image, layer, head, y, x). Of a pixel's attention, each
-        token's share; use `probe.analysis.probabilities` on the values of a `sqrt_u8` recording.
-        Maps of a `queries` recording are computed when they are read, in float32; those of a
-        `summary` recording are the mean over heads, with a head axis of 1 and their number as
-        `heads`.
+        *Shape:* (step, token, branch, image, layer, head, y, x), in the stored type. Each value is
+        the share of a pixel's attention that a token gets.
+
+        A `sqrt_u8` recording stores codes: `probe.analysis.probabilities` turns them into shares.
+        Of a `queries` recording the maps are computed when they are read, in float32. A `summary`
+        recording has means over heads: the head axis is 1, and the label `heads` says of how many.
+        Raises RecordingNotFound, ExperimentError.
         """
         if not self.grids:
             raise RecordingNotFound(
@@ -153,11 +153,10 @@ class Attention:
         )  # the same steps at each call, also while more are being written
 
     def contribution(self, grid: str | None = None) -> xr.DataArray:
-        """Attention times |v W_O|, the size of what each token writes, at one grid. Lazy, as
-        `attention`; see `analysis.contribution`.
+        """Return attention times |v W_O|, the size of what each token writes, lazily.
 
         *Shape:* (step, token, branch, image, layer, head, y, x) float32, in the units of the
-        layer's output.
+        layer's output. See `analysis.contribution`. Raises RecordingNotFound.
         """
         maps = self.attention(grid)
         grid = self.grids[0] if grid is None else grid
@@ -165,11 +164,10 @@ class Attention:
         return analysis.contribution(maps, self.variable(f"attention/{grid}/value_size"))
 
     def counterfactual(self) -> xr.DataArray:
-        """What each word did: |prediction - prediction without it|, mean over channels. NaN at
-        steps where it was not asked for.
+        """Return what each word did: |prediction - prediction without it|, mean over channels.
 
         *Shape:* (step, masked_word, image, y, x) float32, on the grid of the latents, in the units
-        of the prediction.
+        of the prediction. NaN at steps where it was not recorded. Raises RecordingNotFound.
         """
         if "counterfactual" not in self.tree.children:
             raise RecordingNotFound(
@@ -179,15 +177,15 @@ class Attention:
         return self.variable("counterfactual/change").isel(step=slice_of(self.steps))
 
     def tokens(self, branch: str = "cond") -> list[str]:
-        """The 77 tokens of the prompt, as text."""
+        """Return the tokens of the prompt as text, 77 for CLIP."""
         return [str(text) for text in self._labels(branch)["token_text"].values]
 
     @property
     def words(self) -> Words:
-        """Return the words of the prompt as text, in their order: `("a", "cat", "on", "a", "mat")`.
+        """Return the words of the prompt, in their order: `("a", "cat", "on", "a", "mat")`.
 
-        They are the labels of `word_maps()`: what was read of a word that the cut went through ends
-        in "…".
+        They are the labels of `word_maps()`. If the prompt was cut inside a word, that one ends in
+        "…".
         """
         labels = self._labels("cond")
         by_number = {
@@ -200,15 +198,17 @@ class Attention:
         return Words(words, self.word_overview)
 
     def cut(self, branch: str = "cond") -> tuple[str, str]:
-        """What was cut from the end of a prompt that is too long, and the word, whole, that the cut
-        went through; "" where there is none.
+        """Return what was cut from the end of a long prompt, and the word that was split.
+
+        Each is "" if there is none. The split word is given whole.
         """
         cut = self.attributes.cut_from_prompt.get(branch_name(branch), "")
         return cut, split_word(self.read_as(branch), cut)
 
     def read_as(self, branch: str = "cond") -> str:
-        """The prompt as the tokenizer got it: textual inversion writes a word once for each of its
-        vectors.
+        """Return the prompt as the tokenizer got it.
+
+        Textual inversion writes a word once for each of its vectors.
         """
         return self.attributes.read_as.get(branch, self.attributes.texts[branch_name(branch)])
 
@@ -228,18 +228,21 @@ class Attention:
         method: Method = "bilinear",
         weigh: Weigh = "layers",
     ) -> xr.DataArray:
-        """Maps of every token, each brought to `grid`, (y, x), default the largest recorded; then
-        the mean `over` what is named.
+        """Return maps of every token: brought to one grid, then the mean `over` what is named.
 
-        *Shape:* (step, token, image, y, x) float32, with "layer" and "head" where they are not in
-        `over`, without "step" where it is. `of` is attention or contribution, `branch` cond (the
-        prompt's tokens) or uncond (the negative prompt's). `layers` are globs or grids as in
-        capture.layers, `steps` indices of model calls, or text as in capture.steps. A mask of truth
-        values, in an array as long as there are of them, chooses steps, heads and images too. BOS,
-        EOS and `rest` are tokens like any other. The mean is first over the heads in a layer, then
-        over layers; with weigh="heads" every head counts the same (`analysis.combined`). Raises
-        RecordingNotFound, which names the setting, for what was not recorded, and ExperimentError
-        for a setting that has no such choice.
+        *Shape:* (step, token, image, y, x) float32. "layer" and "head" stay if they are not in
+        `over`; "step" goes if it is. BOS, EOS and `rest` are tokens like any other.
+
+        `of` is attention or contribution. `branch` is cond (the prompt's tokens) or uncond (the
+        negative prompt's). `steps` are indices of model calls, or text as in capture.steps.
+        `layers` are globs or grids as in capture.layers. `heads` and `images` are indices; an array
+        of truth values chooses too. `grid` is (y, x), default the largest recorded.
+
+        The mean is first over the heads in a layer, then over layers. With weigh="heads" every head
+        counts the same (see `analysis.combined`).
+
+        Raises RecordingNotFound for what was not recorded, ExperimentError for a setting without
+        such a choice.
         """
         one_of("of", of, get_args(Read))
         branch_name(branch)
@@ -263,16 +266,18 @@ class Attention:
         merge: Literal["sum", "mean"] = "sum",
         **choice: Unpack[Choice],
     ) -> xr.DataArray:
-        """Maps of every word, the sum (or mean) of its tokens; a word that is there twice stays
-        two, told apart by `word_index`.
+        """Return maps of every word: the sum (or mean) of its tokens.
 
-        *Shape:* (step, word, image, y, x) float32, as `token_maps`; with `bands`, their number or
-        edges, (band, word, image, y, x): means over noise levels, the noisiest first
-        (`analysis.by_sigma`). `normalise`: "min-max", "words" or "space", see
-        `analysis.normalised`. What was cut from a prompt that is too long is the attribute
-        `cut_from_prompt`; a word that was cut in its middle is labelled by what was read of it and
-        "…". With layers=("down_blocks.*", "up_blocks.*"), over=("step", "layer", "head"),
-        method="bicubic", weigh="heads", merge="mean" it is DAAM's global map, for each step.
+        *Shape:* (step, word, image, y, x) float32, as `token_maps`. A word that is there twice
+        stays two, told apart by `word_index`. With `bands`, their number or edges: (band, word,
+        image, y, x), means over noise levels, the noisiest first (`analysis.by_sigma`).
+
+        `normalise` is "none", "min-max", "words" or "space" (`analysis.normalised`). The attribute
+        `cut_from_prompt` says what was cut from a prompt that is too long. A word that was split by
+        the cut is labelled by what was read of it and "…".
+
+        With layers=("down_blocks.*", "up_blocks.*"), over=("step", "layer", "head"),
+        method="bicubic", weigh="heads", merge="mean" it is DAAM's global map.
         """
         banded = not (type(bands) is int and bands == 0)
         bands = checked_bands(bands) if banded else 0
@@ -297,11 +302,10 @@ class Attention:
         bands: int | Sequence[float] = 0,
         **choice: Unpack[Choice],
     ) -> xr.DataArray:
-        """A word, or words that follow one another, together: one map for each time that they are
-        there.
+        """Return maps of words that follow one another, one for each time they are there.
 
-        *Shape:* as `word_maps`. Raises PromptError, which lists the words, when it is not in the
-        prompt or was cut from it.
+        *Shape:* as `word_maps`. Raises PromptError, with the words there are, if `text` is not in
+        the prompt or was cut from it.
         """
         text_of("text", text)
         words = analysis.phrase(self.word_maps(bands=bands, **choice), text, self._asking(text))
@@ -310,7 +314,7 @@ class Attention:
     def against_others(
         self, *, bands: int | Sequence[float] = 0, **choice: Unpack[Choice]
     ) -> xr.DataArray:
-        """Each content word's map less the mean of the other content words' maps.
+        """Return each content word's map less the mean of the other content words' maps.
 
         *Shape:* as `word_maps`. Raises PromptError for fewer than two.
         """
@@ -319,20 +323,19 @@ class Attention:
         )
 
     def mass(self, **choice: Unpack[Choice]) -> xr.DataArray:
-        """How much of all attention goes to BOS, words, other tokens, EOS and rest.
+        """Return how much of all attention goes to BOS, words, other tokens, EOS and rest.
 
-        *Shape:* (step, kind, image); attention sums to 1.
+        *Shape:* (step, kind, image). The kinds of attention sum to 1.
         """
         return analysis.by_kind(self.token_maps(**choice).mean(("y", "x"), skipna=False))
 
     # --- at a glance ---
 
     def overview(self) -> xr.DataArray:
-        """Where each token was looked at in the last branch: mean over images and heads, then over
-        the layers of all grids.
+        """Return where each token was looked at: mean over images and heads, then over layers.
 
-        *Shape:* (step, token, y, x) float32 on the largest grid. Computed from the maps where a run
-        did not come to it.
+        *Shape:* (step, token, y, x) float32 on the largest grid, of the last branch. It is stored
+        at the end of a run; before that it is computed from the maps.
         """
         maps = self.attention()
         stored = self.variable(f"attention/{self.grids[0]}/overview").isel(
@@ -358,7 +361,10 @@ class Attention:
         ).rename("overview")
 
     def word_overview(self) -> xr.DataArray:
-        """The overview, averaged over steps and merged to words. *Shape:* (word, y, x) float32."""
+        """Return the overview, averaged over steps and merged to words.
+
+        *Shape:* (word, y, x) float32.
+        """
         word, number = (
             self.variable(f"attention/{self.grids[0]}/{name}").isel(branch=-1)
             for name in ("word", "word_index")
@@ -371,8 +377,9 @@ class Attention:
     # --- inside ---
 
     def _labels(self, branch: str) -> xr.Dataset:
-        """Return token_text, word and word_index of a branch's tokens, from the first group that
-        has them.
+        """Return token_text, word and word_index of a branch's tokens.
+
+        They are read from the first group that has them.
         """
         branch_name(branch)
         for group in ("text/text_encoder", *(f"attention/{grid}" for grid in self.grids)):
@@ -443,7 +450,7 @@ class Attention:
         )
 
     def _asking(self, text: str) -> str:
-        """The command that looks for a word that was not in the prompt."""
+        """Return the command that looks for a word that was not in the prompt."""
         word = shlex.quote(" ".join(text.split()))
         if "query" in self.tree[f"attention/{self.grids[0]}"].data_vars:
             if self.memory is not None:

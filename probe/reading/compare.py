@@ -1,15 +1,14 @@
-"""Two recordings held against each other: what was asked, under which conditions, and which values
-differ by how much.
+"""Two recordings compared: their recipes, their conditions, and by how much values differ.
 
     found = compare(open_run("a"), open_run("b"))
     found.same           # True: every value of both is the same, bit for bit
-    found.asked          # fields of the experiment that differ
+    found.asked          # fields of the recipe that differ
     found.conditions     # device, threads, versions, weights ... that differ
     found.differences    # variables that differ, with how many values and by how much
 
 The bits of a run depend on the device's kind, the number of threads, the attention backend, whether
-the branches are one batch, the versions and the weights. Where those agree, two runs of one
-experiment are expected to be equal.
+the branches are one batch, the versions and the weights. If those agree, two runs of one experiment
+are expected to be equal.
 """
 
 from __future__ import annotations
@@ -44,8 +43,9 @@ NEW_EACH_TIME = ("cost",)  # groups that are measured anew and never the same
 
 @dataclass(frozen=True)
 class Difference:
-    """A variable that differs: `count` of `total` values, by at most `greatest`; `at` is the first
-    step where it does.
+    """A variable that differs.
+
+    `count` of `total` values differ, by at most `greatest`. `at` is the first such step.
     """
 
     variable: str
@@ -67,6 +67,7 @@ class Comparison:
 
     @property
     def same(self) -> bool:
+        """Tell whether all values of both are the same, bit for bit."""
         return not self.differences
 
     def __str__(self) -> str:
@@ -103,8 +104,9 @@ class Comparison:
 
 
 def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What two recordings' attributes say of the conditions that decide bits, where they disagree:
-    "threads: 2 and 1".
+    """Return the conditions that decide bits and differ: ["threads: 2 and 1"].
+
+    `there` and `here` are attributes of two recordings.
     """
     found = [
         f"{name}: {there['environment'].get(name)} and {here['environment'].get(name)}"
@@ -119,8 +121,9 @@ def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """Compare everything that two recordings hold, some steps at a time, over the steps that both
-    have committed.
+    """Compare everything that two recordings hold, over the steps that both have committed.
+
+    A few steps are read at a time.
     """
     one, other = ({"kind": run.kind, **run.attributes.recipe} for run in (a, b))
     ignored = ("name", "output", "durability", "device")
@@ -157,7 +160,7 @@ def _variables(run: Run) -> dict[str, xr.Variable]:
 
 
 def _steps_there(run: Run, name: str, variable: xr.Variable, steps: int) -> list[int]:
-    """Steps of which a recording may hold something."""
+    """Return the steps of which a recording may hold something."""
     return (
         in_files(run.path, name, variable, range(steps))
         if run.memory is None
@@ -204,8 +207,9 @@ def _difference(
 
 
 def _unlike(one: np.ndarray, other: np.ndarray) -> tuple[int, float]:
-    """How many values differ in their bits, and by how much at most; some of them at a time, for
-    they may be many.
+    """Return how many values differ in their bits, and by how much at most.
+
+    The values are compared in parts, for they may be many.
     """
     count, greatest = 0, 0.0
     one, other = one.reshape(-1), other.reshape(-1)

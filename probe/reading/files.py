@@ -1,11 +1,10 @@
-"""Files that somebody else made: opened without following a link or waiting for a pipe, and read no
-further than they may be long.
+"""Files that somebody else made, opened without following a link or waiting for a pipe.
 
     read_file(root, "latents/zarr.json", check)     # `check` sees the size before a byte is read
     read_json(root, "zarr.json", most=2**20)
 
-A file that is not what it should be is a RecordingDamaged; a system that does not read it, a
-RecordingUnreadable.
+A file that is not what it should be raises RecordingDamaged. A file that the system does not read
+raises RecordingUnreadable.
 """
 
 from __future__ import annotations
@@ -46,12 +45,12 @@ DRAWN = re.compile(r"(picture(-[0-9]+)?|contact-sheet|words|ask-[^/]*)\.png", re
 
 
 def refuse(path: Path, what: str, remedy: str = REMEDY) -> RecordingDamaged:
-    """The error for a recording that is not to be trusted; `what` ends its sentence."""
+    """Return the error for a recording that is not to be trusted. `what` ends its sentence."""
     return RecordingDamaged(f"{printable(str(path))} is damaged: {what}.", remedy)
 
 
 def refuse_link(root: Path, name: str) -> RecordingLinked:
-    """The error for a recording with a link in it: nothing is followed out of a recording."""
+    """Return the error for a recording with a link in it: none is followed out of it."""
     return RecordingLinked(
         f"{printable(str(root))} is not read: {printable(name)} is behind a link.", UNLINKED
     )
@@ -61,8 +60,8 @@ def refuse_link(root: Path, name: str) -> RecordingLinked:
 def opened(root: Path, name: str, check: Check) -> Iterator[io.BufferedReader]:
     """Open a plain file below `root`. No part of `name` may be a link.
 
-    `check` sees what the file is before a byte of it is read. Raises FileNotFoundError,
-    RecordingDamaged for a link, a pipe or a device, RecordingUnreadable.
+    `check` gets the file's stat before a byte is read. Raises FileNotFoundError, RecordingDamaged
+    for a link, a pipe or a device, RecordingUnreadable.
     """
     with reading(root):
         descriptor = (_descend if GUARDED else _look_twice)(root, name)
@@ -78,7 +77,7 @@ def opened(root: Path, name: str, check: Check) -> Iterator[io.BufferedReader]:
 
 
 def _descend(root: Path, name: str) -> int:
-    """Open each folder inside the one before: whatever is moved meanwhile, no link is followed."""
+    """Open each folder inside the one before: no link is followed, even if files are moved."""
     *folders, last = name.split("/")
     at = os.open(root, READ | FOLDER)
     try:
@@ -100,9 +99,7 @@ def _descend(root: Path, name: str) -> int:
 
 
 def _look_twice(root: Path, name: str) -> int:
-    """Look at each part before the file is opened, and whether it is still the same file
-    afterwards.
-    """
+    """Open a file after a look at each part, and check that it is still the same file."""
     at, found = Path(root), Path(root).stat()
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
@@ -123,8 +120,9 @@ def _look_twice(root: Path, name: str) -> int:
 
 
 def open_plain(path: Path) -> io.BufferedReader | str:
-    """Open a plain file, through links too; of anything else what it is, "a pipe", without waiting
-    for it. Raises OSError.
+    """Open a plain file, through links too. Raises OSError.
+
+    Of anything else return what it is, "a pipe", without waiting for it.
     """
     if not stat.S_ISREG((found := path.stat()).st_mode):
         return kind_of(found)
@@ -136,27 +134,25 @@ def open_plain(path: Path) -> io.BufferedReader | str:
 
 
 def is_hole(found: os.stat_result) -> bool:
-    """Whether a large file takes next to no room on the disk, because nothing was ever written into
-    it.
-    """
+    """Tell whether a large file takes next to no room: nothing was ever written into it."""
     blocks = getattr(found, "st_blocks", found.st_size)  # Windows does not say
     return found.st_size > LARGE and blocks * 512 * MOST_HOLES < found.st_size
 
 
 def entry_is_link(entry: os.DirEntry[str]) -> bool:
-    """`is_link` of what `os.scandir` found."""
+    """Tell whether an entry of `os.scandir` is a link; see `is_link`."""
     return entry.is_symlink() or (os.name == "nt" and is_link(entry.stat(follow_symlinks=False)))
 
 
 def is_link(found: os.stat_result) -> bool:
-    """Whether `lstat` found a link, or what Windows has for one."""
+    """Tell whether `lstat` found a link, or what Windows has for one."""
     return stat.S_ISLNK(found.st_mode) or bool(
         getattr(found, "st_file_attributes", 0) & 0x400
     )  # FILE_ATTRIBUTE_REPARSE_POINT
 
 
 def read_file(root: Path, name: str, check: Check, part: slice = slice(None)) -> bytes:
-    """The bytes of a plain file below `root`, or a part of them; see `opened`."""
+    """Return the bytes of a plain file below `root`, or a part of them; see `opened`."""
     with opened(root, name, check) as file:
         start, end, _ = part.indices(os.fstat(file.fileno()).st_size)
         file.seek(start)
@@ -164,7 +160,7 @@ def read_file(root: Path, name: str, check: Check, part: slice = slice(None)) ->
 
 
 def no_longer(root: Path, name: str, most: int) -> Check:
-    """A check for `opened`: refuse a file of more than `most` bytes."""
+    """Return a check for `opened` that refuses a file of more than `most` bytes."""
 
     def check(found: os.stat_result) -> None:
         if found.st_size > most:
@@ -176,17 +172,18 @@ def no_longer(root: Path, name: str, most: int) -> Check:
 
 
 def read_json(root: Path, name: str, most: int) -> Any:
-    """A small JSON file below `root`.
+    """Return the contents of a small JSON file below `root`.
 
-    NaN and Infinity, which are no JSON, only where an older version wrote a scheduler's settings.
+    NaN and Infinity are no JSON. They are accepted only where an older version wrote a scheduler's
+    settings.
     """
     return parse_json(root, name, read_file(root, name, no_longer(root, name, most)))
 
 
 def parse_json(root: Path, name: str, raw: bytes) -> Any:
-    """What a JSON file says.
+    """Return what a JSON file says.
 
-    Raises RecordingDamaged for one with too many values, or none that can be read.
+    Raises RecordingDamaged if it has too many values, or none that can be read.
     """
     not_finite: list[float] = []
 

@@ -14,11 +14,11 @@ from probe.system import exists
 
 
 def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
-    """The path of a recording: a path, "latest", "sample", or the beginning of a name in `runs`; a
-    zip file's is that of a copy.
+    """Return the path of a recording.
 
-    Raises RecordingNotFound, RecordingDamaged for a zip file that is not sound,
-    RecordingUnreadable.
+    `name` is a path, "latest", "sample", or the beginning of a name in the folder `runs`. A zip
+    file is unpacked, and the path is that of the copy. Raises RecordingNotFound,
+    RecordingUnreadable, or RecordingDamaged for a zip file that is not sound.
     """
     path = _as_path(str(name))
     if exists(path / "zarr.json"):
@@ -60,7 +60,7 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
 
 
 def _as_path(name: str) -> Path:
-    """The path that a text names; also as file:///home/me/x.zarr.
+    """Return the path that a text names, also as file:///home/me/x.zarr.
 
     Raises RecordingNotFound for an address elsewhere.
     """

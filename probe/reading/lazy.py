@@ -1,14 +1,14 @@
-"""A recording's arrays as a labelled tree: what stock xarray makes of it, but nothing is read
-before it is asked for and checked.
+"""A recording's arrays as a labelled tree, like that of stock xarray, but with every read checked.
 
-    tree = open_tree(path)        # an xarray DataTree; the same as xr.open_datatree(path, engine="zarr")
+    tree = open_tree(path)        # as xr.open_datatree(path, engine="zarr")
     tree["latents/latents"].isel(step=3).values
 
-Of the files, zarr reads the chunks, but for those of sound shards (`probe.reading.shards`), through
-a store that hands out only plain files as large as their values are. Whatever goes wrong when
-values are read is a `RecordingDamaged` that names the variable. A chunk without a file reads as its
-fill value, as always in zarr, but no more than `UNBACKED` bytes are made up that way: a few bytes
-could claim terabytes.
+Shards are read by `probe.reading.shards`, and every other chunk by zarr. Its store hands out only
+plain files that are as large as their values. What goes wrong becomes a `RecordingDamaged` that
+names the variable.
+
+A chunk without a file reads as its fill value, as always in zarr. No more than `UNBACKED` bytes are
+made up that way: a few bytes of metadata could claim terabytes.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ TEXT = np.dtypes.StringDType()
 
 
 class CheckedStore(Store):
-    """The arrays of a checked recording as a zarr store to read from: plain files of the right
-    size, and nothing else.
+    """The arrays of a checked recording as a read-only zarr store.
+
+    It hands out plain files of the right size, and nothing else.
     """
 
     supports_writes = supports_deletes = supports_listing = False
@@ -134,9 +135,9 @@ class CheckedStore(Store):
         return content
 
     def absent(self, stored: Stored, key: str, weight: int = 1) -> None:
-        """Count a chunk that is in no file: what is made up for such takes time, and no room.
+        """Count a chunk that is in no file. Raise RecordingDamaged if there are too many.
 
-        A few may be, for each file that is read.
+        What is made up for such chunks takes time. For each file that is read, a few are allowed.
         """
         if key not in self._absent:
             self._absent.add(key)
@@ -153,9 +154,7 @@ class CheckedStore(Store):
                 )
 
     def check(self, stored: Stored, key: str, found: os.stat_result) -> None:
-        """Refuse a chunk's file by what it is: of another size than its values, or room that is
-        claimed and not there.
-        """
+        """Refuse a chunk's file of another size than its values, or one that is a hole."""
         check_chunk(self.root, stored, found)
         self._files, self._bytes = self._files + 1, self._bytes + found.st_size
         if takes_no_room(self.root / key, found):
@@ -251,8 +250,9 @@ class LazyArray(BackendArray):
             ) from error
 
     def _is_absent(self, key: tuple[Any, ...]) -> bool:
-        """Whether one step is asked for, and its file is not there: said without zarr, which takes
-        a millisecond.
+        """Tell whether one step is asked for whose file is missing.
+
+        Asking zarr would take a millisecond.
         """
         if (
             self._stored.dtype is None
@@ -297,7 +297,7 @@ class LazyArray(BackendArray):
             raise RecordingDamaged(f"{printable(self._store.root.name)}: {what}.", CHOOSE)
 
     def _largest(self) -> int:
-        """The size of the largest chunk that there is: another may well be as large."""
+        """Return the size of the largest chunk there is: another may well be as large."""
         with reading(self._store.root), os.scandir(self._store.root / self._stored.path) as entries:
             return max(
                 (
@@ -310,8 +310,9 @@ class LazyArray(BackendArray):
 
 
 def _count(size: int, which: Any) -> int:
-    """How many of `size` places an index selects, by arithmetic: `size` is what a stranger
-    claims.
+    """Return how many of `size` positions an index selects.
+
+    By arithmetic alone: `size` is what a stranger claims.
     """
     return len(range(*which.indices(size))) if isinstance(which, slice) else int(np.size(which))
 
@@ -321,7 +322,7 @@ def _is_one(which: Any) -> bool:
 
 
 def _chunks(size: int, which: Any, part: int) -> Sequence[int]:
-    """The chunks of `part` places that an index selects."""
+    """Return the chunks of `part` positions that an index selects."""
     if not isinstance(which, slice):
         places = np.atleast_1d(which)
         return [
@@ -337,7 +338,7 @@ def _chunks(size: int, which: Any, part: int) -> Sequence[int]:
 
 
 def open_tree(path: Path) -> xr.DataTree:
-    """A recording as stock `xr.open_datatree(path, engine="zarr")` gives it.
+    """Open a recording as stock `xr.open_datatree(path, engine="zarr")` does.
 
     Raises what `read_root` and `nodes_of` raise.
     """
@@ -387,8 +388,9 @@ def _tree(path: Path) -> xr.DataTree:
 
 
 def in_files(root: Path, name: str, variable: xr.Variable, steps: Iterable[int]) -> list[int]:
-    """Those of `steps` for which a variable of `open_tree` has a file: the others hold nothing but
-    its fill value.
+    """Return those of `steps` for which a variable has a file.
+
+    The others hold nothing but the fill value. The variable is one of `open_tree`.
     """
     if variable.dims[:1] != ("step",) or variable.encoding.get("chunks") != (
         1,
@@ -400,14 +402,15 @@ def in_files(root: Path, name: str, variable: xr.Variable, steps: Iterable[int])
 
 
 def has_files(root: Path, name: str) -> bool:
-    """Whether anything of a variable was written."""
+    """Tell whether anything of a variable was written."""
     with reading(root), os.scandir(root / name) as entries:
         return any(entry.name[:1] == "c" for entry in entries)
 
 
 def _labels(store: CheckedStore, which: Sequence[Stored]) -> dict[str, np.ndarray]:
-    """The labels of dimensions, which xarray wants at once, in one go; none where one cannot be
-    read, which then says so itself.
+    """Return the labels of all dimensions, read together: xarray wants them at once.
+
+    Return none if one cannot be read; reading that one alone then says why.
     """
 
     async def values(stored: Stored) -> Any:
@@ -426,8 +429,9 @@ def _labels(store: CheckedStore, which: Sequence[Stored]) -> dict[str, np.ndarra
 
 
 def dataset(variables: dict[str, xr.Variable], attributes: dict[str, Any]) -> xr.Dataset:
-    """Variables with their coordinates, as xarray decodes them: those with a dimension's name, and
-    those that others name.
+    """Return variables with their coordinates, as xarray decodes them.
+
+    Coordinates have a dimension's name, or are named by the attribute `coordinates`.
     """
     coordinates = {name for name, variable in variables.items() if variable.dims == (name,)}
     for variable in variables.values():

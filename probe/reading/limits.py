@@ -1,5 +1,6 @@
-"""What the file of a chunk may be, looked at before it is decoded: its size, the room it takes on
-the disk, what it grows to.
+"""What the file of a chunk may be, checked before it is decoded.
+
+Its size, the room it takes on the disk, and the size of the text it grows to.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MAX_TEXT = 4 * 2**20  # bytes of a variable of text
 
 
 def sizes_of(stored: Stored) -> tuple[int, int]:
-    """The least and the greatest size that a chunk's file can have, in bytes."""
+    """Return the least and the greatest size that a chunk's file can have, in bytes."""
     if stored.dtype is None:
         return 1, MAX_TEXT
     if stored.inner is None:
@@ -39,9 +40,9 @@ def check_chunk(root: Path, stored: Stored, found: os.stat_result) -> None:
 
 
 def takes_no_room(path: Path, found: os.stat_result) -> bool:
-    """Whether a file is a hole, or one of very many names of the same bytes.
+    """Tell whether a file is a hole, or one of very many names of the same bytes.
 
-    Some disks count its room only later: then it is looked at.
+    Some disks count a file's room only later: then the file itself is asked.
     """
     if found.st_nlink >= MOST_HOLES:
         return True
@@ -59,10 +60,9 @@ def takes_no_room(path: Path, found: os.stat_result) -> bool:
 
 
 def check_text(root: Path, stored: Stored, raw: bytes) -> int:
-    """The size of a chunk of text.
+    """Return the size of a chunk of text, in bytes.
 
-    Refuse one that would grow beyond measure, or that says that it holds more texts than its shape
-    has.
+    Refuse one that would grow too large, or that claims more texts than its shape has.
     """
     names = [codec["name"] for codec in stored.metadata["codecs"]]
     try:
@@ -86,8 +86,9 @@ def check_text(root: Path, stored: Stored, raw: bytes) -> int:
 
 
 def _zstd_size(raw: bytes) -> int:
-    """The size of what a zstd frame holds, as its header says it, or 0 (RFC 8878, section
-    3.1.1.1).
+    """Return the size of what a zstd frame holds, from its header (RFC 8878, section 3.1.1.1).
+
+    Return 0 if the header does not say.
     """
     if raw[:4] != b"\x28\xb5\x2f\xfd":
         return 0

@@ -1,12 +1,12 @@
-"""The recordings in a folder, thousands of them in a second: of each, only the attributes at the
-head of its root file are read.
+"""The recordings in a folder, thousands of them in a second.
 
     list_runs("runs")      # [(path, attributes), ...], the newest first
-    listing("runs")        # the same, with the reason where a recording cannot be read
+    listing("runs")        # the same, with the reason if a recording cannot be read
 
-What was read of a large folder is kept in the user's cache folder, by name, size, times and file
-number. It is never needed: a row of another size or time is read again, and each is checked like a
-root file.
+Of each recording only the attributes are read, at the head of its root file. Those of a large
+folder are kept in the user's cache folder, by name, size, times and file number. Nothing depends on
+this index. A file with another size or time is read again, and each row is checked like a root
+file.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Listed(NamedTuple):
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without Python's search for circles of objects: a listing makes many objects, and no circle.
+    """Switch off Python's search for reference cycles: a listing makes none.
 
-    A quarter of its time.
+    The search would take a quarter of the time.
     """
     on = gc.isenabled()
     gc.disable()
@@ -87,17 +87,18 @@ def _uncollected() -> Iterator[None]:
 
 @_uncollected()
 def list_runs(folder: str | Path = "runs") -> list[tuple[Path, dict[str, Any] | None]]:
-    """Every recording in a folder, the newest first, with its attributes (None for one that cannot
-    be read: see `listing`).
+    """Return every recording in a folder with its attributes, the newest first.
+
+    The attributes are None if they cannot be read; `listing` says why.
     """
     return [(row.path, row.attributes) for row in listing(folder)]
 
 
 @_uncollected()
 def listing(folder: str | Path = "runs") -> list[Listed]:
-    """Every recording in a folder, the newest first.
+    """Return every recording in a folder, the newest first.
 
-    Raises RecordingUnreadable where the system does not list the folder.
+    Raises RecordingUnreadable if the system does not list the folder.
     """
     paths = recordings_in(folder)
     index = _Index(Path(folder)) if len(paths) >= MANY else None
@@ -111,9 +112,9 @@ def listing(folder: str | Path = "runs") -> list[Listed]:
 
 
 def recordings_in(folder: str | Path) -> list[Path]:
-    """The paths of what should be recordings in a folder.
+    """Return the paths of what should be recordings in a folder.
 
-    Raises RecordingUnreadable where the system does not list it.
+    Raises RecordingUnreadable if the system does not list it.
     """
     if not isinstance(folder, str | os.PathLike):
         raise ExperimentError(
@@ -146,7 +147,7 @@ def _listed(path: Path, known: Any, index: _Index | None) -> Listed:
 
 
 def root_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of a recording, from its root file alone.
+    """Return the attributes of a recording, from its root file alone.
 
     Raises RecordingNotFound or RecordingDamaged.
     """
@@ -155,7 +156,7 @@ def root_attributes(path: Path) -> dict[str, Any]:
 
 
 def picture_and_sampling(told: Attributes) -> tuple[str, str]:
-    """What a recording began from, if it was a picture, and how it went on."""
+    """Return the picture that a recording began from ("" if none), and how it was sampled."""
     if told.kind == "noising" and (noising := told.noising) is not None:
         often = (
             f"{counted(len(noising.timesteps), 'timestep')}, {counted(noising.noises, 'draw')} of "
@@ -174,7 +175,7 @@ def picture_and_sampling(told: Attributes) -> tuple[str, str]:
 
 
 def status_of(attributes: dict[str, Any]) -> str:
-    """The status that a recording gives, or interrupted where its writer died."""
+    """Return the status that a recording gives, or "interrupted" if its writer died."""
     status, writer = str(attributes["status"]), attributes.get("writer")
     if (
         status == "running"
@@ -190,10 +191,10 @@ def status_of(attributes: dict[str, Any]) -> str:
 
 
 def _quickly(path: Path, attributes: Any, index: _Index | None) -> dict[str, Any] | None:
-    """Check what the index or the head of the root file says. Return None if only the whole file
-    can tell.
+    """Check what the index or the head of the root file says.
 
-    Whether the rest of the file is sound is found out when the recording is opened.
+    Return None if only the whole file can tell. The rest of the file is checked when the recording
+    is opened.
     """
     try:
         if attributes is None:
@@ -210,8 +211,9 @@ def _quickly(path: Path, attributes: Any, index: _Index | None) -> dict[str, Any
 
 
 def _head(path: Path) -> tuple[os.stat_result, bytes]:
-    """Return what a root file is, and its attributes if it is laid out as zarr does; else raise
-    OSError or ValueError.
+    """Return the root file's status and its attributes.
+
+    Raises OSError or ValueError if it is laid out in another way than zarr's.
     """
     if GUARDED:
         descriptor = os.open(f"{path}/zarr.json", READ | NO_LINK | NO_WAIT)
@@ -246,7 +248,7 @@ def _head(path: Path) -> tuple[os.stat_result, bytes]:
 
 
 def _is_escaped(text: bytes, at: int) -> bool:
-    """Whether a letter is written by its number from `at` on.
+    """Tell whether a letter is written by its number from `at` on.
 
     Looking for one character is several times as fast as for two.
     """
@@ -285,16 +287,16 @@ class _Index:
                 self._rows = {mark: text for mark, tab, text in split if tab}
 
     def find(self, paths: list[Path]) -> list[Any]:
-        """Return what each root file said when it was as it is now, or None.
+        """Return the attributes that each root file had when it was as it is now, or None.
 
-        One kind of work at a time is the quickest.
+        Doing one kind of work at a time is the quickest.
         """
         marks = _marks(paths)
         self._kept = {mark: self._rows[mark] for mark in marks if mark in self._rows}
         return [_parsed(self._kept[mark]) if mark in self._kept else None for mark in marks]
 
     def add(self, name: str, found: os.stat_result, text: bytes) -> None:
-        """Keep what was read, unless the file is so new that it could change without showing it."""
+        """Keep what was read, unless the file is so new that it could change unnoticed."""
         mark = _mark(name, found)
         settled = self._now - max(found.st_mtime_ns, found.st_ctime_ns) >= JUST_NOW
         if settled and len(mark) + len(text) + 2 <= MAX_ROW:
@@ -323,7 +325,7 @@ def _mark(name: str, found: os.stat_result) -> bytes:
 
 
 def _marks(paths: list[Path]) -> list[bytes | None]:
-    """Return the marks of the root files of recordings in one folder; None where there is none."""
+    """Return the marks of the root files of recordings in one folder; None where one is missing."""
     try:  # from its folder a file is found in half the time
         folder = os.open(paths[0].parent, READ) if os.stat in os.supports_dir_fd else None
     except OSError:

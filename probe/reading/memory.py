@@ -1,12 +1,11 @@
-"""A recording in memory: it is written like one on a disk, and read like one.
+"""A recording in memory: written like one on a disk, and read like one.
 
     memory = Memory(plan.arrays, attributes)      # takes what a `Session` records
     run = Run(nowhere("cat"), memory)             # every reading function works on it
     run.save("runs/cat.zarr")                     # the same values in files, which verify
 
-It takes values by the calls that a session makes of `RunWriter`, and keeps the order of those
-calls. So `save` can make them again of a `RunWriter`, and the recording on the disk has the same
-digests.
+It has the methods of `RunWriter` that a session calls, and keeps the order of the calls. `save`
+repeats them on a `RunWriter`, so that the recording on the disk has the same digests.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ class Memory:
     def save(self, path: Path, durability: str, draw: Callable[[Path], object]) -> None:
         """Write it as a recording. `draw` adds the pictures for people.
 
-        Raise RecordingBusy, StoreError.
+        Raises RecordingBusy, StoreError.
         """
         attributes = {
             name: value for name, value in self.attributes.items() if name not in OF_THE_WRITER
@@ -135,7 +134,7 @@ class Memory:
 
 
 class Copied(BackendArray):
-    """An array in memory of which each read gives a copy: nobody can change the recording."""
+    """An array in memory. Each read gives a copy, so that nobody changes the recording."""
 
     def __init__(self, stored: np.ndarray):
         self._stored, self.shape, self.dtype = stored, stored.shape, stored.dtype
@@ -153,7 +152,7 @@ class Copied(BackendArray):
 
 
 def nowhere(name: str) -> Path:
-    """Return a path at which nothing is and nothing can be, for a recording that is in no file."""
+    """Return a path at which nothing can be, for a recording that is in no file."""
     return Path(os.devnull) / f"{name}.zarr"
 
 

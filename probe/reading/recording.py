@@ -2,10 +2,11 @@
 
     run = open_run("latest")                 # or a path, or the beginning of a run's name
     run.tree                                 # the whole recording, an xarray DataTree
-    run.latents, run.denoised()              # (step, image, channel, y, x), only steps that were committed
+    run.latents, run.denoised()              # (step, image, channel, y, x), committed steps only
     run.attention("16x16"), run.word_maps()  # where it looked: see `probe.reading.attention`
 
-What is derived (eps, v, denoised) is computed from the latents and predictions when it is read.
+Noise, velocity and clean latents (eps, v, denoised) are not stored. They are computed from the
+latents and predictions when they are read.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Run(Attention):
     what only some recordings have (`run.attention()`, `run.counterfactual()`). None of them changes
     anything.
 
-    Raises RecordingNotFound; RecordingDamaged; RecordingUnreadable where the system does not read
+    Raises RecordingNotFound, RecordingDamaged, or RecordingUnreadable if the system does not read
     it.
     """
 
@@ -85,24 +86,25 @@ class Run(Attention):
 
     @functools.cached_property
     def attributes(self) -> Attributes:
-        """Return the recording's attributes, typed: `run.attributes.model.dtype`; by key, they are
-        as in the file.
+        """Return the recording's attributes, typed: `run.attributes.model.dtype`.
+
+        By key they are as in the file: `run.attributes["model"]["dtype"]`.
         """
         return attributes_of(self._root())
 
     @functools.cached_property
     def tree(self) -> xr.DataTree:
-        """Everything, lazily, as stock `xarray.open_datatree(path, engine="zarr")` opens it.
+        """Return the whole recording as a lazy tree of labelled arrays.
 
-        Raises RecordingDamaged.
+        It is what stock `xarray.open_datatree(path, engine="zarr")` opens. Raises RecordingDamaged.
         """
         return open_tree(self.path) if self.memory is None else self.memory.tree()
 
     @functools.cached_property
     def experiment(self) -> Experiment:
-        """What a generation was asked for.
+        """Return the recipe of a generation.
 
-        Raise RecordingNotFound for a noising: it has `run.noising`.
+        Raises RecordingNotFound for a noising, whose recipe is `run.noising`.
         """
         if self.kind != "generation":
             raise RecordingNotFound(
@@ -117,9 +119,9 @@ class Run(Attention):
 
     @functools.cached_property
     def noising(self) -> Noising:
-        """What a noising was asked for.
+        """Return the recipe of a noising.
 
-        Raise RecordingNotFound for a generation: it has `run.experiment`.
+        Raises RecordingNotFound for a generation, whose recipe is `run.experiment`.
         """
         if self.kind != "noising":
             raise RecordingNotFound(f"{self.name} is no noising.", "Read run.experiment.")
@@ -132,28 +134,32 @@ class Run(Attention):
 
     @property
     def recipe(self) -> Experiment | Noising:
-        """What was asked: `experiment` of a generation, `noising` of a noising."""
+        """Return the recipe: `experiment` of a generation, `noising` of a noising."""
         return self.noising if self.kind == "noising" else self.experiment
 
     @property
     def kind(self) -> str:
-        """What was done: generation or noising."""
+        """Return what was done: "generation" or "noising"."""
         return self.attributes.kind
 
     @property
     def name(self) -> str:
+        """Return the name: that of the folder, without .zarr."""
         return self.path.name.removesuffix(".zarr")
 
     @property
     def status(self) -> str:
-        """complete, interrupted, failed or running; a run whose writer died is interrupted."""
+        """Return "complete", "interrupted", "failed" or "running".
+
+        A run whose writer died is interrupted.
+        """
         return status_of(self._root())
 
     @functools.cached_property
     def steps(self) -> np.ndarray:
-        """Indices of the committed steps.
+        """Return the indices of the committed steps.
 
-        Raises RecordingDamaged where the file of their flags is gone.
+        Raises RecordingDamaged if the file that says which are committed is missing.
         """
         if self.memory is None and flags_are_lost(self.path, self.attributes):
             raise refuse(self.path, "committed/c.0, which says what is committed, is missing")
@@ -163,11 +169,10 @@ class Run(Attention):
         return root_attributes(self.path) if self.memory is None else self.memory.attributes
 
     def save(self, path: str | Path) -> Run:
-        """Write a recording that is in memory into files, as if it had been recorded there, and
-        return that.
+        """Write a recording that is in memory into files, and return the new one.
 
-        `path` is that of the new recording, and ends in .zarr. Raises ExperimentError,
-        RecordingBusy if something is there already, StoreError.
+        The files are those that recording onto the disk would have written. `path` has to end in
+        .zarr. Raises ExperimentError, RecordingBusy if something is there already, StoreError.
         """
         from probe.figures.noising_sheet import save_sheet
         from probe.figures.sheets import save
@@ -193,7 +198,7 @@ class Run(Attention):
         return Run(target)
 
     def variable(self, path: str) -> xr.DataArray:
-        """One variable or coordinate, lazily: "latents/latents", "attention/16x16/cross".
+        """Return one variable or coordinate, lazily: "latents/latents", "attention/16x16/cross".
 
         Raises RecordingNotFound.
         """
@@ -214,35 +219,37 @@ class Run(Attention):
 
     @property
     def latents(self) -> xr.DataArray:
-        """What went into each call.
+        """Return what went into each call of the model.
 
-        *Shape:* (step, image, channel, y, x); of a noising, `draw` in the place of `image`.
+        *Shape:* (step, image, channel, y, x). A noising has `draw` in the place of `image`.
         """
         return self._latent("latents")
 
     def prediction(self, branch: str | None = None) -> xr.DataArray:
-        """The model's output for `branch` ("cond", "uncond"), or what the scheduler got (None).
+        """Return the model's output for `branch`, or what the scheduler got (None).
 
-        *Shape:* as latents.
+        *Shape:* as latents. `branch` is "cond" or "uncond". Raises RecordingNotFound.
         """
         _check_branch(branch)
         return self._latent("prediction" if branch is None else f"prediction_{branch}")
 
     def eps(self, branch: str | None = None) -> xr.DataArray:
-        """The predicted noise."""
+        """Return the predicted noise. *Shape:* as latents."""
         return self._derive(eps_from, branch, "eps")
 
     def v(self, branch: str | None = None) -> xr.DataArray:
-        """The predicted velocity."""
+        """Return the predicted velocity. *Shape:* as latents."""
         return self._derive(v_from, branch, "v")
 
     def denoised(self, branch: str | None = None, clipped: bool = False) -> xr.DataArray:
-        """The predicted clean latents x0: as the model says them, or `clipped` as the scheduler
-        goes on with them, if it limits them.
+        """Return the predicted clean latents x0. *Shape:* as latents.
 
-        Its attributes say so where these two are not the same, and at which steps x0 is not
-        defined: where there is no signal (alpha_bar 0), predicted noise says nothing of it (Lin et
-        al. 2023, arXiv:2305.08891). Raises RecordingDamaged.
+        Some schedulers limit x0 before they go on. The values are those before that, or with
+        `clipped` those after; the attributes say so if the two differ.
+
+        At alpha_bar 0 there is no signal, and predicted noise says nothing of x0 (Lin et al. 2023,
+        arXiv:2305.08891). The attribute `not_defined_at_step` lists these steps. Raises
+        RecordingDamaged.
         """
         truth_value("clipped", clipped)
         found = self._derive(denoised_from, branch, "denoised")
@@ -266,8 +273,9 @@ class Run(Attention):
 
     @property
     def undefined_steps(self) -> np.ndarray:
-        """Indices of the committed steps at which `denoised` is not defined: no signal at all, and
-        a model that predicts noise.
+        """Return the committed steps at which `denoised` is not defined.
+
+        These are steps without any signal, of a model that predicts noise.
         """
         without = self.variable("alpha_bar").isel(step=self.steps).values == 0
         return (
@@ -275,9 +283,9 @@ class Run(Attention):
         )
 
     def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
-        """Clean latents as small pictures, by the linear map fitted for this VAE.
+        """Return latents as small pictures, by the linear map fitted for this VAE.
 
-        *Shape:* (..., y, x, rgb) uint8.
+        *Shape:* (..., channel, y, x) -> (..., y, x, rgb) uint8. None: the latents of `denoised()`.
         """
         latents = (
             self.denoised()
@@ -302,16 +310,18 @@ class Run(Attention):
 
     @property
     def images(self) -> xr.DataArray:
-        """The finished pictures.
+        """Return the finished pictures.
 
-        *Shape:* (image, y, x, rgb) uint8; of a noising (draw, y, x, rgb), its round trip.
+        *Shape:* (image, y, x, rgb) uint8. A noising has its round trip through the VAE, (draw, y,
+        x, rgb).
         """
         return self.variable("images/final")
 
     @property
     def source(self) -> xr.DataArray | None:
-        """The picture that an image-to-image run or a noising began from, (y, x, rgb) uint8; None
-        where there was none.
+        """Return the picture that the run began from, or None if it began from noise.
+
+        *Shape:* (y, x, rgb) uint8.
         """
         return self.variable("source/picture") if "source" in self.tree.children else None
 
@@ -362,12 +372,11 @@ class Run(Attention):
     # --- is it what it says, and what is another ---
 
     def verify(self, model: Any = False, steps: Indices | str | None = None) -> Verification:
-        """Check the recording against itself, as `probe verify` does. With `model`, ask the model
-        again as well.
+        """Check the recording against itself, as `probe verify` does.
 
-        `model` is True to load the recording's own, or a diffusers pipeline in memory; `steps` are
-        the indices of the model calls at which it is asked, or text as in capture.steps (None:
-        all). Print what comes back, or ask for its `verdict` and what `failed`. Raises
+        With `model`, ask the model again as well: True loads the recording's own, or give a
+        diffusers pipeline. `steps` says at which model calls: indices, or text as in capture.steps
+        (None: all). Print the result, or ask for its `verdict` and what `failed`. Raises
         ExperimentError, ModelError, RecordingUnreadable.
         """
         from probe.proof.verdict import verify
@@ -375,11 +384,10 @@ class Run(Attention):
         return verify(self, model, steps)
 
     def diff(self, other: Run) -> Comparison:
-        """Compare with another recording, bit for bit, as `probe diff` does: what was asked, the
-        conditions, the values.
+        """Compare with another recording, bit for bit, as `probe diff` does.
 
-        Print what comes back, or ask whether it is the `same`. Raises ExperimentError for what is
-        no recording.
+        Recipes, conditions and values are compared. Print the result, or ask whether it is the
+        `same`. Raises ExperimentError if `other` is no recording.
         """
         from probe.reading.compare import compare
 
@@ -391,7 +399,7 @@ class Run(Attention):
         return compare(self, other)
 
     def summary(self) -> dict[str, str]:
-        """The run in a few labelled words."""
+        """Return the run in a few labelled words."""
         told = self.attributes
         model, (picture, sampling) = told.model, picture_and_sampling(told)
         lines = {
@@ -444,7 +452,7 @@ class Run(Attention):
 def with_files(run: Run) -> Run:
     """Return a recording that is in files.
 
-    Raise ExperimentError for one that is in memory alone.
+    Raises ExperimentError for one that is in memory alone.
     """
     if run.memory is not None:
         cause = f"{run.name} is in memory alone, and this needs its files."

@@ -1,11 +1,10 @@
-"""The sample recording that comes with the package, so that a first look needs neither torch nor a
-model.
+"""The sample recording in the package: a first look needs neither torch nor a model.
 
     probe show sample                  # any command that takes a recording takes this name
     run = probe.open_run("sample")
 
-It is shipped as one zip file and unpacked once into the user's cache folder, whole or not at all.
-Made by `python -m experiments.emojiworld.sample`.
+It is shipped as one zip file, and unpacked once into the user's cache folder. It was made by
+`python -m experiments.emojiworld.sample`.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ NAME = "sample"
 
 
 def unpacked() -> Path:
-    """The path of the sample recording, unpacked on first use.
+    """Return the path of the sample recording. Unpack it on first use.
 
-    Raises RecordingNotFound where there is no place for it.
+    Raises RecordingNotFound if no folder takes it.
     """
     try:
         content = ARCHIVE.read_bytes()
@@ -63,15 +62,14 @@ def unpacked() -> Path:
 
 
 def is_copy(path: Path) -> bool:
-    """Whether a recording lies in the cache folder: the sample, or one that was unpacked from a zip
-    file.
-    """
+    """Tell whether a recording lies in the cache folder: the sample, or one from a zip file."""
     return path.absolute().is_relative_to((cache_folder() / "diffusion-probe").absolute())
 
 
 def place_beside(path: Path) -> Path:
-    """The folder for what is made from a recording: its own, or `runs` where it is a copy in the
-    cache folder.
+    """Return the folder for what is made from a recording: its own.
+
+    It is `runs` for a copy in the cache folder.
     """
     return Path("runs") if is_copy(path) else path.parent
 
@@ -79,8 +77,8 @@ def place_beside(path: Path) -> Path:
 def cache_folder() -> Path:
     """Return the user's folder for what can be made again.
 
-    Without a home that can be written, as in some containers, it is one for this account among
-    temporary files.
+    If no home can be written, as in some containers, it is one of this account's own among
+    temporary files. Raises OSError if that one belongs to somebody else.
     """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)
@@ -98,15 +96,16 @@ def cache_folder() -> Path:
 
 
 def _takes_files(folder: Path) -> bool:
-    """Whether a folder can be written, or made."""
+    """Tell whether a folder can be written, or made."""
     while not os.path.lexists(folder):
         folder = folder.parent
     return may_change(folder)
 
 
 def pack(recording: Path, archive: Path = ARCHIVE) -> None:
-    """Zip a finished recording into the package, file by file in one order and with one date: the
-    same bytes each time.
+    """Zip a finished recording into the package.
+
+    One order and one date for all files: the bytes are the same each time.
     """
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as made:
         for file in sorted(path for path in recording.rglob("*") if path.is_file()):

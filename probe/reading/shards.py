@@ -1,7 +1,6 @@
 """Some chunks of a variable's shards, read without zarr's fixed cost of a millisecond a call.
 
-Its values are zarr's. Whatever is laid out otherwise, is not there or does not hold its checksum is
-left to zarr, which has words for it.
+The values are those that zarr reads. What is laid out differently is left to zarr.
 """
 
 from __future__ import annotations
@@ -25,11 +24,13 @@ ENTRY, CHECKSUM = 16, 4  # bytes: where a chunk begins and how long it is; a CRC
 def read_shards(
     root: Path, stored: Stored, key: tuple[Any, ...], check: Callable[[str, os.stat_result], None]
 ) -> np.ndarray | None:
-    """The values at `key` (an int, slice or array of indices for each axis) of a variable with one
-    shard a step and one chunk a token.
+    """Return the values at `key`, of a variable with one shard a step and one chunk a token.
 
-    `check` is given each shard's file, by name and by what it is, before it is read. None where
-    zarr has to read it. Raises RecordingDamaged, RecordingUnreadable.
+    `key` has an int, a slice or an array of indices for each axis. `check` gets each shard's file,
+    its name and its stat, before it is read.
+
+    Returns None if a file is missing, laid out differently or fails its checksum; zarr then reads
+    it and reports why. Raises RecordingDamaged, RecordingUnreadable.
     """
     steps, tokens, *rest = stored.shape if len(stored.shape) > 2 else (0, 0)
     if stored.dtype is None or stored.inner != (1, 1, *rest) or stored.chunks != (1, tokens, *rest):
@@ -80,7 +81,7 @@ def read_shards(
 
 
 def _checked(file: int, length: int, begin: int) -> bytes:
-    """A part of a file without the checksum at its end, or nothing where that does not hold."""
+    """Return a part of a file without the checksum at its end; nothing if that fails."""
     content = _part(file, length, begin) if begin >= 0 else b""
     whole = (
         len(content) == length > CHECKSUM

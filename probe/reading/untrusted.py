@@ -1,12 +1,11 @@
-"""A recording that somebody else made is untrusted input: what is checked before anything of it is
-decoded.
+"""A recording that somebody else made is untrusted input: it is checked before it is decoded.
 
-    root = read_root(path)                  # its zarr.json: a plain file, not huge, strict JSON, the attributes of a recording
-    groups, arrays = nodes_of(path, root)   # every node: its name, types, sizes, codecs; files agree with the root's block
+    root = read_root(path)                  # its zarr.json, with the attributes of a recording
+    groups, arrays = nodes_of(path, root)   # every node: name, types, sizes, codecs
 
-Whatever is refused is a `RecordingDamaged`: one line of cause, one of remedy. Links are never
-followed, pipes and devices never waited for. Chunks are looked at when they are read
-(`probe.reading.lazy`), so opening costs the same whatever the number of steps.
+Each problem is a `RecordingDamaged`: one line of cause, one of remedy. Links are never followed,
+and pipes and devices never waited for. Chunks are checked when they are read
+(`probe.reading.lazy`), so that opening costs the same for any number of steps.
 """
 
 from __future__ import annotations
@@ -65,9 +64,9 @@ Refusal = Callable[[str], NoReturn]
 
 
 def read_root(path: Path) -> dict[str, Any]:
-    """The root zarr.json of a recording.
+    """Return the root zarr.json of a recording.
 
-    Raises RecordingNotFound where there is none, RecordingDamaged where it cannot be trusted.
+    Raises RecordingNotFound if there is none, RecordingDamaged if it cannot be trusted.
     """
     try:
         root = read_json(path, "zarr.json", MAX_ROOT)
@@ -88,8 +87,9 @@ def read_root(path: Path) -> dict[str, Any]:
 
 
 def check_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Refuse attributes that are not those of a recording, or of a format that this version does
-    not read. Raises RecordingDamaged.
+    """Refuse attributes that are not those of a recording, or of a format that is not read.
+
+    Raises RecordingDamaged.
     """
     version = attributes.get("format_version")
     if type(version) is int and version not in FORMATS_READ:
@@ -124,26 +124,25 @@ class Stored:
 
     @property
     def fill(self) -> float:
-        """What is read where there is no file."""
+        """Return the value that is read where there is no file."""
         return float(self.metadata.get("fill_value") or 0) if self.dtype is not None else 0.0
 
     @property
     def is_labels(self) -> bool:
-        """Whether these are labels of a dimension, or other text."""
+        """Tell whether these are labels of a dimension, or other text."""
         return self.dtype is None or self.dims == (self.path.rpartition("/")[2],)
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of the values of one chunk (0 for text, whose chunks have any size)."""
+        """Return the bytes of one chunk's values; 0 for text, whose chunks have any size."""
         return prod(self.chunks) * self.dtype.itemsize if self.dtype is not None else 0
 
 
 def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, Stored]]:
-    """The groups and arrays that a recording's root file lists, each held against its own file and
-    against the schema.
+    """Return the groups and arrays that a recording's root file lists.
 
-    A variable that the schema does not know, of a newer version perhaps, may be there if it is
-    harmless.
+    Each is compared with its own file and with the schema. A variable that the schema does not know
+    may be a newer version's: it is accepted if it is harmless. Raises RecordingDamaged.
     """
     noising = kind_of(root["attributes"]) == "noising"
     block = root.get("consolidated_metadata")
@@ -196,10 +195,9 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
 
 
 def _bare(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What a node is.
+    """Return a node without its attributes and without the nodes below it.
 
-    Not what is said of it: the root's word counts, and the manifest knows whether a file was
-    edited.
+    Of attributes the root's copy counts. Whether a file was edited, the manifest tells.
     """
     return {
         key: value
@@ -324,9 +322,9 @@ def _sizes(found: object, least: int = 1) -> tuple[int, ...] | None:
 
 
 def _codecs(found: Any, dtype: np.dtype[Any] | None) -> tuple[int, ...] | None:
-    """The shape of a shard's chunks, or None.
+    """Return the shape of a shard's chunks, or None if the array has no shards.
 
-    Raises ValueError, or what Python raises, for any codec but those that are written here.
+    Raises ValueError, or what Python raises, for any codec that is not written here.
     """
     names, settings = (
         [codec["name"] for codec in found],

@@ -5,8 +5,8 @@ class TestMyWriter(WriterConformance):
         return my_writer.record(folder / "cat.zarr")
 
 class TestMyReader(ReaderConformance):
-    def read(self, path):
-        return my_reader.values(path)      # {"latents/latents": array of the committed steps, ...}
+    def read(self, path):  # {"latents/latents": array of the committed steps, ...}
+        return my_reader.values(path)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from probe.testing.synthetic import synthetic_recording
 
 
 def stored_values(path: Path) -> dict[str, np.ndarray]:
-    """Return every variable by its path, of the committed steps, as stock xarray reads it."""
+    """Return every variable by its path, as stock xarray reads it: the committed steps."""
     with xr.open_datatree(path, engine="zarr") as tree:
         steps = np.flatnonzero(tree.dataset["committed"].values)
         found = {}
@@ -54,7 +54,7 @@ def same(one: Any, other: Any) -> bool:
 class WriterConformance:
     """What every writer has to keep.
 
-    `not_proven`: checks of `probe verify` that it does not claim.
+    `not_proven` names checks of `probe verify` that it does not claim.
     """
 
     not_proven: ClassVar[tuple[str, ...]] = ()
@@ -136,9 +136,9 @@ class ReaderConformance:
 
     @abstractmethod
     def read(self, path: Path) -> Mapping[str, Any]:
-        """Return every variable that the reader knows by path, of the committed steps alone.
+        """Return every variable that the reader knows by path: the committed steps.
 
-        It raises an error of any kind for a recording that it refuses.
+        Raise an error of any kind for a recording that is refused.
         """
 
     def _agrees(self, path: Path) -> None:

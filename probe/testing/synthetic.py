@@ -64,11 +64,11 @@ def synthetic_recording(
     pictures: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Write a recording of latents of `size` (y, x), both even, and return its path.
+    """Write a recording and return its path. `size` is that of the latents, (y, x), both even.
 
-    `status` "interrupted", "failed" or "running" leaves the second half of the steps out. `unknown`
-    adds a group and an attribute that no version knows, `pictures` the pictures for people. The
-    same arguments give the same values.
+    With `status` "interrupted", "failed" or "running" the second half of the steps is missing.
+    `unknown` adds a group and an attribute that no version knows, `pictures` the pictures for
+    people. The same arguments give the same values.
     """
     seeing = {
         "prompt": prompt,
@@ -146,7 +146,7 @@ class _Synthetic:
 
     @cached_property
     def blobs(self) -> np.ndarray:
-        """One blob a word in its place. *Shape:* (word, y, x)."""
+        """Return one blob a word in its place. *Shape:* (word, y, x)."""
         y, x = np.meshgrid(*(np.linspace(0, 1, n) for n in self.size), indexing="ij")
         centres = self.draw.random((len(self.words), 2, 1, 1))
         blobs: np.ndarray = np.exp(-8 * ((y - centres[:, 0]) ** 2 + (x - centres[:, 1]) ** 2))
@@ -154,7 +154,7 @@ class _Synthetic:
 
     @cached_property
     def clean(self) -> np.ndarray:
-        """*Shape:* (image, channel, y, x)."""
+        """Return the clean latents. *Shape:* (image, channel, y, x)."""
         weights = self.draw.standard_normal((self.asked.images, 4, max(1, len(self.words))))
         blobs = self.blobs if len(self.words) else np.zeros((1, *self.size))
         return np.asarray(np.einsum("icw,wyx->icyx", weights, blobs), np.float32)
@@ -165,7 +165,7 @@ class _Synthetic:
 
     @cached_property
     def pictures(self) -> np.ndarray:
-        """The clean latents appear out of the noise. *Shape:* (step, image, y, x, rgb)."""
+        """Return pictures that appear out of the noise. *Shape:* (step, image, y, x, rgb)."""
         signal = np.sqrt(self.alpha_bar)[:, None, None, None, None]
         mixed = signal * self.clean + np.sqrt(1 - signal**2) * self.noise
         colour = (np.moveaxis(mixed[:, :, :3], 2, -1) * 0.2 + 0.5).clip(0, 1) * 255
@@ -188,7 +188,7 @@ class _Synthetic:
     # --- attention ---
 
     def maps(self, step: int, grid: tuple[int, int], layers: int) -> np.ndarray:
-        """Shares of BOS, words, EOS and the rest.
+        """Return the shares of BOS, words, EOS and the rest.
 
         *Shape:* (token, branch, image, layer, head, y, x).
         """
@@ -297,7 +297,7 @@ class _Synthetic:
         yield array("preview", "bias", value=np.full(3, 0.5, np.float32))
 
     def _labels(self, group: str, kept: Sequence[int]) -> Iterator[Array]:
-        """Branches, tokens and words, of the positions that are kept."""
+        """Yield branches, tokens and words, of the positions that are kept."""
         rows = {
             branch: [_label(self._prompt(branch), position) for position in kept]
             for branch in self.branches
