@@ -126,6 +126,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the arguments without which a method c
     "preview": {},
     "verify": {},
     "diff": {},
+    "save": {},
 }
 CHOICES = ("of", "branch", "steps", "layers", "heads", "images", "over", "grid", "method", "weigh")
 

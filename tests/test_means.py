@@ -337,7 +337,8 @@ DAAM = {
 def test_the_documented_call_is_daams_global_map(heads: tuple[int, ...], tmp_path: Path) -> None:
     from diffusers import DDIMScheduler
 
-    (call,) = re.findall(r"^# DAAM's global map.*\nrun\.word_maps\((.*)\)$", PAGE.read_text(), re.M)
+    documented = r"^# DAAM's global map.*\nrun\.word_maps\(((?:.*\n)*?.*?)\)$"
+    (call,) = re.findall(documented, PAGE.read_text(), re.M)
     assert eval(f"dict({call})") == DAAM
     pipe = uneven(heads)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)

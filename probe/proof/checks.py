@@ -52,11 +52,10 @@ from probe.writing.digests import DIGESTS, EMPTY, marks, of_a_step, read_lines, 
 from probe.writing.digests import digest as digest_of
 from probe.writing.store import MANIFEST, is_hashed
 
-MAX_MANIFEST, MAX_SAID = (
-    16 * 2**20,
-    2**20,
-)  # bytes of a manifest, 150,000 files; of what is said in a picture
-MAX_DIGESTS, MAX_PICTURES = 2 * 2**20, 256 * 2**20  # bytes: 20,000 lines; all pictures together
+# Bytes: of a manifest, 150,000 files; of digests, 20,000 lines.
+MAX_MANIFEST, MAX_DIGESTS = 16 * 2**20, 2 * 2**20
+# Bytes: of the text in a picture; of all pictures together.
+MAX_SAID, MAX_PICTURES = 2**20, 256 * 2**20
 
 # Whatever a damaged file makes of itself, also inside a scheduler with settings that make no sense.
 DAMAGE = (

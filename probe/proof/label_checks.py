@@ -109,7 +109,11 @@ def _unlike_labels(here: Labels, there: Labels, group: str, other: str) -> Itera
     """Yield tokens that another group labels differently."""
     for at, label in here.items():
         if at in there and there[at] != label:
-            yield f"{group}: token {at[1]} of {at[0]} is {label[0]!r} in the word {label[1]!r}, in {other} {there[at][0]!r} in {there[at][1]!r}"
+            (branch, position), (text, word, _), (its_text, its_word, _) = at, label, there[at]
+            yield (
+                f"{group}: token {position} of {branch} is {text!r} in the word {word!r}, "
+                f"in {other} {its_text!r} in {its_word!r}"
+            )
 
 
 def _misread(run: Run) -> Iterator[str]:
@@ -121,7 +125,8 @@ def _misread(run: Run) -> Iterator[str]:
             or branch not in typed
             or not _is_written_out(typed[branch], read)
         ):
-            yield f"read_as: {read[:60]!r} is not how {typed.get(branch, '')[:60]!r} of {branch[:10]} is read"
+            wrote = typed.get(branch, "")[:60]
+            yield f"read_as: {read[:60]!r} is not how {wrote!r} of {branch[:10]} is read"
     for branch, cut in run.attributes.cut_from_prompt.items():
         if (
             branch not in typed
@@ -197,9 +202,13 @@ def _misspelt(run: Run, group: str, labels: Labels, first: bool) -> Iterator[str
         prompt = run.read_as(branch)
         prompt = prompt[: len(prompt) - len(cut)] if first else prompt
         if end is not None:
-            said, wanted = _plain(decode([row[0] for row in rows[1:end]])), _plain(_plain(prompt))
-            if said != wanted and (first or not cut or not wanted.startswith(said)):
-                yield f"{group}: the tokens of {branch} spell {said[:60]!r}, not {_plain(prompt)[:60]!r}"
+            spelling = _plain(decode([row[0] for row in rows[1:end]]))
+            typed = _plain(prompt)
+            wanted = _plain(typed)
+            if spelling != wanted and (first or not cut or not wanted.startswith(spelling)):
+                yield (
+                    f"{group}: the tokens of {branch} spell {spelling[:60]!r}, not {typed[:60]!r}"
+                )
             if first and cut and (REST in positions or end != kept[-1]):
                 yield f"{group}: {cut[:60]!r} was cut from {branch}, and there is room for it"
             if len({row[0] for row in rows[end + 1 :]}) > 1:
@@ -299,7 +308,8 @@ def _misplaced_layers(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
         }
         for grid, layers in grids.items():
             if layers != sorted(layers, key=_running_order):
-                yield f"{kind}/{grid}/layer is not in the order in which layers run: {', '.join(layers)}"
+                order = ", ".join(layers)
+                yield f"{kind}/{grid}/layer is not in the order in which layers run: {order}"
             for layer in layers:
                 if not any(grid == pattern or fnmatchcase(layer, pattern) for pattern in patterns):
                     yield f"{kind}/{grid}/layer holds {layer}, which was not asked for"

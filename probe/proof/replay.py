@@ -53,7 +53,7 @@ class Call:
 
     index: int
     t: Any
-    came: torch.Tensor
+    replayed: torch.Tensor
     latents: torch.Tensor
     stored: np.ndarray
     model_input: torch.Tensor | None
@@ -67,39 +67,41 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
     if run.kind == "noising":
         yield from _noised(run, device)
         return
-    asked = run.experiment
+    experiment = run.experiment
     if not len(run.steps):
         return
     scheduler = rebuild_scheduler(run)
-    set_steps(scheduler, asked.steps, device)
+    set_steps(scheduler, experiment.steps, device)
     stored, begin = run.latents, _begin(run, scheduler)
-    if asked.image is None:
+    if experiment.image is None:
         shape = stored.isel(
             step=0
         ).values.shape  # read first: sizes are claimed, and noise of that size would be made
-        pure, generators = noise(asked.seed, shape, run_dtype(run))
-        came = pure.to(device) * scheduler.init_noise_sigma
+        pure, generators = noise(experiment.seed, shape, run_dtype(run))
+        replayed_latents = pure.to(device) * scheduler.init_noise_sigma
     else:
         clean = clean_of(run).to(device)
-        start = restart(asked, clean, encoded=int(run.attributes["model"]["f"]) > 1)
-        came, generators = started(scheduler, start, begin), start.generators
-    options = step_options(scheduler, asked.eta, generators)
+        start = restart(experiment, clean, encoded=int(run.attributes["model"]["f"]) > 1)
+        replayed_latents, generators = started(scheduler, start, begin), start.generators
+    options = step_options(scheduler, experiment.eta, generators)
     for index, t in enumerate(scheduler.timesteps[begin:][: len(run.steps)]):
         values = stored.isel(step=index).values
-        latents = arranged(tensor(run, values).to(device), memory_format(came))
+        latents = arranged(tensor(run, values).to(device), memory_format(replayed_latents))
         with torch.no_grad():
             model_input = scheduler.scale_model_input(latents, t)
-        yield Call(index, t, came, latents, values, model_input)
+        yield Call(index, t, replayed_latents, latents, values, model_input)
         with torch.no_grad():
             prediction = prediction_of(run, index).to(device)
-            came = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
+            replayed_latents = scheduler.step(prediction, t, latents, **options, return_dict=False)[
+                0
+            ]
     if run.status == "complete":
         values = run.variable("latents/final_latents").values
         yield Call(
             len(run.steps),
             None,
-            came,
-            arranged(tensor(run, values).to(device), memory_format(came)),
+            replayed_latents,
+            arranged(tensor(run, values).to(device), memory_format(replayed_latents)),
             values,
             None,
         )
@@ -112,9 +114,9 @@ def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
     eps = noise(run.noising.seed, tuple(clean.shape), run_dtype(run))[0].to(device)
     for index, timestep in enumerate(run.noising.timesteps[: len(run.steps)]):
         values, t = stored.isel(step=index).values, torch.tensor(int(timestep), device=device)
-        came = scheduler.add_noise(clean, eps, t.repeat(len(clean)))
-        latents = arranged(tensor(run, values).to(device), memory_format(came))
-        yield Call(index, t, came, latents, values, latents)
+        replayed_latents = scheduler.add_noise(clean, eps, t.repeat(len(clean)))
+        latents = arranged(tensor(run, values).to(device), memory_format(replayed_latents))
+        yield Call(index, t, replayed_latents, latents, values, latents)
     if run.status == "complete":
         values = run.variable("latents/final_latents").values
         yield Call(
@@ -129,8 +131,12 @@ def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
 
 def _begin(run: Run, scheduler: Any) -> int:
     """Return which of the scheduler's calls is the run's first."""
-    asked = run.experiment
-    return 0 if asked.image is None else first_call(scheduler, asked.steps, asked.strength)
+    experiment = run.experiment
+    return (
+        0
+        if experiment.image is None
+        else first_call(scheduler, experiment.steps, experiment.strength)
+    )
 
 
 def rebuild_scheduler(run: Run) -> Any:
@@ -242,19 +248,20 @@ def conditions(run: Run) -> tuple[str, ...]:
 
 def check_schedule(run: Run) -> Check:
     """Check the noise levels, and that the scheduler is the one that was asked for."""
-    asked, config = run.recipe, run.attributes["scheduler"]["config"]
+    recipe, config = run.recipe, run.attributes["scheduler"]["config"]
     scheduler = rebuild_scheduler(run)
-    if isinstance(asked, Experiment):
-        schedule = Schedule.of(scheduler, asked.steps, _begin(run, scheduler))
+    if isinstance(recipe, Experiment):
+        schedule = Schedule.of(scheduler, recipe.steps, _begin(run, scheduler))
     else:
-        schedule = Schedule.at(scheduler, asked.timesteps)
+        schedule = Schedule.at(scheduler, recipe.timesteps)
     what = f"timestep, sigma and alpha_bar of {type(scheduler).__name__}"
     if calls := schedule.undefined(str(run.attributes["prediction_type"])):
-        what += f"; denoised is not defined at step {', '.join(map(str, calls))}, where there is no signal"
+        steps = ", ".join(map(str, calls))
+        what += f"; denoised is not defined at step {steps}, where there is no signal"
     tally = Tally("schedule", what, 1e-4, conditions(run))
     if (named := config.get("_class_name", type(scheduler).__name__)) != type(scheduler).__name__:
         tally.fail(f"its config is of {shown(named)}")
-    sampler, own = asked.sampler
+    sampler, own = recipe.sampler
     kind, options = SCHEDULERS.get(sampler, (type(scheduler).__name__, {}))
     if type(scheduler).__name__ != kind:
         tally.fail(f"{type(scheduler).__name__} was recorded, {sampler} was asked for")
@@ -268,8 +275,8 @@ def check_schedule(run: Run) -> Check:
     ):
         if run.attributes[name] != expected:
             tally.fail(f"{name} is {run.attributes[name]}, the scheduler's is {expected}")
-    if isinstance(asked, Experiment):
-        set_steps(scheduler, asked.steps)
+    if isinstance(recipe, Experiment):
+        set_steps(scheduler, recipe.steps)
     table = [float(s) for s in getattr(scheduler, "sigmas", schedule.sigmas)]
     wanted = {
         "step": range(len(schedule.timesteps)),
@@ -321,11 +328,9 @@ def check_scheduler(run: Run) -> Check:
         "scheduler", how, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run)
     )
     for call in replayed(run):
-        made = numbers(call.came)
-        tally.add(
-            relative(made, call.stored),
-            f"{'final_latents' if call.model_input is None else f'step {call.index}'}{_image(made, call.stored)}",
-        )
+        latents = numbers(call.replayed)
+        where = "final_latents" if call.model_input is None else f"step {call.index}"
+        tally.add(relative(latents, call.stored), f"{where}{_image(latents, call.stored)}")
     return tally.check()
 
 

@@ -155,27 +155,31 @@ def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
         and group == "latents"
         and variable.attrs.get("recorded_dtype") != dtype
     ):
-        yield f"{path} says that it was recorded in {variable.attrs.get('recorded_dtype')}, the model was {dtype}"
+        recorded = variable.attrs.get("recorded_dtype")
+        yield f"{path} says that it was recorded in {recorded}, the model was {dtype}"
     if (
         known.dtype == "map"
         and name != "query"
         and ("encoding" in variable.attrs) != (storage == "sqrt_u8")
     ):
-        yield f"{path} says {variable.attrs.get('encoding', 'nothing of an encoding')}, capture.dtype is {storage}"
+        encoding = variable.attrs.get("encoding", "nothing of an encoding")
+        yield f"{path} says {encoding}, capture.dtype is {storage}"
 
 
 def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
     """Yield sizes and labels that do not fit what was asked for."""
-    asked, across, f = run.recipe, run.attributes.across, int(run.attributes["model"]["f"])
+    recipe, across, f = run.recipe, run.attributes.across, int(run.attributes["model"]["f"])
     latents = found["latents/latents"].sizes
     pixels = found["images/final"].sizes
-    if (pixels["y"], pixels["x"]) != (f * latents["y"], f * latents["x"]):
-        yield f"pictures of {pixels['y']} x {pixels['x']} pixels, latents of {latents['y']} x {latents['x']}, but f = {f}"
-    if (asked.height or pixels["y"], asked.width or pixels["x"]) != (pixels["y"], pixels["x"]):
-        yield f"pictures of {pixels['y']} x {pixels['x']} pixels; {asked.height} x {asked.width} was asked for"
+    y, x = pixels["y"], pixels["x"]
+    if (y, x) != (f * latents["y"], f * latents["x"]):
+        of = f"latents of {latents['y']} x {latents['x']}"
+        yield f"pictures of {y} x {x} pixels, {of}, but f = {f}"
+    if (recipe.height or y, recipe.width or x) != (y, x):
+        yield f"pictures of {y} x {x} pixels; {recipe.height} x {recipe.width} was asked for"
     for path, variable in found.items():
-        if variable.sizes.get(across, asked.count) != asked.count:
-            yield f"{path} holds {variable.sizes[across]} {across}s, not {asked.count}"
+        if variable.sizes.get(across, recipe.count) != recipe.count:
+            yield f"{path} holds {variable.sizes[across]} {across}s, not {recipe.count}"
         name = path.rpartition("/")[2]
         if name in FIXED and tuple(map(str, variable.values)) != FIXED[name]:
             yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(FIXED[name])}"
@@ -184,15 +188,15 @@ def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
     )
     known = run.attributes.family not in FAMILIES or all(map(COMPONENT.fullmatch, parts))
     if not known or parts != sorted(set(parts)):
-        yield f"cost/component is {', '.join(parts)}: text encoders, unet and vae, each once, belong there"
+        belong = "text encoders, unet and vae, each once, belong there"
+        yield f"cost/component is {', '.join(parts)}: {belong}"
     calls = found["step"].size
-    if "decoded/decoded_step" in found and asked.decoded_every:
-        wanted, there = (
-            sorted({*range(0, calls, asked.decoded_every), calls - 1}),
-            found["decoded/decoded_step"].values.tolist(),
-        )
-        if there != wanted:
-            yield f"decoded/decoded_step is {', '.join(map(str, there[:8]))}; decode_every is {asked.decoded_every}"
+    if "decoded/decoded_step" in found and recipe.decoded_every:
+        wanted = sorted({*range(0, calls, recipe.decoded_every), calls - 1})
+        decoded = found["decoded/decoded_step"].values.tolist()
+        if decoded != wanted:
+            first = ", ".join(map(str, decoded[:8]))
+            yield f"decoded/decoded_step is {first}; decode_every is {recipe.decoded_every}"
     for grid in run.grids:
         maps = next(
             found[f"attention/{grid}/{name}"].sizes

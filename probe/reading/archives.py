@@ -29,15 +29,11 @@ from probe.stopping import cleanly
 from probe.system import FULL, trouble_in, unreadable
 from probe.text import printable
 
-MOST_ENTRIES, MOST_RATIO, SMALL = (
-    50_000,
-    100,
-    64 * 2**20,
-)  # files, as of 5 variables at their longest; bytes for one packed byte, beyond this size
+MOST_ENTRIES = 50_000  # files, as of 5 variables at their longest
+MOST_RATIO, SMALL = 100, 64 * 2**20  # bytes for one packed byte, in archives beyond this size
 MOST_LISTED, DEPTH = 16 * 2**20, 16  # bytes of the list of files; folders in each other
-OURS = re.compile(
-    r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*"
-)  # the files that a recording has, beside its pictures
+# The files that a recording has, beside its pictures.
+OURS = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*")
 PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others, Python unpacks without a bound
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
 MANUALLY = "Unpack it yourself, and read the folder."
@@ -149,12 +145,11 @@ class Zip(zipfile.ZipFile):
     """
 
     def __init__(self, file: io.BufferedReader, most: int):
-        self.whole = _Listed(
-            io.FileIO(file.fileno(), closefd=False)
-        )  # read nothing from `file` beside: the two have one position
-        self.whole.most = most
-        super().__init__(self.whole)
-        self.whole.most = sys.maxsize
+        # `file` and this reader share one position: `file` is not read meanwhile.
+        self.contents = _Listed(io.FileIO(file.fileno(), closefd=False))
+        self.contents.most = most
+        super().__init__(self.contents)
+        self.contents.most = sys.maxsize
         if unusual := [entry for entry in self.infolist() if entry.compress_type not in PACKED]:
             raise zipfile.BadZipFile(
                 f"{unusual[0].filename[:60]!r} in it is packed in a way that is not read"
@@ -162,16 +157,14 @@ class Zip(zipfile.ZipFile):
 
     def digest(self) -> str:
         """Return the SHA-256 of the whole file."""
-        self.whole.seek(0)
-        return hashlib.file_digest(self.whole, "sha256").hexdigest()
+        self.contents.seek(0)
+        return hashlib.file_digest(self.contents, "sha256").hexdigest()
 
 
 def _unpack(archive: Path, opened: zipfile.ZipFile, target: Path) -> None:
     entries = opened.infolist()
-    total, packed = (
-        sum(entry.file_size for entry in entries),
-        sum(entry.compress_size for entry in entries),
-    )
+    total = sum(entry.file_size for entry in entries)
+    packed = sum(entry.compress_size for entry in entries)
     if len(entries) > MOST_ENTRIES or total > max(SMALL, MOST_RATIO * packed):
         raise RecordingDamaged(
             f"{printable(str(archive))} would grow from {packed} to {total} bytes, in "
@@ -191,16 +184,10 @@ def _unpack(archive: Path, opened: zipfile.ZipFile, target: Path) -> None:
         root = Path(partial) / "made"
         root.mkdir()
         for entry in entries:
-            inside = (
-                PurePosixPath(entry.filename).relative_to(top)
-                if _is_below(entry.filename, top)
-                else None
-            )
-            if (
-                inside is None
-                or entry.is_dir()
-                or not (OURS.fullmatch(inside.name) or DRAWN.fullmatch(str(inside)))
-            ):
+            if entry.is_dir() or not _is_below(entry.filename, top):
+                continue
+            inside = PurePosixPath(entry.filename).relative_to(top)
+            if not (OURS.fullmatch(inside.name) or DRAWN.fullmatch(str(inside))):
                 continue
             written = root.joinpath(*inside.parts)
             written.parent.mkdir(parents=True, exist_ok=True)

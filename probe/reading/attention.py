@@ -69,9 +69,9 @@ class Words(tuple[str, ...]):
     _maps: Callable[[], xr.DataArray]
 
     def __new__(cls, words: Iterable[str], maps: Callable[[], xr.DataArray]) -> Words:
-        made = super().__new__(cls, words)
-        made._maps = maps
-        return made
+        self = super().__new__(cls, words)
+        self._maps = maps
+        return self
 
     def __reduce__(self) -> tuple[type[tuple[Any, ...]], tuple[Any, ...]]:
         """Copy and pickle as a plain tuple."""
@@ -148,9 +148,8 @@ class Attention:
             heads = self.variable(f"{group}/head_statistics").sizes["each_head"]
             maps = maps.assign_coords(heads=("layer", np.full(maps.sizes["layer"], heads)))
         recorded = np.flatnonzero(self.variable(f"{group}/recorded").values)
-        return maps.isel(
-            step=slice_of(np.intersect1d(recorded, self.steps))
-        )  # the same steps at each call, also while more are being written
+        # `self.steps` is read once: the same steps at each call, even while more are written.
+        return maps.isel(step=slice_of(np.intersect1d(recorded, self.steps)))
 
     def contribution(self, grid: str | None = None) -> xr.DataArray:
         """Return attention times |v W_O|, the size of what each token writes, lazily.
@@ -338,27 +337,17 @@ class Attention:
         at the end of a run; before that it is computed from the maps.
         """
         maps = self.attention()
-        stored = self.variable(f"attention/{self.grids[0]}/overview").isel(
-            step=slice_of(maps["step"].values)
-        )
-        stored = stored.load().transpose(
-            "step", ...
-        )  # in this order: zarr reads what is transposed lazily 60 times slower
+        steps = slice_of(maps["step"].values)
+        stored = self.variable(f"attention/{self.grids[0]}/overview").isel(step=steps)
+        # Load, then transpose: zarr reads 60 times slower what is transposed lazily.
+        stored = stored.load().transpose("step", ...)
         if np.isfinite(stored.values).all():
             return stored
-        branch = str(maps["branch"].values[-1])
-        made = (
-            self.token_maps(branch=branch)
-            .mean(self.attributes.across, skipna=False)
-            .transpose("step", "token", "y", "x")
-        )
-        return made.drop_vars(
-            [
-                name
-                for name, value in made.coords.items()
-                if not set(value.dims) <= {"step", "token"}
-            ]
-        ).rename("overview")
+        tokens = self.token_maps(branch=str(maps["branch"].values[-1]))
+        mean = tokens.mean(self.attributes.across, skipna=False)
+        mean = mean.transpose("step", "token", "y", "x")
+        others = [n for n, label in mean.coords.items() if not {"step", "token"} >= {*label.dims}]
+        return mean.drop_vars(others).rename("overview")
 
     def word_overview(self) -> xr.DataArray:
         """Return the overview, averaged over steps and merged to words.
@@ -440,8 +429,8 @@ class Attention:
                 "Record with capture.attention: maps or queries.",
             )
 
-    def _check_branch(self, branch: str, there: list[str]) -> None:
-        if branch in there:
+    def _check_branch(self, branch: str, recorded: list[str]) -> None:
+        if branch in recorded:
             return
         guided = "" if self.attributes.is_guided else " and guidance_scale above 1"
         raise RecordingNotFound(

@@ -34,10 +34,7 @@ CONDITIONS = (
     "diffusers",
     "transformers",
 )
-AT_ONCE, VALUES = (
-    2**23,
-    2**20,
-)  # bytes of a variable that are read together, values that are compared together
+AT_ONCE, VALUES = 2**23, 2**20  # bytes that are read together, values compared together
 NEW_EACH_TIME = ("cost",)  # groups that are measured anew and never the same
 
 
@@ -217,9 +214,7 @@ def _unlike(one: np.ndarray, other: np.ndarray) -> tuple[int, float]:
         left, right = one[begin : begin + VALUES], other[begin : begin + VALUES]
         unlike = left != right
         if left.dtype.kind == "f":
-            unlike |= np.signbit(left) != np.signbit(
-                right
-            )  # 0 and -0 are equal numbers, and other bits
+            unlike |= np.signbit(left) != np.signbit(right)  # 0 and -0 have different bits
             unlike &= ~(np.isnan(left) & np.isnan(right))
         if wrong := int(unlike.sum()):
             count += wrong

@@ -28,17 +28,15 @@ from probe.text import printable
 REMEDY = "Record it again, or remove it."
 UNLINKED = "Its files are links: copy it with cp -rL, and read the copy."
 MAX_PARTS = 400_000  # values in a JSON file
+REPARSE_POINT = 0x400  # FILE_ATTRIBUTE_REPARSE_POINT of Windows
 READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 FOLDER, NO_LINK, NO_WAIT = (
     getattr(os, f"O_{name}", 0) for name in ("DIRECTORY", "NOFOLLOW", "NONBLOCK")
 )
-GUARDED = (
-    bool(FOLDER and NO_LINK and NO_WAIT) and os.open in os.supports_dir_fd
-)  # else, as on Windows: looked at before and after
-LARGE, MOST_HOLES = (
-    16 * 2**20,
-    64,
-)  # of more, in one file or in many, 1 byte in 64 must take room on the disk
+# Else, as on Windows, a file is looked at before and after it is opened.
+GUARDED = bool(FOLDER and NO_LINK and NO_WAIT) and os.open in os.supports_dir_fd
+# Of more bytes, in one file or in many, 1 in 64 must take room on the disk.
+LARGE, MOST_HOLES = 16 * 2**20, 64
 Check = Callable[[os.stat_result], None]
 # The pictures that are drawn of a recording, beside its zarr.json.
 DRAWN = re.compile(r"(picture(-[0-9]+)?|contact-sheet|words|ask-[^/]*)\.png", re.DOTALL)
@@ -146,9 +144,8 @@ def entry_is_link(entry: os.DirEntry[str]) -> bool:
 
 def is_link(found: os.stat_result) -> bool:
     """Tell whether `lstat` found a link, or what Windows has for one."""
-    return stat.S_ISLNK(found.st_mode) or bool(
-        getattr(found, "st_file_attributes", 0) & 0x400
-    )  # FILE_ATTRIBUTE_REPARSE_POINT
+    attributes = getattr(found, "st_file_attributes", 0)
+    return stat.S_ISLNK(found.st_mode) or bool(attributes & REPARSE_POINT)
 
 
 def read_file(root: Path, name: str, check: Check, part: slice = slice(None)) -> bytes:
@@ -197,9 +194,8 @@ def parse_json(root: Path, name: str, raw: bytes) -> Any:
         found = json.loads(raw.decode(), parse_constant=constant)
         if not_finite:
             settings = found["attributes"]["scheduler"]["config"].values()
-            if len(not_finite) != sum(
-                isinstance(value, float) and not isfinite(value) for value in settings
-            ):
+            numbers = [value for value in settings if isinstance(value, float)]
+            if len(not_finite) != sum(not isfinite(number) for number in numbers):
                 raise ValueError
         return found
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:

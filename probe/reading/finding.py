@@ -27,10 +27,9 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
         return path.parent
     if path.suffix == ".zip" and exists(path):
         return archives.unpacked(path, sample.cache_folder())
-    if path.suffix == ".zarr" and exists(
-        path / path.name / "zarr.json"
-    ):  # unpacked into a folder of its own name
-        return path / path.name
+    inner = path / path.name  # unpacked into a folder of its own name
+    if path.suffix == ".zarr" and exists(inner / "zarr.json"):
+        return inner
     if str(name) == sample.NAME:
         return sample.unpacked()
     if str(name) == "latest":
@@ -45,17 +44,17 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     if str(name) == "latest":
         return paths[0]
     start = str(path.relative_to(runs) if path.is_relative_to(runs) else path)
-    found = sorted(path for path in paths if path.name.startswith(start))
-    if len(found) == 1:
-        return found[0]
+    matching = sorted(path for path in paths if path.name.startswith(start))
+    if len(matching) == 1:
+        return matching[0]
     names = sorted(path.name.removesuffix(".zarr") for path in paths)
-    if not found:
+    if not matching:
         raise RecordingNotFound(
             f"No recording in {runs} begins with {str(name)!r}.", near(str(name), names)
         )
     raise RecordingNotFound(
-        f"{len(found)} recordings begin with {str(name)!r}.",
-        f"Say more of the name: {', '.join(p.name for p in found[:4])}.",
+        f"{len(matching)} recordings begin with {str(name)!r}.",
+        f"Say more of the name: {', '.join(p.name for p in matching[:4])}.",
     )
 
 

@@ -48,12 +48,10 @@ from probe.system import exists, reading, trouble_in, unreadable
 from probe.text import first_line, printable
 
 MAX_ALL_TEXT = 16 * 2**20  # bytes of all variables of text
-UNBACKED, MAX_ABSENT = (
-    64 * 2**20,
-    4096,
-)  # bytes that are made up for one read; chunks without a file that are read at all
+UNBACKED = 64 * 2**20  # bytes that are made up for one read
+MAX_ABSENT = 4096  # chunks without a file that are read at all
 CHOOSE = "Choose steps that were recorded: run.steps."
-FAULTS = (
+FAULTS = (  # what zarr makes of a damaged chunk
     OSError,
     ValueError,
     TypeError,
@@ -61,11 +59,9 @@ FAULTS = (
     RuntimeError,
     AssertionError,
     MemoryError,
-)  # what zarr makes of a damaged chunk
-SMALL, MAX_KEPT = (
-    10_000,
-    2**21,
-)  # values of a variable that is kept once it was read, as stock xarray keeps each; of all that are
+)
+# Stock xarray keeps each variable that was read. Here only small ones are kept.
+SMALL, MAX_KEPT = 10_000, 2**21  # values of one variable, and of all that are kept
 TEXT = np.dtypes.StringDType()
 
 

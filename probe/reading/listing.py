@@ -49,17 +49,12 @@ from probe.reading.untrusted import MAX_ROOT, check_attributes, read_root
 from probe.system import lives, reading
 from probe.writing.files import replace
 
-MANY, MAX_ROW, MAX_INDEX = (
-    200,
-    2**16,
-    2**28,
-)  # recordings for which an index is kept; bytes of a row in it, and of all
+MANY = 200  # recordings for which an index is kept
+MAX_ROW, MAX_INDEX = 2**16, 2**28  # bytes of a row in it, and of all
 JUST_NOW = 2 * 10**9  # ns: a file that was written again so soon may have the same time
-HEAD, NEXT, TAIL = (
-    re.compile(rb'\s*\{\s*"attributes"\s*:\s*'),
-    re.compile(rb',\s*"zarr_format"\s*:\s*3\s*,'),
-    re.compile(rb'"group"\s*\}\s*\Z'),
-)
+HEAD = re.compile(rb'\s*\{\s*"attributes"\s*:\s*')
+NEXT = re.compile(rb',\s*"zarr_format"\s*:\s*3\s*,')
+TAIL = re.compile(rb'"group"\s*\}\s*\Z')
 
 
 class Listed(NamedTuple):
@@ -270,14 +265,11 @@ class _Index:
 
     def __init__(self, folder: Path):
         self._now, self._new = time.time_ns(), False
-        self._rows, self._kept = (
-            dict[bytes | None, bytes](),
-            dict[bytes | None, bytes](),
-        )  # attributes by mark
+        self._rows: dict[bytes | None, bytes] = {}  # attributes by mark
+        self._kept: dict[bytes | None, bytes] = {}
         self._file: Path | None = None
-        with contextlib.suppress(
-            OSError, RuntimeError, ValueError
-        ):  # there is none, it cannot be read, or there is no place for one
+        # There may be none, or it cannot be read, or there is no folder for one.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
             name = f"listing-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.txt"
             self._file = cache_folder() / "diffusion-probe" / name
             with opened(

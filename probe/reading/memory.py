@@ -41,9 +41,8 @@ class Memory:
         self._attributes: dict[str, Any] = {**attributes, "status": "running"}
         self._arrays = {spec.path: _empty(spec) for spec in self.specs}
         self._in_steps: set[str] = set()
-        self._once: dict[
-            str, tuple[str, Any]
-        ] = {}  # what is not of a step, in the order of its writing
+        # What is not of a step, in the order of its writing.
+        self._once: dict[str, tuple[str, Any]] = {}
 
     # --- a session writes ---
 

@@ -178,14 +178,14 @@ class Run(Attention):
         from probe.figures.sheets import save
         from probe.stopping import cleanly
 
-        if self.memory is None:
-            raise ExperimentError(
-                f"{self.name} is in files already: {self.path}", "Copy that folder."
-            )
         if not isinstance(path, str | os.PathLike) or Path(path).suffix != ".zarr":
             raise ExperimentError(
                 f"path is {told(path)}, which is no name of a recording.",
                 'Let it end in .zarr: run.save("runs/mine.zarr").',
+            )
+        if self.memory is None:
+            raise ExperimentError(
+                f"{self.name} is in files already: {self.path}", "Copy that folder."
             )
         target, noising = place(str(path)), self.kind == "noising"
         with cleanly(), storing(target):
@@ -206,13 +206,13 @@ class Run(Attention):
         try:
             return self.tree[group or "/"].dataset[name]
         except (KeyError, NotFoundInTreeError) as error:
-            found = [
+            variables = [
                 f"{node.path}/{n}".strip("/")
                 for node in self.tree.subtree
                 for n in node.dataset.data_vars
             ]
             raise RecordingNotFound(
-                f"{self.name} has no variable {told(path)[1:-1]}.", near(path, found)
+                f"{self.name} has no variable {told(path)[1:-1]}.", near(path, variables)
             ) from error
 
     # --- latents and what follows from them ---
@@ -252,7 +252,7 @@ class Run(Attention):
         RecordingDamaged.
         """
         truth_value("clipped", clipped)
-        found = self._derive(denoised_from, branch, "denoised")
+        denoised = self._derive(denoised_from, branch, "denoised")
         try:
             how = clipping(self.attributes.scheduler.kind, self.attributes.scheduler.config)
         except ValueError as error:
@@ -260,16 +260,15 @@ class Run(Attention):
         notes: dict[str, Any] = {"long_name": "predicted clean latents", "units": "1"}
         if how is not None and clipped:
             axes = [["channel", "y", "x"]]
-            limited = xr.apply_ufunc(
-                functools.partial(clip, how=how), found, input_core_dims=axes, output_core_dims=axes
-            )
-            found = limited.transpose(*found.dims)
+            limit = functools.partial(clip, how=how)
+            limited = xr.apply_ufunc(limit, denoised, input_core_dims=axes, output_core_dims=axes)
+            denoised = limited.transpose(*denoised.dims)
             notes["clipped"] = f"x0 as the scheduler goes on with it: {clipping_text(how)}"
         elif how is not None:
             notes["unclipped"] = UNCLIPPED.format(clipping_text(how))
         if len(steps := self.undefined_steps):
             notes["not_defined_at_step"] = [int(step) for step in steps]
-        return found.assign_attrs(notes)
+        return denoised.assign_attrs(notes)
 
     @property
     def undefined_steps(self) -> np.ndarray:
@@ -277,25 +276,19 @@ class Run(Attention):
 
         These are steps without any signal, of a model that predicts noise.
         """
-        without = self.variable("alpha_bar").isel(step=self.steps).values == 0
-        return (
-            self.steps[without] if self.attributes.prediction_type == "epsilon" else self.steps[:0]
-        )
+        no_signal = self.variable("alpha_bar").isel(step=self.steps).values == 0
+        return self.steps[no_signal & (self.attributes.prediction_type == "epsilon")]
 
     def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
         """Return latents as small pictures, by the linear map fitted for this VAE.
 
         *Shape:* (..., channel, y, x) -> (..., y, x, rgb) uint8. None: the latents of `denoised()`.
         """
-        latents = (
-            self.denoised()
-            if latents is None
-            else labelled("latents", latents, "channel", "y", "x")
-        )
-        slope, bias = (
-            self.variable("preview/latent_to_rgb").load(),
-            self.variable("preview/bias").load(),
-        )
+        if latents is None:
+            latents = self.denoised()
+        latents = labelled("latents", latents, "channel", "y", "x")
+        slope = self.variable("preview/latent_to_rgb").load()
+        bias = self.variable("preview/bias").load()
         if latents.sizes["channel"] != slope.sizes["channel"]:
             raise ExperimentError(
                 f"latents has {latents.sizes['channel']} channels.",
@@ -303,10 +296,8 @@ class Run(Attention):
             )
         colour: xr.DataArray = xr.dot(latents.astype("float32"), slope, dim="channel") + bias
         order = [d for d in latents.dims if d not in ("channel", "y", "x")]
-        bright: xr.DataArray = (
-            (colour.fillna(0).clip(0, 1) * 255).round().astype("uint8")
-        )  # on_nan: record leaves NaN
-        return bright.transpose(*order, "y", "x", "rgb")
+        colour = colour.fillna(0).clip(0, 1) * 255  # on_nan: record leaves NaN
+        return colour.round().astype("uint8").transpose(*order, "y", "x", "rgb")
 
     @property
     def images(self) -> xr.DataArray:
@@ -328,27 +319,26 @@ class Run(Attention):
     # --- inside ---
 
     def _latent(self, name: str) -> xr.DataArray:
-        there = self.tree["latents"].data_vars if "latents" in self.tree.children else {}
-        if name not in there:
-            found = ", ".join(map(str, there)) or "no latents at all"
+        recorded = self.tree["latents"].data_vars if "latents" in self.tree.children else {}
+        if name not in recorded:
+            names = ", ".join(map(str, recorded)) or "no latents at all"
             raise RecordingNotFound(
                 f"{self.name} has no {name}: it ran without guidance.",
-                f"Record with guidance_scale above 1. It has: {found}.",
+                f"Record with guidance_scale above 1. It has: {names}.",
             )
         return self.variable(f"latents/{name}").isel(step=slice_of(self.steps))
 
     def _derive(self, formula: Any, branch: str | None, name: str) -> xr.DataArray:
         _check_branch(branch)
         sigma, alpha_bar = (
-            self.variable(place).isel(step=self.steps) for place in ("sigma", "alpha_bar")
+            self.variable(path).isel(step=self.steps) for path in ("sigma", "alpha_bar")
         )
         x = self.latents.astype("float32")
         if self.attributes.latent_convention == "variance_exploding":
             x = variance_preserving(x, sigma)
-        found: xr.DataArray = formula(
-            self.prediction(branch).astype("float32"), x, alpha_bar, self.attributes.prediction_type
-        )
-        return found.astype("float32").rename(name)
+        prediction = self.prediction(branch).astype("float32")
+        derived: xr.DataArray = formula(prediction, x, alpha_bar, self.attributes.prediction_type)
+        return derived.astype("float32").rename(name)
 
     def said(self, *place: str) -> Any:
         """Return an attribute by its names from the outside in.
@@ -400,22 +390,22 @@ class Run(Attention):
 
     def summary(self) -> dict[str, str]:
         """Return the run in a few labelled words."""
-        told = self.attributes
-        model, (picture, sampling) = told.model, picture_and_sampling(told)
+        attributes = self.attributes
+        model, (picture, sampling) = attributes.model, picture_and_sampling(attributes)
         lines = {
-            "prompt": told.texts["cond"],
-            "negative prompt": told.texts["uncond"],
-            "model": f"{model.name} ({model.dtype}, {told.environment.device})",
+            "prompt": attributes.texts["cond"],
+            "negative prompt": attributes.texts["uncond"],
+            "model": f"{model.name} ({model.dtype}, {attributes.environment.device})",
             "picture": picture,
             "sampling": sampling,
             "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} "
             "model calls",
             "not finite": ", ".join(
                 f"{count} values of {name}, shown as 0"
-                for name, count in told.decoded_not_finite.items()
+                for name, count in attributes.decoded_not_finite.items()
             ),
             "attention": ", ".join(self.grids) or "none",
-            "created": told.created,
+            "created": attributes.created,
         }
         return {name: text for name, text in lines.items() if text}
 

@@ -84,10 +84,8 @@ def cache_folder() -> Path:
         return Path(named)
     if (own := home()) is not None and _takes_files(own / ".cache" / "diffusion-probe"):
         return own / ".cache"
-    folder = (
-        Path(tempfile.gettempdir())
-        / f"probe-cache-{os.geteuid() if hasattr(os, 'geteuid') else 'user'}"
-    )
+    account = os.geteuid() if hasattr(os, "geteuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"probe-cache-{account}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "geteuid") and found.st_uid != os.geteuid()):
@@ -107,9 +105,9 @@ def pack(recording: Path, archive: Path = ARCHIVE) -> None:
 
     One order and one date for all files: the bytes are the same each time.
     """
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as made:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
         for file in sorted(path for path in recording.rglob("*") if path.is_file()):
             entry = zipfile.ZipInfo(f"{NAME}.zarr/{file.relative_to(recording).as_posix()}")
             entry.compress_type = zipfile.ZIP_DEFLATED
-            with file.open("rb") as source, made.open(entry, "w") as target:
+            with file.open("rb") as source, zipped.open(entry, "w") as target:
                 shutil.copyfileobj(source, target)

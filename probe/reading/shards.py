@@ -45,50 +45,41 @@ def read_shards(
         name = ".".join([f"{stored.path}/c.{step}", *["0"] * (len(rest) + 1)])
         try:
             with opened(root, name, functools.partial(check, name)) as file:
-                index = _checked(
-                    file.fileno(),
-                    ENTRY * tokens + CHECKSUM,
-                    os.fstat(file.fileno()).st_size - ENTRY * tokens - CHECKSUM,
-                )
+                descriptor, index_size = file.fileno(), ENTRY * tokens + CHECKSUM
+                index = _checked(descriptor, index_size, os.fstat(descriptor).st_size - index_size)
+                if not index:
+                    return None
+                entries = np.frombuffer(index, "<u8").reshape(tokens, 2)
                 for number, token in enumerate(asked[1]):
-                    begin, length = (
-                        np.frombuffer(index, "<u8").reshape(tokens, 2)[token].tolist()
-                        if index
-                        else (0, 0)
-                    )
-                    chunk = (
-                        _checked(file.fileno(), length, begin)
-                        if length == size + CHECKSUM and begin < 2**62
-                        else b""
-                    )
+                    begin, length = entries[token].tolist()
+                    if length != size + CHECKSUM or begin >= 2**62:
+                        return None
+                    chunk = _checked(descriptor, length, begin)
                     if not chunk:
                         return None
                     found[place, number] = np.frombuffer(chunk, dtype).reshape(rest)
         except FileNotFoundError:
             return None
-    for axis in reversed(
-        range(len(key))
-    ):  # one after the other: each axis by itself, as zarr's oindex does it
-        which = (
-            key[axis]
-            if axis > 1
-            else 0
-            if np.ndim(key[axis]) == 0 and not isinstance(key[axis], slice)
-            else slice(None)
-        )
-        found = found[(slice(None),) * axis + (which,)]
+    for axis in reversed(range(len(key))):  # each axis by itself, as zarr's oindex does it
+        found = found[(slice(None),) * axis + (_remaining(axis, key[axis]),)]
     return found
+
+
+def _remaining(axis: int, which: Any) -> Any:
+    """Return the index that is left to apply: steps and tokens were chosen when they were read."""
+    if axis > 1:
+        return which
+    return 0 if np.ndim(which) == 0 and not isinstance(which, slice) else slice(None)
 
 
 def _checked(file: int, length: int, begin: int) -> bytes:
     """Return a part of a file without the checksum at its end; nothing if that fails."""
     content = _part(file, length, begin) if begin >= 0 else b""
-    whole = (
-        len(content) == length > CHECKSUM
-        and google_crc32c.value(content[:-CHECKSUM]).to_bytes(CHECKSUM, "little")
-        == content[-CHECKSUM:]
-    )
-    return content[:-CHECKSUM] if whole else b""
+    if not len(content) == length > CHECKSUM:
+        return b""
+    values, checksum = content[:-CHECKSUM], content[-CHECKSUM:]
+    sound = google_crc32c.value(values).to_bytes(CHECKSUM, "little") == checksum
+    return values if sound else b""
 
 
 def _part(file: int, length: int, begin: int) -> bytes:
