@@ -146,13 +146,13 @@ def _check_grids(grids: Sequence[xr.DataArray], over: Sequence[str]) -> None:
 
 def _heads(maps: xr.DataArray, weigh: Weigh) -> int:
     """Return how many heads each layer has: those there are, times what each is a mean of."""
-    behind = np.unique(maps["heads"].values) if "heads" in maps.coords else np.array([1])
-    if len(behind) > 1 and weigh == "heads":
+    averaged = np.unique(maps["heads"].values) if "heads" in maps.coords else np.array([1])
+    if len(averaged) > 1 and weigh == "heads":
         raise ExperimentError(
             "These maps are means over different numbers of heads in one array.",
             "Give one array for each number of heads.",
         )
-    return int(behind[-1]) * maps.sizes.get("head", 1)
+    return int(averaged[-1]) * maps.sizes.get("head", 1)
 
 
 def _brought(
@@ -225,14 +225,14 @@ def by_sigma(
         for of, n in zip(sums, steps, strict=True)
     ]
     labels = {"sigma_from": edges[:-1], "sigma_to": edges[1:], "steps": steps}
-    whole = xr.DataArray(
+    banded = xr.DataArray(
         np.stack(means[::-1]),
         dims=("band", *like.dims),
         coords=like.coords,
         name=maps.name,
         attrs=maps.attrs,
     )
-    return whole.assign_coords({name: ("band", values[::-1]) for name, values in labels.items()})
+    return banded.assign_coords({name: ("band", values[::-1]) for name, values in labels.items()})
 
 
 def _edges(levels: np.ndarray, bands: int | Sequence[float]) -> np.ndarray:

@@ -114,15 +114,15 @@ def overlap(words: xr.DataArray, how: Literal["cosine", "iou"] = "cosine") -> xr
         )
         values, space = maps.values, (-2, -1)
         size = values.sum(space) if how == "iou" else np.sqrt(np.square(values).sum(space))
-        found = np.zeros((*size.shape, len(values)), np.float32)
+        shared = np.zeros((*size.shape, len(values)), np.float32)
         for index, other in enumerate(values):
             both = (np.minimum(values, other) if how == "iou" else values * other).sum(space)
             either = size + size[index] - both if how == "iou" else size * size[index]
-            found[..., index] = np.divide(
+            shared[..., index] = np.divide(
                 both, either, out=np.full_like(both, np.nan), where=either > 0
             ).clip(0, 1)
         return xr.DataArray(
-            found,
+            shared,
             dims=(*maps.dims[:-2], "other_word"),
             coords=maps.isel(y=0, x=0, drop=True).coords,
         )

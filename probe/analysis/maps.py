@@ -134,13 +134,13 @@ _WEIGHTS: dict[Method, Callable[[int, int], np.ndarray]] = {
 def numbers(maps: xr.DataArray) -> xr.DataArray:
     """Return stored maps read and decoded: the same labels, float32 (float64 stays)."""
     values = maps.values
-    found = maps.copy(
+    decoded = maps.copy(
         deep=False, data=values if values.dtype == np.float64 else probabilities(values)
     )
-    found.attrs = {
+    decoded.attrs = {
         name: value for name, value in maps.attrs.items() if name != "encoding"
     }  # which these numbers have no more
-    return found
+    return decoded
 
 
 def steps_of(maps: xr.DataArray) -> Iterator[xr.DataArray]:
@@ -181,13 +181,13 @@ def stacked(parts: Sequence[xr.DataArray], maps: xr.DataArray) -> xr.DataArray:
         raise unrecorded()
     of_steps = {name: value for name, value in maps.coords.items() if "step" in value.dims}
     coords = {name: value for name, value in parts[0].coords.items() if name not in of_steps}
-    whole = xr.DataArray(
+    joined = xr.DataArray(
         np.stack([part.values for part in parts]),
         dims=("step", *parts[0].dims),
         coords=coords,
         name=maps.name,
     )
-    return whole.assign_coords(of_steps).assign_attrs(parts[0].attrs)
+    return joined.assign_coords(of_steps).assign_attrs(parts[0].attrs)
 
 
 def unrecorded() -> RecordingNotFound:
@@ -198,9 +198,9 @@ def unrecorded() -> RecordingNotFound:
     )
 
 
-def missing(one: xr.DataArray) -> bool:
+def missing(maps: xr.DataArray) -> bool:
     """Tell whether a step's maps are NaN everywhere, as those that were not recorded are."""
-    values = one.values
+    values = maps.values
     return bool(values.size and np.isnan(values.flat[0]) and np.isnan(values).all())
 
 
@@ -215,14 +215,14 @@ def on_grid(maps: xr.DataArray, grid: tuple[int, int], method: Method = "bilinea
         .transpose(..., "y", "x")
         .drop_vars([name for name, value in maps.coords.items() if {"y", "x"} & set(value.dims)])
     )
-    made = xr.DataArray(
+    resized = xr.DataArray(
         resize(last.values, grid, method),
         dims=last.dims,
         coords=last.coords,
         name=maps.name,
         attrs=maps.attrs,
     )
-    return made.transpose(*maps.dims)
+    return resized.transpose(*maps.dims)
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -266,24 +266,24 @@ def word_maps(
             getattr(values.take(tokens, axis=axis), merge)(axis=axis, keepdims=True)
             for tokens in tokens_of_words
         ]
-        whole = np.concatenate(parts, axis=axis) if parts else values.take([], axis=axis)
+        joined = np.concatenate(parts, axis=axis) if parts else values.take([], axis=axis)
         coords = {name: value for name, value in one.coords.items() if "token" not in value.dims}
         return xr.DataArray(
-            whole,
+            joined,
             dims=["word" if d == "token" else d for d in one.dims],
             coords=coords,
             name=maps.name,
             attrs=one.attrs,
         )
 
-    found = stepwise(merged, maps).transpose(*("word" if d == "token" else d for d in maps.dims))
+    of_words = stepwise(merged, maps).transpose(*("word" if d == "token" else d for d in maps.dims))
     firsts = [tokens[0] for tokens in tokens_of_words]
     texts = np.array([str(words[first]) for first in firsts], dtype=object)
     if split and len(texts):
         texts[-1] += STUMP
     places = np.array([int(numbers[first]) for first in firsts], int)
-    found = found.assign_coords(word=texts, word_index=("word", places))
-    return found.assign_attrs({"cut_from_prompt": cut} if cut else {})
+    of_words = of_words.assign_coords(word=texts, word_index=("word", places))
+    return of_words.assign_attrs({"cut_from_prompt": cut} if cut else {})
 
 
 def _own_words(maps: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
@@ -351,19 +351,19 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
     text_of("text", text)
     labels = [str(word) for word in _worded(words)["word"].values]
     places = words["word_index"].values
-    found = [
+    occurring = [
         at for at in occurrences(text, labels) if places[at[-1]] - places[at[0]] == len(at) - 1
     ]
-    if not found:
+    if not occurring:
         raise _not_there(text, labels, str(words.attrs.get("cut_from_prompt", "")), asking)
-    sums = [words.isel(word=slice(at[0], at[-1] + 1)).sum("word", skipna=False) for at in found]
-    whole = words.isel(word=[at[0] for at in found])
+    sums = [words.isel(word=slice(at[0], at[-1] + 1)).sum("word", skipna=False) for at in occurring]
+    joined = words.isel(word=[at[0] for at in occurring])
     values = np.stack(
         [one.transpose(*(d for d in words.dims if d != "word")).values for one in sums],
         axis=words.get_axis_num("word"),
     )
-    return whole.copy(data=values).assign_coords(
-        word=np.array([" ".join(labels[i] for i in at) for at in found], dtype=object)
+    return joined.copy(data=values).assign_coords(
+        word=np.array([" ".join(labels[i] for i in at) for at in occurring], dtype=object)
     )
 
 
@@ -390,12 +390,12 @@ def _not_there(text: str, labels: list[str], cut: str, asking: str) -> PromptErr
             f"{text!r} was cut from the prompt: the model never read {cut[:80]!r}.", shorten
         )
     meant = difflib.get_close_matches(text, labels, n=1)
-    there = (
+    words = (
         f"Its words: {', '.join(dict.fromkeys(labels))}." if labels else "The prompt has no words."
     )
     return PromptError(
         f"{text!r} is not in the prompt.",
-        f"{f'Did you mean {meant[0]}? ' if meant else ''}{there} For any other word: {asking}",
+        f"{f'Did you mean {meant[0]}? ' if meant else ''}{words} For any other word: {asking}",
     )
 
 
@@ -411,16 +411,16 @@ def normalised(maps: xr.DataArray, how: Normalisation) -> xr.DataArray:
     """
     one_of("normalise", how, ("none", "min-max", "words", "space"))
     labelled("maps", maps, *{"words": ("word",), "none": ()}.get(how, ("y", "x")))
-    found = numbers(maps)
+    decoded = numbers(maps)
     if how == "none":
-        return found
+        return decoded
     if how == "min-max":
-        least = found.min(("y", "x"), skipna=False)
-        spread = found.max(("y", "x"), skipna=False) - least
-        return ((found - least) / spread.where(spread != 0, 1)).transpose(*maps.dims)
+        least = decoded.min(("y", "x"), skipna=False)
+        spread = decoded.max(("y", "x"), skipna=False) - least
+        return ((decoded - least) / spread.where(spread != 0, 1)).transpose(*maps.dims)
     over = {"words": ["word"], "space": ["y", "x"]}[how]
-    total = found.sum(over, skipna=False)
-    shares = found / total.where(total != 0, 1)
+    total = decoded.sum(over, skipna=False)
+    shares = decoded / total.where(total != 0, 1)
     return shares.where(
         total != 0, 1 / max(1, math.prod(maps.sizes[dim] for dim in over))
     ).transpose(*maps.dims)
@@ -438,6 +438,6 @@ def against_others(words: xr.DataArray) -> xr.DataArray:
             f"A word is set against the others, and there are no two content words: {there}.",
             "Look at its own map.",
         )
-    found = numbers(words)
-    others = (found.sum("word", skipna=False) - found) / (words.sizes["word"] - 1)
-    return (found - others).transpose(*words.dims)
+    decoded = numbers(words)
+    others = (decoded.sum("word", skipna=False) - decoded) / (words.sizes["word"] - 1)
+    return (decoded - others).transpose(*words.dims)

@@ -33,11 +33,11 @@ def threshold(maps: xr.DataArray, at: float | xr.DataArray) -> xr.DataArray:
 
     *Shape:* maps (..., y, x), `at` a number or (...) -> bool (..., y, x).
     """
-    found = numbers(labelled("maps", maps, *SPACE))
+    decoded = numbers(labelled("maps", maps, *SPACE))
     _check_level("at", at)
     if isinstance(at, xr.DataArray):
-        found, at = _aligned(found, at)
-    return (found >= at).transpose(..., *SPACE)
+        decoded, at = _aligned(decoded, at)
+    return (decoded >= at).transpose(..., *SPACE)
 
 
 def argmax_masks(words: xr.DataArray, least: float | xr.DataArray | None = None) -> xr.DataArray:
@@ -46,17 +46,17 @@ def argmax_masks(words: xr.DataArray, least: float | xr.DataArray | None = None)
     *Shape:* (word, ..., y, x) -> bool, as it was. Of equals the first word wins; NaN never does.
     Pixels where no word reaches `least` are nobody's.
     """
-    found = numbers(labelled("words", words, "word", *SPACE))
+    decoded = numbers(labelled("words", words, "word", *SPACE))
     if least is not None:
         _check_level("least", least)
-    filled = found.fillna(-np.inf)
-    axis = found.get_axis_num("word")
+    filled = decoded.fillna(-np.inf)
+    axis = decoded.get_axis_num("word")
     first = np.expand_dims(filled.values.argmax(axis), axis) if words.sizes["word"] else np.zeros(1)
     place = np.arange(words.sizes["word"]).reshape([-1 if d == "word" else 1 for d in words.dims])
-    mine = found.copy(data=(place == first) & np.isfinite(filled.values))
+    mine = decoded.copy(data=(place == first) & np.isfinite(filled.values))
     if isinstance(least, xr.DataArray):
-        found, least = _aligned(found, least)
-    return (mine & (found >= least)).transpose(*words.dims) if least is not None else mine
+        decoded, least = _aligned(decoded, least)
+    return (mine & (decoded >= least)).transpose(*words.dims) if least is not None else mine
 
 
 def _check_level(name: str, level: object) -> None:
@@ -77,13 +77,13 @@ def area_threshold(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
     constant map it is the whole picture. This uses the truth's size: say so beside the result.
     """
     scores, true = _rows(maps, truth)
-    found = np.full(len(scores.rows), np.inf, scores.rows.dtype)
+    levels = np.full(len(scores.rows), np.inf, scores.rows.dtype)
     area = true.rows.sum(axis=1)
     for block in _blocks(scores.rows):
         falling = -np.sort(-scores.rows[block], axis=1)
         nth = np.take_along_axis(falling, np.maximum(area[block], 1)[:, None] - 1, axis=1)[:, 0]
-        found[block] = np.where(area[block] > 0, nth, np.inf)
-    return scores.labelled(found, "level")
+        levels[block] = np.where(area[block] > 0, nth, np.inf)
+    return scores.labelled(levels, "level")
 
 
 # --- agreement of masks ---------------------------------------------------------------------------
@@ -114,8 +114,8 @@ def mean_iou(
 
     *Shape:* (..., y, x) -> (...).
     """
-    found = iou(masks, truth, pool)
-    return found.mean(_dims("over", over, found), skipna=True).rename("mean_iou")
+    scores = iou(masks, truth, pool)
+    return scores.mean(_dims("over", over, scores), skipna=True).rename("mean_iou")
 
 
 def pixel_accuracy(
@@ -137,18 +137,18 @@ def pixel_accuracy(
 
 def _dims(name: str, given: object, *arrays: xr.DataArray) -> list[str]:
     """Return names of dimensions. Raise ExperimentError for one that no array has."""
-    found = list(dict.fromkeys(texts(name, given)))
-    there = [
+    named = list(dict.fromkeys(texts(name, given)))
+    known = [
         str(dim)
         for dim in dict.fromkeys(dim for array in arrays for dim in array.dims)
         if dim not in SPACE
     ]
-    if wrong := [dim for dim in found if dim not in there]:
+    if wrong := [dim for dim in named if dim not in known]:
         raise ExperimentError(
             f"{name}: there is no dimension {wrong[0]!r}.",
-            f"There are: {', '.join(there) or 'none'}.",
+            f"There are: {', '.join(known) or 'none'}.",
         )
-    return found
+    return named
 
 
 def _masks(masks: xr.DataArray, truth: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
@@ -199,10 +199,10 @@ def average_precision(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
     or the map is not finite.
     """
     scores, true = _rows(maps, truth)
-    found = np.empty(len(scores.rows))
+    precisions = np.empty(len(scores.rows))
     for block in _blocks(scores.rows):
-        found[block] = _precision(scores.rows[block], true.rows[block])
-    return scores.labelled(found, "average_precision")
+        precisions[block] = _precision(scores.rows[block], true.rows[block])
+    return scores.labelled(precisions, "average_precision")
 
 
 def _precision(scores: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -277,13 +277,13 @@ def interval(
     rows = scores.transpose(over, ...)
     n = rows.sizes[over]
     values = rows.values.reshape(n, -1).astype(float)
-    there = np.isfinite(values)
-    filled = np.where(there, values, 0)
-    counts = there.sum(axis=0)
+    finite = np.isfinite(values)
+    filled = np.where(finite, values, 0)
+    counts = finite.sum(axis=0)
     drawn = (
         np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
     )
-    weight = drawn @ there
+    weight = drawn @ finite
     means = np.divide(drawn @ filled, weight, out=np.full(weight.shape, np.nan), where=weight > 0)
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.full((2, values.shape[1]), np.nan)
@@ -294,8 +294,8 @@ def interval(
         filled.sum(axis=0), counts, out=np.full(counts.shape, np.nan), where=counts > 0
     )
     like = rows.isel({over: 0}, drop=True)
-    found = {
+    parts = {
         name: like.copy(data=of.reshape(like.shape))
         for name, of in (("mean", mean), ("low", low), ("high", high), ("scenes", counts))
     }
-    return xr.Dataset(found, attrs={"level": level, "resamples": resamples, "seed": seed})
+    return xr.Dataset(parts, attrs={"level": level, "resamples": resamples, "seed": seed})

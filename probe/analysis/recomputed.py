@@ -58,12 +58,12 @@ class _Maps(BackendArray):
                     )
                 ]
             )
-        whole = (
+        stacked = (
             np.stack(parts)
             if parts
             else np.zeros((0, *map(len, list(rows.values())[1:])), np.float32)
         )
-        return whole[
+        return stacked[
             tuple(0 if isinstance(which[dim], int | np.integer) else slice(None) for dim in DIMS)
         ]
 

@@ -57,6 +57,6 @@ class AttentionWitness:
             )
             shares = (q @ k.transpose(-1, -2) * module.scale).softmax(-1)
             mixed = (shares @ v).transpose(1, 2).flatten(2).to(seen["out"].dtype)
-            made = module.to_out[0].forward(mixed)  # not a call: that would be seen by the hooks
-        off = apart(numbers(made), numbers(seen["out"][rows]))
+            output = module.to_out[0].forward(mixed)  # not a call: that would be seen by the hooks
+        off = apart(numbers(output), numbers(seen["out"][rows]))
         return numbers(shares), numbers(q), off

@@ -126,11 +126,11 @@ class Tally:
         if self.worst == 0:
             return Check(self.name, "exact", f"{self.what}: the same at all {self.count} places")
         if self.because and self.worst <= self.allowed:
-            told = (
+            detail = (
                 f"{self.what}: within {self.worst:.2g} {self.unit} ({self.where}); "
                 f"{self.allowed:.2g} is allowed"
             )
-            return Check(self.name, "within tolerance", told, self.because)
+            return Check(self.name, "within tolerance", detail, self.because)
         first = f"; first at {self.first}" if self.first != self.where else ""
         return Check(
             self.name,
@@ -146,17 +146,17 @@ class Tally:
 def check_manifest(run: Run) -> Check:
     """Check the digests of files, and the checksum of every chunk."""
     if not exists(run.path / MANIFEST):
-        told = (
+        detail = (
             f"the run is {run.status}: its manifest is written at the end; the checksums of "
             f"{read_all(run)} variables hold"
         )
-        return Check("manifest", "not checked" if run.status != "complete" else "failed", told)
-    if (said := run.attributes["status"]) in (
+        return Check("manifest", "not checked" if run.status != "complete" else "failed", detail)
+    if (status := run.attributes["status"]) in (
         "failed",
         "interrupted",
     ):  # a writer that ends so takes the manifest away
         return Check(
-            "manifest", "failed", f"there is one, as a complete run has; the status is {said}"
+            "manifest", "failed", f"there is one, as a complete run has; the status is {status}"
         )
     written, present = read_json(run.path, MANIFEST, MAX_MANIFEST), files_of(run.path)
     if not isinstance(written, dict):
@@ -179,7 +179,7 @@ def files_of(path: Path) -> set[str]:
 
     Raises RecordingDamaged for a link, a pipe or a device.
     """
-    found, folders, roomless = set(), [""], 0
+    files, folders, roomless = set(), [""], 0
     while folders:
         folder = folders.pop()
         with os.scandir(path / folder) as entries:
@@ -192,7 +192,7 @@ def files_of(path: Path) -> set[str]:
                 elif not entry.is_file(follow_symlinks=False):
                     raise refuse(path, f"{printable(name)} is a pipe or a device, or too deep")
                 elif is_hashed(name):
-                    found.add(name)
+                    files.add(name)
                     about = entry.stat(follow_symlinks=False)
                     roomless += about.st_size if takes_no_room(path / name, about) else 0
                     if roomless > LARGE:
@@ -201,7 +201,7 @@ def files_of(path: Path) -> set[str]:
                             f"{printable(name)} is a hole, or shares its bytes",
                             "Copy it with cp -r, and read the copy.",
                         )
-    return found
+    return files
 
 
 def digest(run: Run, name: str) -> str:
@@ -302,10 +302,12 @@ def check_digests(run: Run) -> Check:
     if lost := [step for step in steps if f"step {step}" not in lines]:
         return Check("digests", "failed", f"{DIGESTS} has no line of step {lost[0]}")
     arrays = nodes_of(run.path, read_root(run.path))[1]
-    told = sorted((step, what) for what in lines if (step := step_of(what)) is not None)
-    if told[len(steps) + 1 :] and run.status != "running":
+    written = sorted((step, what) for what in lines if (step := step_of(what)) is not None)
+    if written[len(steps) + 1 :] and run.status != "running":
         return Check(
-            "digests", "failed", f"{told[-1][1]} was written, and {told[-2][1]} is not committed"
+            "digests",
+            "failed",
+            f"{written[-1][1]} was written, and {written[-2][1]} is not committed",
         )
     proved = [
         *(f"step {step}" for step in steps),
@@ -391,18 +393,20 @@ def check_picture(run: Run) -> Check:
         if not seal_holds(png):
             return Check("picture", "failed", f"{name} is not as it was written")
     if run.status != "complete":
-        told = f"{', '.join(sealed)}: every byte as it was written; " if sealed else ""
-        return Check("picture", "not checked", f"{told}the run is {run.status}")
+        seals = f"{', '.join(sealed)}: every byte as it was written; " if sealed else ""
+        return Check("picture", "not checked", f"{seals}the run is {run.status}")
     pixels = run.images.values
     expected = (
         ["picture.png"]
         if len(pixels) == 1
         else [f"picture-{index}.png" for index in range(len(pixels))]
     )
-    there = [(name, shown) for name, shown in zip(expected, pixels, strict=True) if name in finals]
-    if not there:
+    pictures = [
+        (name, shown) for name, shown in zip(expected, pixels, strict=True) if name in finals
+    ]
+    if not pictures:
         return Check("picture", "not checked", f"{expected[0]} is not there")
-    for name, pixel in there:
+    for name, pixel in pictures:
         shown, experiment = _shown(run, name, pixel)
         if not np.array_equal(shown, pixel):
             return Check("picture", "failed", f"{name} does not show images/final")
@@ -410,11 +414,11 @@ def check_picture(run: Run) -> Check:
             return Check(
                 "picture", "failed", f"{name} was made from another experiment than the recording's"
             )
-    told = f"; every byte as it was written: {', '.join(sealed)}" if sealed else ""
+    seals = f"; every byte as it was written: {', '.join(sealed)}" if sealed else ""
     return Check(
         "picture",
         "exact",
-        f"{', '.join(name for name, _ in there)}: as images/final, of this experiment{told}",
+        f"{', '.join(name for name, _ in pictures)}: as images/final, of this experiment{seals}",
     )
 
 
@@ -423,7 +427,7 @@ def _shown(run: Run, name: str, expected: np.ndarray) -> tuple[np.ndarray, str]:
 
     A picture of another size than expected is not decoded.
     """
-    path, asked = run.path, "noising" if run.kind == "noising" else "experiment"
+    path, recipe = run.path, "noising" if run.kind == "noising" else "experiment"
     raw = read_file(path, name, no_longer(path, name, 2 * expected.nbytes + MAX_SAID))
     bomb = Image.DecompressionBombWarning
     try:
@@ -433,7 +437,7 @@ def _shown(run: Run, name: str, expected: np.ndarray) -> tuple[np.ndarray, str]:
         ):
             if (picture.height, picture.width, len(picture.getbands())) != expected.shape:
                 return np.zeros(0), "null"
-            return np.asarray(picture), str(picture.info.get(asked, "null"))
+            return np.asarray(picture), str(picture.info.get(recipe, "null"))
     except (
         OSError,
         SyntaxError,

@@ -51,16 +51,16 @@ class ComparedStore:
         except DAMAGE as error:
             tally.fail(f"{path} cannot be read: {first_line(error)[:200]}")
             return
-        made, where = (
+        computed, where = (
             np.asarray(value),
             path if at is ... else f"{path}, step {self._step_of(path, at)}",
         )
-        if made.shape != stored.shape:
-            tally.fail(f"{where} is {stored.shape}, not {made.shape}")
+        if computed.shape != stored.shape:
+            tally.fail(f"{where} is {stored.shape}, not {computed.shape}")
         elif stored.dtype == np.uint8 and path.rpartition("/")[2] in ("final", "picture"):
-            tally.add(_pixels_apart(made, stored), where)
+            tally.add(_pixels_apart(computed, stored), where)
         else:
-            tally.add(apart(made.astype(stored.dtype), stored), where)
+            tally.add(apart(computed.astype(stored.dtype), stored), where)
 
     def write_step(self, step: int, values: Callable[[], Mapping[str, np.ndarray]], _: int) -> None:
         for path, value in values().items():
@@ -73,7 +73,7 @@ class ComparedStore:
         return int(self._recorded["decoded/decoded_step"][at]) if path == "decoded/picture" else at
 
 
-def _pixels_apart(found: np.ndarray, recorded: np.ndarray) -> float:
+def _pixels_apart(computed: np.ndarray, recorded: np.ndarray) -> float:
     """Return how far pictures are apart, as a share of their range.
 
     *Shape:* both (image, y, x, rgb) uint8.
@@ -81,7 +81,7 @@ def _pixels_apart(found: np.ndarray, recorded: np.ndarray) -> float:
     It is the mean over a picture, or an eighth of that over its worst patch of `PATCH` x `PATCH`
     pixels if that is more: a spot that was painted over does not vanish in the mean.
     """
-    off = np.abs(found.astype(np.float32) - recorded).mean(axis=-1) / 255
+    off = np.abs(computed.astype(np.float32) - recorded).mean(axis=-1) / 255
     (images, y, x), pad = off.shape, [(0, 0), *((0, -side % PATCH) for side in off.shape[1:])]
     patches = np.pad(off, pad).reshape(images, -(-y // PATCH), PATCH, -(-x // PATCH), PATCH)
     return float(max(off.mean(), patches.mean(axis=(2, 4)).max() / 8))

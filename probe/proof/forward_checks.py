@@ -64,7 +64,7 @@ def _measured(run: Run, tally: Tally, clean: torch.Tensor, eps: torch.Tensor) ->
             divide="ignore", invalid="ignore"
         ):  # at alpha_bar 0, noise says nothing of what is clean
             denoised = denoised_from(prediction, x, alpha_bar, kind)
-        made = {
+        expected = {
             "denoised": denoised,
             "difference": difference,
             "loss": ((prediction - target(true_clean, true_eps, alpha_bar, kind)) ** 2).mean(
@@ -73,11 +73,11 @@ def _measured(run: Run, tally: Tally, clean: torch.Tensor, eps: torch.Tensor) ->
             "noise_loss": (difference**2).mean(axis=axes),
         }
         loss = run.variable("forward/loss").isel(step=step).values.astype(np.float64)
-        made |= {
+        expected |= {
             "loss_mean": loss.mean(),
             "loss_spread": loss.std(ddof=1) if count > 1 else np.array(np.nan),
         }
-        for name, value in made.items():
+        for name, value in expected.items():
             tally.add(
                 relative(value, run.variable(f"forward/{name}").isel(step=step).values),
                 f"forward/{name}, step {step}",

@@ -30,9 +30,9 @@ Labels = dict[tuple[str, int], TokenLabel]
 
 def check_labels(run: Run) -> Check:
     """Check branches, tokens, words and layers."""
-    found = dict(variables(run))
-    texts = [path.removesuffix("/token_text") for path in found if path.endswith("/token_text")]
-    problems = [*_wrong_branches(run, found), *_misread(run)]
+    recorded = dict(variables(run))
+    texts = [path.removesuffix("/token_text") for path in recorded if path.endswith("/token_text")]
+    problems = [*_wrong_branches(run, recorded), *_misread(run)]
     labels = {
         group: _labels(run, group)
         for group in sorted(texts, key=lambda group: not group.startswith("text/"))
@@ -40,12 +40,12 @@ def check_labels(run: Run) -> Check:
     others = {
         f"text/{encoder}" for encoder in TEXT_ENCODERS.get(run.attributes.family, ())[1:]
     }  # each reads in its own way
-    for (one, there), (other, here) in itertools.permutations(labels.items(), 2):
-        if not {one, other} & others:
-            problems += _unlike_labels(here, there, other, one)
+    for (group_there, there), (group_here, here) in itertools.permutations(labels.items(), 2):
+        if not {group_there, group_here} & others:
+            problems += _unlike_labels(here, there, group_here, group_there)
     for group, here in labels.items():
         problems += _misspelt(run, group, here, first=group not in others)
-    problems += _misplaced_layers(run, found)
+    problems += _misplaced_layers(run, recorded)
     if problems:
         return Check(
             "labels",
@@ -54,7 +54,7 @@ def check_labels(run: Run) -> Check:
         )
     layers = sum(
         variable.size
-        for path, variable in found.items()
+        for path, variable in recorded.items()
         if re.fullmatch(r"attention/[^/]+/layer", path)
     )
     sides = [
@@ -65,11 +65,11 @@ def check_labels(run: Run) -> Check:
     if unknown := dict.fromkeys(
         branch for branch, here in sides if _end(_rows(here, branch)) is None
     ):
-        told = (
+        detail = (
             f"the tokens of {' and '.join(unknown)} do not begin and end as CLIP's do: what they "
             "spell, only the model can say"
         )
-        return Check("labels", "not checked", told)
+        return Check("labels", "not checked", detail)
     return Check(
         "labels",
         "exact",
@@ -78,14 +78,14 @@ def check_labels(run: Run) -> Check:
     )
 
 
-def _wrong_branches(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
+def _wrong_branches(run: Run, recorded: dict[str, xr.Variable]) -> Iterator[str]:
     """Yield groups whose branches are not those of the recipe."""
-    asked = run.recipe
-    called = tuple(asked.texts)
-    kept = tuple(b for b in called if asked.capture.branches in ("both", b))
-    for path, variable in found.items():
+    recipe = run.recipe
+    computed_branches = tuple(recipe.texts)
+    kept_branches = tuple(b for b in computed_branches if recipe.capture.branches in ("both", b))
+    for path, variable in recorded.items():
         if path.rpartition("/")[2] == "branch":
-            wanted = kept if "attention/" in path else called
+            wanted = kept_branches if "attention/" in path else computed_branches
             if tuple(map(str, variable.values)) != wanted:
                 yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(wanted)}"
 
@@ -118,7 +118,7 @@ def _unlike_labels(here: Labels, there: Labels, group: str, other: str) -> Itera
 
 def _misread(run: Run) -> Iterator[str]:
     """Yield what was read or cut and does not follow from what was typed."""
-    asked, typed = run.recipe, run.attributes.texts
+    recipe, typed = run.recipe, run.attributes.texts
     for branch, read in run.attributes.read_as.items():
         if (
             run.attributes.text_rules == 1
@@ -130,7 +130,7 @@ def _misread(run: Run) -> Iterator[str]:
     for branch, cut in run.attributes.cut_from_prompt.items():
         if (
             branch not in typed
-            or asked.over_long != "cut"
+            or recipe.over_long != "cut"
             or not cut
             or not run.read_as(branch).endswith(cut)
         ):
@@ -154,11 +154,11 @@ def _is_written_out(typed: str, read: str) -> bool:
         words |= {before[at + 1 :] for at in gaps}
     longer = {}
     for word in words:
-        whole, number = word, 1
-        while f"{whole} {word}_{number}" in read:
-            whole, number = f"{whole} {word}_{number}", number + 1
-        if 0 < typed.count(word) <= read.count(whole):  # else it was typed like that
-            longer[word] = whole
+        written_out, number = word, 1
+        while f"{written_out} {word}_{number}" in read:
+            written_out, number = f"{written_out} {word}_{number}", number + 1
+        if 0 < typed.count(word) <= read.count(written_out):  # else it was typed like that
+            longer[word] = written_out
     for order in (sorted(longer, key=len), sorted(longer, key=len, reverse=True)):
         written = typed
         for word in order:
@@ -238,10 +238,10 @@ def _wrong_words(
             alike = loosely and (not label.isascii() or _letters(_plain(label)) == _letters(word))
             if not alike and not is_word(_plain(_plain(label)), word):
                 yield f"a word {number} {label!r}, its tokens spell {word!r}"
-        place = prompt.find(pieces[0][1], at)
-        if place < 0:
+        start = prompt.find(pieces[0][1], at)
+        if start < 0:
             yield f"a word {number} {pieces[0][1]!r}, which is not in its place in {prompt[:60]!r}"
-        at = max(at, place + len(pieces[0][1]))
+        at = max(at, start + len(pieces[0][1]))
     if stray := [row[1] for row in rows if row[2] < 0 and row[1]]:
         yield f"a word without a number, {stray[0]!r}"
 
@@ -293,17 +293,20 @@ def _decode(pieces: Sequence[str]) -> str:
     )
 
 
-def _misplaced_layers(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
+def _misplaced_layers(run: Run, recorded: dict[str, xr.Variable]) -> Iterator[str]:
     """Yield layers that are in a wrong place, were not asked for, or are there twice.
 
     Layers run down, through the middle and up. A block's grid follows from its place.
     """
-    asked = run.recipe.capture
-    sizes = found["latents/latents"].sizes
-    for kind, patterns in (("attention", asked.layers), ("self_attention", asked.self_attention)):
+    capture = run.recipe.capture
+    sizes = recorded["latents/latents"].sizes
+    for kind, patterns in (
+        ("attention", capture.layers),
+        ("self_attention", capture.self_attention),
+    ):
         grids = {
-            path.split("/")[1]: [str(v) for v in found[path].values]
-            for path in found
+            path.split("/")[1]: [str(v) for v in recorded[path].values]
+            for path in recorded
             if re.fullmatch(rf"{kind}/[^/]+/layer", path)
         }
         for grid, layers in grids.items():
@@ -328,8 +331,8 @@ def _misplaced_layers(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
         }
         if len({block for _, block in blocks}) != len(blocks):
             yield f"{kind}: layers of one block are on two grids"
-    if "unet/module" in found and (
-        modules := [str(v) for v in found["unet/module"].values]
+    if "unet/module" in recorded and (
+        modules := [str(v) for v in recorded["unet/module"].values]
     ) != sorted(modules, key=_stage):
         yield "unet/module is not in the order in which modules run"
 

@@ -46,15 +46,15 @@ def label_of(values: xr.DataArray, flat: int) -> str:
     """
     index = np.unravel_index(flat, values.shape)
     labels = dict(zip(values.dims, index, strict=True))
-    said = (
+    parts = (
         [f"step {int(values['step'])}"]
         if "step" in values.coords and "step" not in values.dims
         else []
     )
-    said += [
+    parts += [
         f"{dim} {values[dim].values[i] if dim in values.coords else i}" for dim, i in labels.items()
     ]
-    return ", ".join(said)
+    return ", ".join(parts)
 
 
 def check_softmax(run: Run) -> Check:
@@ -100,10 +100,10 @@ def _distributions(run: Run) -> Iterator[tuple[str, xr.DataArray, tuple[str, ...
         yield f"attention/{grid}", run.attention(grid), ("token",)
     if "self_attention" in run.tree.children:
         flags = run.variable("committed").values.astype(bool)
-        asked = np.isin(np.arange(len(flags)), run.recipe.capture.steps_of(len(flags)))
+        wanted = np.isin(np.arange(len(flags)), run.recipe.capture.steps_of(len(flags)))
         for grid in run.tree["self_attention"].children:
             maps = run.variable(f"self_attention/{grid}/self").isel(
-                step=np.flatnonzero(flags & asked)
+                step=np.flatnonzero(flags & wanted)
             )
             yield f"self_attention/{grid}", maps, ("key_y", "key_x")
     if (
@@ -203,17 +203,17 @@ def unlike_moments(stored: np.ndarray, measured: np.ndarray) -> np.ndarray:
     sum p, and that is at most sum r |y - c| / (sum p - sum r).
     """
     p, r = probabilities(stored), rounding(stored).astype(np.float64)
-    found = moments_of(p)
+    expected = moments_of(p)
     spread, pixels = r.sum((-2, -1)), p.shape[-2] * p.shape[-1]
-    surely: np.ndarray = np.maximum(found[..., 0] * pixels - spread, 0)
+    surely: np.ndarray = np.maximum(expected[..., 0] * pixels - spread, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        bounds = [spread / pixels + ARITHMETIC * found[..., 0] + 1e-12]
+        bounds = [spread / pixels + ARITHMETIC * expected[..., 0] + 1e-12]
         for number, axis in enumerate(_axes(p.shape), start=1):
             bounds.append(
-                (r * np.abs(axis - found[..., number, None, None])).sum((-2, -1)) / surely
+                (r * np.abs(axis - expected[..., number, None, None])).sum((-2, -1)) / surely
                 + ARITHMETIC
             )
-        off: np.ndarray = np.abs(found - measured) / np.stack(bounds, -1)
+        off: np.ndarray = np.abs(expected - measured) / np.stack(bounds, -1)
     nothing = np.less_equal(surely[..., None], 0) & np.array(
         [False, True, True]
     )  # rounded to nothing: it has no centre
@@ -252,17 +252,17 @@ def check_sums(run: Run) -> Check:
     largest = maps[run.grids[0]]
     size, layers = (
         (largest.sizes["y"], largest.sizes["x"]),
-        sum(found.sizes["layer"] for found in maps.values()),
+        sum(of_grid.sizes["layer"] for of_grid in maps.values()),
     )
     sums = {
-        grid: np.zeros([n for dim, n in found.sizes.items() if dim != "step"], np.float32)
-        for grid, found in maps.items()
+        grid: np.zeros([n for dim, n in of_grid.sizes.items() if dim != "step"], np.float32)
+        for grid, of_grid in maps.items()
     }
     stored = run.variable(f"attention/{run.grids[0]}/overview")
     for index, step in enumerate(largest["step"].values):
         overview = np.zeros((largest.sizes["token"], *size), np.float32)
-        for grid, found in maps.items():
-            part = probabilities(found.isel(step=index).values)
+        for grid, of_grid in maps.items():
+            part = probabilities(of_grid.isel(step=index).values)
             sums[grid] += part
             overview += resize(part[:, -1].mean(axis=(1, 3)).sum(axis=1), size)
         tally.add(
@@ -277,35 +277,35 @@ def check_sums(run: Run) -> Check:
     return tally.check()
 
 
-def relative(found: np.ndarray, recorded: np.ndarray) -> float:
+def relative(computed: np.ndarray, recorded: np.ndarray) -> float:
     """Return the greatest difference over the greatest recorded value.
 
     It is 0 only for the same values, with NaN in the same places.
     """
-    if np.array_equal(found, recorded, equal_nan=True):
+    if np.array_equal(computed, recorded, equal_nan=True):
         return 0.0
-    off, of = unlike(found, recorded)
+    off, of = unlike(computed, recorded)
     return float(np.abs(off).max() / max(float(np.abs(of).max()), 1e-12))
 
 
-def apart(found: np.ndarray, recorded: np.ndarray) -> float:
+def apart(computed: np.ndarray, recorded: np.ndarray) -> float:
     """Return the norm of the difference over that of what was recorded.
 
     It is 0 only for the same values, with NaN in the same places.
     """
-    if np.array_equal(found, recorded, equal_nan=found.dtype.kind == "f"):
+    if np.array_equal(computed, recorded, equal_nan=computed.dtype.kind == "f"):
         return 0.0
-    off, of = unlike(found, recorded)
+    off, of = unlike(computed, recorded)
     return float(np.linalg.norm(off) / max(float(np.linalg.norm(of)), 1e-12))
 
 
-def unlike(found: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unlike(computed: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the differences of two arrays, and the values to measure them by, float64.
 
     Where both are NaN, or the same infinity, nothing differs. Where only one is, the difference is
     not finite.
     """
-    a, b = found.astype(np.float64), recorded.astype(np.float64)
+    a, b = computed.astype(np.float64), recorded.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         return np.where(same, 0.0, a - b), np.where(np.isfinite(b), b, 0.0)

@@ -181,11 +181,11 @@ def tensor(run: Run, value: np.ndarray) -> torch.Tensor:
 
     Raises ValueError if it is not one that this format has.
     """
-    whole = torch.from_numpy(np.array(value))
-    made = whole.to(run_dtype(run))
-    if not np.array_equal(numbers(made), value, equal_nan=True):
+    stored = torch.from_numpy(np.array(value))
+    value_then = stored.to(run_dtype(run))
+    if not np.array_equal(numbers(value_then), value, equal_nan=True):
         raise ValueError(f"it holds a value that {run.attributes['model']['dtype']} does not have")
-    return made
+    return value_then
 
 
 def clean_of(run: Run) -> torch.Tensor:
@@ -208,10 +208,10 @@ def prediction_of(run: Run, index: int, branch: str | None = None) -> torch.Tens
 
 def numbers(value: torch.Tensor) -> np.ndarray:
     """Return a tensor as it would be stored: bfloat16, which numpy lacks, as float32."""
-    found: np.ndarray = (
+    array: np.ndarray = (
         (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
     )
-    return found
+    return array
 
 
 @contextlib.contextmanager
@@ -312,8 +312,11 @@ def check_guidance(run: Run) -> Check:
         names = ("uncond", "cond") if scale > 1 else ("cond",)
         with torch.no_grad():
             branches = {branch: prediction_of(run, index, branch) for branch in names}
-            made = guided(branches, scale, rescale)
-        tally.add(relative(numbers(made), given), f"step {step}{_image(numbers(made), given)}")
+            guided_again = guided(branches, scale, rescale)
+        tally.add(
+            relative(numbers(guided_again), given),
+            f"step {step}{_image(numbers(guided_again), given)}",
+        )
     return tally.check()
 
 
@@ -334,10 +337,10 @@ def check_scheduler(run: Run) -> Check:
     return tally.check()
 
 
-def _image(found: np.ndarray, recorded: np.ndarray) -> str:
+def _image(computed: np.ndarray, recorded: np.ndarray) -> str:
     """Return which image, channel and pixel is off the most."""
-    same = (found == recorded) | (np.isnan(found) & np.isnan(recorded))
+    same = (computed == recorded) | (np.isnan(computed) & np.isnan(recorded))
     with np.errstate(invalid="ignore"):  # on_nan: record leaves infinities
-        off = np.where(same, 0, np.abs(found.astype(np.float64) - recorded))
+        off = np.where(same, 0, np.abs(computed.astype(np.float64) - recorded))
     image, channel, y, x = np.unravel_index(int(off.argmax()), off.shape)
     return f", image {image}, channel {channel}, y {y}, x {x}"

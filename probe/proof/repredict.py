@@ -66,22 +66,22 @@ def model_of(run: Run, pipeline: Any | None = None) -> Family:
 
     It is loaded onto the kind of device that it ran on, if there is one. Raises ModelError.
     """
-    asked, (scheduler, options) = run.recipe, run.recipe.sampler
+    recipe, (scheduler, options) = run.recipe, run.recipe.sampler
     if pipeline is None:
         kind = str(run.attributes["environment"]["device"])
         try:
             device = str(pick_device(kind))
         except RuntimeError:  # DeviceError: not here
             device = "cpu"
-        revision = run.attributes["model"].get("revision") or asked.revision
+        revision = run.attributes["model"].get("revision") or recipe.revision
         dtype = str(run_dtype(run)).removeprefix("torch.")
         where: dict[str, Any] = {
             "revision": revision,
-            "variant": asked.variant,
+            "variant": recipe.variant,
             "dtype": dtype,
             "device": device,
         }
-        return load(asked.model, **where, scheduler=scheduler, options=options)
+        return load(recipe.model, **where, scheduler=scheduler, options=options)
     return family_of(pipeline, scheduler=scheduler, options=options)
 
 
@@ -116,20 +116,25 @@ def _unlike_attributes(
     run: Run, model: Family, here: Mapping[str, Any], because: tuple[str, ...]
 ) -> Iterator[str]:
     """Yield the attributes that this model or the experiment would give another value."""
-    there = run.attributes
+    attributes = run.attributes
     pairs = said_of_model(run, here)
-    pairs |= {name: (getattr(there, name), here[name]) for name in ("read_as", "cut_from_prompt")}
     pairs |= {
-        name: (there[name], here.get(name))
+        name: (getattr(attributes, name), here[name]) for name in ("read_as", "cut_from_prompt")
+    }
+    pairs |= {
+        name: (attributes[name], here.get(name))
         for name in ("scheduler_clips", "denoised_not_defined")
-        if name in there
+        if name in attributes
     }
     if (
         model.pipeline is None
     ):  # else nobody knows where it came from, and how it attends is its owner's choice
-        pairs["model.revision"] = there.model.revision, model.revision
+        pairs["model.revision"] = attributes.model.revision, model.revision
         if len(because) == 1 and because[0].startswith(name := "attention_backend"):
-            pairs[f"environment.{name}"] = there["environment"].get(name), here["environment"][name]
+            pairs[f"environment.{name}"] = (
+                attributes["environment"].get(name),
+                here["environment"][name],
+            )
     for field, (recorded, expected) in pairs.items():
         if isinstance(recorded, float) and not np.isfinite(recorded):
             recorded = str(recorded)  # as newer versions write it
@@ -144,7 +149,7 @@ def check_plan(
 
     Values that are known before the first step are compared too.
     """
-    found = dict(variables(run))
+    recorded = dict(variables(run))
     tally = Tally(
         "plan",
         "tokens, layers, noise levels and shapes follow from model and experiment",
@@ -153,31 +158,30 @@ def check_plan(
     )
     for problem in problems:
         tally.fail(problem)
-    planned = {a.path: a for a in plan.arrays}
-    for path in sorted(planned.keys() ^ found.keys()):
+    planned = {spec.path: spec for spec in plan.arrays}
+    for path in sorted(planned.keys() ^ recorded.keys()):
         tally.fail(f"{path} is {'missing' if path in planned else 'not in the plan'}")
-    for path in sorted(planned.keys() & found.keys()):
-        a, variable = planned[path], found[path]
-        if (a.dims, a.shape) != (variable.dims, variable.shape):
-            tally.fail(
-                f"{path} is {dict(variable.sizes)}, not {dict(zip(a.dims, a.shape, strict=True))}"
-            )
+    for path in sorted(planned.keys() & recorded.keys()):
+        spec, variable = planned[path], recorded[path]
+        if (spec.dims, spec.shape) != (variable.dims, variable.shape):
+            sizes = dict(zip(spec.dims, spec.shape, strict=True))
+            tally.fail(f"{path} is {dict(variable.sizes)}, not {sizes}")
         elif path == "cost/flops":  # another version of torch may count otherwise
             if not because:
-                tally.add(relative(np.asarray(a.value), variable.values), path)
-        elif a.value is not None:
-            if a.dtype == "str" or np.asarray(a.value).dtype.kind in "iu":
-                wrong = np.argwhere(np.asarray(a.value) != variable.values)
+                tally.add(relative(np.asarray(spec.value), variable.values), path)
+        elif spec.value is not None:
+            if spec.dtype == "str" or np.asarray(spec.value).dtype.kind in "iu":
+                wrong = np.argwhere(np.asarray(spec.value) != variable.values)
                 if len(wrong):
                     at = tuple(wrong[0])
-                    said = ", ".join(f"{dim} {i}" for dim, i in zip(a.dims, at, strict=True))
+                    labels = ", ".join(f"{dim} {i}" for dim, i in zip(spec.dims, at, strict=True))
                     tally.fail(
-                        f"{path} is {variable.values[at]!r}, not {np.asarray(a.value)[at]!r} at "
-                        f"{said}"
+                        f"{path} is {variable.values[at]!r}, not {np.asarray(spec.value)[at]!r} at "
+                        f"{labels}"
                     )
                 tally.add(0.0, path)
             else:
-                tally.add(relative(np.asarray(a.value), variable.values), path)
+                tally.add(relative(np.asarray(spec.value), variable.values), path)
     return tally.check()
 
 
@@ -267,8 +271,8 @@ class ModelCheck:
                         Hooks(witness.watches() if recorded else ()),
                         torch.no_grad(),
                     ):
-                        said = predict(call.index, call.model_input, call.t)
-                    session.record(self._step(call, said))
+                        predictions = predict(call.index, call.model_input, call.t)
+                    session.record(self._step(call, predictions))
                     if recorded:
                         self._compare_maps(witness, call.index)
                 else:
@@ -301,17 +305,17 @@ class ModelCheck:
             for number, path in enumerate(layers):
                 shares, _, off = witness.take(path, rows)
                 attention.add(off, f"{path}, step {step}")
-                whole = shares.reshape(
+                by_key = shares.reshape(
                     -1, plan.latent_shape[0], shares.shape[1], *grid, *grid
                 )  # (branch, image, head, y, x, key_y, key_x)
-                self._count(maps, f"self_{grid_group(grid)}/self", number, path, step, whole)
+                self._count(maps, f"self_{grid_group(grid)}/self", number, path, step, by_key)
 
     def _in_place(self, values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Return (branch x image, head, pixel, any) as (any, branch, image, head, y, x)."""
-        whole = values.reshape(
+        unfolded = values.reshape(
             -1, self._plan.latent_shape[0], values.shape[1], *grid, values.shape[-1]
         )
-        return np.moveaxis(whole, -1, 0)
+        return np.moveaxis(unfolded, -1, 0)
 
     def _compare_layer(
         self,
@@ -333,8 +337,8 @@ class ModelCheck:
             stored = (
                 self._recorded[f"{group}/query"].isel(step=step, layer=number).values
             )  # (branch, image, head, key_feature, y, x)
-            made = np.moveaxis(query, 0, 3).astype(stored.dtype)
-            self.inside.add(apart(made, stored), f"{group}/query, step {step}, {path}")
+            computed = np.moveaxis(query, 0, 3).astype(stored.dtype)
+            self.inside.add(apart(computed, stored), f"{group}/query, step {step}, {path}")
             return
         if mode == "summary":
             recorded = (
@@ -350,7 +354,7 @@ class ModelCheck:
         maps.add(self._off(moments_of(shares), recorded), f"{group}/moments, step {step}, {path}")
 
     def _count(
-        self, maps: Tally, path: str, number: int, layer: str, step: int, made: np.ndarray
+        self, maps: Tally, path: str, number: int, layer: str, step: int, computed: np.ndarray
     ) -> None:
         """Compare one layer's maps.
 
@@ -360,16 +364,16 @@ class ModelCheck:
         stored = self._recorded[path].isel(step=step, layer=number)
         p = probabilities(stored.values)
         if self._because:
-            maps.add(apart(made, p), f"{path}, step {step}, {layer}")
+            maps.add(apart(computed, p), f"{path}, step {step}, {layer}")
             return
-        off = np.abs(made - p) / (rounding(stored.values) + 2e-4 * made + 1e-7)
-        off = np.where(np.isnan(made) & np.isnan(p), 0.0, np.where(np.isnan(off), np.inf, off))
+        off = np.abs(computed - p) / (rounding(stored.values) + 2e-4 * computed + 1e-7)
+        off = np.where(np.isnan(computed) & np.isnan(p), 0.0, np.where(np.isnan(off), np.inf, off))
         at = np.unravel_index(int(off.argmax()), off.shape)
         labels = [f"{dim} {i}" for dim, i in zip(stored.dims, at, strict=True)]
         maps.add(float(off[at]), f"{path}, step {step}, {layer}, {', '.join(labels)}")
 
-    def _off(self, made: np.ndarray, recorded: np.ndarray) -> float:
-        return apart(made, recorded) if self._because else apart(made, recorded) / 1e-4
+    def _off(self, computed: np.ndarray, recorded: np.ndarray) -> float:
+        return apart(computed, recorded) if self._because else apart(computed, recorded) / 1e-4
 
     def _count_not_finite(self) -> None:
         """Check what the recording says of pixels that are not finite.
@@ -382,30 +386,30 @@ class ModelCheck:
             return
         if count:
             self.decode.what += f"; {count} values of images/final are not finite, and shown as 0"
-        again, said = (
+        overflows, recorded_so = (
             "decoded_in_float32" in self._store.annotations,
             bool(self._run.attributes.get("decoded_in_float32", False)),
         )
-        if again != said and not self._because:
+        if overflows != recorded_so and not self._because:
             self.decode.fail(
-                f"decoded_in_float32 is {said}, and the VAE "
-                f"{'overflows' if again else 'does not overflow'} in float16"
+                f"decoded_in_float32 is {recorded_so}, and the VAE "
+                f"{'overflows' if overflows else 'does not overflow'} in float16"
             )
         if bool(count) != bool(recorded) or (count != recorded and not self._because):
             self.decode.fail(
                 f"{count} values of images/final are not finite, the recording says {recorded}"
             )
 
-    def _step(self, call: Call, said: Predictions | None = None) -> Step:
+    def _step(self, call: Call, predictions: Predictions | None = None) -> Step:
         """Return a step from its recorded latents, with `said` or the recorded prediction."""
-        if said is None:
+        if predictions is None:
             given = prediction_of(self._run, call.index).to(call.latents.device)
-            said = Predictions({"cond": given}, given)
+            predictions = Predictions({"cond": given}, given)
         return Step.of(
             self._plan.schedule,
             call.index,
             call.latents,
-            said,
+            predictions,
             call.latents,
             self._model.prediction_type,
         )

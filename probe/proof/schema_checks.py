@@ -35,12 +35,12 @@ def expected_variables(run: Run) -> set[str]:
     Grids and self-attention layers are those that the recording has.
     """
     vae = run.attributes["model"]["f"] > 1
-    asked, found = Asked(run.recipe, vae), dict(variables(run))
+    asked, recorded = Asked(run.recipe, vae), dict(variables(run))
     family = run.attributes.family
     encoders = TEXT_ENCODERS.get(family) or sorted(
-        {path.split("/")[1] for path in found if path.startswith("text/")}
+        {path.split("/")[1] for path in recorded if path.startswith("text/")}
     )
-    own = {path.split("/")[1]: None for path in found if path.startswith("self_attention/")}
+    own = {path.split("/")[1]: None for path in recorded if path.startswith("self_attention/")}
     groups = {
         "attention/{grid}": run.grids,
         "self_attention/{grid}": sorted(own),
@@ -65,37 +65,37 @@ def only_the_model_knows(run: Run) -> list[str]:
         for node in run.tree.subtree
         for path in (f"{node.path}/{name}".strip("/") for name in node.dataset.data_vars)
     ]
-    found = [path for path in paths if ONLY_THE_MODEL.fullmatch(path)]
+    unproven = [path for path in paths if ONLY_THE_MODEL.fullmatch(path)]
     return sorted(
         {
             path.rpartition("/")[2] if path.startswith("attention/") else path.split("/")[0]
-            for path in found
+            for path in unproven
         }
     )
 
 
 def check_schema(run: Run) -> Check:
     """Check that every variable asked for is there and as the schema says, and no other."""
-    found = dict(variables(run))
-    problems = [f"{path} is missing" for path in sorted(expected_variables(run) - found.keys())]
+    recorded = dict(variables(run))
+    problems = [f"{path} is missing" for path in sorted(expected_variables(run) - recorded.keys())]
     problems += [
         problem
-        for path, variable in found.items()
+        for path, variable in recorded.items()
         for problem in _unlike_schema(run, path, variable)
     ]
     if not problems:
-        problems = list(_unlike_sizes(run, found))
-    asked = run.recipe
+        problems = list(_unlike_sizes(run, recorded))
+    recipe = run.recipe
     if (
         "experiment" in run.attributes
     ):  # so a noising of format 1 says what was asked, and takes its identity from it
-        asked = load_experiment(run.attributes["experiment"])
+        recipe = load_experiment(run.attributes["experiment"])
     identity, written = (
-        asked.identity(),
-        run.attributes["experiment" if isinstance(asked, Experiment) else "noising"],
+        recipe.identity(),
+        run.attributes["experiment" if isinstance(recipe, Experiment) else "noising"],
     )
     if (
-        written == asked.resolved() and run.attributes["identity"] != identity
+        written == recipe.resolved() and run.attributes["identity"] != identity
     ):  # not of one with the fields of another version
         problems.append(
             f"the experiment is not the one that was recorded: its identity is {identity}, not "
@@ -120,8 +120,8 @@ def check_schema(run: Run) -> Check:
     return Check(
         "schema",
         "exact",
-        f"{len(found)} variables with the dimensions, types and units of the schema, all that was "
-        "asked for",
+        f"{len(recorded)} variables with the dimensions, types and units of the schema, all that "
+        "was asked for",
     )
 
 
@@ -166,42 +166,44 @@ def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
         yield f"{path} says {encoding}, capture.dtype is {storage}"
 
 
-def _unlike_sizes(run: Run, found: dict[str, xr.Variable]) -> Iterator[str]:
+def _unlike_sizes(run: Run, recorded: dict[str, xr.Variable]) -> Iterator[str]:
     """Yield sizes and labels that do not fit what was asked for."""
     recipe, across, f = run.recipe, run.attributes.across, int(run.attributes["model"]["f"])
-    latents = found["latents/latents"].sizes
-    pixels = found["images/final"].sizes
+    latents = recorded["latents/latents"].sizes
+    pixels = recorded["images/final"].sizes
     y, x = pixels["y"], pixels["x"]
     if (y, x) != (f * latents["y"], f * latents["x"]):
         of = f"latents of {latents['y']} x {latents['x']}"
         yield f"pictures of {y} x {x} pixels, {of}, but f = {f}"
     if (recipe.height or y, recipe.width or x) != (y, x):
         yield f"pictures of {y} x {x} pixels; {recipe.height} x {recipe.width} was asked for"
-    for path, variable in found.items():
+    for path, variable in recorded.items():
         if variable.sizes.get(across, recipe.count) != recipe.count:
             yield f"{path} holds {variable.sizes[across]} {across}s, not {recipe.count}"
         name = path.rpartition("/")[2]
         if name in FIXED and tuple(map(str, variable.values)) != FIXED[name]:
             yield f"{path} is {', '.join(map(str, variable.values))}, not {', '.join(FIXED[name])}"
     parts = (
-        [str(part) for part in found["cost/component"].values] if "cost/component" in found else []
+        [str(part) for part in recorded["cost/component"].values]
+        if "cost/component" in recorded
+        else []
     )
     known = run.attributes.family not in FAMILIES or all(map(COMPONENT.fullmatch, parts))
     if not known or parts != sorted(set(parts)):
         belong = "text encoders, unet and vae, each once, belong there"
         yield f"cost/component is {', '.join(parts)}: {belong}"
-    calls = found["step"].size
-    if "decoded/decoded_step" in found and recipe.decoded_every:
+    calls = recorded["step"].size
+    if "decoded/decoded_step" in recorded and recipe.decoded_every:
         wanted = sorted({*range(0, calls, recipe.decoded_every), calls - 1})
-        decoded = found["decoded/decoded_step"].values.tolist()
+        decoded = recorded["decoded/decoded_step"].values.tolist()
         if decoded != wanted:
             first = ", ".join(map(str, decoded[:8]))
             yield f"decoded/decoded_step is {first}; decode_every is {recipe.decoded_every}"
     for grid in run.grids:
         maps = next(
-            found[f"attention/{grid}/{name}"].sizes
+            recorded[f"attention/{grid}/{name}"].sizes
             for name in ("cross", "query")
-            if f"attention/{grid}/{name}" in found
+            if f"attention/{grid}/{name}" in recorded
         )
         if f"{maps['y']}x{maps['x']}" != grid:
             yield f"attention/{grid} holds maps of {maps['y']}x{maps['x']}"

@@ -19,14 +19,14 @@ NOTES = {"writer", "digests", "decoded_in_float32", "scheduler_clips", "denoised
 
 def check_unknown(run: Run) -> Check:
     """Name the variables, attributes, family and guidance rule that this version does not know."""
-    found = [*_variables(run), *_attributes(run)]
-    if not found:
+    unknown = [*_variables(run), *_attributes(run)]
+    if not unknown:
         return Check(
             "unknown", "exact", "every variable and attribute is one that this version knows"
         )
-    more = f" and {len(found) - 5} more" if found[5:] else ""
+    more = f" and {len(unknown) - 5} more" if unknown[5:] else ""
     return Check(
-        "unknown", "not checked", f"this version does not know {', '.join(found[:5])}{more}"
+        "unknown", "not checked", f"this version does not know {', '.join(unknown[:5])}{more}"
     )
 
 

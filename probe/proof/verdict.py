@@ -112,22 +112,22 @@ def verify(run: Run, model: Any = None, steps: Steps | None = None) -> Verificat
     """
     asked = model is not None and model is not False
     if steps is not None and not asked:
-        told = "steps says at which steps the model is asked, and no model is."
-        raise ExperimentError(told, "Give model=True, or a pipeline; or leave out steps.")
+        problem = "steps says at which steps the model is asked, and no model is."
+        raise ExperimentError(problem, "Give model=True, or a pipeline; or leave out steps.")
     with reading(with_files(run).path):
         if asked:
             chosen = asked_steps(run, steps)
             family = _model(run, None if model is True else model)
-        found = _without_model(run)
+        checks = _without_model(run)
         if asked:
-            found += _ask_again(run, family, chosen)
+            checks += _ask_again(run, family, chosen)
     shown = [
         replace(
             check,
             detail=printable(without_home(check.detail)),
             because=tuple(map(printable, check.because)),
         )
-        for check in found
+        for check in checks
     ]
     return Verification(run, tuple(shown), asked)
 
@@ -172,9 +172,9 @@ def _without_model(run: Run) -> list[Check]:
     }
     if (run.path / "source").is_dir():  # a picture that it began from
         checks["forward"] = _replay("forward")
-    found = [_guarded(run, name, check) for name, check in checks.items()]
+    results = [_guarded(run, name, check) for name, check in checks.items()]
     unknown = _guarded(run, "unknown", check_unknown)
-    return found if unknown.verdict == "exact" else [*found, unknown]
+    return results if unknown.verdict == "exact" else [*results, unknown]
 
 
 def _replay(name: str) -> Callable[[Run], Check]:
@@ -196,16 +196,16 @@ def _replay(name: str) -> Callable[[Run], Check]:
 def _ask_again(run: Run, model: Any, steps: Sequence[int]) -> list[Check]:
     from probe.proof import repredict
 
-    found: list[Check] = []
+    checks: list[Check] = []
     try:
         with reading(run.path):
-            found.extend(repredict.check_model(run, model, steps))
+            checks.extend(repredict.check_model(run, model, steps))
     except RecordingUnreadable:
         raise
     except DAMAGE as error:
-        missing = next(name for name in WITH_MODEL if name not in {check.name for check in found})
-        found.append(Check(missing, "failed", _told(error, "the model cannot be asked")))
-    return found
+        missing = next(name for name in WITH_MODEL if name not in {check.name for check in checks})
+        checks.append(Check(missing, "failed", _told(error, "the model cannot be asked")))
+    return checks
 
 
 def _guarded(run: Run, name: str, check: Callable[[Run], Check]) -> Check:

@@ -72,14 +72,14 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """Return the comparison for people."""
-        told = []
+        lines = []
         for title, parts in (("asked", self.asked), ("conditions", self.conditions)):
-            told += [
+            lines += [
                 f"  {title:11} {'the same' if not parts else parts[0]}",
                 *(f"              {part}" for part in parts[1:]),
             ]
         if self.same:
-            return [*told, f"  values      the same bits in all {self.variables} variables"]
+            return [*lines, f"  values      the same bits in all {self.variables} variables"]
         table = [
             (
                 f"/{d.variable}",
@@ -92,12 +92,12 @@ class Comparison:
         ]
         apart = sum(d.problem.startswith("only in") for d in self.differences)
         shared = sum(d.variable != "committed" for d in self.differences) - apart
-        told += [
+        lines += [
             f"  values      {shared} of {self.variables} variables "
             f"differ{f', and {apart} are not in both' if apart else ''}",
             "",
         ]
-        return told + rows(table, ("variable", "", "values", "by at most", "first at step"))
+        return lines + rows(table, ("variable", "", "values", "by at most", "first at step"))
 
 
 def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -105,12 +105,12 @@ def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
 
     `there` and `here` are attributes of two recordings.
     """
-    found = [
+    differing = [
         f"{name}: {there['environment'].get(name)} and {here['environment'].get(name)}"
         for name in CONDITIONS
         if there["environment"].get(name) != here["environment"].get(name)
     ]
-    return found + [
+    return differing + [
         f"{name}: {there['model'].get(name)} and {here['model'].get(name)}"
         for name in ("dtype", "weights")
         if there["model"].get(name) != here["model"].get(name)
@@ -139,8 +139,8 @@ def compare(a: Run, b: Run) -> Comparison:
             Difference("committed", f"{len(a.steps)} steps and {len(b.steps)} steps")
         )
     for name in shared:
-        if (found := _difference(a, b, name, first[name], second[name], steps)) is not None:
-            differences.append(found)
+        if (difference := _difference(a, b, name, first[name], second[name], steps)) is not None:
+            differences.append(difference)
     return Comparison(
         asked, differing_conditions(a.attributes, b.attributes), differences, len(shared)
     )

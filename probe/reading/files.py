@@ -191,12 +191,12 @@ def parse_json(root: Path, name: str, raw: bytes) -> Any:
     if sum(map(raw.count, (b"{", b"[", b","))) > MAX_PARTS:
         raise refuse(root, f"{printable(name)} has too many parts")
     try:
-        found = json.loads(raw.decode(), parse_constant=constant)
+        parsed = json.loads(raw.decode(), parse_constant=constant)
         if not_finite:
-            settings = found["attributes"]["scheduler"]["config"].values()
+            settings = parsed["attributes"]["scheduler"]["config"].values()
             numbers = [value for value in settings if isinstance(value, float)]
             if len(not_finite) != sum(not isfinite(number) for number in numbers):
                 raise ValueError
-        return found
+        return parsed
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise refuse(root, f"{printable(name)} is not JSON that can be read") from error

@@ -98,12 +98,10 @@ def listing(folder: str | Path = "runs") -> list[Listed]:
     paths = recordings_in(folder)
     index = _Index(Path(folder)) if len(paths) >= MANY else None
     known = [None] * len(paths) if index is None else index.find(paths)
-    found = [
-        _listed(path, attributes, index) for path, attributes in zip(paths, known, strict=True)
-    ]
+    rows = [_listed(path, attributes, index) for path, attributes in zip(paths, known, strict=True)]
     if index is not None:
         index.keep()
-    return sorted(found, key=lambda row: (row.attributes or {}).get("created", ""), reverse=True)
+    return sorted(rows, key=lambda row: (row.attributes or {}).get("created", ""), reverse=True)
 
 
 def recordings_in(folder: str | Path) -> list[Path]:
@@ -150,22 +148,22 @@ def root_attributes(path: Path) -> dict[str, Any]:
     return attributes
 
 
-def picture_and_sampling(told: Attributes) -> tuple[str, str]:
+def picture_and_sampling(attributes: Attributes) -> tuple[str, str]:
     """Return the picture that a recording began from ("" if none), and how it was sampled."""
-    if told.kind == "noising" and (noising := told.noising) is not None:
+    if attributes.kind == "noising" and (noising := attributes.noising) is not None:
         often = (
             f"{counted(len(noising.timesteps), 'timestep')}, {counted(noising.noises, 'draw')} of "
             "noise"
         )
         return noising.picture or "", f"no sampling: noised at {often}, seed {noising.seed}"
-    asked = told.experiment
-    assert asked is not None
-    guidance = f", guidance {asked.guidance_scale:g}" if asked.guidance_scale > 1 else ""
-    strength = f", strength {asked.strength:g}" if asked.image else ""
+    experiment = attributes.experiment
+    assert experiment is not None
+    guidance = f", guidance {experiment.guidance_scale:g}" if experiment.guidance_scale > 1 else ""
+    strength = f", strength {experiment.strength:g}" if experiment.image else ""
     return (
-        asked.image or "",
-        f"{told.scheduler.kind}, {counted(asked.steps, 'step')}{guidance}, seed "
-        f"{asked.seed}{strength}",
+        experiment.image or "",
+        f"{attributes.scheduler.kind}, {counted(experiment.steps, 'step')}{guidance}, seed "
+        f"{experiment.seed}{strength}",
     )
 
 
@@ -290,8 +288,8 @@ class _Index:
     def add(self, name: str, found: os.stat_result, text: bytes) -> None:
         """Keep what was read, unless the file is so new that it could change unnoticed."""
         mark = _mark(name, found)
-        settled = self._now - max(found.st_mtime_ns, found.st_ctime_ns) >= JUST_NOW
-        if settled and len(mark) + len(text) + 2 <= MAX_ROW:
+        is_old = self._now - max(found.st_mtime_ns, found.st_ctime_ns) >= JUST_NOW
+        if is_old and len(mark) + len(text) + 2 <= MAX_ROW:
             self._kept[mark] = text.replace(b"\n", b" ") + b"\n"
             self._new = True
 

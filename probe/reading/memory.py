@@ -54,8 +54,8 @@ class Memory:
     @property
     def attributes(self) -> dict[str, Any]:
         """Return the recording's attributes as they are now, as JSON gives them back."""
-        found: dict[str, Any] = json.loads(json.dumps(self._attributes))
-        return found
+        attributes: dict[str, Any] = json.loads(json.dumps(self._attributes))
+        return attributes
 
     def annotate(self, **attributes: Any) -> None:
         """Set attributes. A mapping is merged into the one that is there."""
@@ -99,8 +99,8 @@ class Memory:
             stored = self._arrays[spec.path]
             labels = spec.dims == (spec.variable.name,)
             values: Any = stored if labels else indexing.LazilyIndexedArray(Copied(stored))
-            told = json.loads(json.dumps(attributes))
-            groups[spec.group][spec.variable.name] = xr.Variable(spec.dims, values, told)
+            as_json = json.loads(json.dumps(attributes))
+            groups[spec.group][spec.variable.name] = xr.Variable(spec.dims, values, as_json)
         datasets = {
             f"/{group}": dataset(inside, {} if group else self.attributes)
             for group, inside in groups.items()
@@ -144,10 +144,10 @@ class Copied(BackendArray):
         )
 
     def _read(self, key: tuple[Any, ...]) -> Any:
-        found = self._stored
+        part = self._stored
         for axis in reversed(range(len(key))):  # an index that drops its axis moves none before it
-            found = found[(*[slice(None)] * axis, key[axis])]
-        return np.array(found)
+            part = part[(*[slice(None)] * axis, key[axis])]
+        return np.array(part)
 
 
 def nowhere(name: str) -> Path:

@@ -277,7 +277,10 @@ class Run(Attention):
         These are steps without any signal, of a model that predicts noise.
         """
         no_signal = self.variable("alpha_bar").isel(step=self.steps).values == 0
-        return self.steps[no_signal & (self.attributes.prediction_type == "epsilon")]
+        if self.attributes.prediction_type != "epsilon":
+            return self.steps[:0]
+        undefined: np.ndarray = self.steps[no_signal]
+        return undefined
 
     def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
         """Return latents as small pictures, by the linear map fitted for this VAE.

@@ -40,7 +40,7 @@ def read_shards(
         np.atleast_1d(np.arange(count)[which])
         for count, which in zip((steps, tokens), key[:2], strict=True)
     ]
-    found = np.empty((len(asked[0]), len(asked[1]), *rest), dtype)
+    values = np.empty((len(asked[0]), len(asked[1]), *rest), dtype)
     for place, step in enumerate(asked[0]):
         name = ".".join([f"{stored.path}/c.{step}", *["0"] * (len(rest) + 1)])
         try:
@@ -57,12 +57,12 @@ def read_shards(
                     chunk = _checked(descriptor, length, begin)
                     if not chunk:
                         return None
-                    found[place, number] = np.frombuffer(chunk, dtype).reshape(rest)
+                    values[place, number] = np.frombuffer(chunk, dtype).reshape(rest)
         except FileNotFoundError:
             return None
     for axis in reversed(range(len(key))):  # each axis by itself, as zarr's oindex does it
-        found = found[(slice(None),) * axis + (_remaining(axis, key[axis]),)]
-    return found
+        values = values[(slice(None),) * axis + (_remaining(axis, key[axis]),)]
+    return values
 
 
 def _remaining(axis: int, which: Any) -> Any:

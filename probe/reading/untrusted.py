@@ -157,7 +157,7 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
         raise refuse(path, f"it lists {len(nodes)} variables and groups")
     groups, arrays, left, labels = [""], {}, MAX_ALL_NODES, 0
     for name, node in sorted(nodes.items()):
-        said = shorten(printable(name))
+        shown = shorten(printable(name))
         parent, _, last = name.rpartition("/")
         if (
             not SEGMENT.fullmatch(last)
@@ -168,20 +168,20 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
         ):
             raise refuse(
                 path,
-                f"it lists {said!r}, which is no name of a variable or group, or is in no group",
+                f"it lists {shown!r}, which is no name of a variable or group, or is in no group",
             )
         try:
             raw = read_file(
                 path, f"{name}/zarr.json", no_longer(path, f"{name}/zarr.json", min(MAX_NODE, left))
             )
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise refuse(path, f"{said} has no zarr.json that can be read") from error
+            raise refuse(path, f"{shown} has no zarr.json that can be read") from error
         left -= len(raw)
         own = parse_json(path, f"{name}/zarr.json", raw)
         if not (isinstance(node, dict) and isinstance(own, dict)) or _bare(own) != _bare(node):
-            raise refuse(path, f"{said}/zarr.json and the root's zarr.json disagree")
+            raise refuse(path, f"{shown}/zarr.json and the root's zarr.json disagree")
         if node.get("zarr_format") != 3 or not isinstance(node.get("attributes"), dict):
-            raise refuse(path, f"{said} is not of zarr's third format")
+            raise refuse(path, f"{shown} is not of zarr's third format")
         if node.get("node_type") == "group":
             groups.append(name)
         else:
@@ -321,16 +321,16 @@ def _sizes(found: object, least: int = 1) -> tuple[int, ...] | None:
     return None
 
 
-def _codecs(found: Any, dtype: np.dtype[Any] | None) -> tuple[int, ...] | None:
+def _codecs(codecs: Any, dtype: np.dtype[Any] | None) -> tuple[int, ...] | None:
     """Return the shape of a shard's chunks, or None if the array has no shards.
 
     Raises ValueError, or what Python raises, for any codec that is not written here.
     """
     names, settings = (
-        [codec["name"] for codec in found],
-        [codec.get("configuration") or {} for codec in found],
+        [codec["name"] for codec in codecs],
+        [codec.get("configuration") or {} for codec in codecs],
     )
-    if not all(codec.keys() <= {"name", "configuration"} for codec in found):
+    if not all(codec.keys() <= {"name", "configuration"} for codec in codecs):
         raise ValueError
     if dtype is None:
         if (
@@ -350,8 +350,8 @@ def _codecs(found: Any, dtype: np.dtype[Any] | None) -> tuple[int, ...] | None:
             shard.keys() == {"chunk_shape", "codecs", "index_codecs", "index_location"}
             and shard["index_location"] == "end"
         )
-        for codecs in (shard["codecs"], shard["index_codecs"]):
-            whole = whole and codecs[0]["name"] == "bytes" and _codecs(codecs, dtype) is None
+        for inside in (shard["codecs"], shard["index_codecs"]):
+            whole = whole and inside[0]["name"] == "bytes" and _codecs(inside, dtype) is None
         inner = _sizes(shard["chunk_shape"])
         if not whole or inner is None:
             raise ValueError

@@ -35,12 +35,12 @@ def stored_values(path: Path) -> dict[str, np.ndarray]:
     """Return every variable by its path, as stock xarray reads it: the committed steps."""
     with xr.open_datatree(path, engine="zarr") as tree:
         steps = np.flatnonzero(tree.dataset["committed"].values)
-        found = {}
+        values = {}
         for node in tree.subtree:
             for name, variable in node.to_dataset(inherit=False).variables.items():
                 part = variable.isel(step=steps) if "step" in variable.dims else variable
-                found[f"{node.path}/{name}".strip("/")] = np.asarray(part.values)
-    return found
+                values[f"{node.path}/{name}".strip("/")] = np.asarray(part.values)
+    return values
 
 
 def same(one: Any, other: Any) -> bool:
@@ -108,10 +108,14 @@ class WriterConformance:
         assert list(broken(sizes, labels, run.attributes.model.f or 1)) == []
 
     def test_it_verifies(self, tmp_path_factory: Any) -> None:
-        found = verify(Run(self._recording(tmp_path_factory)))
-        failed = {check.name: check.detail for check in found if check.verdict == "failed"}
-        assert {name: told for name, told in failed.items() if name not in self.not_proven} == {}
-        proven = {check.name for check in found if check.verdict in ("exact", "within tolerance")}
+        verification = verify(Run(self._recording(tmp_path_factory)))
+        failed = {check.name: check.detail for check in verification if check.verdict == "failed"}
+        assert {
+            name: detail for name, detail in failed.items() if name not in self.not_proven
+        } == {}
+        proven = {
+            check.name for check in verification if check.verdict in ("exact", "within tolerance")
+        }
         assert {"manifest", "committed", "schema", "labels"} <= proven
 
     def test_a_flipped_bit_is_found(self, tmp_path_factory: Any, tmp_path: Path) -> None:
@@ -142,9 +146,9 @@ class ReaderConformance:
         """
 
     def _agrees(self, path: Path) -> None:
-        found, expected = self.read(path), stored_values(path)
-        assert {"latents/latents", "latents/prediction"} <= found.keys()
-        for name, value in found.items():
+        values, expected = self.read(path), stored_values(path)
+        assert {"latents/latents", "latents/prediction"} <= values.keys()
+        for name, value in values.items():
             assert name in expected, f"{name} is not in the recording"
             assert same(value, expected[name]), f"{name} has other values than the recording"
 

@@ -77,21 +77,23 @@ def synthetic_recording(
     }
     sizes = {"steps": steps, "images": images, "height": F * size[0], "width": F * size[1]}
     rest = {"seed": seed, "decode_every": 1, "capture": {"branches": "both"}, "durability": "none"}
-    asked = load_experiment(seeing | sizes | rest)
-    made = _Synthetic(asked, size)
-    arrays = [*made.arrays(), *(_mystery() if unknown else ())]
-    attributes = {**made.attributes(), **({"of_the_future": {"octaves": 3}} if unknown else {})}
+    experiment = load_experiment(seeing | sizes | rest)
+    synthetic = _Synthetic(experiment, size)
+    arrays = [*synthetic.arrays(), *(_mystery() if unknown else ())]
+    attributes = synthetic.attributes()
+    if unknown:
+        attributes["of_the_future"] = {"octaves": 3}
     committed = steps if status == "complete" else max(1, steps // 2)
     stop = RuntimeError("as asked")
     with contextlib.suppress(RuntimeError), RunWriter(path, arrays, attributes, "none") as writer:
         for step in range(committed):
-            values = made.step(step)
+            values = synthetic.step(step)
             writer.write_step(step, lambda values=values: values, 1)  # type: ignore[misc]
         writer.flush()
         for step in range(committed):
-            writer.write("decoded/picture", made.pictures[step], step)
+            writer.write("decoded/picture", synthetic.pictures[step], step)
         if status == "complete":
-            for name, value in made.sums().items():
+            for name, value in synthetic.sums().items():
                 writer.write(name, value)
             if pictures:
                 save(Run(path))
@@ -174,7 +176,7 @@ class _Synthetic:
     def latents(self, step: int) -> dict[str, np.ndarray]:
         a = self.alpha_bar[step]
         cond = self.noise + np.float32(0.01) * self.clean
-        found = {
+        values = {
             "latents": (np.sqrt(a) * self.clean + np.sqrt(1 - a) * self.noise).astype(np.float32),
             "prediction_cond": cond,
             "prediction": cond,
@@ -182,8 +184,8 @@ class _Synthetic:
         if len(self.branches) > 1:
             uncond = self.noise
             scale = np.float32(self.asked.guidance_scale)
-            found |= {"prediction_uncond": uncond, "prediction": uncond + scale * (cond - uncond)}
-        return {f"latents/{name}": value for name, value in found.items()}
+            values |= {"prediction_uncond": uncond, "prediction": uncond + scale * (cond - uncond)}
+        return {f"latents/{name}": value for name, value in values.items()}
 
     # --- attention ---
 
@@ -203,15 +205,15 @@ class _Synthetic:
 
     def step(self, step: int) -> dict[str, np.ndarray]:
         """Return what is written at a step, by path."""
-        found = self.latents(step)
+        values = self.latents(step)
         for group, (grid, layers) in self.grids.items():
             maps = self.maps(step, grid, len(layers))
-            found[f"{group}/cross"] = maps.astype(np.float16)
-            found[f"{group}/moments"] = moments_of(maps).astype(np.float32)
+            values[f"{group}/cross"] = maps.astype(np.float16)
+            values[f"{group}/moments"] = moments_of(maps).astype(np.float32)
         modules = len(self.modules)
         statistics = np.ones((4, len(self.branches), self.asked.images, modules), np.float32)
-        found["unet/statistics"] = statistics * (step + 1)
-        return found
+        values["unet/statistics"] = statistics * (step + 1)
+        return values
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -283,10 +285,10 @@ class _Synthetic:
         yield array("", "alpha_bar", value=self.alpha_bar)
         yield array("", "committed", (steps,))
         latents = (images, 4, *self.size)
-        told = {"recorded_dtype": "float32"}
+        dtype = {"recorded_dtype": "float32"}
         for path in self.latents(0):
-            yield array("latents", path.partition("/")[2], (steps, *latents), "float32", **told)
-        yield array("latents", "final_latents", latents, "float32", **told)
+            yield array("latents", path.partition("/")[2], (steps, *latents), "float32", **dtype)
+        yield array("latents", "final_latents", latents, "float32", **dtype)
         yield array("latents", "scheduler_sigmas", value=np.linspace(7, 0, steps + 1))
         picture = (images, F * self.size[0], F * self.size[1], 3)
         yield array("images", "final", picture)
