@@ -21,7 +21,7 @@ from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.format.variables import SCHEMA
 from probe.proof.checks import DAMAGE, check_manifest
 from probe.proof.verdict import verify
-from probe.reading.lazy import CheckedStore, Values
+from probe.reading.lazy import CheckedStore, LazyArray
 from probe.reading.recording import Run
 from probe.reading.untrusted import Stored, nodes_of, read_root
 from probe.writing.store import MANIFEST
@@ -115,7 +115,7 @@ def test_a_flipped_bit_in_a_chunk_is_seen(counts: tuple[int, int], runs: list[Ru
         values = xr.Variable(
             stored.dims,
             indexing.LazilyIndexedArray(
-                Values(CheckedStore(run.path, known[runs.index(run)]), stored)
+                LazyArray(CheckedStore(run.path, known[runs.index(run)]), stored)
             ),
         )
         with flipped(file, bit):
