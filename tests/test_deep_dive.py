@@ -223,7 +223,8 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
                 continue
             text = cell.text
             for option, value in SHORT.items():  # as a reader would, in the cell
-                text = re.sub(rf'("--{option}", type=int, default=)\d+', rf"\g<1>{value}", text)
+                default = rf'("--{option}",\s+type=int,\s+default=)\d+'
+                text = re.sub(default, rf"\g<1>{value}", text)
             text = text.replace(
                 "side = one_line.width\n", "side = one_line.width // 2\n"
             )  # the script runs the whole size
