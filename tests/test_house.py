@@ -24,7 +24,8 @@ from typing import Any, Literal
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_LINES = 750
+MAX_LINES = 500  # of a module of probe
+MAX_LINES_OF_A_FUNCTION = 60
 
 # The order of the layers, from the bottom up. A module may import from the lines above its own line
 # in this table, and from nothing else in probe. Modules on one line do not know each other.
@@ -492,6 +493,22 @@ def shapeless_modules(root: Path) -> list[str]:
     return findings
 
 
+def long_functions(root: Path) -> list[str]:
+    """A function is seen whole on one screen, from its name to its end."""
+    findings = []
+    scripts = [path for path in (root / "tasks.py",) if path.exists()]
+    for path in [*sources(root, "probe", "experiments", "benchmarks", "tests"), *scripts]:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MAX_LINES_OF_A_FUNCTION:
+                    findings.append(
+                        f"{at(root, path, node.lineno)}: {node.name} has {lines} lines, over "
+                        f"{MAX_LINES_OF_A_FUNCTION}: give a part a name of its own"
+                    )
+    return findings
+
+
 def undocumented_modules(root: Path) -> list[str]:
     return [
         f"{at(root, path)}: no docstring"
@@ -587,6 +604,7 @@ RULES = [
     constants_of_models,
     words_beside_the_door,
     shapeless_modules,
+    long_functions,
     undocumented_modules,
     untyped_packages,
     imports_of_tests,
@@ -628,9 +646,12 @@ GOOD = {
     "tests/recordings.py": "",
     "tests/test_a.py": "import recordings\nfrom tests.recordings import x\n",
     "tests/test_b.py": "import pytest\n",
+    "tasks.py": "def f():\n" + "    x = 1\n" * (MAX_LINES_OF_A_FUNCTION - 1),
     "experiments/own.py": "place = '.../home/here', 'root/x', 'a/opt', '/workflows/x', "
     "'/options'\n",
 }
+
+LONG = '"""A module."""\nclass A:\n    def f(self):\n' + "        x = 1\n" * MAX_LINES_OF_A_FUNCTION
 
 BREAKS = [
     # (rule, file, its text, what the finding must say)
@@ -884,6 +905,22 @@ BREAKS = [
         "\n" * (MAX_LINES + 1),
         f"probe/writing/store.py:1: {MAX_LINES + 1} lines",
     ),
+    *(
+        (
+            long_functions,
+            name,
+            LONG,
+            f"{name}:3: f has {MAX_LINES_OF_A_FUNCTION + 1} lines, over {MAX_LINES_OF_A_FUNCTION}",
+        )
+        for name in ("probe/edits.py", "experiments/own.py", "benchmarks/bits.py")
+    ),
+    (
+        long_functions,
+        "tests/test_b.py",
+        LONG.replace("def", "async def"),
+        "tests/test_b.py:3: f has 61 lines",
+    ),
+    (long_functions, "tasks.py", LONG, "tasks.py:3: f has 61 lines"),
     (undocumented_modules, "probe/edits.py", "x = 1", "probe/edits.py:1: no docstring"),
     (
         undocumented_modules,
