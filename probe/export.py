@@ -34,7 +34,7 @@ KINDS = {"html": (".html", ".htm"), "webp": (".webp",), "gif": (".gif",), "png":
 def parser(prog: str = "probe export") -> argparse.ArgumentParser:
     made = Parser(prog=prog, description=described(__doc__, "probe export", prog))
     made.add_argument("names", nargs="+", metavar="RUN", help=RECORDING)
-    where = made.add_mutually_exclusive_group(required=True)
+    where = made.add_mutually_exclusive_group()
     where.add_argument(
         "--html", type=Path, metavar="FILE", help="one self-contained page with the player"
     )
@@ -61,7 +61,9 @@ def parser(prog: str = "probe export") -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "probe export") -> int:
     options = parser(prog).parse_args(arguments)
-    kind = next(name for name in KINDS if getattr(options, name) is not None)
+    kind = next((name for name in KINDS if getattr(options, name) is not None), None)
+    if kind is None:
+        raise ExperimentError("There is no file to write.", "Name one: --html run.html")
     target: Path = getattr(options, kind)
     if target.suffix.lower() not in KINDS[kind]:
         raise ExperimentError(

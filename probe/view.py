@@ -112,8 +112,9 @@ def main(arguments: list[str], prog: str = "probe view") -> int:
     say(f"Look at {address}", "Ctrl-C ends it.")
     if not options.no_browser:
         threading.Timer(0.3, webbrowser.open, [address]).start()
-    uvicorn.Server(settings).run(sockets=[door])
-    return 0
+    server = uvicorn.Server(settings)
+    server.run(sockets=[door])
+    return 130 if server.started else 1  # only Ctrl-C ends it, also where a shell has it ignored
 
 
 if __name__ == "__main__":

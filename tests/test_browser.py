@@ -239,8 +239,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert child.wait(5) == 130
 
 
-@pytest.mark.parametrize("width", [1280, 1920])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1920, True)], ids=["light", "dark"])
 def test_replay_in_the_dashboard(
     width: int, dark: bool, server: str, browser: Any, tmp_path: Path
 ) -> None:

@@ -79,6 +79,8 @@ def test_runs_side_by_side_and_pages_without_heads(run: probe.Run) -> None:
 
 
 def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="no file to write"):
+        main(["sample"])
     with pytest.raises(ExperimentError, match="another ending"):
         main(["sample", "--gif", str(tmp_path / "run.png")])
     with pytest.raises(ExperimentError, match="one recording"):
