@@ -267,11 +267,11 @@ def test_hostile_recordings_run_nothing_in_the_dashboard(server: str, browser: A
     look(browser, 1280)
     for page in ("/?runs=hostile", "/compare?runs=hostile&runs=sample"):
         opened(browser, server + page)
-        time.sleep(0.5)
+        time.sleep(0.3)
         assert browser.execute_script("return window.pwned ?? 0") == 0
         assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
     browser.get(f"{server}/runs")
-    time.sleep(2)
+    time.sleep(1)
     assert browser.execute_script("return [window.pwned ?? 0, document.images.length]") == [0, 0]
     assert asked(browser) == {"127.0.0.1"}
 

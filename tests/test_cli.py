@@ -848,7 +848,7 @@ def after_three_steps(running: subprocess.Popen[str], folder: Path) -> Path:
 
 
 @needs_the_bundled_model
-@pytest.mark.parametrize("durability", ["run", "step"])
+@pytest.mark.parametrize("durability", ["run", pytest.param("step", marks=pytest.mark.slow)])
 def test_ctrl_c_in_the_middle_keeps_what_was_recorded(tmp_path: Path, durability: str) -> None:
     arguments = [
         "--steps",

@@ -151,7 +151,7 @@ def failures(run: Run) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "number", [40, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+    "number", [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 )
 def test_kill_minus_9_at_any_moment(
     number: int, whole: Run, unharmed: Ended, tmp_path: Path
@@ -197,7 +197,7 @@ def test_kill_minus_9_at_any_moment(
         f"{number} kills: {created} left a recording, {between} between first and last step, "
         f"{torn} inside a chunk, {resumed} resumed"
     )
-    assert between >= number / 2 and torn >= 5 and resumed >= number / 8
+    assert between >= number / 2 and torn >= number / 10 and resumed >= number / 8
 
 
 def test_killed_before_its_text_was_written(whole: Run, tmp_path: Path) -> None:
@@ -295,15 +295,15 @@ def refuse(number: int, whole: Run, folder: Path, forever: bool, **changes: Any)
 
 
 def test_a_disk_that_refuses_an_operation(whole: Run, unharmed: Ended, tmp_path: Path) -> None:
-    """Twenty moments of the whole life, the last ones among them; from then on, or only once."""
+    """Moments of the whole life, the last ones among them; from then on, or only once."""
     rng, last = random.Random(1), len(unharmed.operations)
     ends = [at for at, (steps, _) in enumerate(unharmed.operations, 1) if steps == STEPS]
     steps = [at for at, (steps, _) in enumerate(unharmed.operations, 1) if 0 < steps < STEPS]
     chosen = [
-        *rng.sample(range(1, steps[0]), 5),
-        *rng.sample(steps, 5),
-        *rng.sample(ends, 4),
-        *range(last - 6, last + 1),
+        *rng.sample(range(1, steps[0]), 3),
+        *rng.sample(steps, 3),
+        *rng.sample(ends, 3),
+        *range(last - 3, last + 1),
     ]
     for number in chosen:
         refuse(number, whole, tmp_path / str(number), forever=bool(rng.randrange(2)))
