@@ -17,11 +17,15 @@ import socket
 import threading
 import webbrowser
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 from probe.errors import ExperimentError, UserError
 from probe.output import say
 from probe.terminal import Parser, add_runs, described, guarded
+
+if TYPE_CHECKING:
+    from probe.dashboard.library import Library
 
 OPTIONS = {
     "server.address": "127.0.0.1",
@@ -73,6 +77,15 @@ def listening(port: int) -> socket.socket:
     return made
 
 
+def begin(library: Library, names: list[str]) -> str:
+    """Return the page, and the query, that shows the recordings that were named."""
+    if not names:
+        return ""
+    noised = library.run(names[0]).kind == "noising"
+    page = "learn" if noised else "compare" if len(names) > 1 else ""
+    return f"{page}?{urlencode({'runs': names}, doseq=True)}"
+
+
 def main(arguments: list[str], prog: str = "probe view") -> int:
     options = parser(prog).parse_args(arguments)
     try:
@@ -104,9 +117,7 @@ def main(arguments: list[str], prog: str = "probe view") -> int:
         access_log=False,
         timeout_graceful_shutdown=1,
     )
-    address = f"http://127.0.0.1:{port}/" + (
-        f"?{urlencode({'runs': first}, doseq=True)}" if first else ""
-    )
+    address = f"http://127.0.0.1:{port}/{begin(library, first)}"
     for key in first[:1]:  # what is seen first is ready before the browser asks
         library.payload(key, ("run", 0), payload)
     say(f"Look at {address}", "Ctrl-C ends it.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from probe.dashboard.routes import MIDDLEWARE, ROUTES
 from probe.errors import RecordingNotFound
 from probe.figures.bundle import payload, unpack
 from probe.testing.synthetic import synthetic_recording
+from probe.view import begin
 
 PAGES = Path(libraries.__file__).with_name("pages.py")
+FIXTURES = Path(__file__).parent / "format_1"
 BASE = "http://127.0.0.1:8000"
 
 
@@ -211,3 +214,23 @@ def test_the_process_of_the_dashboard_never_imports_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- what the command line names -----------------------------------------------------------------
+
+
+def test_a_named_recording_opens_on_the_page_that_shows_it(folder: Path) -> None:
+    with zipfile.ZipFile(FIXTURES / "noising.zip") as packed:
+        packed.extractall(folder.parent / "fixture")
+    roots = sorted((folder.parent / "fixture").rglob("zarr.json"), key=lambda file: len(file.parts))
+    noising = shutil.copytree(roots[0].parent, folder.parent / "noising.zarr")
+    library = Library(folder, [str(noising)])
+    assert begin(library, []) == "" and begin(library, ["one"]) == "?runs=one"
+    assert begin(library, ["one", "two"]) == "compare?runs=one&runs=two"
+    assert begin(library, ["noising"]) == "learn?runs=noising"
+
+
+def test_a_named_recording_that_is_damaged_is_a_row_that_says_why(folder: Path) -> None:
+    library = Library(folder.parent, [str(folder / "broken.zarr")])
+    (row,) = [row for _, row in library.rows() if row.path.name == "broken.zarr"]
+    assert row.attributes is None and row.error is not None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from probe.errors import ProbeError, RecordingNotFound
+from probe.errors import RecordingDamaged, RecordingNotFound, RecordingUnreadable
 from probe.reading import sample
 from probe.reading.finding import find_run
 from probe.reading.listing import Listed, listing
@@ -67,8 +67,8 @@ class Library:
                 there.add(path.absolute())
                 try:
                     found.append(Listed(path, dict(Run(path).attributes)))
-                except ProbeError:
-                    continue
+                except (RecordingDamaged, RecordingUnreadable) as error:
+                    found.append(Listed(path, None, error))
         return [(self.add(row.path), row) for row in found]
 
     def run(self, key: str) -> Run:

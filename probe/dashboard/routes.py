@@ -1,9 +1,8 @@
-"""What the player fetches: payloads by id, from this machine alone.
+"""What the player fetches: payloads by name, from this machine alone.
 
 GET /probe/run?run=ID                            pictures, maps and curves
 GET /probe/heads?run=ID&channel=1                one word in every layer and head
 GET /probe/maps?run=ID&of=contribution           maps read in another way
-GET /probe/noising?run=ID                        the forward process
 """
 
 from __future__ import annotations
