@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.output import rows, say
-from probe.run import forecast, say_where, size
+from probe.run import add_limits, forecast, say_where
 from probe.settings.noising import Noising, load_noising
 from probe.terminal import Parser, add_fields, before_torch, described, guarded, overrides
 
@@ -44,17 +44,7 @@ def parser(prog: str = "python -m probe.noising") -> argparse.ArgumentParser:
         type=Path,
         help="a YAML file; without one, --picture FILE and the defaults",
     )
-    made.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show what would be recorded, and how large it would be, without weights or work",
-    )
-    made.add_argument(
-        "--max-bytes",
-        type=size,
-        metavar="SIZE",
-        help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)",
-    )
+    add_limits(made)
     made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_fields(made, Noising)

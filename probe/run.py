@@ -49,6 +49,20 @@ def parser(prog: str = "python -m probe.run") -> argparse.ArgumentParser:
     made.add_argument(
         "experiment", nargs="?", type=Path, help="a YAML file; without one, the default experiment"
     )
+    add_limits(made)
+    made.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with an unfinished recording: a path, the beginning of a name, or latest",
+    )
+    made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_fields(made)
+    return made
+
+
+def add_limits(made: argparse.ArgumentParser) -> None:
+    """Add the options that keep a recording from being begun."""
     made.add_argument(
         "--dry-run",
         action="store_true",
@@ -60,15 +74,6 @@ def parser(prog: str = "python -m probe.run") -> argparse.ArgumentParser:
         metavar="SIZE",
         help="refuse to begin a recording larger than this (bytes, or 300MB, 2GB)",
     )
-    made.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="go on with an unfinished recording: a path, the beginning of a name, or latest",
-    )
-    made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_fields(made)
-    return made
 
 
 def main(arguments: list[str], prog: str = "python -m probe.run") -> int:
