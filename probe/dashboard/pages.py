@@ -9,20 +9,31 @@ from probe.dashboard.views import compare, learn, replay, runs
 st.set_page_config(page_title="probe", layout="wide")
 st.html(
     "<style>.stMainBlockContainer{padding-top:3.2rem;padding-bottom:3rem}"
-    "h1.name{font-size:1.25rem;margin:0;padding:.3rem 0}</style>"
+    "h1.name{font-size:1.25rem;margin:0;padding:.3rem 0}"
+    ".group{font-size:.8rem;opacity:.75;padding-left:1rem}</style>"
 )
 
-PAGES = {
-    "replay": st.Page(replay.show, title="Replay", url_path="replay", default=True),
-    "runs": st.Page(runs.show, title="Runs", url_path="runs"),
-    "learn": st.Page(learn.show, title="How diffusion works", url_path="learn"),
-    "compare": st.Page(compare.show, title="Compare", url_path="compare"),
+GROUPS = {
+    "Learn": {
+        "learn": st.Page(learn.show, title="How diffusion works", url_path="learn"),
+    },
+    "Explore": {
+        "runs": st.Page(runs.show, title="Runs", url_path="runs"),
+        "replay": st.Page(replay.show, title="Replay", url_path="replay", default=True),
+    },
+    "Compare": {
+        "compare": st.Page(compare.show, title="Compare", url_path="compare"),
+    },
 }
+PAGES = {key: page for group in GROUPS.values() for key, page in group.items()}
 st.session_state["pages"] = PAGES
 chosen = st.navigation(list(PAGES.values()), position="hidden")
-name, *places, _ = st.columns([1, 1, 1, 2, 1, 4], vertical_alignment="center")
-name.html('<h1 class="name">probe</h1>')
-for place, page in zip(places, PAGES.values(), strict=True):
-    keep = {"runs": st.query_params.get_all("runs")} if "runs" in st.query_params else {}
-    place.page_link(page, query_params=keep)
+keep = {"runs": st.query_params.get_all("runs")} if "runs" in st.query_params else {}
+with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+    st.html('<h1 class="name">probe</h1>', width="content")
+    for group, pages in GROUPS.items():
+        if group not in (page.title for page in pages.values()):
+            st.html(f'<span class="group">{group}</span>', width="content")
+        for page in pages.values():
+            st.page_link(page, query_params=keep, width="content")
 chosen.run()
