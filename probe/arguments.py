@@ -26,7 +26,7 @@ from probe.text import printable
 LARGEST_GRID = 8192  # pixels a side
 
 
-def told(value: object) -> str:
+def in_words(value: object) -> str:
     """A value as it may stand in a message: on one line, and short."""
     if isinstance(value, np.ndarray | xr.DataArray):
         return f"an array of {value.dtype} of shape {value.shape}"
@@ -40,7 +40,7 @@ def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
     """Raises ExperimentError, which names the choices, for a value that is none of them."""
     if not isinstance(value, str) or value not in choices:
         raise ExperimentError(
-            f"{setting} is {told(value)}, which is no choice.",
+            f"{setting} is {in_words(value)}, which is no choice.",
             f"Choose from: {', '.join(choices)}.",
         )
 
@@ -48,16 +48,16 @@ def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
 def truth_value(setting: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise ExperimentError(
-            f"{setting} is {told(value)}, which is no truth value.", "Give True or False."
+            f"{setting} is {in_words(value)}, which is no truth value.", "Give True or False."
         )
     return bool(value)
 
 
-def whole(setting: str, value: object, least: int = 0, most: int | None = None) -> int:
+def whole_number(setting: str, value: object, least: int = 0, most: int | None = None) -> int:
     """A whole number in bounds, also numpy's."""
     if not _is_whole(value) or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
         raise ExperimentError(
-            f"{setting} is {told(value)}.",
+            f"{setting} is {in_words(value)}.",
             f"Give a whole number from {least} {'up' if most is None else f'to {most}'}.",
         )
     return int(value)  # type: ignore[call-overload, no-any-return]
@@ -70,13 +70,13 @@ def check_options(max_bytes: object, **switches: object) -> int | None:
     """
     for setting, value in switches.items():
         truth_value(setting, value)
-    return None if max_bytes is None else whole("max_bytes", max_bytes)
+    return None if max_bytes is None else whole_number("max_bytes", max_bytes)
 
 
 def text(setting: str, value: object) -> str:
     if not isinstance(value, str):
         raise ExperimentError(
-            f"{setting} is {told(value)}, which is no text.", f'Give {setting} as text: "...".'
+            f"{setting} is {in_words(value)}, which is no text.", f'Give {setting} as text: "...".'
         )
     return value
 
@@ -93,7 +93,7 @@ def texts(setting: str, value: object) -> list[str]:
         or not all(isinstance(item, str) for item in value)
     ):
         raise ExperimentError(
-            f"{setting} is {told(value)}, which is neither text nor several texts.",
+            f"{setting} is {in_words(value)}, which is neither text nor several texts.",
             f'Give text, or a list of it: ["..."] as {setting}.',
         )
     return [str(item) for item in value]
@@ -106,7 +106,8 @@ def branch_name(branch: object, other: str = "") -> str:
     meant = near(branch, BRANCHES) if isinstance(branch, str) else ""
     meant = meant if meant.startswith("Did") else ""
     raise ExperimentError(
-        f"There is no branch {told(branch)}.", meant or f"branch may be {other}'cond' or 'uncond'."
+        f"There is no branch {in_words(branch)}.",
+        meant or f"branch may be {other}'cond' or 'uncond'.",
     )
 
 
@@ -119,7 +120,7 @@ def grid_size(grid: object) -> tuple[int, int]:
     )
     if len(sides) != 2 or not all(_is_whole(side) and 1 <= side <= LARGEST_GRID for side in sides):
         raise ExperimentError(
-            f"grid is {told(grid)}.",
+            f"grid is {in_words(grid)}.",
             f"Give (y, x), two whole numbers from 1 to {LARGEST_GRID}, such as (64, 64).",
         )
     return int(sides[0]), int(sides[1])
@@ -178,7 +179,7 @@ def chosen_steps(given: object, size: int) -> list[int] | slice:
 
 def _no_indices(setting: str, given: object) -> ExperimentError:
     return ExperimentError(
-        f"{setting} is {told(given)}, which is no choice of indices.",
+        f"{setting} is {in_words(given)}, which is no choice of indices.",
         "Give whole numbers from 0: 3, [0, 2], or slice(0, 4).",
     )
 
@@ -191,7 +192,7 @@ def labelled(name: str, array: object, *dims: str) -> xr.DataArray:
     """An xarray array of numbers or truth values that has these dimensions."""
     if not isinstance(array, xr.DataArray):
         raise ExperimentError(
-            f"{name}: {told(array)} is no xarray.DataArray.",
+            f"{name}: {in_words(array)} is no xarray.DataArray.",
             f"Give an array with labels{_with(dims)}, as the methods of a run return.",
         )
     if array.dtype.kind not in "buif":
@@ -224,6 +225,6 @@ def mask(name: str, given: object, maps: xr.DataArray) -> xr.DataArray:
         given = xr.DataArray(given, dims=("y", "x"))
     if not isinstance(given, xr.DataArray):
         raise ExperimentError(
-            f"{name}: {told(given)} is no mask.", "Give a (y, x) array of truth values."
+            f"{name}: {in_words(given)} is no mask.", "Give a (y, x) array of truth values."
         )
     return labelled(name, given, "y", "x")

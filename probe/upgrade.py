@@ -24,7 +24,7 @@ from probe.proof.checks import MAX_MANIFEST, MAX_PICTURES, files_of
 from probe.proof.verdict import verify
 from probe.reading.files import is_hole, no_longer, opened, read_file, read_json, refuse
 from probe.reading.recording import Run, open_run, with_files
-from probe.reading.sample import place_beside
+from probe.reading.sample import folder_beside
 from probe.reading.untrusted import read_root
 from probe.stopping import breakable, cleanly
 from probe.terminal import Parser, add_run, before_torch, folder, without_home
@@ -64,7 +64,7 @@ def upgrade(run: Run, output: str | Path | None = None, *, progress: bool = True
         if check.verdict == "failed":
             told = f"{run.name} does not verify: {check.name}: {check.detail}."
             raise RecordingDamaged(told, "Take it from a copy, or record it again: probe rerun.")
-    target = check_target(run, Path(output) if output is not None else place_beside(run.path))
+    target = check_target(run, Path(output) if output is not None else folder_beside(run.path))
     _copy(run, target, step)
     return Run(target)
 

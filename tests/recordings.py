@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from probe.format.schema import array
+from probe.format.schema import spec
 from probe.proof.checks import digest_now, variables
 from probe.reading.recording import Run
 from probe.reading.untrusted import nodes_of, read_root
@@ -55,31 +55,31 @@ def recording(path: Path) -> Path:
     draw = np.random.default_rng(5)
     words = {"token_text": [["<|startoftext|>", "cat", ""]], "word": [["", "cat", ""]]}
     step = [
-        array("latents", "latents", (CALLS, 1, 4, 8, 8), "float32"),
-        array("latents", "prediction", (CALLS, 1, 4, 8, 8), "float32"),
-        array(GRID, "cross", (CALLS, 3, 1, 1, 2, 2, 4, 4), "float16"),
+        spec("latents", "latents", (CALLS, 1, 4, 8, 8), "float32"),
+        spec("latents", "prediction", (CALLS, 1, 4, 8, 8), "float32"),
+        spec(GRID, "cross", (CALLS, 3, 1, 1, 2, 2, 4, 4), "float16"),
     ]
     arrays = [
-        array("", "step", value=np.arange(CALLS)),
-        array("", "timestep", value=np.linspace(999, 1, CALLS)),
-        array("", "sigma", value=np.linspace(14.6, 0.03, CALLS)),
-        array("", "alpha_bar", value=np.linspace(0.01, 0.99, CALLS)),
-        array("", "committed", (CALLS,)),
+        spec("", "step", value=np.arange(CALLS)),
+        spec("", "timestep", value=np.linspace(999, 1, CALLS)),
+        spec("", "sigma", value=np.linspace(14.6, 0.03, CALLS)),
+        spec("", "alpha_bar", value=np.linspace(0.01, 0.99, CALLS)),
+        spec("", "committed", (CALLS,)),
         *step,
-        array("images", "final", value=draw.integers(0, 255, (1, 6, 9, 3), dtype=np.uint8)),
-        array("preview", "latent_to_rgb", value=draw.random((4, 3), dtype=np.float32)),
-        array("preview", "bias", value=draw.random(3, dtype=np.float32)),
-        array(GRID, "branch", value=["cond"]),
-        array(GRID, "token", value=np.array([0, 1, -1])),
-        array(GRID, "layer", value=["down_blocks.0", "up_blocks.0"]),
-        *(array(GRID, name, value=value) for name, value in words.items()),
-        array(GRID, "word_index", value=np.array([[-1, 0, -1]])),
-        array(GRID, "recorded", value=np.ones(CALLS, np.uint8)),
-        array(GRID, "overview", (3, CALLS, 4, 4)),
-        array("cost", "component", value=["text_encoder", "unet", "vae"]),
-        array("cost", "seconds", value=np.array([1.0, 2.0, 3.0])),
-        array("cost", "flops", value=np.array([1, 2, 3])),
-        array("cost", "peak_memory", value=np.array(7)),
+        spec("images", "final", value=draw.integers(0, 255, (1, 6, 9, 3), dtype=np.uint8)),
+        spec("preview", "latent_to_rgb", value=draw.random((4, 3), dtype=np.float32)),
+        spec("preview", "bias", value=draw.random(3, dtype=np.float32)),
+        spec(GRID, "branch", value=["cond"]),
+        spec(GRID, "token", value=np.array([0, 1, -1])),
+        spec(GRID, "layer", value=["down_blocks.0", "up_blocks.0"]),
+        *(spec(GRID, name, value=value) for name, value in words.items()),
+        spec(GRID, "word_index", value=np.array([[-1, 0, -1]])),
+        spec(GRID, "recorded", value=np.ones(CALLS, np.uint8)),
+        spec(GRID, "overview", (3, CALLS, 4, 4)),
+        spec("cost", "component", value=["text_encoder", "unet", "vae"]),
+        spec("cost", "seconds", value=np.array([1.0, 2.0, 3.0])),
+        spec("cost", "flops", value=np.array([1, 2, 3])),
+        spec("cost", "peak_memory", value=np.array(7)),
     ]
     with RunWriter(path, arrays, ATTRIBUTES, "none") as writer:
         for index in range(CALLS):

@@ -1211,7 +1211,7 @@ def test_diff_names_what_it_cannot_find(call: Command, runs: Path) -> None:
 
 
 def test_gc_removes_what_dead_writers_left_and_no_recording(call: Command, runs: Path) -> None:
-    from probe.format.schema import array
+    from probe.format.schema import spec
 
     kept = sorted(runs.iterdir())
     attributes = {
@@ -1229,7 +1229,7 @@ def test_gc_removes_what_dead_writers_left_and_no_recording(call: Command, runs:
     left[0].mkdir()
     for file in left[1:]:
         file.write_text("")
-    with RunWriter(runs / "live-11111111.zarr", [array("", "committed", (2,))], attributes):
+    with RunWriter(runs / "live-11111111.zarr", [spec("", "committed", (2,))], attributes):
         living = [runs / "live-11111111.zarr", runs / ".live-11111111.zarr.lock"]
         code, out, err = call(cli.dispatch, "gc", "--dry-run")
         assert (
@@ -1548,14 +1548,14 @@ def test_rm_takes_only_recordings(call: Command, runs: Path, tmp_path: Path) -> 
 def test_rm_refuses_one_that_is_being_written_and_all_that_go_with_it(
     call: Command, runs: Path
 ) -> None:
-    from probe.format.schema import array
+    from probe.format.schema import spec
 
     attributes = {
         "format_version": 1,
         "created": "2026-01-01",
         "experiment": Experiment().resolved(),
     }
-    with RunWriter(runs / "live-11111111.zarr", [array("", "committed", (2,))], attributes):
+    with RunWriter(runs / "live-11111111.zarr", [spec("", "committed", (2,))], attributes):
         cause, remedy = refused(call, "rm", "small", "live", "--yes", main=cli.dispatch)
         assert (
             cause.startswith("live-11111111.zarr is being written by")

@@ -27,7 +27,7 @@ from recordings import ATTRIBUTES
 from probe.errors import RecordingDamaged
 from probe.figures.sheets import keep
 from probe.figures.word_sheet import word_sheet
-from probe.format.schema import array
+from probe.format.schema import spec
 from probe.proof.checks import check_committed, check_digests, check_manifest, check_picture
 from probe.proof.verdict import verify
 from probe.reading.recording import Run
@@ -190,7 +190,7 @@ def test_damage_is_found(what: str, run: Run) -> None:
         "a line that says nothing",
     ):
         with pytest.raises(RecordingDamaged) as caught:
-            RunWriter(run.path, [array("", "committed", (4,))], {}, resume=True)
+            RunWriter(run.path, [spec("", "committed", (4,))], {}, resume=True)
         assert (
             "committed/c.0" if what == "no flags" else DIGESTS
         ) in caught.value.cause and "probe rerun" in caught.value.remedy
@@ -219,14 +219,14 @@ def test_what_a_killed_writer_leaves_is_no_damage(run: Run, pipe: Any) -> None:
 
 def test_a_recording_that_is_being_written_is_proved_at_every_moment(tmp_path: Path) -> None:
     arrays = [
-        array("", "step", value=np.arange(3)),
-        array("", "committed", (3,)),
-        array("latents", "latents", (3, 1, 4, 8, 8), "float32"),
-        array("forward", "loss_mean", (3,)),
-        array("forward", "loss_spread", (3,)),
-        array("preview", "bias", (3,)),
-        array("decoded", "picture", (2, 1, 4, 4, 3)),
-        array("cost", "step_seconds", (3,)),
+        spec("", "step", value=np.arange(3)),
+        spec("", "committed", (3,)),
+        spec("latents", "latents", (3, 1, 4, 8, 8), "float32"),
+        spec("forward", "loss_mean", (3,)),
+        spec("forward", "loss_spread", (3,)),
+        spec("preview", "bias", (3,)),
+        spec("decoded", "picture", (2, 1, 4, 4, 3)),
+        spec("cost", "step_seconds", (3,)),
     ]
     with RunWriter(tmp_path / "a.zarr", arrays, ATTRIBUTES) as writer:
         for step in range(3):

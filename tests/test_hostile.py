@@ -36,7 +36,7 @@ from PIL import Image
 from recordings import ATTRIBUTES, CALLS, GRID, recording
 
 from probe.errors import RecordingDamaged, RecordingNotFound, RecordingUnreadable
-from probe.format.schema import array
+from probe.format.schema import spec
 from probe.proof.checks import DAMAGE, check_picture
 from probe.reading.files import UNLINKED
 from probe.reading.lazy import UNBACKED
@@ -302,7 +302,7 @@ def repacked(path: Path) -> None:
     shutil.rmtree(path)
     (path / "latents").mkdir(parents=True)
     (path / ".zgroup").write_text('{"zarr_format": 2}')
-    array = {
+    metadata = {
         "zarr_format": 2,
         "shape": [1],
         "chunks": [1],
@@ -311,7 +311,7 @@ def repacked(path: Path) -> None:
         "compressor": None,
         "order": "C",
     }
-    (path / "latents" / ".zarray").write_text(json.dumps({**array, "fill_value": None}))
+    (path / "latents" / ".zarray").write_text(json.dumps({**metadata, "fill_value": None}))
     (path / "latents" / "0").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
 
 
@@ -936,9 +936,9 @@ def test_what_no_file_holds_is_made_up_only_to_a_size(tmp_path: Path) -> None:
     """
     size = UNBACKED // 4 // 4 // 4 * 3  # of one step: 3/4 of the limit in float32
     arrays = [
-        array("", "step", value=np.arange(100)),
-        array("", "committed", (100,)),
-        array("latents", "latents", (100, 1, 1, 4, size), "float32"),
+        spec("", "step", value=np.arange(100)),
+        spec("", "committed", (100,)),
+        spec("latents", "latents", (100, 1, 1, 4, size), "float32"),
     ]
     with RunWriter(tmp_path / "a.zarr", arrays, ATTRIBUTES, "none") as writer:
         writer.write("latents/latents", np.ones((1, 1, 4, size), np.float32), 7)
@@ -992,9 +992,9 @@ def test_opening_costs_the_same_whatever_the_number_of_steps(steps: int, tmp_pat
     short one.
     """
     arrays = [
-        array("", "step", value=np.arange(steps)),
-        array("", "committed", (steps,)),
-        array("latents", "latents", (steps, 1, 1, 1, 1), "float32"),
+        spec("", "step", value=np.arange(steps)),
+        spec("", "committed", (steps,)),
+        spec("latents", "latents", (steps, 1, 1, 1, 1), "float32"),
     ]
     with RunWriter(tmp_path / "a.zarr", arrays, ATTRIBUTES, "none") as writer:
         for step in range(steps):

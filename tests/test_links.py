@@ -31,7 +31,7 @@ from probe.cli import dispatch
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingLinked, StoreError
 from probe.figures.sheets import keep
 from probe.figures.word_sheet import ask_name, ask_sheet, word_sheet
-from probe.format.schema import array
+from probe.format.schema import spec
 from probe.proof.verdict import verify
 from probe.reading.recording import Run
 from probe.running.ask import read_out
@@ -392,7 +392,7 @@ def test_a_disk_without_locks_is_named(
     monkeypatch.setattr(fcntl, "flock", refuse)
     for take in (
         Lock(tmp_path / "a.zarr").acquire,
-        lambda: RunWriter(tmp_path / "a.zarr", [array("", "committed", (2,))], ATTRIBUTES),
+        lambda: RunWriter(tmp_path / "a.zarr", [spec("", "committed", (2,))], ATTRIBUTES),
     ):
         with pytest.raises(StoreError) as caught:
             take()

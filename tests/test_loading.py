@@ -29,7 +29,7 @@ from probe.errors import ExperimentError, ModelError
 from probe.reading.recording import Run
 from probe.running.recorder import record
 from probe.settings.experiment import Experiment, load_experiment
-from probe.settings.fields import from_home, place
+from probe.settings.fields import expand_home, from_home
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_thisIsNobodysTokenButItLooksLikeOne"
@@ -242,7 +242,7 @@ def test_a_place_in_the_home_folder_begins_with_a_tilde(
     shortened = {"/somewhere/anna": "~", "/somewhere/anna/models/sd": "~/models/sd"}
     for text, kept in {**shortened, **{text: text for text in same}}.items():
         assert from_home(text) == kept and from_home(kept) == kept
-        assert place(kept) == Path(text.replace("~/", "/somewhere/anna/"))
+        assert expand_home(kept) == Path(text.replace("~/", "/somewhere/anna/"))
     asked = load_experiment(
         {
             "model": "/somewhere/anna/sd",
@@ -255,7 +255,7 @@ def test_a_place_in_the_home_folder_begins_with_a_tilde(
     monkeypatch.setenv("HOME", "/")
     assert from_home("/etc/x") == "/etc/x"
     with pytest.raises(ExperimentError, match="you have no home folder here"):
-        place("~/x")
+        expand_home("~/x")
     monkeypatch.setenv("HOME", "/elsewhere/ben")
     assert load_experiment(asked.resolved()).identity() == asked.identity(), (
         "the same was asked, whoever asked"

@@ -29,7 +29,7 @@ from probe.reading.sample import unpacked
 from probe.running.planning import free_room
 from probe.running.recorder import record
 from probe.settings.experiment import Experiment, load_experiment
-from probe.settings.fields import from_home, home, place
+from probe.settings.fields import expand_home, from_home, home
 from probe.settings.pictures import read_masks, read_picture
 from probe.terminal import guarded, without_home
 
@@ -104,8 +104,10 @@ def test_a_path_means_the_same_before_and_after_it_is_recorded(
     names = {"home": str(tmp_path / "somebody"), "root": str(Path("~root").expanduser())}
     text, recorded, meant = (part.format(**names) for part in (text, recorded, meant))
     assert from_home(text) == recorded == load_experiment(Experiment(), output=text).output
-    assert place(text) == place(recorded) == Path(meant) or place(text) == Path(f"/{meant}")
-    assert place(from_home(text)) == Path(meant)
+    assert expand_home(text) == expand_home(recorded) == Path(meant) or expand_home(text) == Path(
+        f"/{meant}"
+    )
+    assert expand_home(from_home(text)) == Path(meant)
 
 
 @pytest.mark.parametrize("value", ["", "/", "relative", "//"])

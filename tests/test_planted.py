@@ -23,7 +23,7 @@ import tiny
 import torch
 from tiny_runs import take
 
-from probe.format.schema import Array
+from probe.format.schema import ArraySpec
 from probe.proof.verdict import WITH_MODEL, verify
 from probe.reading.recording import Run
 from probe.settings.fields import SCHEDULERS
@@ -98,7 +98,7 @@ def in_arrays(name: str, change: Callable[[str, np.ndarray], np.ndarray]) -> Pla
     def plant(patch: pytest.MonkeyPatch) -> None:
         real = Plan.arrays.func
 
-        def planted(spec: Array) -> Array:
+        def planted(spec: ArraySpec) -> ArraySpec:
             kind = object if spec.variable.dtype == "str" else None
             changes = spec.variable.name == name
             return (

@@ -19,7 +19,7 @@ import tiny
 import xarray as xr
 from recordings import ATTRIBUTES, recording
 
-from probe.format.schema import array
+from probe.format.schema import spec
 from probe.proof.checks import check_digests
 from probe.proof.verdict import verify
 from probe.reading.recording import Run
@@ -188,6 +188,6 @@ def test_the_test_sees_what_was_not_forced(
 ) -> None:
     """A writer that forgets the names in a folder loses the step, and that is seen."""
     monkeypatch.setattr("probe.writing.files.sync_folder", lambda _: None)
-    with RunWriter(disk.known / "a.zarr", [array("", "committed", (2,))], ATTRIBUTES, "step"):
+    with RunWriter(disk.known / "a.zarr", [spec("", "committed", (2,))], ATTRIBUTES, "step"):
         pass
     assert not list(disk.worst(tmp_path / "left").iterdir())

@@ -14,7 +14,7 @@ import zarr
 
 from probe.format import dimensions, schema
 from probe.format.attributes import Attributes
-from probe.format.schema import array
+from probe.format.schema import spec
 from probe.format.variables import SCHEMA, Variable
 from probe.proof.unknown import check_unknown
 from probe.reading.recording import Run
@@ -324,21 +324,21 @@ def test_sizes_that_differ_do_not_meet(full: Run) -> None:
 )
 def test_a_variable_that_the_schema_lacks(group: str, name: str) -> None:
     with pytest.raises(KeyError, match="the schema has no variable"):
-        array(group, name, (1,))
+        spec(group, name, (1,))
 
 
 def test_arrays_know_their_place_and_size() -> None:
-    cross = array("attention/8x8", "cross", (5, 3, 1, 1, 2, 2, 8, 8), "float16")
+    cross = spec("attention/8x8", "cross", (5, 3, 1, 1, 2, 2, 8, 8), "float16")
     assert (
         cross.path == "attention/8x8/cross"
         and cross.nbytes == 5 * 3 * 4 * 64 * 2
         and cross.per_step
     )
     assert (
-        not array("", "sigma", value=np.zeros(5)).per_step
-        and array("", "sigma", value=np.zeros(5)).path == "sigma"
+        not spec("", "sigma", value=np.zeros(5)).per_step
+        and spec("", "sigma", value=np.zeros(5)).path == "sigma"
     )
-    assert array("unet/mid_block", "activation", (5, 2, 1, 32, 4, 4), "float32").dims == (
+    assert spec("unet/mid_block", "activation", (5, 2, 1, 32, 4, 4), "float32").dims == (
         "step",
         "branch",
         "image",
@@ -346,13 +346,13 @@ def test_arrays_know_their_place_and_size() -> None:
         "y",
         "x",
     )
-    assert array("unet/time", "activation", (5, 2, 1, 64), "float32").dims == (
+    assert spec("unet/time", "activation", (5, 2, 1, 64), "float32").dims == (
         "step",
         "branch",
         "image",
         "feature",
     )
-    assert array("text_encoder/layer", "activation", (2, 77, 16), "float32").dims == (
+    assert spec("text_encoder/layer", "activation", (2, 77, 16), "float32").dims == (
         "branch",
         "position",
         "feature",

@@ -18,7 +18,7 @@ from probe.diffusion.family import Family, Predictions
 from probe.diffusion.sampling import Step
 from probe.diffusion.sd import StableDiffusion
 from probe.format import schema
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.format.variables import SCHEMA, Variable
 from probe.proof import schema_checks
 from probe.proof.verdict import verify
@@ -118,9 +118,9 @@ class TimeEmbedding(Capture):
         self._module, self._plan = model.unet.time_embedding, settled
         self._tray = Tray(["time"])
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         width = self._plan.rehearsal.outputs["unet.time_embedding"][-1]
-        return [array("clock", "embedding", (self._plan.calls, width))]
+        return [spec("clock", "embedding", (self._plan.calls, width))]
 
     def watches(self) -> list[Watch]:
         return [

@@ -14,7 +14,7 @@ import zarr
 from recordings import ATTRIBUTES
 
 from probe.errors import RecordingDamaged
-from probe.format.schema import array
+from probe.format.schema import spec
 from probe.reading import lazy
 from probe.reading.recording import Run
 from probe.writing.store import RunWriter
@@ -29,9 +29,9 @@ def run(tmp_path: Path) -> Run:
     leaves out.
     """
     arrays = [
-        array("", "step", value=np.arange(3)),
-        array("", "committed", SHAPE[:1]),
-        array("attention/4x3", "cross", SHAPE, "float16"),
+        spec("", "step", value=np.arange(3)),
+        spec("", "committed", SHAPE[:1]),
+        spec("attention/4x3", "cross", SHAPE, "float16"),
     ]
     values = np.random.default_rng(0).random(SHAPE).astype(np.float16)
     values[1, 3] = 0

@@ -28,7 +28,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from probe.errors import NotFinite, RecordingBusy, RecordingDamaged, RecordingNotFound, StoreError
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.proof.checks import files_of
 from probe.reading.finding import find_run
 from probe.reading.listing import list_runs
@@ -53,24 +53,24 @@ ATTRIBUTES: dict[str, Any] = {
 }
 
 
-def layout(maps: str = "float16") -> list[Array]:
+def layout(maps: str = "float16") -> list[ArraySpec]:
     """One variable of every type and of every way of being written: at once, a step at a time, at
     the end.
     """
     grid = "attention/4x4"
     return [
-        array("", "step", value=np.arange(CALLS)),
-        array("", "sigma", value=np.linspace(14.6, 0.03, CALLS)),
-        array("", "committed", (CALLS,)),
-        array("latents", "latents", (CALLS, 1, 4, 8, 8), "float32"),
-        array("latents", "final_latents", (1, 4, 8, 8), "float32"),
-        array("images", "final", (1, 6, 9, 3)),
-        array(grid, "branch", value=["cond"]),
-        array(grid, "token", value=np.array([0, 1, -1])),
-        array(grid, "token_text", value=[["<|startoftext|>", "é ☃ \U0001f419", ""]]),
-        array(grid, "cross", (CALLS, 3, 1, 1, 2, 2, 4, 4), maps),
-        array(grid, "moments", (CALLS, 3, 1, 1, 2, 2, 3)),
-        array("cost", "peak_memory", ()),
+        spec("", "step", value=np.arange(CALLS)),
+        spec("", "sigma", value=np.linspace(14.6, 0.03, CALLS)),
+        spec("", "committed", (CALLS,)),
+        spec("latents", "latents", (CALLS, 1, 4, 8, 8), "float32"),
+        spec("latents", "final_latents", (1, 4, 8, 8), "float32"),
+        spec("images", "final", (1, 6, 9, 3)),
+        spec(grid, "branch", value=["cond"]),
+        spec(grid, "token", value=np.array([0, 1, -1])),
+        spec(grid, "token_text", value=[["<|startoftext|>", "é ☃ \U0001f419", ""]]),
+        spec(grid, "cross", (CALLS, 3, 1, 1, 2, 2, 4, 4), maps),
+        spec(grid, "moments", (CALLS, 3, 1, 1, 2, 2, 3)),
+        spec("cost", "peak_memory", ()),
     ]
 
 
@@ -471,22 +471,22 @@ def test_ctrl_c_between_any_two_instructions_leaves_a_queue_that_ends() -> None:
 
 
 BY_STEP = [
-    array("latents", "latents", (6, 1, 4, 8, 8), "float32"),
-    array("latents", "prediction", (6, 1, 4, 8, 8), "float16"),
-    array("attention/4x4", "cross", (6, 3, 1, 1, 2, 2, 4, 4), "float16"),
-    array("attention/4x5", "cross", (6, 3, 1, 1, 2, 2, 4, 5), "float32"),
-    array("attention/4x6", "cross", (6, 3, 1, 1, 2, 2, 4, 6), "uint8"),
-    array("attention/4x4", "moments", (6, 3, 1, 1, 2, 2, 3)),
-    array("forward", "loss_mean", (6,)),
-    array("unet", "statistics", (6, 4, 2, 1, 0)),
+    spec("latents", "latents", (6, 1, 4, 8, 8), "float32"),
+    spec("latents", "prediction", (6, 1, 4, 8, 8), "float16"),
+    spec("attention/4x4", "cross", (6, 3, 1, 1, 2, 2, 4, 4), "float16"),
+    spec("attention/4x5", "cross", (6, 3, 1, 1, 2, 2, 4, 5), "float32"),
+    spec("attention/4x6", "cross", (6, 3, 1, 1, 2, 2, 4, 6), "uint8"),
+    spec("attention/4x4", "moments", (6, 3, 1, 1, 2, 2, 3)),
+    spec("forward", "loss_mean", (6,)),
+    spec("unet", "statistics", (6, 4, 2, 1, 0)),
 ]
 NOT_BY_STEP = [
-    array("latents", "final_latents", (1, 4, 8, 8), "float32"),
-    array("attention/4x4", "overview", (3, 6, 4, 4)),
-    array("decoded", "picture", (3, 1, 6, 9, 3)),
-    array("cost", "flops", (3,)),
-    array("cost", "peak_memory", ()),
-    array("source", "psnr", ()),
+    spec("latents", "final_latents", (1, 4, 8, 8), "float32"),
+    spec("attention/4x4", "overview", (3, 6, 4, 4)),
+    spec("decoded", "picture", (3, 1, 6, 9, 3)),
+    spec("cost", "flops", (3,)),
+    spec("cost", "peak_memory", ()),
+    spec("source", "psnr", ()),
 ]
 
 
@@ -881,7 +881,7 @@ def test_a_writer_that_goes_on_with_something_else_is_refused(tmp_path: Path, wr
     other = (
         layout("float32")
         if wrong == "type"
-        else [array("latents", "latents", (CALLS + 1, 1, 4, 8, 8), "float32")]
+        else [spec("latents", "latents", (CALLS + 1, 1, 4, 8, 8), "float32")]
     )
     before = contents(path)
     with pytest.raises(RecordingDamaged, match="is not what its experiment asks for"):

@@ -30,7 +30,7 @@ import numpy as np
 import xarray as xr
 
 from probe.analysis.maps import Method, missing, on_grid, stacked, steps_of, unrecorded
-from probe.arguments import grid_size, labelled, one_of, texts, told
+from probe.arguments import grid_size, in_words, labelled, one_of, texts
 from probe.errors import ExperimentError
 
 Weigh = Literal["layers", "heads"]
@@ -271,7 +271,7 @@ def checked_bands(bands: int | Sequence[float]) -> int | list[float]:
             if all(low < high for low, high in itertools.pairwise(edges)):
                 return edges
     raise ExperimentError(
-        f"bands is {told(bands)}.",
+        f"bands is {in_words(bands)}.",
         f"Give a number of bands from 1 to {MOST_BANDS}, or at least two edges that rise.",
     )
 

@@ -19,7 +19,7 @@ from xarray.backends.common import BackendArray
 from xarray.core import indexing
 
 from probe.analysis.maps import missing, normalised, numbers, stacked, steps_of, stepwise
-from probe.arguments import labelled, one_of, whole
+from probe.arguments import labelled, one_of, whole_number
 from probe.errors import ExperimentError
 from probe.format.schema import REST
 
@@ -235,7 +235,7 @@ def ranked_heads(scores: xr.DataArray, seed: int = 0) -> xr.Dataset:
             'Join the scores of each scene: xarray.concat([...], dim="scene").',
         )
     labelled("scores", scores)
-    seed = whole("seed", seed)
+    seed = whole_number("seed", seed)
     if scores.sizes["scene"] < 2:
         raise ExperimentError(
             "With fewer than two scenes there are no two halves.",

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from probe.arguments import grid_size, labelled, one_of, told
+from probe.arguments import grid_size, in_words, labelled, one_of
 from probe.arguments import text as text_of
 from probe.errors import ExperimentError, PromptError, RecordingNotFound
 from probe.words import STUMP, alike, occurrences, runs, spelt
@@ -49,7 +49,7 @@ def probabilities(stored: np.ndarray) -> np.ndarray:
     """
     if not isinstance(stored, np.ndarray | xr.DataArray) or stored.dtype.kind not in "buif":
         raise ExperimentError(
-            f"stored is {told(stored)}, which is no array of numbers.",
+            f"stored is {in_words(stored)}, which is no array of numbers.",
             "Give the values of maps: maps.values.",
         )
     if stored.dtype == np.uint8:

@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 
 from probe.analysis.maps import numbers
-from probe.arguments import labelled, mask, text, texts, told, whole
+from probe.arguments import in_words, labelled, mask, text, texts, whole_number
 from probe.errors import ExperimentError
 
 SPACE = ("y", "x")
@@ -64,7 +64,7 @@ def _check_level(name: str, level: object) -> None:
         labelled(name, level)
     elif not isinstance(level, int | float | np.integer | np.floating) or isinstance(level, bool):
         raise ExperimentError(
-            f"{name} is {told(level)}, which is no level.",
+            f"{name} is {in_words(level)}, which is no level.",
             "Give a number, or an array with labels.",
         )
 
@@ -269,9 +269,9 @@ def interval(
     interval says how the result varies with the scenes, and nothing about the seed of the training.
     """
     text("over", over)
-    resamples, seed = whole("resamples", resamples, 1, 10**6), whole("seed", seed)
+    resamples, seed = whole_number("resamples", resamples, 1, 10**6), whole_number("seed", seed)
     if not isinstance(level, float | np.floating) or not 0 < level < 1:
-        raise ExperimentError(f"level is {told(level)}.", "It lies between 0 and 1: 0.95.")
+        raise ExperimentError(f"level is {in_words(level)}.", "It lies between 0 and 1: 0.95.")
     if not labelled("scores", scores, over).sizes[over]:
         raise ExperimentError(f"There is no {over} to take the mean of.", "Give scores of some.")
     rows = scores.transpose(over, ...)

@@ -43,7 +43,7 @@ from probe.diffusion.single_file import (
 from probe.diffusion.support import KINDS_OF, ORDINARY, XL, refuse_other_kinds, refuse_unet
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
-from probe.settings.fields import from_home, place
+from probe.settings.fields import expand_home, from_home
 from probe.system import check_here
 from probe.text import first_line, printable, shorten, shown
 
@@ -180,7 +180,7 @@ def _single_file(name: str, variant: str | None) -> _Description:
         tokenizers = _tokenizers(folder, index, configs)
     else:
         folder = ModelFolder(
-            place(name).parent / place(name).stem, name
+            expand_home(name).parent / expand_home(name).stem, name
         )  # not there: no words.json
         index, configs, settings = INDEX, CONFIGS, SETTINGS
         refuse_larger(name)
@@ -261,8 +261,8 @@ def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path,
     """Return a model's local directory, and its commit if it came from the hub."""
     if name in BUNDLED:
         return BUNDLED[name], None
-    if place(name).is_dir():
-        return place(name), None
+    if expand_home(name).is_dir():
+        return expand_home(name), None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise ModelError(
             f"model: {name!r} is no directory, no hub id (owner/name) and no bundled model.",

@@ -15,7 +15,7 @@ from typing import Any
 
 from probe.diffusion.model_files import ModelFolder, Weight, header
 from probe.errors import ModelError
-from probe.settings.fields import place
+from probe.settings.fields import expand_home
 from probe.text import shown
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -79,7 +79,7 @@ def is_single_file(name: str) -> bool:
 
     Raise ModelError if they are pickled.
     """
-    path = place(name)
+    path = expand_home(name)
     try:
         there, folder = path.exists(), path.is_dir()
     except (
@@ -110,13 +110,13 @@ def why_not(problem: Exception) -> str:
 
 def config_folder(name: str) -> Path | None:
     """Return the folder beside a single file with its name and its configs, if there is one."""
-    beside = place(name).with_suffix("")
+    beside = expand_home(name).with_suffix("")
     return beside if beside.is_dir() else None
 
 
 def refuse_larger(name: str) -> None:
     """Raise ModelError for Stable Diffusion XL without configs: nobody knows its sizes then."""
-    path = place(name)
+    path = expand_home(name)
     folder = ModelFolder(path.parent, name)
     if XL_ONLY in header(folder, path.name):
         remedy = (
@@ -144,7 +144,7 @@ def split(
         convert_open_clip_checkpoint,
     )
 
-    path = place(name)
+    path = expand_home(name)
     folder = ModelFolder(path.parent, name)
     found = header(folder, path.name)
     blocks = {
@@ -207,7 +207,7 @@ def clip_tokenizer(name: str) -> tuple[ModelFolder, str]:
             folder / inside / "tokenizer.json"
         ).exists():
             return ModelFolder(folder, name), inside
-    beside = place(name).with_suffix("")
+    beside = expand_home(name).with_suffix("")
     raise ModelError(
         f"{name}: CLIP's tokenizer is not on this machine and could not be fetched.",
         "Put the model's configs and tokenizer (a diffusers directory, without weights) into "

@@ -24,7 +24,7 @@ from PIL import Image
 
 from probe import analysis
 from probe.analysis.maps import resize
-from probe.arguments import branch_name, one_of, whole
+from probe.arguments import branch_name, one_of, whole_number
 from probe.errors import RecordingNotFound
 from probe.figures.drawing import HEAT
 from probe.reading.recording import Run
@@ -166,7 +166,7 @@ def payload(run: Run, image: int = 0) -> bytes:
     `image` counts the pictures of a generation, or the draws of noise of a noising. Raise
     RecordingDamaged, RecordingUnreadable, or RecordingNotFound if there is no such image.
     """
-    whole("image", image, 0)
+    whole_number("image", image, 0)
     axis = axis_of(run)
     if image >= (count := pictures_of(run)):
         raise RecordingNotFound(f"{run.name} has no {axis} {image}.", f"It has 0 to {count - 1}.")
@@ -356,7 +356,7 @@ def channels(run: Run, of: Reading = "attention", branch: str = "cond", image: i
     """
     one_of("of", of, get_args(Reading))
     if of == "counterfactual":
-        change = run.counterfactual().isel({axis_of(run): whole("image", image, 0)}).load()
+        change = run.counterfactual().isel({axis_of(run): whole_number("image", image, 0)}).load()
         change = change.isel(step=np.isfinite(change.values).all(axis=(1, 2, 3)))
         words = [str(word) for word in change["masked_word"].values]
         about = {

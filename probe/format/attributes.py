@@ -121,14 +121,14 @@ class Upgraded(Part):
     )
 
 
-Asked = TypeVar("Asked", AskedFor, Noising)
+Requested = TypeVar("Requested", AskedFor, Noising)
 
 
-def _there(asked: Asked | None) -> Asked:
+def _not_null(requested: Requested | None) -> Requested:
     """Raise ValueError for null: the attribute is left out where it says nothing."""
-    if asked is None:
+    if requested is None:
         raise ValueError("null asks for nothing")
-    return asked
+    return requested
 
 
 class Attributes(Mapping[str, Any], Part):
@@ -153,8 +153,8 @@ class Attributes(Mapping[str, Any], Part):
         "generation",
         description="what was done; a recording of format 1 is a noising if it has that attribute",
     )
-    experiment: Annotated[AskedFor | None, AfterValidator(_there)] = None
-    noising: Annotated[Noising | None, AfterValidator(_there)] = None
+    experiment: Annotated[AskedFor | None, AfterValidator(_not_null)] = None
+    noising: Annotated[Noising | None, AfterValidator(_not_null)] = None
     environment: Environment
     model: Model
     scheduler: Scheduler

@@ -1,6 +1,6 @@
 """The schema of a recording: its version, the names of its labels, and its variables with sizes.
 
-`array("attention/16x16", "cross", shape)` looks a variable up in the table of
+`spec("attention/16x16", "cross", shape)` looks a variable up in the table of
 `probe.format.variables` and gives it a shape, a type and, where it is known, a value.
 """
 
@@ -30,7 +30,7 @@ _TAIL = {3: ("channel", "y", "x"), 2: ("position", "feature"), 1: ("feature",)}
 
 
 @dataclass(frozen=True)
-class Array:
+class ArraySpec:
     """A variable of one recording, with its shape and type, and its value where that is known."""
 
     group: str
@@ -69,14 +69,14 @@ class Array:
         return self.variable.per_step
 
 
-def array(
+def spec(
     group: str,
     name: str,
     shape: Sequence[int] | None = None,
     dtype: str | None = None,
     value: Any = None,
     **attributes: Any,
-) -> Array:
+) -> ArraySpec:
     """Return the schema's variable `name` in a recording's `group`, such as "attention/16x16".
 
     Its shape is `shape`, or that of its `value`. Raise KeyError if the schema does not have it.
@@ -87,7 +87,7 @@ def array(
     if value is not None:
         value = np.asarray(value, dtype=object if variable.dtype == "str" else None)
     size = tuple(value.shape if shape is None else shape)
-    return Array(group, variable, size, dtype or variable.dtype, value, attributes)
+    return ArraySpec(group, variable, size, dtype or variable.dtype, value, attributes)
 
 
 def _find(group: str, name: str) -> Variable:

@@ -17,7 +17,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What decides which variables a recording has: its recipe and the parts of its model."""
 
     recipe: Any
@@ -25,7 +25,7 @@ class Asked:
     pooled: bool = False  # whether the model is given this text encoder's pooled embedding
 
 
-def _always(_: Asked) -> bool:
+def _always(_: Request) -> bool:
     return True
 
 
@@ -49,7 +49,7 @@ class Variable:
     long_name: str
     units: str = "1"
     coordinate: bool = False
-    when: Callable[[Asked], bool] = _always
+    when: Callable[[Request], bool] = _always
     chunked: tuple[str, ...] = ()
     recorded_only: bool = False
     first_grid: bool = False
@@ -61,52 +61,53 @@ class Variable:
         return self.dims[:1] == ("step",) and len(self.dims) > 1
 
 
-def _never(_: Asked) -> bool:
+def _never(_: Request) -> bool:
     return False
 
 
-def _guided(asked: Asked) -> bool:
-    return bool(asked.recipe.guidance[0] > 1)
+def _guided(request: Request) -> bool:
+    return bool(request.recipe.guidance[0] > 1)
 
 
-def _noising(asked: Asked) -> bool:
-    return bool(asked.recipe.kind == "noising")
+def _noising(request: Request) -> bool:
+    return bool(request.recipe.kind == "noising")
 
 
-def _from_picture(asked: Asked) -> bool:
-    return _noising(asked) or asked.recipe.image is not None
+def _from_picture(request: Request) -> bool:
+    return _noising(request) or request.recipe.image is not None
 
 
-def _decoded(asked: Asked) -> bool:
-    return bool(asked.recipe.decoded_every)
+def _decoded(request: Request) -> bool:
+    return bool(request.recipe.decoded_every)
 
 
-def _text(asked: Asked) -> bool:
-    return bool(asked.recipe.capture.text)
+def _text(request: Request) -> bool:
+    return bool(request.recipe.capture.text)
 
 
-def _pooled(asked: Asked) -> bool:
-    return asked.pooled and _text(asked)
+def _pooled(request: Request) -> bool:
+    return request.pooled and _text(request)
 
 
-def _attention(*modes: str) -> Callable[[Asked], bool]:
-    return lambda asked: asked.recipe.capture.attention in (modes or ("maps", "queries", "summary"))
+def _attention(*modes: str) -> Callable[[Request], bool]:
+    chosen = modes or ("maps", "queries", "summary")
+    return lambda request: request.recipe.capture.attention in chosen
 
 
-def _counterfactual(asked: Asked) -> bool:
-    return bool(asked.recipe.capture.counterfactual)
+def _counterfactual(request: Request) -> bool:
+    return bool(request.recipe.capture.counterfactual)
 
 
-def _self_attention(asked: Asked) -> bool:
-    return bool(asked.recipe.capture.self_attention)
+def _self_attention(request: Request) -> bool:
+    return bool(request.recipe.capture.self_attention)
 
 
-def _statistics(asked: Asked) -> bool:
-    return bool(asked.recipe.capture.statistics)
+def _statistics(request: Request) -> bool:
+    return bool(request.recipe.capture.statistics)
 
 
-def _vae_statistics(asked: Asked) -> bool:
-    return asked.vae and _statistics(asked)
+def _vae_statistics(request: Request) -> bool:
+    return request.vae and _statistics(request)
 
 
 def _var(
@@ -127,7 +128,7 @@ def _output(dims: str, more: str = "") -> Variable:
 def _group(
     group: str,
     *variables: Variable,
-    when: Callable[[Asked], bool] = _always,
+    when: Callable[[Request], bool] = _always,
     recorded_only: bool = False,
 ) -> Iterator[Variable]:
     """Yield variables of one group, under one condition; a variable's own condition goes first.
@@ -140,7 +141,7 @@ def _group(
         yield replace(variable, group=group, when=own, recorded_only=chosen)
 
 
-# In a noising, `draw` stands for `image` everywhere: `Array.across`.
+# In a noising, `draw` stands for `image` everywhere: `ArraySpec.across`.
 _FINAL = "image channel y x"
 _LATENT = f"step {_FINAL}"
 # Labels that several groups share.

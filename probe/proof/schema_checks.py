@@ -13,8 +13,8 @@ import numpy as np
 import xarray as xr
 
 from probe.format.dimensions import FAMILIES, POOLED, TEXT_ENCODERS, ZEROED
-from probe.format.schema import HEAD_STATISTICS, MOMENTS, STATISTICS, array
-from probe.format.variables import SCHEMA, Asked
+from probe.format.schema import HEAD_STATISTICS, MOMENTS, STATISTICS, spec
+from probe.format.variables import SCHEMA, Request
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
 from probe.settings.experiment import Experiment, load_experiment
@@ -35,7 +35,7 @@ def expected_variables(run: Run) -> set[str]:
     Grids and self-attention layers are those that the recording has.
     """
     vae = run.attributes["model"]["f"] > 1
-    asked, recorded = Asked(run.recipe, vae), dict(variables(run))
+    request, recorded = Request(run.recipe, vae), dict(variables(run))
     family = run.attributes.family
     encoders = TEXT_ENCODERS.get(family) or sorted(
         {path.split("/")[1] for path in recorded if path.startswith("text/")}
@@ -53,7 +53,7 @@ def expected_variables(run: Run) -> set[str]:
         first, _, kind = variable.group.partition("/")
         members = groups.get(variable.group, []) or ["(any grid)"] if kind else [""]
         for member in members[:1] if variable.first_grid else members:
-            if variable.when(replace(asked, pooled=member in POOLED.get(family, ()))):
+            if variable.when(replace(request, pooled=member in POOLED.get(family, ()))):
                 names.add("/".join(part for part in (first, member, variable.name) if part))
     return names
 
@@ -129,7 +129,7 @@ def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:
     """Yield how a variable differs from the schema: dimensions, type, unit."""
     group, _, name = path.rpartition("/")
     try:
-        known = replace(array(group, name, variable.shape), across=run.attributes.across)
+        known = replace(spec(group, name, variable.shape), across=run.attributes.across)
         dims = known.dims
     except KeyError:
         return  # another writer's: `probe.proof.unknown` tells of it

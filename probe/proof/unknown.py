@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from probe.format.attributes import Attributes
 from probe.format.dimensions import FAMILIES, GUIDANCE_RULES
-from probe.format.schema import array
+from probe.format.schema import spec
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
 
@@ -34,7 +34,7 @@ def _variables(run: Run) -> Iterator[str]:
     for path, variable in variables(run):
         group, _, name = path.rpartition("/")
         try:
-            array(group, name, variable.shape)
+            spec(group, name, variable.shape)
         except KeyError:
             yield path
 

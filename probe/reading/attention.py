@@ -28,7 +28,7 @@ from probe import analysis
 from probe.analysis.averages import Weigh, checked_bands
 from probe.analysis.maps import Method, Normalisation
 from probe.analysis.recomputed import recomputed
-from probe.arguments import branch_name, grid_size, one_of, texts, told
+from probe.arguments import branch_name, grid_size, in_words, one_of, texts
 from probe.arguments import text as text_of
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.format.attributes import Attributes
@@ -133,11 +133,13 @@ class Attention:
         grid = self.grids[0] if grid is None else grid
         if not isinstance(grid, str):
             raise ExperimentError(
-                f"grid is {told(grid)}, which is no text.", f"Give one of: {', '.join(self.grids)}."
+                f"grid is {in_words(grid)}, which is no text.",
+                f"Give one of: {', '.join(self.grids)}.",
             )
         if grid not in self.grids:
             raise RecordingNotFound(
-                f"{self.name} has no attention maps at {told(grid)[1:-1]}.", near(grid, self.grids)
+                f"{self.name} has no attention maps at {in_words(grid)[1:-1]}.",
+                near(grid, self.grids),
             )
         group = f"attention/{grid}"
         if "query" in self.tree[group].data_vars:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from probe.arguments import chosen, chosen_steps, told
+from probe.arguments import chosen, chosen_steps, in_words
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.format.schema import near
 
@@ -84,7 +84,7 @@ def check_there(problem: str, grid: str, dim: str, indices: list[int], size: int
 def nothing_chosen(setting: str, given: object) -> ExperimentError:
     """Return the error for a choice that leaves nothing."""
     return ExperimentError(
-        f"{setting} is {told(given)}: there is nothing to take the mean of.",
+        f"{setting} is {in_words(given)}: there is nothing to take the mean of.",
         f"Leave {setting} out for all of them.",
     )
 

@@ -22,7 +22,7 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from probe.format.schema import Array
+from probe.format.schema import ArraySpec
 from probe.reading.lazy import TEXT, dataset
 from probe.writing.layout import attributes_in_files, fill_value
 from probe.writing.store import RunWriter, merged
@@ -36,7 +36,7 @@ class Memory:
     `specs` are all variables that it will ever have.
     """
 
-    def __init__(self, specs: Sequence[Array], attributes: Mapping[str, Any]):
+    def __init__(self, specs: Sequence[ArraySpec], attributes: Mapping[str, Any]):
         self.specs = tuple(specs)
         self._attributes: dict[str, Any] = {**attributes, "status": "running"}
         self._arrays = {spec.path: _empty(spec) for spec in self.specs}
@@ -155,7 +155,7 @@ def nowhere(name: str) -> Path:
     return Path(os.devnull) / f"{name}.zarr"
 
 
-def _empty(spec: Array) -> np.ndarray:
+def _empty(spec: ArraySpec) -> np.ndarray:
     if spec.value is not None:
         return np.array(spec.value, TEXT if spec.dtype == "str" else spec.dtype)
     return np.full(spec.shape, fill_value(spec), spec.dtype)

@@ -24,7 +24,7 @@ import numpy as np
 import xarray as xr
 from xarray.core.treenode import NotFoundInTreeError
 
-from probe.arguments import branch_name, labelled, text, told, truth_value
+from probe.arguments import branch_name, in_words, labelled, text, truth_value
 from probe.conversions import (
     UNCLIPPED,
     clipping,
@@ -46,7 +46,7 @@ from probe.reading.finding import find_run
 from probe.reading.lazy import open_tree
 from probe.reading.listing import picture_and_sampling, root_attributes, status_of
 from probe.settings.experiment import Experiment, load_experiment
-from probe.settings.fields import place
+from probe.settings.fields import expand_home
 from probe.settings.noising import Noising, load_noising
 from probe.text import printable
 from probe.writing.digests import flags_are_lost
@@ -79,7 +79,7 @@ class Run(Attention):
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
             raise ExperimentError(
-                f"path is {told(self.path)}, which is no path.", "Give the path of a recording."
+                f"path is {in_words(self.path)}, which is no path.", "Give the path of a recording."
             )
         object.__setattr__(self, "path", Path(self.path))
         _ = self.attributes
@@ -180,14 +180,14 @@ class Run(Attention):
 
         if not isinstance(path, str | os.PathLike) or Path(path).suffix != ".zarr":
             raise ExperimentError(
-                f"path is {told(path)}, which is no name of a recording.",
+                f"path is {in_words(path)}, which is no name of a recording.",
                 'Let it end in .zarr: run.save("runs/mine.zarr").',
             )
         if self.memory is None:
             raise ExperimentError(
                 f"{self.name} is in files already: {self.path}", "Copy that folder."
             )
-        target, noising = place(str(path)), self.kind == "noising"
+        target, noising = expand_home(str(path)), self.kind == "noising"
         with cleanly(), storing(target):
             check_place(target.parent)
             self.memory.save(
@@ -212,7 +212,7 @@ class Run(Attention):
                 for n in node.dataset.data_vars
             ]
             raise RecordingNotFound(
-                f"{self.name} has no variable {told(path)[1:-1]}.", near(path, variables)
+                f"{self.name} has no variable {in_words(path)[1:-1]}.", near(path, variables)
             ) from error
 
     # --- latents and what follows from them ---
@@ -357,7 +357,7 @@ class Run(Attention):
         for name in place:
             there = found if isinstance(found, Mapping) else {}
             if text("an attribute's name", name) not in there:
-                missing = f"{self.name} has no attribute {told('.'.join(map(str, place)))}."
+                missing = f"{self.name} has no attribute {in_words('.'.join(map(str, place)))}."
                 raise RecordingNotFound(missing, near(name, list(there) or [*self.attributes]))
             found = there[name]
         return found
@@ -386,7 +386,7 @@ class Run(Attention):
 
         if not isinstance(other, Run):
             raise ExperimentError(
-                f"other is {told(other)}, which is no recording.",
+                f"other is {in_words(other)}, which is no recording.",
                 "Open it first: probe.open_run(path).",
             )
         return compare(self, other)

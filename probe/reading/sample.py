@@ -66,7 +66,7 @@ def is_copy(path: Path) -> bool:
     return path.absolute().is_relative_to((cache_folder() / "diffusion-probe").absolute())
 
 
-def place_beside(path: Path) -> Path:
+def folder_beside(path: Path) -> Path:
     """Return the folder for what is made from a recording: its own.
 
     It is `runs` for a copy in the cache folder.

@@ -22,7 +22,7 @@ import numpy as np
 
 from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.format.attributes import kind_of, problem_of
-from probe.format.schema import FORMATS_READ, array
+from probe.format.schema import FORMATS_READ, spec
 from probe.reading.files import (
     entry_is_link,
     no_longer,
@@ -302,7 +302,7 @@ def _check_schema(
     """
     group, _, last = name.rpartition("/")
     try:
-        known = replace(array(group, last, shape), across="draw" if noising else "image")
+        known = replace(spec(group, last, shape), across="draw" if noising else "image")
     except KeyError:
         return
     allowed = KINDS.get(known.variable.dtype, (known.variable.dtype,))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from probe.arguments import check_options, told
+from probe.arguments import check_options, in_words
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family
 from probe.diffusion.loading import load, pick_device
@@ -34,13 +34,13 @@ from probe.output import tell
 from probe.reading.compare import differing_conditions
 from probe.reading.memory import Memory, nowhere
 from probe.reading.recording import Run, with_files
-from probe.reading.sample import is_copy, place_beside
+from probe.reading.sample import folder_beside, is_copy
 from probe.running.description import describe
 from probe.running.perform import perform
 from probe.running.planning import check_size, free_room, plan, recorded_masks, replan, size_text
 from probe.running.session import Say
 from probe.settings.experiment import Experiment
-from probe.settings.fields import from_home, place
+from probe.settings.fields import expand_home, from_home
 from probe.settings.noising import Noising, load_noising, load_recipe
 from probe.settings.recipe import Recipe
 from probe.stopping import breakable, cleanly
@@ -134,7 +134,7 @@ def rerun(
     The new recording lies beside the old one, or in the folder `output`. Raise as `record` does.
     """
     recipe = opened(run).recipe
-    recipe = load_recipe(recipe, output=str(output or place_beside(with_files(run).path)))
+    recipe = load_recipe(recipe, output=str(output or folder_beside(with_files(run).path)))
     picture = None if run.source is None else run.source.values
     return _carried_out(
         recipe, pipeline, picture, recorded_masks(run), progress=progress, parent=run
@@ -154,7 +154,7 @@ def _carried_out(
     in_files: bool = True,
 ) -> Run:
     """Record a recipe. With a `parent`, its model is loaded as it was for that recording."""
-    room, say = free_room(place(recipe.output)) if in_files else None, sayer(progress)
+    room, say = free_room(expand_home(recipe.output)) if in_files else None, sayer(progress)
     with out_of_memory(recipe):
         model, weights = model_for(recipe, pipeline, say, parent), None
         if parent is not None:
@@ -182,7 +182,7 @@ def opened(run: object) -> Run:
     """Return an opened recording. Raise ExperimentError for anything else, such as its name."""
     if not isinstance(run, Run):
         raise ExperimentError(
-            f"run is {told(run)}, which is no opened recording.",
+            f"run is {in_words(run)}, which is no opened recording.",
             'Open it first: probe.open_run("latest").',
         )
     return run
@@ -214,7 +214,7 @@ def _record(
         b"" if plan.picture is None else plan.picture.tobytes()
     )
     name = f"{recipe.run_name}-{hashlib.sha256(content).hexdigest()[:8]}"
-    path = place(recipe.output) / f"{name}.zarr"
+    path = expand_home(recipe.output) / f"{name}.zarr"
     attributes = {**describe(model, plan, weights), "created": created, "parent_run": parent}
     if plainly := read_plainly([prompt.text for prompt in plan.prompts.values()]):
         say(plainly)

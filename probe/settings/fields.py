@@ -198,7 +198,7 @@ def from_home(text: str) -> str:
     return "/".join(("~", *path.relative_to(own).parts))
 
 
-def place(text: str | Path) -> Path:
+def expand_home(text: str | Path) -> Path:
     """The path that a text names; a leading ~ is the home folder of whoever asks, ~name that of
     somebody else.
 

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from probe.errors import ExperimentError, ProbeError
 from probe.reading.archives import Zip
 from probe.reading.files import open_plain
-from probe.settings.fields import place
+from probe.settings.fields import expand_home
 from probe.text import first_line, printable
 
 FORMATS = ("PNG", "JPEG")
@@ -214,7 +214,7 @@ def _opened(path: str | Path, field: str, kinds: str) -> io.BufferedReader:
     """
     where = printable(str(path))
     try:
-        file = open_plain(place(path))
+        file = open_plain(expand_home(path))
     except FileNotFoundError:
         raise ExperimentError(
             f"{field}: {where} does not exist.",

@@ -27,8 +27,8 @@ from probe.format.schema import (
     MOMENTS,
     REST,
     STATISTICS,
-    Array,
-    array,
+    ArraySpec,
+    spec,
 )
 from probe.format.variables import Variable
 from probe.proof.map_checks import moments_of
@@ -107,9 +107,9 @@ def synthetic_recording(
     return path
 
 
-def _mystery() -> Iterator[Array]:
+def _mystery() -> Iterator[ArraySpec]:
     variable = Variable("future", "mystery", ("octave",), "float32", "what nobody knows yet")
-    yield Array("future", variable, (3,), "float32", np.arange(3, dtype=np.float32))
+    yield ArraySpec("future", variable, (3,), "float32", np.arange(3, dtype=np.float32))
 
 
 @dataclass(frozen=True)
@@ -274,97 +274,97 @@ class _Synthetic:
             "cut_from_prompt": {},
         }
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         return [*self._loop(), *self._text(), *self._attention(), *self._inside()]
 
-    def _loop(self) -> Iterator[Array]:
+    def _loop(self) -> Iterator[ArraySpec]:
         steps, images = self.asked.steps, self.asked.images
-        yield array("", "step", value=np.arange(steps))
-        yield array("", "timestep", value=np.linspace(980, 20, steps).round())
-        yield array("", "sigma", value=np.sqrt((1 - self.alpha_bar) / self.alpha_bar))
-        yield array("", "alpha_bar", value=self.alpha_bar)
-        yield array("", "committed", (steps,))
+        yield spec("", "step", value=np.arange(steps))
+        yield spec("", "timestep", value=np.linspace(980, 20, steps).round())
+        yield spec("", "sigma", value=np.sqrt((1 - self.alpha_bar) / self.alpha_bar))
+        yield spec("", "alpha_bar", value=self.alpha_bar)
+        yield spec("", "committed", (steps,))
         latents = (images, 4, *self.size)
         dtype = {"recorded_dtype": "float32"}
         for path in self.latents(0):
-            yield array("latents", path.partition("/")[2], (steps, *latents), "float32", **dtype)
-        yield array("latents", "final_latents", latents, "float32", **dtype)
-        yield array("latents", "scheduler_sigmas", value=np.linspace(7, 0, steps + 1))
+            yield spec("latents", path.partition("/")[2], (steps, *latents), "float32", **dtype)
+        yield spec("latents", "final_latents", latents, "float32", **dtype)
+        yield spec("latents", "scheduler_sigmas", value=np.linspace(7, 0, steps + 1))
         picture = (images, F * self.size[0], F * self.size[1], 3)
-        yield array("images", "final", picture)
-        yield array("decoded", "decoded_step", value=np.arange(steps))
-        yield array("decoded", "picture", (steps, *picture))
+        yield spec("images", "final", picture)
+        yield spec("decoded", "decoded_step", value=np.arange(steps))
+        yield spec("decoded", "picture", (steps, *picture))
         slope = np.eye(4, 3, dtype=np.float32) * np.float32(0.2)
-        yield array("preview", "latent_to_rgb", value=slope)
-        yield array("preview", "bias", value=np.full(3, 0.5, np.float32))
+        yield spec("preview", "latent_to_rgb", value=slope)
+        yield spec("preview", "bias", value=np.full(3, 0.5, np.float32))
 
-    def _labels(self, group: str, kept: Sequence[int]) -> Iterator[Array]:
+    def _labels(self, group: str, kept: Sequence[int]) -> Iterator[ArraySpec]:
         """Yield branches, tokens and words, of the positions that are kept."""
         rows = {
             branch: [_label(self._prompt(branch), position) for position in kept]
             for branch in self.branches
         }
-        yield array(group, "branch", value=list(self.branches))
-        yield array(group, "token", value=np.array(kept))
+        yield spec(group, "branch", value=list(self.branches))
+        yield spec(group, "token", value=np.array(kept))
         for column, name in enumerate(("token_text", "word", "word_index")):
             value = [[row[column] for row in rows[branch]] for branch in self.branches]
-            yield array(group, name, value=np.array(value) if name == "word_index" else value)
+            yield spec(group, name, value=np.array(value) if name == "word_index" else value)
 
     def _prompt(self, branch: str) -> list[str]:
         return self.words if branch == "cond" else self.asked.negative_prompt.split()
 
-    def _text(self) -> Iterator[Array]:
+    def _text(self) -> Iterator[ArraySpec]:
         group, branches = "text/text_encoder", len(self.branches)
         yield from self._labels(group, range(POSITIONS))
         ids = np.arange(branches * POSITIONS).reshape(branches, POSITIONS)
-        yield array(group, "token_id", value=ids)
+        yield spec(group, "token_id", value=ids)
         values = self.draw.standard_normal((3, branches, POSITIONS, FEATURES)).astype(np.float32)
         for name, value in (
             ("embedding", values[0]),
             ("hidden", values[1:]),
             ("output", values[-1]),
         ):
-            yield array(group, name, dtype="float32", value=value, recorded_dtype="float32")
+            yield spec(group, name, dtype="float32", value=value, recorded_dtype="float32")
         causal = np.tri(POSITIONS) / np.arange(1, POSITIONS + 1)[:, None]
         shape = (2, branches, HEADS, POSITIONS, POSITIONS)
-        yield array(group, "attention", value=np.broadcast_to(causal, shape).astype(np.float16))
+        yield spec(group, "attention", value=np.broadcast_to(causal, shape).astype(np.float16))
 
-    def _attention(self) -> Iterator[Array]:
+    def _attention(self) -> Iterator[ArraySpec]:
         kept = [*range(len(self.words) + 2), REST]
         steps = self.asked.steps
         for number, (group, (grid, layers)) in enumerate(self.grids.items()):
             yield from self._labels(group, kept)
-            yield array(group, "layer", value=list(layers))
-            yield array(group, "moment", value=list(MOMENTS))
-            yield array(group, "recorded", value=np.ones(steps, np.uint8))
+            yield spec(group, "layer", value=list(layers))
+            yield spec(group, "moment", value=list(MOMENTS))
+            yield spec(group, "recorded", value=np.ones(steps, np.uint8))
             part = (len(kept), len(self.branches), self.asked.images, len(layers), HEADS)
-            yield array(group, "cross", (steps, *part, *grid), "float16")
-            yield array(group, "moments", (steps, *part, len(MOMENTS)))
+            yield spec(group, "cross", (steps, *part, *grid), "float16")
+            yield spec(group, "moments", (steps, *part, len(MOMENTS)))
             lengths = self.draw.random((len(self.branches), len(kept), len(layers), HEADS))
-            yield array(group, "value_size", value=lengths.astype(np.float32))
-            yield array(group, "time_sum", (*part, *grid))
+            yield spec(group, "value_size", value=lengths.astype(np.float32))
+            yield spec(group, "time_sum", (*part, *grid))
             if number == 0:
-                yield array(group, "overview", (len(kept), steps, *grid))
+                yield spec(group, "overview", (len(kept), steps, *grid))
 
-    def _inside(self) -> Iterator[Array]:
+    def _inside(self) -> Iterator[ArraySpec]:
         steps, images = self.asked.steps, self.asked.images
-        yield array("unet", "branch", value=list(self.branches))
-        yield array("unet", "module", value=list(self.modules))
-        yield array("unet", "statistic", value=list(STATISTICS))
+        yield spec("unet", "branch", value=list(self.branches))
+        yield spec("unet", "module", value=list(self.modules))
+        yield spec("unet", "statistic", value=list(STATISTICS))
         shape = (steps, 4, len(self.branches), images, len(self.modules))
-        yield array("unet", "statistics", shape)
-        yield array("vae", "module", value=["decoder.mid_block", "decoder.up_blocks.0"])
-        yield array("vae", "statistic", value=list(STATISTICS))
-        yield array("vae", "statistics", (4, images, 2))
-        yield array("cost", "component", value=["text_encoder", "unet", "vae"])
-        yield array("cost", "flops", value=np.array([10**6, 10**8, 10**7]))
+        yield spec("unet", "statistics", shape)
+        yield spec("vae", "module", value=["decoder.mid_block", "decoder.up_blocks.0"])
+        yield spec("vae", "statistic", value=list(STATISTICS))
+        yield spec("vae", "statistics", (4, images, 2))
+        yield spec("cost", "component", value=["text_encoder", "unet", "vae"])
+        yield spec("cost", "flops", value=np.array([10**6, 10**8, 10**7]))
         parameters = np.array([10**5, 10**6, 10**5])
-        yield array("cost", "parameters", value=parameters)
-        yield array("cost", "weight_bytes", value=4 * parameters)
-        yield array("cost", "unet_seconds", (steps,))
-        yield array("cost", "step_seconds", (steps,))
-        yield array("cost", "seconds", (3,))
-        yield array("cost", "peak_memory", ())
+        yield spec("cost", "parameters", value=parameters)
+        yield spec("cost", "weight_bytes", value=4 * parameters)
+        yield spec("cost", "unet_seconds", (steps,))
+        yield spec("cost", "step_seconds", (steps,))
+        yield spec("cost", "seconds", (3,))
+        yield spec("cost", "peak_memory", ())
 
 
 def _label(words: Sequence[str], position: int) -> tuple[str, str, int]:

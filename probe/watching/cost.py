@@ -12,7 +12,7 @@ import torch
 
 from probe.diffusion.family import Family
 from probe.diffusion.sampling import Step
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.system import peak_memory
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Store
@@ -39,7 +39,7 @@ class Cost(Capture):
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         flops, components = self._plan.rehearsal.flops, self._model.components()
         parameters = {part: list(components[part].parameters()) for part in flops}
         counts = [sum(p.numel() for p in parameters[part]) for part in flops]
@@ -47,14 +47,14 @@ class Cost(Capture):
             sum(p.numel() * p.element_size() for p in parameters[part]) for part in flops
         ]
         return [
-            array("cost", "component", value=list(flops)),
-            array("cost", "unet_seconds", (self._plan.calls,)),
-            array("cost", "step_seconds", (self._plan.calls,)),
-            array("cost", "seconds", (len(flops),)),
-            array("cost", "flops", value=np.array(list(flops.values()))),
-            array("cost", "parameters", value=np.array(counts)),
-            array("cost", "weight_bytes", value=np.array(weight_bytes)),
-            array("cost", "peak_memory", ()),
+            spec("cost", "component", value=list(flops)),
+            spec("cost", "unet_seconds", (self._plan.calls,)),
+            spec("cost", "step_seconds", (self._plan.calls,)),
+            spec("cost", "seconds", (len(flops),)),
+            spec("cost", "flops", value=np.array(list(flops.values()))),
+            spec("cost", "parameters", value=np.array(counts)),
+            spec("cost", "weight_bytes", value=np.array(weight_bytes)),
+            spec("cost", "peak_memory", ()),
         ]
 
     def watches(self) -> list[Watch]:

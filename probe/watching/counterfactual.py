@@ -21,7 +21,7 @@ from probe.diffusion.family import TEXT, Arguments, Family, Tokens, stacked
 from probe.diffusion.prompts import Prompt
 from probe.diffusion.sampling import Step
 from probe.errors import ExperimentError, ModelError
-from probe.format.schema import Array, array, near
+from probe.format.schema import ArraySpec, near, spec
 from probe.watching.interface import Capture, Plan, Values
 from probe.words import STUMP, alike
 
@@ -38,12 +38,12 @@ class Counterfactual(Capture):
         self._model, self._plan = model, plan
         self._arguments: Arguments | None = None
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         plan, words = self._plan, list(self._plan.words)
         shape = (plan.calls, len(words), plan.rows.images, *plan.latent_shape[2:])
         return [
-            array("counterfactual", "masked_word", value=words),
-            array("counterfactual", "change", shape),
+            spec("counterfactual", "masked_word", value=words),
+            spec("counterfactual", "change", shape),
         ]
 
     def wants(self, index: int, first: bool) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from probe.diffusion.family import Family
-from probe.format.schema import MOMENTS, Array, array
+from probe.format.schema import MOMENTS, ArraySpec, spec
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
 from probe.watching.labels import heads_of
@@ -50,7 +50,7 @@ class CrossAttention(Capture):
         )
         self._planes: dict[Grid, torch.Tensor] = {}
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         found = []
         for grid in self._plan.grids:
             group, (maps, moments) = (
@@ -59,9 +59,9 @@ class CrossAttention(Capture):
             )
             note, calls = storage_note(self._storage), self._plan.calls
             found += [
-                array(group, "moment", value=list(MOMENTS)),
-                array(group, "cross", (calls, *maps[:-1], *grid), note.dtype, **note.attributes),
-                array(group, "moments", (calls, *moments)),
+                spec(group, "moment", value=list(MOMENTS)),
+                spec(group, "cross", (calls, *maps[:-1], *grid), note.dtype, **note.attributes),
+                spec(group, "moments", (calls, *moments)),
             ]
         return found
 

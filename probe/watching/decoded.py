@@ -11,7 +11,7 @@ from probe.diffusion.family import Family
 from probe.diffusion.parts import count_not_finite, to_uint8
 from probe.diffusion.sampling import Step
 from probe.diffusion.schedule_check import unclipped_note
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.watching.interface import Capture, Plan, Store
 
 
@@ -28,18 +28,18 @@ class Decoded(Capture):
         self.not_finite: Counter[str] = Counter()
         self.in_float32 = False
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         images, channels, y, x = self._plan.latent_shape
         pixels = (images, y * self._model.f, x * self._model.f, 3)
         variables = [
-            array("images", "final", pixels),
-            array("preview", "latent_to_rgb", (channels, 3)),
-            array("preview", "bias", (3,)),
+            spec("images", "final", pixels),
+            spec("preview", "latent_to_rgb", (channels, 3)),
+            spec("preview", "bias", (3,)),
         ]
         if steps := self._plan.decoded:
             note = unclipped_note(self._model.scheduler)
-            variables.append(array("decoded", "decoded_step", value=np.array(steps)))
-            variables.append(array("decoded", "picture", (len(steps), *pixels), **note))
+            variables.append(spec("decoded", "decoded_step", value=np.array(steps)))
+            variables.append(spec("decoded", "picture", (len(steps), *pixels), **note))
         return variables
 
     def begin(self, store: Store) -> None:

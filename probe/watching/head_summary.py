@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from probe.diffusion.family import Family
-from probe.format.schema import HEAD_STATISTICS, MOMENTS, Array, array
+from probe.format.schema import HEAD_STATISTICS, MOMENTS, ArraySpec, spec
 from probe.watching.cross_attention import shares_of
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
@@ -31,15 +31,15 @@ class HeadSummary(Capture):
             modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens
         )
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         found = []
         for grid, layers in self._plan.grids.items():
             group, calls, note = grid_group(grid), self._plan.calls, storage_note(self._storage)
             (maps, _, _), (moments, _, _), (statistics, _, _) = self._shapes(grid).values()
             averaged = {"heads": f"mean of {heads_of(self._plan, layers, grid)}"}
             found += [
-                array(group, "moment", value=list(MOMENTS)),
-                array(
+                spec(group, "moment", value=list(MOMENTS)),
+                spec(
                     group,
                     "cross",
                     (calls, *maps[:-1], *grid),
@@ -47,9 +47,9 @@ class HeadSummary(Capture):
                     **note.attributes,
                     **averaged,
                 ),
-                array(group, "moments", (calls, *moments)),
-                array(group, "head_statistic", value=list(HEAD_STATISTICS)),
-                array(group, "head_statistics", (calls, *statistics)),
+                spec(group, "moments", (calls, *moments)),
+                spec(group, "head_statistic", value=list(HEAD_STATISTICS)),
+                spec(group, "head_statistics", (calls, *statistics)),
             ]
         return found
 

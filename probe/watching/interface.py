@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from probe.format.schema import FORMAT_VERSION, Array
+from probe.format.schema import FORMAT_VERSION, ArraySpec
 from probe.settings.experiment import Experiment
 from probe.settings.noising import Noising
 from probe.settings.recipe import Recipe
@@ -68,7 +68,7 @@ class Capture(Protocol):
     calls_model: bool = False  # whether `take` calls the model: nobody watches it then
     finishing: str = ""  # what `finish` does, if it takes a while: "Decoding the picture"
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         """Return the variables that it adds, with their sizes."""
         return []
 
@@ -225,7 +225,7 @@ class Plan:
         return by_grid(self.self_layers)
 
     @cached_property
-    def arrays(self) -> tuple[Array, ...]:
+    def arrays(self) -> tuple[ArraySpec, ...]:
         """Every variable of the recording that its format has."""
         across = self.recipe.across
         specs = (

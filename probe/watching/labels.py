@@ -10,7 +10,7 @@ import numpy as np
 from probe.diffusion.family import Family
 from probe.diffusion.prompts import Prompt
 from probe.errors import ExperimentError
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.watching.interface import Capture, Grid, Plan, grid_group
 
 
@@ -20,7 +20,7 @@ def token_labels(
     branches: Sequence[str],
     positions: Sequence[int],
     encoder: str | None = None,
-) -> list[Array]:
+) -> list[ArraySpec]:
     """Return the coordinates branch, token, token_text, word and word_index of a group.
 
     They are as a text encoder reads the prompts (default: the first).
@@ -38,11 +38,11 @@ def token_labels(
         return prompt.words[prompt.word_of[position]] if prompt.word_of[position] >= 0 else ""
 
     return [
-        array(group, "branch", value=list(branches)),
-        array(group, "token", value=np.array(positions)),
-        array(group, "token_text", value=rows(lambda prompt, p: prompt.tokens[p], "rest")),
-        array(group, "word", value=rows(word, "")),
-        array(group, "word_index", value=np.array(rows(lambda prompt, p: prompt.word_of[p], -1))),
+        spec(group, "branch", value=list(branches)),
+        spec(group, "token", value=np.array(positions)),
+        spec(group, "token_text", value=rows(lambda prompt, p: prompt.tokens[p], "rest")),
+        spec(group, "word", value=rows(word, "")),
+        spec(group, "word_index", value=np.array(rows(lambda prompt, p: prompt.word_of[p], -1))),
     ]
 
 
@@ -65,12 +65,12 @@ class GridLabels(Capture):
     def __init__(self, model: Family, plan: Plan):
         self._plan = plan
 
-    def arrays(self) -> list[Array]:
-        plan, found = self._plan, list[Array]()
+    def arrays(self) -> list[ArraySpec]:
+        plan, found = self._plan, list[ArraySpec]()
         recorded = np.zeros(plan.calls, np.uint8)
         recorded[list(plan.recorded)] = 1
         for grid, layers in plan.grids.items():
             group = grid_group(grid)
             found += token_labels(group, plan, plan.kept_branches, plan.kept.positions)
-            found += [array(group, "layer", value=layers), array(group, "recorded", value=recorded)]
+            found += [spec(group, "layer", value=layers), spec(group, "recorded", value=recorded)]
         return found

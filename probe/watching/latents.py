@@ -8,7 +8,7 @@ import torch
 from probe.diffusion.family import Family
 from probe.diffusion.sampling import Step
 from probe.diffusion.schedule import fresh, set_steps
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.settings.experiment import Experiment
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
 
@@ -24,18 +24,18 @@ class Levels(Capture):
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._scheduler = plan, model.scheduler
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         schedule, scheduler = self._plan.schedule, fresh(self._scheduler)
         if isinstance(self._plan.recipe, Experiment):
             set_steps(scheduler, self._plan.recipe.steps)
         table = np.array([float(s) for s in getattr(scheduler, "sigmas", schedule.sigmas)])
         return [
-            array("", "step", value=np.arange(self._plan.calls)),
-            array("", "timestep", value=np.array(schedule.timesteps)),
-            array("", "sigma", value=np.array(schedule.sigmas)),
-            array("", "alpha_bar", value=np.array(schedule.alpha_bars)),
-            array("", "committed", (self._plan.calls,)),
-            array("latents", "scheduler_sigmas", value=table),
+            spec("", "step", value=np.arange(self._plan.calls)),
+            spec("", "timestep", value=np.array(schedule.timesteps)),
+            spec("", "sigma", value=np.array(schedule.sigmas)),
+            spec("", "alpha_bar", value=np.array(schedule.alpha_bars)),
+            spec("", "committed", (self._plan.calls,)),
+            spec("latents", "scheduler_sigmas", value=table),
         ]
 
 
@@ -47,14 +47,14 @@ class Latents(Capture):
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._dtype = plan, model.dtype
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         shape = self._plan.latent_shape
         dtype, note = numpy_dtype(self._dtype), dtype_note(self._dtype)
         branches = [f"prediction_{branch}" for branch in self._plan.computed_branches]
         names = ["latents", *branches, "prediction"]
         return [
-            *(array("latents", name, (self._plan.calls, *shape), dtype, **note) for name in names),
-            array("latents", "final_latents", shape, dtype, **note),
+            *(spec("latents", name, (self._plan.calls, *shape), dtype, **note) for name in names),
+            spec("latents", "final_latents", shape, dtype, **note),
         ]
 
     def take(self, step: Step) -> Values:

@@ -11,7 +11,7 @@ from torch import nn
 
 from probe.diffusion.family import Family
 from probe.errors import ExperimentError
-from probe.format.schema import STATISTICS, Array, array
+from probe.format.schema import STATISTICS, ArraySpec, spec
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
 from probe.watching.measures import statistics_of
@@ -85,7 +85,7 @@ class UnetOutputs(Capture):
         self._plan, self._dtype = plan, model.dtype
         self._outputs = outputs_of(model, plan, self.component)
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         rows = (len(self._plan.computed_branches), self._plan.rows.images)
         return _arrays(
             self._plan, self._outputs, self.component, (self._plan.calls,), rows, self._dtype
@@ -118,7 +118,7 @@ class VaeOutputs(Capture):
         # A VAE that overflows in float16 decodes again in float32.
         self._outputs = outputs_of(model, plan, self.component, replace=True)
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         return _arrays(
             self._plan, self._outputs, self.component, (), (self._plan.rows.images,), self._dtype
         )
@@ -143,7 +143,7 @@ class TextOutputs(Capture):
         self._outputs = outputs_of(model, plan, component)
         self._branch, self._seen = "", dict[str, dict[str, torch.Tensor]]()
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         return _arrays(
             self._plan,
             self._outputs,
@@ -202,17 +202,17 @@ def _arrays(
     lead: tuple[int, ...],
     rows: tuple[int, ...],
     dtype: torch.dtype,
-) -> list[Array]:
-    found = list[Array]()
+) -> list[ArraySpec]:
+    found = list[ArraySpec]()
     if component != "vae" and (outputs.statistics or outputs.whole):
-        found.append(array(component, "branch", value=list(plan.computed_branches)))
+        found.append(spec(component, "branch", value=list(plan.computed_branches)))
     if outputs.statistics:
         names = [path.removeprefix(f"{component}.") for path in outputs.statistics]
         found += [
-            array(component, "module", value=names),
-            array(component, "statistic", value=list(STATISTICS)),
+            spec(component, "module", value=names),
+            spec(component, "statistic", value=list(STATISTICS)),
         ]
-        found.append(array(component, "statistics", (*lead, len(STATISTICS), *rows, len(names))))
+        found.append(spec(component, "statistics", (*lead, len(STATISTICS), *rows, len(names))))
     for path in outputs.whole:
         shape = plan.rehearsal.outputs[path]
         batch = 1 if component.startswith("text_encoder") else int(torch.Size(rows).numel())
@@ -224,7 +224,7 @@ def _arrays(
             )
         group = variable_of(path).rpartition("/")[0]
         found.append(
-            array(
+            spec(
                 group,
                 "activation",
                 (*lead, *rows, *shape[1:]),

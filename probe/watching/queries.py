@@ -13,7 +13,7 @@ import torch
 
 from probe.diffusion.family import Family
 from probe.errors import ExperimentError
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
 from probe.watching.labels import heads_of
@@ -35,11 +35,11 @@ class Queries(Capture):
             modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens
         )
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         kind = str(self._dtype).removeprefix("torch.")
         shapes = {grid: self._shapes(grid)["query"][0] for grid in self._plan.grids}
         return [
-            array(grid_group(grid), "query", (self._plan.calls, *shape[:-1], *grid), kind)
+            spec(grid_group(grid), "query", (self._plan.calls, *shape[:-1], *grid), kind)
             for grid, shape in shapes.items()
         ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from probe.diffusion.family import Family
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
 from probe.watching.labels import heads_of
@@ -29,14 +29,14 @@ class SelfAttention(Capture):
             self_attention(model.unet), plan.self_layers, plan.rows, self._shapes, self._read
         )
 
-    def arrays(self) -> list[Array]:
-        plan, note, found = self._plan, storage_note(self._storage), list[Array]()
+    def arrays(self) -> list[ArraySpec]:
+        plan, note, found = self._plan, storage_note(self._storage), list[ArraySpec]()
         for grid, layers in plan.self_grids.items():
             group, (shape, _, _) = f"self_{grid_group(grid)}", self._shapes(grid)["self"]
             found += [
-                array(group, "branch", value=list(plan.kept_branches)),
-                array(group, "layer", value=layers),
-                array(
+                spec(group, "branch", value=list(plan.kept_branches)),
+                spec(group, "layer", value=layers),
+                spec(
                     group,
                     "self",
                     (plan.calls, *shape[:-2], *grid, *grid),

@@ -15,7 +15,7 @@ from probe.diffusion.family import Family
 from probe.diffusion.sampling import Start, Step, arranged, memory_format
 from probe.diffusion.schedule_check import unclipped_note
 from probe.diffusion.start import begun, memory_formats, restart
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
 
 
@@ -30,7 +30,7 @@ class Source(Capture):
         self._model, self._plan = model, plan
         self.start: Start | None = None
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         return source_arrays(self._model, self._plan)
 
     def begin(self, store: Store) -> None:
@@ -59,24 +59,24 @@ class Noised(Capture):
         self._model, self._plan = model, plan
         self.clean = self.noise = torch.empty(0)
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         plan, (images, *rest) = self._plan, self._plan.latent_shape
         found = [
             *source_arrays(self._model, plan),
-            array("source", "psnr", ()),
-            array(
+            spec("source", "psnr", ()),
+            spec(
                 "forward",
                 "denoised",
                 (plan.calls, images, *rest),
                 **unclipped_note(self._model.scheduler),
             ),
-            array("forward", "difference", (plan.calls, images, *rest)),
-            *(array("forward", name, (plan.calls, images)) for name in ("loss", "noise_loss")),
-            *(array("forward", name, (plan.calls,)) for name in ("loss_mean", "loss_spread")),
+            spec("forward", "difference", (plan.calls, images, *rest)),
+            *(spec("forward", name, (plan.calls, images)) for name in ("loss", "noise_loss")),
+            *(spec("forward", name, (plan.calls,)) for name in ("loss_mean", "loss_spread")),
         ]
         if masks := plan.masks:
-            found.append(array("source", "masked", value=list(masks)))
-            found.append(array("source", "mask", value=np.stack(list(masks.values()))))
+            found.append(spec("source", "masked", value=list(masks)))
+            found.append(spec("source", "mask", value=np.stack(list(masks.values()))))
         return found
 
     def begin(self, store: Store) -> None:
@@ -114,13 +114,13 @@ class Noised(Capture):
         return []
 
 
-def source_arrays(model: Family, plan: Plan) -> list[Array]:
+def source_arrays(model: Family, plan: Plan) -> list[ArraySpec]:
     """The picture, its latents and their noise."""
     dtype, note = numpy_dtype(model.dtype), dtype_note(model.dtype)
     latents = [
-        array("forward", name, plan.latent_shape, dtype, **note) for name in ("clean", "noise")
+        spec("forward", name, plan.latent_shape, dtype, **note) for name in ("clean", "noise")
     ]
-    return [array("source", "picture", value=plan.picture), *latents]
+    return [spec("source", "picture", value=plan.picture), *latents]
 
 
 def noised(

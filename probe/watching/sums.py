@@ -12,7 +12,7 @@ import torch
 from probe.analysis.maps import maps_of, probabilities, resize
 from probe.diffusion.family import Family
 from probe.errors import RecordingDamaged
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.watching.interface import Capture, Grid, Plan, Store, grid_group
 from probe.watching.labels import heads_of
 
@@ -29,13 +29,11 @@ class Sums(Capture):
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._mode = plan, plan.recipe.capture.attention
 
-    def arrays(self) -> list[Array]:
-        found = [
-            array(grid_group(grid), "time_sum", self._shape(grid)) for grid in self._plan.grids
-        ]
+    def arrays(self) -> list[ArraySpec]:
+        found = [spec(grid_group(grid), "time_sum", self._shape(grid)) for grid in self._plan.grids]
         largest = next(iter(self._plan.grids))
         overview = (len(self._plan.kept.positions), self._plan.calls, *largest)
-        return [*found, array(grid_group(largest), "overview", overview)]
+        return [*found, spec(grid_group(largest), "overview", overview)]
 
     def _shape(self, grid: Grid) -> tuple[int, ...]:
         plan, layers = self._plan, self._plan.grids[grid]

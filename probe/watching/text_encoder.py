@@ -11,7 +11,7 @@ import torch
 
 from probe.diffusion.family import Family
 from probe.errors import CaptureError
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.watching.conditions import FINITE, NOT_FINITE
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Store, as_numpy, numpy_dtype
@@ -53,7 +53,7 @@ class TextEncoder(Capture):
         self._tray = Tray([f"{branch} {part}" for branch in self._read for part in parts])
         self._sides: dict[tuple[str, int], torch.Tensor] = {}
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[ArraySpec]:
         plan, config, group = self._plan, self._config, f"text/{self.component}"
         branches, tokens, layers = (
             len(plan.computed_branches),
@@ -70,15 +70,15 @@ class TextEncoder(Capture):
         pooled = (
             []
             if self._pooled is None
-            else [array(group, "pooled", (branches, int(config.projection_dim)), dtype)]
+            else [spec(group, "pooled", (branches, int(config.projection_dim)), dtype)]
         )
         return [
             *token_labels(group, plan, plan.computed_branches, range(tokens), self.component),
-            array(group, "token_id", value=ids),
-            array(group, "embedding", state, dtype),
-            array(group, "hidden", (layers, *state), dtype),
-            array(group, "output", state, dtype),
-            array(
+            spec(group, "token_id", value=ids),
+            spec(group, "embedding", state, dtype),
+            spec(group, "hidden", (layers, *state), dtype),
+            spec(group, "output", state, dtype),
+            spec(
                 group,
                 "attention",
                 (layers, branches, int(config.num_attention_heads), tokens, tokens),

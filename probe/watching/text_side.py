@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from probe.diffusion.family import Family
-from probe.format.schema import Array, array
+from probe.format.schema import ArraySpec, spec
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Values, grid_group
 from probe.watching.labels import heads_of
@@ -36,16 +36,16 @@ class TextSide(Capture):
         self._rows = [plan.rows.of(branch)[0] for branch in plan.kept_branches]
         self._tray = Tray([f"{side} {path}" for path in plan.layers for side in ("key", "value")])
 
-    def arrays(self) -> list[Array]:
-        plan, found = self._plan, list[Array]()
+    def arrays(self) -> list[ArraySpec]:
+        plan, found = self._plan, list[ArraySpec]()
         for grid, layers in plan.grids.items():
             group, heads = grid_group(grid), heads_of(plan, layers, grid)
             lead = (len(plan.kept_branches), len(plan.kept.positions), len(layers))
             found.append(
-                array(group, "value_size", (*lead, 1 if self._mode == "summary" else heads))
+                spec(group, "value_size", (*lead, 1 if self._mode == "summary" else heads))
             )
             if self._mode == "queries":
-                found.append(array(group, "key", (*lead, heads, width_of(plan, grid))))
+                found.append(spec(group, "key", (*lead, heads, width_of(plan, grid))))
         return found
 
     def watches(self) -> list[Watch]:

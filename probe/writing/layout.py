@@ -13,7 +13,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
-from probe.format.schema import Array
+from probe.format.schema import ArraySpec
 from probe.writing import files
 from probe.writing.chunks import checked
 from probe.writing.digests import DIGESTS, line, marks
@@ -21,7 +21,7 @@ from probe.writing.digests import DIGESTS, line, marks
 BLOCK = 4096  # of a file on nearly every disk: it takes a whole number of these
 
 
-def create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
+def create(folder: Path, arrays: Sequence[ArraySpec], attributes: dict[str, Any]) -> None:
     """Create every variable of a recording in an empty folder, and write those with a value."""
     told: list[bytes] = []
     flags = b""
@@ -51,7 +51,7 @@ def create(folder: Path, arrays: Sequence[Array], attributes: dict[str, Any]) ->
     files.replace(folder / DIGESTS, told, False)
 
 
-def open_array(path: Path, a: Array) -> Any:
+def open_array(path: Path, a: ArraySpec) -> Any:
     """Return a variable as a zarr array to write into.
 
     Variables with a chunk a step go through the Rust codecs, all others through zarr-python.
@@ -66,9 +66,9 @@ def open_array(path: Path, a: Array) -> Any:
         return zarr.open_array(LocalStore(path), path=a.path, mode="r+")
 
 
-def attributes_in_files(arrays: Sequence[Array]) -> Iterator[tuple[Array, dict[str, Any]]]:
+def attributes_in_files(arrays: Sequence[ArraySpec]) -> Iterator[tuple[ArraySpec, dict[str, Any]]]:
     """Yield each variable with its attributes, the names of its coordinates included."""
-    coordinates: dict[str, list[Array]] = {}
+    coordinates: dict[str, list[ArraySpec]] = {}
     for a in arrays:
         if a.variable.coordinate and a.dims != (a.variable.name,):
             coordinates.setdefault(a.group, []).append(a)
@@ -81,12 +81,12 @@ def attributes_in_files(arrays: Sequence[Array]) -> Iterator[tuple[Array, dict[s
         yield a, {**told, **a.attributes, **attached}
 
 
-def fill_value(a: Array) -> float:
+def fill_value(a: ArraySpec) -> float:
     """Return what stands where nothing was written yet: NaN or 0."""
     return float("nan") if np.dtype(a.dtype).kind == "f" else 0
 
 
-def layout(a: Array) -> dict[str, Any]:
+def layout(a: ArraySpec) -> dict[str, Any]:
     """Return type, chunks and checksums of a variable, as zarr's `create_array` takes them.
 
     Each step is one file; of maps, each token is a chunk in that file. Nothing is compressed: on
@@ -125,7 +125,7 @@ def layout(a: Array) -> dict[str, Any]:
     return described
 
 
-def room(arrays: Sequence[Array], sizes: Mapping[str, int]) -> int:
+def room(arrays: Sequence[ArraySpec], sizes: Mapping[str, int]) -> int:
     """Return the bytes that a recording takes on a disk, with metadata and pictures.
 
     Files are counted in whole blocks. `sizes` holds the bytes written of each variable, by path.

@@ -33,7 +33,7 @@ import numpy as np
 import zarr
 
 from probe.errors import ProbeError, RecordingBusy, RecordingDamaged, RecordingNotFound
-from probe.format.schema import Array
+from probe.format.schema import ArraySpec
 from probe.reading.files import DRAWN
 from probe.system import trouble_in, unreadable
 from probe.writing import files
@@ -73,7 +73,7 @@ class RunWriter:
     def __init__(
         self,
         path: Path,
-        arrays: Sequence[Array],
+        arrays: Sequence[ArraySpec],
         attributes: Mapping[str, Any],
         durability: str = "run",
         *,
@@ -128,7 +128,7 @@ class RunWriter:
         self._queue = Queue(self._write_step, QUEUE_BYTES)
         self._status = "interrupted"
 
-    def _begin(self, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
+    def _begin(self, arrays: Sequence[ArraySpec], attributes: dict[str, Any]) -> None:
         if os.path.lexists(self.path):
             raise RecordingBusy(
                 f"{self.path.name} exists already, and a recording is never overwritten.",
@@ -161,7 +161,7 @@ class RunWriter:
             )
         files.check_own(self.path)
 
-    def _take_over(self, arrays: Sequence[Array], attributes: dict[str, Any]) -> None:
+    def _take_over(self, arrays: Sequence[ArraySpec], attributes: dict[str, Any]) -> None:
         """Go on with a recording that its writer left.
 
         What is committed stays. Everything after it is written anew.
