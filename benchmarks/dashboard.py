@@ -28,7 +28,8 @@ import numpy as np
 
 from benchmarks.models import machine
 from benchmarks.store import LONG, attributes, measured, one_step, planned
-from probe.figures.bundle import layers_and_heads, payload
+from probe.figures.bundle import payload
+from probe.figures.channels import layers_and_heads
 from probe.figures.page import page
 from probe.reading.recording import Run, open_run
 from probe.writing.store import RunWriter

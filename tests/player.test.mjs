@@ -1,9 +1,9 @@
-// The pure parts of probe/figures/player.js: node --test tests/player.test.mjs
+// The pure parts of the player, probe/figures/payload.js: node --test tests/player.test.mjs
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import test from "node:test";
 
-import { clamp, fromAddress, high, map, nearest, open, peak, said, short, table, toAddress } from "../probe/figures/player.js";
+import { clamp, fromAddress, high, map, nearest, open, overlap, peak, said, short, span, table, toAddress } from "../probe/figures/payload.js";
 
 test("a step is said as the arrays count it and as people do", () => {
   assert.equal(said(6, 20), "6 (7th of 20)");
@@ -17,11 +17,31 @@ test("hostile numbers fall to the default", () => {
 });
 
 test("the address holds the state, keeps what is not its own, and drops what is hostile", () => {
-  const state = { step: 3, channel: 2, reading: "attention", layer: -1, head: -1, opacity: 0.35, scale: "word" };
-  const address = toAddress("?runs=a&runs=b&layer=4", state, 12);
-  assert.equal(address, "?runs=a&runs=b&step=12&word=2&opacity=0.35&scale=word");
-  assert.deepEqual(fromAddress(address), { step: 12, channel: 2, opacity: 0.35, scale: "word" });
-  assert.deepEqual(fromAddress("?step=<img src=x>&word=-1&layer=1e9&head=%00&opacity=2&scale=javascript:1"), {});
+  const steps = [0, 4, 8, 12];
+  const state = { step: 3, channel: 2, reading: "attention", branch: "cond", per: "tokens", layer: -1, head: -1, against: 1, steps: "from", from: 1, opacity: 0.35, scale: "word" };
+  const address = toAddress("?runs=a&runs=b&layer=4&reading=contribution", state, steps);
+  assert.equal(address, "?runs=a&runs=b&opacity=0.35&step=12&word=2&from=4&against=1&scale=word&steps=from&per=tokens");
+  assert.deepEqual(fromAddress(address, steps), { step: 3, channel: 2, from: 1, against: 1, opacity: 0.35, scale: "word", steps: "from", per: "tokens" });
+  assert.deepEqual(fromAddress("?step=<img src=x>&word=-1&layer=1e9&head=%00&opacity=2&scale=javascript:1&steps=some&reading=__proto__&branch=<b>&per=1", steps), {});
+  assert.equal(fromAddress("?step=3", steps).step, -1, "a step that is not recorded");
+});
+
+test("a span of steps lies within the run", () => {
+  const all = ["one", "before", "after", "from", "all"].map((steps) => span({ step: 6, steps, from: 9 }, 19));
+  assert.deepEqual(all, [[6, 6], [0, 6], [6, 19], [6, 9], [0, 19]]);
+  assert.deepEqual(span({ step: 9, steps: "from", from: 6 }, 19), [6, 9]);
+});
+
+test("overlap is the cosine of two maps", () => {
+  assert.equal(overlap(new Float32Array([1, 0]), new Float32Array([0, 1])), 0);
+  assert.ok(Math.abs(overlap(new Float32Array([1, 1]), new Float32Array([0, 1])) - Math.SQRT1_2) < 1e-6);
+  assert.ok(Number.isNaN(overlap(new Float32Array([0, 0]), new Float32Array([0, 1]))));
+});
+
+test("a map of many steps is their mean", () => {
+  const part = { kind: "numbers", shape: [1, 1, 2, 3], scales: [1, 1, 1, 1], high: [2], data: new Uint8Array([255, 0, 0, 51, 102, 153]) };
+  assert.deepEqual([...map(part, [0, 0], 0).values].map((value) => value.toFixed(3)), ["2.000", "0.400"]);
+  assert.deepEqual([...map(part, [0, 2], 0).values].map((value) => value.toFixed(3)), ["0.667", "0.800"]);
 });
 
 test("runs are synced by the logarithm of sigma", () => {
@@ -51,9 +71,9 @@ test("numbers are those that Python wrote", { skip: process.env.PAYLOAD ? false 
   const expected = JSON.parse(readFileSync(process.env.EXPECTED, "utf8"));
   assert.deepEqual(run.meta, expected.meta);
   for (const one of expected.maps) {
-    const { values, height, width } = map(run.parts.maps, one.step, one.first, one.second);
+    const { values, height, width } = map(run.parts.maps, [one.step, one.step], one.first, one.second);
     assert.deepEqual([height, width], one.shape);
     values.forEach((value, i) => assert.ok(Math.abs(value - one.values[i]) < 1e-6 * (1 + one.values[i]), `${i}: ${value} is not ${one.values[i]}`));
-    assert.ok(peak(run.parts.maps, one.first, one.second, one.step) <= high(run.parts.maps, one.first, one.second) * 1.000001);
+    assert.ok(peak(run.parts.maps, one.first, one.second, [one.step, one.step]) <= high(run.parts.maps, one.first, one.second) * 1.000001);
   }
 });

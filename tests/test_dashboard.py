@@ -21,7 +21,8 @@ from probe.dashboard import library as libraries
 from probe.dashboard.library import Library, configure
 from probe.dashboard.routes import MIDDLEWARE, ROUTES
 from probe.errors import RecordingNotFound
-from probe.figures.bundle import payload, unpack
+from probe.figures.bundle import payload
+from probe.figures.payload import unpack
 from probe.testing.synthetic import synthetic_recording
 from probe.view import begin
 
@@ -80,6 +81,11 @@ def test_recordings_are_served_by_name_alone(client: TestClient, folder: Path) -
         "maps?of=looking",
         "maps?branch=%3Cimg%3E",
         "run?image=7",
+        "maps?per=letters",
+        "latents?channel=9",
+        "latents?channel=x",
+        "places?row=1",
+        "places?row=-1",
     ],
 )
 def test_wrong_requests_are_refused(query: str, client: TestClient) -> None:

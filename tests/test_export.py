@@ -14,9 +14,10 @@ import probe
 from probe.errors import ExperimentError, PromptError, RecordingNotFound, StoreError
 from probe.export import main
 from probe.figures.animation import animated, coloured, frames, strip
-from probe.figures.bundle import payload, unpack
+from probe.figures.bundle import payload
 from probe.figures.drawing import HEAT
 from probe.figures.page import page
+from probe.figures.payload import unpack
 from probe.testing.synthetic import synthetic_recording
 
 

@@ -85,7 +85,8 @@ LAYERS = [
     ("probe.reading.lazy", "probe.reading.attention", "probe.reading.finding"),
     ("probe.reading.memory",),
     ("probe.reading.recording",),
-    ("probe.figures.drawing",),
+    ("probe.figures.drawing", "probe.figures.payload"),
+    ("probe.figures.channels",),
     (
         "probe.figures.sheets",
         "probe.figures.word_sheet",

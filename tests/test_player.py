@@ -6,21 +6,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tiny_runs import take
 
 import probe
 from probe.errors import ExperimentError, RecordingNotFound
-from probe.figures.bundle import KINDS, channels, layers_and_heads, numbers, pack, payload, unpack
+from probe.figures.bundle import latent_channel, payload
+from probe.figures.channels import KINDS, channels, layers_and_heads, places
+from probe.figures.page import asset, script
+from probe.figures.payload import numbers, pack, unpack
 from probe.reading.recording import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST = ROOT / "tests" / "player.test.mjs"
 NODE = shutil.which("node")
+OWN = {"payload": [], "drawing": ["./payload.js"], "player": ["./drawing.js", "./payload.js"]}
 needs_node = pytest.mark.skipif(NODE is None, reason="needs node: apt install nodejs")
 
 
@@ -152,34 +159,124 @@ def test_numbers_keep_what_is_not_finite_out() -> None:
         pack({"sigma": float("nan")}, {})
 
 
-def test_snippets_give_the_arrays_that_are_shown(run: Run) -> None:
-    head, found = unpack(payload(run))
-    snippets = head["meta"]["snippets"]
-    for name, values in (
-        ("attention", {"step": "7", "word": "1", "kind": ""}),
-        ("kind", {"step": "7", "word": "6", "kind": "rest"}),
-    ):
-        code = snippets[name]
-        for key, value in values.items():
-            code = code.replace("{" + key + "}", value)
-        *before, last = code.strip().split("\n")
-        scope: dict[str, object] = {}
-        exec("\n".join(before), scope)
-        got = eval(last, scope)
-        shown = found["maps"][int(values["word"]), :, :, 7]
-        assert got.dims == ("y", "x") and abs(got.values - shown).max() <= shown.max() / 100
+def filled(snippet: str, run: Run, **values: object) -> np.ndarray:
+    """Return what a snippet gives, with its gaps filled as the player fills them."""
+    for name, value in {"mean": "", "kind": "", **values}.items():
+        snippet = snippet.replace(f"{{{name}}}", str(value))
+    scope: dict[str, object] = {}
+    exec(f"import probe\n\nrun = probe.open_run({str(run.path)!r})\ngot = {snippet}", scope)
+    got: Any = scope["got"]
+    assert got.dims == ("y", "x")
+    return np.asarray(got.values)
 
 
-def test_the_player_is_one_small_module() -> None:
-    text = (ROOT / "probe" / "figures" / "player.js").read_text(encoding="utf-8")
+def close(one: np.ndarray, two: np.ndarray) -> bool:
+    return bool(abs(one - two).max() <= two.max() / 100)
+
+
+def test_snippets_give_the_maps_that_are_shown(run: Run) -> None:
+    head, parts = unpack(payload(run))
+    snippets, maps = head["meta"]["snippets"], parts["maps"]
+    assert close(maps[1, :, :, 7], filled(snippets["word"], run, step=7, word=1))
+    assert close(maps[6, :, :, 7], filled(snippets["kind"], run, step=7, kind="rest"))
+    span = {"step": "slice(3, 7)", "mean": ".mean('step')"}
+    assert close(maps[2, :, :, 3:8].mean(-1), filled(snippets["word"], run, word=2, **span))
+
+
+@pytest.mark.parametrize(
+    ("of", "branch", "per"),
+    [
+        ("contribution", "cond", "words"),
+        ("attention", "uncond", "tokens"),
+        ("contribution", "cond", "tokens"),
+    ],
+)
+def test_snippets_of_other_readings(of: Any, branch: str, per: Any, run: Run) -> None:
+    head, parts = unpack(channels(run, of, branch, per))
+    wanted = filled(head["meta"]["snippets"]["word"], run, step=4, word=1)
+    assert close(parts["maps"][1, :, :, 4], wanted)
+
+
+def test_snippets_of_a_head(run: Run) -> None:
+    head, parts = unpack(layers_and_heads(run, 1))
+    meta = head["meta"]
+    layer = next(i for i, path in enumerate(meta["layers"]) if path.startswith("down"))
+    here = {"step": 4, "layer": meta["layers"][layer], "head": 2}
+    shown = parts["maps"][layer, 2, :, :, 4]
+    wanted = filled(meta["snippets"]["word"], run, word=1, **here)
+    assert wanted.shape == shown.shape and abs(shown - wanted).max() <= wanted.max() / 60
+    filled(meta["snippets"]["kind"], run, kind="rest", **here)
+    layer, head_, share = meta["ranking"][0]
+    maps = run.word_maps(layers=meta["layers"][layer], over=()).isel(word=1, image=0, layer=0)
+    assert share == pytest.approx(float(maps.isel(head=head_).mean()), rel=1e-3)
+    assert len(meta["ranking"]) == 6
+
+
+def test_tokens_are_channels_too(run: Run) -> None:
+    head, parts = unpack(channels(run, per="tokens"))
+    labels = [(one["label"], one["kind"]) for one in head["meta"]["channels"]]
+    assert labels[0] == ("start", "start") and labels[-1] == ("padding", "padding")
+    assert ("astronaut", "word") in labels and ("end", "end") in labels
+    assert len(parts["maps"]) == run.attention().sizes["token"]
+    heads, _ = unpack(layers_and_heads(run, labels.index(("astronaut", "word")), per="tokens"))
+    words, _ = unpack(layers_and_heads(run, 1))
+    assert heads["meta"]["shares"] == words["meta"]["shares"]
+    with pytest.raises(RecordingNotFound, match="no channel 99"):
+        layers_and_heads(run, 99, per="tokens")
+
+
+def test_one_channel_of_the_latents(run: Run) -> None:
+    head, _ = unpack(latent_channel(run, 2))
+    values = run.latents.isel(channel=2, image=0).values
+    assert f"{abs(values).max():.3g}" in head["meta"]["note"]
+    assert head["parts"]["latents"]["shape"] == [20, 16, 16, 3]
+    with pytest.raises(RecordingNotFound, match="no channel 4"):
+        latent_channel(run, 4)
+
+
+@pytest.fixture(scope="module")
+def looking(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A recording of a tiny model with self-attention."""
+    capture = {"self_attention": ["*"], "steps": "0,2"}
+    return take(tmp_path_factory.mktemp("looking"), steps=3, capture=capture)
+
+
+def test_where_places_look(looking: Run) -> None:
+    group = max(looking.tree["self_attention"].children, key=lambda name: int(name.split("x")[0]))
+    stored = looking.variable(f"self_attention/{group}/self").load()
+    head, parts = unpack(places(looking, (1, 2), (0, 0)))
+    meta = head["meta"]
+    assert meta["map_steps"] == [0, 2] and meta["channels"][0]["label"] == "rows 1 to 2, column 0"
+    wanted = stored.sel(branch="cond").isel(image=0, y=slice(1, 3), x=slice(0, 1), step=[0, 2])
+    wanted = wanted.astype("float32").mean(["layer", "head", "y", "x"]).values
+    assert abs(parts["maps"][0].transpose(2, 0, 1) - wanted).max() <= wanted.max() / 200
+    snippet = meta["snippets"]["word"] + ".rename(key_y='y', key_x='x')"
+    got = filled(snippet, looking, step=2)
+    assert close(parts["maps"][0, :, :, 1], got)
+    with pytest.raises(ExperimentError, match="rows 0 to 99 are not in the grid"):
+        places(looking, (0, 99), (0, 0))
+    with pytest.raises(RecordingNotFound, match="uncond"):
+        places(looking, (0, 0), (0, 0), branch="uncond")
+
+
+def test_without_self_attention_the_setting_is_named(run: Run) -> None:
+    with pytest.raises(RecordingNotFound, match=r"capture\.self_attention"):
+        places(run, (0, 0), (0, 0))
+
+
+@pytest.mark.parametrize("name", ["payload", "drawing", "player"])
+def test_the_player_is_small_and_asks_nobody(name: str) -> None:
+    text = asset(f"{name}.js")
     assert len(text.splitlines()) <= 900
-    for word in (
-        "innerHTML",
-        "outerHTML",
-        "insertAdjacentHTML",
-        "eval(",
-        "http:",
-        "https:",
-        "import ",
-    ):
+    assert re.findall(r'^import .* from "([^"]*)"', text, re.M) == sorted(set(OWN[name]))
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval(", "http:", "https:"):
         assert word not in text, word
+    assert "import " not in re.sub(r"^import .*$", "", text, flags=re.M)
+
+
+@needs_node
+def test_the_players_files_are_one_module(tmp_path: Path) -> None:
+    (tmp_path / "one.mjs").write_text(script())
+    done = subprocess.run([str(NODE), "--check", tmp_path / "one.mjs"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "\nimport " not in script() and "export function mount(" in script()

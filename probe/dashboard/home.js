@@ -25,12 +25,11 @@ export default async function ({ data, parentElement }) {
   try {
     const runs = await Promise.all(data.runs.map(async (run) => open(await get(address("run", { run })))));
     if (homes.get(parentElement) !== home) return home.clean;
-    const state = fromAddress(location.search);
-    if (state.step !== undefined) state.step = runs[0].meta.steps.indexOf(state.step);
+    const { steps } = runs[0].meta;
     home.player = mount(parentElement, runs, {
-      state,
+      state: fromAddress(location.search, steps),
       ask: (run, { what, ...fields }) => get(address(what, { run: data.runs[run], ...fields })),
-      changed: (now) => history.replaceState(history.state, "", toAddress(location.search, now, runs[0].meta.steps[now.step]) + location.hash),
+      changed: (now) => history.replaceState(history.state, "", toAddress(location.search, now, steps) + location.hash),
     });
     home.player.box.classList.add("streamlit");
   } catch (error) {

@@ -6,11 +6,11 @@ from importlib import resources
 
 import streamlit as st
 
-from probe.figures.page import asset
+from probe.figures.page import asset, script
 
 _home = resources.files("probe.dashboard").joinpath("home.js").read_text(encoding="utf-8")
 _component = st.components.v2.component(
-    "probe_player", js=asset("player.js") + _home, css=asset("player.css")
+    "probe_player", js=script() + _home, css=asset("player.css")
 )
 
 

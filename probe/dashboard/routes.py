@@ -3,6 +3,9 @@
 GET /probe/run?run=ID                            pictures, maps and curves
 GET /probe/heads?run=ID&channel=1                one word in every layer and head
 GET /probe/maps?run=ID&of=contribution           maps read in another way
+GET /probe/maps?run=ID&per=tokens&branch=uncond  a map for each token, of another branch
+GET /probe/latents?run=ID&channel=2              one channel of the latents
+GET /probe/places?run=ID&row=3&row_to=5&column=8 where some places look
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from starlette.routing import Route
 
 from probe.dashboard.library import library
 from probe.errors import ExperimentError, ProbeError
-from probe.figures.bundle import channels, layers_and_heads, payload
-from probe.reading.recording import Run
+from probe.figures.bundle import latent_channel, payload
+from probe.figures.channels import channels, layers_and_heads, places
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -34,24 +37,54 @@ def _whole(request: Request, name: str, default: int = 0) -> int:
     return int(text)
 
 
+def _span(request: Request, name: str) -> tuple[int, int]:
+    """Return the first and the last of the rows or columns in the query. Raise ValueError."""
+    first = _whole(request, name)
+    return first, _whole(request, f"{name}_to", first)
+
+
+def _nothing(request: Request) -> tuple[Any, ...]:
+    del request
+    return ()
+
+
+def _heads(request: Request) -> tuple[Any, ...]:
+    query = request.query_params
+    return _whole(request, "channel"), query.get("branch", "cond"), query.get("per", "words")
+
+
+def _maps(request: Request) -> tuple[Any, ...]:
+    query = request.query_params
+    return query.get("of", "attention"), query.get("branch", "cond"), query.get("per", "words")
+
+
+def _latents(request: Request) -> tuple[Any, ...]:
+    return (_whole(request, "channel"),)
+
+
+def _places(request: Request) -> tuple[Any, ...]:
+    branch = request.query_params.get("branch", "cond")
+    return _span(request, "row"), _span(request, "column"), branch
+
+
+# What is made of a run, and what of it the query asks for; the image comes last.
+MADE: dict[str, tuple[Callable[..., bytes], Callable[[Request], tuple[Any, ...]]]] = {
+    "run": (payload, _nothing),
+    "heads": (layers_and_heads, _heads),
+    "maps": (channels, _maps),
+    "latents": (latent_channel, _latents),
+    "places": (places, _places),
+}
+
+
 def _answer(request: Request) -> Response:  # a plain function: starlette runs it in a thread
-    asked = request.query_params
     what = request.url.path.rpartition("/")[2]
+    make, asked = MADE[what]
     try:
-        image = _whole(request, "image")
-        make: Callable[[Run], bytes]
-        if what == "run":
-            given: tuple[Any, ...] = (what, image)
-            make = lambda run: payload(run, image)  # noqa: E731
-        elif what == "heads":
-            channel, branch = _whole(request, "channel"), asked.get("branch", "cond")
-            given = (what, image, channel, branch)
-            make = lambda run: layers_and_heads(run, channel, branch, image)  # noqa: E731
-        else:
-            of, branch = asked.get("of", "attention"), asked.get("branch", "cond")
-            given = (what, image, of, branch)
-            make = lambda run: channels(run, of, branch, image)  # type: ignore[arg-type]  # noqa: E731
-        content, tag = library().payload(asked.get("run", ""), given, make)
+        given = (*asked(request), _whole(request, "image"))
+        content, tag = library().payload(
+            request.query_params.get("run", ""), (what, *given), lambda run: make(run, *given)
+        )
     except ProbeError as error:
         status = 400 if isinstance(error, ExperimentError) else 404
         return PlainTextResponse(str(error), status, HEADERS)
@@ -63,13 +96,11 @@ def _answer(request: Request) -> Response:  # a plain function: starlette runs i
     return Response(content, media_type="application/octet-stream", headers=headers)
 
 
-ROUTES = [Route(f"/probe/{what}", _answer) for what in ("run", "heads", "maps")]
+ROUTES = [Route(f"/probe/{what}", _answer) for what in MADE]
 
 
 class Local:
-    """Refuse whoever reached this machine under another name, as a page elsewhere that resolves to
-    it.
-    """
+    """Refuse whoever reached this machine by another name: a page elsewhere may resolve to it."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

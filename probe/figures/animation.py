@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from probe.errors import RecordingNotFound
-from probe.figures.bundle import COLUMNS
 from probe.figures.drawing import HEAT
+from probe.figures.payload import COLUMNS
 from probe.reading.recording import Run
 
 SIDE = 256  # at least so many pixels high, by whole factors: square pixels stay square

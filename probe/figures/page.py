@@ -11,7 +11,9 @@ import html
 from collections.abc import Sequence
 from importlib import resources
 
-from probe.figures.bundle import facts, layers_and_heads, payload, prompt_of, unpack
+from probe.figures.bundle import facts, payload, prompt_of
+from probe.figures.channels import layers_and_heads
+from probe.figures.payload import unpack
 from probe.reading.recording import Run
 
 POLICY = (
@@ -36,21 +38,24 @@ const count = Number(document.body.dataset.runs);
 const ask = async (run, what) => raw(`run${run}-${what.what}-${what.channel ?? what.of}`);
 const runs = [];
 for (let i = 0; i < count; i++) runs.push(await open(raw(`run${i}`)));
-const state = fromAddress(location.search);
 const { steps } = runs[0].meta;
-if (state.step !== undefined) state.step = steps.indexOf(state.step);
 const changed = (now) => {
-  const address = toAddress(location.search, now, steps[now.step]);
-  history.replaceState(null, "", address + location.hash);
+  history.replaceState(null, "", toAddress(location.search, now, steps) + location.hash);
 };
-const options = { ask, changed, readings: [], state };
+const options = { ask, changed, full: false, state: fromAddress(location.search, steps) };
 mount(document.getElementById("player"), runs, options);
 """
 
 
 def asset(name: str) -> str:
-    """Return the text of player.js or player.css."""
+    """Return the text of a file of the player, such as player.css."""
     return resources.files("probe.figures").joinpath(name).read_text(encoding="utf-8")
+
+
+def script() -> str:
+    """Return the player as one module: its three files without their imports of each other."""
+    lines = "".join(asset(f"{name}.js") for name in ("payload", "drawing", "player")).splitlines()
+    return "\n".join(line for line in lines if not line.startswith("import ")) + "\n"
 
 
 def page(runs: Sequence[Run], everything: bool = True) -> str:
@@ -66,7 +71,7 @@ def page(runs: Sequence[Run], everything: bool = True) -> str:
     )
     title = html.escape(prompt_of(runs[0]) or runs[0].name)
     made = html.escape("  ·  ".join(facts(run) for run in runs))
-    script = asset("player.js").replace("</", "<\\/")
+    code = script().replace("</", "<\\/")
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -81,7 +86,7 @@ def page(runs: Sequence[Run], everything: bool = True) -> str:
 <div id="player"></div>
 </main>
 {data}<script type="module">
-{script}
+{code}
 {START}</script>
 </body>
 </html>

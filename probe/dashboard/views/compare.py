@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import streamlit as st
 
 from probe.dashboard.library import library
@@ -26,14 +29,23 @@ def show() -> None:
 
 
 def asked_differently(runs: list[Run]) -> list[dict[str, str]]:
-    """Return the fields of the experiments that are not the same in all runs, one row each."""
-    asked = [run.recipe.model_dump(mode="json") for run in runs]
-    fields = [name for name in asked[0] if name not in UNIMPORTANT]
+    """Return the settings that are not the same in all runs, one row each: `capture.tokens`."""
+    asked = [dict(_flat(run.recipe.model_dump(mode="json"))) for run in runs]
+    names = dict.fromkeys(name for settings in asked for name in settings)
     return [
         {
             "setting": name,
             **{run.name: str(one.get(name)) for run, one in zip(runs, asked, strict=True)},
         }
-        for name in fields
-        if any(one.get(name) != asked[0].get(name) for one in asked)
+        for name in names
+        if name not in UNIMPORTANT and any(one.get(name) != asked[0].get(name) for one in asked)
     ]
+
+
+def _flat(settings: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings by dotted names."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
