@@ -200,10 +200,10 @@ def test_a_word_a_head_and_a_place(browser: Any, tmp_path: Path) -> None:
     press(browser, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
     assert "Row 1, column 1" in player.find_element("css selector", ".tools .tip").text
     player.find_element("css selector", "summary").click()
-    assert (
-        "run.word_maps().sel(step=3).isel(word=1)"
-        in player.find_element("css selector", ".code").text
-    )
+    code = player.find_element("css selector", ".code")
+    assert "over=()).sel(step=3).isel(word=1)" in code.text and "head=" in code.text
+    player.find_element("css selector", ".heads > button").click()
+    assert "run.word_maps().sel(step=3).isel(word=1)" in code.text
     assert len(player.find_elements("css selector", ".table tr")) == 16
     time.sleep(0.6)
     assert "step=3" in browser.current_url and "word=1" in browser.current_url
@@ -226,7 +226,7 @@ def test_hostile_text_is_shown_as_it_is(browser: Any, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     runs = tmp_path_factory.mktemp("runs")
-    synthetic_recording(runs / "hostile.zarr", prompt=HOSTILE)
+    synthetic_recording(runs / "hostile.zarr", prompt=HOSTILE, size=(16, 16))
     command = [sys.executable, "-m", "probe.view", "sample", "--runs", str(runs), "--no-browser"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -261,6 +261,70 @@ def test_replay_in_the_dashboard(
     )
     assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
     assert browser.save_screenshot(str(tmp_path / "replay.png"))
+
+
+PICK = (
+    "const [box, name, value] = arguments; const s = [...box.querySelectorAll('select')]"
+    ".find(s => s.getAttribute('aria-label') === name); s.value = value;"
+    "s.dispatchEvent(new Event('change'))"
+)
+
+
+def test_other_readings_in_the_dashboard(server: str, browser: Any) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    look(browser, 1280)
+    player = opened(browser, f"{server}/?runs=sample")
+    text = "return [...arguments[0].querySelectorAll(arguments[1])].map(e => e.textContent)"
+
+    def shown(which: str) -> list[str]:
+        return [str(one) for one in browser.execute_script(text, player, which)]
+
+    def changed(name: str, value: str, which: str, before: object) -> int:
+        """Choose, and return the new picture once it is no longer the one before."""
+        browser.execute_script(PICK, player, name, value)
+        WebDriverWait(browser, 20).until(lambda driver: ink(driver, player, which) != before)
+        return ink(browser, player, which)
+
+    maps, latents = "figure.maps canvas", "figure.latents canvas"
+    now = ink(browser, player, maps)
+    now = changed("Which steps", "all", maps, now)
+    assert "mean over 20 steps, sigma 11 to 0.0413" in shown("figure.maps small")[0]
+    now = changed("Another word to take away", "2", maps, now)
+    assert "“astronaut” (orange) less “scuba” (blue)" in shown("figure.maps small")[0]
+    now = changed("What is shown", "contribution", maps, now)
+    assert shown(".question .ask")[0] == "Where is something written for"
+    browser.execute_script(PICK, player, "Words or single tokens", "tokens")
+    WebDriverWait(browser, 20).until(lambda _: shown(".chip")[0] == "start")
+    assert "overlap" in "".join(shown(".thumb small"))
+    changed("Which channel of the latents", "3", latents, ink(browser, player, latents))
+    assert "channel 3, from -" in shown("figure.latents small")[0]
+    time.sleep(0.6)
+    kept = browser.current_url
+    assert "reading=contribution" in kept and "per=tokens" in kept and "steps=all" in kept
+    player = opened(browser, kept)
+    WebDriverWait(browser, 20).until(lambda _: shown(".chip")[0] == "start")
+    assert serious(browser) == []
+    assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
+
+
+def test_a_ranked_head_and_a_wipe(server: str, browser: Any) -> None:
+    look(browser, 1280, 2400)
+    player = opened(browser, f"{server}/compare?runs=sample&runs=hostile")
+    best = "return [...arguments[0].querySelectorAll('.best button')]"
+    buttons = []
+    for _ in range(40):
+        buttons = browser.execute_script(best, player)
+        if buttons:
+            break
+        time.sleep(0.25)
+    assert len(buttons) == 6 and "head" in buttons[0].text
+    buttons[0].click()
+    assert "alone" in player.find_element("css selector", "figure.maps small").text
+    before = ink(browser, player, ".between ~ .row canvas")
+    browser.execute_script(PICK, player, "How the two are compared", "wipe")
+    assert ink(browser, player, ".between ~ .row canvas") != before
+    assert "Left sample" in player.find_element("css selector", ".between h2").text
 
 
 def test_hostile_recordings_run_nothing_in_the_dashboard(server: str, browser: Any) -> None:
