@@ -1,12 +1,12 @@
 """probe: see inside Stable Diffusion.
 
-import probe
+    import probe
 
-run = probe.record("experiments/astronaut.yaml")     # needs torch
-run = probe.open_run("latest")                       # does not
+    run = probe.record("experiments/astronaut.yaml")     # needs torch
+    run = probe.open_run("latest")                       # needs no torch
 
-The names below are public: docs/api.txt lists them with their signatures. Each is imported when
-it is first used, so that importing probe costs milliseconds.
+The names below are public; docs/api.txt lists their signatures. Each is imported when it is first
+used, so that importing probe costs milliseconds.
 """
 
 from __future__ import annotations
@@ -35,38 +35,26 @@ if TYPE_CHECKING:
         TooLarge,
         UserError,
     )
-    from probe.proof.checks import (
-        Check,
-    )
-    from probe.proof.verdict import (
-        Verification,
-    )
+    from probe.proof.checks import Check
+    from probe.proof.verdict import Verification
     from probe.reading.compare import (
         Comparison,
         Difference,
     )
-    from probe.reading.listing import (
-        list_runs,
-    )
+    from probe.reading.listing import list_runs
     from probe.reading.recording import (
         Run,
         open_run,
     )
-    from probe.running.ask import (
-        read_out,
-    )
+    from probe.running.ask import read_out
     from probe.running.recorder import (
         record,
         record_noising,
         rerun,
         resume,
     )
-    from probe.running.session import (
-        Session,
-    )
-    from probe.settings.capture import (
-        CaptureOptions,
-    )
+    from probe.running.session import Session
+    from probe.settings.capture import CaptureOptions
     from probe.settings.experiment import (
         Experiment,
         load_experiment,

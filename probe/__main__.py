@@ -1,4 +1,4 @@
-"""The command `probe`, and python -m probe: ready for Ctrl-C before anything slow is imported."""
+"""Run the command `probe`, also as python -m probe: ready for Ctrl-C before any slow import."""
 
 from probe import stopping
 

@@ -1,12 +1,11 @@
-"""What people give to a method, checked before anything is computed: indices, text, names, arrays
-with labels.
+"""Check what people give to a method, before anything is computed: indices, text, labelled arrays.
 
     chosen("heads", [0, 2], 8)          # [0, 2]; a mask of 8 truth values gives where it is true
     labelled("maps", maps, "y", "x")    # an xarray array with these dimensions
     branch_name("uncond")
 
-A value of the wrong kind is an `ExperimentError` that says what to give. It is never read as
-something else.
+A value of the wrong kind raises an `ExperimentError` that says what to give. It is never converted
+silently.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ LARGEST_GRID = 8192  # pixels a side
 
 
 def in_words(value: object) -> str:
-    """A value as it may stand in a message: on one line, and short."""
+    """Return a value for a message: on one line, and short."""
     if isinstance(value, np.ndarray | xr.DataArray):
         return f"an array of {value.dtype} of shape {value.shape}"
     try:
@@ -37,7 +36,7 @@ def in_words(value: object) -> str:
 
 
 def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
-    """Raises ExperimentError, which names the choices, for a value that is none of them."""
+    """Raise ExperimentError, which lists the choices, if the value is none of them."""
     if not isinstance(value, str) or value not in choices:
         raise ExperimentError(
             f"{setting} is {in_words(value)}, which is no choice.",
@@ -46,6 +45,7 @@ def one_of(setting: str, value: object, choices: Sequence[str]) -> None:
 
 
 def truth_value(setting: str, value: object) -> bool:
+    """Return a truth value as a bool, also numpy's. Raise ExperimentError for anything else."""
     if not isinstance(value, bool | np.bool_):
         raise ExperimentError(
             f"{setting} is {in_words(value)}, which is no truth value.", "Give True or False."
@@ -54,7 +54,7 @@ def truth_value(setting: str, value: object) -> bool:
 
 
 def whole_number(setting: str, value: object, least: int = 0, most: int | None = None) -> int:
-    """A whole number in bounds, also numpy's."""
+    """Return a whole number as an int, also numpy's. Raise ExperimentError if out of bounds."""
     if not _is_whole(value) or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
         raise ExperimentError(
             f"{setting} is {in_words(value)}.",
@@ -64,9 +64,9 @@ def whole_number(setting: str, value: object, least: int = 0, most: int | None =
 
 
 def check_options(max_bytes: object, **switches: object) -> int | None:
-    """The limit in bytes, or None, with the truth values that stand beside it.
+    """Check a limit in bytes and the truth values given beside it. Return the limit, or None.
 
-    Raises ExperimentError.
+    Raise ExperimentError.
     """
     for setting, value in switches.items():
         truth_value(setting, value)
@@ -74,6 +74,7 @@ def check_options(max_bytes: object, **switches: object) -> int | None:
 
 
 def text(setting: str, value: object) -> str:
+    """Return a text. Raise ExperimentError for anything else."""
     if not isinstance(value, str):
         raise ExperimentError(
             f"{setting} is {in_words(value)}, which is no text.", f'Give {setting} as text: "...".'
@@ -82,7 +83,7 @@ def text(setting: str, value: object) -> str:
 
 
 def texts(setting: str, value: object) -> list[str]:
-    """One text, or several, as a list."""
+    """Return one text, or several, as a list. Raise ExperimentError for anything else."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, np.ndarray | xr.DataArray):
@@ -100,24 +101,22 @@ def texts(setting: str, value: object) -> list[str]:
 
 
 def branch_name(branch: object, other: str = "") -> str:
-    """The name of a branch. Raises ExperimentError, which names both, and what `other` there is."""
+    """Return the name of a branch. Raise ExperimentError, which lists both.
+
+    `other` names further choices in that message.
+    """
     if isinstance(branch, str) and branch in BRANCHES:
         return branch
-    meant = near(branch, BRANCHES) if isinstance(branch, str) else ""
-    meant = meant if meant.startswith("Did") else ""
-    raise ExperimentError(
-        f"There is no branch {in_words(branch)}.",
-        meant or f"branch may be {other}'cond' or 'uncond'.",
-    )
+    guess = near(branch, BRANCHES) if isinstance(branch, str) else ""
+    if not guess.startswith("Did"):
+        guess = f"branch may be {other}'cond' or 'uncond'."
+    raise ExperimentError(f"There is no branch {in_words(branch)}.", guess)
 
 
 def grid_size(grid: object) -> tuple[int, int]:
-    """(y, x), two whole numbers from 1 to `LARGEST_GRID`."""
-    sides = (
-        list(grid)
-        if isinstance(grid, tuple | list) or (isinstance(grid, np.ndarray) and grid.ndim)
-        else []
-    )
+    """Return (y, x): two whole numbers from 1 to `LARGEST_GRID`. Raise ExperimentError."""
+    is_array = isinstance(grid, np.ndarray) and grid.ndim > 0
+    sides = list(grid) if is_array or isinstance(grid, tuple | list) else []  # type: ignore[call-overload]
     if len(sides) != 2 or not all(_is_whole(side) and 1 <= side <= LARGEST_GRID for side in sides):
         raise ExperimentError(
             f"grid is {in_words(grid)}.",
@@ -127,19 +126,14 @@ def grid_size(grid: object) -> tuple[int, int]:
 
 
 def chosen(setting: str, given: object, size: int) -> list[int] | slice:
-    """Indices of `size` things: a whole number, several, a slice, or a mask of `size` truth values
-    in an array.
+    """Return the chosen indices of `size` things: from a number, several, a slice, or a mask.
 
-    They may be negative, and are not looked up here. Raises ExperimentError, also for a fraction
-    and for a single truth value.
+    A mask is an array of `size` truth values. Indices may be negative; whether they exist is not
+    checked here. Raise ExperimentError, also for a fraction and for a single truth value.
     """
     if isinstance(given, slice):
-        if (
-            not all(
-                part is None or _is_whole(part) for part in (given.start, given.stop, given.step)
-            )
-            or given.step == 0
-        ):
+        parts = given.start, given.stop, given.step
+        if given.step == 0 or not all(part is None or _is_whole(part) for part in parts):
             raise _no_indices(setting, given)
         return given
     if _is_whole(given):
@@ -153,11 +147,8 @@ def chosen(setting: str, given: object, size: int) -> list[int] | slice:
                     f"Give one truth value for each of the {size}, or indices.",
                 )
             return [int(index) for index in np.flatnonzero(array)]
-        given = (
-            array.tolist()
-            if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
-            else None
-        )
+        is_row = array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
+        given = array.tolist() if is_row else None
     if (
         not isinstance(given, Sequence | Set)
         or isinstance(given, str | bytes)
@@ -168,7 +159,7 @@ def chosen(setting: str, given: object, size: int) -> list[int] | slice:
 
 
 def chosen_steps(given: object, size: int) -> list[int] | slice:
-    """As `chosen`, for steps: also as text, with the syntax of capture.steps."""
+    """Return the chosen steps, as `chosen` does: also from text, in the syntax of capture.steps."""
     if isinstance(given, str):
         try:
             return steps_in(given)
@@ -189,7 +180,10 @@ def _is_whole(value: Any) -> bool:
 
 
 def labelled(name: str, array: object, *dims: str) -> xr.DataArray:
-    """An xarray array of numbers or truth values that has these dimensions."""
+    """Return an xarray array of numbers or truth values that has these dimensions.
+
+    Raise ExperimentError.
+    """
     if not isinstance(array, xr.DataArray):
         raise ExperimentError(
             f"{name}: {in_words(array)} is no xarray.DataArray.",
@@ -199,9 +193,9 @@ def labelled(name: str, array: object, *dims: str) -> xr.DataArray:
         raise ExperimentError(
             f"{name}: values of type {array.dtype} are no numbers.", "Give an array of numbers."
         )
-    if lost := [dim for dim in dims if dim not in array.dims]:
+    if missing := [dim for dim in dims if dim not in array.dims]:
         raise ExperimentError(
-            f"{name} has no dimension {printable(lost[0])}: it has "
+            f"{name} has no dimension {printable(missing[0])}: it has "
             f"{', '.join(map(str, array.dims)) or 'none'}.",
             f"Give an array{_with(dims)}.",
         )
@@ -213,7 +207,10 @@ def _with(dims: Sequence[str]) -> str:
 
 
 def mask(name: str, given: object, maps: xr.DataArray) -> xr.DataArray:
-    """A mask, over y and x: with labels, or a plain (y, x) array of the size of `maps`."""
+    """Return a mask over y and x: one with labels, or a plain (y, x) array of the size of `maps`.
+
+    Raise ExperimentError.
+    """
     if isinstance(given, np.ndarray) and not isinstance(given, np.ma.MaskedArray):
         if given.shape != (size := (maps.sizes["y"], maps.sizes["x"])):
             raise ExperimentError(

@@ -3,20 +3,20 @@
     probe run EXPERIMENT.yaml     record a run (the same as python -m probe.run)
     probe noising NOISING.yaml    noise a real picture, and record what the model makes of it
     probe ls                      list recordings
-    probe show [RUN]              what a recording holds, and where its pictures are
+    probe show [RUN]              show what a recording holds, and where its pictures are
     probe view [RUN ...]          look at recordings in a browser, on this machine alone
-    probe export RUN --html FILE  a recording as a page that plays by itself, or as an animation
-    probe ask RUN WORD            where the picture would have looked at any word
+    probe export RUN --html FILE  write a recording as a page that plays by itself, or an animation
+    probe ask RUN WORD            show where the picture would have looked at any word
     probe verify [RUN]            check a recording against itself
     probe rerun [RUN]             record the same again, and say what differs
-    probe diff A B                what differs between two recordings
-    probe upgrade [RUN]           copy a recording of an older format into a new one in the newest
+    probe diff A B                say what differs between two recordings
+    probe upgrade [RUN]           copy a recording of an older format into the newest
     probe rm RUN ...              remove recordings
     probe gc                      remove what killed writers left behind
 
-RUN is a path, the beginning of a name, latest, or sample (which comes with probe). `probe VERB
---help` tells more, `probe --version` which version this is. Exit codes: 0 done, 1 failed or
-something differs, 2 a request that cannot be met, 130 stopped with Ctrl-C.
+RUN is a path, the beginning of a name, latest, or sample (which comes with probe).
+`probe VERB --help` tells more, `probe --version` prints the version. Exit codes: 0 done,
+1 failed or something differs, 2 a request that cannot be met, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ if __name__ == "__main__":
 import contextlib
 import importlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe import output, stopping
 from probe.errors import (
     ExperimentError,
+    ProbeError,
     RecordingDamaged,
     RecordingLinked,
     RecordingNotFound,
@@ -57,7 +58,7 @@ from probe.terminal import (
     guarded,
     without_home,
 )
-from probe.text import printable
+from probe.text import shorten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,18 +68,18 @@ if TYPE_CHECKING:
 
 
 def _door(module: str, *called: str) -> Callable[[list[str]], int]:
-    """Return a command that is a module of its own, which is imported when it is called; help says
-    what was `called`.
+    """Return a command that is a module of its own, imported when it is called.
+
+    Its help calls it by the name `called`.
     """
     return lambda arguments: int(importlib.import_module(module).main(arguments, *called))
 
 
 def ask(arguments: list[str]) -> int:
-    """Where the picture would have looked at a word: a read-out of a recording made with
-    capture.attention: queries.
+    """Show where the picture would have looked at any word.
 
-    The word did not influence the picture; the text encoder and the layers' key projections run,
-    the UNet does not.
+    It is read out of a recording made with capture.attention: queries. The word did not influence
+    the picture. The text encoder and the layers' key projections run, the UNet does not.
     """
     import numpy as np
 
@@ -94,33 +95,28 @@ def ask(arguments: list[str]) -> int:
     add_runs(parser)
     add_save(parser)
     options = parser.parse_args(arguments)
-    found = open_run(options.run, options.runs)
+    run = open_run(options.run, options.runs)
     before_torch(True)
     from probe.running.ask import read_out
 
-    maps = read_out(found, options.word, options.context)
-    picture = _keep(lambda: ask_sheet(found, maps), found, ask_name(maps), options.save, maps.attrs)
+    maps = read_out(run, options.word, options.context)
+    picture = _keep(lambda: ask_sheet(run, maps), run, ask_name(maps), options.save, maps.attrs)
     say(f"{options.word!r}, read in {maps.attrs['context']!r} ({maps.attrs['read_out']})", "")
-    thirds = [part for part in np.array_split(np.arange(maps.sizes["step"]), 3) if len(part)]
     table = []
-    for part in thirds:
-        one = maps.isel(step=part)
-        y, x = np.unravel_index(int(one.mean("step").values.argmax()), one.shape[1:])
-        sigma = one["sigma"].values
-        table.append(
-            (
-                f"{sigma.max():.2f} to {sigma.min():.2f}",
-                f"{float(one.mean()):.2%}",
-                f"{float(one.mean('step').max()):.2%}",
-                f"({y}, {x})",
-            )
-        )
+    for steps in np.array_split(np.arange(maps.sizes["step"]), 3):
+        if len(steps):
+            third = maps.isel(step=steps)
+            mean, sigma = third.mean("step"), third["sigma"].values
+            y, x = np.unravel_index(int(mean.values.argmax()), mean.shape)
+            levels = f"{sigma.max():.2f} to {sigma.min():.2f}"
+            shares = f"{float(third.mean()):.2%}", f"{float(mean.max()):.2%}"
+            table.append((levels, *shares, f"({y}, {x})"))
     say(*rows(table, ("sigma", "mean share", "greatest", "at (y, x)")), "", str(picture))
     return 0
 
 
 def rerun(arguments: list[str]) -> int:
-    """Record a run again from its own record, and compare.
+    """Record a run again from its own record, and compare the two.
 
     Exit code 0: the same bits; 1: something differs.
     """
@@ -143,11 +139,11 @@ def rerun(arguments: list[str]) -> int:
 
     after = record_again(before, output=options.output, progress=not options.quiet)
     say(f"Recorded {without_home(str(after.path))}")
-    return _tell(compare(before, after), before.name, after.name)
+    return _say_difference(compare(before, after), before.name, after.name)
 
 
 def diff(arguments: list[str]) -> int:
-    """What differs between two recordings: what was asked, the conditions, the values.
+    """Say what differs between two recordings: what was asked, the conditions, the values.
 
     Exit code 0: the same bits; 1: something differs.
     """
@@ -159,13 +155,13 @@ def diff(arguments: list[str]) -> int:
     parser.add_argument("b", help="another")
     add_runs(parser)
     options = parser.parse_args(arguments)
-    one, other = (open_run(name, options.runs) for name in (options.a, options.b))
-    return _tell(compare(one, other), one.name, other.name)
+    a, b = (open_run(name, options.runs) for name in (options.a, options.b))
+    return _say_difference(compare(a, b), a.name, b.name)
 
 
-def _tell(found: Comparison, one: str, other: str) -> int:
-    say(f"{one}  and  {other}", *found.lines())
-    return 0 if found.same else 1
+def _say_difference(comparison: Comparison, a: str, b: str) -> int:
+    say(f"{a}  and  {b}", *comparison.lines())
+    return 0 if comparison.same else 1
 
 
 def gc(arguments: list[str]) -> int:
@@ -181,14 +177,13 @@ def gc(arguments: list[str]) -> int:
     from probe.writing.upkeep import clear_orphans
 
     with stopping.cleanly():
-        found = clear_orphans(Path(options.runs), options.dry_run)
-    say(*map(str, found))
+        orphans = clear_orphans(Path(options.runs), options.dry_run)
+    say(*map(str, orphans))
     done = "Would remove" if options.dry_run else "Removed"
-    say(
-        f"{done} {len(found)} left by writers that died."
-        if found
-        else f"Nothing to remove in {options.runs}."
-    )
+    if orphans:
+        say(f"{done} {len(orphans)} left by writers that died.")
+    else:
+        say(f"Nothing to remove in {options.runs}.")
     return 0
 
 
@@ -196,15 +191,15 @@ def _keep(
     draw: Callable[[], Image],
     run: Run,
     name: str,
-    place: Path | None,
+    save: Path | None,
     notes: dict[str, Any] | None = None,
 ) -> Path:
-    """Draw a picture, and write it into the recording or to a place that was named."""
+    """Draw a picture, and write it into the recording, or to the path that `save` names."""
     from probe.figures.sheets import keep
     from probe.writing.files import elsewhere
 
-    target = run.path / name if place is None else place
-    if place is not None and place.is_dir():
+    target = run.path / name if save is None else save
+    if save is not None and save.is_dir():
         target = target / name
     if target.suffix.lower() != ".png":
         raise ExperimentError(
@@ -217,84 +212,71 @@ def _keep(
             return keep(picture, run, name, target, notes)
     except OSError as error:
         reason = error.strerror or str(error)
-        where = f"--save {elsewhere(name)}"
-        remedy = (
-            f"Name another place: {where}"
-            if place is None
-            else f"Name a folder that exists and can be written: {where}"
-        )
+        example = f"--save {elsewhere(name)}"
         if error.errno in FULL:
-            remedy = (
-                f"Free some room there, or name another disk: {where}"
-                if place is None
-                else "Free some room there, or name another disk."
-            )
+            another = "Free some room there, or name another disk"
+            remedy = f"{another}: {example}" if save is None else f"{another}."
+        elif save is None:
+            remedy = f"Name another place: {example}"
+        else:
+            remedy = f"Name a folder that exists and can be written: {example}"
         raise StoreError(f"{target} could not be written: {reason}.", remedy) from error
 
 
 def ls(arguments: list[str]) -> int:
     """List recordings, the newest first."""
-    from probe.format.attributes import kind_of
-    from probe.format.schema import counted
     from probe.reading.listing import listing
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
     add_folder(parser)
     options = parser.parse_args(arguments)
-    found = listing(where := options.folder or options.runs)
-    if not found:
+    recordings = listing(where := options.folder or options.runs)
+    if not recordings:
         say(f"No recording in {where} yet. Make one: python -m probe.run")
         return 0
-    table = []
-    troubles = []
-    for row in found:
-        path, attributes = row.path, row.attributes
-        if attributes is None:
-            state = (
-                "unreadable"
-                if isinstance(row.error, RecordingUnreadable)
-                else "links"
-                if isinstance(row.error, RecordingLinked)
-                else "damaged"
-            )
-            table.append((path.name.removesuffix(".zarr"), state, "", "", "", ""))
-            if row.error is not None and state != "damaged":
+    table, troubles = [], []
+    for row in recordings:
+        if row.attributes is None:
+            cells = (_trouble(row.error), "", "", "", "")
+            if row.error is not None and cells[0] != "damaged":
                 troubles.append(f"{row.error.cause} {row.error.remedy}")
-            continue
-        if kind_of(attributes) == "noising":
-            asked = attributes["noising"]
-            text, sampling = (
-                asked["caption"],
-                f"noised at {counted(len(asked['timesteps']), 'timestep')}, seed {asked['seed']}",
-            )
         else:
-            asked = attributes["experiment"]
-            text, sampling = (
-                asked["prompt"],
-                f"{counted(asked['steps'], 'step')}, guidance {asked['guidance_scale']:g}, seed "
-                f"{asked['seed']}",
-            )
-        when = attributes.get("created", "")[:16].replace("T", " ")
-        table.append(
-            (
-                path.name.removesuffix(".zarr"),
-                attributes["status"],
-                _shorten(asked["model"], 40),
-                sampling,
-                _shorten(text, 40),
-                when,
-            )
-        )
+            cells = _in_short(row.attributes)
+        table.append((row.path.name.removesuffix(".zarr"), *cells))
     say(*rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
     if troubles:
         say("", *map(without_home, troubles))
     return 0
 
 
+def _trouble(error: ProbeError | None) -> str:
+    """Return what is wrong with a recording, in one word."""
+    if isinstance(error, RecordingUnreadable):
+        return "unreadable"
+    return "links" if isinstance(error, RecordingLinked) else "damaged"
+
+
+def _in_short(attributes: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    """Return a recording's status, model, sampling, prompt and time, as the list shows them."""
+    from probe.format.attributes import kind_of
+    from probe.format.schema import counted
+
+    if kind_of(attributes) == "noising":
+        recipe = attributes["noising"]
+        prompt = recipe["caption"]
+        sampling = f"noised at {counted(len(recipe['timesteps']), 'timestep')}"
+    else:
+        recipe = attributes["experiment"]
+        prompt = recipe["prompt"]
+        sampling = f"{counted(recipe['steps'], 'step')}, guidance {recipe['guidance_scale']:g}"
+    model, prompt = (shorten(" ".join(text.split()), 40) for text in (recipe["model"], prompt))
+    sampling = f"{sampling}, seed {recipe['seed']}"
+    created = attributes.get("created", "")[:16].replace("T", " ")
+    return attributes["status"], model, sampling, prompt, created
+
+
 def show(arguments: list[str]) -> int:
-    """What a recording holds: the run in short, its variables, what each part cost, and its
-    pictures.
-    """
+    """Show what a recording holds: variables, what each part of the model cost, and pictures."""
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe show", description=show.__doc__)
@@ -311,39 +293,35 @@ def show(arguments: list[str]) -> int:
         raise ExperimentError(
             "--save says where the sheet of words goes, and no sheet is asked for.", "Add --words."
         )
-    found = open_run(options.run, options.runs)
+    run = open_run(options.run, options.runs)
     if options.words:
         from probe.figures.word_sheet import word_sheet
 
-        say(str(_keep(lambda: word_sheet(found), found, "words.png", options.save)))
-        if not found.words:
+        say(str(_keep(lambda: word_sheet(run), run, "words.png", options.save)))
+        if not run.words:
             say("The prompt has no words: there is no map to draw.")
         return 0
-    say(*f"{found!r}".split("\n"), "")
+    say(*f"{run!r}".split("\n"), "")
     table = []
-    for group in found.tree.subtree:
+    for group in run.tree.subtree:
         for name, variable in group.to_dataset(inherit=False).data_vars.items():
+            path = f"{group.path.rstrip('/')}/{name}"
             shape = " x ".join(f"{dim} {size}" for dim, size in variable.sizes.items())
-            table.append(
-                (
-                    f"{group.path.rstrip('/')}/{name}",
-                    str(variable.dtype),
-                    shape,
-                    str(variable.attrs.get("long_name", "")),
-                )
-            )
+            what = str(variable.attrs.get("long_name", ""))
+            table.append((path, str(variable.dtype), shape, what))
     say(*rows(table, ("variable", "type", "shape", "what it is")), "")
-    cost = found.tree["cost"].dataset if "cost" in found.tree.children else {}
+    cost = run.tree["cost"].dataset if "cost" in run.tree.children else {}
     timed = all(name in cost for name in ("component", "seconds", "flops", "peak_memory"))
-    if found.status == "complete" and timed and cost["seconds"].notnull().all():
+    if run.status == "complete" and timed and cost["seconds"].notnull().all():
         say(*_cost_table(cost), "")
-    say(*map(str, sorted(found.path.glob("*.png"))))
+    say(*map(str, sorted(run.path.glob("*.png"))))
     return 0
 
 
 def _cost_table(cost: Any) -> list[str]:
-    """Return the costs of a recording as lines; recordings of format 1 do not say how large a
-    component is.
+    """Return the costs of a recording as lines.
+
+    Recordings of format 1 do not say how large a component is.
     """
     table = []
     for part in cost["component"].values:
@@ -365,7 +343,7 @@ def _cost_table(cost: Any) -> list[str]:
 def rm(arguments: list[str]) -> int:
     """Remove recordings.
 
-    Asks first, unless --yes is given; never removes one that is being written.
+    It asks first, unless --yes is given. A recording that is being written is never removed.
     """
     from probe.reading.finding import find_run
     from probe.reading.listing import recordings_in
@@ -379,11 +357,8 @@ def rm(arguments: list[str]) -> int:
     add_runs(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
-    paths: list[Path] = list(
-        {
-            path.absolute(): path for path in (find_run(name, options.runs) for name in options.run)
-        }.values()
-    )
+    named = [find_run(name, options.runs) for name in options.run]
+    paths: list[Path] = list({path.absolute(): path for path in named}.values())
     for path in paths:
         if is_copy(path):
             raise ExperimentError(
@@ -394,10 +369,9 @@ def rm(arguments: list[str]) -> int:
         try:
             Run(path)
         except (RecordingDamaged, RecordingNotFound):
+            # A damaged recording may go, somebody else's data may not.
             here = {listed.absolute() for listed in recordings_in(options.runs)}
-            if (
-                path.absolute() not in here
-            ):  # a damaged recording may go, somebody else's data may not
+            if path.absolute() not in here:
                 raise
     with stopping.cleanly(), contextlib.ExitStack() as stack:
         for path in paths:
@@ -425,21 +399,24 @@ def rm(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    **{
-        "run": _door("probe.run", "probe run"),
-        "noising": _door("probe.noising", "probe noising"),
-        "ls": ls,
-        "show": show,
-        "view": _door("probe.view", "probe view"),
-        "export": _door("probe.export", "probe export"),
-        "ask": ask,
-        "verify": _door("probe.verify", "probe verify"),
-    },
-    **{"rerun": rerun, "diff": diff, "upgrade": _door("probe.upgrade"), "rm": rm, "gc": gc},
+    "run": _door("probe.run", "probe run"),
+    "noising": _door("probe.noising", "probe noising"),
+    "ls": ls,
+    "show": show,
+    "view": _door("probe.view", "probe view"),
+    "export": _door("probe.export", "probe export"),
+    "ask": ask,
+    "verify": _door("probe.verify", "probe verify"),
+    "rerun": rerun,
+    "diff": diff,
+    "upgrade": _door("probe.upgrade"),
+    "rm": rm,
+    "gc": gc,
 }
 
 
 def dispatch(arguments: list[str]) -> int:
+    """Run the command that the first argument names. Return its exit code."""
     if arguments and arguments[0] in ("--version", "-V", "version"):
         say(_version())
         return 0
@@ -476,11 +453,6 @@ def _version() -> str:
 def main() -> None:
     stopping.begin()
     guarded(dispatch)
-
-
-def _shorten(text: str, most: int) -> str:
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 if __name__ == "__main__":

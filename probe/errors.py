@@ -1,5 +1,4 @@
-"""Everything that can go wrong, as one tree. An error says its cause in one line and its remedy in
-another.
+"""Everything that can go wrong, as one tree. An error is one line of cause and one of remedy.
 
 ProbeError
 |-- UserError                the request cannot be met: exit code 2
@@ -24,7 +23,7 @@ from __future__ import annotations
 
 
 class ProbeError(Exception):
-    """Base of every error raised on purpose. `cause` and `remedy` are one line each."""
+    """Every error that is raised on purpose. `cause` and `remedy` are one line each."""
 
     exit_code = 1
 
@@ -73,10 +72,7 @@ class RecordingLinked(RecordingDamaged):
 
 
 class RecordingUnreadable(UserError, OSError):
-    """The system did not read a recording.
-
-    Nothing is known to be wrong with the recording: never remove it for this.
-    """
+    """The system did not read a recording. It is probably whole: never remove it for this."""
 
 
 class RecordingBusy(UserError, RuntimeError):

@@ -1,10 +1,10 @@
-"""probe export RUN [RUN ...]: a recording as one file that others can open.
+"""probe export RUN [RUN ...]: write a recording as one file that others can open.
 
-probe export RUN --html run.html           # a page that plays by itself, offline
-probe export A B --html compare.html       # two to four runs, side by side
-probe export RUN --webp forming.webp       # the predicted clean picture over the steps
-probe export RUN --gif map.gif --word cat  # where one word was looked at, over the steps
-probe export RUN --png steps.png           # the same frames in one picture
+probe export RUN --html run.html           # a page that plays by itself, offline probe export A B
+--html compare.html       # two to four runs, side by side probe export RUN --webp forming.webp
+# the predicted clean picture over the steps probe export RUN --gif map.gif --word cat  # where one
+word was looked at, over the steps probe export RUN --png steps.png           # the same frames in
+one picture
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ KINDS = {"html": (".html", ".htm"), "webp": (".webp",), "gif": (".gif",), "png":
 
 
 def parser(prog: str = "probe export") -> argparse.ArgumentParser:
-    made = Parser(prog=prog, description=described(__doc__, "probe export", prog))
-    made.add_argument("names", nargs="+", metavar="RUN", help=RECORDING)
-    where = made.add_mutually_exclusive_group()
+    """Return the parser of the command line."""
+    parser = Parser(prog=prog, description=described(__doc__, "probe export", prog))
+    parser.add_argument("names", nargs="+", metavar="RUN", help=RECORDING)
+    where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--html", type=Path, metavar="FILE", help="one self-contained page with the player"
     )
@@ -47,19 +48,20 @@ def parser(prog: str = "probe export") -> argparse.ArgumentParser:
     where.add_argument(
         "--png", type=Path, metavar="FILE", help="the frames of the animation as one picture"
     )
-    made.add_argument("--word", help="show where this word or phrase was looked at")
-    made.add_argument(
+    parser.add_argument("--word", help="show where this word or phrase was looked at")
+    parser.add_argument(
         "--image", type=int, default=0, metavar="I", help="which image of the recording, from 0"
     )
-    made.add_argument(
+    parser.add_argument(
         "--small", action="store_true", help="leave single layers and heads out of a page"
     )
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_runs(made)
-    return made
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_runs(parser)
+    return parser
 
 
 def main(arguments: list[str], prog: str = "probe export") -> int:
+    """Write the file that the command line asks for. Return the exit code."""
     options = parser(prog).parse_args(arguments)
     kind = next((name for name in KINDS if getattr(options, name) is not None), None)
     if kind is None:
@@ -96,6 +98,7 @@ def main(arguments: list[str], prog: str = "probe export") -> int:
 
 
 def _pictures(run: Run, kind: str, word: str | None, image: int) -> bytes:
+    """Return the bytes of an animation, or of its frames in one picture."""
     import io
 
     from probe.figures.animation import animated, frames, strip
@@ -103,9 +106,9 @@ def _pictures(run: Run, kind: str, word: str | None, image: int) -> bytes:
     pictures = frames(run, word, image)
     if kind != "png":
         return animated(pictures, kind.upper())
-    made = io.BytesIO()
-    strip(pictures).save(made, "PNG")
-    return made.getvalue()
+    png = io.BytesIO()
+    strip(pictures).save(png, "PNG")
+    return png.getvalue()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""python -m probe.noising FILE.yaml: the forward process. Noise a real picture, and see what the
-model makes of it.
+"""python -m probe.noising FILE.yaml: noise a real picture, and record what the model makes of it.
 
-A picture is encoded, mixed with known noise at chosen timesteps, and the UNet says what of it is
-noise. Recorded for each timestep: the noised latents, the prediction, its difference from the true
-noise, the denoised latents, the loss over several draws of noise, and the cross-attention. What is
-asked is a YAML file (see experiments/noising.yaml), and every field can be overridden on the
-command line:
+This is the forward process. A picture is encoded and mixed with known noise at chosen timesteps.
+The UNet predicts the noise each time. Recorded for each timestep are the noised latents, the
+prediction, its difference from the true noise, the denoised latents, the loss over several draws of
+noise, and the cross-attention. The noising is a YAML file (see experiments/noising.yaml). Every
+field can be overridden on the command line:
 
-    python -m probe.noising experiments/noising.yaml python -m probe.noising
-    experiments/noising.yaml --timesteps 100,500,900 --noises 16 python -m probe.noising
-    experiments/noising.yaml --picture my.jpg --caption "A cat on the moon" --masks "" --dry-run
+    python -m probe.noising experiments/noising.yaml
+    python -m probe.noising experiments/noising.yaml --timesteps 100,500,900 --noises 16
+    python -m probe.noising --picture my.jpg --caption "A cat on the moon" --dry-run
 
 From Python: `probe.record(load_noising(FILE))`, or, with arrays, `probe.record_noising(picture, "a
 cat", {"cat": mask})`. The recording is read like any other. Along its dimension `draw` lie the
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.output import rows, say
-from probe.run import add_limits, forecast, say_where
+from probe.run import add_limits, add_talk, say_forecast, say_where
 from probe.settings.noising import Noising, load_noising
 from probe.terminal import Parser, add_fields, before_torch, described, guarded, overrides
 
@@ -37,54 +36,54 @@ if TYPE_CHECKING:
 
 
 def parser(prog: str = "python -m probe.noising") -> argparse.ArgumentParser:
-    made = Parser(prog=prog, description=described(__doc__, "python -m probe.noising", prog))
-    made.add_argument(
+    """Return the parser of the command line."""
+    parser = Parser(prog=prog, description=described(__doc__, "python -m probe.noising", prog))
+    parser.add_argument(
         "noising",
         nargs="?",
         type=Path,
         help="a YAML file; without one, --picture FILE and the defaults",
     )
-    add_limits(made)
-    made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_fields(made, Noising)
-    return made
+    add_limits(parser)
+    add_talk(parser)
+    add_fields(parser, Noising)
+    return parser
 
 
 def main(arguments: list[str], prog: str = "python -m probe.noising") -> int:
+    """Record the noising that the command line asks for. Return the exit code."""
     options = parser(prog).parse_args(arguments)
-    asked = load_noising(options.noising or Noising())
+    noising = load_noising(options.noising or Noising())
     if changes := overrides(options, Noising):
-        asked = load_noising(asked, **changes)
+        noising = load_noising(noising, **changes)
     before_torch(options.quiet)
     if options.dry_run:
-        return forecast(asked, options.max_bytes)
+        return say_forecast(noising, options.max_bytes)
     from probe.running.recorder import record
 
-    run = record(asked, max_bytes=options.max_bytes, progress=not options.quiet)
+    run = record(noising, max_bytes=options.max_bytes, progress=not options.quiet)
     if not options.quiet:
-        say("", *told_losses(run))
+        say("", *losses(run))
     return say_where(run, options.quiet)
 
 
-def told_losses(run: Run) -> list[str]:
-    """The losses as a table, and the VAE's round trip."""
+def losses(run: Run) -> list[str]:
+    """Return a noising's losses as the lines of a table, and how well the VAE kept its picture."""
     root, forward = run.tree.to_dataset(), run.tree["forward"].dataset
-    columns = ("timestep", "sigma", "loss", "spread")[
-        : 4 if run.noising.noises > 1 else 3
-    ]  # one draw of noise has no spread
-    lines = [
-        (f"{t:.0f}", f"{sigma:.3g}", f"{mean:.4f}", f"{spread:.4f}")[: len(columns)]
-        for t, sigma, mean, spread in zip(
-            root["timestep"].values,
-            root["sigma"].values,
-            forward["loss_mean"].values,
-            forward["loss_spread"].values,
-            strict=True,
-        )
+    columns = ["timestep", "sigma", "loss", "spread"]
+    values = [
+        root["timestep"].values,
+        root["sigma"].values,
+        forward["loss_mean"].values,
+        forward["loss_spread"].values,
     ]
-    trip = float(run.variable("source/psnr"))
-    return [*rows(lines, columns), "", f"The VAE's round trip: {trip:.1f} dB"]
+    shown = 4 if run.noising.noises > 1 else 3  # one draw of noise has no spread
+    table = [
+        (f"{t:.0f}", f"{sigma:.3g}", f"{mean:.4f}", f"{spread:.4f}")[:shown]
+        for t, sigma, mean, spread in zip(*values, strict=True)
+    ]
+    round_trip = float(run.variable("source/psnr"))
+    return [*rows(table, columns[:shown]), "", f"The VAE's round trip: {round_trip:.1f} dB"]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The one door to the terminal. What passes it has no escape sequence, control character or mark
-that turns text around.
+"""The one door to the terminal: no text that passes it can steer one.
 
-    say("one line", "another")       # stdout; a line that was not asked for cannot come in
+    say("one line", "another")       # stdout; raises if it cannot be written
     tell("how far it is")            # stderr; nobody need hear it
     say_json(findings)               # JSON, whatever is in it
     with harmless_streams(): ...     # the same for what libraries print
 
-Characters that a terminal's encoding lacks are written as \\u4e2d. A closed stream hears nothing,
-and so does one whose reader has gone, such as head: that is no error, and the command ends with its
+Escape sequences, control characters and marks that turn the direction of text become "?".
+Characters that a terminal's encoding lacks are written as \\u4e2d. A stream that is closed, or
+whose reader has gone, such as head, drops what it gets. That is no error: the command ends with its
 own exit code.
 """
 
@@ -34,10 +34,7 @@ def say(*lines: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Print a value as JSON.
-
-    Whatever a terminal could not show is written as an escape of JSON's own.
-    """
+    """Print a value as JSON. What a terminal could not show is escaped in JSON's own way."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = json.dumps(value, indent=2, ensure_ascii=not encoding.lower().startswith("utf"))
     if encoding.lower().startswith("utf"):
@@ -49,8 +46,9 @@ def say_json(value: Any) -> None:
 
 
 def tell(*lines: str) -> None:
-    """Print lines on stderr, where anybody hears it: a run does not end because its terminal went
-    away.
+    """Print lines on stderr, if anybody hears it.
+
+    A run does not end because its terminal went away.
     """
     with contextlib.suppress(OSError, ValueError), _heard(sys.stderr):
         _put(sys.stderr, "".join(f"{printable(line)}\n" for line in lines))
@@ -69,7 +67,7 @@ def ask(question: str) -> str | None:
 
 
 def rows(table: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
-    """The lines of a plain table with aligned columns, of printable characters."""
+    """Return the lines of a plain table with aligned columns, of printable characters."""
     lines = [list(header), *([printable(cell) for cell in line] for line in table)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return [
@@ -86,10 +84,9 @@ def flush(stream: TextIO | None) -> None:
 
 
 def close() -> None:
-    """Write out what waits in both streams, as a command's last act. What cannot be written is
-    dropped.
+    """Write out what waits in both streams, as a command's last act. Drop what cannot be written.
 
-    Python would fail to write it again at its exit, and replace the exit code by 120.
+    Python would try again at its exit, fail, and replace the exit code by 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -100,12 +97,10 @@ def close() -> None:
 
 @contextlib.contextmanager
 def harmless_streams() -> Iterator[None]:
-    """Let whatever is printed meanwhile, also by libraries, pass the door."""
+    """Make this module's door of both streams meanwhile, also for what libraries print."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (
-        cast(TextIO, _Door(before[0])),
-        cast(TextIO, _Door(before[1], must_arrive=False)),
-    )
+    sys.stdout = cast(TextIO, _Door(before[0]))
+    sys.stderr = cast(TextIO, _Door(before[1], must_arrive=False))
     try:
         yield
     finally:
@@ -113,7 +108,7 @@ def harmless_streams() -> Iterator[None]:
 
 
 class _Door:
-    """A text stream, or none, behind which no text steers a terminal."""
+    """A text stream, or none, behind which no text can steer a terminal."""
 
     def __init__(self, stream: TextIO | None, must_arrive: bool = True):
         self._stream, self._must_arrive = stream, must_arrive
@@ -164,19 +159,17 @@ class _Door:
 
 @contextlib.contextmanager
 def unsaid(logger: str, text: str) -> Iterator[None]:
-    """One message of a library, by its logger and a part of its text, is not logged while this
-    lasts. Every other one is.
-    """
+    """Keep one message of a library out of its log: by its logger, and a part of its text."""
 
-    def other(record: logging.LogRecord) -> bool:
+    def passes(record: logging.LogRecord) -> bool:
         return text not in record.getMessage()
 
     log = logging.getLogger(logger)
-    log.addFilter(other)
+    log.addFilter(passes)
     try:
         yield
     finally:
-        log.removeFilter(other)
+        log.removeFilter(passes)
 
 
 def _say(text: str) -> None:
@@ -191,7 +184,7 @@ def _put(stream: TextIO | None, text: str) -> None:
 
 
 def _mute(stream: TextIO | None) -> None:
-    """Send what waits in a stream, and what comes, nowhere."""
+    """Send nowhere what waits in a stream, and what is still to come."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, cast(TextIO, stream).fileno())

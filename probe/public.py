@@ -39,8 +39,8 @@ def public_name(
 ) -> Any:
     """Return a package's public name, for its `__getattr__`.
 
-    `homes` says in which module each name lives; a module is its own home. `renamed` gives of old
-    names the new one and the version that renamed them.
+    `homes` gives the module in which each name lives; a module is its own home. `renamed` gives for
+    each old name the new one, and the version that renamed it.
     """
     if name in renamed:
         new, since = renamed[name]

@@ -1,7 +1,7 @@
 """python -m probe.run EXPERIMENT.yaml: record a run.
 
-What is asked is a YAML file (see experiments/astronaut.yaml), and every field can be overridden on
-the command line:
+The experiment is a YAML file (see experiments/astronaut.yaml). Every field can be overridden on the
+command line:
 
     python -m probe.run experiments/astronaut.yaml
     python -m probe.run experiments/astronaut.yaml --guidance-scale 2 --seed 7
@@ -45,30 +45,38 @@ EXAMPLE = "experiments/astronaut.yaml"
 
 
 def parser(prog: str = "python -m probe.run") -> argparse.ArgumentParser:
-    made = Parser(prog=prog, description=described(__doc__, "python -m probe.run", prog))
-    made.add_argument(
+    """Return the parser of the command line."""
+    parser = Parser(prog=prog, description=described(__doc__, "python -m probe.run", prog))
+    parser.add_argument(
         "experiment", nargs="?", type=Path, help="a YAML file; without one, the default experiment"
     )
-    add_limits(made)
-    made.add_argument(
+    add_limits(parser)
+    parser.add_argument(
         "--resume",
         metavar="RUN",
         help="go on with an unfinished recording: a path, the beginning of a name, or latest",
     )
-    made.add_argument("--quiet", action="store_true", help="print nothing but the recording's path")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_fields(made)
-    return made
+    add_talk(parser)
+    add_fields(parser)
+    return parser
 
 
-def add_limits(made: argparse.ArgumentParser) -> None:
+def add_talk(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how much is printed."""
+    parser.add_argument(
+        "--quiet", action="store_true", help="print nothing but the recording's path"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
     """Add the options that keep a recording from being begun."""
-    made.add_argument(
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="show what would be recorded, and how large it would be, without weights or work",
     )
-    made.add_argument(
+    parser.add_argument(
         "--max-bytes",
         type=size,
         metavar="SIZE",
@@ -77,20 +85,20 @@ def add_limits(made: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str], prog: str = "python -m probe.run") -> int:
+    """Record what the command line asks for. Return the exit code."""
     options = parser(prog).parse_args(arguments)
     if options.resume is not None:
         return _resume(options)
-    asked = load_experiment(options.experiment or Experiment())
+    experiment = load_experiment(options.experiment or Experiment())
     if changes := overrides(options):
-        asked = load_experiment(asked, **changes)
+        experiment = load_experiment(experiment, **changes)
     before_torch(options.quiet)
     if options.dry_run:
-        return forecast(asked, options.max_bytes)
+        return say_forecast(experiment, options.max_bytes)
     from probe.running.recorder import record
 
-    return say_where(
-        record(asked, max_bytes=options.max_bytes, progress=not options.quiet), options.quiet
-    )
+    run = record(experiment, max_bytes=options.max_bytes, progress=not options.quiet)
+    return say_where(run, options.quiet)
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -111,7 +119,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def say_where(run: Run, quiet: bool) -> int:
-    """The last words of a run that was recorded: where it is, and how to look at it."""
+    """Say where a recording is, and how to look at it: the last words of a run. Return 0."""
     if quiet:
         say(str(run.path))
         return 0
@@ -127,80 +135,67 @@ def say_where(run: Run, quiet: bool) -> int:
         f"Pictures   {pictures} (inside it)",
         "",
     )
-    say(
-        f"Look       {probe} show {run.name}{where}", f"Check      {probe} verify {run.name}{where}"
-    )
-    say(
-        f"Read       {python} -c 'import probe, sys; print(probe.open_run(sys.argv[1]).tree)' "
-        f"{path}"
-    )  # the shell knows what ~ is
+    say(f"Look       {probe} show {run.name}{where}")
+    say(f"Check      {probe} verify {run.name}{where}")
+    code = "import probe, sys; print(probe.open_run(sys.argv[1]).tree)"  # a shell expands ~
+    say(f"Read       {python} -c '{code}' {path}")
     return 0
 
 
-def forecast(asked: Recipe, limit: int | None) -> int:
-    """Tell what a recipe will record, and how large that is.
+def say_forecast(recipe: Recipe, limit: int | None) -> int:
+    """Say what a recipe would record, and how large that would be. Return 0.
 
-    Raise TooLarge when it is over the limit.
+    Raise TooLarge if it is over the limit.
     """
     from probe.diffusion.loading import load
     from probe.running.planning import plan
 
-    scheduler, options = asked.sampler
+    scheduler, options = recipe.sampler
     model = load(
-        asked.model,
-        revision=asked.revision,
-        variant=asked.variant,
-        dtype=asked.dtype,
-        device=asked.device,
+        recipe.model,
+        revision=recipe.revision,
+        variant=recipe.variant,
+        dtype=recipe.dtype,
+        device=recipe.device,
         weights=False,
         scheduler=scheduler,
         options=options,
     )
-    settled = plan(model, asked)
-    say_json(asked.resolved())
-    return tell_forecast(settled, limit)
-
-
-def tell_forecast(settled: Plan, limit: int | None) -> int:
-    """What a plan will record, and how large that is. Raises TooLarge when it is over the limit."""
-    from probe.running.planning import check_size, size_text
-
-    sizes = settled.forecast()
-    shapes = {
-        a.path: " x ".join(f"{name} {n}" for name, n in zip(a.dims, a.shape, strict=True))
-        for a in settled.arrays
-    }
-    kinds = {a.path: a.dtype for a in settled.arrays}
-    large = sorted((path for path in sizes if sizes[path] >= 1000), key=lambda path: -sizes[path])
-    if plainly := read_plainly([prompt.text for prompt in settled.prompts.values()]):
-        tell(plainly)
-    latents = " x ".join(map(str, settled.latent_shape))
-    say(
-        "",
-        f"{settled.calls} model calls, latents {latents}, branches: "
-        f"{', '.join(settled.computed_branches)}",
-        "",
-    )
-    say(
-        *rows(
-            [(f"/{path}", kinds[path], shapes[path], size_text(sizes[path])) for path in large],
-            ("variable", "type", "shape", "size"),
-        )
-    )
-    rest = sum(sizes[path] for path in sizes if path not in large)
-    total = sum(sizes.values())
-    say(
-        "",
-        f"and {len(sizes) - len(large)} smaller ones, {size_text(rest)}. Together "
-        f"{size_text(total)} ({total} bytes).",
-        *settled.remarks,
-    )
-    check_size(settled, limit, None)
+    planned = plan(model, recipe)
+    say_json(recipe.resolved())
+    _say_sizes(planned, limit)
     return 0
 
 
+def _say_sizes(plan: Plan, limit: int | None) -> None:
+    """Say which variables a plan would record, the largest first."""
+    from probe.running.planning import check_size, size_text
+
+    sizes = plan.forecast()
+    table, small, total = [], 0, sum(sizes.values())
+    for spec in sorted(plan.arrays, key=lambda spec: -sizes[spec.path]):
+        if sizes[spec.path] >= 1000:
+            lengths = zip(spec.dims, spec.shape, strict=True)
+            shape = " x ".join(f"{name} {length}" for name, length in lengths)
+            table.append((f"/{spec.path}", spec.dtype, shape, size_text(sizes[spec.path])))
+        else:
+            small += sizes[spec.path]
+    if plainly := read_plainly([prompt.text for prompt in plan.prompts.values()]):
+        tell(plainly)
+    latents = " x ".join(map(str, plan.latent_shape))
+    branches = ", ".join(plan.computed_branches)
+    say("", f"{plan.calls} model calls, latents {latents}, branches: {branches}", "")
+    say(*rows(table, ("variable", "type", "shape", "size")), "")
+    say(
+        f"and {len(sizes) - len(table)} smaller ones, {size_text(small)}. Together "
+        f"{size_text(total)} ({total} bytes).",
+        *plan.remarks,
+    )
+    check_size(plan, limit, None)
+
+
 def size(text: str) -> int:
-    """Bytes of a text such as 300MB, for argparse."""
+    """Return the bytes of a text such as 300MB, for argparse. Raise ArgumentTypeError."""
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
     number = text.lower().rstrip("bkmgt").strip()
     try:

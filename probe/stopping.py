@@ -1,4 +1,4 @@
-"""Ctrl-C, from a command's first line to its last: exit code 130, no traceback, nothing half made.
+"""Handle Ctrl-C, from a command's first line to its last: exit code 130, no traceback.
 
     begin()                      # a command's first line, before its slow imports
     with cleanly():              # what begins here has to be ended in order: a press waits,
@@ -7,7 +7,7 @@
 
 `begin` imports nothing slow before it has taken over Ctrl-C: until then a press ends in Python's
 own traceback. Outside of `cleanly` a press ends the process at once. A second press changes
-nothing, and LIMIT seconds after the first the process ends in any case. Without `begin`, as in a
+nothing. LIMIT seconds after the first press the process ends in any case. Without `begin`, as in a
 notebook, Python's own Ctrl-C stays and these do nothing.
 """
 
@@ -46,7 +46,7 @@ def begin() -> None:
 
 
 def ignore() -> None:
-    """Let no further press change anything: the end has begun, and is told once."""
+    """Let no further press change anything: the end has begun, and is said once."""
     import contextlib
 
     with contextlib.suppress(ValueError):  # not the main thread
@@ -54,9 +54,9 @@ def ignore() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """Exit.
+    """Exit with this code.
 
-    After Ctrl-C at once: torch takes seconds to shut down, and there is nothing left to do.
+    After Ctrl-C exit at once: torch takes seconds to shut down, and there is nothing left to do.
     """
     ignore()
     if _begun and code == 130:
@@ -65,9 +65,7 @@ def end(code: int) -> NoReturn:
 
 
 class cleanly:
-    """What begins in this block is ended in order: a press of Ctrl-C waits for the block's end, or
-    for `breakable`.
-    """
+    """A block that is ended in order: Ctrl-C waits for its end, or for `breakable` inside it."""
 
     def __enter__(self) -> None:
         global _depth, _breakable
@@ -91,7 +89,7 @@ class cleanly:
 
 
 class breakable:
-    """In this block inside of `cleanly`, Ctrl-C stops the work at once, as KeyboardInterrupt."""
+    """A block inside of `cleanly` in which Ctrl-C stops the work at once, as KeyboardInterrupt."""
 
     def __enter__(self) -> None:
         global _breakable, _raised

@@ -1,9 +1,8 @@
-"""What the operating system says, in words: why it did not read a recording, and what helps;
-whether a process lives.
+"""What the operating system says, in words: why it did not read a recording, and what helps.
 
-with reading(path):          # an error of the system becomes a RecordingUnreadable
-    os.scandir(path)
-trouble_in(error)            # the system's error that another error was made from, or None
+    with reading(path):          # an error of the system becomes a RecordingUnreadable
+        os.scandir(path)
+    trouble_in(error)            # the system's error that another error was made from, or None
 
 After a RecordingUnreadable the recording is probably whole.
 """
@@ -23,8 +22,7 @@ from pathlib import Path
 from probe.errors import ProbeError, RecordingUnreadable, UserError
 from probe.text import printable
 
-# Errors that a file itself makes, by what it is or is not: whoever asked for it says what that
-# means.
+# Errors that a file itself makes, by what it is or is not: its reader says what they mean.
 OF_THE_FILE = frozenset(
     getattr(errno, name)
     for name in (
@@ -34,53 +32,64 @@ OF_THE_FILE = frozenset(
     if hasattr(errno, name)
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REMEDIES = {
-    "Ask its owner, or change its permissions: chmod -R u+rX.": "EACCES EPERM",
-    "Copy it to another disk, and check this one.": "EIO EUCLEAN EBADMSG EFAULT EREMOTEIO "
-    "ENOMEDIUM",
-    "Mount the network share again, then try again.": "ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH "
-    "ENETDOWN ENETUNREACH ENOTCONN ECONNRESET ECONNREFUSED "
-    "ECONNABORTED ENOLINK ECOMM EPROTO",
-    "Close some files or recordings, or allow more: ulimit -n 4096.": "EMFILE",
-    "Close other programs: the system has no open files left.": "ENFILE",
-    "Close other programs, or read fewer steps at once.": "ENOMEM",
-    "Try again in a moment: something else is using it.": "EBUSY EAGAIN ETXTBSY EDEADLK ENOLCK "
-    "EINTR",
-}
+OF_THE_NETWORK = (
+    "ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOTCONN ECONNRESET "
+    "ECONNREFUSED ECONNABORTED ENOLINK ECOMM EPROTO"
+)
+REMEDIES = (
+    ("EACCES EPERM", "Ask its owner, or change its permissions: chmod -R u+rX."),
+    (
+        "EIO EUCLEAN EBADMSG EFAULT EREMOTEIO ENOMEDIUM",
+        "Copy it to another disk, and check this one.",
+    ),
+    (OF_THE_NETWORK, "Mount the network share again, then try again."),
+    ("EMFILE", "Close some files or recordings, or allow more: ulimit -n 4096."),
+    ("ENFILE", "Close other programs: the system has no open files left."),
+    ("ENOMEM", "Close other programs, or read fewer steps at once."),
+    (
+        "EBUSY EAGAIN ETXTBSY EDEADLK ENOLCK EINTR",
+        "Try again in a moment: something else is using it.",
+    ),
+)
 REMEDY = {
     getattr(errno, name): remedy
-    for remedy, names in REMEDIES.items()
+    for names, remedy in REMEDIES
     for name in names.split()
     if hasattr(errno, name)
 }
 
 
 def trouble_in(error: BaseException | None) -> OSError | None:
-    """The system's error in an error, or in what it was made from; None where a file is to blame,
-    or nobody.
+    """Return the system's error in an error, or in what that was made from; else None.
+
+    It is None also for an error that a file itself makes, such as one that does not exist.
     """
     for _ in range(20):
         if error is None:
             return None
         if isinstance(error, MemoryError) and not isinstance(error, ProbeError):
             return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        if isinstance(error, RuntimeError) and (
-            said := re.search(r"\(os error (\d+)\)", str(error))
-        ):  # as zarrs says it
-            error = OSError(int(said[1]), os.strerror(int(said[1])))
-        if (
-            isinstance(error, OSError)
-            and isinstance(error.errno, int)
-            and error.errno not in OF_THE_FILE
-        ):
-            return error
-        error = error.__cause__ or error.__context__
+        system = _from_zarrs(error) if isinstance(error, RuntimeError) else error
+        if isinstance(system, OSError) and _is_of_the_system(system.errno):
+            return system
+        error = system.__cause__ or system.__context__
     return None
 
 
+def _is_of_the_system(number: object) -> bool:
+    return isinstance(number, int) and number not in OF_THE_FILE
+
+
+def _from_zarrs(error: RuntimeError) -> BaseException:
+    """Return the system's error that zarrs reports in its text, or the error itself."""
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
+
+
 def check_here() -> None:
-    """Raise UserError where the current folder was removed: torch's libraries end the process
-    there, without a word of ours.
+    """Raise UserError if the current folder was removed.
+
+    Torch's libraries would end the process there without a word of ours.
     """
     try:
         Path.cwd()
@@ -89,7 +98,7 @@ def check_here() -> None:
 
 
 def may_change(folder: Path) -> bool:
-    """Whether this account may make and remove files in a folder."""
+    """Tell whether this account may make and remove files in a folder."""
     effective = os.access in os.supports_effective_ids
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
 
@@ -97,17 +106,16 @@ def may_change(folder: Path) -> bool:
 def unreadable(
     path: str | Path, trouble: OSError, what: str = "The recording is"
 ) -> RecordingUnreadable:
-    """The error for a recording, or a folder of them, that the system did not read."""
-    said = trouble.strerror or (
-        os.strerror(trouble.errno) if trouble.errno else type(trouble).__name__
+    """Return the error for a recording, or a folder of them, that the system did not read."""
+    reason = trouble.strerror or type(trouble).__name__
+    if not trouble.strerror and trouble.errno:
+        reason = os.strerror(trouble.errno)
+    error = RecordingUnreadable(
+        f"{printable(str(path))} could not be read: {printable(reason)}. {what} probably whole.",
+        REMEDY.get(trouble.errno or 0, "Check the disk, then try again."),
     )
-    remedy = REMEDY.get(trouble.errno or 0, "Check the disk, then try again.")
-    made = RecordingUnreadable(
-        f"{printable(str(path))} could not be read: {printable(said)}. {what} probably whole.",
-        remedy,
-    )
-    made.errno, made.strerror = trouble.errno, said
-    return made
+    error.errno, error.strerror = trouble.errno, reason
+    return error
 
 
 @contextlib.contextmanager
@@ -133,14 +141,14 @@ KINDS = (
 
 
 def kind_of(found: os.stat_result) -> str:
-    """What lies at a path, in words: "a pipe"."""
+    """Return what lies at a path, in words: "a pipe"."""
     return next((kind for is_it, kind in KINDS if is_it(found.st_mode)), "a device")
 
 
 def exists(path: str | Path) -> bool:
-    """Whether something is at `path`, a broken link included.
+    """Tell whether something is at `path`, a broken link included.
 
-    Raises RecordingUnreadable where the system cannot tell.
+    Raise RecordingUnreadable if the system cannot tell.
     """
     with reading(path):
         try:
@@ -155,7 +163,7 @@ def exists(path: str | Path) -> bool:
 
 
 def lives(process: int) -> bool:
-    """Whether a process of this machine lives; True where nobody can tell."""
+    """Tell whether a process of this machine lives: True also if nobody can tell."""
     if sys.platform == "win32":  # os.kill(process, 0) would end it
         return _lives_on_windows(process)
     try:
@@ -170,24 +178,21 @@ def lives(process: int) -> bool:
 def _lives_on_windows(process: int) -> bool:
     kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined,unused-ignore]
     kernel.OpenProcess.restype = ctypes.c_void_p
-    kernel.GetExitCodeProcess.argtypes, kernel.CloseHandle.argtypes = (
-        (ctypes.c_void_p, ctypes.c_void_p),
-        (ctypes.c_void_p,),
-    )
+    kernel.GetExitCodeProcess.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    kernel.CloseHandle.argtypes = (ctypes.c_void_p,)
     handle = kernel.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
     if not handle:
         return bool(ctypes.get_last_error() != 87)  # type: ignore[attr-defined,unused-ignore]  # ERROR_INVALID_PARAMETER: there is none
     try:
-        code = ctypes.c_ulong()
-        return (
-            not kernel.GetExitCodeProcess(handle, ctypes.byref(code)) or code.value == 259
-        )  # STILL_ACTIVE
+        code, still_active = ctypes.c_ulong(), 259
+        known = kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+        return not known or code.value == still_active
     finally:
         kernel.CloseHandle(handle)
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, in bytes; 0 where the system does not tell."""
+    """Return the most memory that this process has held, in bytes; 0 if nobody can tell."""
     if sys.platform == "win32":
         return _peak_on_windows()
     try:
@@ -215,8 +220,5 @@ def _peak_on_windows() -> int:
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
     ask = kernel.K32GetProcessMemoryInfo
     ask.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong)
-    return (
-        int(counters.peak)
-        if ask(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb)
-        else 0
-    )
+    known = ask(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb)
+    return int(counters.peak) if known else 0

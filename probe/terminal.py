@@ -1,5 +1,4 @@
-"""How the commands speak: one line of cause and one of remedy, exit codes, and command lines made
-from the schema of an experiment.
+"""How the commands speak: cause and remedy, a line each, exit codes, and options made of fields.
 
 Exit codes: 0 done, 1 failed or something differs, 2 a request that cannot be met, 130 stopped with
 Ctrl-C. A traceback is shown only with --debug.
@@ -10,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import inspect
 import os
 import re
 import shlex
@@ -37,17 +37,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         if sys.version_info >= (3, 14):
             options["color"] = False
+        options["description"] = inspect.cleandoc(options.get("description") or "")
         super().__init__(
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
         )
 
     def error(self, message: str) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
-        wrong = (
-            [word.split("=")[0] for word in message.split() if word.startswith("--")]
-            if "unrecognized" in message
-            else []
-        )
+        given = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        wrong = given if "unrecognized" in message else []
         if "--version" in wrong:
             fail(message, "See probe --version.")
             raise SystemExit(2)
@@ -56,13 +54,12 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        (tell if file is not None and file is sys.stderr else say)(
-            *message.removesuffix("\n").split("\n")
-        )
+        speak = tell if file is not None and file is sys.stderr else say
+        speak(*message.removesuffix("\n").split("\n"))
 
 
 def folder(text: str) -> str:
-    """A folder's name, for argparse."""
+    """Return a folder's name, for argparse. Raise ArgumentTypeError for an empty one."""
     if not text:
         raise argparse.ArgumentTypeError("no folder is named; write one, or leave it out for runs")
     return text
@@ -101,32 +98,30 @@ def fail(cause: str, remedy: str = "") -> None:
 
 
 def described(doc: str | None, module: str, prog: str) -> str:
-    """Return a module's docstring as the description of a command, under the name that it was
-    called by.
-    """
+    """Return a module's docstring as a command's description, under the name it was called by."""
     return (doc or "").replace(module, prog)
 
 
 def without_home(text: str) -> str:
-    """A text for a log, in which paths in the home folder begin with ~: a shell still takes them,
-    and nobody's name is told.
+    """Return a text in which paths in the home folder begin with ~.
+
+    A shell still takes them, and a log does not tell the user's name.
     """
     own = home()
     return re.sub(rf"(?<![^\s\"'(=:]){re.escape(str(own))}(?=/)", "~", text) if own else text
 
 
 def shell_path(path: Path) -> str:
-    """A path as a shell takes it, in a command that people copy: quoted where it must be, with ~
-    for the home folder.
-    """
+    """Return a path for a command that people copy: quoted, with ~ for the home folder."""
     text = without_home(str(path))
     start = "~/" if text.startswith("~/") else ""
     return start + shlex.quote(text[len(start) :])
 
 
 def called() -> tuple[str, str]:
-    """Return what a shell calls probe and Python by: by their names, or by the path of this Python
-    where `probe` is not on PATH.
+    """Return what a shell calls probe and Python by.
+
+    It is their names, or the path of this Python if `probe` is not on PATH.
     """
     if shutil.which("probe"):
         return "probe", "python"
@@ -137,7 +132,7 @@ def called() -> tuple[str, str]:
 
 
 def before_torch(quiet: bool) -> None:
-    """Check what torch needs of this place, and turn off the libraries' own chatter.
+    """Check what torch needs of the current folder, and silence the libraries' own messages.
 
     Call it before they are imported.
     """
@@ -202,39 +197,29 @@ def _show_traceback() -> None:
 
 
 def _condition(error: Exception) -> tuple[str, str]:
-    """Cause and remedy of an error that is none of ours: of the system, of a package that is
-    missing, or a fault of probe.
+    """Return cause and remedy of an error that is not ours.
+
+    It is one of the system, of a package that is missing, or a fault of probe.
     """
-    needed = (
-        "torch",
-        "diffusers",
-        "transformers",
-        "huggingface_hub",
-        "safetensors",
-        "scipy",
-        "tqdm",
-    )
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in needed:
-        return (
-            f"This needs {(error.name or '').partition('.')[0]}, which is not installed.",
-            "pip install 'diffusion-probe[record]'",
-        )
+    package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if isinstance(error, ModuleNotFoundError) and package in OF_RECORD:
+        cause = f"This needs {package}, which is not installed."
+        return cause, "pip install 'diffusion-probe[record]'"
     if isinstance(error, MemoryError):
-        return (
-            "The machine has no memory left.",
-            "Close other programs, or take a smaller recording.",
-        )
+        cause = "The machine has no memory left."
+        return cause, "Close other programs, or take a smaller recording."
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{shown_path(error.filename)}: " if error.filename is not None else ""
-        return f"{where}{os.strerror(error.errno)}.", SYSTEM.get(
-            error.errno, "Check the disk and its permissions, then try again."
-        )
+        remedy = SYSTEM.get(error.errno, "Check the disk and its permissions, then try again.")
+        return f"{where}{os.strerror(error.errno)}.", remedy
     return (
         f"{type(error).__name__}: {error}",
         "This is a fault of probe itself: run again with --debug, and report what it prints.",
     )
 
 
+# Packages of the extra `record`.
+OF_RECORD = "torch diffusers transformers huggingface_hub safetensors scipy tqdm".split()
 SYSTEM = REMEDY | {
     errno.ENOSPC: "Free some room on that disk.",
     errno.EDQUOT: "Free some room on that disk.",
@@ -249,7 +234,7 @@ SYSTEM = REMEDY | {
 
 
 def shown_path(path: object) -> str:
-    """A path as it may stand in a message: short."""
+    """Return a path for a message: a long one without its middle."""
     text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
     return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"
 
@@ -258,8 +243,9 @@ def shown_path(path: object) -> str:
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type[Recipe] = Experiment) -> None:
-    """An option for every field of an experiment, or of other settings: --guidance-scale,
-    --capture.dtype, ...
+    """Add an option for every field of an experiment, or of other settings.
+
+    They are called --guidance-scale, --capture.dtype and so on.
     """
     for prefix, fields, title in (
         ("", settings.ordered_fields(), f"{settings.__name__.lower()} (each overrides the file)"),
@@ -269,42 +255,38 @@ def add_fields(parser: argparse.ArgumentParser, settings: type[Recipe] = Experim
         for name, field in fields.items():
             if name in ("capture", "scheduler_options"):
                 continue
-            choices = (
-                [str(c) for c in get_args(field.annotation)]
-                if str(field.annotation).startswith("typing.Literal")
-                else None
-            )
-            default = field.get_default(call_default_factory=True)
-            shown = (
-                "none"
-                if default is None
-                else ",".join(map(str, default))
-                if isinstance(default, tuple)
-                else str(default).lower()
-                if isinstance(default, bool)
-                else default
-            )
-            help_text = f"{field.description} [{shown}]".replace("%", "%%")
-            metavar = "{" + ",".join(choices) + "}" if choices else _metavar(field.annotation)
+            choices = ",".join(map(str, get_args(field.annotation)))
+            is_choice = str(field.annotation).startswith("typing.Literal")
+            default = _as_typed(field.get_default(call_default_factory=True))
             group.add_argument(
                 f"--{(prefix + name).replace('_', '-')}",
                 dest=f"field {prefix}{name}",
-                metavar=metavar,
-                help=help_text,
+                metavar=f"{{{choices}}}" if is_choice else _metavar(field.annotation),
+                help=f"{field.description} [{default}]".replace("%", "%%"),
             )
 
 
+def _as_typed(default: object) -> str:
+    """Return a field's default as it is typed on a command line."""
+    if default is None:
+        return "none"
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
 def overrides(options: argparse.Namespace, settings: type[Recipe] = Experiment) -> dict[str, Any]:
-    """What was given on the command line, by dotted field name, each text read as its field's
-    type.
+    """Return what was given on the command line, by dotted field name.
+
+    Each text is read as its field's type.
     """
-    found = {}
+    changes = {}
     for name, text in vars(options).items():
         if name.startswith("field ") and text is not None:
             path = name.removeprefix("field ")
             model, last = (CaptureOptions, path.split(".")[1]) if "." in path else (settings, path)
-            found[path] = _value(model.model_fields[last].annotation, text)
-    return found
+            changes[path] = _value(model.model_fields[last].annotation, text)
+    return changes
 
 
 def _value(annotation: Any, text: str) -> Any:
@@ -313,27 +295,21 @@ def _value(annotation: Any, text: str) -> Any:
         return [part for part in text.split(",") if part]
     if text.lower() == "none" and type(None) in get_args(annotation):
         return None
-    return (
-        read_yaml(f"value: {text}", "command line").get("value")
-        if kind in ("INT", "FLOAT", "BOOL")
-        else text
-    )
+    if kind in ("INT", "FLOAT", "BOOL"):
+        return read_yaml(f"value: {text}", "command line").get("value")
+    return text
+
+
+METAVARS = (
+    *(("tuple[int, ...]", "LIST"), ("tuple", "GLOBS")),
+    *(("bool", "BOOL"), ("float", "FLOAT"), ("int", "INT")),
+)
 
 
 def _metavar(annotation: Any) -> str:
     text = str(annotation)
-    for kind, word in (
-        ("tuple[int, ...]", "LIST"),
-        ("tuple", "GLOBS"),
-        ("bool", "BOOL"),
-        ("float", "FLOAT"),
-        ("int", "INT"),
-    ):
-        if (
-            (annotation.__class__ is type and annotation.__name__ == kind)
-            or f"{kind}[" in text
-            or f"{kind} " in text
-            or text.startswith(kind)
-        ):
+    plain = annotation.__name__ if annotation.__class__ is type else None
+    for kind, word in METAVARS:
+        if kind == plain or f"{kind}[" in text or f"{kind} " in text or text.startswith(kind):
             return word
     return "TEXT"

@@ -1,4 +1,4 @@
-"""Somebody's text as it may stand in a message: short, on one line, without control characters.
+"""Show somebody's text in a message: short, on one line, without control characters.
 
 shown({"a": 1})        # "{'a': 1}"
 printable("a\\x1bb")   # "a?b"
@@ -19,28 +19,32 @@ UNCLEAN = re.compile(
 
 
 def shown(value: object) -> str:
-    """A value as it may stand in a message: short, on one line, without control characters."""
+    """Return a value for a message: short, on one line, without control characters."""
     try:
         return shorten(printable(repr(value)))
     except (ValueError, RecursionError):  # a number of thousands of digits
         return f"this {type(value).__name__}"
 
 
-def shorten(text: str) -> str:
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+def shorten(text: str, most: int = SHOWN) -> str:
+    """Return a text of at most `most` characters; "..." stands for what is left out."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; the name of its class where it says nothing, as a MemoryError
-    may.
-    """
+    """Return an error's first line; its class's name if it says nothing, as a MemoryError may."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def printable(text: str) -> str:
+    """Return a text with "?" for every character that cannot be shown."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def did_you_mean(word: str, spellings: Mapping[str, str]) -> str:
+    """Return a remedy that guesses a misspelled word, or "".
+
+    `spellings` gives for each way to write a word the one to suggest.
+    """
     near = difflib.get_close_matches(word[:SHOWN].casefold(), spellings, n=1)
     return f"Did you mean {spellings[near[0]]}?" if near else ""

@@ -1,8 +1,7 @@
-"""probe upgrade RUN: verify a recording of an older format, and copy it into a new one in the
-newest.
+"""probe upgrade RUN: copy a recording of an older format into a new one in the newest.
 
-The old recording is only read. The copy lies beside it under a name of its own, names the old one
-as its parent, and has the same values, bit for bit.
+The old recording is verified first, and only read. The copy lies beside it under a name of its own,
+names the old one as its parent, and has the same values, bit for bit.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ BLOCK = 2**20
 
 
 def upgrade(run: Run, output: str | Path | None = None, *, progress: bool = True) -> Run:
-    """Copy a recording into one of the newest format, beside it or into the folder `output`, and
-    return that.
+    """Copy a recording into one of the newest format, and return the copy.
 
-    A recording of the newest format is returned as it is. Raises ExperimentError for one that is
-    not complete, RecordingDamaged for one that does not verify, RecordingBusy if its copy is there
-    already, TooLarge, StoreError.
+    It is written beside the recording, or into the folder `output`. A recording of the newest
+    format is returned as it is. Raise ExperimentError for one that is not complete,
+    RecordingDamaged for one that does not verify, RecordingBusy if its copy is there already,
+    TooLarge, StoreError.
     """
     step = _steps(progress)
     run = with_files(run)
@@ -51,27 +50,24 @@ def upgrade(run: Run, output: str | Path | None = None, *, progress: bool = True
         step(f"{run.name} has format {FORMAT_VERSION} already.")
         return run
     if run.status != "complete":
-        remedy = (
-            "Finish it first: probe run --resume."
-            if run.status == "interrupted"
-            else "Record it again: probe rerun."
-        )
-        raise ExperimentError(
-            f"{run.name} is {run.status}, and only what is complete can be upgraded.", remedy
-        )
+        cause = f"{run.name} is {run.status}, and only a complete recording can be upgraded."
+        if run.status == "interrupted":
+            raise ExperimentError(cause, "Finish it first: probe run --resume.")
+        raise ExperimentError(cause, "Record it again: probe rerun.")
     step(f"Verifying {run.name} ...")
     for check in verify(run):
         if check.verdict == "failed":
-            told = f"{run.name} does not verify: {check.name}: {check.detail}."
-            raise RecordingDamaged(told, "Take it from a copy, or record it again: probe rerun.")
+            cause = f"{run.name} does not verify: {check.name}: {check.detail}."
+            raise RecordingDamaged(cause, "Take it from a copy, or record it again: probe rerun.")
     target = check_target(run, Path(output) if output is not None else folder_beside(run.path))
     _copy(run, target, step)
     return Run(target)
 
 
 def check_target(run: Run, where: Path) -> Path:
-    """Return the path of the copy: named after the old recording's content, so that there is one
-    copy of each.
+    """Return the path of the copy. It is named after the recording's content: each has one copy.
+
+    Raise TooLarge if the disk has no room for it.
     """
     manifest = json.dumps(read_json(run.path, MANIFEST, MAX_MANIFEST), sort_keys=True)
     key = hashlib.sha256(f"{FORMAT_VERSION}\n{manifest}".encode()).hexdigest()[:8]
@@ -79,8 +75,8 @@ def check_target(run: Run, where: Path) -> Path:
     room = shutil.disk_usage(check_place(where)).free
     size = sum((run.path / name).stat().st_size for name in files_of(run.path))
     if size > room:
-        told = f"{run.name} has {size / 1e6:.0f} MB, and {room / 1e6:.0f} MB are free in {where}."
-        raise TooLarge(told, "Free some room, or name another disk: --output FOLDER.")
+        cause = f"{run.name} has {size / 1e6:.0f} MB, and {room / 1e6:.0f} MB are free in {where}."
+        raise TooLarge(cause, "Free some room, or name another disk: --output FOLDER.")
     return target
 
 
@@ -91,10 +87,9 @@ def _copy(run: Run, target: Path, step: Callable[[str], None]) -> None:
         lock.acquire()
         try:
             if os.path.lexists(target):
-                told = f"{run.name} was upgraded before: {target}."
-                raise RecordingBusy(
-                    told, "Read that one. To make it anew, remove it first: probe rm."
-                )
+                cause = f"{run.name} was upgraded before: {target}."
+                remedy = "Read that one. To make it anew, remove it first: probe rm."
+                raise RecordingBusy(cause, remedy)
             hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{files.PARTIAL}")
             try:
                 hidden.mkdir()
@@ -110,21 +105,19 @@ def _copy(run: Run, target: Path, step: Callable[[str], None]) -> None:
 
 
 def _fill(run: Run, hidden: Path, step: Callable[[str], None]) -> None:
-    """Copy every file, hold each against the manifest, and write the new attributes and
-    manifest.
-    """
+    """Copy every file, compare each with the manifest, and write new attributes and manifest."""
     written = read_json(run.path, MANIFEST, MAX_MANIFEST)
     names = sorted(written.keys() - {"zarr.json"})
     for number, name in enumerate(names, 1):
         with breakable():
             pass  # between two files is a good moment to stop
-        place = hidden / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if _copied(run.path, name, place) != written[name]:
+        copy = hidden / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if _copied(run.path, name, copy) != written[name]:
             raise refuse(run.path, f"{name} changed while it was copied")
-        if run.kind == "noising" and place.name == "zarr.json":
-            place.write_text(json.dumps(draws_named(json.loads(place.read_bytes()))))
-            written[name] = hashlib.sha256(place.read_bytes()).hexdigest()
+        if run.kind == "noising" and copy.name == "zarr.json":
+            copy.write_text(json.dumps(draws_named(json.loads(copy.read_bytes()))))
+            written[name] = hashlib.sha256(copy.read_bytes()).hexdigest()
         if number % 1000 == 0:
             step(f"Copied {number} of {len(names)} files")
     for png in sorted(path.name for path in run.path.glob("*.png")):
@@ -147,9 +140,8 @@ def upgraded(run: Run, attributes: dict[str, Any]) -> dict[str, Any]:
     guided = run.attributes.is_guided
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     kept = dict(attributes)
-    if (
-        run.kind == "noising"
-    ):  # format 1 said it as an experiment too, and took the identity from that
+    if run.kind == "noising":
+        # Format 1 wrote a noising as an experiment too, and took the identity from that.
         kept.pop("experiment", None)
         kept["identity"] = run.recipe.identity()
     return {
@@ -165,33 +157,32 @@ def upgraded(run: Run, attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def draws_named(node: dict[str, Any]) -> dict[str, Any]:
-    """Return a zarr.json with the dimension `draw` where format 1 has `image`, in it and in all
-    that it lists.
+    """Return a zarr.json with the dimension `draw` where format 1 has `image`.
+
+    It is renamed in the node itself and in all nodes that it lists.
     """
-    made = dict(node)
-    if node.get("dimension_names"):
-        made["dimension_names"] = [
-            "draw" if dim == "image" else dim for dim in node["dimension_names"]
-        ]
+    renamed = dict(node)
+    if dims := node.get("dimension_names"):
+        renamed["dimension_names"] = ["draw" if dim == "image" else dim for dim in dims]
     if block := node.get("consolidated_metadata"):
         nodes = {name: draws_named(inner) for name, inner in block["metadata"].items()}
-        made["consolidated_metadata"] = {**block, "metadata": nodes}
-    return made
+        renamed["consolidated_metadata"] = {**block, "metadata": nodes}
+    return renamed
 
 
-def _copied(recording: Path, name: str, place: Path) -> str:
+def _copied(recording: Path, name: str, copy: Path) -> str:
     """Copy one file and return the SHA-256 of its content."""
 
-    def check(found: os.stat_result) -> None:
-        if is_hole(found):
-            raise refuse(recording, f"{name} is a hole of {found.st_size} bytes")
+    def check(file: os.stat_result) -> None:
+        if is_hole(file):
+            raise refuse(recording, f"{name} is a hole of {file.st_size} bytes")
 
-    made = hashlib.sha256()
-    with opened(recording, name, check) as source, place.open("xb") as target:
+    digest = hashlib.sha256()
+    with opened(recording, name, check) as source, copy.open("xb") as target:
         for block in _blocks(source.read):
-            made.update(block)
+            digest.update(block)
             target.write(block)
-    return made.hexdigest()
+    return digest.hexdigest()
 
 
 def _blocks(read: Callable[[int], bytes]) -> Iterator[bytes]:
@@ -207,10 +198,10 @@ def _steps(progress: bool) -> Callable[[str], None]:
 
 
 def main(arguments: list[str]) -> int:
-    """Copy a recording of an older format into a new one in the newest. It is verified first, and
-    only read.
+    """Copy a recording of an older format into a new one in the newest.
 
-    The new recording names the old one as its parent. A recording that does not verify is refused.
+    The recording is verified first, and only read. The new recording names it as its parent. A
+    recording that does not verify is refused.
     """
     parser = Parser(prog="probe upgrade", description=main.__doc__)
     add_run(parser)
@@ -224,7 +215,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     before_torch(options.quiet)
     run = open_run(options.run, options.runs)
-    made = upgrade(run, options.output, progress=not options.quiet)
-    if made is not run:
-        say(f"Upgraded to {without_home(str(made.path))}")
+    copy = upgrade(run, options.output, progress=not options.quiet)
+    if copy is not run:
+        say(f"Upgraded to {without_home(str(copy.path))}")
     return 0

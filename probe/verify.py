@@ -1,11 +1,10 @@
-"""python -m probe.verify RUN: is a recording what it says it is? With --model, the model is asked
-again.
+"""python -m probe.verify RUN: check a recording against itself and, with --model, its model.
 
 From the recording alone:
 
     manifest, digests                 files, and what was written step by step (probe.proof.checks)
     committed, picture                flags, and the pictures for people (probe.proof.checks)
-    schema, labels                    what there is, and its labels (probe.proof.schema_checks)
+    schema, labels                    variables (schema_checks) and their labels (label_checks)
     unknown                           what only another version knows (probe.proof.unknown)
     softmax, moments, sums            attention maps (probe.proof.map_checks)
     schedule, guidance, scheduler     every number that follows from another (probe.proof.replay)
@@ -15,8 +14,8 @@ With --model, from its recorded latents (probe.proof.repredict):
 
     weights, plan, text, predictions, maps, attention, inside, decode, encode
 
-The verdict of each is "exact"; "within tolerance", for a reason that is named, such as another
-device; or "failed", and where. What cannot be checked says why. Exit code 1 if anything failed.
+The verdict of each is "exact"; "within tolerance", with the reason, such as another device; or
+"failed", with the place. What cannot be checked says why. Exit code 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -38,40 +37,42 @@ from probe.terminal import Parser, add_run, before_torch, described, guarded
 
 
 def parser(prog: str = "python -m probe.verify") -> argparse.ArgumentParser:
-    made = Parser(prog=prog, description=described(__doc__, "python -m probe.verify", prog))
-    add_run(made)
-    made.add_argument(
+    """Return the parser of the command line."""
+    parser = Parser(prog=prog, description=described(__doc__, "python -m probe.verify", prog))
+    add_run(parser)
+    parser.add_argument(
         "--model",
         action="store_true",
         help="load the recording's model, and let it predict again from the recorded latents",
     )
-    made.add_argument(
+    parser.add_argument(
         "--steps",
         default="all",
         help='with --model, at which steps: all, "start:stop:step", or "0,5,-1" [all]',
     )
-    made.add_argument("--json", action="store_true", help="the findings as JSON")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return made
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def main(arguments: list[str], prog: str = "python -m probe.verify") -> int:
+    """Check the recording that the command line names. Return the exit code."""
     options = parser(prog).parse_args(arguments)
     if options.steps != "all" and not options.model:
         raise ExperimentError(
-            "--steps says at which steps the model is asked, and no model is.", "Add --model."
+            "--steps chooses where the model predicts again, and it is not asked to.",
+            "Add --model.",
         )
     run = open_run(options.run, options.runs)
     before_torch(True)
-    found = verify(run, model=options.model, steps=_steps(run, options.steps))
+    verification = verify(run, model=options.model, steps=_steps(run, options.steps))
     if options.json:
-        say_json(found.as_json())
+        say_json(verification.as_json())
+    elif sys.stdout.isatty():
+        say(*verification.lines(shutil.get_terminal_size().columns))
     else:
-        width = (
-            shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
-        )  # in a pipe, a finding is a line
-        say(*found.lines(width))
-    return 1 if found.failed else 0
+        say(*verification.lines(10_000))  # in a pipe, a finding is a line
+    return 1 if verification.failed else 0
 
 
 def _steps(run: Run, text: str) -> tuple[int, ...] | None:

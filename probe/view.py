@@ -43,42 +43,43 @@ OPTIONS = {
 
 
 def parser(prog: str = "probe view") -> argparse.ArgumentParser:
-    made = Parser(prog=prog, description=described(__doc__, "probe view", prog))
-    made.add_argument(
+    """Return the parser of the command line."""
+    parser = Parser(prog=prog, description=described(__doc__, "probe view", prog))
+    parser.add_argument(
         "names",
         nargs="*",
         metavar="RUN",
         help="recordings to begin with: paths, beginnings of names, latest or sample",
     )
-    add_runs(made)
-    made.add_argument(
+    add_runs(parser)
+    parser.add_argument(
         "--port", type=int, default=0, help="the port on this machine; 0: one that is free"
     )
-    made.add_argument(
+    parser.add_argument(
         "--no-browser", action="store_true", help="print the address and open nothing"
     )
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return made
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def listening(port: int) -> socket.socket:
     """Return a socket on this machine's own address. Raise ExperimentError if the port is taken."""
-    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    door = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
-        made.bind(("127.0.0.1", port))
-        made.listen(128)  # who comes before the server is up waits, and is not refused
+        door.bind(("127.0.0.1", port))
+        door.listen(128)  # a browser that comes before the server is up waits
     except (OSError, OverflowError) as error:
-        made.close()
+        door.close()
         raise ExperimentError(
             f"Port {port} cannot be used ({error}).", "Leave --port out for a free one."
         ) from error
-    return made
+    return door
 
 
 def begin(library: Library, names: list[str]) -> str:
-    """Return the page, and the query, that shows the recordings that were named."""
+    """Return the page that shows the recordings that were named, with its query."""
     if not names:
         return ""
     noised = library.run(names[0]).kind == "noising"
@@ -87,6 +88,7 @@ def begin(library: Library, names: list[str]) -> str:
 
 
 def main(arguments: list[str], prog: str = "probe view") -> int:
+    """Serve the pages until Ctrl-C. Return the exit code."""
     options = parser(prog).parse_args(arguments)
     try:
         import streamlit as st

@@ -1,4 +1,4 @@
-"""The words of a text: one rule for who records them and for who looks for them.
+"""Split a text into words, by one rule for those who record words and those who look for them.
 
     spelt("Don't, CAFE\u0301 \U0001f431!")                       # ["don't", "café", "🐱"]
     occurrences("scuba-diving", ["a", "Scuba", "diving"])    # [range(1, 3)]
@@ -6,8 +6,8 @@
 A word is a run of letters and digits. Combining marks and invisible joiners belong to the word
 before them, an apostrophe to the letters on both sides of it. A symbol, such as an emoji with all
 its modifiers, is a word of its own. Everything else, hyphens and underscores too, lies between
-words. What is typed in another case, in another normal form of Unicode or with the other apostrophe
-is the same word. `RULES` is the version of these rules; recordings say by which theirs were made.
+words. Case, normal forms of Unicode and the kind of apostrophe make no difference. `RULES` is the
+version of these rules; each recording says by which its words were found.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OTHER_SYNTAX = re.compile(
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Where each word begins and ends."""
+    """Return where each word begins and ends."""
     spans: list[tuple[int, int]] = []
     at = 0
     while at < len(text):
@@ -42,25 +42,25 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 
 def spelt(text: str) -> list[str]:
-    """The words of a text as they are compared; without letters, digits and symbols there are
-    none.
-    """
+    """Return the words of a text as they are compared: none without letters, digits and symbols."""
     return [alike(text[start:end]) for start, end in word_spans(text)]
 
 
 def alike(text: str) -> str:
-    """The one form of all texts that count as the same: small letters, composed, without invisible
-    characters.
+    """Return the one form of all texts that count as the same.
+
+    It has small letters, composed, without invisible characters.
     """
     small = unicodedata.normalize("NFD", text).casefold().replace(APOSTROPHES[1], APOSTROPHES[0])
     return unicodedata.normalize("NFC", "".join(c for c in small if not _is_invisible(c)))
 
 
 def occurrences(text: str, labels: Sequence[str]) -> list[range]:
-    """Each place where the words of `text` follow one another among a prompt's words.
+    """Return each place where the words of `text` follow one another among a prompt's words.
 
-    A label that is no single word by the rules, such as `<cat-toy>` or a word's stump `ze…`, is
-    found as it is written. Words of a recording that older rules made are found by those rules too.
+    A label may be no single word by the rules, such as `<cat-toy>` or the stump `ze…` of a word
+    that was cut: it is found as it is written. Words that an older recording found by older rules
+    are found by those rules too.
     """
     if not (whole := alike(text.strip())):
         return []
@@ -78,7 +78,7 @@ def occurrences(text: str, labels: Sequence[str]) -> list[range]:
 
 
 def runs(wanted: list[str], words: list[str]) -> list[int]:
-    """Where `wanted` begins among words, each time that it is there whole."""
+    """Return each index of `words` at which all of `wanted` follow one another."""
     return [
         i
         for i in range(len(words) - len(wanted) + 1)
@@ -87,10 +87,10 @@ def runs(wanted: list[str], words: list[str]) -> list[int]:
 
 
 def split_word(prompt: str, cut: str) -> str:
-    """The word in whose middle begins what was cut from the end of a prompt; "" where it begins
-    between two words.
+    """Return the word that is split where `cut` was cut off the end of a prompt, or "".
 
-    Between two vectors of one word, `<toy>_1` and `<toy>_2`, is in its middle.
+    Nothing is split between two words. An embedding of several vectors, `<toy>_1` and `<toy>_2`, is
+    one word.
     """
     at = len(prompt) - len(cut)
     if vector := re.match(r"\s*((\S+)_([1-9][0-9]*))", cut):
@@ -101,8 +101,9 @@ def split_word(prompt: str, cut: str) -> str:
 
 
 def other_syntax(text: str) -> list[str]:
-    """What a prompt has of other programs' syntax, each once: weights as in (cat:1.2), BREAK,
-    <lora:...>.
+    """Return, each once, the parts of a prompt that mean something to other programs alone.
+
+    These are weights as in (cat:1.2), BREAK, <lora:...> and the like.
     """
     shouted = text.upper() == text
     return list(
@@ -115,8 +116,9 @@ def other_syntax(text: str) -> list[str]:
 
 
 def read_plainly(prompts: Sequence[str]) -> str:
-    """One line that says which parts of some prompts are not the syntax that they seem to be; "" if
-    there are none.
+    """Return one line that lists the parts of prompts that only other programs understand.
+
+    It is "" if there are none.
     """
     found = list(dict.fromkeys(part for prompt in prompts for part in other_syntax(prompt)))
     if not found:
@@ -131,7 +133,7 @@ def read_plainly(prompts: Sequence[str]) -> str:
 
 
 def _end_of_word(text: str, at: int) -> int:
-    """Where the word ends that begins at `at`; `at` where none begins."""
+    """Return where the word ends that begins at `at`, or `at` if none begins there."""
     end = at + 1
     if text[at].isalnum():
         while end < len(text) and (
@@ -153,9 +155,7 @@ def _end_of_word(text: str, at: int) -> int:
 
 
 def _joins(c: str) -> bool:
-    """Whether it is a combining mark, a variation selector, a joiner or another invisible character
-    within words.
-    """
+    """Tell whether a character continues a word without being a letter: a mark or a joiner."""
     return unicodedata.category(c)[0] == "M" or _is_invisible(c)
 
 
@@ -168,8 +168,9 @@ def _apostrophe_inside(text: str, at: int) -> bool:
 
 
 def _is_symbol(text: str, at: int) -> bool:
-    """Whether it is a picture of its own: also of private use, newer than this Unicode, or made one
-    by a variation selector.
+    """Tell whether a character is a picture of its own.
+
+    It may be of private use, newer than this Unicode, or made a picture by a variation selector.
     """
     return unicodedata.category(text[at]) in ("So", "Co", "Cn") or (
         text[at + 1 : at + 2] == EMOJI_STYLE and not text[at].isspace()
@@ -181,9 +182,7 @@ def _is_regional(c: str) -> bool:
 
 
 def _runs_of_parts(wanted: list[str], parts: list[list[str]]) -> list[range]:
-    """The places, from the beginning of one label to the end of one, where the parts of labels
-    spell what is wanted.
-    """
+    """Return the ranges of whole labels whose parts spell what is wanted."""
     flat = [part for label in parts for part in label]
     label_of = [label for label, its in enumerate(parts) for _ in its]
     begins = {label_of.index(label) for label in set(label_of)}

@@ -659,7 +659,7 @@ def test_losses_can_be_read_however_few_there_are(
         assert ((sheet == PALE).all(axis=-1).sum() > 100) == (noises > 1), (
             "the spread is a band of one timestep too"
         )
-    assert ("spread" in noising.told_losses(run)[0]) == (noises > 1)
+    assert ("spread" in noising.losses(run)[0]) == (noises > 1)
 
 
 @pytest.mark.parametrize("decode", [True, False])
