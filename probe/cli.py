@@ -14,9 +14,10 @@
     probe rm RUN ...              remove recordings
     probe gc                      remove what killed writers left behind
 
-RUN is a path, the beginning of a name, latest, or sample (which comes with probe).
-`probe VERB --help` tells more, `probe --version` prints the version. Exit codes: 0 done,
-1 failed or something differs, 2 a request that cannot be met, 130 stopped with Ctrl-C.
+RUN is a path, the beginning of a name, latest, or one of those that come with probe: sample,
+sample-guidance-8 (the same at guidance 8) and sample-noising. `probe VERB --help` tells more,
+`probe --version` prints the version. Exit codes: 0 done, 1 failed or something differs, 2 a
+request that cannot be met, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -225,14 +226,16 @@ def _keep(
 
 def ls(arguments: list[str]) -> int:
     """List recordings, the newest first."""
+    from probe.reading import sample
     from probe.reading.listing import listing
 
     parser = Parser(prog="probe ls", description=ls.__doc__)
     add_folder(parser)
     options = parser.parse_args(arguments)
     recordings = listing(where := options.folder or options.runs)
+    packaged = f"With probe come: {', '.join(sample.NAMES)}."
     if not recordings:
-        say(f"No recording in {where} yet. Make one: python -m probe.run")
+        say(f"No recording in {where} yet. Make one: python -m probe.run", packaged)
         return 0
     table, troubles = [], []
     for row in recordings:
@@ -246,6 +249,7 @@ def ls(arguments: list[str]) -> int:
     say(*rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
     if troubles:
         say("", *map(without_home, troubles))
+    say("", packaged)
     return 0
 
 

@@ -65,7 +65,9 @@ def folder(text: str) -> str:
     return text
 
 
-RECORDING = "a path, the beginning of a name, latest, or sample"
+RECORDING = (
+    "a path, the beginning of a name, latest, or sample (also sample-guidance-8, sample-noising)"
+)
 
 
 def add_run(parser: Parser) -> None:

@@ -1286,10 +1286,10 @@ def test_words_of_a_prompt_without_any(call: Command, runs: Path) -> None:
 def test_ls_of_nothing_says_how_to_begin(call: Command, tmp_path: Path) -> None:
     for folder in ("nowhere", str(tmp_path)):
         code, out, err = call(cli.dispatch, "ls", folder)
-        assert (code, err) == (
-            0,
-            "",
-        ) and out == f"No recording in {folder} yet. Make one: python -m probe.run\n"
+        assert (code, err) == (0, "") and out == (
+            f"No recording in {folder} yet. Make one: python -m probe.run\n"
+            "With probe come: sample, sample-guidance-8, sample-noising.\n"
+        )
 
 
 def test_ls_has_a_row_for_each_also_for_a_damaged_one(call: Command, runs: Path) -> None:
@@ -1304,7 +1304,7 @@ def test_ls_has_a_row_for_each_also_for_a_damaged_one(call: Command, runs: Path)
         experiment=experiment,
     )
     code, out, err = call(cli.dispatch, "ls")
-    header, *lines = out.splitlines()
+    header, *lines = out.partition("\n\nWith probe come: ")[0].splitlines()
     assert (code, err) == (
         0,
         "",
@@ -1376,7 +1376,7 @@ def test_show_of_a_run_that_did_not_finish(call: Command, runs: Path) -> None:
 
 
 def test_show_of_a_recording_of_format_1(call: Command) -> None:
-    code, out, err = call(cli.dispatch, "show", "sample")
+    code, out, err = call(cli.dispatch, "show", str(ROOT / "tests" / "format_1" / "default.zip"))
     assert (code, err) == (0, "")
     assert re.search(r"^unet +\d+\.\d\d s +\d+\.\d\d GFLOP a call$", out, re.MULTILINE)
 

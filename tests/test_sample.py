@@ -1,4 +1,4 @@
-"""The sample recording: unpacked whole or not at all, found by its name, read without torch."""
+"""The recordings in the package: whole or not at all, found by name, read without torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from probe.cli import dispatch
 from probe.errors import RecordingNotFound
+from probe.format.schema import FORMAT_VERSION
 from probe.proof.verdict import verify
 from probe.reading import sample
 from probe.reading.recording import open_run
+from probe.testing.synthetic import synthetic_recording
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,15 +29,47 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.smoke
-def test_it_is_small_and_verifies() -> None:
-    assert sample.ARCHIVE.stat().st_size < 3_000_000
-    run = open_run("sample")
-    assert run.status == "complete" and run.experiment.prompt == "An astronaut scuba diving"
+@pytest.mark.parametrize("name", sample.NAMES)
+def test_each_verifies_and_is_in_the_newest_format(name: str) -> None:
+    run = open_run(name)
+    assert run.status == "complete" and run.attributes.format_version == FORMAT_VERSION
     assert {check.name: check.detail for check in verify(run) if check.verdict == "failed"} == {}
-    assert open_run("sample").path == run.path, "unpacked once"
+    assert open_run(name).path == run.path, "unpacked once"
+    cost = run.tree["cost"].dataset.sel(component="unet")
+    assert int(cost["parameters"]) > 8e6 and int(cost["weight_bytes"]) > 3e7
     assert [path.name for path in run.path.parent.iterdir()] == [run.path.name], (
         "nothing else is left"
     )
+
+
+def test_they_are_small() -> None:
+    assert sum(archive.stat().st_size for archive in sample.ARCHIVES.values()) <= 4_000_000
+
+
+def test_the_second_differs_in_its_guidance_alone() -> None:
+    first, second = (open_run(name).experiment for name in ("sample", "sample-guidance-8"))
+    ignored = {"name", "capture"}
+    asked = [recipe.model_dump(exclude=ignored) for recipe in (first, second)]
+    assert asked[0] | {"guidance_scale": 8.0} == asked[1] and first.guidance_scale == 3
+    assert first.prompt == "An astronaut scuba diving"
+    assert second.capture.attention == first.capture.attention == "maps"
+
+
+def test_the_noising_has_a_loss_with_a_spread() -> None:
+    run = open_run("sample-noising")
+    forward = run.tree["forward"].dataset
+    at = {int(t): step for step, t in enumerate(run.variable("timestep").values)}
+    mean, spread = (forward[name].values for name in ("loss_mean", "loss_spread"))
+    assert {50, 500} <= set(at) and run.noising.noises >= 3 and (spread > 0).all()
+    assert mean[at[50]] - spread[at[50]] > mean[at[500]] + spread[at[500]]
+
+
+def test_ls_and_a_wrong_name_name_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["ls", str(tmp_path)]) == 0
+    assert "sample, sample-guidance-8, sample-noising" in capsys.readouterr().out
+    synthetic_recording(tmp_path / "mine.zarr", prompt="a red cat")
+    with pytest.raises(RecordingNotFound, match="Did you mean sample-noising"):
+        open_run("sample-noise", tmp_path)
 
 
 def test_a_first_look_needs_no_torch() -> None:
@@ -57,9 +92,9 @@ def test_a_first_look_needs_no_torch() -> None:
 
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     path = open_run("sample").path
-    sample.pack(path, tmp_path / "a.zip")
+    sample.pack(path, "sample", tmp_path / "a.zip")
     (path / "zarr.json").touch()
-    sample.pack(path, tmp_path / "b.zip")
+    sample.pack(path, "sample", tmp_path / "b.zip")
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert all(name.startswith("sample.zarr/") for name in archive.namelist())
@@ -96,12 +131,12 @@ def test_a_cache_disk_that_takes_nothing(
     )
 
 
-@pytest.mark.parametrize("name", ["sample", str(sample.ARCHIVE)], ids=["sample", "zip"])
+@pytest.mark.parametrize("name", ["sample", str(sample.ARCHIVES["sample"])], ids=["sample", "zip"])
 def test_a_limit_on_files_is_no_fault_of_the_zip(name: str, tmp_path: Path) -> None:
     command = f"ulimit -f 20; exec {sys.executable} -m probe show {name}"
     done = subprocess.run(
         ["/bin/sh", "-c", command],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

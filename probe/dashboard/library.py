@@ -28,17 +28,18 @@ OPEN = 16  # recordings that are kept open
 
 
 class Library:
-    """The recordings in a folder, the sample, and those that were named."""
+    """The recordings in a folder, those in the package, and those that were named."""
 
     def __init__(self, folder: str | Path = "runs", named: Sequence[str] = ()) -> None:
         self.folder = Path(folder)
         self.named = [find_run(name, folder) for name in named]
+        self.samples = {sample.unpacked(name).absolute(): name for name in sample.NAMES}
         self._paths: dict[str, Path] = {}
         self._ids: dict[Path, str] = {}
         self._open: OrderedDict[tuple[str, Any], Run] = OrderedDict()
         self._kept: OrderedDict[Any, bytes] = OrderedDict()
         self._lock = threading.Lock()
-        for path in [*self.named, sample.unpacked()]:
+        for path in [*self.named, *self.samples]:
             self.add(path)
 
     def add(self, path: Path) -> str:
@@ -46,23 +47,20 @@ class Library:
         path = Path(path).absolute()
         if path in self._ids:
             return self._ids[path]
-        name = (
-            sample.NAME if path == sample.unpacked().absolute() else path.name.removesuffix(".zarr")
-        )
+        name = self.samples.get(path, path.name.removesuffix(".zarr"))
         if not re.fullmatch(NAME, name, re.ASCII) or name in self._paths:
             name = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
         self._paths[name], self._ids[path] = path, name
         return name
 
     def rows(self) -> list[tuple[str, Listed]]:
-        """Return all recordings, the newest first; those that were named, and the sample, come
-        along.
+        """Return all recordings, the newest first, then those named and those in the package.
 
         Raise RecordingUnreadable if the system does not list the folder.
         """
         found = listing(self.folder)
         there = {row.path.absolute() for row in found}
-        for path in [*self.named, sample.unpacked()]:
+        for path in [*self.named, *self.samples]:
             if path.absolute() not in there:
                 there.add(path.absolute())
                 try:

@@ -16,9 +16,9 @@ from probe.system import exists
 def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     """Return the path of a recording.
 
-    `name` is a path, "latest", "sample", or the beginning of a name in the folder `runs`. A zip
-    file is unpacked, and the path is that of the copy. Raises RecordingNotFound,
-    RecordingUnreadable, or RecordingDamaged for a zip file that is not sound.
+    `name` is a path, "latest", the beginning of a name in the folder `runs`, or one of those in the
+    package (`sample.NAMES`). A zip file is unpacked, and the path is that of the copy. Raises
+    RecordingNotFound, RecordingUnreadable, or RecordingDamaged for a zip file that is not sound.
     """
     path = _as_path(str(name))
     if exists(path / "zarr.json"):
@@ -30,8 +30,8 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     inner = path / path.name  # unpacked into a folder of its own name
     if path.suffix == ".zarr" and exists(inner / "zarr.json"):
         return inner
-    if str(name) == sample.NAME:
-        return sample.unpacked()
+    if str(name) in sample.NAMES:
+        return sample.unpacked(str(name))
     if str(name) == "latest":
         rows = list_runs(runs)
         paths = [path for path, attributes in rows if attributes] or [path for path, _ in rows]
@@ -48,6 +48,8 @@ def find_run(name: str | Path, runs: str | Path = "runs") -> Path:
     if len(matching) == 1:
         return matching[0]
     names = sorted(path.name.removesuffix(".zarr") for path in paths)
+    if str(name).startswith("sample"):
+        names += sample.NAMES
     if not matching:
         raise RecordingNotFound(
             f"No recording in {runs} begins with {str(name)!r}.", near(str(name), names)

@@ -1,10 +1,12 @@
-"""The sample recording in the package: a first look needs neither torch nor a model.
+"""The recordings in the package: a first look needs neither torch nor a model.
 
-    probe show sample                  # any command that takes a recording takes this name
-    run = probe.open_run("sample")
+    probe show sample                  # any command that takes a recording takes these names
+    probe view sample sample-guidance-8
+    run = probe.open_run("sample-noising")
 
-It is shipped as one zip file, and unpacked once into the user's cache folder. It was made by
-`python -m experiments.emojiworld.sample`.
+`sample` is the default picture, `sample-guidance-8` the same at guidance 8, and `sample-noising` a
+picture at eight noise levels. Each is shipped as a zip file, and unpacked once into the user's
+cache folder. All were made by `python -m experiments.emojiworld.sample`.
 """
 
 from __future__ import annotations
@@ -23,29 +25,30 @@ from probe.settings.fields import home
 from probe.stopping import cleanly
 from probe.system import may_change, trouble_in, unreadable
 
-ARCHIVE = Path(__file__).parent.parent / "sample.zip"
-NAME = "sample"
+NAMES = ("sample", "sample-guidance-8", "sample-noising")
+ARCHIVES = {name: Path(__file__).parent.parent / f"{name}.zip" for name in NAMES}
 
 
-def unpacked() -> Path:
-    """Return the path of the sample recording. Unpack it on first use.
+def unpacked(name: str = "sample") -> Path:
+    """Return the path of a recording in the package, one of `NAMES`. Unpack it on first use.
 
     Raises RecordingNotFound if no folder takes it.
     """
+    packed = ARCHIVES[name]
     try:
-        content = ARCHIVE.read_bytes()
+        content = packed.read_bytes()
         folder = cache_folder() / "diffusion-probe"
-        target = folder / f"{NAME}-{hashlib.sha256(content).hexdigest()[:8]}.zarr"
+        target = folder / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}.zarr"
         if not target.exists():
             with (
-                into_cache("The sample recording", folder),
+                into_cache(f"The recording {name}", folder),
                 cleanly(),
                 tempfile.TemporaryDirectory(dir=folder) as partial,
-                zipfile.ZipFile(ARCHIVE) as archive,
+                zipfile.ZipFile(packed) as archive,
             ):
                 archive.extractall(partial)
                 try:
-                    (Path(partial) / f"{NAME}.zarr").rename(target)
+                    (Path(partial) / f"{name}.zarr").rename(target)
                 except OSError:  # another process was first
                     if not target.exists():
                         raise
@@ -54,15 +57,15 @@ def unpacked() -> Path:
         raise
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
         if (trouble := trouble_in(error)) is not None:
-            raise unreadable(ARCHIVE, trouble) from error
+            raise unreadable(packed, trouble) from error
         raise RecordingNotFound(
-            f"The sample recording cannot be unpacked: {error}",
+            f"The recording {name} cannot be unpacked: {error}",
             "Set XDG_CACHE_HOME to a folder that can be written.",
         ) from error
 
 
 def is_copy(path: Path) -> bool:
-    """Tell whether a recording lies in the cache folder: the sample, or one from a zip file."""
+    """Tell whether a recording lies in the cache folder: one from the package or a zip file."""
     return path.absolute().is_relative_to((cache_folder() / "diffusion-probe").absolute())
 
 
@@ -100,14 +103,15 @@ def _takes_files(folder: Path) -> bool:
     return may_change(folder)
 
 
-def pack(recording: Path, archive: Path = ARCHIVE) -> None:
-    """Zip a finished recording into the package.
+def pack(recording: Path, name: str, archive: Path | None = None) -> None:
+    """Zip a finished recording into the package as `name`, or into another file.
 
     One order and one date for all files: the bytes are the same each time.
     """
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+    target = archive or ARCHIVES[name]
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as zipped:
         for file in sorted(path for path in recording.rglob("*") if path.is_file()):
-            entry = zipfile.ZipInfo(f"{NAME}.zarr/{file.relative_to(recording).as_posix()}")
+            entry = zipfile.ZipInfo(f"{name}.zarr/{file.relative_to(recording).as_posix()}")
             entry.compress_type = zipfile.ZIP_DEFLATED
-            with file.open("rb") as source, zipped.open(entry, "w") as target:
-                shutil.copyfileobj(source, target)
+            with file.open("rb") as source, zipped.open(entry, "w") as written:
+                shutil.copyfileobj(source, written)
