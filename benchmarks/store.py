@@ -249,6 +249,14 @@ def read_benchmark(model: str, folder: Path) -> None:
     print(
         f"                                    all steps {milliseconds(maps)} (goal 130)", flush=True
     )
+    word = found.words[0]
+    ways = {
+        "one word's maps, mean over layers and heads   ": lambda: found.word_maps(words=word),
+        "one token's maps, the same                    ": lambda: found.token_maps(tokens=token),
+        "the overview, all tokens                      ": found.overview,
+    }
+    for name, way in ways.items():
+        print(f"   {name}{milliseconds(lambda way=way: way().values)}", flush=True)
     print(
         "                                its overview  "
         f"{milliseconds(lambda: found.variable(overview).isel(token=token).values)} (goal 1.5)",

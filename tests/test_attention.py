@@ -13,6 +13,7 @@ import pytest
 import tiny
 import xarray as xr
 
+from probe import analysis
 from probe.analysis import (
     against_others,
     by_kind,
@@ -166,6 +167,44 @@ def test_contribution_is_attention_times_what_is_written(run: Run, others: dict[
         others["queries"].word_maps(of="contribution").values,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+def test_chosen_words_are_a_part_of_all(branch: str, run: Run) -> None:
+    every = run.word_maps(branch=branch)
+    words = [str(word) for word in every["word"].values]
+    text = {"cond": "cat", "uncond": "astronaut"}[branch]
+    kept = [index for index, word in enumerate(words) if word == text]
+    xr.testing.assert_identical(run.word_maps(branch=branch, words=text), every.isel(word=kept))
+    if branch == "cond":
+        several = run.word_maps(words=["the hat", "of"], merge="mean")
+        assert several["word"].values.tolist() == ["the", "hat", "of"]
+        xr.testing.assert_identical(run.phrase("THE hat"), phrase(every, "the hat"))
+        with pytest.raises(PromptError, match="'dog' is not in the prompt"):
+            run.word_maps(words=["cat", "dog"])
+        with pytest.raises(ExperimentError, match="words and tokens exclude each other"):
+            run.word_maps(words="cat", tokens=[1])
+
+
+def test_chosen_tokens_are_a_part_of_all(run: Run) -> None:
+    every = run.token_maps()
+    xr.testing.assert_identical(run.token_maps(tokens=[0, 3]), every.isel(token=[0, 3]))
+    xr.testing.assert_identical(run.token_maps(tokens=2), every.isel(token=[2]))
+    with pytest.raises(RecordingNotFound, match="no token 99"):
+        run.token_maps(tokens=99)
+
+
+def test_tokens_that_are_not_chosen_are_not_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    real = analysis.combined
+
+    def watched(maps: list[xr.DataArray], *rest: Any) -> xr.DataArray:
+        read.extend(part.sizes["token"] for part in maps)
+        return real(maps, *rest)
+
+    monkeypatch.setattr(analysis, "combined", watched)
+    run.word_maps(words="hat")
+    assert read and set(read) == {1}
 
 
 def test_noise_levels_and_scales(run: Run) -> None:

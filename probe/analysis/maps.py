@@ -348,14 +348,8 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
     not there or was cut away. It lists the words there are, and names the command (`asking`) that
     looks for another.
     """
-    text_of("text", text)
-    labels = [str(word) for word in _worded(words)["word"].values]
-    places = words["word_index"].values
-    occurring = [
-        at for at in occurrences(text, labels) if places[at[-1]] - places[at[0]] == len(at) - 1
-    ]
-    if not occurring:
-        raise _not_there(text, labels, str(words.attrs.get("cut_from_prompt", "")), asking)
+    occurring = occurring_in(words, text, asking)
+    labels = [str(word) for word in words["word"].values]
     sums = [words.isel(word=slice(at[0], at[-1] + 1)).sum("word", skipna=False) for at in occurring]
     joined = words.isel(word=[at[0] for at in occurring])
     values = np.stack(
@@ -365,6 +359,22 @@ def phrase(words: xr.DataArray, text: str, asking: str = "probe ask") -> xr.Data
     return joined.copy(data=values).assign_coords(
         word=np.array([" ".join(labels[i] for i in at) for at in occurring], dtype=object)
     )
+
+
+def occurring_in(words: xr.DataArray, text: str, asking: str = "probe ask") -> list[range]:
+    """Return where words that follow one another are, for each time: ranges along `word`.
+
+    Raises PromptError as `phrase` does.
+    """
+    text_of("text", text)
+    labels = [str(word) for word in _worded(words)["word"].values]
+    places = words["word_index"].values
+    found = [
+        at for at in occurrences(text, labels) if places[at[-1]] - places[at[0]] == len(at) - 1
+    ]
+    if not found:
+        raise _not_there(text, labels, str(words.attrs.get("cut_from_prompt", "")), asking)
+    return found
 
 
 def _not_there(text: str, labels: list[str], cut: str, asking: str) -> PromptError:

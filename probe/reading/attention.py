@@ -57,6 +57,7 @@ class Choice(TypedDict, total=False):
     layers: str | Sequence[str]
     heads: Indices | None
     images: Indices | None
+    tokens: Indices | None
     over: Sequence[str]
     grid: tuple[int, int]
     method: Method
@@ -224,6 +225,7 @@ class Attention:
         layers: str | Sequence[str] = "*",
         heads: Indices | None = None,
         images: Indices | None = None,
+        tokens: Indices | None = None,
         over: Sequence[str] = ("layer", "head"),
         grid: tuple[int, int] | None = None,
         method: Method = "bilinear",
@@ -236,8 +238,9 @@ class Attention:
 
         `of` is attention or contribution. `branch` is cond (the prompt's tokens) or uncond (the
         negative prompt's). `steps` are indices of model calls, or text as in capture.steps.
-        `layers` are globs or grids as in capture.layers. `heads` and `images` are indices; an array
-        of truth values chooses too. `grid` is (y, x), default the largest recorded.
+        `layers` are globs or grids as in capture.layers. `heads`, `images` and `tokens` (BOS first)
+        are indices; an array of truth values chooses too. What is not chosen is not read. `grid` is
+        (y, x), default the largest recorded.
 
         The mean is first over the heads in a layer, then over layers. With weigh="heads" every head
         counts the same (see `analysis.combined`).
@@ -251,7 +254,7 @@ class Attention:
         if not (patterns := texts("layers", layers)):
             raise nothing_chosen("layers", layers)
         across = self.attributes.across
-        numbers = {"head": heads, across: images}
+        numbers = {"head": heads, across: images, "token": tokens}
         maps = [
             self._chosen(name, paths, of, branch, steps, numbers)
             for name, paths in self._layers(patterns).items()
@@ -265,13 +268,17 @@ class Attention:
         normalise: Normalisation = "none",
         bands: int | Sequence[float] = 0,
         merge: Literal["sum", "mean"] = "sum",
+        words: str | Sequence[str] | None = None,
         **choice: Unpack[Choice],
     ) -> xr.DataArray:
-        """Return maps of every word: the sum (or mean) of its tokens.
+        """Return maps of every word, or of the chosen `words`: the sum (or mean) of its tokens.
 
         *Shape:* (step, word, image, y, x) float32, as `token_maps`. A word that is there twice
         stays two, told apart by `word_index`. With `bands`, their number or edges: (band, word,
         image, y, x), means over noise levels, the noisiest first (`analysis.by_sigma`).
+
+        `words` are words or phrases of the prompt, each as often as it is there. The tokens of
+        others are not read.
 
         `normalise` is "none", "min-max", "words" or "space" (`analysis.normalised`). The attribute
         `cut_from_prompt` says what was cut from a prompt that is too long. A word that was split by
@@ -287,10 +294,14 @@ class Attention:
                 'bands and "step" in over exclude each other: either takes the mean over steps.',
                 'Leave out bands, or "step" in over.',
             )
+        branch = choice.get("branch", "cond")
+        cut, split = self.cut(branch)
+        if words is not None:
+            chosen, last = self._tokens_of(texts("words", words), branch, choice.get("tokens"))
+            choice["tokens"], split = chosen, split if last else ""
         maps = self.token_maps(**choice)
         if banded:
             maps = analysis.by_sigma(maps, bands, self.variable("sigma"))
-        cut, split = self.cut(choice.get("branch", "cond"))
         return analysis.normalised(
             analysis.word_maps(maps, merge=merge, cut=cut, split=split), normalise
         )
@@ -309,7 +320,8 @@ class Attention:
         the prompt or was cut from it.
         """
         text_of("text", text)
-        words = analysis.phrase(self.word_maps(bands=bands, **choice), text, self._asking(text))
+        maps = self.word_maps(bands=bands, words=text, **choice)
+        words = analysis.phrase(maps, text, self._asking(text))
         return analysis.normalised(words, normalise)
 
     def against_others(
@@ -386,6 +398,31 @@ class Attention:
         raise RecordingNotFound(
             f"{self.name} has no tokens of the {branch} branch.", "Record with capture.text: true."
         )
+
+    def _tokens_of(
+        self, phrases: Sequence[str], branch: str, tokens: object
+    ) -> tuple[list[int], bool]:
+        """Return the indices of the tokens of some words, and whether the last word is among them.
+
+        Raises PromptError for a phrase that is not in the prompt.
+        """
+        if tokens is not None:
+            raise ExperimentError("words and tokens exclude each other.", "Give one of them.")
+        self._check_branch(branch, [str(name) for name in self.attention()["branch"].values])
+        numbers = self.variable(f"attention/{self.grids[0]}/word_index").sel(branch=branch)
+        names = self.variable(f"attention/{self.grids[0]}/word").sel(branch=branch)
+        cut, split = self.cut(branch)
+        none_read = xr.DataArray(np.zeros(numbers.size, np.float32), dims="token")
+        every = analysis.word_maps(none_read, names.values, numbers.values, cut=cut, split=split)
+        places = every["word_index"].values
+        chosen = {
+            int(place)
+            for phrase in phrases
+            for at in analysis.occurring_in(every, phrase, self._asking(phrase))
+            for place in places[at.start : at.stop]
+        }
+        kept = np.flatnonzero(np.isin(numbers.values, sorted(chosen)))
+        return kept.tolist(), int(places[-1]) in chosen
 
     def _layers(self, patterns: Sequence[str]) -> dict[str, list[str]]:
         """Return the layers that globs and grids select, by grid."""

@@ -61,11 +61,11 @@ def chosen_positions(name: str, recorded: list[int], steps: Indices | str, calls
 
 
 def several(dim: str, given: Indices, size: int) -> list[int]:
-    """Return the chosen heads or images as a list; it may hold some that are not there.
+    """Return the chosen heads, images or tokens as a list; it may hold some that are not there.
 
     Raises ExperimentError for an empty choice.
     """
-    setting = "heads" if dim == "head" else "images"
+    setting = f"{dim}s" if dim in ("head", "token") else "images"
     indices = chosen(setting, given, size)
     found = [*range(size)[indices]] if isinstance(indices, slice) else indices
     if not found:
