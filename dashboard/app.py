@@ -1,4 +1,4 @@
-"""The dashboard as Streamlit starts it: the views and routes of `probe view`, to this machine alone.
+"""The dashboard as Streamlit starts it: the views and routes of `probe view`, for this machine.
 
 streamlit run dashboard/app.py       # the recordings in the folder runs, and those that come along
 
