@@ -636,9 +636,9 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     script = """
         import resource
         arrays = [
-            array("", "step", value=np.arange(3)),
-            array("", "committed", (3,)),
-            array("latents", "latents", (3, 1, 4, 64, 64), "float32"),
+            spec("", "step", value=np.arange(3)),
+            spec("", "committed", (3,)),
+            spec("latents", "latents", (3, 1, 4, 64, 64), "float32"),
         ]
         try:
             with RunWriter(Path(sys.argv[1]), arrays, ATTRIBUTES) as writer:
