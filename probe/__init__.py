@@ -41,11 +41,13 @@ if TYPE_CHECKING:
         Comparison,
         Difference,
     )
+    from probe.reading.embedding import open_embedding
     from probe.reading.listing import list_runs
     from probe.reading.recording import (
         Run,
         open_run,
     )
+    from probe.reading.trajectories import trajectories
     from probe.running.ask import read_out
     from probe.running.recorder import (
         record,
@@ -94,6 +96,7 @@ _HOMES = {
     "Difference": "probe.reading.compare",
     "list_runs": "probe.reading.listing",
     "Run": "probe.reading.recording",
+    "open_embedding": "probe.reading.embedding",
     "open_run": "probe.reading.recording",
     "read_out": "probe.running.ask",
     "record": "probe.running.recorder",
@@ -102,6 +105,7 @@ _HOMES = {
     "resume": "probe.running.recorder",
     "Session": "probe.running.session",
     "testing": "probe.testing",
+    "trajectories": "probe.reading.trajectories",
 }
 _RENAMED: dict[str, tuple[str, str]] = {}  # old name: its new name, and the version that renamed it
 __all__ = [
@@ -135,6 +139,7 @@ __all__ = [
     "list_runs",
     "load_experiment",
     "load_noising",
+    "open_embedding",
     "open_run",
     "read_out",
     "record",
@@ -142,6 +147,7 @@ __all__ = [
     "rerun",
     "resume",
     "testing",
+    "trajectories",
 ]
 
 

@@ -6,6 +6,7 @@
     probe show [RUN]              show what a recording holds, and where its pictures are
     probe view [RUN ...]          look at recordings in a browser, on this machine alone
     probe export RUN --html FILE  write a recording as a page that plays by itself, or an animation
+    probe embed RUN [RUN ...]     map where the latents go, step by step: PCA, UMAP
     probe ask RUN WORD            show where the picture would have looked at any word
     probe verify [RUN]            check a recording against itself
     probe rerun [RUN]             record the same again, and say what differs
@@ -409,6 +410,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "show": show,
     "view": _door("probe.view", "probe view"),
     "export": _door("probe.export", "probe export"),
+    "embed": _door("probe.embed", "probe embed"),
     "ask": ask,
     "verify": _door("probe.verify", "probe verify"),
     "rerun": rerun,

@@ -1,10 +1,11 @@
-"""Attention maps as numbers, words, heads and masks. xarray in, xarray out; never torch.
+"""Attention maps and paths of latents as numbers. xarray in, xarray out; never torch.
 
 maps         maps on one grid, tokens merged to words and phrases, normalisations
 averages     many steps, layers, heads and grids as few: the global map, maps by noise level
 heads        what single heads do: shape, mass, overlap, ranking, contribution
 masks        masks from maps, and how well they agree with the truth
 recomputed   maps computed from queries and keys when they are read
+trajectories paths of latents over the steps: PCA beside random walks, UMAP, neighbours kept
 """
 
 from __future__ import annotations
@@ -38,9 +39,17 @@ from probe.analysis.masks import (
     pixel_accuracy,
     threshold,
 )
+from probe.analysis.trajectories import (
+    aligned_map,
+    pca,
+    preservation,
+    random_walks,
+    umap_map,
+)
 
 __all__ = [
     "against_others",
+    "aligned_map",
     "area_threshold",
     "argmax_masks",
     "average_precision",
@@ -57,11 +66,15 @@ __all__ = [
     "occurring_in",
     "on_grid",
     "overlap",
+    "pca",
     "phrase",
     "pixel_accuracy",
+    "preservation",
     "probabilities",
+    "random_walks",
     "ranked_heads",
     "threshold",
     "token_kinds",
+    "umap_map",
     "word_maps",
 ]

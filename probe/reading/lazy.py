@@ -40,10 +40,11 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 
 from probe.errors import RecordingDamaged, RecordingUnreadable
+from probe.format.schema import spec
 from probe.reading.files import LARGE, read_file, refuse
 from probe.reading.limits import check_chunk, check_text, takes_no_room
 from probe.reading.shards import read_shards
-from probe.reading.untrusted import Stored, nodes_of, read_root
+from probe.reading.untrusted import Stored, Table, nodes_of, read_root
 from probe.system import exists, reading, trouble_in, unreadable
 from probe.text import first_line, printable
 
@@ -339,12 +340,12 @@ def open_tree(path: Path) -> xr.DataTree:
     Raises what `read_root` and `nodes_of` raise.
     """
     with reading(path):
-        return _tree(path)
+        return tree_of(path, read_root(path))
 
 
-def _tree(path: Path) -> xr.DataTree:
-    root = read_root(path)
-    groups, arrays = nodes_of(path, root)
+def tree_of(path: Path, root: Mapping[str, Any], table: Table = spec) -> xr.DataTree:
+    """Return what a root file lists as a lazy tree; see `nodes_of`."""
+    groups, arrays = nodes_of(path, root, table)
     store = CheckedStore(path, arrays)
     labels = _labels(
         store,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -22,7 +22,8 @@ import numpy as np
 
 from probe.errors import RecordingDamaged, RecordingNotFound
 from probe.format.attributes import kind_of, problem_of
-from probe.format.schema import FORMATS_READ, spec
+from probe.format.embedding import KIND as EMBEDDING
+from probe.format.schema import FORMATS_READ, ArraySpec, spec
 from probe.reading.files import (
     entry_is_link,
     no_longer,
@@ -58,6 +59,7 @@ NODE_KEYS = frozenset(
 )
 KEYS = {"name": "default", "configuration": {"separator": "."}}  # how chunks' files are named
 Refusal = Callable[[str], NoReturn]
+Table = Callable[[str, str, Sequence[int]], ArraySpec]  # group, name and shape; KeyError if unknown
 
 
 # --- the root -------------------------------------------------------------------------------------
@@ -66,7 +68,23 @@ Refusal = Callable[[str], NoReturn]
 def read_root(path: Path) -> dict[str, Any]:
     """Return the root zarr.json of a recording.
 
-    Raises RecordingNotFound if there is none, RecordingDamaged if it cannot be trusted.
+    Raises RecordingNotFound if there is none, RecordingDamaged if it cannot be trusted, or if it is
+    that of an embedding.
+    """
+    root = read_group(path)
+    if root["attributes"].get("kind") == EMBEDDING:
+        raise RecordingDamaged(
+            f"{printable(str(path))} is an embedding of recordings, and none itself.",
+            "Look at it on the page Trajectories of probe view, or open it with xarray.open_zarr.",
+        )
+    check_attributes(path, root["attributes"])
+    return root
+
+
+def read_group(path: Path) -> dict[str, Any]:
+    """Return the root zarr.json of a zarr group with attributes, whatever they say.
+
+    Raises as `read_root`.
     """
     try:
         root = read_json(path, "zarr.json", MAX_ROOT)
@@ -82,7 +100,6 @@ def read_root(path: Path) -> dict[str, Any]:
         or not isinstance(root.get("attributes"), dict)
     ):
         raise refuse(path, "its zarr.json is not that of a recording")
-    check_attributes(path, root["attributes"])
     return root
 
 
@@ -138,11 +155,14 @@ class Stored:
         return prod(self.chunks) * self.dtype.itemsize if self.dtype is not None else 0
 
 
-def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, Stored]]:
+def nodes_of(
+    path: Path, root: Mapping[str, Any], table: Table = spec
+) -> tuple[list[str], dict[str, Stored]]:
     """Return the groups and arrays that a recording's root file lists.
 
-    Each is compared with its own file and with the schema. A variable that the schema does not know
-    may be a newer version's: it is accepted if it is harmless. Raises RecordingDamaged.
+    Each is compared with its own file and with the schema, or with another `table` of variables. A
+    variable that this does not know may be a newer version's: it is accepted if it is harmless.
+    Raises RecordingDamaged.
     """
     noising = kind_of(root["attributes"]) == "noising"
     block = root.get("consolidated_metadata")
@@ -185,7 +205,7 @@ def nodes_of(path: Path, root: Mapping[str, Any]) -> tuple[list[str], dict[str, 
         if node.get("node_type") == "group":
             groups.append(name)
         else:
-            arrays[name] = stored = _stored(path, name, node, noising)
+            arrays[name] = stored = _stored(path, name, node, noising, table)
             labels += prod(stored.shape) if stored.is_labels else 0
             if labels > MAX_ALL_LABELS:
                 raise refuse(path, f"it has more than {MAX_ALL_LABELS} labels")
@@ -216,7 +236,7 @@ def _no_links(path: Path, group: str) -> None:
                 raise refuse(path, f"{printable(name)} is a pipe or a device")
 
 
-def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Stored:
+def _stored(path: Path, name: str, node: dict[str, Any], noising: bool, table: Table) -> Stored:
     """Return one array as its metadata describes it. Raise RecordingDamaged for a strange one."""
 
     def no(what: str) -> NoReturn:
@@ -247,7 +267,7 @@ def _stored(path: Path, name: str, node: dict[str, Any], noising: bool) -> Store
     strings = [text for pair in node["attributes"].items() for text in pair if type(text) is str]
     if any(UNCLEAN.search(text) or "\n" in text or len(text) > 1000 for text in strings):
         no("is described with characters that hide what they say")
-    _check_schema(name, shape, dims, kind, noising, no)
+    _check_schema(name, shape, dims, kind, noising, table, no)
     stored = Stored(name, shape, chunks, inner, dims, dtype, node["attributes"], node)
     if stored.is_labels and prod(shape) > MAX_LABELS:
         no("has too many labels")
@@ -294,6 +314,7 @@ def _check_schema(
     dims: tuple[str, ...],
     kind: str,
     noising: bool,
+    table: Table,
     no: Refusal,
 ) -> None:
     """Refuse a variable whose dimensions or type are not those of the schema.
@@ -302,7 +323,7 @@ def _check_schema(
     """
     group, _, last = name.rpartition("/")
     try:
-        known = replace(spec(group, last, shape), across="draw" if noising else "image")
+        known = replace(table(group, last, shape), across="draw" if noising else "image")
     except KeyError:
         return
     allowed = KINDS.get(known.variable.dtype, (known.variable.dtype,))
