@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from probe.dashboard.views import compare, learn, replay, runs
+from probe.dashboard.views import compare, learn, replay, runs, trajectories
 
 st.set_page_config(page_title="probe", layout="wide")
 st.html(
@@ -20,6 +20,7 @@ GROUPS = {
     "Explore": {
         "runs": st.Page(runs.show, title="Runs", url_path="runs"),
         "replay": st.Page(replay.show, title="Replay", url_path="replay", default=True),
+        "trajectories": st.Page(trajectories.show, title="Trajectories", url_path="trajectories"),
     },
     "Compare": {
         "compare": st.Page(compare.show, title="Compare", url_path="compare"),
