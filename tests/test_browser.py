@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import probe
 from probe.export import main as export
 from probe.testing.synthetic import synthetic_recording
 
@@ -77,13 +78,15 @@ def look(browser: Any, width: int = 1280, height: int = 1200, dark: bool = False
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
-def opened(browser: Any, address: str) -> Any:
-    """Open a page and return the player in it, once it has drawn."""
+def opened(browser: Any, address: str, framed: bool = False) -> Any:
+    """Open a page and return the player in it, or in its first frame, once it has drawn."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get_log("performance")
     browser.get_log("browser")
     browser.get(address)
+    if framed:
+        browser.switch_to.frame(0)
     return WebDriverWait(browser, 40).until(
         lambda driver: driver.execute_script(
             f"const b = {BOX}; return b && b.dataset.step !== undefined ? b : null"
@@ -218,6 +221,24 @@ def test_hostile_text_is_shown_as_it_is(browser: Any, tmp_path: Path) -> None:
         "return [window.pwned ?? 0, document.images.length, document.links.length]"
     ) == [0, 0, 0]
     assert asked(browser) == {""}
+
+
+def test_a_player_in_a_notebook_plays_in_its_frame(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    cell = probe.open_run("sample").player()._repr_html_()
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><p>Out[1]:</p>{cell}")
+    look(browser)
+    player = opened(browser, (tmp_path / "notebook.html").as_uri(), framed=True)
+    before = ink(browser, player, ".denoised canvas")
+    browser.execute_script("arguments[0].focus()", player)
+    press(browser, Keys.ARROW_RIGHT)
+    assert player.get_attribute("data-step") == "7"
+    assert ink(browser, player, ".denoised canvas") != before
+    time.sleep(0.6)  # the address would be written now
+    browser.switch_to.default_content()
+    assert "step" not in browser.current_url
+    assert asked(browser) == {""} and complaints(browser) == []
 
 
 # --- the dashboard -------------------------------------------------------------------------------

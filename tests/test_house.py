@@ -101,6 +101,7 @@ LAYERS = [
     ("probe.figures.bundle",),
     ("probe.figures.page", "probe.figures.animation", "probe.figures.trajectories"),
     (
+        "probe.figures.notebook",
         "probe.figures.noising_sheet",
         "probe.proof.map_checks",
         "probe.proof.schema_checks",
@@ -183,6 +184,7 @@ LOOKS_UP = {
     ("probe.reading.recording", "probe.proof.verdict"),  # run.verify()
     ("probe.reading.recording", "probe.figures.sheets"),  # run.save(path)
     ("probe.reading.recording", "probe.figures.noising_sheet"),  # of a noising
+    ("probe.reading.recording", "probe.figures.notebook"),  # run.player()
 }
 
 # Some that could import downwards still must not know each other: (who, whom), packages from

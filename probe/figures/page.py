@@ -40,6 +40,7 @@ const runs = [];
 for (let i = 0; i < count; i++) runs.push(await open(raw(`run${i}`)));
 const { steps } = runs[0].meta;
 const changed = (now) => {
+  if (location.protocol === "about:") return; // in a notebook there is no address to keep it in
   history.replaceState(null, "", toAddress(location.search, now, steps) + location.hash);
 };
 const options = { ask, changed, full: false, state: fromAddress(location.search, steps) };
