@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import socket
@@ -185,3 +186,40 @@ def only(folder: Path) -> Run:
     """The one thing in a folder, hidden files included, is a recording."""
     (path,) = folder.iterdir()
     return Run(path)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file in one step, as a writer does."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_bytes(content)
+    fresh.replace(path)
+
+
+def growing(whole: Run, folder: Path, steps: int) -> Run:
+    """A recording of which `steps` steps are committed, and whose writer is this process."""
+    run = cut(whole, folder, steps)
+    writer = {"pid": os.getpid(), "host": socket.gethostname()}
+    return change_root(run, lambda attributes: attributes.update(writer=writer))
+
+
+def grow(run: Run, whole: Run, steps: int) -> None:
+    """Commit more steps of a growing recording, in the order in which a writer does."""
+    for name, variable in variables(whole):
+        stepwise = variable.dims[:1] == ("step",) and variable.ndim > 1
+        patterns = [f"c.{index}.*" for index in range(steps)] if stepwise else []
+        for file in [file for pattern in patterns for file in (whole.path / name).glob(pattern)]:
+            shutil.copy(file, run.path / name)
+    if (pictures := whole.path / "decoded" / "picture").exists():
+        shutil.copytree(pictures, run.path / "decoded" / "picture", dirs_exist_ok=True)
+    flags = [1] * steps + [0] * (len(whole.steps) - steps)
+    replace(run.path / "committed" / "c.0", checked(bytes(flags)))
+
+
+def finish(run: Run, whole: Run) -> None:
+    """Write what comes after the last step of a growing recording; its status last."""
+    for file in whole.path.rglob("*"):
+        here = run.path / file.relative_to(whole.path)
+        if file.is_file() and not here.exists():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, here)
+    replace(run.path / "zarr.json", (whole.path / "zarr.json").read_bytes())

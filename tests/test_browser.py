@@ -18,9 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from recordings import cut, finish, grow, growing, replace
 
 import probe
 from probe.export import main as export
+from probe.reading.recording import Run
 from probe.testing.synthetic import synthetic_recording
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -245,8 +247,12 @@ def test_a_player_in_a_notebook_plays_in_its_frame(browser: Any, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    runs = tmp_path_factory.mktemp("runs")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def server(runs: Path) -> Iterator[str]:
     synthetic_recording(runs / "hostile.zarr", prompt=HOSTILE, size=(16, 16))
     command = [sys.executable, "-m", "probe.view", "sample", "--runs", str(runs), "--no-browser"]
     with subprocess.Popen(
@@ -365,3 +371,79 @@ def test_an_address_full_of_nonsense_falls_to_the_defaults(server: str, browser:
     query = "runs=sample&step=abc&word=-3&layer=1e9&head=<b>&opacity=9&scale=x&step=9999999999999"
     player = opened(browser, f"{server}/?{query}")
     assert player.get_attribute("data-step") == "6" and complaints(browser) == []
+
+
+# --- a recording that grows ----------------------------------------------------------------------
+
+SEEN = (
+    "const all = [document, ...[...document.querySelectorAll('*')].map(e => e.shadowRoot)]"
+    ".filter(Boolean); const one = q => all.map(r => r.querySelector(q)).find(Boolean);"
+    "const box = one('.probe:not(.next .probe)'), said = one('.following');"
+    "return [box?.dataset.step, said?.textContent, all.map(r => r.activeElement?.getAttribute("
+    "'aria-label')).filter(Boolean).pop(),"
+    "box?.querySelectorAll('figure.final canvas:not([hidden])').length]"
+)
+# Counts the moments at which no player is on the page, between any two changes of it.
+WATCH = (
+    "window.gaps = 0; for (const e of document.querySelectorAll('*')) if (e.shadowRoot) "
+    "new MutationObserver(() => { if (!e.shadowRoot.querySelector('.probe:not(.next .probe)')) "
+    "window.gaps += 1; }).observe(e.shadowRoot, {childList: true, subtree: true})"
+)
+
+
+def test_a_recording_that_grows_is_followed(
+    server: str, runs: Path, browser: Any, tmp_path: Path
+) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    whole = Run(synthetic_recording(tmp_path / "grows.zarr", steps=6, size=(16, 16)))
+    run = growing(whole, runs, 0)
+    look(browser)
+    browser.get_log("browser")
+    browser.get(f"{server}/?runs={run.name}")
+
+    def seen(step: str | None, said: str) -> list[Any]:
+        """Wait for a step and for what is said, and return what is seen then."""
+        wait = WebDriverWait(browser, 40)
+        wait.until(lambda _: browser.execute_script(SEEN)[:2] == [step, said])
+        return list(browser.execute_script(SEEN))
+
+    seen(None, "recording: the first of 6 steps is not finished yet")
+    grow(run, whole, 2)
+    seen("1", "recording: 2 of 6 steps")  # from the beginning on at the end
+    browser.execute_script(WATCH)
+    slider = f"{BOX}.querySelector('input[aria-label=Step]')"
+    browser.execute_script(f"{slider}.focus()")
+    grow(run, whole, 4)
+    assert seen("3", "recording: 4 of 6 steps")[2] == "Step", "it keeps the focus"
+    browser.execute_script(f"const s = {slider}; s.value = 1; s.oninput()")
+    grow(run, whole, 6)
+    finishing = "finishing: all 6 steps are here, the picture is made"
+    assert seen("1", finishing)[2:] == ["Step", 0], "who looks at a step stays there"
+    zarr = (run.path / "zarr.json").read_bytes()
+    (run.path / "zarr.json").write_bytes(b"{")
+    WebDriverWait(browser, 40).until(lambda _: "zarr.json" in browser.execute_script(SEEN)[1])
+    assert browser.execute_script(SEEN)[0] == "1", "an error is told above the player"
+    replace(run.path / "zarr.json", zarr)
+    seen("1", finishing)
+    finish(run, whole)
+    assert seen("1", "")[2:] == ["Step", 1], "the picture has come"
+    assert browser.execute_script("return window.gaps") == 0
+    browser.get_log("performance")
+    time.sleep(2.5)
+    assert asked(browser) == set(), "nobody is asked for a complete one"
+    assert [row for row in complaints(browser) if "404" not in row] == []
+
+
+def test_one_whose_writer_is_gone_tells_how_to_go_on(
+    server: str, runs: Path, browser: Any, tmp_path: Path
+) -> None:
+    whole = Run(synthetic_recording(tmp_path / "gone.zarr", steps=6, size=(16, 16)))
+    run = cut(whole, runs, 3)
+    look(browser)
+    opened(browser, f"{server}/?runs={run.name}")
+    said = browser.execute_script(SEEN)[1]
+    assert said.startswith("Interrupted after 3 of 6 steps") and said.endswith(
+        f"python -m probe.run --resume {run.path}"
+    )
+    assert serious(browser) == []

@@ -89,7 +89,7 @@ LAYERS = [
     ("probe.reading.embedding",),
     ("probe.reading.recording",),
     ("probe.reading.trajectories",),
-    ("probe.figures.drawing", "probe.figures.payload"),
+    ("probe.figures.drawing", "probe.figures.payload", "probe.figures.following"),
     ("probe.figures.channels",),
     (
         "probe.figures.sheets",

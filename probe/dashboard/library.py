@@ -19,10 +19,11 @@ from typing import Any
 from probe.errors import RecordingDamaged, RecordingNotFound, RecordingUnreadable
 from probe.reading import sample
 from probe.reading.finding import find_run
-from probe.reading.listing import Listed, listing
+from probe.reading.listing import Listed, listing, status_of
 from probe.reading.recording import Run
 
 ROOM = 256 * 2**20  # bytes of payloads that are kept
+State = tuple[int | str, ...]
 NAME = r"[\w.-]{1,120}"
 OPEN = 16  # recordings that are kept open
 
@@ -36,8 +37,8 @@ class Library:
         self.samples = {sample.unpacked(name).absolute(): name for name in sample.NAMES}
         self._paths: dict[str, Path] = {}
         self._ids: dict[Path, str] = {}
-        self._open: OrderedDict[tuple[str, Any], Run] = OrderedDict()
-        self._kept: OrderedDict[Any, bytes] = OrderedDict()
+        self._open: OrderedDict[str, tuple[State, Run]] = OrderedDict()
+        self._kept: OrderedDict[Any, tuple[State, bytes]] = OrderedDict()
         self._lock = threading.Lock()
         for path in [*self.named, *self.samples]:
             self.add(path)
@@ -74,6 +75,10 @@ class Library:
 
         Raise RecordingNotFound for an unknown id.
         """
+        return self._opened(key)[1]
+
+    def _opened(self, key: str) -> tuple[State, Run]:
+        """Return a recording, and a state on the disk: the recording is that old or newer."""
         if key not in self._paths and re.fullmatch(NAME, key, re.ASCII):
             path = self.folder / f"{key}.zarr"  # a link to one that no list showed yet
             if path.is_dir():
@@ -81,17 +86,17 @@ class Library:
         if key not in self._paths:
             raise RecordingNotFound("No recording has this id.", "Pick one from the list of runs.")
         path = self._paths[key]
-        state = (key, changed(path))
+        state = changed(path)  # before it is opened: what is written meanwhile is another state
         with self._lock:
-            if state in self._open:
-                self._open.move_to_end(state)
-                return self._open[state]
+            if key in self._open and self._open[key][0] == state:
+                self._open.move_to_end(key)
+                return self._open[key]
         run = Run(path)
         with self._lock:
-            self._open[state] = run
+            self._open[key] = state, run
             while len(self._open) > OPEN:
                 self._open.popitem(last=False)
-        return run
+        return state, run
 
     def payload(
         self, key: str, what: tuple[Any, ...], make: Callable[[Run], bytes]
@@ -100,31 +105,35 @@ class Library:
 
         Raise ProbeError.
         """
-        run = self.run(key)
-        state = (key, changed(run.path), what)
-        tag = hashlib.sha256(repr(state).encode()).hexdigest()[:24]
+        state, run = self._opened(key)
+        status = status_of(dict(run.attributes))  # a writer may die, and no file tells
+        now = (*state, status)
+        tag = hashlib.sha256(repr((key, now, what)).encode()).hexdigest()[:24]
         with self._lock:
-            if state in self._kept:
-                self._kept.move_to_end(state)
-                return self._kept[state], tag
+            if (key, what) in self._kept and self._kept[key, what][0] == now:
+                self._kept.move_to_end((key, what))
+                return self._kept[key, what][1], tag
         content = make(run)
         with self._lock:
-            self._kept[state] = content
-            while sum(map(len, self._kept.values())) > ROOM and len(self._kept) > 1:
+            self._kept[key, what] = now, content
+            while self._bytes() > ROOM and len(self._kept) > 1:
                 self._kept.popitem(last=False)
         return content, tag
 
+    def _bytes(self) -> int:
+        return sum(len(content) for _, content in self._kept.values())
 
-def changed(path: Path) -> tuple[int, ...]:
-    """Return what changes when a recording does: times and sizes of its root file and its flags."""
+
+def changed(path: Path) -> State:
+    """Return what changes when a recording does: times, sizes and numbers of two of its files."""
     found: list[int] = []
     for name in ("zarr.json", "committed/c.0"):
         try:
             about = (path / name).stat()
         except OSError:
-            found += [0, 0]
+            found += [0, 0, 0]
         else:
-            found += [about.st_mtime_ns, about.st_size]
+            found += [about.st_mtime_ns, about.st_size, about.st_ino]
     return tuple(found)
 
 

@@ -18,6 +18,7 @@ from probe.arguments import whole_number
 from probe.errors import RecordingNotFound
 from probe.figures.channels import axis_of, offers, overview
 from probe.figures.drawing import HEAT
+from probe.figures.following import following
 from probe.figures.payload import Part, finite, pack, pictures
 from probe.reading.recording import Run
 
@@ -59,6 +60,7 @@ def payload(run: Run, image: int = 0) -> bytes:
         "prompt": prompt_of(run),
         "facts": facts(run),
         "status": run.status,
+        "following": following(run),
         "calls": int(run.variable("committed").size),
         "steps": steps.tolist(),
         "sigma": finite(run.variable("sigma").values[steps]),
