@@ -169,17 +169,22 @@ def _say_difference(comparison: Comparison, a: str, b: str) -> int:
 def gc(arguments: list[str]) -> int:
     """Remove what killed writers left behind: half-made folders, lock files, parts of files.
 
-    Recordings stay.
+    Recordings stay, and so do embeddings.
     """
     parser = Parser(prog="probe gc", description=gc.__doc__)
     add_folder(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(arguments)
     options.runs = options.folder or options.runs
+    from probe.format.embedding import FOLDER
     from probe.writing.upkeep import clear_orphans
 
     with stopping.cleanly():
-        orphans = clear_orphans(Path(options.runs), options.dry_run)
+        orphans = [
+            orphan
+            for place in (Path(options.runs), Path(options.runs) / FOLDER)
+            for orphan in clear_orphans(place, options.dry_run)
+        ]
     say(*map(str, orphans))
     done = "Would remove" if options.dry_run else "Removed"
     if orphans:

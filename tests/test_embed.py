@@ -101,6 +101,17 @@ def test_it_is_no_recording(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         probe.open_embedding(folder / "cat-1.zarr")
 
 
+def test_what_a_killed_writer_left_is_cleared(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = the_one(folder)
+    left = path.with_name(f".{path.name}.0a1b2c3d.partial")
+    shutil.copytree(path, left)
+    assert embeddings_in(folder) == [path]
+    assert cli.dispatch(["gc", str(folder)]) == 0 and "Removed 1" in capsys.readouterr().out
+    assert path.is_dir() and not left.exists()
+
+
 def test_a_failure_leaves_nothing_and_what_was_there_before(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

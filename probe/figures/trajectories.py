@@ -20,8 +20,9 @@ import xarray as xr
 from probe.analysis.trajectories import paths
 from probe.format.schema import counted
 
-# Okabe and Ito's colours that show on white and on black; with other dashes they come again.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+# Okabe and Ito's colours that show on white and on black, and grey; they come again with other
+# dashes.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#808080")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MARKERS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
 GREY, GRID = "#808080", "rgba(128,128,128,.25)"
@@ -62,7 +63,8 @@ def path_map(
     figure.update_yaxes(title=titles[1], gridcolor=GRID, **settings)
     if axes:  # a unit is as long on both
         figure.update_yaxes(scaleanchor="x", constrain="domain")
-    return _laid_out(figure, 300 if small else HEIGHT, not small)
+    more = 20 * max(0, len(figure.data) // 4 - 4)  # a line of the legend for each run after four
+    return _laid_out(figure, 300 if small else HEIGHT + more, not small)
 
 
 def _add_path(
@@ -75,7 +77,8 @@ def _add_path(
     small: bool,
 ) -> None:
     """Draw one run: its line, and rings and a star on its first, its last and the chosen step."""
-    colour, kind = COLOURS[index % len(COLOURS)], (index + index // len(COLOURS)) % len(DASHES)
+    again, which = divmod(index, len(COLOURS))
+    colour, kind = COLOURS[which], (which + again) % len(DASHES)
     steps, (x, y) = points["step"].values, position.T
     count = int(steps.max()) + 1
     words = [

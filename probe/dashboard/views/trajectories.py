@@ -23,6 +23,7 @@ WHAT = {
     "latents": "the latents that went into each call of the model, their variance kept",
     "denoised": "the clean latents that the model expected at each step",
 }
+TITLES = {"latents": "Where the latents go", "denoised": "Where the expected picture goes"}
 METHODS = {
     "pca": "PCA: the two directions of greatest variance. Distances on it are true distances, cut "
     "down to two directions; a curve may be chance, as random walks show.",
@@ -79,7 +80,7 @@ def _principal(chosen: list[str], of: str, maps: xr.Dataset, step: int) -> None:
         "Draw a random walk in the place of each run", key="walk", bind="query-params"
     )
     where, beside = st.columns([3, 2])
-    where.subheader("Random walks" if walking else f"Where the {of} go")
+    where.subheader("Random walks" if walking else TITLES[of])
     shown = walks[0] if walking else shares
     position = maps["walk_position" if walking else "position"].values[:, :2]
     figure = path_map(maps, position, axes_of(shown), step)
