@@ -23,6 +23,7 @@ from probe.settings.fields import steps_in
 from probe.text import printable
 
 LARGEST_GRID = 8192  # pixels a side
+LARGEST_NUMBER = 1e6
 
 
 def in_words(value: object) -> str:
@@ -61,6 +62,19 @@ def whole_number(setting: str, value: object, least: int = 0, most: int | None =
             f"Give a whole number from {least} {'up' if most is None else f'to {most}'}.",
         )
     return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def number(setting: str, value: object) -> float:
+    """A finite number, also numpy's. A truth value is none."""
+    if (
+        isinstance(value, bool | np.bool_)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or not abs(float(value)) < LARGEST_NUMBER
+    ):
+        raise ExperimentError(
+            f"{setting} is {in_words(value)}, which is no number.", "Give a number: 7.5."
+        )
+    return float(value)
 
 
 def check_options(max_bytes: object, **switches: object) -> int | None:

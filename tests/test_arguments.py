@@ -313,7 +313,7 @@ OF_TOKENS = ("combined", "by_sigma", "token_kinds", "word_maps", "head_statistic
 # optional arguments that are checked, beside all that are not optional
 CHECKED = (
     *("bands", "over", "seed", "level", "merge", "method", "weigh"),
-    *("resamples", "classes", "pool", "least", "sigma", "kinds"),
+    *("resamples", "classes", "pool", "least", "sigma", "kinds", "guidance_rescale"),
 )
 
 
@@ -337,6 +337,10 @@ def test_analysis_of_what_is_no_array(run: Run, name: str) -> None:
         "grid": (4, 4),
         "how": "cosine" if name == "overlap" else "none",
         "sizes": None,
+        "uncond": run.latents,
+        "cond": run.prediction("cond"),
+        "prediction": run.prediction(),
+        "guidance_scale": 3.0,
     }
     if name == "contribution":
         good["maps"] = run.attention()

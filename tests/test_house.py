@@ -73,6 +73,7 @@ LAYERS = [
         "probe.analysis.recomputed",
         "probe.analysis.averages",
         "probe.analysis.heads",
+        "probe.analysis.guidance",
         "probe.analysis.masks",
         "probe.analysis.trajectories",
     ),
@@ -84,7 +85,12 @@ LAYERS = [
         "probe.reading.listing",
         "probe.reading.choice",
     ),
-    ("probe.reading.lazy", "probe.reading.attention", "probe.reading.finding"),
+    (
+        "probe.reading.lazy",
+        "probe.reading.attention",
+        "probe.reading.latents",
+        "probe.reading.finding",
+    ),
     ("probe.reading.memory",),
     ("probe.reading.embedding",),
     ("probe.reading.recording",),
@@ -99,7 +105,9 @@ LAYERS = [
         "probe.proof.checks",
     ),
     ("probe.figures.bundle",),
-    ("probe.figures.page", "probe.figures.animation", "probe.figures.trajectories"),
+    ("probe.figures.page", "probe.figures.animation"),
+    ("probe.figures.plots", "probe.figures.guidance", "probe.figures.anatomy"),
+    ("probe.figures.anatomy_page", "probe.figures.trajectories"),
     (
         "probe.figures.notebook",
         "probe.figures.noising_sheet",
@@ -198,6 +206,7 @@ STRANGERS = [
     ("probe.watching.interface", "xarray"),
     ("probe.edits", "probe.writing.store"),
     ("probe.dashboard.figures", "streamlit"),
+    *((f"probe.figures.{name}", "plotly") for name in ("guidance", "anatomy", "anatomy_page")),
 ]
 TORCH = ("torch", "diffusers", "transformers")
 OUTSIDERS = ("experiments", "tests", "benchmarks", "tasks")  # probe imports none of them

@@ -17,7 +17,8 @@ import probe
 from probe import analysis
 from probe.analysis.trajectories import compared_neighbours
 from probe.errors import ExperimentError, UserError
-from probe.figures.trajectories import explained, path_map, plain, step_text, table
+from probe.figures.plots import plain, step_text
+from probe.figures.trajectories import explained, path_map, table
 from probe.testing.synthetic import synthetic_recording
 
 NO_UMAP = "it is not installed: pip install 'diffusion-probe[umap]'"

@@ -1,9 +1,10 @@
-"""Attention maps and paths of latents as numbers. xarray in, xarray out; never torch.
+"""Attention maps, guidance and paths of latents as numbers. xarray in and out, never torch.
 
 maps         maps on one grid, tokens merged to words and phrases, normalisations
 averages     many steps, layers, heads and grids as few: the global map, maps by noise level
 heads        what single heads do: shape, mass, overlap, ranking, contribution
 masks        masks from maps, and how well they agree with the truth
+guidance     the prediction at any guidance scale, and what the prompt changes in it
 recomputed   maps computed from queries and keys when they are read
 trajectories paths of latents over the steps: PCA beside random walks, UMAP, neighbours kept
 """
@@ -11,6 +12,7 @@ trajectories paths of latents over the steps: PCA beside random walks, UMAP, nei
 from __future__ import annotations
 
 from probe.analysis.averages import by_sigma, combined
+from probe.analysis.guidance import guidance_curves, guided
 from probe.analysis.heads import (
     by_kind,
     contribution,
@@ -58,6 +60,8 @@ __all__ = [
     "combined",
     "content_words",
     "contribution",
+    "guidance_curves",
+    "guided",
     "head_statistics",
     "interval",
     "iou",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from probe.dashboard.views import compare, learn, replay, runs, trajectories
+from probe.dashboard.views import anatomy, compare, guidance, learn, replay, runs, trajectories
 
 st.set_page_config(page_title="probe", layout="wide")
 st.html(
@@ -16,10 +16,12 @@ st.html(
 GROUPS = {
     "Learn": {
         "learn": st.Page(learn.show, title="How diffusion works", url_path="learn"),
+        "anatomy": st.Page(anatomy.show, title="Anatomy", url_path="anatomy"),
     },
     "Explore": {
         "runs": st.Page(runs.show, title="Runs", url_path="runs"),
         "replay": st.Page(replay.show, title="Replay", url_path="replay", default=True),
+        "guidance": st.Page(guidance.show, title="Guidance", url_path="guidance"),
         "trajectories": st.Page(trajectories.show, title="Trajectories", url_path="trajectories"),
     },
     "Compare": {

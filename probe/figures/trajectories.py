@@ -9,7 +9,6 @@ Labelled arrays in, plotly figures out. Text of a recording is shown as it is: `
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from probe.analysis.trajectories import paths
+from probe.figures.plots import plain, step_text
 from probe.format.schema import counted
 
 # Okabe and Ito's colours that show on white and on black, and grey; they come again with other
@@ -27,18 +27,6 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MARKERS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
 GREY, GRID = "#808080", "rgba(128,128,128,.25)"
 FONT, HEIGHT = 13, 460  # pixels
-
-
-def plain(text: str) -> str:
-    """Return somebody's text so that plotly shows it letter by letter."""
-    return html.escape(text, quote=False).replace("\n", " ")
-
-
-def step_text(step: int, steps: int) -> str:
-    """Return a step in words: "step 6 (7th of 20)"."""
-    place = step + 1
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(place % 10 if place % 100 not in (11, 12, 13) else 0)
-    return f"step {step} ({place}{ending or 'th'} of {steps})"
 
 
 def path_map(

@@ -14,6 +14,7 @@ from probe.arguments import chosen, chosen_steps, in_words
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.format.schema import near
 
+MAPS = "attention maps"
 Indices = slice | int | Sequence[int] | np.ndarray
 
 
@@ -39,8 +40,16 @@ def chosen_layers(
     return {grid: paths for grid, paths in kept.items() if paths}
 
 
-def chosen_positions(name: str, recorded: list[int], steps: Indices | str, calls: int) -> list[int]:
+def chosen_positions(
+    name: str,
+    recorded: list[int],
+    steps: Indices | str,
+    calls: int,
+    what: str = MAPS,
+) -> list[int]:
     """Return where the chosen steps are among those `recorded`; `calls` is the number of all.
+
+    `what` was recorded of them: the text of an error says so.
 
     A slice takes those that are there. Raises RecordingNotFound if none is, or if a step that was
     named is missing.
@@ -51,12 +60,13 @@ def chosen_positions(name: str, recorded: list[int], steps: Indices | str, calls
     else:
         wanted = [step + calls if step < 0 else step for step in indices]
     absent = [step for step in wanted if step not in recorded]
-    remedy = f"It has steps {_as_text(recorded)}; see capture.steps."
+    see = "; see capture.steps" if what == MAPS else ""
+    remedy = f"It has steps {_as_text(recorded)}{see}."
     if absent and not isinstance(indices, slice):
         named = absent[0] if absent[0] >= 0 else absent[0] - calls
-        raise RecordingNotFound(f"{name} has no attention maps of step {named}.", remedy)
+        raise RecordingNotFound(f"{name} has no {what} of step {named}.", remedy)
     if recorded and not set(recorded) & set(wanted):
-        raise RecordingNotFound(f"{name} has attention maps of none of these steps.", remedy)
+        raise RecordingNotFound(f"{name} has {what} of none of these steps.", remedy)
     return [recorded.index(step) for step in wanted if step in recorded]
 
 

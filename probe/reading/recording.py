@@ -5,8 +5,7 @@
     run.latents, run.denoised()              # (step, image, channel, y, x), committed steps only
     run.attention("16x16"), run.word_maps()  # where it looked: see `probe.reading.attention`
 
-Noise, velocity and clean latents (eps, v, denoised) are not stored. They are computed from the
-latents and predictions when they are read.
+What is read of latents is in `probe.reading.latents`.
 """
 
 from __future__ import annotations
@@ -24,25 +23,16 @@ import numpy as np
 import xarray as xr
 from xarray.core.treenode import NotFoundInTreeError
 
-from probe.arguments import branch_name, in_words, labelled, text, truth_value
-from probe.conversions import (
-    UNCLIPPED,
-    clipping,
-    clipping_text,
-    denoised_from,
-    eps_from,
-    v_from,
-    variance_preserving,
-)
-from probe.conversions import clipped as clip
+from probe.arguments import in_words, text
 from probe.errors import ExperimentError, RecordingDamaged, RecordingNotFound
 from probe.format.attributes import Attributes, attributes_of
 from probe.format.schema import near
 from probe.public import warn_renamed
 from probe.reading.attention import Attention
-from probe.reading.choice import Indices, slice_of
+from probe.reading.choice import Indices
 from probe.reading.files import read_file, refuse
 from probe.reading.finding import find_run
+from probe.reading.latents import Latents
 from probe.reading.lazy import open_tree
 from probe.reading.listing import picture_and_sampling, root_attributes, status_of
 from probe.settings.experiment import Experiment, load_experiment
@@ -62,7 +52,7 @@ MAX_PICTURE = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class Run(Attention):
+class Run(Attention, Latents):
     """A recording, opened. Nothing is read until it is asked for.
 
     A property names what a recording holds: `run.latents`, `run.words`, `run.status`. A method
@@ -216,92 +206,7 @@ class Run(Attention):
                 f"{self.name} has no variable {in_words(path)[1:-1]}.", near(path, variables)
             ) from error
 
-    # --- latents and what follows from them ---
-
-    @property
-    def latents(self) -> xr.DataArray:
-        """Return what went into each call of the model.
-
-        *Shape:* (step, image, channel, y, x). A noising has `draw` in the place of `image`.
-        """
-        return self._latent("latents")
-
-    def prediction(self, branch: str | None = None) -> xr.DataArray:
-        """Return the model's output for `branch`, or what the scheduler got (None).
-
-        *Shape:* as latents. `branch` is "cond" or "uncond". Raises RecordingNotFound.
-        """
-        _check_branch(branch)
-        return self._latent("prediction" if branch is None else f"prediction_{branch}")
-
-    def eps(self, branch: str | None = None) -> xr.DataArray:
-        """Return the predicted noise. *Shape:* as latents."""
-        return self._derive(eps_from, branch, "eps")
-
-    def v(self, branch: str | None = None) -> xr.DataArray:
-        """Return the predicted velocity. *Shape:* as latents."""
-        return self._derive(v_from, branch, "v")
-
-    def denoised(self, branch: str | None = None, clipped: bool = False) -> xr.DataArray:
-        """Return the predicted clean latents x0. *Shape:* as latents.
-
-        Some schedulers limit x0 before they go on. The values are those before that, or with
-        `clipped` those after; the attributes say so if the two differ.
-
-        At alpha_bar 0 there is no signal, and predicted noise says nothing of x0 (Lin et al. 2023,
-        arXiv:2305.08891). The attribute `not_defined_at_step` lists these steps. Raises
-        RecordingDamaged.
-        """
-        truth_value("clipped", clipped)
-        denoised = self._derive(denoised_from, branch, "denoised")
-        try:
-            how = clipping(self.attributes.scheduler.kind, self.attributes.scheduler.config)
-        except ValueError as error:
-            raise refuse(self.path, f"the scheduler's settings are none ({error})") from error
-        notes: dict[str, Any] = {"long_name": "predicted clean latents", "units": "1"}
-        if how is not None and clipped:
-            axes = [["channel", "y", "x"]]
-            limit = functools.partial(clip, how=how)
-            limited = xr.apply_ufunc(limit, denoised, input_core_dims=axes, output_core_dims=axes)
-            denoised = limited.transpose(*denoised.dims)
-            notes["clipped"] = f"x0 as the scheduler goes on with it: {clipping_text(how)}"
-        elif how is not None:
-            notes["unclipped"] = UNCLIPPED.format(clipping_text(how))
-        if len(steps := self.undefined_steps):
-            notes["not_defined_at_step"] = [int(step) for step in steps]
-        return denoised.assign_attrs(notes)
-
-    @property
-    def undefined_steps(self) -> np.ndarray:
-        """Return the committed steps at which `denoised` is not defined.
-
-        These are steps without any signal, of a model that predicts noise.
-        """
-        no_signal = self.variable("alpha_bar").isel(step=self.steps).values == 0
-        if self.attributes.prediction_type != "epsilon":
-            return self.steps[:0]
-        undefined: np.ndarray = self.steps[no_signal]
-        return undefined
-
-    def preview(self, latents: xr.DataArray | None = None) -> xr.DataArray:
-        """Return latents as small pictures, by the linear map fitted for this VAE.
-
-        *Shape:* (..., channel, y, x) -> (..., y, x, rgb) uint8. None: the latents of `denoised()`.
-        """
-        if latents is None:
-            latents = self.denoised()
-        latents = labelled("latents", latents, "channel", "y", "x")
-        slope = self.variable("preview/latent_to_rgb").load()
-        bias = self.variable("preview/bias").load()
-        if latents.sizes["channel"] != slope.sizes["channel"]:
-            raise ExperimentError(
-                f"latents has {latents.sizes['channel']} channels.",
-                f"Give latents of {slope.sizes['channel']} channels.",
-            )
-        colour: xr.DataArray = xr.dot(latents.astype("float32"), slope, dim="channel") + bias
-        order = [d for d in latents.dims if d not in ("channel", "y", "x")]
-        colour = colour.fillna(0).clip(0, 1) * 255  # on_nan: record leaves NaN
-        return colour.round().astype("uint8").transpose(*order, "y", "x", "rgb")
+    # --- pictures ---
 
     @property
     def images(self) -> xr.DataArray:
@@ -321,28 +226,6 @@ class Run(Attention):
         return self.variable("source/picture") if "source" in self.tree.children else None
 
     # --- inside ---
-
-    def _latent(self, name: str) -> xr.DataArray:
-        recorded = self.tree["latents"].data_vars if "latents" in self.tree.children else {}
-        if name not in recorded:
-            names = ", ".join(map(str, recorded)) or "no latents at all"
-            raise RecordingNotFound(
-                f"{self.name} has no {name}: it ran without guidance.",
-                f"Record with guidance_scale above 1. It has: {names}.",
-            )
-        return self.variable(f"latents/{name}").isel(step=slice_of(self.steps))
-
-    def _derive(self, formula: Any, branch: str | None, name: str) -> xr.DataArray:
-        _check_branch(branch)
-        sigma, alpha_bar = (
-            self.variable(path).isel(step=self.steps) for path in ("sigma", "alpha_bar")
-        )
-        x = self.latents.astype("float32")
-        if self.attributes.latent_convention == "variance_exploding":
-            x = variance_preserving(x, sigma)
-        prediction = self.prediction(branch).astype("float32")
-        derived: xr.DataArray = formula(prediction, x, alpha_bar, self.attributes.prediction_type)
-        return derived.astype("float32").rename(name)
 
     def said(self, *place: str) -> Any:
         """Return an attribute by its names from the outside in.
@@ -463,11 +346,6 @@ def with_files(run: Run) -> Run:
         cause = f"{run.name} is in memory alone, and this needs its files."
         raise ExperimentError(cause, 'Save it first: run.save("runs/mine.zarr").')
     return run
-
-
-def _check_branch(branch: object) -> None:
-    if branch is not None:
-        branch_name(branch, "None (what the scheduler got), ")
 
 
 def open_run(name: str | Path = "latest", runs: str | Path = "runs") -> Run:

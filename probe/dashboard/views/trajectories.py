@@ -14,7 +14,8 @@ from probe.dashboard.library import changed, library
 from probe.dashboard.views.pick import pick, recordings
 from probe.dashboard.views.replay import RECORD
 from probe.errors import ProbeError
-from probe.figures.trajectories import explained, path_map, step_text, table
+from probe.figures.plots import step_text
+from probe.figures.trajectories import explained, path_map, table
 from probe.reading.embedding import attributes_of, changed_since, embeddings_in, open_embedding
 from probe.reading.trajectories import OF, trajectories
 

@@ -1,0 +1,138 @@
+"""Anatomy: the parts of Stable Diffusion, drawn with the numbers of one run."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from probe.dashboard.library import library
+from probe.dashboard.views.pick import pick
+from probe.dashboard.views.replay import RECORD
+from probe.errors import ProbeError
+from probe.figures import anatomy as figures
+from probe.figures.anatomy_page import drawing, sentences
+from probe.figures.plots import CONFIG, curves, profile, square_map
+from probe.reading.recording import Run
+
+LESSON = (
+    "Stable Diffusion has two halves: one reads the prompt, the other makes a picture of it. "
+    "The second half works on latents for many steps and paints once, at the end. "
+    "These are the parts with the numbers of this run."
+)
+CAUSAL = (
+    "Each row adds up to 1, padding left out. Right of the diagonal all is 0: a token sees itself "
+    "and what stands before it, so the last ones know of the whole prompt."
+)
+MEAN = "mean of all heads"
+
+
+def show() -> None:
+    st.text(LESSON)
+    (key,) = pick(most=1, record=RECORD)
+    try:
+        run = library().run(key)
+        body(run)
+    except ProbeError as error:
+        st.code(str(error), language=None)
+
+
+def body(run: Run) -> None:
+    place = st.container()
+    st.text("\n".join(sentences(run)))
+    module, branch, image = _block(run)
+    place.html(drawing(run, module))
+    _vae(run, image)
+    text = _text(run)
+    with st.expander("The Python that yields these numbers", key="python"):
+        for code in figures.snippets(run, module, branch, image, text).values():
+            st.code(code, language="python")
+
+
+def _block(run: Run) -> tuple[str, str, int]:
+    """Show one block of the UNet over the steps, and return which, of which branch and image."""
+    st.subheader("Inside the UNet")
+    if not figures.holds(run, "unet/statistics"):
+        st.info("The outputs of its blocks were not recorded. The setting is capture.statistics:")
+        st.code(f"{RECORD} --capture.statistics true", language=None)
+        return "", "", 0
+    unet = run.tree["unet"].dataset
+    modules, branches = (
+        [str(name) for name in unet[label].values] for label in ("module", "branch")
+    )
+    left, middle, right = st.columns([3, 1, 1])
+    first = modules.index("mid_block") if "mid_block" in modules else 0
+    module = left.selectbox("Block", modules, first, key="block", bind="query-params")
+    branch = middle.selectbox(
+        "Branch", branches, len(branches) - 1, key="branch", bind="query-params"
+    )
+    image, last = 0, unet.sizes["image"] - 1
+    if last:
+        image = int(right.number_input("Image", 0, last, key="image", bind="query-params"))
+    if not len(run.steps):
+        st.info("No step of this run is written yet.")
+        return module, branch, image
+    steps, calls = run.steps.tolist(), run.variable("committed").size
+    values = figures.statistics(run, module, branch, image)
+    over, ends = st.columns(2)
+    over.plotly_chart(
+        curves(
+            steps,
+            {"mean": values["mean"]},
+            "Its output: mean and spread",
+            "output",
+            None,
+            calls,
+            values["std"],
+        ),
+        key="mean",
+        config=CONFIG,
+    )
+    extremes = {"greatest": values["max"], "least": values["min"]}
+    ends.plotly_chart(
+        curves(steps, extremes, "Its greatest and least value", "output", None, calls),
+        key="extremes",
+        config=CONFIG,
+    )
+    return module, branch, image
+
+
+def _vae(run: Run, image: int) -> None:
+    st.subheader("Inside the VAE decoder")
+    if not figures.holds(run, "vae/statistics"):
+        st.info("The outputs of its blocks were not recorded. The setting is capture.statistics.")
+        return
+    if run.status != "complete":
+        st.info("The VAE paints after the last step, and then its blocks are measured.")
+        return
+    statistics = run.variable("vae/statistics").isel(image=image).load()
+    names = [str(name).removeprefix("decoder.") for name in statistics["module"].values]
+    mean, std = (statistics.sel(statistic=name).values for name in ("mean", "std"))
+    title = "Output of each block, as it painted:<br>mean and standard deviation"
+    st.plotly_chart(profile(names, mean, std, title, "output"), key="vae", config=CONFIG)
+
+
+def _text(run: Run) -> tuple[str, int, int | None] | None:
+    """Show one layer of a text encoder, and return which encoder, layer and head."""
+    st.subheader("Inside the text encoder")
+    there = [name for name in figures.encoders(run) if figures.tokens(run, name)]
+    if not there:
+        st.info("What the text encoder did was not recorded. The setting is capture.text:")
+        st.code(f"{RECORD} --capture.text true", language=None)
+        return None
+    left, middle, right = st.columns([1, 1, 1])
+    encoder = there[0]
+    if len(there) > 1:
+        encoder = right.selectbox("Text encoder", there, key="encoder", bind="query-params")
+    sizes = run.variable(f"text/{encoder}/attention").sizes
+    layers = [f"layer {number}" for number in range(sizes["text_layer"])]
+    heads = [MEAN, *(f"head {number}" for number in range(sizes["text_head"]))]
+    layer = left.selectbox("Layer", layers, key="text_layer", bind="query-params")
+    head = middle.selectbox("Head", heads, key="text_head", bind="query-params")
+    number = None if head == MEAN else heads.index(head) - 1
+    values, texts = figures.text_attention(run, encoder, layers.index(layer), number)
+    labels = [f"{place} {text}" for place, text in enumerate(texts)]
+    title = "How much a token (row) attends to itself<br>and to those before it (column)"
+    chart = square_map(values, labels, labels, title, "share of the row's attention")
+    shown, words = st.columns([2, 1])
+    shown.plotly_chart(chart, key="text_map", config=CONFIG)
+    words.text(CAUSAL)
+    return encoder, layers.index(layer), number

@@ -1,0 +1,390 @@
+"""Stable Diffusion drawn with one run's own numbers, as HTML, and the same numbers in sentences.
+
+    drawing(run, "mid_block")     # the whole pipeline, left to right; one block outlined
+    sentences(run)                # the two halves, the sizes and the shares, said
+
+Everything that is drawn goes through `_said`, which escapes it: a prompt is somebody's text.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from probe.figures import anatomy
+from probe.figures.anatomy import Block, Part
+from probe.figures.guidance import has_preview, png
+from probe.format.schema import counted
+from probe.reading.recording import Run
+
+ABSENT = "not recorded"
+LONGEST = 300  # characters of a prompt
+MOST_TOKENS = 40
+SIDE = 112  # pixels of the small pictures
+STYLE = """<style>
+.anatomy{container-type:inline-size;font-size:.875rem;line-height:1.45}
+.anatomy .flow{display:flex;gap:1.6rem;align-items:stretch}
+.anatomy section{flex:1 1 0;min-width:0;position:relative;border-radius:.5rem;padding:.7rem .8rem;
+border:1px solid color-mix(in srgb,currentColor 25%,transparent);border-top:4px solid var(--hue)}
+.anatomy section.wide{flex:2.3 1 0}
+.anatomy section+section::before{content:"\\2192";position:absolute;left:-1.45rem;top:45%;
+font-size:1.3rem}
+.anatomy h2{font-size:1.05rem;margin:0;padding:0}
+.anatomy .sub{opacity:.8;margin:0 0 .5rem}
+.anatomy .part{border-radius:.4rem;padding:.45rem .6rem;
+background:color-mix(in srgb,currentColor 6%,transparent)}
+.anatomy .part+.part::before{content:"\\2193";display:block;margin:-1.5rem 0 .1rem;
+text-align:center;font-size:1rem}
+.anatomy .part+.part{margin-top:1.3rem}
+.anatomy h3{font-size:.95rem;margin:0;padding:0}
+.anatomy p{margin:.15rem 0 .35rem}
+.anatomy table{border-collapse:collapse;width:100%}
+.anatomy th{font-weight:400;opacity:.8;text-align:left;padding:.05rem .6rem .05rem 0;
+vertical-align:top;white-space:nowrap;width:5.6rem}
+.anatomy td{padding:.05rem 0;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.anatomy .absent{font-style:italic;opacity:.75}
+.anatomy .bar{height:.4rem;border-radius:.2rem;margin-top:.15rem;
+background:color-mix(in srgb,currentColor 14%,transparent)}
+.anatomy .bar i{display:block;height:100%;border-radius:.2rem;background:var(--hue)}
+.anatomy .chips{display:flex;flex-wrap:wrap;gap:.25rem}
+.anatomy .chip{border:1px solid color-mix(in srgb,currentColor 30%,transparent);
+border-radius:.3rem;padding:0 .35rem;overflow-wrap:anywhere}
+.anatomy .chip small{opacity:.75}
+.anatomy .quote{overflow-wrap:anywhere;white-space:pre-wrap}
+.anatomy .u{display:grid;gap:.35rem .25rem;margin:.4rem 0 .5rem}
+.anatomy .block{min-width:0;text-align:center;border-radius:.3rem;padding:.25rem .1rem;
+border:2px solid transparent;font-size:.8rem;line-height:1.25;
+background:color-mix(in srgb,var(--hue) 22%,transparent)}
+.anatomy .more{font-size:.72rem}
+.anatomy .block.chosen{border-color:currentColor}
+.anatomy .block i{display:block;height:.35rem;margin:.2rem auto 0;background:var(--hue)}
+.anatomy .skip{align-self:center;border-top:1px dashed currentColor;opacity:.6;text-align:center;
+font-size:.75rem}
+.anatomy .pictures{display:flex;flex-wrap:wrap;gap:.5rem}
+.anatomy figure{margin:0}
+.anatomy figcaption{font-size:.8rem}
+@container (max-width:820px){.anatomy .flow{flex-direction:column}
+.anatomy section+section::before{content:"\\2193";left:48%;top:-1.75rem}}
+@container (max-width:480px){.anatomy .block{font-size:.68rem}.anatomy .more{display:none}}
+</style>"""
+HUES = ("#0072B2", "#E69F00", "#009E73")
+
+
+def drawing(run: Run, chosen: str = "") -> str:
+    """Return the pipeline as HTML, from prompt to picture. `chosen` is the path of a block."""
+    found = {part.name: part for part in anatomy.parts(run)}
+    calls = len(run.steps)
+    halves = [
+        ("Text understander", "reads the prompt, once", _text(run, found), ""),
+        (
+            "Image-information creator",
+            f"works on latents, {counted(calls, 'step')}",
+            _creator(run, found, chosen),
+            "wide",
+        ),
+        ("Image decoder", "paints the picture, once, at the end", _decoder(run, found), ""),
+    ]
+    sections = "".join(
+        f"<section class='{width}' style='--hue:{hue}'><h2>{number}. {title}</h2>"
+        f"<p class='sub'>{sub}</p>{inside}</section>"
+        for number, ((title, sub, inside, width), hue) in enumerate(
+            zip(halves, HUES, strict=True), 1
+        )
+    )
+    return f"{STYLE}<div class='anatomy'><div class='flow'>{sections}</div></div>"
+
+
+def sentences(run: Run) -> list[str]:
+    """Return what the numbers of this run say: sizes, and shares of time and of FLOPs."""
+    said = []
+    tokens = anatomy.tokens(run)
+    if tokens:
+        positions, features = anatomy.embedding_shape(run, "text_encoder")
+        said.append(
+            f"Text: the prompt became {counted(len(tokens), 'token')}, start and end among them, "
+            f"and padding fills the rest of {positions} positions. The UNet reads {positions} "
+            f"vectors of {features} numbers."
+        )
+    latent, picture = anatomy.latent_shape(run), anatomy.picture_shape(run)
+    if latent and picture:
+        few, many = math.prod(latent), math.prod(picture)
+        said.append(
+            f"Why latents: a latent has {_shape(latent)} = {few:,} numbers, the picture "
+            f"{_shape(picture)} = {many:,}. All steps work on {many / few:.3g} times fewer numbers."
+        )
+    found = {part.name: part for part in anatomy.parts(run)}
+    unet = found.get("unet")
+    if unet is not None and unet.time_share is not None and unet.seconds is not None:
+        each = f"{_unit(unet.seconds / max(1, unet.calls or 1), 's')} a call"
+        said.append(
+            f"Time: of the {sum(part.seconds or 0 for part in found.values()):.3g} s that the "
+            f"parts took, {unet.time_share:.0%} was the UNet's, {each}.{_without(run)}"
+        )
+    if unet is not None and unet.flops_share is not None and unet.flops:
+        said.append(
+            f"Work: one call of the UNet takes {_unit(unet.flops, 'FLOP')}, floating point "
+            f"operations. Of those of the whole run {unet.flops_share:.0%} were the UNet's."
+        )
+    if memory := anatomy.peak_memory(run):
+        where = "process" if run.attributes.environment.device == "cpu" else "device"
+        said.append(f"Memory: the {where} had {_unit(memory, 'B')} in use at its peak.")
+    return said
+
+
+def _without(run: Run) -> str:
+    """Return what the share would be without the decodings that people watched."""
+    share, times = anatomy.unet_share_painted_once(run), anatomy.decodings(run)
+    if share is None or times is None or times < 2:
+        return ""
+    return (
+        f" The VAE decoded {times} times, {times - 1} of them to show pictures on the way; with "
+        f"the last one alone the UNet's share is {share:.0%}."
+    )
+
+
+# --- the three sections --------------------------------------------------------------------------
+
+
+def _text(run: Run, found: Mapping[str, Part]) -> str:
+    prompt = run.attributes.texts["cond"]
+    shown = prompt if len(prompt) <= LONGEST else prompt[: LONGEST - 1] + "\u2026"
+    cards = [_card("Prompt", f"<p class='quote'>{_said(shown) or '(empty)'}</p>", "")]
+    cards.append(
+        _card(
+            "Tokens",
+            _chips(run),
+            "A token is a word or a piece of one. The model knows each by its number.",
+        )
+    )
+    names = dict.fromkeys([*(anatomy.encoders(run) or ["text_encoder"]), *found])
+    cards += [_encoder(run, name, found.get(name)) for name in names if name in anatomy.ENCODERS]
+    rows = {
+        f"from {name}" if len(anatomy.encoders(run)) > 1 else "shape": (
+            f"{_shape(anatomy.embedding_shape(run, name))}, {_dtype(run)}"
+        )
+        for name in anatomy.encoders(run)
+    }
+    explained = "An embedding is a token's meaning in its sentence, as a row of numbers."
+    cards.append(_card("Embeddings", _table(rows or {"shape": None}), explained))
+    return "".join(cards)
+
+
+def _encoder(run: Run, name: str, part: Part | None) -> str:
+    rows: dict[str, str | None] = {}
+    if name in anatomy.encoders(run):
+        layers, heads = run.variable(f"text/{name}/attention").isel(branch=0).shape[:2]
+        rows["built of"] = f"{counted(layers, 'layer')} of {counted(heads, 'head')}"
+    title = "Text encoder" if name == "text_encoder" else "Second text encoder"
+    return _card(title, _table(rows | _costs(part)), "Each token takes up what stands before it.")
+
+
+def _chips(run: Run) -> str:
+    tokens = anatomy.tokens(run)
+    if not tokens:
+        return f"<p class='absent'>{ABSENT}: record with capture.text: true</p>"
+    positions = anatomy.embedding_shape(run, "text_encoder")[0]
+    chips = [
+        f"<span class='chip'>{_said(token.label)} <small>{token.number}</small></span>"
+        for token in tokens[:MOST_TOKENS]
+    ]
+    if more := positions - len(chips):
+        kind = "of padding" if len(tokens) <= MOST_TOKENS else "more, padding included"
+        chips.append(f"<span class='chip'>and {more} {kind}</span>")
+    return f"<div class='chips'>{''.join(chips)}</div>"
+
+
+def _creator(run: Run, found: Mapping[str, Part], chosen: str) -> str:
+    latent = anatomy.latent_shape(run)
+    rows: dict[str, str | None] = {
+        "takes": None if latent is None else f"latents {_shape(latent)}, t, embeddings",
+        "gives": None if latent is None else f"{_predicts(run)}, {_shape(latent)}, {_dtype(run)}",
+    }
+    unet = _card(
+        "UNet",
+        _u(anatomy.blocks(run), chosen) + _table(rows | _costs(found.get("unet"))),
+        "It looks at the noisy latents, coarser and coarser and back, and says how much of them "
+        "is noise. A latent is a small grid with a few numbers a place, which stands for the "
+        "picture.",
+    )
+    sigma = run.variable("sigma").values
+    steps = {
+        "class": _said(run.attributes.scheduler.kind),
+        "steps": f"{len(run.steps)} of {run.variable('committed').size}",
+        "noise level": f"sigma {sigma[0]:.3g} to {sigma[-1]:.3g}" if sigma.size else None,
+        "parameters": "none: it computes, and learns nothing",
+    }
+    scheduler = _card(
+        "Scheduler",
+        _table(steps),
+        "It takes a part of the predicted noise away. What is left goes into the UNet again: "
+        f"\u21bb {len(run.steps)} times in this run.",
+    )
+    return unet + scheduler + _pictures(run)
+
+
+def _predicts(run: Run) -> str:
+    return "noise" if run.attributes.prediction_type == "epsilon" else "velocity"
+
+
+def _u(blocks: list[Block], chosen: str) -> str:
+    """Return the blocks as a U: each stands as deep as its grid is coarse."""
+    if not blocks:
+        return (
+            f"<p class='absent'>Blocks {ABSENT}: record with capture.statistics: true, or "
+            "capture.attention: maps</p>"
+        )
+    sizes = sorted({block.grid for block in blocks if block.grid}, key=lambda g: -math.prod(g))
+    finest = max((size[1] for size in sizes), default=1)
+    cells = []
+    for column, block in enumerate(blocks, 1):
+        row = sizes.index(block.grid) + 1 if block.grid else len(sizes) + 1
+        grid = f"{block.grid[0]} x {block.grid[1]}" if block.grid else "?"
+        width = 100 * block.grid[1] / finest if block.grid else 0
+        inside = [counted(block.resnets, "ResNet")] if block.resnets else []
+        inside += [f"{counted(block.attentions, 'attention')}"] if block.attentions else []
+        outline = " chosen" if chosen and f"{chosen}.".startswith(f"{block.path}.") else ""
+        cells.append(
+            f"<div class='block{outline}' style='grid-row:{row};grid-column:{column}' "
+            f"title='{_said(', '.join([block.path, *inside]))}'><b>{_said(block.name)}</b><br>"
+            f"{grid}<br><span class='more'>{'<br>'.join(inside) or '&nbsp;'}</span>"
+            f"<i style='width:{width:.0f}%'></i></div>"
+        )
+    cells += _skips(blocks, sizes)
+    columns = f"repeat({len(blocks)},minmax(0,1fr))"
+    return (
+        f"<div class='u' style='grid-template-columns:{columns}'>{''.join(cells)}</div>"
+        "<p>Each block stands as deep as its grid is coarse; the bar is its grid's width. Dashed: "
+        "what the way down hands over to the way up.</p>"
+    )
+
+
+def _skips(blocks: list[Block], sizes: list[anatomy.Grid]) -> list[str]:
+    """Return a line for each pair of blocks, down and up, that have the same grid."""
+    lines = []
+    for row, size in enumerate(sizes, 1):
+        down = [n for n, b in enumerate(blocks, 1) if b.grid == size and b.name[:4] == "down"]
+        up = [n for n, b in enumerate(blocks, 1) if b.grid == size and b.name[:2] == "up"]
+        if down and up and up[0] - down[-1] > 1:
+            between = {b.grid for b in blocks[down[-1] : up[0] - 1]}
+            if size not in between:
+                lines.append(
+                    f"<div class='skip' style='grid-row:{row};"
+                    f"grid-column:{down[-1] + 1}/{up[0]}'></div>"
+                )
+    return lines
+
+
+def _decoder(run: Run, found: Mapping[str, Part]) -> str:
+    latent, picture = anatomy.latent_shape(run), anatomy.picture_shape(run)
+    rows: dict[str, str | None] = {
+        "takes": None if latent is None else f"latents {_shape(latent)}",
+        "gives": None if picture is None else f"pixels {_shape(picture)}",
+    }
+    began = (
+        "This run began from noise, so its encoder was not asked."
+        if run.source is None
+        else "Its encoder made latents of the picture that this run began from."
+    )
+    vae = _card(
+        "VAE decoder",
+        _table(rows | _costs(found.get("vae"))),
+        "The VAE was trained to squeeze pictures into latents and to paint them again. "
+        f"Parameters are those of both halves. {began}",
+    )
+    if picture is None or run.status != "complete":
+        return vae + _card("Picture", f"<p class='absent'>{ABSENT} yet</p>", "")
+    painted = run.images.isel(image=0).values
+    shown = _figure(painted, "The finished picture", smooth=True)
+    table = _table({"shape": f"{_shape(picture)}, uint8", "images": str(len(run.images))})
+    return vae + _card("Picture", shown + table, "")
+
+
+def _pictures(run: Run) -> str:
+    """Return the first and the last latents as colour."""
+    if not has_preview(run) or not len(run.steps) or not anatomy.latent_shape(run):
+        return ""
+    first = run.latents.isel(step=0, image=0).astype("float32").load()
+    figures = [_figure(run.preview(first / max(float(first.std()), 1e-6)).values, "First latents")]
+    if run.status == "complete" and anatomy.holds(run, "latents/final_latents"):
+        last = run.variable("latents/final_latents").isel(image=0)
+        figures.append(_figure(run.preview(last).values, "Last latents"))
+    side = max(1, SIDE // max(first.shape[-2:]))
+    note = f"As colour, each latent a square of {side} x {side} pixels."
+    return _card("Latents", f"<div class='pictures'>{''.join(figures)}</div>", note)
+
+
+# --- small pieces --------------------------------------------------------------------------------
+
+
+def _said(text: object) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def _card(title: str, inside: str, explained: str) -> str:
+    words = f"<p>{explained}</p>" if explained else ""
+    return f"<div class='part'><h3>{title}</h3>{words}{inside}</div>"
+
+
+def _table(rows: Mapping[str, str | None]) -> str:
+    lines = [
+        f"<tr><th>{_said(name)}</th><td>{value or f'<span class=absent>{ABSENT}</span>'}</td></tr>"
+        for name, value in rows.items()
+    ]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _costs(part: Part | None) -> dict[str, str | None]:
+    """Return rows of what a part weighs and costs."""
+    if part is None:
+        return dict.fromkeys(("parameters", "weights", "time", "work"))
+    often = counted(part.calls, "call") if part.calls else "an unknown number of calls"
+    time = work = None
+    if part.seconds is not None:
+        time = f"{_unit(part.seconds, 's')} in {often}{_bar(part.time_share, 'of the time')}"
+    if part.flops is not None:
+        work = f"{_unit(part.flops, 'FLOP')} a call{_bar(part.flops_share, 'of the work')}"
+    return {
+        "parameters": None if part.parameters is None else f"{part.parameters:,}",
+        "weights": None if part.weight_bytes is None else _unit(part.weight_bytes, "B"),
+        "time": time,
+        "work": work,
+    }
+
+
+def _bar(share: float | None, of: str) -> str:
+    if share is None:
+        return ""
+    return f", {share:.1%} {of}<div class='bar'><i style='width:{100 * share:.1f}%'></i></div>"
+
+
+def _figure(picture: np.ndarray, caption: str, smooth: bool = False) -> str:
+    """Return a picture (y, x, rgb) uint8 with its caption; latents keep their squares."""
+    height, width = picture.shape[:2]
+    times = SIDE / max(height, width) if smooth else max(1, SIDE // max(height, width))
+    kept = "" if smooth else "image-rendering:pixelated;"
+    code = base64.b64encode(png(picture)).decode()
+    return (
+        f"<figure><img alt='{_said(caption)}' src='data:image/png;base64,{code}' "
+        f"style='{kept}width:{width * times:.0f}px;height:{height * times:.0f}px;display:block'>"
+        f"<figcaption>{_said(caption)}</figcaption></figure>"
+    )
+
+
+def _dtype(run: Run) -> str:
+    return _said(run.attributes.model.dtype)
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _unit(value: float, unit: str) -> str:
+    """Return a number with three digits and the prefix that suits it: 1.95 GFLOP, 46 ms."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")):
+        if value >= factor and (unit != "s" or factor == 1):
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{1000 * value:.3g} m{unit}" if unit == "s" else f"{value:.3g} {unit}"
