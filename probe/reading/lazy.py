@@ -3,9 +3,9 @@
     tree = open_tree(path)        # as xr.open_datatree(path, engine="zarr")
     tree["latents/latents"].isel(step=3).values
 
-Shards are read by `probe.reading.shards`, and every other chunk by zarr. Its store hands out only
-plain files that are as large as their values. What goes wrong becomes a `RecordingDamaged` that
-names the variable.
+What is laid out as we write it is read by `probe.reading.shards`, and everything else by zarr. Its
+store hands out only plain files that are as large as their values. What goes wrong becomes a
+`RecordingDamaged` that names the variable.
 
 A chunk without a file reads as its fill value, as always in zarr. No more than `UNBACKED` bytes are
 made up that way: a few bytes of metadata could claim terabytes.
@@ -13,7 +13,6 @@ made up that way: a few bytes of metadata could claim terabytes.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import itertools
@@ -37,13 +36,12 @@ from zarr.abc.store import (
     SuffixByteRequest,
 )
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
-from zarr.core.sync import sync
 
 from probe.errors import RecordingDamaged, RecordingUnreadable
 from probe.format.schema import spec
 from probe.reading.files import LARGE, read_file, refuse
 from probe.reading.limits import check_chunk, check_text, takes_no_room
-from probe.reading.shards import read_shards
+from probe.reading.shards import TEXT, chosen, read_text, read_values
 from probe.reading.untrusted import Stored, Table, nodes_of, read_root
 from probe.system import exists, reading, trouble_in, unreadable
 from probe.text import first_line, printable
@@ -63,7 +61,6 @@ FAULTS = (  # what zarr makes of a damaged chunk
 )
 # Stock xarray keeps each variable that was read. Here only small ones are kept.
 SMALL, MAX_KEPT = 10_000, 2**21  # values of one variable, and of all that are kept
-TEXT = np.dtypes.StringDType()
 
 
 # --- the store ------------------------------------------------------------------------------------
@@ -130,6 +127,20 @@ class CheckedStore(Store):
             if sum(self._text.values()) > MAX_ALL_TEXT:
                 raise refuse(self.root, f"it has more than {MAX_ALL_TEXT} bytes of text")
         return content
+
+    def read(self, stored: Stored, key: tuple[Any, ...]) -> np.ndarray | None:
+        """Return values without zarr's fixed cost, or None: zarr then reads them, or says why not.
+
+        Raises what the checks of a file raise.
+        """
+        if stored.dtype is not None:
+            return read_values(self.root, stored, key, functools.partial(self.check, stored))
+        try:
+            name = ".".join([f"{stored.path}/c", *["0"] * len(stored.shape)])
+            text = read_text(stored, self._chunk(stored, name, None))
+        except FileNotFoundError:
+            return None
+        return None if text is None else np.asarray(chosen(text, key), TEXT)
 
     def absent(self, stored: Stored, key: str, weight: int = 1) -> None:
         """Count a chunk that is in no file. Raise RecordingDamaged if there are too many.
@@ -211,12 +222,7 @@ class LazyArray(BackendArray):
     def _read(self, key: tuple[Any, ...]) -> Any:
         try:
             self._check_size(key)
-            found = read_shards(
-                self._store.root,
-                self._stored,
-                key,
-                functools.partial(self._store.check, self._stored),
-            )
+            found = self._store.read(self._stored, key)
             if found is not None:
                 return found
             if self._is_absent(key):
@@ -405,24 +411,14 @@ def has_files(root: Path, name: str) -> bool:
 
 
 def _labels(store: CheckedStore, which: Sequence[Stored]) -> dict[str, np.ndarray]:
-    """Return the labels of all dimensions, read together: xarray wants them at once.
-
-    Return none if one cannot be read; reading that one alone then says why.
-    """
-
-    async def values(stored: Stored) -> Any:
-        array = await zarr.api.asynchronous.open_array(
-            store=store, path=stored.path, mode="r", zarr_format=3
-        )
-        return await array.getitem(...)
-
-    async def every() -> Sequence[Any]:
-        return await asyncio.gather(*map(values, which))
-
-    try:
-        return dict(zip([stored.path for stored in which], sync(every()), strict=True))
-    except FAULTS:
-        return {}
+    """Return the labels of dimensions, as far as zarr is not needed; xarray reads the others."""
+    labels: dict[str, np.ndarray] = {}
+    with contextlib.suppress(*FAULTS):  # reading that one alone then says why
+        for stored in which:
+            values = store.read(stored, (slice(None),) * len(stored.shape))
+            if values is not None:
+                labels[stored.path] = values
+    return labels
 
 
 def dataset(variables: dict[str, xr.Variable], attributes: dict[str, Any]) -> xr.Dataset:

@@ -23,7 +23,8 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from probe.format.schema import ArraySpec
-from probe.reading.lazy import TEXT, dataset
+from probe.reading.lazy import dataset
+from probe.reading.shards import TEXT
 from probe.writing.layout import attributes_in_files, fill_value
 from probe.writing.store import RunWriter, merged
 

@@ -10,6 +10,7 @@ it begins at 2^64 - 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,30 @@ from probe.writing.digests import EMPTY, checksum, mark, marks, pieces
 NOWHERE = 2**64 - 1
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a variable's values lie in files. The names are those of a zarr.Array.
+
+    `dtype` is None for text. With `shards`, each file holds one, and `chunks` are those inside it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any] | None
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...] | None
+    fill_value: Any
+
+
 class StepFiles:
     """A stored array's files.
 
-    `array` is its zarr.Array; with `sync`, what is written has reached the disk when a call
-    returns.
+    `array` is its Layout, or its zarr.Array. With `sync`, what is written has reached the disk when
+    a call returns.
     """
 
     def __init__(self, root: Path, array: Any, sync: bool = False):
-        self.path, self._array, self._sync = str(array.path), array, sync
+        self.path, self._sync = str(array.path), sync
         self._start = str(root / self.path / "c")  # of the name of each of its files
         self._dtype, self._sharded = (
             np.dtype(array.dtype).newbyteorder("<"),
@@ -68,7 +84,7 @@ class StepFiles:
         """
         if len(self._shape) == 1:
             if self._along is None:
-                self._along = np.array(self._array[...], self._dtype)
+                self._along = self._read()
             along = self._along
             along[step] = value
             self.write_all(along)
@@ -92,6 +108,16 @@ class StepFiles:
         self._along = None
         parts = pieces(value, self._chunk, self.fill) if value.size else ()
         return b"".join(self._put(index, [part if full else None]) for index, part, full in parts)
+
+    def _read(self) -> np.ndarray:
+        """Return what is there of one number a step. Raise OSError, ValueError."""
+        try:
+            content = self.file(0).read_bytes()
+        except FileNotFoundError:
+            return np.full(self._shape, self.fill)
+        if checked(content[:-4]) != content:
+            raise ValueError(f"{self.path} does not hold its checksum")
+        return np.frombuffer(content[:-4], self._dtype).reshape(self._shape).copy()
 
     def _put(self, index: Sequence[int], parts: Sequence[np.ndarray | None]) -> bytes:
         """Write one file with these chunks, of which None are empty; returns what a digest takes of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -10,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
+from numcodecs import VLenUTF8  # type: ignore[import-untyped]
 from zarr.storage import LocalStore
 
 from probe.format.schema import ArraySpec
 from probe.writing import files
-from probe.writing.chunks import checked
+from probe.writing.chunks import Layout, StepFiles, checked
 from probe.writing.digests import DIGESTS, line, marks
 
 BLOCK = 4096  # of a file on nearly every disk: it takes a whole number of these
@@ -23,36 +24,101 @@ BLOCK = 4096  # of a file on nearly every disk: it takes a whole number of these
 
 def create(folder: Path, arrays: Sequence[ArraySpec], attributes: dict[str, Any]) -> None:
     """Create every variable of a recording in an empty folder, and write those with a value."""
-    told: list[bytes] = []
-    flags = b""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*[Cc]onsolidated metadata.*"
-        )  # a draft of the v3 specification; xarray reads it
-        warnings.filterwarnings(
-            "ignore", message=".*does not have a Zarr V3 specification.*"
-        )  # variable-length text
-        root = zarr.create_group(LocalStore(folder), zarr_format=3, attributes=attributes)
-        for a, described in attributes_in_files(arrays):
-            made = root.create_array(
-                a.path, **layout(a), dimension_names=a.dims, attributes=described
-            )
-            if a.value is not None:
-                made[...] = a.value
-                value = np.asarray(a.value, None if a.dtype == "str" else a.dtype)
-                told.append(line(a.path, {a.path: marks(value, made.chunks, made.fill_value)}))
-            elif a.path == "committed":
-                flags = checked(bytes(made.shape[0]))
-        zarr.consolidate_metadata(LocalStore(folder))
-    if (
-        flags
-    ):  # as zarr would not write it: zeros are its fill value, and a missing file is to be damage
-        files.replace(folder / "committed" / "c.0", [flags], False)
+    nodes: dict[str, dict[str, Any]] = {}
+    for a, described in attributes_in_files(arrays):
+        parts = a.path.split("/")
+        for depth in range(1, len(parts)):
+            nodes.setdefault("/".join(parts[:depth]), group({}))
+        nodes[a.path] = metadata(a, described)
+    nodes = dict(sorted(nodes.items(), key=lambda node: (node[0].count("/"), node[0])))
+    for path, node in nodes.items():
+        (folder / path).mkdir()
+        _write_json(folder / path, node)
+    _write_json(folder, group(attributes, nodes))
+    told = [line(a.path, {a.path: _write_value(folder, a)}) for a in arrays if a.value is not None]
+    for a in arrays:
+        if a.path == "committed" and a.value is None:
+            # Not as zarr would write it, for zeros are its fill value: a missing file is damage.
+            flags = checked(bytes(a.shape[0]))
+            files.replace(folder / a.path / "c.0", [flags], False)
     files.replace(folder / DIGESTS, told, False)
 
 
+def group(
+    attributes: dict[str, Any], nodes: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Return a group's metadata, as zarr writes it.
+
+    `nodes` are all groups and arrays below it, if it is to list them ("consolidated").
+    """
+    listed = {}
+    if nodes is not None:
+        inside = {
+            path: group(node["attributes"], {}) if node["node_type"] == "group" else node
+            for path, node in nodes.items()
+        }
+        block = {"kind": "inline", "must_understand": False, "metadata": inside}
+        listed = {"consolidated_metadata": block}
+    return {"attributes": attributes, "zarr_format": 3, **listed, "node_type": "group"}
+
+
+def metadata(a: ArraySpec, attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return an array's metadata, as zarr writes it."""
+    how = layout(a)
+    codecs = _encoded(how.dtype)
+    if how.shards is not None:
+        shards = {
+            "chunk_shape": list(how.chunks),
+            "codecs": codecs,
+            "index_codecs": _encoded(np.dtype(np.uint64)),
+            "index_location": "end",
+        }
+        codecs = [{"name": "sharding_indexed", "configuration": shards}]
+    fill = np.asarray(how.fill_value).item()
+    grid = {"chunk_shape": list(how.shards or how.chunks)}
+    return {
+        "shape": list(how.shape),
+        "data_type": "string" if how.dtype is None else how.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": grid},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": "NaN" if fill != fill else fill,
+        "codecs": codecs,
+        "attributes": attributes,
+        **({"dimension_names": list(a.dims)} if a.dims else {}),
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def _encoded(dtype: np.dtype[Any] | None) -> list[dict[str, Any]]:
+    """Return the codecs of values of a type, as zarr writes them: text has no type here."""
+    if dtype is None:
+        values: dict[str, Any] = {"name": "vlen-utf8", "configuration": {}}
+    else:
+        order = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
+        values = {"name": "bytes", **order}
+    return [values, {"name": "crc32c"}]
+
+
+def _write_value(folder: Path, a: ArraySpec) -> bytes:
+    """Write a variable whose value is known; return what its digest takes of it."""
+    how = layout(a)
+    if how.dtype is not None:
+        return StepFiles(folder, how).write_all(a.value)
+    text = np.asarray(a.value, object).reshape(-1)
+    if any(text):  # like zarr: nothing but empty text has no file
+        name = ".".join(["c", *["0"] * len(a.shape)])
+        files.replace(folder / a.path / name, [checked(bytes(VLenUTF8().encode(text)))], False)
+    return marks(np.asarray(a.value), how.chunks, how.fill_value)
+
+
+def _write_json(folder: Path, node: Mapping[str, Any]) -> None:
+    files.replace(folder / "zarr.json", [json.dumps(node, indent=2).encode()], False)
+
+
 def open_array(path: Path, a: ArraySpec) -> Any:
-    """Return a variable as a zarr array to write into.
+    """Return a variable as a zarr array.
 
     Variables with a chunk a step go through the Rust codecs, all others through zarr-python.
     """
@@ -86,43 +152,25 @@ def fill_value(a: ArraySpec) -> float:
     return float("nan") if np.dtype(a.dtype).kind == "f" else 0
 
 
-def layout(a: ArraySpec) -> dict[str, Any]:
-    """Return type, chunks and checksums of a variable, as zarr's `create_array` takes them.
+def layout(a: ArraySpec) -> Layout:
+    """Return how a variable's values lie in files.
 
     Each step is one file; of maps, each token is a chunk in that file. Nothing is compressed: on
     noise and probabilities that costs more than it saves. A checksum catches what a disk gets
     wrong.
     """
-    keys = {
-        "name": "default",
-        "separator": ".",
-    }  # flat names: nested directories double the cost of a write
     if a.dtype == "str":
-        whole = tuple(max(1, n) for n in a.shape)
-        return {
-            "shape": a.shape,
-            "dtype": str,
-            "chunks": whole,
-            "chunk_key_encoding": keys,
-            "compressors": [Crc32cCodec()],
-        }
+        return Layout(a.path, a.shape, None, tuple(max(1, n) for n in a.shape), None, "")
     dtype = np.dtype(a.dtype)
     whole = tuple(1 if a.per_step and axis == 0 else max(1, n) for axis, n in enumerate(a.shape))
     inner = tuple(
         1 if dim in a.variable.chunked else n for dim, n in zip(a.dims, whole, strict=True)
     )
-    described: dict[str, Any] = {
-        "shape": a.shape,
-        "dtype": dtype,
-        "chunk_key_encoding": keys,
-        "compressors": [Crc32cCodec()],
-        "chunks": inner,
-    }
-    if a.per_step and inner != whole:
-        described["shards"] = whole
-    if a.value is None and not a.variable.coordinate:
-        described["fill_value"] = fill_value(a)
-    return described
+    shards = whole if a.per_step and inner != whole else None
+    is_known = a.value is not None or a.variable.coordinate
+    return Layout(
+        a.path, a.shape, dtype, inner, shards, dtype.type(0 if is_known else fill_value(a))
+    )
 
 
 def room(arrays: Sequence[ArraySpec], sizes: Mapping[str, int]) -> int:
@@ -132,11 +180,10 @@ def room(arrays: Sequence[ArraySpec], sizes: Mapping[str, int]) -> int:
     """
     total = number = 0
     for a in arrays:
-        chunking = layout(a)
-        chunks = prod(-(-n // most) for n, most in zip(a.shape, chunking["chunks"], strict=True))
+        how = layout(a)
+        chunks = prod(-(-n // most) for n, most in zip(a.shape, how.chunks, strict=True))
         files_of = prod(
-            -(-n // most)
-            for n, most in zip(a.shape, chunking.get("shards", chunking["chunks"]), strict=True)
+            -(-n // most) for n, most in zip(a.shape, how.shards or how.chunks, strict=True)
         )
         written = -(-files_of * sizes[a.path] // max(a.nbytes, 1))
         number += written

@@ -23,7 +23,6 @@ import json
 import os
 import shutil
 import socket
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ from probe.writing.digests import (
     step_of,
 )
 from probe.writing.files import storing
-from probe.writing.layout import create, open_array
+from probe.writing.layout import create, layout, open_array
 from probe.writing.locks import Lock
 
 MANIFEST = "manifest.json"
@@ -100,11 +99,12 @@ class RunWriter:
                     self._check_own()
                 else:
                     self._begin(arrays, told)
-                self._arrays: dict[str, zarr.Array[Any]] = {
-                    a.path: open_array(self.path, a) for a in arrays
-                }
+                self._specs = {a.path: a for a in arrays}
+                self._arrays: dict[str, zarr.Array[Any]] = {}  # those that were read
                 self._files = {
-                    a.path: StepFiles(self.path, self._arrays[a.path], self._at_once)
+                    a.path: StepFiles(
+                        self.path, self._array(a.path) if resume else layout(a), self._at_once
+                    )
                     for a in arrays
                     if a.dtype != "str"
                 }
@@ -117,7 +117,7 @@ class RunWriter:
                     ),
                 ]
                 self._committed = (
-                    self.read("committed") if "committed" in self._arrays else np.zeros(0, np.uint8)
+                    self.read("committed") if "committed" in self._specs else np.zeros(0, np.uint8)
                 )
                 self._ledger: Ledger | None = None if resume else Ledger(self.path)
                 if resume:
@@ -142,9 +142,7 @@ class RunWriter:
                 files.sync_all(hidden)
             hidden.rename(self.path)
         except BaseException:
-            for pause in (0, 0.05):  # zarr's threads may still be writing into it
-                time.sleep(pause)
-                shutil.rmtree(hidden, ignore_errors=True)
+            shutil.rmtree(hidden, ignore_errors=True)
             raise
         if self._at_end:
             files.sync_folder(self.path.parent)
@@ -167,7 +165,7 @@ class RunWriter:
         What is committed stays. Everything after it is written anew.
         """
         for a in arrays:
-            there = self._arrays[a.path]
+            there = self._array(a.path)
             if there.shape != a.shape or (a.dtype != "str" and there.dtype != np.dtype(a.dtype)):
                 raise RecordingDamaged(
                     f"{self.path.name}: {a.path} is not what its experiment asks for.",
@@ -283,7 +281,7 @@ class RunWriter:
         Raises RecordingDamaged where it is something else by now, RecordingUnreadable.
         """
         try:
-            return np.asarray(self._arrays[path][at])
+            return np.asarray(self._array(path)[at])
         except (
             OSError,
             ValueError,
@@ -295,6 +293,11 @@ class RunWriter:
             raise RecordingDamaged(
                 f"{self.path.name}: {path} cannot be read: {what}", "Record it again: probe rerun."
             ) from error
+
+    def _array(self, path: str) -> zarr.Array[Any]:
+        if path not in self._arrays:
+            self._arrays[path] = open_array(self.path, self._specs[path])
+        return self._arrays[path]
 
     def write_step(
         self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int
