@@ -5,6 +5,8 @@ that its snippets yield what it shows.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,14 @@ def test_it_is_among_the_pages(folder: Path) -> None:
     app = AppTest.from_file(str(PAGES), default_timeout=60).run()
     assert not app.exception
     assert "trajectories" in app.session_state["pages"]
+
+
+def test_the_page_imports_neither_torch_nor_umap() -> None:
+    code = (
+        "import sys; from probe.dashboard.views import trajectories;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'umap', 'sklearn', 'numba')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_step_and_the_walk_change_what_is_drawn(folder: Path) -> None:

@@ -114,8 +114,11 @@ def umap_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr.Da
     """Return a map by UMAP, which keeps near points near.
 
     *Shape:* (point, feature) -> (point, axis), without a unit. Distances between groups, sizes of
-    groups and loops on it mean nothing. The same seed draws the same map. `neighbours` are at most
-    half of the other points.
+    groups and loops on it mean nothing. `neighbours` are at most half of the other points.
+
+    It begins with random places, so the same seed draws the same map, and another seed shows all
+    that is arbitrary. UMAP's own beginning, spectral, is not the same again where groups are far
+    apart: there scipy draws without a seed.
 
     Raises UserError where umap-learn is not installed, ExperimentError for fewer than 5 points.
     Source: McInnes, Healy and Melville 2018, arXiv:1802.03426.
@@ -124,7 +127,9 @@ def umap_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr.Da
     near = compared_neighbours(len(values), whole_number("neighbours", neighbours, 2))
     with _quiet():
         umap = umap_library()
-        layout = umap.UMAP(n_neighbors=near, random_state=whole_number("seed", seed), n_jobs=1)
+        seed = whole_number("seed", seed)
+        # umap-learn counts each point among its own neighbours
+        layout = umap.UMAP(n_neighbors=near + 1, random_state=seed, n_jobs=1, init="random")
         return _map(points, layout.fit_transform(values))
 
 
@@ -132,7 +137,8 @@ def aligned_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr
     """Return a map by AlignedUMAP: one of each run, with the same noise levels in the same place.
 
     *Shape:* (point, feature) -> (point, axis), without a unit. Each run is laid out by its own
-    neighbours alone: at most half of its other steps. Then the steps of each two runs that follow
+    neighbours alone: at most half of its other steps, or more where a path would fall to pieces,
+    whose places would not be the same again. Then the steps of each two runs that follow
     each other are pulled together where their noise levels are the nearest. So the shapes of paths
     may be compared. That two paths are near says nothing, for they were pulled.
 
@@ -146,6 +152,7 @@ def aligned_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr
         _enough(values[rows])
     least = min(len(rows) for rows in runs)
     near = compared_neighbours(least, whole_number("neighbours", neighbours, 2))
+    near = max(_in_one_piece(values[rows], near) for rows in runs)
     relations = [
         _same_level(points["sigma"].values[one], points["sigma"].values[other])
         for one, other in itertools.pairwise(runs)
@@ -153,7 +160,7 @@ def aligned_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr
     with _quiet():
         umap = umap_library()
         seed = whole_number("seed", seed)  # umap-learn draws by the second of these alone
-        layout = umap.AlignedUMAP(n_neighbors=near, random_state=seed, transform_seed=seed)
+        layout = umap.AlignedUMAP(n_neighbors=near + 1, random_state=seed, transform_seed=seed)
         layout.fit([values[rows] for rows in runs], relations=relations)
     position = np.empty((len(values), 2), np.float32)
     for rows, of_run in zip(runs, layout.embeddings_, strict=True):
@@ -179,6 +186,21 @@ def _quiet() -> Any:
     what comes of that.
     """
     return warnings.catch_warnings(action="ignore")
+
+
+def _in_one_piece(values: np.ndarray, near: int) -> int:
+    """Return the least number of neighbours, from `near` up, whose graph hangs together."""
+    order = _by_distance(values.astype(np.float64))
+    for count in range(near, len(values)):
+        linked = np.eye(len(values), dtype=bool)
+        np.put_along_axis(linked, order[:, :count], True, axis=1)
+        linked |= linked.T
+        reached = linked[0]
+        while (further := linked[reached].any(axis=0)).sum() > reached.sum():
+            reached = further
+        if reached.all():
+            return count
+    return len(values) - 1
 
 
 def _same_level(sigma: np.ndarray, other: np.ndarray) -> dict[int, int]:
