@@ -997,8 +997,7 @@ def test_opening_costs_the_same_whatever_the_number_of_steps(steps: int, tmp_pat
         spec("latents", "latents", (steps, 1, 1, 1, 1), "float32"),
     ]
     with RunWriter(tmp_path / "a.zarr", arrays, ATTRIBUTES, "none") as writer:
-        for step in range(steps):
-            writer.write("latents/latents", np.ones((1, 1, 1, 1)), step)
+        writer.write("latents/latents", np.ones((steps, 1, 1, 1, 1)))
     opened: list[str] = []
     audit = {"on": True}
     sys.addaudithook(
@@ -1008,4 +1007,5 @@ def test_opening_costs_the_same_whatever_the_number_of_steps(steps: int, tmp_pat
     )
     assert Run(tmp_path / "a.zarr").tree.sizes["step"] == steps
     audit["on"] = False
+    assert len(list((tmp_path / "a.zarr" / "latents" / "latents").glob("c.*"))) == steps
     assert 0 < len(opened) < 60 and not any(name.startswith("c.1") for name in opened), opened

@@ -220,6 +220,9 @@ def test_a_picture_goes_elsewhere_where_the_recording_takes_none(
     assert code == 1 and "No such file or directory" in err and "Name a folder that exists" in err
 
 
+warm: list[bool] = []
+
+
 @pytest.fixture
 def ordinary(call: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of an account that is not root, with a recording in runs, and the test goes on as
@@ -233,14 +236,11 @@ def ordinary(call: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.copytree(unpacked(), folder / "runs" / "mine.zarr")
         monkeypatch.chdir(folder)
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        assert (
-            call("show", "sample")[0]
-            == 0
-            == call("show", "mine", "--words", "--save", "warm.png")[0]
-        )
-        assert call("verify", "mine")[0] == 0, (
-            "all modules are there, which the other account may not read"
-        )
+        assert call("show", "sample")[0] == 0
+        if not warm:  # all modules are to be there, which the other account may not read
+            assert call("show", "mine", "--words", "--save", "warm.png")[0] == 0
+            assert call("verify", "mine")[0] == 0
+            warm.append(True)
         if root:
             for path in (folder, *folder.rglob("*")):
                 os.chown(path, 65534, 65534)
@@ -483,7 +483,9 @@ def test_nobody_listens(command: str, code: int, said: str, tmp_path: Path) -> N
         ("verify damaged", 1),
     ],
 )
-@pytest.mark.parametrize("streams", ["stdout", "stdout stderr"])
+@pytest.mark.parametrize(
+    "streams", [pytest.param("stdout", marks=pytest.mark.slow), "stdout stderr"]
+)
 def test_a_reader_that_left_early_changes_no_exit_code(
     command: str, code: int, streams: str, tmp_path: Path
 ) -> None:

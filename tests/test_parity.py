@@ -179,14 +179,17 @@ def test_bits_equal_diffusers_with_scheduler_options(
     assert_bits(model, ours(model, **how), *theirs(peer(name, prediction, **options), **how))
 
 
+@pytest.mark.parametrize("steps", [7, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_bits_equal_diffusers_at_20_steps_and_for_a_model_of_the_pipeline_itself(name: str) -> None:
+def test_bits_equal_diffusers_at_more_steps_and_for_a_model_of_the_pipeline_itself(
+    name: str, steps: int
+) -> None:
     pipeline = peer(name, "epsilon")
-    latents, _ = theirs(pipeline, steps=20)
-    assert torch.equal(latents, ours(model_of(name, "epsilon"), steps=20)[-1].next_latents)
+    latents, _ = theirs(pipeline, steps=steps)
+    assert torch.equal(latents, ours(model_of(name, "epsilon"), steps=steps)[-1].next_latents)
     # `of` takes over what the pipeline changed in its scheduler's config after building it (DDIM,
     # DDPM: clip_sample).
-    assert torch.equal(latents, ours(StableDiffusion.of(pipeline), steps=20)[-1].next_latents)
+    assert torch.equal(latents, ours(StableDiffusion.of(pipeline), steps=steps)[-1].next_latents)
 
 
 @pytest.mark.smoke
@@ -246,8 +249,14 @@ def test_schedulers_without_an_option_refuse_it() -> None:
 # --- the number of calls --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "guidance_scale"),
+    [
+        *((name, 1.0) for name in SCHEDULERS),
+        ("DDIM", 7.5),
+        *(pytest.param(name, 7.5, marks=pytest.mark.slow) for name in SCHEDULERS if name != "DDIM"),
+    ],
+)
 def test_one_unet_call_and_one_scheduler_step_per_yield(
     name: str, guidance_scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,17 +301,21 @@ def cases_with_options() -> list[Any]:
     return [pytest.param(*case, id="-".join(map(label, case))) for case in plain + more]
 
 
+MANY = pytest.mark.parametrize("calls", [6, pytest.param(10, marks=pytest.mark.slow)])
+
+
+@MANY
 @pytest.mark.parametrize(("name", "options", "prediction"), cases_with_options())
 def test_sigmas_are_those_of_the_scheduler_at_every_call(
-    name: str, options: dict[str, Any], prediction: str
+    name: str, options: dict[str, Any], prediction: str, calls: int
 ) -> None:
     model = StableDiffusion.of(base(prediction)).with_scheduler(name, options)
-    schedule = Schedule.of(model.scheduler, 10)
+    schedule = Schedule.of(model.scheduler, calls)
     assert schedule.variance_exploding == (name in EXPLODING)
     assert len(schedule.timesteps) == len(schedule.sigmas) == len(schedule.alpha_bars)
     seen: list[torch.Tensor] = []
     with hooks.Hooks([(model.unet, "input", seen.append)]):
-        steps = ours(model, steps=10, guidance_scale=1.0)
+        steps = ours(model, steps=calls, guidance_scale=1.0)
     for step, fed in zip(steps, seen, strict=True):
         assert (step.timestep, step.sigma, step.alpha_bar) == (
             schedule.timesteps[step.index],
@@ -336,20 +349,21 @@ def test_alpha_bars_are_the_training_schedule_at_those_timesteps(name: str) -> N
     )
 
 
+@MANY
 @pytest.mark.parametrize(
     ("name", "options", "prediction"),
     [case for case in cases_with_options() if not CLIPPING & set(case.values[1])],
 )
 def test_denoised_is_the_schedulers_own(
-    name: str, options: dict[str, Any], prediction: str
+    name: str, options: dict[str, Any], prediction: str, calls: int
 ) -> None:
     """A second scheduler gets the same inputs: `step` must not be called twice on one."""
     model = StableDiffusion.of(base(prediction)).with_scheduler(name, options)
     second = fresh(model.scheduler)
-    second.set_timesteps(10)
+    second.set_timesteps(calls)
     extra = sampling.step_options(second, 0.0, [torch.Generator().manual_seed(SEED)])
     ddim = model_of("DDIM", prediction).scheduler if name == "PNDM" else None
-    for step, t in zip(ours(model, steps=10), second.timesteps, strict=True):
+    for step, t in zip(ours(model, steps=calls), second.timesteps, strict=True):
         second.scale_model_input(step.latents, t)  # LMS wants to have been asked
         made = second.step(step.prediction, t, step.latents, **extra)
         mine, own = step.denoised, getattr(made, "pred_original_sample", None)
@@ -362,7 +376,7 @@ def test_denoised_is_the_schedulers_own(
             mine, own = step.eps, second.model_outputs[-1]
         elif ddim is not None:  # PNDM has no x0; DDIM's is the same formula on the same alphas
             ddim = fresh(ddim)
-            ddim.set_timesteps(10)
+            ddim.set_timesteps(calls)
             own = ddim.step(step.prediction, int(t), step.latents).pred_original_sample
         assert own is not None
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
