@@ -75,6 +75,12 @@ parser.add_argument(
     metavar="2..64",
     help="noises per timestep (default: %(default)s)",
 )
+parser.add_argument(
+    "--html",
+    type=Path,
+    metavar="FOLDER",
+    help="write the recordings as pages that play in a browser, with this text, into a folder",
+)
 options = parser.parse_args([] if NOTEBOOK else None)
 OUT, STEPS, NOISES = options.out, options.steps, options.noises
 PROMPT, SEED, GUIDANCE = "An astronaut scuba diving", 5, 3.0
@@ -383,9 +389,9 @@ for label, value in score.items():
 # drew the noise ourselves. So there are as many exercises as one likes: here is $x_t$; which noise
 # is in it?
 #
-# Below, the UNet answers. What it takes for noise is held against what was added. The last row
-# shows the picture that would remain if it were right: the more noise, the less there is to go by,
-# and the vaguer it gets.
+# Below, the UNet answers. What it takes for noise is held against what was added. Shown as well is
+# the picture that would remain if it were right: the more noise, the less there is to go by, and
+# the vaguer it gets.
 
 # %%
 alpha_bar = model.scheduler.alphas_cumprod  # one number for each timestep of the training
@@ -516,7 +522,9 @@ print(
 #
 # Each question is asked twice: with your prompt (*cond*) and with an empty one (*uncond*). The
 # difference is what the words add, and **guidance** exaggerates it $s$ times: $\varepsilon =
-# \varepsilon_u + s\,(\varepsilon_c - \varepsilon_u)$. The whole loop, written out:
+# \varepsilon_u + s\,(\varepsilon_c - \varepsilon_u)$.
+#
+# The whole loop, written out:
 
 # %%
 scheduler = copy.deepcopy(model.scheduler)
@@ -857,4 +865,12 @@ print(
 # * with a GPU, `experiments/astronaut-sd14.yaml` does the same with Stable Diffusion itself.
 
 # %%
+if options.html:  # from the command line alone
+    from experiments.lesson_pages import write_pages
+
+    same = {key: asked[key] for key in ("seed", "dtype", "device")}
+    beside = {"output": str(OUT / "noising"), "progress": False}
+    noised = probe.record_noising(np.asarray(one_line), PROMPT, **same, **beside)
+    for path in write_pages(options.html, Path(__file__), noised, run):
+        print(f"  -> {path}")
 print(f"{len(list(OUT.glob('?-*.png')))} pictures and the recording {run.name} are in {OUT}.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import html
 import io
 import re
 import resource
@@ -24,6 +25,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import probe
+from experiments import lesson_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = ROOT / "experiments" / "deep_dive.py"
@@ -241,6 +243,40 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
         yield done
 
 
+def test_its_recordings_are_pages_with_its_text(walk: Walk, tmp_path: Path) -> None:
+    run, options = walk.names["run"], walk.names["options"]
+    assert options.html is None and not list(walk.folder.glob("**/*.html")), "only where asked for"
+    noised = probe.record(
+        probe.Noising(
+            picture=str(walk.folder / "runs" / "deep_dive" / "1-one-line.png"),
+            caption="an astronaut",
+            timesteps=(500, 50),
+            noises=2,
+        ),
+        output=None,
+        progress=False,
+    )
+    paths = lesson_pages.write_pages(tmp_path / "pages", LESSON, noised, run)
+    assert [path.name for path in paths] == ["forward.html", "backward.html"]
+    for path, said in zip(
+        paths, ("we know the answer", "guidance exaggerates it s times"), strict=True
+    ):
+        text = path.read_text(encoding="utf-8")
+        notes = html.unescape(
+            text[text.index('<section class="notes">') : text.index("</section>")]
+        )
+        assert said in notes and not re.search(r"[\\$*`]", notes), notes
+        assert "default-src 'none'" in text and not re.search(r"(src|href)=[\"']?http", text)
+        assert path.stat().st_size < 1_000_000
+
+
+def test_every_heading_of_a_page_is_in_the_lesson() -> None:
+    for heading, count in {**lesson_pages.FORWARD, **lesson_pages.BACKWARD}.items():
+        assert len(lesson_pages.explanation(SOURCE, heading)) >= count
+    with pytest.raises(ValueError, match="no heading"):
+        lesson_pages.explanation(SOURCE, "Sideways")
+
+
 def test_its_cells_run_one_by_one(walk: Walk) -> None:
     names = pictures_named()
     assert len(walk.displayed) == len(names)
@@ -415,9 +451,15 @@ def test_it_runs_as_a_script_to_the_same_pictures(walk: Walk, tmp_path: Path) ->
         LESSON,
         "--out",
         tmp_path / "out",
+        "--html",
+        tmp_path / "pages",
         *(part for option, value in SHORT.items() for part in (f"--{option}", value)),
     )
     assert not_blank(tmp_path / "out") == pictures_named()
+    assert {path.name for path in (tmp_path / "pages").iterdir()} == {
+        "forward.html",
+        "backward.html",
+    }
     for name in pictures_named():
         here, there = (
             np.asarray(Image.open(folder / f"{name}.png"))

@@ -73,6 +73,13 @@ def test_an_animation_rests_on_its_last_frame(run: probe.Run) -> None:
     assert strip(frames(run)[:12]).size == (10 * 262 - 6, 2 * 262 - 6)
 
 
+def test_a_page_has_a_title_and_notes_as_plain_text(run: probe.Run) -> None:
+    text = page([run], False, title="<b>Lesson</b>", notes=["x < y & <script>z</script>", "two"])
+    assert "<h1>&lt;b&gt;Lesson&lt;/b&gt;</h1>" in text
+    assert "<p>x &lt; y &amp; &lt;script&gt;z&lt;/script&gt;</p>\n<p>two</p>\n</section>" in text
+    assert 'class="notes"' not in page([run], False)
+
+
 def test_runs_side_by_side_and_pages_without_heads(run: probe.Run) -> None:
     both, small = page([run, run]), page([run], everything=False)
     assert both.count('id="run1-heads-') == 7 and 'data-runs="2"' in both

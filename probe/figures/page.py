@@ -28,6 +28,8 @@ body { max-width: 1240px; margin: 28px auto 60px; padding: 0 24px;
   color: light-dark(#1b1d22, #e9e9ec); background: light-dark(#fff, #15161a); }
 h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
 .facts { opacity: .8; margin: 0 0 18px; overflow-wrap: anywhere; }
+.notes { columns: 2 380px; column-gap: 32px; margin: 0 0 22px; }
+.notes p { margin: 0 0 10px; overflow-wrap: anywhere; break-inside: avoid; }
 """
 START = """
 const raw = (name) => {
@@ -59,10 +61,13 @@ def script() -> str:
     return "\n".join(line for line in lines if not line.startswith("import ")) + "\n"
 
 
-def page(runs: Sequence[Run], everything: bool = True) -> str:
-    """Return a page with one to four runs, side by side; with `everything`, every word in every
-    layer and head.
+def page(
+    runs: Sequence[Run], everything: bool = True, title: str = "", notes: Sequence[str] = ()
+) -> str:
+    """Return a page with one to four runs, side by side.
 
+    With `everything` it has every word in every layer and head. The title is the first run's prompt
+    unless another is given. `notes` are paragraphs above the player. Both are shown as plain text.
     Raise RecordingDamaged, RecordingUnreadable.
     """
     data = "".join(
@@ -70,7 +75,9 @@ def page(runs: Sequence[Run], everything: bool = True) -> str:
         for index, run in enumerate(runs)
         for name, content in _payloads(run, everything)
     )
-    title = html.escape(prompt_of(runs[0]) or runs[0].name)
+    heading = html.escape(title or prompt_of(runs[0]) or runs[0].name)
+    text = "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
+    beside = f'<section class="notes">\n{text}</section>\n' if text else ""
     made = html.escape("  ·  ".join(facts(run) for run in runs))
     code = script().replace("</", "<\\/")
     return f"""<!doctype html>
@@ -78,13 +85,13 @@ def page(runs: Sequence[Run], everything: bool = True) -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>{heading}</title>
 <style>{STYLE}{asset("player.css")}</style>
 <body data-runs="{len(runs)}">
 <main>
-<h1>{title}</h1>
+<h1>{heading}</h1>
 <p class="facts">{made}</p>
-<div id="player"></div>
+{beside}<div id="player"></div>
 </main>
 {data}<script type="module">
 {code}
