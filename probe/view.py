@@ -2,6 +2,7 @@
 
 probe view                       # the recordings in the folder runs
 probe view sample                # the recording that comes along: no model, no torch
+probe view --allow-record        # recordings can be made there too
 probe view A B --no-browser      # begin with these; print the address and open nothing
 """
 
@@ -58,6 +59,11 @@ def parser(prog: str = "probe view") -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-browser", action="store_true", help="print the address and open nothing"
     )
+    parser.add_argument(
+        "--allow-record",
+        action="store_true",
+        help="let the page Record write recordings into the folder, one at a time",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -99,6 +105,7 @@ def main(arguments: list[str], prog: str = "probe view") -> int:
             "The dashboard is not installed.", "pip install 'diffusion-probe[dashboard]'"
         ) from error
     from probe.dashboard.library import Library, configure
+    from probe.dashboard.recorder import Recorder, allow, ending
     from probe.dashboard.routes import MIDDLEWARE, ROUTES
     from probe.figures.bundle import payload
 
@@ -110,7 +117,9 @@ def main(arguments: list[str], prog: str = "probe view") -> int:
     for name, value in {**OPTIONS, "server.port": port, "browser.serverPort": port}.items():
         config.set_option(name, value)
     pages = Path(__file__).with_name("dashboard") / "pages.py"
-    app = st.App(pages, routes=ROUTES, middleware=MIDDLEWARE)
+    if options.allow_record:
+        allow(Recorder(options.runs))
+    app = st.App(pages, lifespan=ending, routes=ROUTES, middleware=MIDDLEWARE)
     settings = uvicorn.Config(
         app,
         ws="websockets-sansio",

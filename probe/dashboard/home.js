@@ -56,7 +56,7 @@ function settle(parent, data) {
   function begin() {
     const { steps, following } = runs[0].opened.meta;
     const wished = fromAddress(location.search, steps);
-    if (!("step" in wished) && LIVE.includes(following.state)) wished.step = steps.length - 1;
+    if (!(wished.step >= 0) && LIVE.includes(following.state)) wished.step = steps.length - 1;
     home.player = stand(parent, wished);
     tell();
     follow();

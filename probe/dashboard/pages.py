@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import streamlit as st
 
-from probe.dashboard.views import anatomy, compare, guidance, learn, replay, runs, trajectories
+from probe.dashboard.views import (
+    anatomy,
+    compare,
+    guidance,
+    learn,
+    record,
+    replay,
+    runs,
+    trajectories,
+)
 
 st.set_page_config(page_title="probe", layout="wide")
 st.html(
@@ -20,6 +29,7 @@ GROUPS = {
     },
     "Explore": {
         "runs": st.Page(runs.show, title="Runs", url_path="runs"),
+        "record": st.Page(record.show, title="Record", url_path="record"),
         "replay": st.Page(replay.show, title="Replay", url_path="replay", default=True),
         "guidance": st.Page(guidance.show, title="Guidance", url_path="guidance"),
         "trajectories": st.Page(trajectories.show, title="Trajectories", url_path="trajectories"),

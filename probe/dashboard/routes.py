@@ -100,29 +100,35 @@ ROUTES = [Route(f"/probe/{what}", _answer) for what in MADE]
 
 
 class Local:
-    """Refuse whoever reached this machine by another name: a page elsewhere may resolve to it."""
+    """Refuse whoever is not of this machine or was sent by another page.
+
+    A name elsewhere may resolve to this machine, and a page elsewhere may open a websocket to it.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
-            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-            name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
-            client = (scope.get("client") or ("127.0.0.1",))[0]
-            if name not in ("127.0.0.1", "localhost", "[::1]") or client not in (
-                "127.0.0.1",
-                "::1",
-                "testclient",
-            ):
-                if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": 1008})
-                else:
-                    await PlainTextResponse("Only this machine is served.", 403)(
-                        scope, receive, send
-                    )
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] not in ("http", "websocket") or _is_own(scope):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            answer = PlainTextResponse("Only this machine and its own pages are served.", 403)
+            await answer(scope, receive, send)
+
+
+def _is_own(scope: Scope) -> bool:
+    """Return whether a request comes from this machine, and from no page but our own."""
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    host, origin = headers.get(b"host", ""), headers.get(b"origin")
+    name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
+    client = (scope.get("client") or ("127.0.0.1",))[0]
+    return (
+        name in ("127.0.0.1", "localhost", "[::1]")
+        and client in ("127.0.0.1", "::1", "testclient")
+        and origin in (None, f"http://{host}")
+    )
 
 
 MIDDLEWARE = [Middleware(Local)]

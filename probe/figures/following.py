@@ -37,7 +37,7 @@ def following(run: Run) -> dict[str, str]:
         return _told("recording", begun if done else waits)
     if status == "running":
         return _told("finishing", f"finishing: all {steps} steps are here, the picture is made")
-    far = f"after {done} of {steps} steps"
+    far = f"after {done} of {steps} steps" if done < steps else f"after the last of {steps} steps"
     if run.kind == "noising":  # those are short, and never resumed
         command = f"python -m probe rerun {shlex.quote(str(run.path))}"
         return _told(status, ENDED[status].format(far=far, then="This records it again:"), command)
