@@ -568,12 +568,12 @@ def test_of_generated_pictures_those_count_in_which_every_subject_is_seen() -> N
 
 def test_the_segmenter_trains_and_is_taken_from_its_folder_afterwards(tmp_path: Path) -> None:
     bundled = load("emojiworld", dtype="float32", device="cpu")
-    made = segmenter.train(bundled, scenes=60, steps=4, folder=tmp_path)
-    again = segmenter.train(bundled, scenes=60, steps=4, folder=tmp_path)
+    made = segmenter.train(bundled, scenes=24, steps=2, folder=tmp_path)
+    again = segmenter.train(bundled, scenes=24, steps=2, folder=tmp_path)
     assert all(
         torch.equal(value, again.state_dict()[name]) for name, value in made.state_dict().items()
     )
-    own = segmenter.own_scores(sees_only("cat"), bundled, 30)
+    own = segmenter.own_scores(sees_only("cat"), bundled, 12)
     assert all(0 <= float(one["mean"]) < 0.2 for one in own.values()) and set(own) == {
         (k, n) for k in ("scenes", "VAE round trips") for n in (1, 2)
     }

@@ -477,7 +477,7 @@ def test_the_bundled_model_goes_on_from_a_picture_and_is_proven(tmp_path: Path) 
         "prompt": "a cat",
         "image": "experiments/fox-and-penguin.png",
         "strength": 1.0,
-        "steps": 4,
+        "steps": 3,
         "guidance_rescale": 0.5,
         "decode_every": 2,
     }

@@ -426,7 +426,12 @@ def test_a_model_that_cannot_run_is_told_so_before_anything_is_written(ask: dict
 
 
 @pytest.mark.parametrize(
-    ("version", "lines"), [(NEWEST_TESTED, 0), ("0.37.0", 0), ("0.99.0.dev0", 1)]
+    ("version", "lines"),
+    [
+        (NEWEST_TESTED, 0),
+        pytest.param("0.37.0", 0, marks=pytest.mark.slow),
+        ("0.99.0.dev0", 1),
+    ],
 )
 def test_a_newer_diffusers_is_said_once_when_recording(
     version: str,

@@ -784,7 +784,7 @@ def test_the_command_says_what_it_found(copy: Run, capsys: pytest.CaptureFixture
     assert lines[-1] == "FAILED: 4 of 12 checks: manifest, digests, guidance, scheduler."
     with pytest.raises(RecordingNotFound):
         main(["no-such-run", "--runs", str(copy.path.parent)])
-    with pytest.raises(ExperimentError, match="--steps says at which steps the model is asked"):
+    with pytest.raises(ExperimentError, match="--steps chooses where the model predicts again"):
         main([str(copy.path), "--steps", "0"])
 
 
