@@ -207,10 +207,12 @@ def grow(run: Run, whole: Run, steps: int) -> None:
     for name, variable in variables(whole):
         stepwise = variable.dims[:1] == ("step",) and variable.ndim > 1
         patterns = [f"c.{index}.*" for index in range(steps)] if stepwise else []
+        if name == "decoded/picture":
+            patterns = ["c.*"]
         for file in [file for pattern in patterns for file in (whole.path / name).glob(pattern)]:
-            shutil.copy(file, run.path / name)
-    if (pictures := whole.path / "decoded" / "picture").exists():
-        shutil.copytree(pictures, run.path / "decoded" / "picture", dirs_exist_ok=True)
+            here = run.path / name / file.name
+            if not here.exists() or name == "decoded/picture":
+                replace(here, file.read_bytes())
     flags = [1] * steps + [0] * (len(whole.steps) - steps)
     replace(run.path / "committed" / "c.0", checked(bytes(flags)))
 
