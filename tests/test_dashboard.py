@@ -202,6 +202,17 @@ def test_an_unknown_run_in_the_address_falls_to_the_default(library: Library) ->
         assert shown(page(runs=hostile))[0] in ("one", "two", "sample")
 
 
+def test_a_link_to_a_recording_that_was_begun_just_now_is_followed(
+    library: Library, folder: Path
+) -> None:
+    assert "new" not in page().multiselect("runs").options
+    synthetic_recording(folder / "new.zarr", prompt="a red cat", status="running")
+    app = AppTest.from_file(str(PAGES), default_timeout=30)
+    app.query_params["runs"] = "new"
+    app.run()
+    assert shown(app) == ["new"]
+
+
 def test_an_empty_folder_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = Library(tmp_path)
     monkeypatch.setattr(empty, "rows", lambda: [])

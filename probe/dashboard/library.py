@@ -77,13 +77,17 @@ class Library:
         """
         return self._opened(key)[1]
 
-    def _opened(self, key: str) -> tuple[State, Run]:
-        """Return a recording, and a state on the disk: the recording is that old or newer."""
+    def has(self, key: str) -> bool:
+        """Return whether there is a recording of this id, also one that no list showed yet."""
         if key not in self._paths and re.fullmatch(NAME, key, re.ASCII):
-            path = self.folder / f"{key}.zarr"  # a link to one that no list showed yet
+            path = self.folder / f"{key}.zarr"
             if path.is_dir():
                 self.add(path)
-        if key not in self._paths:
+        return key in self._paths
+
+    def _opened(self, key: str) -> tuple[State, Run]:
+        """Return a recording, and a state on the disk: the recording is that old or newer."""
+        if not self.has(key):
             raise RecordingNotFound("No recording has this id.", "Pick one from the list of runs.")
         path = self._paths[key]
         state = changed(path)  # before it is opened: what is written meanwhile is another state

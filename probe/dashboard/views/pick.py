@@ -22,8 +22,15 @@ def rows(folder: str) -> list[tuple[str, Listed]]:
 
 def recordings() -> list[tuple[str, Listed]]:
     """Return the recordings; stop the page and say why if the folder cannot be read."""
+    folder = str(library().folder)
     try:
-        return rows(str(library().folder))
+        listed = rows(folder)
+        keys = {key for key, _ in listed}
+        new = [key for key in st.query_params.get_all("runs") if key not in keys]
+        if any(library().has(key) for key in new):  # a link to one that was begun just now
+            rows.clear()
+            listed = rows(folder)
+        return listed
     except ProbeError as error:
         st.code(str(error), language=None)
         st.stop()
