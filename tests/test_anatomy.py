@@ -168,6 +168,10 @@ def test_what_is_plotted_is_what_the_snippets_yield(sample: Run) -> None:
     values = found["values"]
     for name, curve in shown.items():
         assert np.array_equal(values.sel(statistic=name).values, curve)  # type: ignore[attr-defined]
+    lines = anatomy.csv_of(sample, module, branch).splitlines()
+    assert lines[0] == "step,mean,std,min,max" and len(lines) == 21
+    row = [float(value) for value in lines[8].split(",")]
+    assert row == pytest.approx([7, *(float(curve[7]) for curve in shown.values())], rel=1e-6)
     exec(codes["attention"], found)
     attention, texts = anatomy.text_attention(sample, "text_encoder", 1, 2)
     assert np.array_equal(found["attention"].values, attention)  # type: ignore[attr-defined]
@@ -178,3 +182,16 @@ def test_what_is_plotted_is_what_the_snippets_yield(sample: Run) -> None:
     assert list(code) == ["attention"]
     exec(code["attention"], found)
     assert np.array_equal(found["attention"].values, mean)  # type: ignore[attr-defined]
+
+
+def test_two_text_encoders_stand_side_by_side(full_xl: Run) -> None:
+    assert anatomy.encoders(full_xl) == ["text_encoder", "text_encoder_2"]
+    page = Page(drawing(full_xl))
+    for name in anatomy.encoders(full_xl):
+        token, feature = anatomy.embedding_shape(full_xl, name)
+        assert f"from {name}" in page.text and f"{token} x {feature}" in page.text
+    assert "Second text encoder" in page.text and sentences(full_xl)
+    calls = {part.name: part.calls for part in anatomy.parts(full_xl)}
+    zeroed = len(full_xl.attributes.zeroed_branches)
+    assert calls["text_encoder"] == calls["text_encoder_2"] == 2 - zeroed
+    assert all(block.grid for block in anatomy.blocks(full_xl))

@@ -287,6 +287,15 @@ def statistics(run: Run, module: str, branch: str, image: int = 0) -> dict[str, 
     return {str(name): values.sel(statistic=name).values for name in values["statistic"].values}
 
 
+def csv_of(run: Run, module: str, branch: str, image: int = 0) -> str:
+    """Return statistics of a module as comma-separated values, one line a step."""
+    values = statistics(run, module, branch, image)
+    rows = zip(run.steps.tolist(), *values.values(), strict=True)
+    lines = [",".join(["step", *values])]
+    lines += [",".join(f"{value:.9g}" for value in row) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def text_attention(
     run: Run, encoder: str, layer: int, head: int | None, branch: str = "cond"
 ) -> tuple[np.ndarray, list[str]]:

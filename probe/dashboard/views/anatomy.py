@@ -30,19 +30,24 @@ def show() -> None:
     (key,) = pick(most=1, record=RECORD)
     try:
         run = library().run(key)
-        body(run)
+        body(run, key)
     except ProbeError as error:
         st.code(str(error), language=None)
 
 
-def body(run: Run) -> None:
+def body(run: Run, key: str) -> None:
     place = st.container()
     st.text("\n".join(sentences(run)))
     module, branch, image = _block(run)
     place.html(drawing(run, module))
     _vae(run, image)
     text = _text(run)
-    with st.expander("The Python that yields these numbers", key="python"):
+    with st.expander("The numbers, and the Python that yields them", key="python"):
+        if module and len(run.steps):
+            table = figures.csv_of(run, module, branch, image)
+            st.download_button(
+                "Statistics as CSV", table, f"{key}-block.csv", "text/csv", key="csv"
+            )
         for code in figures.snippets(run, module, branch, image, text).values():
             st.code(code, language="python")
 
