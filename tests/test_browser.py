@@ -417,9 +417,13 @@ def test_a_recording_that_grows_is_followed(
     grow(run, whole, 4)
     assert seen("3", "recording: 4 of 6 steps")[2] == "Step", "it keeps the focus"
     browser.execute_script(f"const s = {slider}; s.value = 1; s.oninput()")
+    channel = "Which channel of the latents"
+    browser.execute_script(PICK, browser.execute_script(f"return {BOX}"), channel, "2")
     grow(run, whole, 6)
     finishing = "finishing: all 6 steps are here, the picture is made"
     assert seen("1", finishing)[2:] == ["Step", 0], "who looks at a step stays there"
+    kept = f"return {BOX}.querySelector('select[aria-label=\"{channel}\"]').value"
+    assert browser.execute_script(kept) == "2"
     zarr = (run.path / "zarr.json").read_bytes()
     (run.path / "zarr.json").write_bytes(b"{")
     WebDriverWait(browser, 40).until(lambda _: "zarr.json" in browser.execute_script(SEEN)[1])

@@ -179,10 +179,12 @@ const named = (/** @type {Element} */ one) => `${one.tagName} ${one.getAttribute
 
 /** Choose in a new player what the old one has chosen beyond its state: speed, a channel, the wipe. */
 function keepChoices(old, fresh) {
-  for (const one of old.querySelectorAll("select[aria-label], input[aria-label]")) {
-    const name = one.getAttribute("aria-label");
-    const other = [...fresh.querySelectorAll(one.tagName)].find((found) => found.getAttribute("aria-label") === name);
-    if (!other || name === "Step" || other.value === one.value) continue;
+  const all = (/** @type {Element} */ box) => [...box.querySelectorAll("select[aria-label], input[aria-label]")];
+  const [before, after] = [all(old), all(fresh)];
+  const alike = (/** @type {Element[]} */ list, /** @type {Element} */ one) => list.filter((other) => named(other) === named(one));
+  for (const one of before) {
+    const other = alike(after, one)[alike(before, one).indexOf(one)]; // the second of two runs has its own
+    if (!other || one.getAttribute("aria-label") === "Step" || other.value === one.value) continue;
     other.value = one.value;
     other.dispatchEvent(new Event(one.tagName === "SELECT" ? "change" : "input"));
   }
