@@ -4,8 +4,8 @@
     attributes.model.dtype                # typed
     attributes["model"]["dtype"]          # as it is in the file, together with everything unknown
 
-Attributes that are not named here are kept: a newer version's, or a user's own notes.
-`python -m probe.format.attributes` prints the JSON Schema, `table()` is in docs/format.md.
+Attributes that are not named here are kept: a newer version's, or a user's own notes. `python -m
+probe.format.attributes` prints the JSON Schema. `table()` makes the table in docs/format.md.
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ List = Annotated[list[Any], Field(max_length=100_000)]
 
 
 class Part(BaseModel):
-    """Some attributes that belong together. All are strict; unknown ones are passed over."""
+    """Attributes that belong together. Their types are strict; unknown attributes are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", defer_build=True)
 
 
-class AskedFor(Part):
-    """What a generation was asked for: the whole resolved experiment.
+class Experiment(Part):
+    """The recipe of a generation: the whole experiment, with every default.
 
-    Readers need these fields; opening one checks no others.
+    Readers need these fields. Other fields are not checked when a recording is opened.
     """
 
     prompt: Text = Field(description="what the picture shows")
     negative_prompt: Text = Field(description="what guidance leads away from")
     model: Text = Field(description="a bundled name, a hub id or a path")
     steps: Whole = Field(
-        description="number of inference steps, which is not the number of model calls"
+        description="number of inference steps; some schedulers call the model more often"
     )
     seed: Whole = Field(description="seed of image 0; image i has seed + i")
     guidance_scale: Number = Field(description="diffusers' s; no guidance at 1 and below")
-    image: Text | None = Field(None, description="file of the picture that it began from")
+    image: Text | None = Field(None, description="file of the picture that it started from")
     strength: Number = Field(1.0, description="share of that picture that noise replaced")
     images: Whole = Field(1, description="number of images")
 
 
 class Environment(Part):
-    """What decides the last bits: also versions, threads and the attention backend."""
+    """What decides the last bits of all values: versions, threads, the attention backend."""
 
     device: Text = Field(description="kind of device: cpu, cuda, ...")
     device_name: Text | None = Field(None, description="the device's own name")
@@ -84,7 +84,9 @@ class Model(Part):
     revision: Text | None = Field(None, description="commit on the hub")
     weights: Text = Field("unknown", description="digest of the weights")
     f: Whole | None = Field(None, description="pixels per latent along one axis; 1 without a VAE")
-    scaling_factor: Number | None = Field(None, description="the VAE's factor of the latents")
+    scaling_factor: Number | None = Field(
+        None, description="the factor by which the VAE's latents are multiplied"
+    )
 
 
 class Scheduler(Part):
@@ -97,7 +99,7 @@ class Scheduler(Part):
 
 
 class Noising(Part):
-    """What a noising was asked for, whole.
+    """The recipe of a noising, with every default.
 
     It mixes noise into a real picture, and samples nothing.
     """
@@ -113,7 +115,7 @@ class Noising(Part):
 
 
 class Upgraded(Part):
-    """That it is a copy of a recording of an older format, with the same values."""
+    """Only in a copy that `probe upgrade` made of a recording of an older format."""
 
     at: Text = Field(description="when it was copied: ISO 8601, UTC")
     from_format: Annotated[int, Field(ge=0, lt=2**64)] = Field(
@@ -121,7 +123,7 @@ class Upgraded(Part):
     )
 
 
-Requested = TypeVar("Requested", AskedFor, Noising)
+Requested = TypeVar("Requested", Experiment, Noising)
 
 
 def _not_null(requested: Requested | None) -> Requested:
@@ -132,7 +134,7 @@ def _not_null(requested: Requested | None) -> Requested:
 
 
 class Attributes(Mapping[str, Any], Part):
-    """The root attributes of a recording: typed by name, and as in the file by key."""
+    """The root attributes of a recording: typed by name, and by key as they are in the file."""
 
     model_config = ConfigDict(
         defer_build=False,  # its parts are built within it
@@ -151,9 +153,9 @@ class Attributes(Mapping[str, Any], Part):
     created: Text = Field(description="when it was begun: ISO 8601, UTC")
     kind: Literal["generation", "noising"] = Field(
         "generation",
-        description="what was done; a recording of format 1 is a noising if it has that attribute",
+        description="what was done; in format 1 the attribute `noising` says it",
     )
-    experiment: Annotated[AskedFor | None, AfterValidator(_not_null)] = None
+    experiment: Annotated[Experiment | None, AfterValidator(_not_null)] = None
     noising: Annotated[Noising | None, AfterValidator(_not_null)] = None
     environment: Environment
     model: Model
@@ -185,8 +187,7 @@ class Attributes(Mapping[str, Any], Part):
     )
     zeroed_branches: Annotated[list[Text], Field(max_length=2)] = Field(
         [],
-        description="branches whose text no text encoder read: the model was given zeros, and "
-        "zeros are in /text",
+        description="branches that no text encoder read: the model was given zeros, as /text has",
     )
     decoded_not_finite: Annotated[dict[Text, Count], Field(max_length=1000)] = Field(
         {}, description="by variable: how many values were not finite and are stored as 0"
@@ -201,9 +202,7 @@ class Attributes(Mapping[str, Any], Part):
 
     @property
     def recorded_format(self) -> int:
-        """Return the format in which it was recorded: an upgraded copy has the variables of the
-        older one.
-        """
+        """Return the format of the first recording: an upgraded copy has its variables."""
         return self.format_version if self.upgraded is None else self.upgraded.from_format
 
     @property
@@ -213,7 +212,7 @@ class Attributes(Mapping[str, Any], Part):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Return what was asked, whole, as it is in the file."""
+        """Return the whole recipe, as it is in the file."""
         recipe: dict[str, Any] = self._raw["noising" if self.kind == "noising" else "experiment"]
         return recipe
 
@@ -226,7 +225,7 @@ class Attributes(Mapping[str, Any], Part):
 
     @property
     def is_guided(self) -> bool:
-        """Return whether the model also computed the unconditional branch."""
+        """Return whether the model also predicted the unconditional branch."""
         return (
             self.kind == "generation"
             and self.experiment is not None
@@ -244,21 +243,25 @@ class Attributes(Mapping[str, Any], Part):
 
 
 def kind_of(raw: Mapping[str, Any]) -> str:
-    """Return what was done; format 1 said it by the attribute `noising` alone."""
+    """Return what was done: "generation" or "noising".
+
+    In format 1 a noising is known only by the attribute of that name.
+    """
     return str(raw.get("kind", "noising" if "noising" in raw else "generation"))
 
 
 def attributes_of(raw: dict[str, Any]) -> Attributes:
     """Return typed attributes. Raise pydantic's ValidationError."""
-    made = Attributes.model_validate({"kind": kind_of(raw), **raw})
-    made._raw = raw
-    return made
+    attributes = Attributes.model_validate({"kind": kind_of(raw), **raw})
+    attributes._raw = raw
+    return attributes
 
 
 def _as_dicts(schema: Any) -> Any:
     """Return a model's core schema with a plain dict in place of every model.
 
-    It accepts the same. Checking takes 4 us instead of 12, which counts in a listing of thousands.
+    It accepts the same values. A check takes 4 us instead of 12, which counts in a list of
+    thousands.
     """
     if schema["type"] == "model":
         return _as_dicts(schema["schema"])
@@ -287,15 +290,16 @@ def problem_of(raw: object) -> str | None:
         _CHECK.validate_python(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = shorten(printable(".".join(str(part) for part in first["loc"] if part != "[key]")))
+        path = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        path = shorten(printable(path))
         if first["type"] == "missing":
-            return f"its {place} is missing"
-        why = first["msg"].removeprefix("Input should be ")
-        told = "" if why == first["msg"] else f", {why}"
-        return f"its {place} is not what a recording has there{told}"
+            return f"its {path} is missing"
+        expected = first["msg"].removeprefix("Input should be ")
+        expected = "" if expected == first["msg"] else f", {expected}"
+        return f"its {path} is not what a recording has there{expected}"
     assert isinstance(raw, dict)
-    asked = "noising" if kind_of(raw) == "noising" else "experiment"
-    return None if asked in raw else f"its {asked} is missing"
+    recipe = "noising" if kind_of(raw) == "noising" else "experiment"
+    return None if recipe in raw else f"its {recipe} is missing"
 
 
 def json_schema() -> dict[str, Any]:
@@ -310,21 +314,17 @@ def table() -> str:
 
 def _rows(part: type[Part], above: str) -> Iterator[str]:
     for name, field in part.model_fields.items():
-        place = f"{above}{field.alias or name}"
+        path = f"{above}{field.alias or name}"
         needed = "" if field.is_required() else ", optional"
-        kinds = [
-            kind
-            for kind in (field.annotation, *get_args(field.annotation))
-            if isinstance(kind, type)
-        ]
-        inner = next((kind for kind in kinds if issubclass(kind, Part)), None)
-        if inner is not None:
-            told = " ".join((inner.__doc__ or "").split())
-            yield f"| `{place}` | object{needed} | {told} |"
-            yield from _rows(inner, f"{place}.")
+        types = (field.annotation, *get_args(field.annotation))
+        parts = [kind for kind in types if isinstance(kind, type) and issubclass(kind, Part)]
+        if parts:
+            what = " ".join((parts[0].__doc__ or "").split())
+            yield f"| `{path}` | object{needed} | {what} |"
+            yield from _rows(parts[0], f"{path}.")
         else:
             kind = _kind(part, field.alias or name)
-            yield f"| `{place}` | {kind}{needed} | {field.description} |"
+            yield f"| `{path}` | {kind}{needed} | {field.description} |"
 
 
 def _kind(part: type[Part], name: str) -> str:

@@ -1,7 +1,7 @@
 """The dimensions of a recording, how its groups relate, and the names that are reserved.
 
-`probe.format.schema` says what each variable is. This module says what holds between them, and
-`broken` finds where it does not. `python docs/make.py` writes its tables into docs/format.md.
+`probe.format.schema` says what each variable is. This module says what holds between them; `broken`
+yields what does not hold. `python docs/make.py` writes its tables into docs/format.md.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from probe.format.schema import PICTURE, REST
 from probe.format.variables import SCHEMA
 
 DIMENSIONS: dict[str, str] = {
-    "step": "model calls, in the order of the loop; as long in every group",
+    "step": "model calls, in the order of the loop; equally many in every group",
     "image": "pictures drawn together",
-    "draw": "of a noising, in the place of `image`: draws of noise. Format 1 called them `image`",
+    "draw": "draws of noise: a noising has it instead of `image`. Format 1 called it `image`",
     "channel": "channels of the latents, or of a module's output",
     "y": "rows from the top: of latents, of pixels or of an attention grid, each in its own group",
     "x": "columns from the left, as y",
     "rgb": "red, green, blue",
-    "branch": "prompts that the model is called with: uncond, cond; only those that were kept",
+    "branch": "what the model was called with: uncond, cond; only those that were kept",
     "token": "token positions that were kept one by one, then the sums of the others",
     "feature": "features of an embedding or of a module's output",
     "pooled_feature": "features of a pooled embedding",
-    "position": "places of a sequence, in a module's output",
+    "position": "positions in a sequence, of a module's output",
     "layer": "attention modules of one grid, in the order in which they run",
     "head": "heads of an attention layer; of length 1 where only their mean was kept",
     "each_head": "all heads, where `head` holds their mean",
     "moment": "mass, centroid_y, centroid_x",
     "head_statistic": "mass, centroid_y, centroid_x, entropy, greatest",
     "key_feature": "features of a head's query and key",
-    "key_y": "rows of the place that is looked at",
-    "key_x": "columns of the place that is looked at",
+    "key_y": "rows of the pixel that is looked at",
+    "key_x": "columns of the pixel that is looked at",
     "text_layer": "layers of the text encoder, first to last",
     "text_head": "heads of the text encoder",
     "key": "token position that is looked at, in the text encoder",
@@ -52,11 +52,11 @@ DIMENSIONS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Relation:
-    """What holds between two groups, for every recording that has both. A `*` stands for any name.
+    """What holds between two groups, in every recording that has both. A `*` stands for any name.
 
     "sizes": `of` has the sizes of `to` along `names`. "f times": those times the attribute model.f.
-    "among": `to` has every label that `of` has; labels below 0 are sums, and pass.
-    "apart": no label is in two groups.
+    "among": `to` has every label that `of` has; labels below 0 are sums, and pass. "apart": no
+    label is in two groups.
     """
 
     of: str
@@ -76,13 +76,13 @@ RELATIONS: tuple[Relation, ...] = (
         ("image", "draw", *_YX),
         "pictures of some steps are as large as the last",
     ),
-    Relation("source", "sizes", "images", _YX, "the picture that it began from, as the VAE got it"),
+    Relation("source", "sizes", "images", _YX, "the picture that it started from, as encoded"),
     Relation(
         "forward",
         "sizes",
         "latents",
         ("image", "draw", "channel", *_YX),
-        "noise and clean latents, as the latents",
+        "noise and clean latents are as large as the latents",
     ),
     Relation(
         "preview",
@@ -104,7 +104,7 @@ RELATIONS: tuple[Relation, ...] = (
         "among",
         "text/*",
         ("branch", "token"),
-        "a map's token is that of the text encoder",
+        "a map's token is one of the text encoder's",
     ),
     Relation("attention/*", "apart", "attention/*", ("layer",), "a layer works on one grid"),
     Relation(
@@ -143,20 +143,17 @@ RESERVED: tuple[Reserved, ...] = (
         "coordinate",
         "token_encoder",
         "/attention/{grid} (token)",
-        "the text encoder that the token comes from, where several are joined along the tokens",
+        "the text encoder of the token, where several are joined along the tokens",
     ),
     Reserved(
-        "dimension", "stream", "/unet and its groups", "of a joint block's output: picture, text"
+        "dimension", "stream", "/unet and its groups", "a joint block's outputs: picture, text"
     ),
-    Reserved(
-        "attribute", "family", "root", "the model's family: its parts, and how they are called"
-    ),
+    Reserved("attribute", "family", "root", "the model's family: which parts it has"),
     Reserved(
         "attribute",
         "guidance_rule",
         "root",
-        "how branches become the prediction; readers that do not know a rule take `prediction` as "
-        "it is",
+        "how branches become the prediction; with an unknown rule, read `prediction` as it is",
     ),
 )
 
@@ -215,24 +212,20 @@ def _strays(relation: Relation, of: str, to: str, labels: Labels) -> Iterator[st
     for name in relation.names:
         if name in labels[of] and name in labels[to]:
             here, known = np.asarray(labels[of][name]), set(np.asarray(labels[to][name]).tolist())
-            stray = [
-                label
-                for label in here.tolist()
-                if label not in known and not (here.dtype.kind == "i" and label < 0)
-            ]
-            if stray:
+            strays = [label for label in here.tolist() if label not in known]
+            if here.dtype.kind == "i":
+                strays = [label for label in strays if label >= 0]
+            if strays:
                 yield (
-                    f"/{of}/{name} holds {stray[0]!r}, which /{to}/{name} does not: "
+                    f"/{of}/{name} holds {strays[0]!r}, which /{to}/{name} does not: "
                     f"{relation.meaning}"
                 )
 
 
 def _shared(relation: Relation, of: str, to: str, labels: Labels) -> Iterator[str]:
     for name in relation.names:
-        both = set(np.asarray(labels[of].get(name, [])).tolist()) & set(
-            np.asarray(labels[to].get(name, [])).tolist()
-        )
-        if both:
+        here, there = (np.asarray(labels[group].get(name, [])).tolist() for group in (of, to))
+        if both := set(here) & set(there):
             yield f"/{of}/{name} and /{to}/{name} both hold {min(both)!r}: {relation.meaning}"
 
 
@@ -243,9 +236,9 @@ def schema_table() -> str:
     """Return the schema as a Markdown table."""
     rows = []
     for v in SCHEMA:
-        place = f"/{v.group}/{v.name}".replace("//", "/")
+        path = f"/{v.group}/{v.name}".replace("//", "/")
         since = f" (since format {v.since})" if v.since > 1 else ""
-        cells = (f"`{place}`", ", ".join(v.dims), v.dtype, v.units, v.long_name + since)
+        cells = (f"`{path}`", ", ".join(v.dims), v.dtype, v.units, v.long_name + since)
         rows.append(f"| {' | '.join(cells)} |")
     head = ["| variable | dimensions | type | unit | what it is |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows])
@@ -264,14 +257,14 @@ def dimensions_table() -> str:
 
 def relations_table() -> str:
     """Return the relations between groups as a Markdown table."""
-    told = {
+    phrases = {
         "sizes": "has the {} of",
         "f times": "has f times the {} of",
         "among": "has each {} from",
         "apart": "shares no {} with another",
     }
     rows = [
-        f"| `/{r.of}` | {told[r.how].format(', '.join(r.names))} | `/{r.to}` | {r.meaning} |"
+        f"| `/{r.of}` | {phrases[r.how].format(', '.join(r.names))} | `/{r.to}` | {r.meaning} |"
         for r in RELATIONS
     ]
     return "\n".join(["| group | relation | group | why |", "|---|---|---|---|", *rows])

@@ -1,1 +1,1 @@
-"""What is asked: experiments, their fields, and how they are read. Without torch."""
+"""What a recording is asked to be: experiments, noisings, their fields, and how they are read."""

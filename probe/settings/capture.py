@@ -12,9 +12,9 @@ from probe.text import shown
 
 
 class CaptureOptions(Strict):
-    """What is written down while the model draws.
+    """What is recorded while the model draws.
 
-    Less of it makes a smaller recording, never another picture.
+    Recording less makes a smaller file, never another picture.
     """
 
     attention: Literal["maps", "queries", "summary", "off"] = Field(
@@ -79,19 +79,19 @@ class CaptureOptions(Strict):
     )
 
     def steps_of(self, calls: int) -> tuple[int, ...]:
-        """The indices that `steps` chooses in a run of that many model calls, ascending, each
-        once.
+        """Return the indices that `steps` chooses among `calls` model calls: ascending, each once.
+
+        Raise ExperimentError if there is none, or one that the run does not have.
         """
-        parts = steps_in(self.steps)
-        chosen = list(range(calls))[parts] if isinstance(parts, slice) else parts
-        allowed = (
+        choice = steps_in(self.steps)
+        chosen = list(range(calls))[choice] if isinstance(choice, slice) else choice
+        remedy = (
             f"This run calls its model {calls} times: write indices from 0 to {calls - 1}, or from "
             f"-{calls} to -1."
         )
         if outside := [index for index in chosen if not -calls <= index < calls]:
-            raise ExperimentError(f"capture.steps: {outside[0]} is not a step of this run", allowed)
+            raise ExperimentError(f"capture.steps: {outside[0]} is not a step of this run", remedy)
         if not chosen:
-            raise ExperimentError(
-                f"capture.steps: {shown(self.steps)} chooses no step of this run", allowed
-            )
+            cause = f"capture.steps: {shown(self.steps)} chooses no step of this run"
+            raise ExperimentError(cause, remedy)
         return tuple(sorted({index % calls for index in chosen}))

@@ -3,10 +3,10 @@
     experiment = load_experiment("experiments/astronaut.yaml", steps=20)
     experiment.steps, experiment.capture.branches, experiment.identity()
 
-An `Experiment` is stored whole in its recording. Each field says what it means in its description:
-`--help` and the table in docs/experiment.md are made of these. A misspelled field, a value out of
-bounds or a YAML surprise (`yes`, `010`, a key written twice) is an `ExperimentError`. It names the
-file, the field and the remedy, and nothing runs.
+An `Experiment` is stored whole in its recording. Each field has a description: `--help` and the
+table in docs/experiment.md are made of these. A misspelled field, a value out of bounds or a YAML
+surprise (`yes`, `010`, a key written twice) raises an `ExperimentError` before anything runs. It
+names the file, the field and the remedy.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ from probe.text import printable
 
 
 class Experiment(Recipe):
-    """One run: the model, what it is asked to draw, how it gets there, and what is recorded on the
-    way.
-    """
+    """One run: the model, what to draw, how to get there, and what is recorded on the way."""
 
     kind: ClassVar[str] = "generation"
     across: ClassVar[str] = "image"
@@ -50,8 +48,8 @@ class Experiment(Recipe):
         default=0.8,
         ge=0,
         le=1,
-        description="With an image: how much of it is given up to noise, and the share of the "
-        "steps that are run; 1: all.",
+        description="With an image: how much of it noise replaces, and the share of the steps "
+        "that are run; 1: all.",
     )
     images: int = Field(
         default=1,
@@ -62,7 +60,7 @@ class Experiment(Recipe):
     )
     scheduler: SchedulerName = Field(
         default="default",
-        description=f"Who turns predictions into the next latents: {', '.join(SCHEDULERS)}; "
+        description=f"What turns predictions into the next latents: {', '.join(SCHEDULERS)}; "
         "default: the model's own.",
     )
     scheduler_options: dict[Line, Option] = Field(
@@ -132,23 +130,24 @@ class Experiment(Recipe):
 def load_experiment(
     source: str | Path | Mapping[str, Any] | Experiment, **overrides: Any
 ) -> Experiment:
-    """The experiment in a YAML file or mapping, with `overrides` on top: `steps=20`,
-    `capture={"text": False}` or `"capture.text"`.
+    """Return the experiment in a YAML file or mapping, with `overrides` on top.
 
-    A mapping for `capture` changes the fields it names and no other. Every failure is an
-    `ExperimentError`.
+    They are fields, `steps=20`, or dotted fields, `**{"capture.text": False}`. A mapping for
+    `capture` changes the fields that it names and no others. Raise ExperimentError, whatever is
+    wrong.
     """
     return load_settings(Experiment, source, "experiment", **overrides)
 
 
 def parse_experiment(text: str, where: str = "experiment") -> Experiment:
-    """The experiment in a YAML text; `where` is what its errors call it."""
+    """Return the experiment in a YAML text. Its errors call the text `where`."""
     return validate(Experiment, read_yaml(text, where), printable(where))
 
 
 def table(kind: type[Recipe] = Experiment) -> str:
-    """Every field as a Markdown table; those of `capture`, which others share, with the
-    experiment's only.
+    """Return every field as a Markdown table.
+
+    The fields of `capture`, which all recipes share, are in the table of `Experiment` alone.
     """
     lines = ["| field | default | what it is |", "|---|---|---|"]
     kinds: tuple[tuple[str, dict[str, FieldInfo]], ...] = (

@@ -1,9 +1,8 @@
-"""The kinds of values that settings take, each strict: text without hidden characters, globs,
-choices of steps, schedulers.
+"""The kinds of values that settings take: text without hidden characters, globs, choices of steps.
 
-A value that is not of its kind is an `ExperimentError` that says what to write instead. Inside:
-`SCHEDULERS` (our names for diffusers' classes), `Strict` (the base of all settings), and the
-annotated types.
+A value that is not of its kind raises an `ExperimentError` that says what to write instead. The
+module holds `SCHEDULERS` (our names for diffusers' classes), `Strict` (the base of all settings),
+and the annotated types.
 """
 
 from __future__ import annotations
@@ -34,10 +33,8 @@ from probe.text import UNCLEAN, did_you_mean, shown
 SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
     "DDIM": ("DDIMScheduler", {}),
     "DDPM": ("DDPMScheduler", {}),
-    "PNDM": (
-        "PNDMScheduler",
-        {"skip_prk_steps": True},
-    ),  # as Stable Diffusion ships it: no Runge-Kutta warm-up
+    # As Stable Diffusion ships it: no Runge-Kutta warm-up.
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
     "LMS": ("LMSDiscreteScheduler", {}),
     "Euler": ("EulerDiscreteScheduler", {}),
     "EulerAncestral": ("EulerAncestralDiscreteScheduler", {}),
@@ -53,26 +50,25 @@ SCHEDULERS: dict[str, tuple[str, dict[str, str | bool]]] = {
 
 
 def _clean(text: str) -> str:
-    if found := UNCLEAN.search(text):
-        if (
-            "\udc80" <= found[0] <= "\udcff"
-        ):  # bytes of a command line that the locale does not read, as Python keeps them
+    if unclean := UNCLEAN.search(text):
+        # Python keeps bytes that the locale cannot read as these characters.
+        if "\udc80" <= unclean[0] <= "\udcff":
             raise ExperimentError(
                 "these bytes are no text in this terminal's encoding",
                 "Set PYTHONUTF8=1, or write it in a UTF-8 file.",
             )
         raise ExperimentError(
-            f"the character U+{ord(found[0]):04X} is not allowed",
+            f"the character U+{ord(unclean[0]):04X} is not allowed",
             "Delete it: such characters hide what a text says.",
         )
     return text
 
 
 def _line(text: str) -> str:
-    if found := re.search(r"[\n\t]", text):
-        name = "newline" if found[0] == "\n" else "tab"
+    if space := re.search(r"[\n\t]", text):
+        name = "newline" if space[0] == "\n" else "tab"
         raise ExperimentError(
-            f"{shown(text)} has a {name} (U+{ord(found[0]):04X}), which is not allowed here",
+            f"{shown(text)} has a {name} (U+{ord(space[0]):04X}), which is not allowed here",
             f"Delete the {name}.",
         )
     if not text:
@@ -81,18 +77,17 @@ def _line(text: str) -> str:
 
 
 def _plain(value: object, depth: int = 2) -> object:
-    """Whole numbers of other packages, such as numpy's, as Python's own: also in lists and in
-    mappings of lists.
+    """Return other packages' whole numbers, such as numpy's, as Python's own.
+
+    Those in lists and in mappings of lists are changed too.
     """
     if type(value) is not bool and isinstance(value, Integral):
         return int(value)
     if type(value) in (list, tuple) and depth:
         return type(value)([_plain(item, depth - 1) for item in value])  # type: ignore[call-arg, attr-defined]
-    return (
-        {name: _plain(item, depth - 1) for name, item in value.items()}
-        if isinstance(value, dict) and depth
-        else value
-    )
+    if isinstance(value, dict) and depth:
+        return {name: _plain(item, depth - 1) for name, item in value.items()}
+    return value
 
 
 def _tuple(value: object) -> object:
@@ -101,11 +96,9 @@ def _tuple(value: object) -> object:
 
 def _scalar(value: object, validate: ValidatorFunctionWrapHandler) -> object:
     value = _tuple(value)
+    items = value if isinstance(value, tuple) else (value,)
     try:
-        if all(
-            type(item) is not int or abs(item) <= LARGEST
-            for item in (value if isinstance(value, tuple) else (value,))
-        ):
+        if all(type(item) is not int or abs(item) <= LARGEST for item in items):
             return validate(value)
     except ValidationError:  # one sentence for all members of the union
         pass
@@ -116,13 +109,10 @@ def _scalar(value: object, validate: ValidatorFunctionWrapHandler) -> object:
 
 
 def _steps_text(value: object) -> object:
-    if (
-        isinstance(value, list | tuple)
-        and value
-        and all(type(item) is int and abs(item) < 10**6 for item in value)
-    ):
-        return ",".join(map(str, value))
-    return str(value) if type(value) is int and abs(value) < 10**6 else value
+    indices = value if isinstance(value, list | tuple) else (value,)
+    if indices and all(type(index) is int and abs(index) < 10**6 for index in indices):
+        return ",".join(map(str, indices))
+    return value
 
 
 def _steps_syntax(text: str) -> str:
@@ -139,9 +129,9 @@ def _steps_syntax(text: str) -> str:
 
 
 def steps_in(text: str) -> slice | list[int]:
-    """What a choice of steps chooses: "all" and "0:50:5" as a slice, "0,5,-1" as indices.
+    """Return what a choice of steps chooses: "all" and "0:50:5" as a slice, "0,5,-1" as indices.
 
-    Raises ExperimentError.
+    Raise ExperimentError.
     """
     text = _steps_syntax(text)
     if text == "all":
@@ -179,16 +169,16 @@ def _revision(name: str | None) -> str | None:
 
 
 def home() -> Path | None:
-    """The home folder of whoever asks; None in a container that gives them none."""
+    """Return the user's home folder; None in a container that has none."""
     try:
-        found = Path.home()
+        folder = Path.home()
     except RuntimeError:  # no HOME, and an account that is in no list
         return None
-    return found if found.is_absolute() and len(found.parts) > 1 else None
+    return folder if folder.is_absolute() and len(folder.parts) > 1 else None
 
 
 def from_home(text: str) -> str:
-    """Record the home folder as ~: a shared recording hides whose it was."""
+    """Return a path with the home folder as `~`: a shared recording hides the user's name."""
     own = home()
     if own is None or not Path(text).is_absolute():
         return text
@@ -199,23 +189,22 @@ def from_home(text: str) -> str:
 
 
 def expand_home(text: str | Path) -> Path:
-    """The path that a text names; a leading ~ is the home folder of whoever asks, ~name that of
-    somebody else.
+    """Return the path that a text names; a leading `~` is the user's home folder.
 
-    Raise ExperimentError where there is no home.
+    A leading `~name` is that of another user. Raise ExperimentError if there is no home folder.
     """
     first, _, rest = str(text).partition("/")
     if not first.startswith("~"):
         return Path(text)
     try:
-        found = home() if first == "~" else Path(first).expanduser()
+        folder = home() if first == "~" else Path(first).expanduser()
     except RuntimeError:  # nobody of that name: a folder is called so
         return Path(text)
-    if found is None:
+    if folder is None:
         raise ExperimentError(
             f"{shown(str(text))}: you have no home folder here.", "Write the whole path, without ~."
         )
-    return found / rest.lstrip("/")
+    return folder / rest.lstrip("/")
 
 
 Text: TypeAlias = Annotated[str, AfterValidator(_clean)]
@@ -238,8 +227,9 @@ Revision: TypeAlias = Annotated[Line | None, AfterValidator(_revision)]
 
 
 class Strict(BaseModel):
-    """No field that nobody reads, no guess at a type; and a ValidationError never prints its
-    input.
+    """The base of all settings: no unknown field, no guess at a type.
+
+    A ValidationError never prints its input.
     """
 
     model_config = ConfigDict(
@@ -249,8 +239,6 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _whole_numbers(cls, data: object) -> object:
-        return (
-            {name: _plain(value) for name, value in data.items()}
-            if isinstance(data, Mapping)
-            else data
-        )
+        if isinstance(data, Mapping):
+            return {name: _plain(value) for name, value in data.items()}
+        return data

@@ -1,6 +1,6 @@
-"""Settings of any kind from a YAML file, a mapping or a value, with changes on top.
+"""Read settings of any kind from a YAML file, a mapping or a value, with changes on top.
 
-What does not fit is an `ExperimentError` that names the field, what was given, and the remedy.
+What does not fit raises an `ExperimentError` that names the field, its value, and the remedy.
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ def load_settings(
     where: str,
     **overrides: Any,
 ) -> Settings:
-    """Settings of any kind, as `load_experiment` reads an experiment; `where` is what errors call a
-    mapping.
+    """Return settings of a kind, read as `load_experiment` reads an experiment.
+
+    Errors call a mapping `where`. Raise ExperimentError.
     """
     if isinstance(source, kind):
-        found = source
+        settings = source
     elif isinstance(source, Mapping):
-        found = validate(kind, _merge({}, source), where)
+        settings = validate(kind, _merge({}, source), where)
     else:
         path = Path(str(source))
-        found = validate(kind, read_yaml(read_text(path), str(path)), printable(str(path)))
-    return validate(kind, _merge(found.model_dump(mode="json"), overrides)) if overrides else found
+        settings = validate(kind, read_yaml(read_text(path), str(path)), printable(str(path)))
+    if not overrides:
+        return settings
+    return validate(kind, _merge(settings.model_dump(mode="json"), overrides))
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,37 +59,34 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
             )
         nested = {rest: value} if rest else value
         if rest or (name == "capture" and isinstance(value, Mapping)):
-            below = base.get(first)
-            below = (
-                below.model_dump()
-                if isinstance(below, BaseModel)
-                else dict(below)
-                if isinstance(below, Mapping)
-                else {}
-            )
-            # Only the fields of `capture` are dotted further: a scheduler's option may have any
-            # name.
+            below = _as_dict(base.get(first))
+            # Only fields of `capture` are dotted further: a scheduler's option may have any name.
             nested = _merge(below, nested) if first == "capture" else below | nested
         base[first] = nested
     return base
 
 
+def _as_dict(value: object) -> dict[str, Any]:
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
 def validate(kind: type[Settings], data: Mapping[str, Any], where: str = "") -> Settings:
+    """Return settings made of a mapping. Raise ExperimentError, which calls the mapping `where`."""
     try:
         return kind.model_validate(data)
     except ValidationError as problem:
         every = problem.errors(include_input=False, include_url=False)
         # A list with a bad item is also "too short": keep the errors with none below them.
-        above = {one["loc"][:-1] for one in every}
-        errors = [one for one in every if one["loc"] not in above]
-        # An unknown field comes first: it is a likelier slip than a wrong value, and the reason for
-        # others.
+        above = {error["loc"][:-1] for error in every}
+        errors = [error for error in every if error["loc"] not in above]
+        # An unknown field comes first: a misspelled name often causes the other errors.
         first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
         cause, remedy = _explain(kind, first, data)
+        start = f"{where}: " if where else ""
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise ExperimentError(
-            f"{where}: {cause}{more}" if where else f"{cause}{more}", remedy
-        ) from None
+        raise ExperimentError(f"{start}{cause}{more}", remedy) from None
 
 
 # What others call a field, and its name here.
@@ -136,38 +136,36 @@ KINDS = {
 
 
 def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tuple[str, str]:
-    """A pydantic error as one line of cause and one of remedy."""
+    """Return a pydantic error as one line of cause and one of remedy."""
     kind, context = error["type"], error.get("ctx", {})
-    place = tuple(key for key in error["loc"] if key != "[key]")
+    keys = tuple(key for key in error["loc"] if key != "[key]")
     field = "".join(
-        f"[{key}]" if isinstance(key, int) else f".{shorten(printable(key))}" for key in place
+        f"[{key}]" if isinstance(key, int) else f".{shorten(printable(key))}" for key in keys
     ).removeprefix(".")
     if isinstance(context.get("error"), ExperimentError):
         return f"{field}: {context['error'].cause}", context["error"].remedy
     if kind == "extra_forbidden":
-        cause, remedy = _unknown_field(settings, place, data)
+        cause, remedy = _unknown_field(settings, keys, data)
         return f"{field}: {cause}", remedy
     value: Any = data
     with contextlib.suppress(LookupError, TypeError, AttributeError):
-        for key in place:
+        for key in keys:
             value = getattr(value, key) if isinstance(value, BaseModel) else value[key]
-    inside = place[0] == "capture" and len(place) > 1
-    model, name = (CaptureOptions, place[1]) if inside else (settings, place[0])
+    inside = keys[0] == "capture" and len(keys) > 1
+    model, name = (CaptureOptions, keys[1]) if inside else (settings, keys[0])
     cause, remedy = _wrong_value(kind, context, shown(value), model.model_fields[str(name)])
     return f"{field}: {cause}", remedy
 
 
 def _unknown_field(
-    settings: type[Strict], place: tuple[Any, ...], data: Mapping[str, Any]
+    settings: type[Strict], keys: tuple[Any, ...], data: Mapping[str, Any]
 ) -> tuple[str, str]:
     """Return cause and remedy for a field that does not exist."""
     generation = getattr(settings, "kind", "") == "generation"
     if generation and "timesteps" in data and "caption" in data:
-        return (
-            "this is a noising, not an experiment",
-            "Run it with python -m probe.noising FILE.",
-        )
-    word, inside = str(place[-1]), place[0] == "capture" and len(place) > 1
+        cause = "this is a noising, not an experiment"
+        return cause, "Run it with python -m probe.noising FILE."
+    word, inside = str(keys[-1]), keys[0] == "capture" and len(keys) > 1
     if not inside and (instead := NOT_HERE.get(word)):
         return "this argument of diffusers' pipelines has no field here", instead
     names = [*settings.model_fields, *(f"capture.{name}" for name in CaptureOptions.model_fields)]
@@ -192,10 +190,8 @@ def _wrong_value(
             if hasattr(item, key)
         }
         problem = "less than {ge}" if kind == "greater_than_equal" else "more than {le}"
-        return (
-            f"{given} is {problem.format(**context)}",
-            "Write a number from {ge} to {le}.".format(**bounds),
-        )
+        cause = f"{given} is {problem.format(**context)}"
+        return cause, "Write a number from {ge} to {le}.".format(**bounds)
     if kind == "literal_error":
         options = re.findall(r"'(\w+)'", context["expected"])
         meant = did_you_mean(given.strip("'"), {item: item for item in options})

@@ -1,11 +1,10 @@
-"""What was asked of the forward process: a picture, its caption, and where and how often it is
-noised.
+"""The recipe of a noising: a picture, its caption, and where and how often it is noised.
 
     noising = load_noising("experiments/noising.yaml", timesteps="100:1000:100")
     run = probe.record(noising)
 
 A `Noising` is a recipe beside `Experiment`: strict, frozen, and stored whole in its recording. Its
-steps are the timesteps, the noisiest first; the draws of noise lie along the dimension `draw`.
+steps are the timesteps, the noisiest first. Its draws of noise lie along the dimension `draw`.
 """
 
 from __future__ import annotations
@@ -28,19 +27,20 @@ from probe.text import shown
 
 
 def _timesteps(value: object) -> object:
-    """A list, a text of numbers ("100,500") or of a range ("100:1000:100"), as a tuple, the
-    noisiest first.
+    """Return a list, or a text of numbers ("100,500") or of a range ("100:1000:100"), as a tuple.
+
+    The noisiest timestep comes first. Raise ExperimentError.
     """
-    found: Any = value
+    timesteps: Any = value
     remedy = (
         "Write whole numbers from 0 up, such as 100,500,900, or a range that rises, such as "
         "100:1000:100."
     )
     if isinstance(value, np.ndarray):
-        found = value.tolist()
+        timesteps = value.tolist()
     elif isinstance(value, int) and not isinstance(value, bool):
-        found = [value]
-    if isinstance(value, str):
+        timesteps = [value]
+    elif isinstance(value, str):
         spaceless = "".join(value.split())
         if bracketed := re.fullmatch(r"\[([0-9,]*)\]", spaceless):  # as YAML writes a list
             spaceless = bracketed[1]
@@ -49,24 +49,20 @@ def _timesteps(value: object) -> object:
             ":" in value and not 2 <= len(parts) <= 3
         ):
             raise ExperimentError(f"{shown(value)} is no choice of timesteps", remedy)
-        numbers = [int(part) for part in parts]
-        found = list(range(*numbers) if numbers[2:] != [0] else ()) if ":" in value else numbers
-    if (
-        not isinstance(found, list | tuple | range)
-        or not found
-        or not all(type(t) is int and 0 <= t < 10**5 for t in found)
-    ):
+        timesteps = [int(part) for part in parts]
+        if ":" in value:
+            timesteps = list(range(*timesteps)) if timesteps[2:] != [0] else []
+    is_list = isinstance(timesteps, list | tuple | range) and len(timesteps) > 0
+    if not is_list or not all(type(t) is int and 0 <= t < 10**5 for t in timesteps):
         raise ExperimentError(f"{shown(value)} is no choice of timesteps", remedy)
-    return tuple(sorted(set(found), reverse=True))
+    return tuple(sorted(set(timesteps), reverse=True))
 
 
 Timesteps: TypeAlias = Annotated[tuple[int, ...], BeforeValidator(_timesteps)]
 
 
 class Noising(Recipe):
-    """What is asked of the forward process: the picture, its caption, and where and how often it is
-    noised.
-    """
+    """The forward process: a picture, its caption, and where and how often it is noised."""
 
     kind: ClassVar[str] = "noising"
     across: ClassVar[str] = "draw"
@@ -78,7 +74,7 @@ class Noising(Recipe):
     )
     caption: Prompt = Field(
         default="",
-        description="What is in the picture, which the UNet reads; empty: it is told nothing.",
+        description="What is in the picture, for the UNet to read; empty: nothing is said.",
     )
     masks: Places = Field(
         default=(),
@@ -96,7 +92,7 @@ class Noising(Recipe):
         default=4,
         ge=1,
         le=64,
-        description="How many draws of noise; the loss has a mean and a spread over them.",
+        description="How many draws of noise; the loss has its mean and spread over them.",
     )
     decode: bool = Field(
         default=True,
@@ -125,8 +121,9 @@ class Noising(Recipe):
 
 
 def load_noising(source: str | Path | Mapping[str, Any] | Noising, **changes: Any) -> Noising:
-    """Return the settings in a YAML file or mapping, with changes on top, as `load_experiment`
-    does. Raise ExperimentError.
+    """Return the settings in a YAML file or mapping, with changes on top. Raise ExperimentError.
+
+    They are given as to `load_experiment`.
     """
     return load_settings(Noising, source, "noising", **changes)
 
@@ -134,7 +131,7 @@ def load_noising(source: str | Path | Mapping[str, Any] | Noising, **changes: An
 def load_recipe(
     source: str | Path | Mapping[str, Any] | Recipe, **changes: Any
 ) -> Experiment | Noising:
-    """Return a recipe with changes on top. A file or a mapping is that of an experiment.
+    """Return a recipe with changes on top. A file or a mapping is taken for an experiment.
 
     Raise ExperimentError.
     """

@@ -1,4 +1,4 @@
-"""What any recording is asked for: the model, its device, what is recorded, where it lies."""
+"""What every recording is asked for: the model, its device, what is recorded, and where."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from probe.settings.strict_yaml import LARGEST
 
 
 class Recipe(Strict):
-    """What is asked of any recording: the model, where it runs, what is recorded, and where that is
-    written.
+    """What every recording is asked for: the model, where it runs, what is recorded, and where to.
 
-    Final kinds are `Experiment`, which draws pictures, and `probe.settings.noising.Noising`, which
-    adds noise to one.
+    The kinds of recipes are `Experiment`, which draws pictures, and `Noising`, which adds noise to
+    one.
     """
 
     kind: ClassVar[str]  # as the attribute `kind` of a recording
@@ -91,19 +90,19 @@ class Recipe(Strict):
     durability: Literal["step", "run", "none"] = Field(
         default="run",
         description="What stays after a power cut: step, every step once it is written; run, a "
-        "complete recording; none, what the system likes.",
+        "complete recording; none, what the system wrote by then.",
     )
     output: Place = Field(default="runs", description="Folder that recordings are written to.")
 
     @property
     @abstractmethod
     def texts(self) -> dict[str, str]:
-        """The text of each branch that the model computes, uncond first."""
+        """The text of each branch that the model predicts, uncond first."""
 
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many latents the model is given side by side: their length along `across`."""
+        """How many latents the model is given at once: their length along `across`."""
 
     @property
     @abstractmethod
@@ -125,43 +124,32 @@ class Recipe(Strict):
         """`name`, or else the prompt as a slug of at most 40 characters:
         "an-astronaut-scuba-diving".
         """
-        ascii_only = (
-            unicodedata.normalize("NFKD", self.texts["cond"])
-            .encode("ascii", "ignore")
-            .decode()
-            .lower()
-        )
-        slug = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")
-        return (
-            self.name
-            or (slug if len(slug) <= 40 else slug[:41].rpartition("-")[0] or slug[:40])
-            or "run"
-        )
+        decomposed = unicodedata.normalize("NFKD", self.texts["cond"])
+        plain = decomposed.encode("ascii", "ignore").decode().lower()
+        slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+        if len(slug) > 40:
+            slug = slug[:41].rpartition("-")[0] or slug[:40]
+        return self.name or slug or "run"
 
     def resolved(self) -> dict[str, JsonValue]:
-        """Every field as plain JSON; the same kind of recipe, made from it, is equal."""
+        """Return every field as plain JSON. The same kind of recipe made from it is equal."""
         return self.model_dump(mode="json")
 
     def identity(self) -> str:
-        """8 hex characters of what was asked, whatever the run is called and wherever it is
-        written.
-        """
-        asked = {key: value for key, value in self.resolved().items() if key not in self.not_asked}
-        return hashlib.sha256(
-            json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()
-        ).hexdigest()[:8]
+        """Return 8 hex characters: a hash of every field that changes what is recorded."""
+        fields = self.resolved()
+        asked = {name: fields[name] for name in fields if name not in self.not_asked}
+        text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
     def not_asked(self) -> tuple[str, ...]:
-        """Fields that change nothing that is recorded."""
+        """Fields that change nothing that is recorded, such as its name."""
         return ("name", "output", "durability")
 
     @classmethod
     def ordered_fields(cls) -> dict[str, FieldInfo]:
-        """The fields of one kind alone, then those that every kind has."""
-        own = {
-            name: field
-            for name, field in cls.model_fields.items()
-            if name not in Recipe.model_fields
-        }
-        return own | cls.model_fields
+        """Return the fields of this kind alone, then those that every kind has."""
+        fields = cls.model_fields
+        own = {name: fields[name] for name in fields if name not in Recipe.model_fields}
+        return own | fields

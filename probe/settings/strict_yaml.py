@@ -1,8 +1,8 @@
-"""YAML as people mean it: its plain part, read without surprises.
+"""Read the plain part of YAML, without surprises.
 
-Only true and false are bool, only decimal digits are numbers; anchors, aliases, merge keys, tags,
-keys written twice, second documents, control and direction-changing characters are errors that name
-their line.
+Only true and false are bool, only decimal digits are numbers. Anchors, aliases, merge keys, tags,
+keys written twice, second documents, control and direction-changing characters raise errors that
+name their line.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ LARGEST = 2**63 - 1
 
 
 def too_long(where: str) -> ExperimentError:
+    """Return the error for a file that is too long to be an experiment."""
     return ExperimentError(
         f"{where}: longer than {MAX_BYTES // 1024} KB",
         "An experiment is a short text: is this the right file?",
@@ -39,39 +40,31 @@ NOTHING = ("", "~", "null", "Null", "NULL")
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds, read without YAML 1.1's surprises.
+    """Return the mapping that a YAML text holds, read without YAML 1.1's surprises.
 
     Only true and false are bool, only decimal digits are numbers (`1e-3` is one; `010`, `0x1F`,
-    `1_000`, `1:30` are text). Anchors, aliases, merge keys, tags, keys written twice and a second
-    document are errors.
+    `1_000`, `1:30` are text). Raise ExperimentError, also for anchors, aliases, merge keys, tags,
+    keys written twice and a second document.
     """
     where, text = printable(where), text.replace("\r\n", "\n")
     if len(text.encode(errors="surrogatepass")) > MAX_BYTES:
         raise too_long(where)
-    if found := UNCLEAN.search(text):
-        cause = (
-            f"line {text.count(chr(10), 0, found.start()) + 1}: the character "
-            f"U+{ord(found[0]):04X} is not allowed"
-        )
+    if unclean := UNCLEAN.search(text):
+        line = text.count("\n", 0, unclean.start()) + 1
         raise ExperimentError(
-            f"{where}: {cause}", "Delete it: such characters hide what a file says."
+            f"{where}: line {line}: the character U+{ord(unclean[0]):04X} is not allowed",
+            "Delete it: such characters hide what a file says.",
         )
     try:
         return _Document(yaml.parse(text, Loader=yaml.SafeLoader), where).read()
     except ExperimentError:
         raise
-    except (
-        yaml.YAMLError,
-        ValueError,
-        OverflowError,
-    ) as problem:  # a bad escape is a bare ValueError in PyYAML
+    except (yaml.YAMLError, ValueError, OverflowError) as problem:  # ValueError: a bad escape
         mark = getattr(problem, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        reason = shorten(
-            printable(getattr(problem, "problem", None) or "a character that cannot be read")
-        )
+        at = f"line {mark.line + 1}: " if mark else ""
+        reason = getattr(problem, "problem", None) or "a character that cannot be read"
         raise ExperimentError(
-            f"{where}: {line}not YAML ({reason})",
+            f"{where}: {at}not YAML ({shorten(printable(reason))})",
             "Write one `field: value` a line, and text with : or # in quotes.",
         ) from None
 
@@ -151,8 +144,8 @@ class _Document:
         return mapping
 
     def text_of(self, event: Any) -> str:
-        if found := UNCLEAN.search(event.value):  # from an escape such as "\u202e"
-            cause = f"the character U+{ord(found[0]):04X} is not allowed"
+        if unclean := UNCLEAN.search(event.value):  # from an escape such as "\u202e"
+            cause = f"the character U+{ord(unclean[0]):04X} is not allowed"
             raise self.refuse(event, cause, "Delete it: such characters hide what a file says.")
         return str(event.value)
 
@@ -173,7 +166,10 @@ class _Document:
 
 
 def read_text(path: Path) -> str:
-    """A small UTF-8 file. Raises ExperimentError, which names near files when it does not exist."""
+    """Return the text of a small UTF-8 file.
+
+    Raise ExperimentError; for a file that does not exist, it names similar ones.
+    """
     where = printable(str(path))
     try:
         if path.is_fifo():  # it would be waited for
@@ -187,15 +183,15 @@ def read_text(path: Path) -> str:
         raise
     except FileNotFoundError:
         folders = (path.parent, path.parent / "experiments", Path("experiments"))
-        there = {
+        others = {
             file.stem.casefold(): printable(str(file))
             for folder in folders
             for file in sorted(folder.glob("*.yaml"))
         }
-        some = f"There is {', '.join(sorted(there.values())[:5])}." if there else "Check the path."
-        raise ExperimentError(
-            f"{where}: this file does not exist", did_you_mean(path.stem, there) or some
-        ) from None
+        some = ", ".join(sorted(others.values())[:5])
+        remedy = did_you_mean(path.stem, others) or (f"There is {some}." if some else "")
+        cause = f"{where}: this file does not exist"
+        raise ExperimentError(cause, remedy or "Check the path.") from None
     except UnicodeDecodeError as problem:
         raise ExperimentError(
             f"{where}: byte {problem.start} is not UTF-8 text", "Save the file as UTF-8."
