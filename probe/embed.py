@@ -129,7 +129,7 @@ def main(arguments: list[str], prog: str = "probe embed") -> int:
     points = trajectories(runs, options.of, options.image)
     attributes = described_by(runs, points, options, methods)
     target: Path = options.output or _default_place(Path(options.runs), attributes)
-    replacing = _check_place(target)
+    replacing = _check_output_folder(target)
     values = computed(points, options, methods, progress)
     with stopping.cleanly():
         write_embedding(target, values, attributes, replacing)
@@ -266,15 +266,15 @@ def _default_place(runs: Path, attributes: dict[str, Any]) -> Path:
     return runs / FOLDER / f"{names[0][:MAX_NAME]}{more}-{attributes['of']}-{digest[:8]}.zarr"
 
 
-def _check_place(target: Path) -> bool:
+def _check_output_folder(target: Path) -> bool:
     """Return whether an embedding is at the place of the output, which may then be replaced.
 
     Raise ExperimentError for a place that nothing can be written to, before anything is computed.
     """
     from probe.reading.embedding import open_embedding
-    from probe.writing.files import check_place
+    from probe.writing.files import check_output_folder
 
-    check_place(target.parent)
+    check_output_folder(target.parent)
     if not os.path.lexists(target):
         return False
     try:

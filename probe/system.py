@@ -140,9 +140,9 @@ KINDS = (
 )
 
 
-def kind_of(found: os.stat_result) -> str:
+def kind_of(status: os.stat_result) -> str:
     """Return what lies at a path, in words: "a pipe"."""
-    return next((kind for is_it, kind in KINDS if is_it(found.st_mode)), "a device")
+    return next((kind for is_it, kind in KINDS if is_it(status.st_mode)), "a device")
 
 
 def exists(path: str | Path) -> bool:

@@ -29,7 +29,7 @@ from probe.stopping import breakable, cleanly
 from probe.terminal import Parser, add_run, before_torch, folder, without_home
 from probe.writing import files
 from probe.writing.digests import seal_holds
-from probe.writing.files import check_place, storing
+from probe.writing.files import check_output_folder, storing
 from probe.writing.locks import Lock
 from probe.writing.store import MANIFEST
 
@@ -72,7 +72,7 @@ def check_target(run: Run, where: Path) -> Path:
     manifest = json.dumps(read_json(run.path, MANIFEST, MAX_MANIFEST), sort_keys=True)
     key = hashlib.sha256(f"{FORMAT_VERSION}\n{manifest}".encode()).hexdigest()[:8]
     target = where / f"{run.recipe.run_name}-{key}.zarr"
-    room = shutil.disk_usage(check_place(where)).free
+    room = shutil.disk_usage(check_output_folder(where)).free
     size = sum((run.path / name).stat().st_size for name in files_of(run.path))
     if size > room:
         cause = f"{run.name} has {size / 1e6:.0f} MB, and {room / 1e6:.0f} MB are free in {where}."

@@ -40,7 +40,7 @@ from probe.settings.fields import expand_home
 from probe.settings.noising import Noising, load_noising
 from probe.text import printable
 from probe.writing.digests import flags_are_lost
-from probe.writing.files import check_place, storing
+from probe.writing.files import check_output_folder, storing
 
 if TYPE_CHECKING:
     from probe.figures.notebook import Player
@@ -180,7 +180,7 @@ class Run(Attention, Latents):
             )
         target, noising = expand_home(str(path)), self.kind == "noising"
         with cleanly(), storing(target):
-            check_place(target.parent)
+            check_output_folder(target.parent)
             self.memory.save(
                 target,
                 self.recipe.durability,

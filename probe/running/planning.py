@@ -43,7 +43,7 @@ from probe.watching.sums import Sums
 from probe.watching.text_encoder import TextEncoder
 from probe.watching.text_side import TextSide
 from probe.words import RULES, occurrences, word_spans
-from probe.writing.files import check_place
+from probe.writing.files import check_output_folder
 from probe.writing.layout import room
 
 
@@ -111,9 +111,9 @@ def check_size(plan: Plan, limit: int | None, free: int | None) -> None:
 def free_room(folder: Path) -> int | None:
     """Return the free bytes where `folder` is or will be; None where the disk does not say.
 
-    Raise as `check_place` does.
+    Raise as `check_output_folder` does.
     """
-    folder = check_place(folder)
+    folder = check_output_folder(folder)
     try:
         usage = shutil.disk_usage(folder)
     except OSError:  # some mounts have no answer

@@ -1,1 +1,1 @@
-"""A recording being written, so that it survives anything. Without torch."""
+"""A recording being written, so that it survives anything. Nothing here imports torch."""

@@ -1,8 +1,7 @@
-"""One background thread that works through a queue, so that the denoising loop never waits for the
-disk.
+"""One background thread that works through a queue: the denoising loop never waits for the disk.
 
-The queue is bounded by the bytes that it holds: a slow disk makes the loop wait, and memory stays
-what it was. An error in the thread stops the run: it is raised by the next call from outside.
+The queue is bounded by the bytes that it holds. A slow disk makes the loop wait, and memory does
+not grow. The thread's first error stops the run: the next call from outside raises it.
 """
 
 from __future__ import annotations
@@ -16,31 +15,31 @@ from probe.errors import OutOfMemory, ProbeError, StoreError
 
 
 class Queue:
-    """Items for one background thread, from one producer, bounded by the bytes they hold. Its first
-    error is raised by the next call.
+    """Items from one producer for one background thread, bounded by the bytes that they hold.
 
-    Ctrl-C may strike between any two instructions of the producer, and the queue can still be
-    closed. With a condition it could not: struck just after it has taken the lock, a thread keeps
-    it, and the other waits for ever. `SimpleQueue` is in C.
+    Every method raises the thread's first error. Ctrl-C may strike between any two instructions of
+    the producer, and the queue can still be closed. So it has no condition: a thread that is struck
+    just after it took a lock keeps it, and the other waits for ever. `SimpleQueue` is written in C.
     """
 
     def __init__(self, work: Callable[[Any], None], limit: int):
         self._work, self._limit = work, limit
         self._items: SimpleQueue[tuple[Any, int] | None] = SimpleQueue()
-        self._done: SimpleQueue[int | ProbeError] = (
-            SimpleQueue()
-        )  # the bytes of each finished item; an error is the last
+        # The bytes of each finished item. An error is the last entry.
+        self._done: SimpleQueue[int | ProbeError] = SimpleQueue()
         self._held = 0
         self._error: ProbeError | None = None
         self._thread = threading.Thread(target=self._run, name="probe-writer", daemon=True)
         self._thread.start()
 
     def put(self, item: Any, nbytes: int) -> None:
+        """Add an item of that many bytes. Wait until there is room for it."""
         self._wait_for(lambda: self._held == 0 or self._held + nbytes <= self._limit)
         self._held += nbytes
         self._items.put((item, nbytes))
 
     def join(self) -> None:
+        """Wait until the thread has done everything that was queued."""
         self._wait_for(lambda: self._held == 0)
 
     def close(self) -> None:
@@ -51,11 +50,11 @@ class Queue:
 
     def _wait_for(self, enough: Callable[[], bool]) -> None:
         while not self._error and not (self._done.empty() and enough()):
-            told = self._done.get()
-            if isinstance(told, ProbeError):
-                self._error = told
+            done = self._done.get()
+            if isinstance(done, ProbeError):
+                self._error = done
             else:
-                self._held -= told
+                self._held -= done
         if self._error:
             raise self._error
 
@@ -77,7 +76,7 @@ def _as_ours(error: BaseException) -> ProbeError:
     if isinstance(error, MemoryError):
         ours: ProbeError = OutOfMemory(
             "Out of memory while a step was being written.",
-            "Fewer images, or fewer capture.layers.",
+            "Draw fewer images, or record fewer capture.layers.",
         )
     else:
         ours = StoreError(

@@ -1,12 +1,11 @@
-"""The one way in which a file of a recording is written: under another name beside it, then moved
-into its place.
+"""Write a recording's files, each whole or not at all: under another name, then moved into place.
 
-    replace(file, [content], sync=True)    # whole or not at all; a link in its place is replaced
-    check_own(recording)                   # before one is taken over: plain, and nobody else's
+    replace(file, [content], sync=True)    # also where a link is: the link is replaced
+    check_own(recording)                   # before it is taken over: plain files of its own alone
 
-Whoever reads sees the old content or the new. A writer that is killed leaves a name that ends in
-`.partial`, which no reader looks at. With `sync`, content and name have reached the disk when the
-call returns.
+A reader sees the old content or the new. A writer that is killed leaves a name that ends in
+`.partial`, which no reader opens. With `sync`, a call returns when content and name have reached
+the disk.
 """
 
 from __future__ import annotations
@@ -38,21 +37,17 @@ MORE = (
     | getattr(os, "O_NONBLOCK", 0)
     | getattr(os, "O_BINARY", 0)
 )
+LONGEST_NAME = 255  # bytes, on nearly every disk
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-A_FILE = re.compile(
-    r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*"
-)  # names that only files have in a recording
-NO_SYNC = (
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.EACCES,
-    errno.EISDIR,
-)  # of a folder: this system or this disk does not know that
+# Names that only files have in a recording.
+A_FILE = re.compile(r"zarr\.json|manifest\.json|digests\.txt|c(\.[0-9]+)*")
+# This system or this disk cannot force a folder's names.
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR)
 
 
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Turn the disk's errors into ours."""
+    """Turn the disk's errors into StoreError."""
     try:
         yield
     except ProbeError:
@@ -61,16 +56,14 @@ def storing(path: Path) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
         remedy = "Check the disk and its permissions."
         if error.errno in FULL:
-            remedy = (
-                "Free some room, or record less (probe run --dry-run shows what takes how much)."
-            )
+            remedy = "Free some room, or record less (probe run --dry-run shows every size)."
         elif error.errno in REFUSED and not os.path.lexists(path):  # a recording that was to begin
             remedy = f"Name another folder: --output {elsewhere('runs')}"
         raise StoreError(f"{path} could not be written: {reason}.", remedy) from error
 
 
 def elsewhere(name: str) -> str:
-    """A place for a file or a folder that nearly always can be written, as a shell takes it."""
+    """Return a path that can nearly always be written, as a shell takes it."""
     try:
         return shlex.quote(str(Path(tempfile.gettempdir()) / name))
     except OSError:  # nowhere on this machine
@@ -78,7 +71,7 @@ def elsewhere(name: str) -> str:
 
 
 def replace(file: str | Path, parts: Iterable[bytes | memoryview], sync: bool) -> None:
-    """Write a file's parts under another name, then move it into its place. Raises OSError.
+    """Write a file's parts under another name, then move it into its place. Raise OSError.
 
     A part that is a memoryview is one of bytes.
     """
@@ -127,7 +120,7 @@ def _write_out(handle: int, waiting: list[bytes | memoryview], size: int) -> Non
 
 
 def remove(file: str | Path, sync: bool) -> None:
-    """Remove a file, or the link in its place. It need not be there. Raises OSError."""
+    """Remove a file, or the link in its place. It need not exist. Raise OSError."""
     file = Path(file)
     with contextlib.suppress(FileNotFoundError):
         file.unlink()
@@ -136,7 +129,7 @@ def remove(file: str | Path, sync: bool) -> None:
 
 
 def append(file: Path, content: bytes, sync: bool) -> None:
-    """Add to the end of a plain file that is there. Raises OSError, RecordingLinked for a link."""
+    """Add to the end of an existing plain file. Raise OSError, or RecordingLinked for a link."""
     handle = os.open(file, MORE)
     try:
         if problem := _not_own(os.fstat(handle)):
@@ -153,10 +146,9 @@ def append(file: Path, content: bytes, sync: bool) -> None:
 
 
 def sync_file(file: str | Path) -> None:
-    """Force a file's content to the disk. Raises OSError."""
-    handle = os.open(
-        file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
-    )  # Windows syncs only what may be written
+    """Force a file's content to the disk. Raise OSError."""
+    # Windows syncs only what may be written.
+    handle = os.open(file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -164,10 +156,7 @@ def sync_file(file: str | Path) -> None:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Force a folder's names to the disk.
-
-    A system or a disk that cannot do that keeps them in its own way.
-    """
+    """Force a folder's names to the disk, if this system and this disk can."""
     if sys.platform == "win32":
         return
     try:
@@ -178,9 +167,7 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Force everything in a folder to the disk: contents first, then names from the deepest folder
-    up.
-    """
+    """Force everything in a folder to the disk: contents first, then names, the deepest first."""
     folders = [str(folder)]
     for entry in entries(folder):
         if entry.is_dir(follow_symlinks=False):
@@ -192,9 +179,9 @@ def sync_all(folder: Path) -> None:
 
 
 def make_folders(folder: Path, sync: bool) -> None:
-    """Make a folder and those above it; with `sync`, the name of each that is new reaches the disk.
+    """Make a folder and those above it. Raise OSError.
 
-    Raises OSError.
+    With `sync`, the name of each new one reaches the disk.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,10 +189,10 @@ def make_folders(folder: Path, sync: bool) -> None:
         sync_folder(path.parent)
 
 
-def check_place(folder: Path) -> Path:
-    """The folder that is there already, of a folder for recordings and those above it.
+def check_output_folder(folder: Path) -> Path:
+    """Return the lowest folder on the way to `folder` that exists already.
 
-    Raises ExperimentError where no folder can be made, or nothing can be written.
+    Raise ExperimentError if no folder can be made there, or nothing can be written.
     """
     wanted = folder = folder.absolute()
     while not os.path.lexists(folder):
@@ -220,11 +207,10 @@ def check_place(folder: Path) -> Path:
             f"output: nothing can be written in {folder}.",
             f"Name another folder: --output {elsewhere('runs')}",
         )
-    if (
-        longest := max(len(os.fsencode(part)) for part in wanted.parts)
-    ) > 255:  # bytes of one name, on nearly every disk
+    longest = max(len(os.fsencode(part)) for part in wanted.parts)
+    if longest > LONGEST_NAME:
         raise ExperimentError(
-            f"output: a name in it has {longest} bytes; 255 is the most.",
+            f"output: a name in it has {longest} bytes; {LONGEST_NAME} is the most.",
             "Name another folder: --output runs.",
         )
     return folder
@@ -234,19 +220,20 @@ def check_place(folder: Path) -> Path:
 
 
 def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Everything below a folder, no link followed. Raises OSError."""
+    """Yield everything below a folder, and follow no link. Raise OSError."""
     waiting = [str(folder)]
     while waiting:
-        with os.scandir(waiting.pop()) as found:
-            for entry in found:
+        with os.scandir(waiting.pop()) as listed:
+            for entry in listed:
                 yield entry
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(entry.path)
 
 
 def partials(folder: Path) -> list[Path]:
-    """What killed writers left half-written below a folder: files, and links in their place, no
-    link followed.
+    """Return what killed writers left half-written below a folder.
+
+    These are files, and links in their place.
     """
     return sorted(
         Path(e.path)
@@ -256,20 +243,19 @@ def partials(folder: Path) -> list[Path]:
 
 
 def check_own(recording: Path) -> None:
-    """Raise RecordingLinked unless a recording is a folder of plain files and folders that have no
-    other name anywhere.
+    """Raise RecordingLinked unless all of a recording is its own: no links, no hard links.
 
-    RecordingDamaged for a pipe or a device, and for a folder under the name of a file.
+    Raise RecordingDamaged for a pipe or a device, and for a folder under the name of a file.
     """
     check_no_link(recording)
     for entry in entries(recording):
-        found = entry.stat(follow_symlinks=False)
-        name, is_folder = os.path.relpath(entry.path, recording), stat.S_ISDIR(found.st_mode)
-        if problem := _not_own(found):
+        status = entry.stat(follow_symlinks=False)
+        name, is_folder = os.path.relpath(entry.path, recording), stat.S_ISDIR(status.st_mode)
+        if problem := _not_own(status):
             raise foreign(recording, name, problem)
-        if not stat.S_ISREG(found.st_mode) and (not is_folder or A_FILE.fullmatch(entry.name)):
+        if not stat.S_ISREG(status.st_mode) and (not is_folder or A_FILE.fullmatch(entry.name)):
             raise RecordingDamaged(
-                f"{printable(recording.name)}: {printable(name)} is {kind_of(found)}, where only "
+                f"{printable(recording.name)}: {printable(name)} is {kind_of(status)}, where only "
                 "a file can be.",
                 f"Remove it, then try again: rm{' -r' * is_folder} "
                 f"{shlex.quote(printable(entry.path))}",
@@ -277,8 +263,9 @@ def check_own(recording: Path) -> None:
 
 
 def check_no_link(recording: Path) -> None:
-    """Raise RecordingLinked for a recording that is itself a link: nothing is written or removed
-    through one.
+    """Raise RecordingLinked for a recording that is itself a link.
+
+    Nothing is written or removed through a link.
     """
     if recording.is_symlink():
         raise RecordingLinked(
@@ -288,9 +275,7 @@ def check_no_link(recording: Path) -> None:
 
 
 def check_folders(recording: Path, folders: Iterable[str]) -> None:
-    """Raise RecordingLinked if one of a recording's folders has become a link since it was
-    opened.
-    """
+    """Raise RecordingLinked if one of a recording's folders became a link since it was opened."""
     for folder in folders:
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             raise foreign(
@@ -299,17 +284,17 @@ def check_folders(recording: Path, folders: Iterable[str]) -> None:
 
 
 def foreign(recording: Path, name: str, problem: str) -> RecordingLinked:
-    """The error for a file of a recording that is somebody else's too."""
+    """Return the error for a file of a recording that belongs to something else too."""
     return RecordingLinked(
         f"{printable(recording.name)}: {printable(name)} {problem}, so nothing is written there.",
         "Make a copy with files of its own, cp -rL, and use that one.",
     )
 
 
-def _not_own(found: os.stat_result) -> str:
-    """Why a file is somebody else's too; empty for one that is not."""
-    if stat.S_ISLNK(found.st_mode):
+def _not_own(status: os.stat_result) -> str:
+    """Return why a file belongs to something else too, or ""."""
+    if stat.S_ISLNK(status.st_mode):
         return "is a link"
-    if stat.S_ISREG(found.st_mode):
-        return "has another name elsewhere (a hard link)" if found.st_nlink > 1 else ""
+    if stat.S_ISREG(status.st_mode):
+        return "has another name elsewhere (a hard link)" if status.st_nlink > 1 else ""
     return ""

@@ -1,4 +1,4 @@
-"""A recording's lock, a file beside it: who holds it writes the recording, and nobody else.
+"""A recording's lock: a file beside it. Whoever holds it writes the recording, and nobody else.
 
 When its holder dies, the system frees it.
 """
@@ -34,11 +34,10 @@ class Lock:
         self._lock = filelock.FileLock(self.file)
 
     def acquire(self, remedy: str = "Stop its writer first.", patience: float = 0) -> None:
-        """Take it at once. A writer that was killed may need a moment to die: for that, wait up to
-        `patience` seconds.
+        """Take the lock, or wait up to `patience` seconds for a killed writer to die.
 
-        Raises RecordingBusy with that remedy where somebody has it, StoreError where the disk has
-        no locks, RecordingDamaged where it is a link, a folder or a pipe, OSError.
+        Raise RecordingBusy with that remedy if somebody has it, StoreError if the disk has no
+        locks, RecordingDamaged if its file is a link, a folder or a pipe, OSError.
         """
         until = time.monotonic() + patience
         while not self._take():
@@ -68,36 +67,35 @@ class Lock:
         return False
 
     def release(self, keep: bool = False) -> None:
-        """Take the lock's file away, unless it is to stay, and let go."""
+        """Let go, and take the lock's file away unless it is to stay."""
         try:
             if not keep:
-                self.file.unlink(
-                    missing_ok=True
-                )  # before the release: whoever waits for the old file then sees that it is gone
+                # Before the release: a writer that waits for the old file sees that it is gone.
+                self.file.unlink(missing_ok=True)
         except OSError:  # it stays, held by nobody: probe gc takes it
             pass
         finally:
             self._lock.release()
 
     def _check(self) -> tuple[int, int] | None:
-        """Which file it is, or None. What is no plain file of its own is not touched."""
+        """Return which file the lock is, or None. Raise RecordingDamaged if it is no plain file."""
         try:
-            found = os.lstat(self.file)
+            status = os.lstat(self.file)
         except FileNotFoundError:
             return None
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            what = "a link" if stat.S_ISREG(found.st_mode) else kind_of(found)  # a hard one
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            what = "a link" if stat.S_ISREG(status.st_mode) else kind_of(status)  # a hard one
             raise RecordingDamaged(
                 f"{printable(str(self.file))} is no lock: it is {what}.",
-                f"Remove it yourself, then try again: rm{' -r' * stat.S_ISDIR(found.st_mode)} "
+                f"Remove it yourself, then try again: rm{' -r' * stat.S_ISDIR(status.st_mode)} "
                 f"{shlex.quote(printable(str(self.file)))}",
             )
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
     def _writer(self) -> tuple[int, str]:
-        """The process that the recording names as its writer, and its host.
+        """Return the process that the recording names as its writer, and its host.
 
-        Raises what Python raises where it names none.
+        Raise what Python raises if it names none.
         """
         writer = json.loads((self._recording / "zarr.json").read_text())["attributes"]["writer"]
         return int(writer["pid"]), str(writer["host"])
@@ -110,8 +108,9 @@ class Lock:
             return "by another process"
 
     def _holder_is_dying(self) -> bool:
-        """Whether the writer is dead, or was killed and is not gone yet: it frees its memory first,
-        and its lock last.
+        """Tell whether the writer is dead, or was killed and has not ended yet.
+
+        A killed process frees its memory first and its lock last.
         """
         try:
             pid, host = self._writer()
@@ -119,14 +118,11 @@ class Lock:
                 return False
             if not lives(pid):
                 return True
-            state, *_, flags = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:7]
-            pending = re.findall(
-                r"(?:Sig|Shd)Pnd:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text()
-            )
-            return (
-                state in "ZX"
-                or bool(int(flags) & EXITING)
-                or any(int(signals, 16) & KILLED for signals in pending)
-            )
+            process = Path(f"/proc/{pid}")
+            state, *_, flags = (process / "stat").read_text().rpartition(")")[2].split()[:7]
+            status = (process / "status").read_text()
+            pending = re.findall(r"(?:Sig|Shd)Pnd:\s*([0-9a-f]+)", status)
+            killed = any(int(signals, 16) & KILLED for signals in pending)
+            return state in "ZX" or bool(int(flags) & EXITING) or killed
         except (OSError, ValueError, LookupError, TypeError, OverflowError):
             return False

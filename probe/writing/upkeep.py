@@ -1,6 +1,4 @@
-"""Tidying a folder of recordings: what dead writers left is cleared, what is to go is held so that
-nobody writes it meanwhile.
-"""
+"""Tidy a folder of recordings: clear what dead writers left, and hold what is to be removed."""
 
 from __future__ import annotations
 
@@ -25,9 +23,9 @@ LEFT = re.compile(r"\.(.+\.zarr)\.(?:lock|[0-9a-f]+\.partial)", re.DOTALL)
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a recording's lock, as its writer does: nobody else writes it, whatever its status says.
+    """Hold a recording's lock, as its writer does: meanwhile nobody else writes it.
 
-    Raises RecordingBusy, RecordingDamaged where the recording or its lock is a link.
+    Raise RecordingBusy, or RecordingDamaged if the recording or its lock is a link.
     """
     files.check_no_link(path)
     lock = Lock(path)
@@ -40,9 +38,9 @@ def held(path: Path) -> Iterator[None]:
 
 
 def check_removable(recording: Path) -> None:
-    """Raise StoreError where the system would keep a part of a recording.
+    """Raise StoreError if the system would keep a part of a recording.
 
-    Half of one is worth nothing to anybody.
+    Half of a recording is worth nothing to anybody.
     """
     with reading(recording):
         _check_entry(recording, recording)
@@ -51,37 +49,29 @@ def check_removable(recording: Path) -> None:
 
 
 def _check_entry(recording: Path, path: Path) -> None:
-    """Raise StoreError unless this account may remove a file or a folder from the folder it lies
-    in.
-    """
+    """Raise StoreError unless this account may remove a file or a folder from its folder."""
     folder = path.parent
-    found, owner = folder.stat(), path.lstat().st_uid
+    status, owner = folder.stat(), path.lstat().st_uid
     user = os.geteuid() if hasattr(os, "geteuid") else 0
-    sticky = found.st_mode & stat.S_ISVTX and user not in (0, found.st_uid, owner)
+    sticky = status.st_mode & stat.S_ISVTX and user not in (0, status.st_uid, owner)
     if may_change(folder) and not sticky:
         return
     if sticky:
-        cause, remedy = (
-            f"{path} belongs to another user",
-            f"Ask its owner to remove it: rm -r {shlex.quote(str(path))}",
-        )
-    elif found.st_uid == user:
-        cause, remedy = (
-            f"nothing may be removed from {folder}",
-            f"Allow it, then try again: chmod u+rwx {shlex.quote(str(folder))}",
-        )
+        cause = f"{path} belongs to another user"
+        remedy = f"Ask its owner to remove it: rm -r {shlex.quote(str(path))}"
+    elif status.st_uid == user:
+        cause = f"nothing may be removed from {folder}"
+        remedy = f"Allow it, then try again: chmod u+rwx {shlex.quote(str(folder))}"
     else:
-        cause, remedy = (
-            f"nothing may be removed from {folder}, which belongs to another user",
-            "Ask its owner to remove it, or to let you.",
-        )
+        cause = f"nothing may be removed from {folder}, which belongs to another user"
+        remedy = "Ask its owner to remove it, or to let you."
     raise StoreError(f"{recording.name} stays as it is: {cause}.", remedy)
 
 
 def remove(recording: Path) -> None:
     """Remove a recording under its lock.
 
-    It is out of sight at once; what a kill leaves of it, `clear_orphans` finds.
+    It is out of sight at once. `clear_orphans` finds what a kill leaves of it.
     """
     aside = recording.with_name(f".{recording.name}.{uuid.uuid4().hex[:8]}{files.PARTIAL}")
     try:
@@ -103,29 +93,28 @@ def remove(recording: Path) -> None:
 
 
 def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
-    """Remove what dead writers left in a folder of recordings: half-made hidden folders, lock
-    files, parts of files.
+    """Remove what dead writers left in a folder of recordings, and return it.
 
-    Whatever belongs to a living writer holds its lock, and stays. A link or a pipe among them goes;
-    what a link leads to stays as it is, and a recording that is itself a link is passed over.
-    Returns what was removed; with `dry_run` nothing is. What cannot be removed keeps nothing else
-    from going: its StoreError comes at the end.
+    These are half-made hidden folders, lock files and parts of files. What belongs to a living
+    writer holds its lock, and stays. A link or a pipe among them is removed; what a link leads to
+    stays. A recording that is itself a link is passed over. With `dry_run` nothing is removed. What
+    cannot be removed keeps nothing else from being removed; its StoreError is raised at the end.
     """
-    found: dict[str, list[Path]] = {}
+    left: dict[str, list[Path]] = {}
     with storing(folder):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             own_folder = path.is_dir() and not path.is_symlink()
-            if left := LEFT.fullmatch(path.name):
+            if name := LEFT.fullmatch(path.name):
                 if not (own_folder and path.name.endswith(".lock")):  # a folder is no lock of ours
-                    found.setdefault(left[1], []).append(path)
+                    left.setdefault(name[1], []).append(path)
             elif own_folder and path.name.endswith(".zarr") and not path.name.startswith("."):
-                found[path.name] = [*found.get(path.name, []), *files.partials(path)]
+                left[path.name] = [*left.get(path.name, []), *files.partials(path)]
     removed: list[Path] = []
     problem: ProbeError | None = None
-    for name, paths in sorted((name, paths) for name, paths in found.items() if paths):
+    for recording, paths in sorted(item for item in left.items() if item[1]):
         try:
             with storing(folder):
-                removed += _clear(Lock(folder / name), sorted(paths), dry_run)
+                removed += _clear(Lock(folder / recording), sorted(paths), dry_run)
         except RecordingBusy:
             continue
         except (StoreError, RecordingDamaged) as error:
@@ -136,7 +125,7 @@ def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
 
 
 def _is_no_writers(lock: os.stat_result) -> bool:
-    """Whether a lock is a link or a pipe: no writer made that, and none can hold it.
+    """Tell whether a lock's file is a link or a pipe: no writer made it, and none can hold it.
 
     A folder is left to whoever made it.
     """
