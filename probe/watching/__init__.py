@@ -1,3 +1,1 @@
-"""What is read from a working model without changing a bit of it: hooks, and what is captured with
-them.
-"""
+"""What is read from a working model without changing a bit: hooks, and captures that use them."""

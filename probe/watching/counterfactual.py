@@ -1,13 +1,14 @@
-"""What a word did, not where it was looked at: the prediction with it, less the prediction without
-it.
+"""A capture: what a word did to the prediction, by the prediction with and without it.
 
     changes = word_changes(model, step, embeddings)        # (word, image, y, x)
 
-At a step of a run the UNet is called once more on the same latents, with the prompt and with the
-prompt in which one word's tokens are replaced by the padding token (so that the others keep their
-places). Both are in one batch, so that their difference is the word's alone. The picture being
-drawn is not touched. Beside attention it tells of a word that is looked at and changes nothing, or
-that acts through other tokens, which have read it in the text encoder.
+At a recorded step the UNet is called once more on the same latents: with the prompt, and with the
+prompt without each word. A word is left out by replacing its tokens with the padding token, so that
+the others keep their positions. All are in one batch, so that only the word makes a difference. The
+picture being drawn is not touched.
+
+Attention tells where a word was looked at. This tells what it changed: a word may be looked at and
+change nothing, or act through other tokens, which read it in the text encoder.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from probe.words import STUMP, alike
 
 
 class Counterfactual(Capture):
-    """|prediction - prediction without a word| (masked_word, image, y, x) at the recorded steps, by
-    one more call of the UNet.
+    """|prediction - prediction without a word|: (masked_word, image, y, x) at the recorded steps.
+
+    Each such step calls the UNet once more.
     """
 
     component, calls_model = "", True
@@ -58,39 +60,39 @@ class Counterfactual(Capture):
 
 
 def chosen_words(prompt: Prompt, wanted: tuple[str, ...]) -> dict[str, list[int]]:
-    """Token positions of the words of a prompt that are wanted ("*": every one), by their text; a
-    word that is there twice is taken at all its places, also where one is in capital letters, which
-    the text encoder does not see. Raises ExperimentError for a word that is not in the prompt."""
+    """Return the token positions of a prompt's words that are wanted, by their text.
+
+    "*" wants every word. A word that is there several times has all its positions. Capital letters
+    make no difference, as for the text encoder. Raise ExperimentError for a word that is not in the
+    prompt.
+    """
     same = alike if prompt.rules > 1 else str.casefold
     first: dict[str, str] = {}
-    places: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for position, of in enumerate(prompt.word_of):
         if of >= 0:
             text = first.setdefault(same(prompt.words[of]), prompt.words[of])
-            places.setdefault(text, []).append(position)
-    if wanted and not places:
+            positions.setdefault(text, []).append(position)
+    if wanted and not positions:
         raise ExperimentError(
             "capture.counterfactual: the prompt has no words to leave out.",
             "Write a prompt, or leave capture.counterfactual out.",
         )
-    found: dict[str, list[int]] = {}
+    chosen: dict[str, list[int]] = {}
     for word in wanted:
-        meant = {
-            text: at
-            for text, at in places.items()
-            if word == "*" or same(text) == same(word.removesuffix(STUMP))
-        }
-        if not meant:
+        meant = same(word.removesuffix(STUMP))
+        texts = [text for text in positions if word == "*" or same(text) == meant]
+        if not texts:
             raise ExperimentError(
                 f"capture.counterfactual: {word!r} is not a word of {prompt.text!r}.",
-                near(word, list(places)),
+                near(word, list(positions)),
             )
-        found.update(meant)
-    return found
+        chosen |= {text: positions[text] for text in texts}
+    return chosen
 
 
 def without(prompt: Prompt, positions: list[int], padding: int) -> Prompt:
-    """The prompt with some of its tokens replaced by the padding token."""
+    """Return the prompt with some of its tokens replaced by the padding token."""
     ids = prompt.ids.clone()
     ids[0, positions] = padding
     return replace(prompt, ids=ids)
@@ -99,36 +101,36 @@ def without(prompt: Prompt, positions: list[int], padding: int) -> Prompt:
 def embeddings_without(
     model: Family, tokens: Tokens, words: Mapping[str, list[int]]
 ) -> dict[str, torch.Tensor]:
-    """Return the denoiser's arguments for the prompt, then for the prompt without each word: 1 +
-    word rows.
+    """Return the denoiser's arguments for the prompt, then for the prompt without each word.
 
-    `words` has positions in the first text encoder's tokens. Every text encoder reads the prompt
-    without the word, so that the pooled embedding is without it too.
+    They have 1 + word rows. `words` has positions in the first text encoder's tokens. Every text
+    encoder reads the prompt without the word, so that the pooled embedding is without it too.
     """
     first = next(iter(tokens.values()))
     padding = {
         encoder: int(tokenizer.pad_token_id)
         for encoder, (_, tokenizer) in model.text_encoders().items()
     }
-    masked = [
-        {
-            name: without(one, _places(one, first, positions), padding[name])
-            for name, one in tokens.items()
+    readings = [tokens]
+    for positions in words.values():
+        masked = {
+            name: without(prompt, _places(prompt, first, positions), padding[name])
+            for name, prompt in tokens.items()
         }
-        for positions in words.values()
-    ]
-    return stacked([model.encode_prompt(one) for one in (tokens, *masked)])
+        readings.append(masked)
+    return stacked([model.encode_prompt(reading) for reading in readings])
 
 
 def _places(prompt: Prompt, first: Prompt, positions: list[int]) -> list[int]:
-    """Where a prompt has the words that are at `positions` of its `first` reading."""
+    """Return where a prompt has the words that are at `positions` of its `first` reading."""
     numbers = {first.word_of[position] for position in positions}
     return [position for position, of in enumerate(prompt.word_of) if of in numbers]
 
 
 def refuse_unlike(model: Family, tokens: Tokens) -> None:
-    """Raise ModelError if the text encoders read other words, or if one would take padding for the
-    end of the prompt.
+    """Raise ModelError if leaving a word out would mean different things to the text encoders.
+
+    They may read other words, or one may take padding for the end of the prompt.
     """
     first, *others = tokens.values()
     if any(other.words != first.words for other in others):
@@ -148,7 +150,7 @@ def refuse_unlike(model: Family, tokens: Tokens) -> None:
 
 
 def word_changes(model: Family, step: Step, arguments: Arguments) -> torch.Tensor:
-    """|prediction(prompt) - prediction(prompt without the word)|, mean over channels.
+    """Return |prediction(prompt) - prediction(prompt without the word)|, the mean over channels.
 
     *Shape:* (word, image, y, x) float32. `arguments` are those of `embeddings_without`.
     """
@@ -158,5 +160,5 @@ def word_changes(model: Family, step: Step, arguments: Arguments) -> torch.Tenso
     for_images = {name: value.repeat_interleave(images, dim=0) for name, value in arguments.items()}
     with torch.no_grad():
         predictions = model.call(batch, t, for_images)
-    whole, *others = predictions.float().unflatten(0, (rows, images))
-    return torch.stack([(whole - other).abs().mean(dim=1) for other in others])
+    with_word, *without_it = predictions.float().unflatten(0, (rows, images))
+    return torch.stack([(with_word - other).abs().mean(dim=1) for other in without_it])

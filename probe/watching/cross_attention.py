@@ -1,4 +1,4 @@
-"""Cross-attention maps of every recorded layer, head and token, at each step.
+"""A capture: cross-attention maps of every recorded layer, head and token, at each step.
 
 For a layer with H heads on a grid of N = y * x positions, with q (N, H, d) and k (77, H, d), a
 head's map is
@@ -35,11 +35,10 @@ IN_CACHE = 2**18  # scores: 1 MiB
 
 
 class CrossAttention(Capture):
-    """Maps (token, branch, image, layer, head, y, x) in the storage dtype, and their moments in
-    float32.
+    """Maps (token, branch, image, layer, head, y, x) in the storage dtype, and their moments.
 
-    Moments are the mass (mean over pixels) and the centroid (y, x in 0..1) of each map, before it
-    is rounded for storage.
+    Moments are float32: the mass (mean over pixels) and the centroid (y, x in 0..1) of each map
+    before it is rounded for storage.
     """
 
     def __init__(self, model: Family, plan: Plan):
@@ -51,19 +50,16 @@ class CrossAttention(Capture):
         self._planes: dict[Grid, torch.Tensor] = {}
 
     def arrays(self) -> list[ArraySpec]:
-        found = []
+        specs = []
         for grid in self._plan.grids:
-            group, (maps, moments) = (
-                grid_group(grid),
-                (shape for shape, _, _ in self._shapes(grid).values()),
-            )
-            note, calls = storage_note(self._storage), self._plan.calls
-            found += [
+            group, note, calls = grid_group(grid), storage_note(self._storage), self._plan.calls
+            maps, moments = (shape for shape, _, _ in self._shapes(grid).values())
+            specs += [
                 spec(group, "moment", value=list(MOMENTS)),
                 spec(group, "cross", (calls, *maps[:-1], *grid), note.dtype, **note.attributes),
                 spec(group, "moments", (calls, *moments)),
             ]
-        return found
+        return specs
 
     def watches(self) -> list[Watch]:
         return self._projections.watches()
@@ -72,11 +68,11 @@ class CrossAttention(Capture):
         return index in self._plan.recorded
 
     def take(self, step: Any) -> Values:
-        found: Values = {}
+        values: Values = {}
         for grid, parts in self._projections.take().items():
-            found[f"{grid_group(grid)}/cross"] = parts["cross"].unflatten(-1, grid)
-            found[f"{grid_group(grid)}/moments"] = parts["moments"]
-        return found
+            values[f"{grid_group(grid)}/cross"] = parts["cross"].unflatten(-1, grid)
+            values[f"{grid_group(grid)}/moments"] = parts["moments"]
+        return values
 
     def _shapes(self, grid: Grid) -> Shapes:
         plan, layers = self._plan, self._plan.grids[grid]
@@ -96,20 +92,18 @@ class CrossAttention(Capture):
             self._planes[grid] = pixel_plane(grid, query.device)
         for at, shares in shares_of(query, key, module, self._plan):
             moments[at] = (shares @ self._planes[grid]).transpose(0, 1)
-            maps[at] = (
-                to_storage(shares, self._storage) if maps.dtype == torch.uint8 else shares
-            ).transpose(0, 1)
+            stored = to_storage(shares, self._storage) if maps.dtype == torch.uint8 else shares
+            maps[at] = stored.transpose(0, 1)
         moments[..., 1:] /= moments[..., :1]
 
 
 def shares_of(
     query: torch.Tensor, key: torch.Tensor, module: Any, plan: Plan
 ) -> Iterator[tuple[Any, torch.Tensor]]:
-    """A layer's maps in parts, (head, token, pixel) float32, and the place of each in (token,
-    branch, image, head).
+    """Yield a layer's maps in parts, (head, token, pixel) float32, each with its index.
 
-    On a CPU a part is as many heads as keep their scores in the cache; a GPU wants few and large
-    parts.
+    The index is one into (token, branch, image, head). On a CPU a part is as many heads as keep
+    their scores in the cache; a GPU wants few and large parts.
     """
     heads, on_cpu = module.heads, query.device.type == "cpu"
     together = max(1, IN_CACHE // (query.shape[1] * plan.kept.tokens)) if on_cpu else heads

@@ -1,6 +1,4 @@
-"""Cross-attention in short: maps averaged over the heads of a layer, and what each head did in a
-few numbers.
-"""
+"""A capture: cross-attention averaged over each layer's heads, and each head in numbers."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ from probe.watching.rehearsal import cross_attention
 
 
 class HeadSummary(Capture):
-    """The mean maps (token, branch, image, layer, 1, y, x), their moments, and `HEAD_STATISTICS` of
-    every head in float32.
+    """Mean maps (token, branch, image, layer, 1, y, x), their moments, and statistics of heads.
+
+    `HEAD_STATISTICS` are those of every head. Moments and statistics are float32.
     """
 
     def __init__(self, model: Family, plan: Plan):
@@ -32,26 +31,20 @@ class HeadSummary(Capture):
         )
 
     def arrays(self) -> list[ArraySpec]:
-        found = []
+        specs = []
         for grid, layers in self._plan.grids.items():
             group, calls, note = grid_group(grid), self._plan.calls, storage_note(self._storage)
-            (maps, _, _), (moments, _, _), (statistics, _, _) = self._shapes(grid).values()
-            averaged = {"heads": f"mean of {heads_of(self._plan, layers, grid)}"}
-            found += [
+            maps, moments, statistics = (shape for shape, _, _ in self._shapes(grid).values())
+            shape = (calls, *maps[:-1], *grid)
+            about = {**note.attributes, "heads": f"mean of {heads_of(self._plan, layers, grid)}"}
+            specs += [
                 spec(group, "moment", value=list(MOMENTS)),
-                spec(
-                    group,
-                    "cross",
-                    (calls, *maps[:-1], *grid),
-                    note.dtype,
-                    **note.attributes,
-                    **averaged,
-                ),
+                spec(group, "cross", shape, note.dtype, **about),
                 spec(group, "moments", (calls, *moments)),
                 spec(group, "head_statistic", value=list(HEAD_STATISTICS)),
                 spec(group, "head_statistics", (calls, *statistics)),
             ]
-        return found
+        return specs
 
     def watches(self) -> list[Watch]:
         return self._projections.watches()
@@ -60,12 +53,12 @@ class HeadSummary(Capture):
         return index in self._plan.recorded
 
     def take(self, step: Any) -> Values:
-        found: Values = {}
+        values: Values = {}
         for grid, parts in self._projections.take().items():
             group = grid_group(grid)
-            found[f"{group}/cross"] = parts["cross"].unflatten(-1, grid)
-            found |= {f"{group}/{name}": parts[name] for name in ("moments", "head_statistics")}
-        return found
+            values[f"{group}/cross"] = parts["cross"].unflatten(-1, grid)
+            values |= {f"{group}/{name}": parts[name] for name in ("moments", "head_statistics")}
+        return values
 
     def _shapes(self, grid: Grid) -> Shapes:
         plan, layers = self._plan, self._plan.grids[grid]
@@ -90,6 +83,6 @@ class HeadSummary(Capture):
         mean = maps.mean(dim=3, keepdim=True)
         parts["cross"].copy_(to_storage(mean, self._storage))
         parts["moments"].copy_(moments_of(mean, grid))
-        parts["head_statistics"].copy_(
-            torch.cat([moments_of(maps, grid), entropy, maps.amax(-1, keepdim=True)], dim=-1)
-        )
+        greatest = maps.amax(-1, keepdim=True)
+        statistics = torch.cat([moments_of(maps, grid), entropy, greatest], dim=-1)
+        parts["head_statistics"].copy_(statistics)

@@ -1,8 +1,8 @@
-"""The one place where hooks are put on modules, and where they are surely taken off again.
+"""The one place where hooks are put on modules, and are surely taken off again.
 
-Hooks observe: whatever a callback returns is dropped, so a module's output stays what it was, bit
-for bit. All of them are registered on entering and removed on leaving, be it by success, an
-exception or Ctrl-C.
+Hooks observe. What a callback returns is dropped, so that a module's output stays the same, bit for
+bit. All hooks are registered on entering and removed on leaving, after success, an exception or
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ Watch = tuple[nn.Module, When, Callable[[Any], None]]
 
 
 class Hooks:
-    """Watch modules: `(module, "output", f)` calls f with the module's output, `"input"` with its
-    first argument.
+    """Watch modules while a `with` block lasts.
 
-    with Hooks([(unet.mid_block, "output", print)]):
-        unet(...)
+    `(module, "output", f)` calls f with the module's output, `"input"` with its first argument:
+
+        with Hooks([(unet.mid_block, "output", print)]):
+            unet(...)
     """
 
     def __init__(self, watches: Iterable[Watch]):
@@ -33,10 +34,8 @@ class Hooks:
     def __enter__(self) -> Hooks:
         with ExitStack() as stack:
             for module, when, callback in self._watches:
-                handle = (
-                    _on_input(module, callback) if when == "input" else _on_output(module, callback)
-                )
-                stack.callback(handle.remove)
+                register = _on_input if when == "input" else _on_output
+                stack.callback(register(module, callback).remove)
             self._stack = stack.pop_all()
         return self
 
@@ -64,5 +63,5 @@ def _on_output(module: nn.Module, callback: Callable[[Any], None]) -> Any:
 
 
 def count(module: nn.Module) -> int:
-    """How many forward hooks sit on a module and everything inside it."""
+    """Return how many forward hooks are on a module and everything inside it."""
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())

@@ -1,4 +1,4 @@
-"""The image side of cross-attention: with the text side, readers compute the map of any token.
+"""A capture: the image side of cross-attention. With the text side it gives the map of any token.
 
     map = softmax over tokens of key . query
 
@@ -22,8 +22,9 @@ from probe.watching.rehearsal import cross_attention
 
 
 class Queries(Capture):
-    """Queries (branch, image, layer, head, key_feature, y, x) in float16, or in float32 if that is
-    the storage dtype.
+    """Queries (branch, image, layer, head, key_feature, y, x) in float16.
+
+    They are float32 if that is the storage dtype.
     """
 
     def __init__(self, model: Family, plan: Plan):
@@ -58,12 +59,8 @@ class Queries(Capture):
 
     def _shapes(self, grid: Grid) -> Shapes:
         plan, layers = self._plan, self._plan.grids[grid]
-        lead = (
-            len(plan.kept_branches),
-            plan.rows.images,
-            len(layers),
-            heads_of(plan, layers, grid),
-        )
+        heads = heads_of(plan, layers, grid)
+        lead = (len(plan.kept_branches), plan.rows.images, len(layers), heads)
         return {"query": ((*lead, width_of(plan, grid), grid[0] * grid[1]), self._dtype, 2)}
 
     def _read(
@@ -75,7 +72,7 @@ class Queries(Capture):
 
 
 def width_of(plan: Plan, grid: Grid) -> int:
-    """The features of a head's query on a grid. Raise ExperimentError if its layers differ."""
+    """Return the features of a head's query on a grid. Raise ExperimentError if layers differ."""
     paths = plan.grids[grid]
     heads = heads_of(plan, paths, grid)
     widths = {plan.rehearsal.outputs[f"unet.{path}.to_q"][-1] // heads for path in paths}

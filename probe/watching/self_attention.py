@@ -1,5 +1,6 @@
-"""Self-attention maps of the layers that `capture.self_attention` names: which place looks at
-which. They are large.
+"""A capture: self-attention maps of the layers that `capture.self_attention` names.
+
+They say which pixel looks at which, and are large.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from probe.watching.rehearsal import self_attention
 
 
 class SelfAttention(Capture):
-    """Maps (branch, image, layer, head, y, x, key_y, key_x) in the storage dtype: softmax over keys
-    of q k^T / sqrt(d).
+    """Maps (branch, image, layer, head, y, x, key_y, key_x) in the storage dtype.
+
+    Each is the softmax over keys of q k^T / sqrt(d).
     """
 
     def __init__(self, model: Family, plan: Plan):
@@ -30,21 +32,16 @@ class SelfAttention(Capture):
         )
 
     def arrays(self) -> list[ArraySpec]:
-        plan, note, found = self._plan, storage_note(self._storage), list[ArraySpec]()
+        plan, note, specs = self._plan, storage_note(self._storage), list[ArraySpec]()
         for grid, layers in plan.self_grids.items():
-            group, (shape, _, _) = f"self_{grid_group(grid)}", self._shapes(grid)["self"]
-            found += [
+            group, (flat, _, _) = f"self_{grid_group(grid)}", self._shapes(grid)["self"]
+            shape = (plan.calls, *flat[:-2], *grid, *grid)
+            specs += [
                 spec(group, "branch", value=list(plan.kept_branches)),
                 spec(group, "layer", value=layers),
-                spec(
-                    group,
-                    "self",
-                    (plan.calls, *shape[:-2], *grid, *grid),
-                    note.dtype,
-                    **note.attributes,
-                ),
+                spec(group, "self", shape, note.dtype, **note.attributes),
             ]
-        return found
+        return specs
 
     def watches(self) -> list[Watch]:
         return self._projections.watches()
@@ -61,12 +58,8 @@ class SelfAttention(Capture):
 
     def _shapes(self, grid: Grid) -> Shapes:
         plan, layers, pixels = self._plan, self._plan.self_grids[grid], grid[0] * grid[1]
-        lead = (
-            len(plan.kept_branches),
-            plan.rows.images,
-            len(layers),
-            heads_of(plan, layers, grid),
-        )
+        heads = heads_of(plan, layers, grid)
+        lead = (len(plan.kept_branches), plan.rows.images, len(layers), heads)
         return {"self": ((*lead, pixels, pixels), storage_dtype(self._storage), 2)}
 
     def _read(

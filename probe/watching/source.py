@@ -1,5 +1,6 @@
-"""What a run or a noising began from: the picture, its latents, the noise in them, and how well the
-model tells them apart.
+"""Captures: the picture that a run or a noising starts from, its latents, and their noise.
+
+A noising's capture also says how well the model tells the noise from the picture.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dty
 
 
 class Source(Capture):
-    """The picture that a run begins from, a sample of its latents, and the noise mixed into them;
-    `start` after `begin`.
+    """The picture that a run starts from, a sample of its latents, and the noise mixed into them.
+
+    `start` is known after `begin`.
     """
 
     component = ""
@@ -34,20 +36,20 @@ class Source(Capture):
         return source_arrays(self._model, self._plan)
 
     def begin(self, store: Store) -> None:
-        model, asked = self._model, self._plan.experiment
+        model, experiment = self._model, self._plan.experiment
         if store.committed:
             clean = torch.from_numpy(store.read("forward/clean")).to(model.device, model.dtype)
             clean = arranged(clean, memory_formats(store.attributes)["clean"])
-            self.start = restart(asked, clean, encoded=model.f > 1)
+            self.start = restart(experiment, clean, encoded=model.f > 1)
             return
-        self.start = begun(model, asked, store.read("source/picture"))
+        self.start = begun(model, experiment, store.read("source/picture"))
         store.write("forward/clean", as_numpy(self.start.clean))
         store.write("forward/noise", as_numpy(self.start.noise))
         note_memory_format("clean", self.start.clean, store)
 
 
 class Noised(Capture):
-    """A noising's picture, masks and noise, and at each timestep what the prediction is worth.
+    """A noising's picture, masks and noise, and at each timestep how good the prediction is.
 
     `clean` is the mean of the VAE's posterior, in latents, for each draw of `noise`. *Shape:* each
     (draw, channel, y, x).
@@ -60,24 +62,19 @@ class Noised(Capture):
         self.clean = self.noise = torch.empty(0)
 
     def arrays(self) -> list[ArraySpec]:
-        plan, (images, *rest) = self._plan, self._plan.latent_shape
-        found = [
+        plan, latents = self._plan, (self._plan.calls, *self._plan.latent_shape)
+        specs = [
             *source_arrays(self._model, plan),
             spec("source", "psnr", ()),
-            spec(
-                "forward",
-                "denoised",
-                (plan.calls, images, *rest),
-                **unclipped_note(self._model.scheduler),
-            ),
-            spec("forward", "difference", (plan.calls, images, *rest)),
-            *(spec("forward", name, (plan.calls, images)) for name in ("loss", "noise_loss")),
-            *(spec("forward", name, (plan.calls,)) for name in ("loss_mean", "loss_spread")),
+            spec("forward", "denoised", latents, **unclipped_note(self._model.scheduler)),
+            spec("forward", "difference", latents),
+            *(spec("forward", name, latents[:2]) for name in ("loss", "noise_loss")),
+            *(spec("forward", name, latents[:1]) for name in ("loss_mean", "loss_spread")),
         ]
         if masks := plan.masks:
-            found.append(spec("source", "masked", value=list(masks)))
-            found.append(spec("source", "mask", value=np.stack(list(masks.values()))))
-        return found
+            specs.append(spec("source", "masked", value=list(masks)))
+            specs.append(spec("source", "mask", value=np.stack(list(masks.values()))))
+        return specs
 
     def begin(self, store: Store) -> None:
         assert self._plan.picture is not None
@@ -94,18 +91,16 @@ class Noised(Capture):
         wanted = target(clean, eps, step.alpha_bar, step.prediction_type)
         difference = wide.eps - eps
         loss = (wide.prediction - wanted).square().mean(dim=(1, 2, 3))
-        each = loss.to(
-            "cpu" if loss.device.type == "mps" else loss.device
-        ).double()  # Apple's GPUs have no float64
+        # Apple's GPUs have no float64.
+        each = loss.to("cpu" if loss.device.type == "mps" else loss.device).double()
+        spread = each.std() if len(each) > 1 else torch.full_like(each[0], torch.nan)
         return {
             "forward/denoised": wide.denoised,
             "forward/difference": difference,
             "forward/loss": loss,
             "forward/noise_loss": difference.square().mean(dim=(1, 2, 3)),
             "forward/loss_mean": each.mean(),
-            "forward/loss_spread": each.std()
-            if len(each) > 1
-            else torch.full_like(each[0], torch.nan),
+            "forward/loss_spread": spread,
         }
 
     def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
@@ -115,7 +110,7 @@ class Noised(Capture):
 
 
 def source_arrays(model: Family, plan: Plan) -> list[ArraySpec]:
-    """The picture, its latents and their noise."""
+    """Return the specs of the picture, its latents and their noise."""
     dtype, note = numpy_dtype(model.dtype), dtype_note(model.dtype)
     latents = [
         spec("forward", name, plan.latent_shape, dtype, **note) for name in ("clean", "noise")
@@ -126,26 +121,28 @@ def source_arrays(model: Family, plan: Plan) -> list[ArraySpec]:
 def noised(
     model: Family, picture: np.ndarray, noises: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture's mean latents, once for each draw of noise, and the draws, seeded `seed`, `seed +
-    1`, ...
+    """Return a picture's mean latents, once for each draw of noise, and the draws.
 
-    *Shape:* picture (y, x, rgb) uint8; each result (draw, channel, y, x).
+    Draws are seeded `seed`, `seed + 1` and so on. *Shape:* picture (y, x, rgb) uint8; each result
+    (draw, channel, y, x).
     """
     clean = model.encode_picture(picture).repeat(noises, 1, 1, 1)
     return clean, model.begin(seeded(seed, noises), *picture.shape[:2])
 
 
 def note_memory_format(name: str, tensor: torch.Tensor, store: Store) -> None:
-    """Note what does not lie in memory as it comes from the disk: a resumed run and a proof have to
-    arrange it.
+    """Record a tensor's layout in memory if it differs from that of what is read from a disk.
+
+    A resumed run and a proof have to arrange it so again.
     """
     if (how := memory_format(tensor)) != "contiguous":
         store.annotate(memory_format={name: how})
 
 
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB, over all their values; infinite when
-    they are the same.
+def psnr(picture: np.ndarray, other: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of two uint8 pictures in dB, over all their values.
+
+    It is infinite if they are the same.
     """
-    error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
+    error = float(np.mean((picture.astype(np.float64) - other.astype(np.float64)) ** 2))
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

@@ -1,6 +1,4 @@
-"""What a first look at a recording reads: the sum of the maps over time, and an overview of every
-step, token by token.
-"""
+"""A capture: what a first look at a recording reads, the maps' sum over time and an overview."""
 
 from __future__ import annotations
 
@@ -20,8 +18,10 @@ AT_ONCE = 2**25  # bytes of the overview that are in memory together
 
 
 class Sums(Capture):
-    """`time_sum` (token, branch, image, layer, head, y, x) of each grid, and `overview` (token,
-    step, y, x) on the largest.
+    """`time_sum` (token, branch, image, layer, head, y, x) of each grid, and one `overview`.
+
+    The first is the sum of the maps over time. `overview` (token, step, y, x) is their mean over
+    layers, heads and images, on the largest grid.
     """
 
     component, finishing = "", "Summing up the attention maps"
@@ -30,10 +30,10 @@ class Sums(Capture):
         self._plan, self._mode = plan, plan.recipe.capture.attention
 
     def arrays(self) -> list[ArraySpec]:
-        found = [spec(grid_group(grid), "time_sum", self._shape(grid)) for grid in self._plan.grids]
+        sums = [spec(grid_group(grid), "time_sum", self._shape(grid)) for grid in self._plan.grids]
         largest = next(iter(self._plan.grids))
         overview = (len(self._plan.kept.positions), self._plan.calls, *largest)
-        return [*found, spec(grid_group(largest), "overview", overview)]
+        return [*sums, spec(grid_group(largest), "overview", overview)]
 
     def _shape(self, grid: Grid) -> tuple[int, ...]:
         plan, layers = self._plan, self._plan.grids[grid]
@@ -45,18 +45,17 @@ class Sums(Capture):
         plan, largest = self._plan, next(iter(self._plan.grids))
         sums = {grid: np.zeros(self._shape(grid), np.float32) for grid in plan.grids}
         tokens = len(plan.kept.positions)
-        together = max(
-            1, AT_ONCE // (4 * tokens * math.prod(largest))
-        )  # a token's steps are one file: few writes
+        # A token's steps are one file: few writes of many steps.
+        together = max(1, AT_ONCE // (4 * tokens * math.prod(largest)))
         for first in range(0, len(plan.recorded), together):
             steps = list(plan.recorded[first : first + together])
             overview = np.zeros((tokens, len(steps), *largest), np.float32)
-            for place, index in enumerate(steps):
+            for column, index in enumerate(steps):
                 for grid in plan.grids:
                     maps = self._maps(store, grid, index)
                     sums[grid] += maps
                     kept = maps[:, -1]  # the last branch: cond, if it was kept
-                    overview[:, place] += resize(kept.mean(axis=(1, 3)).sum(axis=1), largest)
+                    overview[:, column] += resize(kept.mean(axis=(1, 3)).sum(axis=1), largest)
             at = (slice(None), steps)
             store.write(f"{grid_group(largest)}/overview", overview / len(plan.layers), at=at)
         for grid, total in sums.items():
@@ -66,17 +65,16 @@ class Sums(Capture):
     def _maps(self, store: Store, grid: Grid, index: int) -> np.ndarray:
         group, stop = grid_group(grid), self._plan.recipe.on_nan == "stop"
         if self._mode == "queries":
-            return maps_of(
-                read_step(store, f"{group}/query", index, stop), store.read(f"{group}/key")
-            )
+            queries = read_step(store, f"{group}/query", index, stop)
+            return maps_of(queries, store.read(f"{group}/key"))
         return probabilities(read_step(store, f"{group}/cross", index, stop))
 
 
 def read_step(store: Store, path: str, index: int, stop: bool) -> np.ndarray:
-    """One committed step of a variable. Raise RecordingDamaged if its file is gone, which zarr
-    reads as NaN.
+    """Return one committed step of a variable. Raise RecordingDamaged if its file is gone.
 
-    `stop` is whether the run stops at NaN: otherwise they may have been recorded.
+    Zarr reads a missing file as NaN. With `stop`, the run stops at NaN, so none can have been
+    recorded.
     """
     value = store.read(path, at=index)
     if stop and value.dtype.kind == "f" and np.isnan(value).all():
