@@ -1,10 +1,10 @@
 """What lies in a model's folder, checked before a library sees it.
 
-Somebody else's model is untrusted input. Only plain files inside the folder are opened (a hub
-snapshot's links into its own repository's blobs count as inside), JSON is read once and within
-limits, and weights come from safetensors alone, through indices too. The headers of the weights are
-held against the model that the config describes: every tensor there, no other, every shape right.
-Then the tensors are read from the same files: no library chooses another.
+Somebody else's model is untrusted input. Only plain files inside the folder are opened; a hub
+snapshot's links into its own repository's blobs count as inside. JSON is read once and within
+limits. Weights come from safetensors alone, through indices too. The headers of the weights are
+compared with the model that the config describes: every tensor there, no other, every shape right.
+Then the tensors are read from the same files: no library chooses others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from probe.errors import ModelError
 from probe.text import first_line, shorten, shown
 
 AGAIN = "Fetch the model again."
-WHOLE = "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?"
+COMPLETE = "Is it a diffusers directory (model_index.json, unet/, vae/, ...)?"
+COPY = "Copy the model with its files: cp -rL."
 CONVERT = (
     "Convert them once where you trust them: "
     "DiffusionPipeline.from_pretrained(...).save_pretrained(folder, safe_serialization=True)."
@@ -48,17 +49,17 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys that mean the same: diffusers renamed the VAE's attention, transformers dropped a wrapper and
 # a buffer.
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_ATTENTION = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 WRAPPER, POSITIONS, PROJECTION = "text_model.", "embeddings.position_ids", "text_projection."
 TEXT = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor in a safetensors file, of which only the header was read. `key` is its name in that
-    file.
+    """A tensor in a safetensors file, by its header alone. `key` is its name in that file.
 
-    diffusers' tables for old layouts take it for a tensor: they ask for some of its rows (queries,
-    keys and values that lie in one), for it turned around, or for a convolution of one pixel as a
+    Diffusers' tables for old layouts treat it as a tensor. They ask for some of its rows (queries,
+    keys and values that lie in one), for its transpose, or for a convolution of one pixel as a
     matrix.
     """
 
@@ -85,9 +86,9 @@ class Weight:
 
     contiguous = detach = clone
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return what is meant of the tensor in the file."""
-        part = whole if self.rows is None else whole[slice(*self.rows)]
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the part of the file's tensor that this weight stands for."""
+        part = tensor if self.rows is None else tensor[slice(*self.rows)]
         return (part.T if self.turned else part).reshape(self.shape)
 
 
@@ -99,6 +100,7 @@ class ModelFolder:
     name: str
 
     def refuse(self, cause: str, remedy: str = AGAIN) -> ModelError:
+        """Return the error for this model."""
         return ModelError(f"{self.name}: {cause}", remedy)
 
     def plain(self, file: str, most: int | None = None) -> Path:
@@ -107,30 +109,23 @@ class ModelFolder:
         try:
             where, state = path.resolve(), path.stat()
         except (FileNotFoundError, NotADirectoryError) as problem:
-            link = path.is_symlink()
-            raise self.refuse(
-                f"{file} is {'a link to nothing' if link else 'missing'}.", AGAIN if link else WHOLE
-            ) from problem
+            if path.is_symlink():
+                raise self.refuse(f"{file} is a link to nothing.") from problem
+            raise self.refuse(f"{file} is missing.", COMPLETE) from problem
         except (OSError, RuntimeError, ValueError) as problem:  # a loop of links is a RuntimeError
             raise self._unread(file, problem) from problem
         if not self._inside(where):
-            raise self.refuse(
-                f"{file} is a link that leads out of the model's folder.",
-                "Copy the model with its files: cp -rL.",
-            )
+            raise self.refuse(f"{file} is a link that leads out of the model's folder.", COPY)
         if not stat.S_ISREG(state.st_mode):
             raise self.refuse(f"{file} is not a plain file.")
         if most is not None and state.st_size > most:
-            raise self.refuse(
-                f"{file} has {state.st_size} bytes, and {most} is the most that such a file may "
-                "have."
-            )
+            raise self.refuse(f"{file} has {state.st_size} bytes, and may have {most} at most.")
         return path
 
     def read(self, file: str, most: int = MOST_JSON) -> bytes:
-        """Read a plain file.
+        """Return the content of a plain file.
 
-        A pipe or a device never blocks, also if it took the file's place a moment ago.
+        A pipe or a device never blocks, also if it took the file's name a moment ago.
         """
         path = self.plain(file, most)
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -146,12 +141,15 @@ class ModelFolder:
         return content
 
     def json(self, file: str, most: int = MOST_JSON) -> Any:
-        """Read a JSON file: no key twice, no NaN or Infinity, no deep nesting, no number of
-        thousands of digits.
+        """Return what a JSON file holds.
+
+        It may have no key twice, no NaN or Infinity, no deep nesting and no number of thousands of
+        digits.
         """
         return self.parsed(file, self.read(file, most))
 
     def parsed(self, file: str, content: bytes) -> Any:
+        """Return what JSON holds, as `json` does. Errors call it `file`."""
         try:
             return json.loads(content, object_pairs_hook=_once, parse_constant=_no_constant)
         except RecursionError as problem:
@@ -162,29 +160,30 @@ class ModelFolder:
             raise self.refuse(f"{file} is not a valid JSON object.") from problem
 
     def json_object(self, file: str, most: int = MOST_JSON) -> dict[str, Any]:
-        found = self.json(file, most)
-        if not isinstance(found, dict):
+        """Return the object that a JSON file holds, as `json` does."""
+        value = self.json(file, most)
+        if not isinstance(value, dict):
             raise self.refuse(f"{file} is not a valid JSON object.")
-        return found
+        return value
 
     def files(self, folder: str) -> list[str]:
         """Return the names of the entries of a folder inside the model's."""
         path = self.path / folder
         try:
             if not path.is_dir():
-                raise self.refuse(f"{folder}/ is missing.", WHOLE)
+                raise self.refuse(f"{folder}/ is missing.", COMPLETE)
             if not self._inside(path.resolve()):
                 raise self.refuse(
-                    f"{folder}/ is a link that leads out of the model's folder.",
-                    "Copy the model with its files: cp -rL.",
+                    f"{folder}/ is a link that leads out of the model's folder.", COPY
                 )
             return sorted(entry.name for entry in path.iterdir())
         except (OSError, RuntimeError) as problem:
             raise self._unread(folder, problem) from problem
 
     def weights(self, part: str, variant: str | None) -> dict[str, Weight]:
-        """Return the tensors of a part by name, from the headers of the files that diffusers and
-        transformers would choose.
+        """Return the tensors of a part by name, from the headers of its files.
+
+        The files are those that diffusers and transformers would choose.
         """
         if variant is not None and not re.fullmatch(r"[\w-]{1,40}", variant):
             raise self.refuse(
@@ -193,40 +192,35 @@ class ModelFolder:
             )
         there, suffix = self.files(part), f".{variant}" if variant else ""
         single = f"{STEMS[part]}{suffix}.safetensors"
-        names = dict.fromkeys(
-            f"{STEMS[part]}.safetensors{end}"
-            for end in (f".index{suffix}.json", f"{suffix}.index.json")
-        )
-        sharded = [self._shards(part, index) for index in names if index in there]
+        ends = dict.fromkeys((f".index{suffix}.json", f"{suffix}.index.json"))
+        indices = [f"{STEMS[part]}.safetensors{end}" for end in ends]
+        sharded = [self._shards(part, index) for index in indices if index in there]
         if single not in there and not sharded:
             raise self._no_weights(part, variant, there)
         # Where both are there, transformers prefers the one file, and diffusers the index.
         alone = single in there and (part in TEXT or not sharded)
         files = [single] if alone else list(dict.fromkeys(sharded[0].values()))
-        found: dict[str, Weight] = {}
+        weights: dict[str, Weight] = {}
         for file in files:
             for key, weight in header(self, f"{part}/{file}").items():
-                if key in found:
-                    raise self.refuse(
-                        f"{part}: {shown(key)} is in {found[key].path.name} and in {file}."
-                    )
-                found[key] = weight
-        if not alone and (odd := set(found).symmetric_difference(sharded[0])):
+                if key in weights:
+                    other = weights[key].path.name
+                    raise self.refuse(f"{part}: {shown(key)} is in {other} and in {file}.")
+                weights[key] = weight
+        if not alone and (odd := set(weights).symmetric_difference(sharded[0])):
             raise self.refuse(
                 f"{part}: the index of the weights and their files do not agree on "
                 f"{shown(min(odd))}."
             )
-        return found
+        return weights
 
     def _shards(self, part: str, index: str) -> dict[str, str]:
-        """Return the file of each tensor by an index."""
+        """Return the file of each tensor, as an index names it."""
         listed = self.json_object(f"{part}/{index}", MOST_INDEX).get("weight_map")
-        if (
-            not isinstance(listed, dict)
-            or not listed
-            or len(listed) > MOST_TENSORS
-            or not all(isinstance(file, str) for file in listed.values())
-        ):
+        if not isinstance(listed, dict):
+            listed = {}
+        named = all(isinstance(file, str) for file in listed.values())
+        if not named or not 0 < len(listed) <= MOST_TENSORS:
             raise self.refuse(f"{part}/{index} has no weight_map of tensors and their files.")
         for file in dict.fromkeys(listed.values()):
             if not re.fullmatch(r"[\w][\w.-]{0,200}\.safetensors", file):
@@ -240,25 +234,24 @@ class ModelFolder:
         return listed
 
     def _no_weights(self, part: str, variant: str | None, there: list[str]) -> ModelError:
+        """Return the error for a part without weights of that variant, by what is `there`."""
         safe = [file for file in there if file.endswith(".safetensors")]
         variants = sorted(
             {shorten(file.split(".")[1].split("-")[0]) for file in safe if file.count(".") > 1}
         )
         plain = [file for file in safe if file.count(".") == 1 and file.startswith(STEMS[part])]
-        if variants or (variant is not None and plain):
-            wanted = (
-                "weights without a variant"
-                if variant is None
-                else f"weights of variant {variant!r}"
+        choices = [f"set variant: {other}" for other in variants if other != variant]
+        if plain and (variants or variant is not None):
+            choices.append("leave variant out")
+        if choices:
+            wanted = "without a variant" if variant is None else f"of variant {variant!r}"
+            known = ", ".join(variants) or "none"
+            remedy = ", or ".join(choices)
+            return self.refuse(
+                f"{part} has no weights {wanted} (variants there: {known}).",
+                f"{remedy[0].upper()}{remedy[1:]}.",
             )
-            choices = [f"set variant: {other}" for other in variants if other != variant] + [
-                "leave variant out"
-            ] * bool(plain)
-            if choices:
-                remedy = ", or ".join(choices)
-                cause = f"{part} has no {wanted} (variants there: {', '.join(variants) or 'none'})."
-                return self.refuse(cause, f"{remedy[0].upper()}{remedy[1:]}.")
-        if plain or safe:
+        if safe:
             return self.refuse(
                 f"{part} has weights in several files, and no index of them.",
                 "Fetch the model again, with its *.index.json files.",
@@ -273,25 +266,22 @@ class ModelFolder:
         )
 
     def _inside(self, where: Path) -> bool:
-        """Whether a resolved path is in the folder, or a blob of the repository in the hub's cache
-        that the folder is part of.
+        """Tell whether a resolved path is in the folder.
+
+        A blob of the hub cache's repository that the folder is part of counts as inside.
         """
         own = self.path.resolve()
-        repository = next(
-            (parent for parent in own.parents if parent.name.startswith("models--")), None
-        )
-        return where.is_relative_to(own) or (
-            repository is not None and where.parent == (repository / "blobs").resolve()
-        )
+        repositories = (parent for parent in own.parents if parent.name.startswith("models--"))
+        repository = next(repositories, None)
+        if repository is not None and where.parent == (repository / "blobs").resolve():
+            return True
+        return where.is_relative_to(own)
 
     def _unread(self, file: str, problem: Exception) -> ModelError:
-        why = (
-            problem.strerror
-            if isinstance(problem, OSError) and problem.strerror
-            else "a loop of links, or an impossible name"
-        )
+        why = problem.strerror if isinstance(problem, OSError) else None
         return self.refuse(
-            f"{file} could not be read: {why}.", "Check the folder, its permissions and its disk."
+            f"{file} could not be read: {why or 'a loop of links, or an impossible name'}.",
+            "Check the folder, its permissions and its disk.",
         )
 
 
@@ -300,12 +290,12 @@ class _Odd(Exception):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _Odd(f"says {shown(twice)} twice")
-    return found
+    return values
 
 
 def _no_constant(word: str) -> Any:
@@ -313,14 +303,13 @@ def _no_constant(word: str) -> Any:
 
 
 def header(folder: ModelFolder, file: str) -> dict[str, Weight]:
-    """Return the tensors of a safetensors file by name, from its header alone, which must account
-    for every byte.
+    """Return the tensors of a safetensors file by name, from its header alone.
+
+    The header must account for every byte. Raise ModelError.
     """
     path = folder.plain(file)
-    size, broken = (
-        path.stat().st_size,
-        folder.refuse(f"{file} is not a safetensors file, or is cut short."),
-    )
+    size = path.stat().st_size
+    broken = folder.refuse(f"{file} is not a safetensors file, or is cut short.")
     with path.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if not 2 <= length <= min(MOST_HEADER, size - 8):
@@ -331,92 +320,73 @@ def header(folder: ModelFolder, file: str) -> dict[str, Weight]:
     listed.pop("__metadata__", None)
     if len(listed) > MOST_TENSORS:
         raise folder.refuse(f"{file} holds {len(listed)} tensors, and {MOST_TENSORS} is the most.")
-    found, total = {}, 0
-    for key, one in listed.items():
-        shape, bits = (
-            (one.get("shape"), BITS.get(str(one.get("dtype"))))
-            if isinstance(one, dict)
-            else (None, None)
-        )
-        if (
-            bits is None
-            or not isinstance(shape, list)
-            or not all(type(side) is int and 0 <= side < 2**48 for side in shape)
-        ):
+    weights, total = {}, 0
+    for key, entry in listed.items():
+        entry = entry if isinstance(entry, dict) else {}
+        shape, dtype = entry.get("shape"), str(entry.get("dtype"))
+        sides: list[Any] = shape if isinstance(shape, list) else [None]
+        if dtype not in BITS or not all(type(n) is int and 0 <= n < 2**48 for n in sides):
             raise folder.refuse(
                 f"{file}: what it says of {shown(key)} is not what safetensors files say."
             )
-        found[key] = Weight(path, key, tuple(shape), str(one["dtype"]))
-        total += math.prod(shape) * bits // 8
+        weights[key] = Weight(path, key, tuple(sides), dtype)
+        total += math.prod(sides) * BITS[dtype] // 8
     if total != size - 8 - length:
         raise broken
-    return found
+    return weights
 
 
 def fit(
     folder: ModelFolder, part: str, weights: Mapping[str, Weight], skeleton: torch.nn.Module
 ) -> dict[str, Weight]:
-    """Return the tensor of each of the model's names.
+    """Return the weight for each name in the model's state dict.
 
-    Raises ModelError where one is missing, has no place, or another shape.
+    Raise ModelError for a weight that is missing, is not the model's, or has another shape.
     """
     expected = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items()}
     wrapped = WRAPPER if any(key.startswith(WRAPPER) for key in expected) else ""
-    found: dict[str, Weight] = {}
+    fitted: dict[str, Weight] = {}
     for key, weight in weights.items():
         name = _renamed(part, key, wrapped)
         if part in TEXT and name.removeprefix(WRAPPER) == POSITIONS and name not in expected:
             continue
-        if name in found:
+        if name in fitted:
             raise folder.refuse(
-                f"{part}: {shown(key)} and {shown(found[name].key)} are the same tensor, written "
+                f"{part}: {shown(key)} and {shown(fitted[name].key)} are the same tensor, written "
                 "twice."
             )
-        found[name] = weight
+        fitted[name] = weight
     config = f"{part}/config.json"
-    if missing := [key for key in expected if key not in found]:
-        cause = (
-            f"{part}: {missing[0]} {_shape(expected[missing[0]])} is not in its "
-            f"weights{_more(missing)}."
-        )
+    remedy = f"Fetch the model again, and check that {config} is that of these weights."
+    if missing := [key for key in expected if key not in fitted]:
+        tensor = f"{missing[0]} {_shape(expected[missing[0]])}"
+        raise folder.refuse(f"{part}: {tensor} is not in its weights{_more(missing)}.", remedy)
+    if over := [key for key in fitted if key not in expected]:
+        tensor = f"{shown(fitted[over[0]].key)} {_shape(fitted[over[0]].shape)}"
         raise folder.refuse(
-            cause, f"Fetch the model again, and check that {config} is that of these weights."
+            f"{part}: its weights hold {tensor}, which has no place in the model{_more(over)}.",
+            remedy,
         )
-    if over := [key for key in found if key not in expected]:
-        cause = (
-            f"{part}: its weights hold {shown(found[over[0]].key)} {_shape(found[over[0]].shape)}, "
-            f"which has no place in the model{_more(over)}."
-        )
+    if odd := [key for key in expected if fitted[key].shape != expected[key]]:
+        shape, wanted = _shape(fitted[odd[0]].shape), _shape(expected[odd[0]])
         raise folder.refuse(
-            cause, f"Fetch the model again, and check that {config} is that of these weights."
+            f"{part}: {odd[0]} has shape {shape}, and {config} makes it {wanted}{_more(odd)}.",
+            remedy,
         )
-    if odd := [key for key in expected if found[key].shape != expected[key]]:
-        cause = (
-            f"{part}: {odd[0]} has shape {_shape(found[odd[0]].shape)}, and {config} makes it "
-            f"{_shape(expected[odd[0]])}{_more(odd)}."
-        )
+    if odd := [key for key in fitted if fitted[key].dtype not in FLOATS]:
         raise folder.refuse(
-            cause, f"Fetch the model again, and check that {config} is that of these weights."
+            f"{part}: {odd[0]} is of type {shown(fitted[odd[0]].dtype)}, and only F32, F16, BF16 "
+            f"and F64 are supported{_more(odd)}.",
+            "Use the model's weights before they were quantized.",
         )
-    if odd := [key for key in found if found[key].dtype not in FLOATS]:
-        cause = (
-            f"{part}: {odd[0]} is of type {shown(found[odd[0]].dtype)}, and only F32, F16, BF16 "
-            f"and F64 are supported{_more(odd)}."
-        )
-        raise folder.refuse(cause, "Use the model's weights before they were quantized.")
-    return found
+    return fitted
 
 
 def _renamed(part: str, key: str, wrapped: str) -> str:
     if part in TEXT:
         return key if key.startswith(PROJECTION) else wrapped + key.removeprefix(WRAPPER)
-    if part == "vae" and (
-        old := re.fullmatch(
-            r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key
-        )
-    ):
-        return f"{old[1]}.{ATTENTION[old[2]]}.{old[3]}"
-    return key
+    old = OLD_ATTENTION.fullmatch(key) if part == "vae" else None
+    return f"{old[1]}.{ATTENTION[old[2]]}.{old[3]}" if old else key
 
 
 def _shape(shape: Iterable[int]) -> str:
@@ -435,9 +405,9 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
-    """Give a model on the meta device its weights, copied from their files.
+    """Give a model on the meta device its weights, copied from their files. Return it.
 
-    Nothing stays without a value.
+    Raise ModelError if any tensor would be left without a value.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -456,9 +426,8 @@ def fill(
         ) from problem
     skeleton.load_state_dict(tensors, strict=True, assign=True)
     for owner in skeleton.modules():
-        if "position_ids" in dict(
-            owner.named_buffers(recurse=False)
-        ):  # of the text encoder; it is in no file
+        # A buffer of the text encoder, which is in no file.
+        if "position_ids" in dict(owner.named_buffers(recurse=False)):
             owner.position_ids = torch.arange(len(owner.position_ids[0]), device=device)[None]  # type: ignore[index]
     held = [
         tensor

@@ -1,6 +1,6 @@
 """How a pipeline reads a prompt, for every family.
 
-Its tokenizers, its conversions, and the proof that ours is the same.
+This module has the pipeline's conversions of a prompt, and the proof that our reading is the same.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ LOAD_TOGETHER = (
 def read(
     model: Family, encoder: str, text: str, over_long: OverLong = "error", rules: int = RULES
 ) -> Prompt:
-    """Tokenize a text for one of a model's text encoders, as its pipeline does.
+    """Return a text's tokens for one of a model's text encoders, as its pipeline makes them.
 
-    Raise PromptError for a text that is too long or has words that the model never saw, and
-    ModelError for a token that the text encoder has no embedding of.
+    Raise PromptError for a text that is too long or has words that the model never saw. Raise
+    ModelError for a token without an embedding in the text encoder.
     """
-    first, (module, tokenizer) = next(iter(model.text_encoders())), model.text_encoders()[encoder]
-    known = model.vocabulary
+    encoders, known = model.text_encoders(), model.vocabulary
+    module, tokenizer = encoders[encoder]
     if known is not None:
         unknown = [word for word in words_to_know(text, tokenizer) if word not in known]
         if unknown:
@@ -44,10 +44,8 @@ def read(
                 f"{model.name} never saw {', '.join(map(repr, unknown))} in its training.",
                 f"Its words: {' '.join(sorted(known))}. Another model (model: ...) knows more.",
             )
-    converter = _converter(model.pipeline)
-    prompt = read_prompt(
-        tokenizer, text, over_long, converter, rules, padding_is_word=encoder == first
-    )
+    converter, is_first = _converter(model.pipeline), encoder == next(iter(encoders))
+    prompt = read_prompt(tokenizer, text, over_long, converter, rules, padding_is_word=is_first)
     position = int(prompt.ids.argmax())
     if int(prompt.ids[0, position]) >= module.get_input_embeddings().num_embeddings:
         raise ModelError(
@@ -72,16 +70,14 @@ Theirs = Callable[[Any, Mapping[str, Prompt]], Mapping[str, Arguments]]
 
 
 def check_reading(model: Family, tokens: Mapping[str, Tokens], theirs: Theirs) -> None:
-    """Hold our arguments of prompts, by branch, against those of the model's pipeline, if any.
+    """Compare our arguments of prompts, by branch, with those of the model's own pipeline.
 
-    `theirs` asks the pipeline, given the prompts by branch. Raise ModelError if a bit differs: the
-    pipeline then reads text in a way of its own. Prompts that were read by the first rules are not
-    compared.
+    `theirs` returns the pipeline's, given the prompts by branch. Raise ModelError if a bit differs:
+    the pipeline then reads text in its own way. Prompts that were read by the first rules are not
+    compared; nor are those of a model without a pipeline.
     """
-    pipeline, prompts = (
-        model.pipeline,
-        {branch: next(iter(of.values())) for branch, of in tokens.items()},
-    )
+    pipeline = model.pipeline
+    prompts = {branch: next(iter(readings.values())) for branch, readings in tokens.items()}
     if pipeline is None or model.device.type == "meta" or prompts[COND].rules != RULES:
         return
     for name, (encoder, tokenizer) in model.text_encoders().items():
@@ -94,12 +90,11 @@ def check_reading(model: Family, tokens: Mapping[str, Tokens], theirs: Theirs) -
         try:
             wanted = theirs(pipeline, prompts)
         except (TypeError, ValueError, AttributeError, LookupError) as problem:
-            cause = (
-                f"{model.name}: its own encode_prompt fails ({type(problem).__name__}: {problem})."
-            )
+            why = f"{type(problem).__name__}: {problem}"
+            cause = f"{model.name}: its own encode_prompt fails ({why})."
             raise ModelError(cause, UNDO) from problem
-        for branch, read_as in tokens.items():
-            ours = model.encode_prompt(read_as, branch)
+        for branch, reading in tokens.items():
+            ours = model.encode_prompt(reading, branch)
             if not all(_same(ours[name], value) for name, value in wanted[branch].items()):
                 which = "prompt" if branch == COND else "negative prompt"
                 raise ModelError(
@@ -117,10 +112,7 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _hushed(hush: bool) -> Iterator[None]:
-    """Silence what the libraries say of a prompt that is too long.
-
-    It is said already, in the experiment's words.
-    """
+    """Silence the libraries' warnings of a text that is too long: we say it ourselves."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers") if hush]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -136,10 +128,10 @@ def refuse_other_readers(pipeline: Any, kind: type[Any]) -> None:
     """Raise ModelError for a pipeline whose `encode_prompt` is not that of its class."""
     own = getattr(pipeline.encode_prompt, "__func__", pipeline.encode_prompt)
     if own is not kind.encode_prompt:
-        named = f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', '')}"
-        where = named if hasattr(own, "__qualname__") else type(own).__name__
+        name = f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', '')}"
+        other = name if hasattr(own, "__qualname__") else type(own).__name__
         raise ModelError(
-            f"{type(pipeline).__name__}: its encode_prompt was replaced (by {where}), so it reads "
+            f"{type(pipeline).__name__}: its encode_prompt was replaced (by {other}), so it reads "
             "prompts in a way of its own.",
             f"Give a {kind.__name__} with diffusers' own encode_prompt.",
         )
