@@ -1,4 +1,4 @@
-"""How good are attention maps? Word maps held against true masks, by noise level, layer and head.
+"""Measure how good attention maps are: word maps against true masks, by noise, layer and head.
 
     # the bundled model on 200 fresh scenes, and on 64 generated pictures
     python -m experiments.attention_truth
@@ -7,28 +7,29 @@
     # any Stable Diffusion 1.x or 2.x, your own pictures
     python -m experiments.attention_truth --model DIRECTORY --folder PICTURES
 
-Scenes with known masks are encoded, noised to each timestep with known noise, and the UNet is asked
-once. The map of each subject's word is scored against its mask: average precision (AP, needs no
-threshold) and IoU. Beside it stand maps that know nothing (uniform, a centred Gaussian, the other
-subject's word, a UNet with random weights), one that knows everything (the true mask at the grid of
-the maps), and other ways to ask the same model (contribution, counterfactual, a word's map less
-that of the others).
+Scenes with known masks are encoded and noised to each timestep with known noise. The UNet is called
+once for each. The map of each subject's word is scored against its mask: by average precision (AP),
+which needs no threshold, and by IoU. Beside it stand maps that know nothing (uniform, a centred
+Gaussian, the other subject's word, a UNet with random weights), one that knows everything (the true
+mask at the grid of the maps), and other ways to ask the same model (contribution, counterfactual, a
+word's map less that of the others).
 
-Three sets of pictures that share none: one ranks the heads, one chooses how many of them to use and
-each map's threshold, and only the third is scored. Intervals are 95%, from resampling pictures.
-Everything is of one checkpoint: it says how results vary with pictures, not with training. The
-bundled model was trained to bind nouns to words (half of its last training hid start, end and
-padding tokens): do not expect its figures of a model that was not. Scenes have half one subject,
-half two; their seeds (see SEEDS) are none that training used.
+There are three sets of pictures, with none in common. One ranks the heads. One chooses how many of
+them to use, and each map's threshold. Only the third is scored. Intervals are 95%, from resampling
+pictures. All results are of one checkpoint: they say how results vary with pictures, not with
+training. The bundled model was trained to bind nouns to words (half of its last training hid start,
+end and padding tokens): do not expect its figures of a model that was not. Half of the scenes have
+one subject, half have two. Training used none of their seeds (see SEEDS).
 
-Generated pictures (DDIM, 30 steps, guidance 3) have no masks. There the truth is what a small
-segmenter sees, which is trained first (about 5 minutes; experiments/emojiworld/segmenter.py) and
-whose own mIoU is printed.
+Generated pictures (DDIM, 30 steps, guidance 3) have no masks. Their truth is what a small segmenter
+sees. It is trained first (about 5 minutes; experiments/emojiworld/segmenter.py), and its own mIoU
+is printed.
 
 A folder for --folder holds, for each picture:
     NAME.png (or .jpg)    the picture; it and its masks are scaled and cut to the model's size
     NAME.txt              its caption, one line: "a cat on a mat"
     NAME.WORD.png         a mask, white where WORD is; one for each word or phrase to be scored
+
 A third of the pictures (drawn with --seed) ranks heads, a third chooses thresholds, a third is
 scored. Give at least 30 to learn something.
 """
@@ -47,7 +48,7 @@ import xarray as xr
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.attention_truth_report import draw_figure, section, told
+from experiments.attention_truth_report import as_text, draw_figure, section
 from experiments.emojiworld import segmenter as segmenting
 from experiments.emojiworld import world
 from experiments.emojiworld.report import Asked, asked_for
@@ -74,46 +75,40 @@ from probe.settings.pictures import read_masks, read_picture
 from probe.terminal import Parser, guarded
 
 TIMESTEPS = (100, 300, 500, 700, 900)
-SEEDS = {
-    "ranking": 50_000_000,
-    "choosing": 51_000_000,
-    "scored": 52_000_000,
-}  # training draws scenes 0 to 39,999
+# Training draws scenes 0 to 39,999.
+SEEDS = {"ranking": 50_000_000, "choosing": 51_000_000, "scored": 52_000_000}
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # how many of the best heads are tried
 STEPS, GUIDANCE = 30, 3.0
 
-Found = tuple[
-    Shown, xr.DataArray, xr.DataArray
-]  # a picture, its maps (map, step, word, y, x), their truth (word, y, x)
+# A picture, its maps (map, step, word, y, x), and their truth (word, y, x).
+Mapped = tuple[Shown, xr.DataArray, xr.DataArray]
 
 # --- pictures with truth --------------------------------------------------------------------------
 
 
 def scenes(model: StableDiffusion, count: int, first: int) -> list[Shown]:
-    """Fresh scenes from seed `first` on, as many with one subject as with two, at the model's size;
-    the truth is of the subjects.
+    """Return fresh scenes at the model's size, half with one subject and half with two.
+
+    Seeds begin at `first`. Masks are those of the subjects.
     """
     _, _, *latents = model.latent_shape(1)
     size = (model.f * latents[1], model.f * latents[0])
-    found: dict[int, list[Shown]] = {1: [], 2: []}
+    by_subjects: dict[int, list[Shown]] = {1: [], 2: []}
     wanted = {1: count - count // 2, 2: count // 2}
     seed = first
-    while any(len(found[n]) < wanted[n] for n in found):
+    while any(len(by_subjects[n]) < wanted[n] for n in by_subjects):
         scene = world.draw_scene(seed)
         n = len(scene.subjects)
-        if len(found[n]) < wanted[n]:
-            picture = np.asarray(
-                Image.fromarray(scene.image).resize(size, Image.Resampling.LANCZOS)
-            )
+        if len(by_subjects[n]) < wanted[n]:
+            picture = Image.fromarray(scene.image).resize(size, Image.Resampling.LANCZOS)
             masks = {
-                name: np.asarray(
-                    Image.fromarray(scene.masks[name]).resize(size, Image.Resampling.NEAREST)
-                )
+                name: Image.fromarray(scene.masks[name]).resize(size, Image.Resampling.NEAREST)
                 for name in scene.subjects
             }
-            found[n].append(Shown(str(seed), picture, scene.caption, masks))
+            arrays = {name: np.asarray(mask) for name, mask in masks.items()}
+            by_subjects[n].append(Shown(str(seed), np.asarray(picture), scene.caption, arrays))
         seed += 1
-    return found[1] + found[2]
+    return by_subjects[1] + by_subjects[2]
 
 
 def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
@@ -152,9 +147,7 @@ def read_folder(folder: Path, model: StableDiffusion) -> list[Shown]:
 
 
 def _refuse_names(files: Sequence[Path], pictures: Sequence[Path]) -> None:
-    """Raise ExperimentError for masks without a picture, masks as JPEG, and names that are twice
-    there.
-    """
+    """Raise ExperimentError for masks without a picture, masks as JPEG, and names given twice."""
     names = {picture.stem for picture in pictures}
     if lonely := [file.name for file in files if file.stem.split(".")[0] not in names]:
         raise ExperimentError(
@@ -208,40 +201,43 @@ def drawn(
     segmenter: segmenting.Segmenter,
     asked: Sequence[Asked],
     steps: int = STEPS,
-) -> Iterator[Found]:
-    """Pictures of some prompts, recorded as any run, and what the segmenter says is in them;
-    without those where a subject is missing.
+) -> Iterator[Mapped]:
+    """Yield pictures of prompts, each recorded as any run, with what the segmenter sees in them.
+
+    Pictures in which a subject is missing are left out.
     """
-    for seed, one in enumerate(
-        tqdm(asked, desc="generated pictures", unit="picture", mininterval=5)
-    ):
+    listed = tqdm(asked, desc="generated pictures", unit="picture", mininterval=5)
+    for seed, request in enumerate(listed):
         with tempfile.TemporaryDirectory() as folder:
             capture = {
-                "counterfactual": list(one.subjects),
+                "counterfactual": list(request.subjects),
                 "text": False,
                 "statistics": False,
                 "dtype": "float32",
                 "steps": "::3",
             }
-            asking = {
-                "prompt": one.prompt,
+            experiment = {
+                "prompt": request.prompt,
                 "seed": seed,
                 "steps": steps,
                 "guidance_scale": GUIDANCE,
                 "scheduler": "DDIM",
                 "capture": capture,
+                "output": folder,
+                "durability": "none",
             }
-            run = record({**asking, "output": folder, "durability": "none"}, model, progress=False)
+            run = record(experiment, model, progress=False)
             picture = run.images.values[0]
-            masks = segmenter.masks(picture, one.subjects)
-            if len(masks) == len(one.subjects):
+            masks = segmenter.masks(picture, request.subjects)
+            if len(masks) == len(request.subjects):
                 truth = xr.DataArray(
                     np.stack([*masks.values()]).astype(np.float32),
                     dims=("word", "y", "x"),
                     coords={"word": list(masks)},
                 )
-                seen = recorded(run, model.read(one.prompt), TIMESTEPS, one.subjects)
-                yield Shown(str(seed), picture, one.prompt, masks), candidates(seen, truth), truth
+                seen = recorded(run, model.read(request.prompt), TIMESTEPS, request.subjects)
+                shown = Shown(str(seed), picture, request.prompt, masks)
+                yield shown, candidates(seen, truth), truth
 
 
 # --- the study ------------------------------------------------------------------------------------
@@ -252,67 +248,63 @@ def looked(
     shown: Sequence[Shown],
     timesteps: Sequence[int],
     label: str,
-    whole: bool = True,
+    everything: bool = True,
     seed: int = 0,
-) -> Iterator[Found]:
-    """Each picture with its maps and their truth.
+) -> Iterator[Mapped]:
+    """Yield each picture with its maps and their truth.
 
-    Not `whole`: without the counterfactual and random weights, which take time.
+    Without `everything`, the counterfactual and random weights, which take time, are left out.
     """
-    blind = random_weights(model, seed) if whole else None
-    for index, one in enumerate(tqdm(shown, desc=label, unit="picture", mininterval=5)):
-        seen = look(model, one, timesteps, seed + index, counterfactual=whole)
-        truth = one.truth()
-        yield (
-            one,
-            candidates(
-                seen,
-                truth,
-                look(blind, one, timesteps, seed + index, counterfactual=False) if blind else None,
-            ),
-            truth,
-        )
+    untrained = random_weights(model, seed) if everything else None
+    for index, picture in enumerate(tqdm(shown, desc=label, unit="picture", mininterval=5)):
+        seen = look(model, picture, timesteps, seed + index, counterfactual=everything)
+        blind = None
+        if untrained:
+            blind = look(untrained, picture, timesteps, seed + index, counterfactual=False)
+        truth = picture.truth()
+        yield picture, candidates(seen, truth, blind), truth
 
 
-def ranked(found: Iterable[Found]) -> list[str]:
-    """The heads by their AP, mean over pictures and steps, the best first."""
+def ranked(pictures: Iterable[Mapped]) -> list[str]:
+    """Return the heads by their AP, the mean over pictures and steps, the best first."""
     scores = [
         precision(maps.sel(map=[n for n in maps["map"].values if n.startswith("head/")]), truth)
-        for _, maps, truth in found
+        for _, maps, truth in pictures
     ]
     mean = of_scenes(scores).mean(("scene", "step"))
     return [str(name) for name in mean["map"].values[np.argsort(-mean.values, kind="stable")]]
 
 
 def chosen(
-    found: Iterable[Found], heads: Sequence[str], counts: Sequence[int]
+    pictures: Iterable[Mapped], heads: Sequence[str], counts: Sequence[int]
 ) -> tuple[list[str], xr.DataArray]:
-    """How many of the ranked heads make the best mean map, by AP, and every map's best level.
+    """Return the best heads, as many as make the best mean map by AP, and every map's best level.
 
-    *Shape:* of the levels (map, step).
+    *Shape:* the levels (map, step).
     """
     counts = [n for n in counts if n <= len(heads)]
     precisions, levels = [], []
-    for _, maps, truth in found:
+    for _, maps, truth in pictures:
         tried = xr.concat([best_of(maps, heads[:n], f"best/{n}") for n in counts], "map")
         precisions.append(precision(tried, truth).mean("step"))
         levels.append(level_scores(xr.concat([maps, tried], "map"), truth))
     count = counts[int(np.argmax(of_scenes(precisions).mean("scene").values))]
-    found_levels = best_levels(levels)
-    names = [name for name in found_levels["map"].values if not name.startswith("best/")]
-    best = found_levels.sel(map=[f"best/{count}"]).assign_coords(map=["best heads"])
-    return list(heads[:count]), xr.concat([found_levels.sel(map=names), best], "map")
+    level_of = best_levels(levels)
+    names = [name for name in level_of["map"].values if not name.startswith("best/")]
+    best = level_of.sel(map=[f"best/{count}"]).assign_coords(map=["best heads"])
+    return list(heads[:count]), xr.concat([level_of.sel(map=names), best], "map")
 
 
-def scores_of(found: Iterable[Found], heads: Sequence[str], levels: xr.DataArray) -> xr.Dataset:
-    """AP and IoU of every map of every picture, (scene, map, step); `things` (scene): how many
-    words have a truth.
+def scores_of(pictures: Iterable[Mapped], heads: Sequence[str], levels: xr.DataArray) -> xr.Dataset:
+    """Return AP and IoU of every map of every picture, (scene, map, step).
+
+    `things` (scene) counts the words that have a truth.
     """
     parts, names, things, captions = [], [], [], []
-    for shown, maps, truth in found:
-        whole = xr.concat([maps, best_of(maps, heads, "best heads")], "map")
-        known = [name for name in whole["map"].values if name in levels["map"].values]
-        parts.append(scored(whole.sel(map=known), truth, levels))
+    for shown, maps, truth in pictures:
+        every = xr.concat([maps, best_of(maps, heads, "best heads")], "map")
+        known = [name for name in every["map"].values if name in levels["map"].values]
+        parts.append(scored(every.sel(map=known), truth, levels))
         names.append(shown.name)
         things.append(len(shown.masks))
         captions.append(shown.caption)
@@ -329,21 +321,18 @@ def scores_of(found: Iterable[Found], heads: Sequence[str], levels: xr.DataArray
 def study(
     model: StableDiffusion, sets: dict[str, list[Shown]], timesteps: Sequence[int], seed: int = 0
 ) -> xr.Dataset:
-    """Rank heads on the first set, choose their number and all levels on the second, score the
-    third. As `scores_of`, with what was chosen.
+    """Rank heads on the first set, choose their number and all levels on the second.
+
+    Return the scores of the third, as `scores_of` does, with what was chosen.
     """
     model = model.with_scheduler("DDPM", {})
-    heads = ranked(
-        looked(model, sets["ranking"], timesteps, "ranking heads", whole=False, seed=seed)
-    )
-    best, levels = chosen(
-        looked(model, sets["choosing"], timesteps, "choosing thresholds", seed=seed + 1_000_000),
-        heads,
-        COUNTS,
-    )
-    scores = scores_of(
-        looked(model, sets["scored"], timesteps, "scoring", seed=seed + 2_000_000), best, levels
-    )
+    ranking = looked(model, sets["ranking"], timesteps, "ranking heads", False, seed)
+    heads = ranked(ranking)
+    label = "choosing thresholds"
+    choosing = looked(model, sets["choosing"], timesteps, label, seed=seed + 1_000_000)
+    best, levels = chosen(choosing, heads, COUNTS)
+    scoring = looked(model, sets["scored"], timesteps, "scoring", seed=seed + 2_000_000)
+    scores = scores_of(scoring, best, levels)
     sizes = {name: len(shown) for name, shown in sets.items()}
     return scores.assign(level=levels.sel(map=scores["map"])).assign_attrs(
         heads=best, ranking=heads, sets=sizes, model=model.name, seed=seed
@@ -351,7 +340,7 @@ def study(
 
 
 def split(shown: list[Shown], seed: int) -> dict[str, list[Shown]]:
-    """A folder's pictures as three sets of a third each."""
+    """Return a folder's pictures as three sets of a third each."""
     order = [shown[i] for i in np.random.default_rng(seed).permutation(len(shown))]
     third = len(shown) // 3
     return {
@@ -362,9 +351,9 @@ def split(shown: list[Shown], seed: int) -> dict[str, list[Shown]]:
 
 
 def study_pictures(model: StableDiffusion, heads: list[str], count: int) -> xr.Dataset:
-    """The maps of generated pictures against a segmenter.
+    """Return the scores of generated pictures against a segmenter.
 
-    A quarter as many more are drawn to choose the levels; heads are as chosen on scenes.
+    A quarter as many more are drawn to choose the levels. Heads are those that scenes chose.
     """
     segmenter = segmenting.train(model)
     own = {
@@ -373,17 +362,13 @@ def study_pictures(model: StableDiffusion, heads: list[str], count: int) -> xr.D
     }
     few, half = max(2, count // 8), count // 2
     listed = asked_for(few + half, sealed=False)
-    groups = [
-        [one for one in listed if one.group == group] for group in ("seen pairs", "two subjects")
-    ]
-    _, levels = chosen(
-        drawn(model, segmenter, [one for group in groups for one in group[:few]]),
-        heads,
-        [len(heads)],
-    )
-    scores = scores_of(
-        drawn(model, segmenter, [one for group in groups for one in group[few:]]), heads, levels
-    )
+    first: list[Asked] = []
+    others: list[Asked] = []
+    for group in ("seen pairs", "two subjects"):
+        requests = [request for request in listed if request.group == group]
+        first, others = first + requests[:few], others + requests[few:]
+    _, levels = chosen(drawn(model, segmenter, first), heads, [len(heads)])
+    scores = scores_of(drawn(model, segmenter, others), heads, levels)
     return scores.assign(level=levels.sel(map=scores["map"])).assign_attrs(
         heads=heads, drawn=2 * half, segmenter=own, model=model.name
     )
@@ -453,9 +438,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measured(options: argparse.Namespace) -> dict[str, xr.Dataset]:
-    """The scores of what the options ask for: `scenes`, and for the bundled world `pictures`.
+    """Return the scores that the options ask for: `scenes`, and `pictures` of the bundled world.
 
-    Those kept in `options.scores` are read from there.
+    Scores that `options.scores` holds already are read from there. Raise ExperimentError.
     """
     words = options.timesteps.split(",")
     if not all(word.isascii() and word.isdigit() for word in words) or len(set(words)) < len(words):
@@ -468,10 +453,10 @@ def measured(options: argparse.Namespace) -> dict[str, xr.Dataset]:
         raise ExperimentError(
             f"scenes: {options.scenes} are too few.", "At least 4 can be scored: --scenes 200."
         )
-    found = kept_in(options.scores)
+    scores = kept_in(options.scores)
     wanted = ["scenes", *(["pictures"] if options.folder is None and options.pictures else [])]
-    if not set(wanted) - set(found):
-        return found
+    if not set(wanted) - set(scores):
+        return scores
     model = load(options.model, dtype=options.dtype, device=options.device)
     most = int(model.scheduler.config.num_train_timesteps) - 1
     if max(timesteps) > most:
@@ -487,7 +472,7 @@ def measured(options: argparse.Namespace) -> dict[str, xr.Dataset]:
             f"{model.name} draws {size}."
         )
         raise ExperimentError(cause, "Leave them out: --pictures 0.")
-    if "scenes" not in found:
+    if "scenes" not in scores:
         if options.folder is not None:
             sets = split(read_folder(options.folder, model), options.seed)
         else:
@@ -497,28 +482,25 @@ def measured(options: argparse.Namespace) -> dict[str, xr.Dataset]:
                 "scored": options.scenes,
             }
             sets = {name: scenes(model, n, SEEDS[name]) for name, n in counts.items()}
-        found["scenes"] = study(model, sets, timesteps, options.seed)
-        keep(found, options.scores)
-    if "pictures" in wanted and "pictures" not in found:
-        found["pictures"] = study_pictures(
-            model, list(found["scenes"].attrs["heads"]), options.pictures
-        )
-        keep(found, options.scores)
-    return found
+        scores["scenes"] = study(model, sets, timesteps, options.seed)
+        keep(scores, options.scores)
+    if "pictures" in wanted and "pictures" not in scores:
+        heads = list(scores["scenes"].attrs["heads"])
+        scores["pictures"] = study_pictures(model, heads, options.pictures)
+        keep(scores, options.scores)
+    return scores
 
 
 def kept_in(file: Path | None) -> dict[str, xr.Dataset]:
-    """Scores from a file that `keep` wrote; none without one.
+    """Return the scores in a file that `keep` wrote; none if there is no file.
 
-    Raises ExperimentError for another file.
+    Raise ExperimentError for any other file.
     """
     if file is None or not file.exists():
         return {}
     try:
-        return {
-            name: xr.Dataset.from_dict(one)
-            for name, one in json.loads(file.read_text(encoding="utf-8")).items()
-        }
+        listed = json.loads(file.read_text(encoding="utf-8"))
+        return {name: xr.Dataset.from_dict(scores) for name, scores in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ExperimentError(
             f"scores: {file} does not hold scores of this program.",
@@ -526,20 +508,20 @@ def kept_in(file: Path | None) -> dict[str, xr.Dataset]:
         ) from problem
 
 
-def keep(found: dict[str, xr.Dataset], file: Path | None) -> None:
+def keep(scores: dict[str, xr.Dataset], file: Path | None) -> None:
+    """Write scores into a file, if one is named."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            json.dumps({name: one.to_dict() for name, one in found.items()}), encoding="utf-8"
-        )
+        listed = {name: dataset.to_dict() for name, dataset in scores.items()}
+        file.write_text(json.dumps(listed), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
-    found = measured(options)
-    print(section(found) if options.markdown else told(found))
+    scores = measured(options)
+    print(section(scores) if options.markdown else as_text(scores))
     if options.figure is not None:
-        draw_figure(found["scenes"]).save(options.figure, optimize=True)
+        draw_figure(scores["scenes"]).save(options.figure, optimize=True)
     return 0
 
 

@@ -1,8 +1,8 @@
-"""What `experiments.attention_truth` found, for people: tables, a sentence on where attention
-fails, and a figure.
+"""Show what `experiments.attention_truth` measured: tables, where attention fails, and a figure.
 
-told(found, markdown=True)     # {"scenes": scores, "pictures": scores} as text
-draw_figure(scores)            # AP and mIoU by noise level; AP of every layer and head
+report(scores)                 # {"scenes": scores, "pictures": scores} as text
+section(scores)                # the same for docs/attention-truth.md
+draw_figure(scores["scenes"])  # AP and mIoU by noise level; AP of every layer and head
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ METHODS = {
     "Gaussian": "centred Gaussian",
     "uniform": "uniform",
 }
+KINDS = (("AP", "AP"), ("mIoU", "IoU"))  # a column's title, and the score in it
 COLOURS: dict[str, Colour] = {
     "best heads": (178, 24, 43),
     "attention": (33, 102, 172),
@@ -45,8 +46,9 @@ COLOURS: dict[str, Colour] = {
 
 
 def labels(scores: xr.Dataset) -> dict[str, str]:
-    """The maps of the tables in their order, with what they are called: first the ceilings, last
-    what knows nothing.
+    """Return the maps of the tables in their order, with what they are called.
+
+    First come the ceilings, last what knows nothing.
     """
     names = [str(name) for name in scores["map"].values]
     ceilings = {
@@ -59,8 +61,9 @@ def labels(scores: xr.Dataset) -> dict[str, str]:
 
 
 def groups(scores: xr.Dataset) -> dict[str, xr.Dataset]:
-    """The scores of pictures with one word of known truth, and with more, as far as there are
-    any.
+    """Return the scores of pictures with one word of known truth, and of those with more.
+
+    A group without pictures is left out.
     """
     parts = {"one subject": scores["things"] == 1, "two subjects": scores["things"] > 1}
     return {
@@ -71,88 +74,69 @@ def groups(scores: xr.Dataset) -> dict[str, xr.Dataset]:
 
 
 def cell(values: xr.DataArray) -> str:
-    """The mean over scenes and its interval: 0.74 (0.72 to 0.76). *Shape:* (scene)."""
-    found = interval(values)
-    mean, low, high = (float(found[name]) for name in ("mean", "low", "high"))
-    return (
-        ""
-        if np.isnan(mean)
-        else f"{mean:.2f}"
-        if np.isnan(low)
-        else f"{mean:.2f} ({low:.2f} to {high:.2f})"
-    )
+    """Return the mean over scenes and its interval: 0.74 (0.72 to 0.76). *Shape:* (scene)."""
+    bounds = interval(values)
+    mean, low, high = (float(bounds[name]) for name in ("mean", "low", "high"))
+    if np.isnan(mean):
+        return ""
+    return f"{mean:.2f}" if np.isnan(low) else f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
 def over_steps(scores: xr.Dataset, step: Any = None) -> xr.Dataset:
-    """The mean over steps, or one step."""
+    """Return the mean over steps, or one step."""
     return scores.mean("step") if step is None else scores.sel(step=step)
 
 
 def by_method(scores: xr.Dataset, step: Any = None) -> list[dict[str, Any]]:
-    """A row for each map: AP and mIoU of each group."""
+    """Return a row for each map: AP and mIoU of each group."""
     rows = []
     for name, label in labels(scores).items():
         row = {"map": label}
         for group, part in groups(scores).items():
-            found = over_steps(part, step).sel(map=name)
-            row |= {
-                f"{kind}, {group}": cell(found[of]) for kind, of in (("AP", "AP"), ("mIoU", "IoU"))
-            }
+            values = over_steps(part, step).sel(map=name)
+            row |= {f"{title}, {group}": cell(values[kind]) for title, kind in KINDS}
         rows.append(row)
     return rows
 
 
 def by_step(scores: xr.Dataset, of: str) -> list[dict[str, Any]]:
-    """A row for each map, a column for each noise level, all scenes together."""
-    head = "AP" if of == "AP" else "mIoU"
-    return [
-        {head: label}
-        | {
-            f"t = {step}": cell(scores[of].sel(map=name, step=step))
-            for step in scores["step"].values
-        }
-        for name, label in labels(scores).items()
-    ]
+    """Return a row for each map and a column for each noise level, over all scenes."""
+    head, rows = "AP" if of == "AP" else "mIoU", []
+    for name, label in labels(scores).items():
+        values = scores[of].sel(map=name)
+        by_level = {f"t = {t}": cell(values.sel(step=t)) for t in scores["step"].values}
+        rows.append({head: label, **by_level})
+    return rows
 
 
 def by_layer(scores: xr.Dataset) -> list[dict[str, Any]]:
-    """A row for each grid and layer: AP at each noise level, then mIoU, all scenes together; mean
-    over heads.
+    """Return a row for each grid and layer, the mean over heads, over all scenes.
+
+    It has AP at each noise level, then AP and mIoU of all.
     """
     rows = []
     for name in map(str, scores["map"].values):
         kind, _, place = name.partition("/")
         if kind in ("grid", "layer"):
             grid, _, path = place.partition("/")
-            found = scores.sel(map=name)
+            values = scores.sel(map=name)
             row = {"layer": short(path) if path else f"all of {grid}", "grid": grid}
-            row |= {
-                f"AP, t = {step}": f"{float(found.AP.sel(step=step).mean()):.2f}"
-                for step in scores["step"].values
-            }
-            rows.append(
-                row
-                | {
-                    head: cell(found[of].mean("step"))
-                    for head, of in (("AP", "AP"), ("mIoU", "IoU"))
-                }
-            )
+            for step in scores["step"].values:
+                row[f"AP, t = {step}"] = f"{float(values.AP.sel(step=step).mean()):.2f}"
+            rows.append(row | {title: cell(values[kind].mean("step")) for title, kind in KINDS})
     return rows
 
 
 def short(layer: str) -> str:
-    """A layer's path without what all of them have."""
-    return (
-        layer.replace("attentions.", "")
-        .replace(".transformer_blocks.0.attn2", "")
-        .replace("_blocks", "")
-        .replace("_block", "")
-    )
+    """Return a layer's path without the parts that all paths have."""
+    for part in ("attentions.", ".transformer_blocks.0.attn2", "_blocks", "_block"):
+        layer = layer.replace(part, "")
+    return layer
 
 
-def told(found: dict[str, xr.Dataset]) -> str:
-    """Everything as text."""
-    scores = found["scenes"]
+def as_text(results: dict[str, xr.Dataset]) -> str:
+    """Return all results as text."""
+    scores = results["scenes"]
     parts = [
         f"{how(scores)} The best heads: {best_heads(scores)}.",
         f"Mean over t = {', '.join(map(str, scores['step'].values))}:",
@@ -165,63 +149,55 @@ def told(found: dict[str, xr.Dataset]) -> str:
         failures(scores),
         differences(scores),
     ]
-    if "pictures" in found:
-        parts += [how_drawn(found["pictures"]), table(by_method(found["pictures"], "all"))]
+    if (pictures := results.get("pictures")) is not None:
+        parts += [how_drawn(pictures), table(by_method(pictures, "all"))]
     return "\n\n".join(parts)
 
 
-def section(found: dict[str, xr.Dataset]) -> str:
-    """The part of docs/attention-truth.md between its markers: what was done, one table, and where
-    attention fails.
+def section(results: dict[str, xr.Dataset]) -> str:
+    """Return the part of docs/attention-truth.md between its markers.
+
+    It says what was done, has one table, and says where attention fails.
     """
-    scores, pictures = found["scenes"], found.get("pictures")
+    scores, pictures = results["scenes"], results.get("pictures")
     parts = groups(scores)
     head = f"map ({BOUND})" if scores.attrs["model"] in BUNDLED else "map"
     rows = []
     for name, label in labels(scores).items():
-        row = {head: label} | {
-            f"AP, {group}": cell(over_steps(part).AP.sel(map=name)) for group, part in parts.items()
-        }
-        row |= {
-            f"mIoU, {group}": cell(over_steps(part).IoU.sel(map=name))
-            for group, part in parts.items()
-        }
+        row = {head: label}
+        for title, kind in KINDS:
+            for group, part in parts.items():
+                row[f"{title}, {group}"] = cell(over_steps(part)[kind].sel(map=name))
         if pictures is not None:
-            there = name in pictures["map"].values
-            row |= {
-                f"{kind}, generated": cell(pictures[of].sel(map=name, step="all")) if there else ""
-                for kind, of in (("AP", "AP"), ("mIoU", "IoU"))
-            }
+            known = name in pictures["map"].values
+            for title, kind in KINDS:
+                value = cell(pictures[kind].sel(map=name, step="all")) if known else ""
+                row[f"{title}, generated"] = value
         rows.append(row)
     steps = ", ".join(map(str, scores["step"].values))
-    told_of = [
+    intro = [
         how(scores),
         f"The columns of scenes are means over t = {steps}; in brackets 95% intervals.",
+        *([] if pictures is None else [how_drawn(pictures)]),
     ]
-    told_of += [] if pictures is None else [how_drawn(pictures)]
-    return "\n\n".join(
-        [
-            " ".join(told_of),
-            table(rows, markdown=True),
-            failures(scores),
-            f"{differences(scores)} The best heads: {best_heads(scores)}.",
-        ]
-    )
+    end = f"{differences(scores)} The best heads: {best_heads(scores)}."
+    return "\n\n".join([" ".join(intro), table(rows, markdown=True), failures(scores), end])
 
 
-def asked(scores: xr.Dataset) -> str:
-    """The model's name; of the bundled one also how it was trained, as its maps are no example of
-    what others have.
+def model_of(scores: xr.Dataset) -> str:
+    """Return the model's name, for the bundled one with how it was trained.
+
+    Its maps are no example of those of other models.
     """
     name = str(scores.attrs["model"])
     return f"{name}, {BOUND}" if name in BUNDLED else name
 
 
 def how(scores: xr.Dataset) -> str:
-    """How many pictures did what."""
+    """Return how many pictures did what, as sentences."""
     sets = scores.attrs["sets"]
     return (
-        f"{sets['scored']} pictures are scored, with one checkpoint ({asked(scores)}); "
+        f"{sets['scored']} pictures are scored, with one checkpoint ({model_of(scores)}); "
         f"{sets['ranking']} others ranked the heads, and "
         f"{sets['choosing']} more chose how many to use and each threshold, one for a map and "
         "noise level. Intervals come from resampling pictures."
@@ -229,7 +205,7 @@ def how(scores: xr.Dataset) -> str:
 
 
 def how_drawn(pictures: xr.Dataset) -> str:
-    """How many generated pictures count, and what their truth is worth."""
+    """Return how many generated pictures count, and how good their truth is."""
     own = "; ".join(
         f"{what}: {m:.2f} ({low:.2f} to {high:.2f})"
         for what, (m, low, high) in pictures.attrs["segmenter"].items()
@@ -243,8 +219,9 @@ def how_drawn(pictures: xr.Dataset) -> str:
 
 
 def differences(scores: xr.Dataset) -> str:
-    """How much higher the AP of all heads is than that of other maps, on the same pictures, mean
-    over steps.
+    """Return how much higher the AP of all heads is than that of other maps on the same pictures.
+
+    It is the mean over steps.
     """
     names = {
         "best heads": "the best heads",
@@ -252,43 +229,35 @@ def differences(scores: xr.Dataset) -> str:
         "counterfactual": "the counterfactual map",
         "Gaussian": "a centred Gaussian",
     }
-    said = []
+    parts = []
     for name, label in names.items():
         if name in scores["map"].values:
-            found = interval(
-                (scores.AP.sel(map="attention") - scores.AP.sel(map=name)).mean("step")
-            )
-            said.append(
-                f"{label} {float(found['mean']):+.3f} ({float(found.low):+.3f} to "
-                f"{float(found.high):+.3f})"
-            )
-    return f"AP of all heads less that of another map, on the same pictures: {', '.join(said)}."
+            difference = scores.AP.sel(map="attention") - scores.AP.sel(map=name)
+            bounds = interval(difference.mean("step"))
+            mean, low, high = (float(bounds[part]) for part in ("mean", "low", "high"))
+            parts.append(f"{label} {mean:+.3f} ({low:+.3f} to {high:+.3f})")
+    return f"AP of all heads less that of another map, on the same pictures: {', '.join(parts)}."
 
 
 def best_heads(scores: xr.Dataset) -> str:
-    """Their names: up.1.1 head 3, ..."""
-    return ", ".join(
-        f"{short(path)} head {head}"
-        for _, _, path, head in (name.split("/") for name in scores.attrs["heads"])
-    )
+    """Return the names of the best heads: up.1.1 head 3, ..."""
+    paths = [name.split("/")[2:] for name in scores.attrs["heads"]]
+    return ", ".join(f"{short(path)} head {head}" for path, head in paths)
 
 
 def failures(scores: xr.Dataset) -> str:
-    """Where attention is not a good segmenter, with the numbers."""
-    first, last = (
-        scores["step"].values[i]
-        for i in (int(np.argmin(scores["step"].values)), int(np.argmax(scores["step"].values)))
-    )
+    """Return where attention is not a good segmenter, with the numbers."""
+    steps = scores["step"].values
+    first, last = steps[int(np.argmin(steps))], steps[int(np.argmax(steps))]
 
     def mean(name: str, of: str = "IoU", step: Any = None, part: xr.Dataset = scores) -> float:
         return float(over_steps(part, step)[of].sel(map=name).mean())
 
     names = [str(name) for name in scores["map"].values]
-    layers = sorted(
-        (name for name in names if name.startswith("layer/")), key=lambda name: mean(name, "AP")
-    )
+    layers = [name for name in names if name.startswith("layer/")]
+    layers.sort(key=lambda name: mean(name, "AP"))
     ceiling = next(name for name in names if name.startswith("ceiling/"))
-    said = [
+    parts = [
         f"at high noise (all heads: mIoU {mean('attention', step=last):.2f} at t = {last}, "
         f"{mean('attention', step=first):.2f} at t = {first}; "
         f"a centred Gaussian has {mean('Gaussian'):.2f}, the true mask at {ceiling.split('/')[1]} "
@@ -297,47 +266,37 @@ def failures(scores: xr.Dataset) -> str:
         f"{short(layers[-1].split('/')[2])}: {mean(layers[-1], 'AP'):.2f}; uniform: "
         f"{mean('uniform', 'AP'):.2f})",
     ]
-    parts = groups(scores)
-    if len(parts) == 2:
-        one, two = parts["one subject"], parts["two subjects"]
-        said.append(
+    by_subjects = groups(scores)
+    if len(by_subjects) == 2:
+        one, two = by_subjects["one subject"], by_subjects["two subjects"]
+        parts.append(
             f"and with two subjects (mIoU {mean('attention', part=two):.2f}, "
             f"{mean('attention', part=one):.2f} with one; "
             f"at t = {last} {mean('attention', step=last, part=two):.2f}, the other subject's word "
             f"{mean('other word', step=last, part=two):.2f})"
         )
-    return f"Where attention is not a good segmenter: {'; '.join(said)}."
+    return f"Where attention is not a good segmenter: {'; '.join(parts)}."
 
 
 # --- the figure -----------------------------------------------------------------------------------
 
 
 def draw_figure(scores: xr.Dataset) -> Image.Image:
-    """AP and mIoU by noise level with 95% bands, and AP of each layer and head.
+    """Return a figure: AP and mIoU by noise level with 95% bands, and AP of each layer and head.
 
-    Drawn at double size and reduced.
+    It is drawn at double size and reduced.
     """
-    layers = [
-        str(name).removeprefix("layer/")
-        for name in scores["map"].values
-        if str(name).startswith("layer/")
-    ]
+    names = [str(name) for name in scores["map"].values]
+    layers = [name.removeprefix("layer/") for name in names if name.startswith("layer/")]
     page = Image.new("RGB", (2400, max(1080, 420 + 84 * len(layers))), PAPER)
     draw = ImageDraw.Draw(page)
     sets = scores.attrs["sets"]
-    write(
-        draw,
-        (48, 28),
-        "How good are attention maps? A word's map against the true mask of its subject",
-        44,
-    )
-    note = (
-        f"{asked(scores)}; {sets['scored']} scenes that chose nothing; bands: 95%, from resampling "
-        "scenes"
-    )
-    write(draw, (48, 90), note, 28, FAINT)
-    shown = [name for name in COLOURS if name in scores["map"].values]
-    ceiling = next(str(name) for name in scores["map"].values if str(name).startswith("ceiling/"))
+    title = "How good are attention maps? A word's map against the true mask of its subject"
+    write(draw, (48, 28), title, 44)
+    note = f"{model_of(scores)}; {sets['scored']} scenes that chose nothing"
+    write(draw, (48, 90), f"{note}; bands: 95%, from resampling scenes", 28, FAINT)
+    shown = [name for name in COLOURS if name in names]
+    ceiling = next(name for name in names if name.startswith("ceiling/"))
     for box, of, label in (
         ((120, 230, 700, 860), "AP", "average precision (AP)"),
         ((830, 230, 1410, 860), "IoU", "mIoU, thresholds from other scenes"),
@@ -353,18 +312,17 @@ def draw_figure(scores: xr.Dataset) -> Image.Image:
         if x > 1180:
             x, y = 120, y + 44
     heat_map(draw, (1790, 230), scores, layers)
-    return page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS).quantize(
-        200, dither=Image.Dither.NONE
-    )
+    small = page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS)
+    return small.quantize(200, dither=Image.Dither.NONE)
 
 
 def lines(
     draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], label: str, values: xr.DataArray
 ) -> None:
-    """Means over scenes against the timestep, with bands. *Shape:* (scene, map, step)."""
+    """Draw means over scenes against the timestep, with bands. *Shape:* (scene, map, step)."""
     left, top, right, bottom = box
     steps = np.sort(values["step"].values.astype(float))
-    found = interval(values.sortby("step"))
+    bounds = interval(values.sortby("step"))
     span = max(float(steps[-1] - steps[0]), 1.0)
 
     def at(step: float, value: float) -> tuple[float, float]:
@@ -380,15 +338,14 @@ def lines(
     write(draw, (right, bottom + 52), "timestep t: more noise to the right", 24, FAINT, "ra")
     for part in ("band", "line"):
         for name in values["map"].values:
-            of, colour = found.sel(map=name), COLOURS.get(str(name), INK)
+            line, colour = bounds.sel(map=name), COLOURS.get(str(name), INK)
             low, mean, high = (
-                [at(*point) for point in zip(steps, of[kind].values, strict=True)]
+                [at(*point) for point in zip(steps, line[kind].values, strict=True)]
                 for kind in ("low", "mean", "high")
             )
-            if part == "band" and np.isfinite(of["low"].values).all():
-                draw.polygon(
-                    [*low, *reversed(high)], tuple(round(255 - (255 - c) * 0.2) for c in colour)
-                )
+            if part == "band" and np.isfinite(line["low"].values).all():
+                pale = tuple(round(255 - (255 - c) * 0.2) for c in colour)
+                draw.polygon([*low, *reversed(high)], pale)
             elif part == "line":
                 draw.line(mean, colour, 6 if str(name) in COLOURS else 4, joint="curve")
 
@@ -396,7 +353,7 @@ def lines(
 def heat_map(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], scores: xr.Dataset, layers: Sequence[str]
 ) -> None:
-    """AP of each layer and head, mean over scenes and steps, with its number."""
+    """Draw the AP of each layer and head, the mean over scenes and steps, with its number."""
     mean = scores.AP.mean(("scene", "step"))
     names = [str(name) for name in mean["map"].values]
     heads = max(sum(name.startswith(f"head/{layer}/") for name in names) for layer in layers)
@@ -405,14 +362,8 @@ def heat_map(
     write(draw, (left - 340, top - 56), "AP of each head, mean over timesteps", 28)
     for column in range(heads + 1):
         x = left + column * wide + (24 if column == heads else 0)
-        write(
-            draw,
-            (x + wide / 2, top + 30),
-            "all" if column == heads else f"{column}",
-            24,
-            FAINT,
-            "md",
-        )
+        head = "all" if column == heads else f"{column}"
+        write(draw, (x + wide / 2, top + 30), head, 24, FAINT, "md")
     write(draw, (left - 20, top + 30), "head", 24, FAINT, "rd")
     for row, layer in enumerate(layers):
         y = top + 44 + row * 84
@@ -424,25 +375,20 @@ def heat_map(
                 continue
             x = left + column * wide + (24 if column == heads else 0)
             value = float(mean.sel(map=name))
-            draw.rectangle(
-                (x, y, x + wide - 5, y + 78), tuple(int(c) for c in heat(np.array(value)))
-            )
+            draw.rectangle((x, y, x + wide - 5, y + 78), colour_of(value))
             if wide >= 60:
-                write(
-                    draw,
-                    (x + wide / 2 - 2, y + 40),
-                    f"{value:.2f}",
-                    24,
-                    INK if value > 0.55 else PAPER,
-                    "mm",
-                )
+                ink = INK if value > 0.55 else PAPER
+                write(draw, (x + wide / 2 - 2, y + 40), f"{value:.2f}", 24, ink, "mm")
     y = top + 44 + len(layers) * 84 + 14
     for i in range(240):
-        draw.line(
-            [(left + i, y), (left + i, y + 16)], tuple(int(c) for c in heat(np.array(i / 239)))
-        )
+        draw.line([(left + i, y), (left + i, y + 16)], colour_of(i / 239))
     write(draw, (left, y + 22), "AP 0", 22, FAINT)
     write(draw, (left + 240, y + 22), "1", 22, FAINT, "ra")
+
+
+def colour_of(value: float) -> tuple[int, ...]:
+    """Return the colour of a number from 0 to 1."""
+    return tuple(int(c) for c in heat(np.array(value)))
 
 
 def write(

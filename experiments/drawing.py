@@ -1,6 +1,6 @@
 """Draw labelled pictures for lessons and reports with PIL: sheets, line charts, areas, tables.
 
-sheet(title, note, heads, rows)          # a grid; a row has its label, captions and colour scale
+sheet(title, note, heads, rows)          # a grid; a row has its label, captions and colours
 chart(title, note, xlabel, ylabel, ...)  # lines with bands
 areas(title, ...)                        # costs as squares
 table(heads, rows)                       # text, its columns aligned
@@ -24,7 +24,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Scale:
-    """How numbers from `least` to `greatest` become colours, and how its two ends are written."""
+    """How numbers from `least` to `greatest` become colours, and how these two ends are written."""
 
     least: float
     greatest: float
@@ -32,56 +32,40 @@ class Scale:
     form: str = "{:.3g}"
 
     def __call__(self, values: Any) -> np.ndarray:
-        """*Shape:* (...) -> (..., rgb) uint8."""
+        """Return the colours of numbers. *Shape:* (...) -> (..., rgb) uint8."""
         spread = max(self.greatest - self.least, 1e-12)
         return self.colours(np.clip((np.asarray(values, np.float32) - self.least) / spread, 0, 1))
 
     def over(self, picture: Image.Image, values: np.ndarray) -> Image.Image:
-        """The numbers (y, x), smoothly enlarged, laid over a greyed picture."""
-        large = np.asarray(
-            Image.fromarray(values.astype(np.float32)).resize(
-                picture.size, Image.Resampling.BICUBIC
-            )
-        )
+        """Return a greyed picture under the numbers (y, x), which are smoothly enlarged."""
+        small = Image.fromarray(values.astype(np.float32))
+        large = np.asarray(small.resize(picture.size, Image.Resampling.BICUBIC))
         grey = np.asarray(picture.convert("L").convert("RGB"), np.float32)
-        weight = (
-            0.25
-            + 0.65
-            * np.clip((large - self.least) / max(self.greatest - self.least, 1e-12), 0, 1)[
-                ..., None
-            ]
-        )
-        return Image.fromarray(
-            (grey * (1 - weight) + self(large) * weight).round().astype(np.uint8)
-        )
+        spread = max(self.greatest - self.least, 1e-12)
+        weight = 0.25 + 0.65 * np.clip((large - self.least) / spread, 0, 1)[..., None]
+        mixed = grey * (1 - weight) + self(large) * weight
+        return Image.fromarray(mixed.round().astype(np.uint8))
 
 
 def blue_to_red(values: np.ndarray) -> np.ndarray:
-    """Numbers in 0..1 as colours from blue over white (one half) to red.
+    """Return numbers in 0..1 as colours from blue over white (one half) to red.
 
     *Shape:* (...) -> (..., rgb) uint8.
     """
     part = (2 * values - 1)[..., None]
-    return (
-        np.asarray(
-            np.where(
-                part < 0, 255 + part * (255 - np.array(BLUE)), 255 - part * (255 - np.array(RED))
-            )
-        )
-        .round()
-        .astype(np.uint8)
-    )
+    blue, red = 255 + part * (255 - np.array(BLUE)), 255 - part * (255 - np.array(RED))
+    return np.asarray(np.where(part < 0, blue, red)).round().astype(np.uint8)
 
 
 def signed(limit: float) -> Scale:
-    """Colours for numbers from -limit to limit, white at nought."""
+    """Return the scale for numbers from -limit to limit: white at nought."""
     return Scale(-limit, limit, blue_to_red)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a sheet: what it is, its pictures (PIL or rgb arrays), a caption below each, and
-    its colours' scale.
+    """One row of a sheet: its label, pictures (PIL or rgb arrays), captions below them, and
+    colours.
     """
 
     label: str
@@ -93,7 +77,7 @@ class Row:
 def sheet(
     title: str, note: str, heads: Sequence[str], rows: Sequence[Row], cell: int = 132
 ) -> Image.Image:
-    """A grid of pictures under a title. Small ones, latents say, are enlarged with hard edges."""
+    """Return a grid of pictures under a title. Small ones, such as latents, keep hard edges."""
     left = 168 if any(row.label for row in rows) else 24
     wide, tops = cell + 12, [106]
     for row in rows:
@@ -106,49 +90,33 @@ def sheet(
     for column, head in enumerate(heads):
         _write(draw, (left + column * wide + cell / 2, 98), head, 14, anchor="md")
     for row, top in zip(rows, tops, strict=False):
-        draw.multiline_text(
-            (24, top + cell / 2),
-            row.label,
-            INK,
-            font=ImageFont.load_default(15),
-            anchor="lm",
-            spacing=5,
-        )
+        font = ImageFont.load_default(15)
+        draw.multiline_text((24, top + cell / 2), row.label, INK, font, anchor="lm", spacing=5)
         for column, picture in enumerate(row.pictures):
-            shown = (
-                picture
-                if isinstance(picture, Image.Image)
-                else Image.fromarray(np.asarray(picture))
-            )
-            how = Image.Resampling.NEAREST if shown.width * 4 <= cell else Image.Resampling.LANCZOS
-            page.paste(shown.resize((cell, cell), how), (left + column * wide, top))
+            x = left + column * wide
+            if not isinstance(picture, Image.Image):
+                picture = Image.fromarray(np.asarray(picture))
+            small = picture.width * 4 <= cell
+            how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+            page.paste(picture.resize((cell, cell), how), (x, top))
             if row.captions:
-                _write(
-                    draw,
-                    (left + column * wide + cell / 2, top + cell + 4),
-                    row.captions[column],
-                    12,
-                    FAINT,
-                    "ma",
-                )
+                below = (x + cell / 2, top + cell + 4)
+                _write(draw, below, row.captions[column], 12, FAINT, "ma")
         if row.scale:
-            x = left + len(heads) * wide
-            bar = row.scale(
-                np.linspace(row.scale.greatest, row.scale.least, cell)[:, None].repeat(12, 1)
-            )
-            page.paste(Image.fromarray(bar), (x, top))
+            x, scale = left + len(heads) * wide, row.scale
+            numbers = np.linspace(scale.greatest, scale.least, cell)
+            page.paste(Image.fromarray(scale(numbers[:, None].repeat(12, 1))), (x, top))
             draw.rectangle((x, top, x + 11, top + cell - 1), outline=RULE)
-            _write(draw, (x + 18, top), row.scale.form.format(row.scale.greatest), 12, FAINT)
-            _write(
-                draw, (x + 18, top + cell), row.scale.form.format(row.scale.least), 12, FAINT, "ld"
-            )
+            _write(draw, (x + 18, top), scale.form.format(scale.greatest), 12, FAINT)
+            _write(draw, (x + 18, top + cell), scale.form.format(scale.least), 12, FAINT, "ld")
     return page
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart, and the band around it: `values` is (point, draw); the line is the mean,
-    the band least to greatest.
+    """A line of a chart with its band, from `values` (point, draw).
+
+    The line is the mean over draws, the band goes from the least to the greatest.
     """
 
     label: str
@@ -159,9 +127,9 @@ class Line:
 def chart(
     title: str, note: str, xlabel: str, ylabel: str, x: Sequence[float], lines: Sequence[Line]
 ) -> Image.Image:
-    """Lines with bands over x, the vertical axis logarithmic.
+    """Return a chart of lines with bands over x, the vertical axis logarithmic.
 
-    Drawn at double size and reduced, so that edges are smooth.
+    It is drawn at double size and reduced, so that edges are smooth.
     """
     page = Image.new("RGB", (1960, 1040), PAPER)
     draw = ImageDraw.Draw(page)
@@ -170,12 +138,11 @@ def chart(
     _write(draw, (48, 156), ylabel, 28)
     left, right, low, high = 180, 1560, 900, 220
     logs = [np.log10(line.values) for line in lines]
-    bottom, top = min(found.min() for found in logs), max(found.max() for found in logs)
+    bottom, top = min(log.min() for log in logs), max(log.max() for log in logs)
 
     def at(value: float, log: float) -> tuple[float, float]:
-        return left + (right - left) * (value - min(x)) / (max(x) - min(x)), low - (low - high) * (
-            log - bottom
-        ) / (top - bottom)
+        across = left + (right - left) * (value - min(x)) / (max(x) - min(x))
+        return across, low - (low - high) * (log - bottom) / (top - bottom)
 
     for decade in range(int(np.ceil(bottom)), int(np.floor(top)) + 1):
         draw.line([at(min(x), decade), at(max(x), decade)], RULE, 2)
@@ -185,12 +152,10 @@ def chart(
         draw.line([(at(tick, 0)[0], low + 6), (at(tick, 0)[0], low + 18)], FAINT, 2)
         _write(draw, (at(tick, 0)[0], low + 26), f"{tick:g}", 26, FAINT, "ma")
     _write(draw, (right, low + 70), xlabel, 28, INK, "ra")
-    for line, found in zip(lines, logs, strict=True):
-        edge = [*zip(x, found.max(1), strict=True), *reversed([*zip(x, found.min(1), strict=True)])]
-        draw.polygon(
-            [at(*point) for point in edge],
-            tuple(round(255 - (255 - c) * 0.25) for c in line.colour),
-        )
+    for line, log in zip(lines, logs, strict=True):
+        edge = [*zip(x, log.max(1), strict=True), *reversed([*zip(x, log.min(1), strict=True)])]
+        pale = tuple(round(255 - (255 - c) * 0.25) for c in line.colour)
+        draw.polygon([at(*point) for point in edge], pale)
     ends = []
     for line in lines:
         mean = [at(*point) for point in zip(x, np.log10(line.values.mean(1)), strict=True)]
@@ -205,7 +170,7 @@ def chart(
 
 @dataclass(frozen=True)
 class Cost:
-    """Two costs in one unit, a small and a large one, and which share of the large one is `part`.
+    """Two costs in one unit, a small and a large one. `part` is a share of the large one.
 
     The note has up to two lines.
     """
@@ -220,8 +185,9 @@ class Cost:
 def areas(
     title: str, small: str, part: str, rest: str, costs: Sequence[Cost], edge: int = 400
 ) -> Image.Image:
-    """Each pair of costs as two squares whose areas are in proportion, the small one inside of the
-    large one.
+    """Return each pair of costs as two squares, the small one inside of the large one.
+
+    Their areas are in proportion.
     """
     page = Image.new("RGB", (24 + len(costs) * (edge + 36), edge + 176), PAPER)
     draw = ImageDraw.Draw(page)
@@ -243,15 +209,15 @@ def areas(
 
 
 def table(heads: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """Rows of text below their heads, in aligned columns."""
+    """Return rows of text below their heads, in aligned columns."""
     cells = [[str(cell) for cell in row] for row in [heads, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  "
-        + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
+    rule = ["-" * width for width in widths]
+    padded = [
+        [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        for row in [cells[0], rule, *cells[1:]]
     ]
-    return "\n".join([lines[0], "  " + "   ".join("-" * width for width in widths), *lines[1:]])
+    return "\n".join(f"  {'   '.join(row)}".rstrip() for row in padded)
 
 
 def _write(

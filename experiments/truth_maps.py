@@ -7,9 +7,9 @@
     levels = best_levels([level_scores(maps, truth), ...])  # from pictures that are not scored
     scored(maps, truth, levels)                             # AP and IoU of each map
 
-Maps and truth meet on `SIDE` x `SIDE` places: there a place is inside when the mask covers at least
-half of it. Maps are brought to it bilinearly, as `probe.analysis` does it. A threshold is a level
-of the map scaled from 0 to 1, so that one level fits pictures of all kinds.
+Maps and truth meet on a grid of `SIDE` x `SIDE` cells. A cell is inside if the mask covers at least
+half of it. Maps are brought to the grid bilinearly, as `probe.analysis` does it. A threshold is a
+level of the map scaled from 0 to 1, so that one level fits pictures of all kinds.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from probe.watching.interface import KeptTokens, Plan, Rows, grid_group, hooked
 from probe.watching.rehearsal import rehearse
 from probe.watching.source import noised
 from probe.watching.text_side import TextSide
+from probe.words import runs
 
 Scores = TypeVar("Scores", xr.DataArray, xr.Dataset)
 SIDE = 64
@@ -48,8 +49,9 @@ LEVELS = np.linspace(0, 0.95, 20)
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture whose truth is known: (y, x, rgb) uint8, its caption, and for some of the caption's
-    words a mask, (y, x) bool.
+    """A picture whose truth is known: (y, x, rgb) uint8, its caption, and masks of some words.
+
+    A mask is (y, x) bool. Its word is one of the caption.
     """
 
     name: str
@@ -58,7 +60,7 @@ class Shown:
     masks: dict[str, np.ndarray]
 
     def truth(self) -> xr.DataArray:
-        """(word, y, x): of each of `SIDE` x `SIDE` places the share that is inside."""
+        """Return which share of each of `SIDE` x `SIDE` cells is inside. *Shape:* (word, y, x)."""
         masks = xr.DataArray(
             np.stack([*self.masks.values()]).astype(np.float32),
             dims=("word", "y", "x"),
@@ -71,8 +73,8 @@ class Shown:
 class Seen:
     """Where a model looked, for each grid.
 
-    `grids` are maps (step, token, layer, head, y, x), `sizes` how large what tokens write is
-    (token, layer, head). `change` is the counterfactual map of each word, (step, word, y, x).
+    `grids` are maps (step, token, layer, head, y, x). `sizes` (token, layer, head) say how large
+    what a token writes is. `change` (step, word, y, x) is the counterfactual map of each word.
     """
 
     prompt: Prompt
@@ -87,16 +89,11 @@ def places_of(prompt: Prompt, word: str) -> list[int]:
     Case does not count. Return an empty list if the prompt does not have it.
     """
     wanted, words = word.casefold().split(), [text.casefold() for text in prompt.words]
-    starts = [
-        i
-        for i in range(len(words) - len(wanted) + 1)
-        if wanted and words[i : i + len(wanted)] == wanted
-    ]
     return [
-        place
-        for start in starts
+        position
+        for start in runs(wanted, words)
         for index in range(start, start + len(wanted))
-        for place in prompt.spans[index]
+        for position in prompt.spans[index]
     ]
 
 
@@ -185,39 +182,29 @@ def _changes(
 
 
 def recorded(run: Run, prompt: Prompt, timesteps: Sequence[int], words: Sequence[str]) -> Seen:
-    """The same of a recorded run: its recorded steps nearest to some timesteps, and "all", the mean
-    over those that were recorded.
+    """Return what was seen in a recorded run, at its recorded steps nearest to some timesteps.
+
+    The last step is "all": the mean over all recorded ones.
     """
     steps = run.attention(run.grids[0])["step"].values
     at = run.variable("timestep").sel(step=steps).values
     near = [int(np.abs(at - t).argmin()) for t in timesteps]
 
     def few(maps: xr.DataArray) -> xr.DataArray:
-        there = maps.sel(step=steps).drop_vars(
-            [name for name, value in maps.coords.items() if "step" in value.dims]
-        )
-        both = xr.concat(
-            [there.isel(step=near), there.mean("step").expand_dims("step")],
-            "step",
-            coords="minimal",
-            compat="override",
-        )
+        along = [name for name, value in maps.coords.items() if "step" in value.dims]
+        every = maps.sel(step=steps).drop_vars(along)
+        parts = [every.isel(step=near), every.mean("step").expand_dims("step")]
+        both = xr.concat(parts, "step", coords="minimal", compat="override")
         return both.assign_coords(step=[*map(str, timesteps), "all"])
 
-    grids = [
-        few(run.attention(grid).sel(branch="cond").isel(image=0).astype(np.float32).load())
-        for grid in run.grids
-    ]
-    sizes = [
-        run.variable(f"attention/{grid}/value_size").sel(branch="cond").load() for grid in run.grids
-    ]
-    change = None
+    grids, sizes, change = [], [], None
+    for grid in run.grids:
+        maps = run.attention(grid).sel(branch="cond").isel(image=0)
+        grids.append(few(maps.astype(np.float32).load()))
+        sizes.append(run.variable(f"attention/{grid}/value_size").sel(branch="cond").load())
     if "counterfactual" in run.tree.children:
-        change = (
-            few(run.variable("counterfactual/change").isel(image=0).load())
-            .rename(masked_word="word")
-            .sel(word=list(words))
-        )
+        change = few(run.variable("counterfactual/change").isel(image=0).load())
+        change = change.rename(masked_word="word").sel(word=list(words))
     return Seen(prompt, grids, sizes, change)
 
 
@@ -287,24 +274,26 @@ def _parts(grids: Sequence[xr.DataArray], side: tuple[int, int]) -> dict[str, xr
 
 
 def _merged(maps: xr.DataArray, prompt: Prompt, things: Sequence[str]) -> xr.DataArray:
-    """The maps of some words or phrases, then those of the other content words: (step, token, ...)
-    -> (step, word, ...).
+    """Return the maps of some words or phrases, then those of the other content words.
+
+    *Shape:* (step, token, ...) -> (step, word, ...).
     """
     number: dict[int, int] = {}
     texts: list[str] = []
     for thing in things:
         number |= dict.fromkeys(places_of(prompt, thing), len(texts))
         texts.append(thing)
-    for index, places in prompt.spans.items():
-        if not set(places) & set(number) and prompt.words[index].casefold() not in FUNCTION_WORDS:
-            number |= dict.fromkeys(places, len(texts))
+    for index, positions in prompt.spans.items():
+        is_function = prompt.words[index].casefold() in FUNCTION_WORDS
+        if not is_function and not set(positions) & set(number):
+            number |= dict.fromkeys(positions, len(texts))
             texts.append(prompt.words[index])
-    numbers = np.array([number.get(int(place), -1) for place in maps["token"].values])
+    numbers = np.array([number.get(int(token), -1) for token in maps["token"].values])
     return word_maps(maps, np.array([texts[n] if n >= 0 else "" for n in numbers]), numbers)
 
 
 def best_of(maps: xr.DataArray, heads: Sequence[str], name: str) -> xr.DataArray:
-    """The mean map of some heads, as one more map.
+    """Return the mean map of some heads, as one more map.
 
     *Shape:* (map, step, word, y, x) -> (1, step, word, y, x).
     """
@@ -315,7 +304,7 @@ def best_of(maps: xr.DataArray, heads: Sequence[str], name: str) -> xr.DataArray
 
 
 def precision(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
-    """AP of each map, mean over words.
+    """Return the AP of each map, the mean over words.
 
     *Shape:* (map, step, word, y, x), (word, y, x) -> (map, step).
     """
@@ -323,7 +312,10 @@ def precision(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
 
 
 def level_scores(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
-    """IoU at each of `LEVELS`, mean over words. *Shape:* as `precision` -> (level, map, step)."""
+    """Return IoU at each of `LEVELS`, the mean over words.
+
+    *Shape:* as `precision` -> (level, map, step).
+    """
     scaled, inside = normalised(maps, "min-max"), truth >= 0.5
     return xr.concat(
         [iou(threshold(scaled, level), inside).mean("word") for level in LEVELS],
@@ -332,7 +324,7 @@ def level_scores(maps: xr.DataArray, truth: xr.DataArray) -> xr.DataArray:
 
 
 def best_levels(scores: Sequence[xr.DataArray]) -> xr.DataArray:
-    """The level with the best mean IoU over some pictures, for each map and step.
+    """Return the level with the best mean IoU over some pictures, for each map and step.
 
     *Shape:* each (level, map, step) -> (map, step).
     """
@@ -340,15 +332,16 @@ def best_levels(scores: Sequence[xr.DataArray]) -> xr.DataArray:
 
 
 def of_scenes(parts: Sequence[Scores]) -> Scores:
-    """What was computed for each picture, put together, (scene, ...); NaN where a picture has not a
-    map, as of the other of two words.
+    """Return what was computed for each picture, put together along `scene`.
+
+    It is NaN for a map that a picture does not have, such as that of the other of two words.
     """
     names = list(dict.fromkeys(str(name) for part in parts for name in part["map"].values))
     return xr.concat([part.reindex(map=names) for part in parts], "scene")
 
 
 def scored(maps: xr.DataArray, truth: xr.DataArray, levels: xr.DataArray) -> xr.Dataset:
-    """AP, and IoU at levels that were chosen elsewhere, mean over words.
+    """Return AP, and IoU at levels that were chosen elsewhere, the means over words.
 
     *Shape:* as `precision` -> each (map, step).
     """
@@ -359,7 +352,7 @@ def scored(maps: xr.DataArray, truth: xr.DataArray, levels: xr.DataArray) -> xr.
 
 
 def random_weights(model: StableDiffusion, seed: int = 0) -> StableDiffusion:
-    """The same model with a UNet whose weights were drawn and never trained."""
+    """Return the same model with a UNet whose weights were drawn and never trained."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = type(model.unet).from_config(model.unet.config)

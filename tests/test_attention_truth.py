@@ -21,7 +21,7 @@ from PIL import Image
 from experiments import attention_truth as truth_of
 from experiments.attention_truth import (
     SEEDS,
-    Found,
+    Mapped,
     chosen,
     drawn,
     main,
@@ -32,7 +32,7 @@ from experiments.attention_truth import (
     split,
     study,
 )
-from experiments.attention_truth_report import BOUND, by_method, draw_figure, section, told
+from experiments.attention_truth_report import BOUND, as_text, by_method, draw_figure, section
 from experiments.emojiworld import judge, report, segmenter, world
 from experiments.emojiworld.report import Asked
 from experiments.truth_maps import (
@@ -104,7 +104,7 @@ def planted(one: Shown, grid: int = 8, wrong: tuple[int, ...] = ()) -> Seen:
 
 def found(
     count: int, first: int = 0, wrong: tuple[int, ...] = (), words: tuple[str, ...] = ("cat", "hat")
-) -> list[Found]:
+) -> list[Mapped]:
     listed = [shown(first + i, words=words) for i in range(count)]
     return [
         (one, candidates(planted(one, wrong=wrong), one.truth()), one.truth()) for one in listed
@@ -325,7 +325,7 @@ def test_thresholds_do_not_see_what_is_scored() -> None:
         "things"
     ].values.tolist() == [2, 2, 1]
     assert {"random", "counterfactual", "against others"} <= set(before["map"].values)
-    text = told({"scenes": before})
+    text = as_text({"scenes": before})
     assert (
         "3 pictures are scored, with one checkpoint" in text
         and "Where attention is not a good segmenter: at high noise" in text
@@ -599,12 +599,12 @@ def test_figures_of_the_bundled_model_stand_beside_how_it_was_trained() -> None:
     }
     own = study(model(), sets, TIMESTEPS)
     bundled = own.assign_attrs(model="emojiworld")
-    for tell in (told, section):
+    for tell in (as_text, section):
         assert BOUND in tell({"scenes": bundled}) and BOUND not in tell({"scenes": own}), (
             "another model was not trained like this"
         )
     assert f"| map ({BOUND}) |" in section({"scenes": bundled})
-    assert "accuracy" not in told({"scenes": own}) + section({"scenes": own}), (
+    assert "accuracy" not in as_text({"scenes": own}) + section({"scenes": own}), (
         "an empty mask has a high one"
     )
     ink = [
