@@ -30,9 +30,7 @@ FONT_SIZE = 109  # the one size at which this bitmap font can be drawn
 
 
 def wanted() -> list[str]:
-    """Return every emoji that a script draws: subjects, decorations, and the strangers that judges
-    see.
-    """
+    """Return every emoji that a script draws: subjects, decorations, and the judges' strangers."""
     strangers = [emoji for kind in STRANGERS.values() for emoji in kind.split()]
     return list(dict.fromkeys([*world.SUBJECTS.values(), *world.DECORATIONS.values(), *strangers]))
 

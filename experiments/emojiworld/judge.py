@@ -3,17 +3,16 @@
     python -m experiments.emojiworld.judge     # trains both, about ten minutes each on one core
     python -m experiments.emojiworld.judge --help
 
-`tuning` is there to choose training and sampling settings by; `report` only ever scores a model
-that is finished, so that nothing was chosen to please it. They differ in all that could make them
-agree for the wrong reason: architecture (a residual network with batch normalisation; a ConvNeXt),
-scenes, and seed. Both see every subject x setting pair, the left-out ones too.
+`tuning` is there to choose training and sampling settings by. `report` only ever scores a finished
+model, so that nothing was chosen to please it. The two differ in all that could make them agree for
+the wrong reason: architecture (a residual network with batch normalisation; a ConvNeXt), scenes and
+seed. Both see every subject x setting pair, also the left-out ones.
 
-They are to judge what is there and not how sharp it is: a third of what they learn from went
-through the VAE (some with noise on its latent), and all of it is blurred, shifted, recoloured and
-made noisy at random. One picture in eight shows emoji that are no subject of the world
-("strangers"), so that a shape in the right colours is not yet a subject. An answer less sure than
-99 of 100 true ones on scenes apart is "unsure". Everything goes to `training/judges/`, resumes, and
-ships nowhere.
+They are to judge what a picture shows and not how sharp it is. A third of what they learn from went
+through the VAE (some with noise on its latent). All of it is blurred, shifted, recoloured and made
+noisy at random. One picture in eight shows emoji that are no subject of the world ("strangers"), so
+that a shape in the right colours is not yet a subject. An answer less sure than 99 of 100 true ones
+on separate scenes is "unsure". Everything goes to `training/judges/`, resumes, and ships nowhere.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ from probe.diffusion.sd import StableDiffusion
 
 FOLDER = Path("training/judges")
 SUBJECTS, SETTINGS = list(world.SUBJECTS), [*world.SETTINGS, None]  # None: a plain backdrop
-FIRST_SEED = {
-    "tuning": 20_000_000,
-    "report": 30_000_000,
-}  # training of the model uses seeds from 0, its report from 10,000,000
+# The model's training uses seeds from 0, its report from 10,000,000.
+FIRST_SEED = {"tuning": 20_000_000, "report": 30_000_000}
 STEPS = {"tuning": 2000, "report": 3000}
 APART = 1_000_000  # from a judge's training scenes to those its thresholds are chosen on
 TEST_SEED = 40_000_000
@@ -61,8 +58,9 @@ STRANGERS = {  # emoji that are no subject of the world: to learn from, and to t
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures (picture, rgb, 64, 64) uint8; subjects (picture, 24) 0 or 1; settings (picture,), an
-    index into `SETTINGS`.
+    """Pictures (picture, rgb, 64, 64) uint8 with the subjects and the setting that each shows.
+
+    `subjects` (picture, 24) are 0 or 1. `settings` (picture,) are indices into `SETTINGS`.
     """
 
     pictures: torch.Tensor
@@ -71,7 +69,10 @@ class Labelled:
 
 
 def stranger(seed: int, kind: str) -> tuple[np.ndarray, str]:
-    """A scene with one or two emoji that are no subject, (128, 128, 3) uint8, and its setting."""
+    """Return a scene with one or two emoji that are no subject, and its setting.
+
+    *Shape:* (128, 128, 3) uint8.
+    """
     rng = np.random.default_rng([7, seed])
     setting = str(rng.choice(list(world.SETTINGS)))
     canvas = world._Canvas(rng)
@@ -91,13 +92,12 @@ def stranger(seed: int, kind: str) -> tuple[np.ndarray, str]:
 def round_trip(
     model: StableDiffusion, pixels: torch.Tensor, noise: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What the VAE makes of pictures, (picture, rgb, y, x) in [-1, 1]; `noise` is added to its
-    latents of spread one.
+    """Return what the VAE makes of pictures, (picture, rgb, y, x) in [-1, 1].
+
+    `noise` is added to its latents, which have spread one.
     """
     assert model.vae is not None
-    with torch.autocast(
-        "cpu", torch.bfloat16
-    ):  # half the time, and eight bits are enough for eight bits
+    with torch.autocast("cpu", torch.bfloat16):  # half the time, and enough for eight-bit pixels
         latents = model.vae.encode(pixels).latent_dist.mean
         if noise is not None:
             latents = latents + noise / model.scaling_factor
@@ -105,8 +105,9 @@ def round_trip(
 
 
 def small(pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures (picture, rgb, 128, 128) in [-1, 1] as the judges take them: (picture, rgb, 64, 64)
-    uint8.
+    """Return pictures as the judges take them.
+
+    *Shape:* (picture, rgb, 128, 128) in [-1, 1] -> (picture, rgb, 64, 64) uint8.
     """
     return (F.avg_pool2d(pixels, world.SIZE // SIDE) * 127.5 + 127.5).round().byte()
 
@@ -120,12 +121,11 @@ def draw(
     trips: int = 0,
     model: StableDiffusion | None = None,
 ) -> Labelled:
-    """`count` scenes of all pairs from seed `first` on; the first `trips` of them went through the
-    VAE of `model`.
+    """Return `count` scenes of all pairs from seed `first` on.
 
-    With `strangers`, one scene in `every` shows emoji of that kind in place of subjects. Half of
-    the round trips carry noise on their latents, up to half of their spread, as an unfinished
-    picture does.
+    The first `trips` of them went through the VAE of `model`. Half of these carry noise on their
+    latents, up to half of their spread, as an unfinished picture does. With `strangers`, one scene
+    in `every` shows emoji of that kind in place of subjects.
     """
     subjects, settings = torch.zeros(count, len(SUBJECTS)), torch.zeros(count, dtype=torch.long)
     pictures = torch.empty((count, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -158,8 +158,9 @@ def draw(
 
 
 def vary(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Each picture moved, scaled, recoloured, blurred and made noisy by its own chance; uint8 in,
-    (picture, rgb, y, x) out.
+    """Return each picture moved, scaled, recoloured, blurred and made noisy by its own chance.
+
+    *Shape:* uint8 -> (picture, rgb, y, x).
     """
     n = len(pictures)
 
@@ -180,9 +181,8 @@ def vary(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     twice = F.avg_pool2d(once, 3, 1, 1, count_include_pad=False)
     blur = uniform(0, 1, 1, 1, 1)
     x = torch.where(blur < 0.3, twice, torch.where(blur < 0.55, once, x))
-    x = x.lerp(
-        x.mean(dim=1, keepdim=True), uniform(-0.5, 0.3, 1, 1, 1)
-    )  # colours stronger or weaker
+    grey = x.mean(dim=1, keepdim=True)
+    x = x.lerp(grey, uniform(-0.5, 0.3, 1, 1, 1))  # colours stronger or weaker
     x = x * uniform(0.75, 1.3, 1, 1, 1) + uniform(-0.12, 0.12, 3, 1, 1)
     return (x + uniform(0, 0.12, 1, 1, 1) * torch.randn(x.shape, generator=random)).clamp(-1, 1)
 
@@ -211,8 +211,9 @@ class Residual(nn.Module):
 
 
 class NextBlock(nn.Module):
-    """A convolution inside each channel, then a small network at each place, as in ConvNeXt (Liu et
-    al. 2022), but 3x3.
+    """A convolution inside each channel, then a small network at each pixel, as in ConvNeXt.
+
+    Its convolution is 3x3 (Liu et al. 2022 have 7x7).
     """
 
     def __init__(self, width: int):
@@ -226,7 +227,7 @@ class NextBlock(nn.Module):
 
 
 def body_of(name: str) -> tuple[nn.Module, int]:
-    """The layers of a judge up to an 8x8 grid of features, and how many features."""
+    """Return the layers of a judge up to an 8x8 grid of features, and how many features."""
     if name == "tuning":
         stem = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
         return nn.Sequential(
@@ -268,7 +269,10 @@ class Answer:
     sure_setting: float
 
     def shows(self, subjects: list[tuple[str, ...]]) -> torch.Tensor:
-        """(picture,) bool: just the asked subjects lead, and each is sure."""
+        """Return whether just the asked subjects lead, and each is sure.
+
+        *Shape:* (picture,) bool.
+        """
         index = [[SUBJECTS.index(name) for name in names] for names in subjects]
         ranked = self.subjects.argsort(dim=1, descending=True)
         leading = [
@@ -281,32 +285,36 @@ class Answer:
         return torch.tensor(leading) & torch.tensor(sure)
 
     def set_in(self, settings: list[str | None]) -> torch.Tensor:
-        """(picture,) bool: the asked setting leads, and is sure."""
+        """Return whether the asked setting leads, and is sure. *Shape:* (picture,) bool."""
         asked = torch.tensor([SETTINGS.index(name) for name in settings])
         best, leading = self.settings.max(dim=1)
         return (leading == asked) & (best >= self.sure_setting)
 
     def related(self, subjects: list[tuple[str, ...]], relations: list[str | None]) -> torch.Tensor:
-        """(picture,) bool: of two subjects, the first is above the second, or they are side by
-        side.
+        """Return whether the first of two subjects is above the second, or they are side by side.
+
+        *Shape:* (picture,) bool.
         """
-        told = []
+        fits = []
         for places, (first, second), relation in zip(self.places, subjects, relations, strict=True):
             dx, dy = (places[SUBJECTS.index(second)] - places[SUBJECTS.index(first)]).tolist()
-            told.append(dy > abs(dx) if relation == "above" else abs(dx) > abs(dy))
-        return torch.tensor(told)
+            fits.append(dy > abs(dx) if relation == "above" else abs(dx) > abs(dy))
+        return torch.tensor(fits)
 
     @property
     def unsure(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(picture,) bool, twice: no subject is sure; no setting is sure."""
-        return self.subjects.amax(dim=1) < self.sure_subject, self.settings.amax(
-            dim=1
-        ) < self.sure_setting
+        """Return whether no subject is sure, and whether no setting is.
+
+        *Shape:* each (picture,) bool.
+        """
+        subject, setting = self.subjects.amax(dim=1), self.settings.amax(dim=1)
+        return subject < self.sure_subject, setting < self.sure_setting
 
 
 class Judge(nn.Module):
-    """A body, and for every place of its 8x8 grid a vote on subjects and setting; the votes are
-    averaged.
+    """A body, and a vote on subjects and setting at every cell of its 8x8 grid.
+
+    The votes are averaged.
     """
 
     sure: torch.Tensor  # the thresholds for a subject and for a setting
@@ -320,12 +328,12 @@ class Judge(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # three times as fast to train
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(picture, rgb, 64, 64) in [-1, 1] to votes (picture, 24 + 9, 8, 8)."""
+        """Return votes. *Shape:* (picture, rgb, 64, 64) in [-1, 1] -> (picture, 24 + 9, 8, 8)."""
         return self.vote(self.body(pictures.contiguous(memory_format=torch.channels_last))).float()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def judge(self, pictures: torch.Tensor) -> Answer:
-        """What it says of pictures (picture, rgb, 64, 64) uint8, see `small`."""
+        """Return the answer for pictures (picture, rgb, 64, 64) uint8, see `small`."""
         votes = torch.cat([self(part.float() / 127.5 - 1) for part in pictures.split(128)])
         of_subjects, of_settings = votes.mean(dim=(2, 3)).split(
             [len(SUBJECTS), len(SETTINGS)], dim=1
@@ -348,8 +356,9 @@ class Judge(nn.Module):
 
 
 def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Path) -> Judge:
-    """Train one judge and choose its thresholds, or go on from its last checkpoint, or take the one
-    that is finished.
+    """Return a judge with its thresholds.
+
+    It is trained, goes on from its last checkpoint, or is taken if it is finished.
     """
     if (folder / f"{name}-judge.pt").exists():
         return load_judge(name, folder)
@@ -363,22 +372,16 @@ def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Pa
         torch.save(vars(data), cache.with_suffix(".partial"))
         cache.with_suffix(".partial").replace(cache)
     torch.manual_seed(first)
-    made = Judge(name)
-    trainer = Trainer(
-        name,
-        nn.ModuleDict({"judge": made}),
-        steps,
-        3e-3 if name == "tuning" else 2e-3,
-        folder,
-        0.998,
-    )
+    judge = Judge(name)
+    rate, modules = 3e-3 if name == "tuning" else 2e-3, nn.ModuleDict({"judge": judge})
+    trainer = Trainer(name, modules, steps, rate, folder, 0.998)
 
     def loss_of(step: int) -> torch.Tensor:
         random = generator(first, step)
         which = torch.randint(len(data.pictures), (batch,), generator=random)
         which = torch.where(torch.rand(batch, generator=random) < 1 / 3, which % trips, which)
         with torch.autocast("cpu", torch.bfloat16):
-            votes = made(vary(data.pictures[which], random))
+            votes = judge(vary(data.pictures[which], random))
         of_subjects, of_settings = votes.mean(dim=(2, 3)).split(
             [len(SUBJECTS), len(SETTINGS)], dim=1
         )
@@ -391,17 +394,16 @@ def train(name: str, model: StableDiffusion, scenes: int, steps: int, folder: Pa
 
     trainer.run(loss_of)
     trainer.averaged()
-    made.sure.copy_(torch.tensor(thresholds(made, model)))
-    torch.save(made.state_dict(), folder / f"{name}-judge.pt")
+    judge.sure.copy_(torch.tensor(thresholds(judge, model)))
+    torch.save(judge.state_dict(), folder / f"{name}-judge.pt")
     cache.unlink()
-    return made
+    return judge
 
 
 def thresholds(judge: Judge, model: StableDiffusion) -> tuple[float, float]:
-    """The confidence that 99% of the subjects and 99% of the settings reach in 800 scenes apart,
-    half of them round trips.
+    """Return the confidence that 99% of the subjects, and 99% of the settings, reach.
 
-    It is at least a half.
+    It is measured on 800 separate scenes, half of them round trips, and is at least a half.
     """
     data = draw(FIRST_SEED[judge.name] + APART, 800, trips=400, model=model)
     answer = judge.judge(data.pictures)
@@ -411,7 +413,10 @@ def thresholds(judge: Judge, model: StableDiffusion) -> tuple[float, float]:
 
 
 def load_judge(name: str, folder: Path = FOLDER) -> Judge:
-    """A trained judge, ready for use. Exits with the command that makes it where there is none."""
+    """Return a trained judge, ready for use.
+
+    Exit with the command that trains it if there is none.
+    """
     path = folder / f"{name}-judge.pt"
     if not path.exists():
         raise SystemExit(
@@ -425,8 +430,9 @@ def load_judge(name: str, folder: Path = FOLDER) -> Judge:
 
 
 def own_accuracy(judge: Judge, model: StableDiffusion, count: int) -> list[dict[str, Any]]:
-    """Rows of a table: how often the judge is right on fresh scenes, on their round trips through
-    the VAE, and on strangers.
+    """Return rows of a table: how often the judge is right.
+
+    It is shown fresh scenes, their round trips through the VAE, and strangers.
     """
     rows = []
     scenes = [world.draw_scene(TEST_SEED + i, allow_held_out=True) for i in range(count)]
@@ -479,8 +485,9 @@ def own_accuracy(judge: Judge, model: StableDiffusion, count: int) -> list[dict[
 
 
 def table(rows: list[dict[str, Any]], markdown: bool = False) -> str:
-    """Rows of equal or fewer keys than the first, as aligned columns or as Markdown; bool tensors
-    become percentages.
+    """Return rows as aligned columns or as Markdown. Bool tensors become percentages.
+
+    No row has a key that the first lacks.
     """
 
     def text(value: Any) -> str:

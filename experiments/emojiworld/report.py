@@ -9,11 +9,11 @@
     python -m experiments.emojiworld.report --judge none \\
         --sheet experiments/emojiworld/sheet.webp --nearest experiments/emojiworld/nearest.png
 
-Prints the VAE's round trip (PSNR) and the UNet's error in predicting the noise at ten timesteps,
-for seen and for left-out subject x setting pairs; then how often a judge
-(`experiments.emojiworld.judge`, which trains them) recognises in a generated picture what its
-prompt asked for. Recognised means: just the asked subjects lead among all 24, and each is sure.
-Intervals are 95%, from resampling whole prompts, since pictures of one prompt fail together.
+It prints the VAE's round trip (PSNR) and the UNet's error in predicting the noise at ten timesteps,
+for seen and for left-out subject x setting pairs. Then it prints how often a judge recognises in a
+generated picture what its prompt asked for (`experiments.emojiworld.judge` trains judges). A
+picture is recognised if just the asked subjects lead among all 24, and each is sure. Intervals are
+95%, from resampling whole prompts, since pictures of one prompt fail together.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ TIMESTEPS = list(range(50, 1000, 100))
 
 
 def fresh_scenes(count: int, held_out: bool) -> list[world.Scene]:
-    """Scenes that training never drew: with seen pairs, or with the left-out pairs of the
-    development set.
+    """Return scenes that training never drew, with seen pairs or with left-out pairs.
+
+    Left-out pairs are those of the development set.
     """
     if not held_out:
         return [world.draw_scene(FIRST_FRESH_SEED + i) for i in range(count)]
@@ -63,7 +64,7 @@ def fresh_scenes(count: int, held_out: bool) -> list[world.Scene]:
 
 
 def pixels_of(scenes: list[world.Scene]) -> torch.Tensor:
-    """(scene, rgb, y, x) in [-1, 1]."""
+    """Return scenes as pixels (scene, rgb, y, x) in [-1, 1]."""
     return (
         torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
         / 127.5
@@ -73,7 +74,7 @@ def pixels_of(scenes: list[world.Scene]) -> torch.Tensor:
 
 @torch.no_grad()
 def vae_psnr(model: StableDiffusion, pixels: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio of a round trip through the VAE, in dB, averaged over scenes."""
+    """Return the peak signal-to-noise ratio of a round trip through the VAE, in dB, over scenes."""
     assert model.vae is not None
     back = model.vae.decode(model.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
     error = ((back - pixels) / 2).square().mean(dim=(1, 2, 3))
@@ -84,8 +85,9 @@ def vae_psnr(model: StableDiffusion, pixels: torch.Tensor) -> float:
 def noise_losses(
     model: StableDiffusion, scenes: list[world.Scene], timesteps: list[int]
 ) -> list[float]:
-    """Mean squared error of the predicted noise at each timestep (Ho et al. 2020, equation 14), one
-    noise a scene.
+    """Return the mean squared error of the predicted noise at each timestep, one noise a scene.
+
+    See Ho et al. 2020, equation 14.
     """
     assert model.vae is not None
     latents = model.vae.encode(pixels_of(scenes)).latent_dist.mean * model.scaling_factor
@@ -123,11 +125,10 @@ DEFAULT = Asked("default prompt, seeds 0 to 9", ("astronaut",), "scuba diving")
 
 
 def asked_for(pairs: int, sealed: bool) -> list[Asked]:
-    """`pairs` seen pairs with every subject equally often, as many scenes of two subjects, and the
-    left-out pairs.
+    """Return `pairs` seen pairs, as many scenes of two subjects, and the left-out pairs.
 
-    No scene of two subjects holds a left-out pair. The sealed pairs are in the list only with
-    `sealed`.
+    Seen pairs have every subject equally often. No scene of two subjects holds a left-out pair.
+    Sealed pairs are returned only with `sealed`.
     """
     rng = np.random.default_rng(1)
     settings = list(world.SETTINGS)
@@ -170,7 +171,7 @@ def draw(
     rescale: float = 0.0,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Pictures of one prompt from seeds `seed` up, (picture, y, x, rgb) uint8."""
+    """Return pictures of one prompt from seeds `seed` up: (picture, y, x, rgb) uint8."""
     conditioning = model.condition(prompt)
     *_, last = denoise(
         model,
@@ -185,11 +186,11 @@ def draw(
 
 
 def interval(right: torch.Tensor) -> tuple[float, float, float]:
-    """Mean of (prompt, picture) true or false (NaN: not asked), and its 95% interval from 10,000
-    resamplings of prompts.
+    """Return the mean of true or false values, and its 95% interval. *Shape:* (prompt, picture).
 
-    Where all prompts agree, resampling says nothing, and the interval is the exact binomial one for
-    that many prompts. Of a single prompt, the pictures are resampled.
+    NaN stands for what was not asked. The interval is from 10,000 resamplings of prompts. If all
+    prompts agree, resampling says nothing: then it is the exact binomial one for that many prompts.
+    Of a single prompt, the pictures are resampled.
     """
     if len(right) == 1:
         right = right.T
@@ -208,8 +209,9 @@ def interval(right: torch.Tensor) -> tuple[float, float, float]:
 
 
 def score(asked: list[Asked], answer: Answer, images: int) -> dict[str, torch.Tensor]:
-    """What is right in the pictures of some prompts, each (prompt, picture) of 0, 1 or NaN;
-    `answer` is prompt by prompt.
+    """Return what is right in the pictures of prompts, each (prompt, picture) of 0, 1 or NaN.
+
+    `answer` lists pictures prompt by prompt.
     """
     each = [one for one in asked for _ in range(images)]
     subject = answer.shows([one.subjects for one in each])
@@ -231,7 +233,7 @@ def score(asked: list[Asked], answer: Answer, images: int) -> dict[str, torch.Te
 def recognition(
     model: StableDiffusion, judges: list[str], folder: Path, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Rows of a table: how often each judge recognises what the prompts of each group asked for."""
+    """Return rows of a table: how often each judge recognises what each group asked for."""
     listed = [(one, options.seeds) for one in asked_for(options.pairs, options.sealed)] + [
         (DEFAULT, 10)
     ]
@@ -280,8 +282,9 @@ def recognition(
 
 
 def prompts() -> list[str]:
-    """64 prompts: the development set's left-out pairs, 40 seen pairs, 16 scenes of two
-    subjects.
+    """Return 64 prompts: left-out pairs of the development set, seen pairs, two subjects.
+
+    They are 8, 40 and 16.
     """
     left_out = [
         ("astronaut", "scuba diving"),
@@ -311,7 +314,7 @@ def sheet(
     rescale: float = 0.0,
     seed: int = 0,
 ) -> Image.Image:
-    """One picture for each prompt, its prompt below, eight a row."""
+    """Return a page with a picture for each prompt, its prompt below, eight a row."""
     size, line = world.SIZE, 11
     page = Image.new("RGB", (8 * size, math.ceil(len(listed) / 8) * (size + 2 * line + 4)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=9)
@@ -327,12 +330,11 @@ def sheet(
 
 
 def nearest(model: StableDiffusion, count: int) -> tuple[Image.Image, str]:
-    """The default picture beside the training scene nearest to it, and a sentence with their
-    distance.
+    """Return the default picture beside the training scene nearest to it, and a sentence.
 
-    The distance is the root mean square over pixels of half size, on a scale of 0 to 255. For
-    comparison: how far 50 true scenes of the same pair, which was left out, are from the training
-    scenes nearest to them.
+    The sentence tells their distance: the root mean square over pixels of half size, on a scale of
+    0 to 255. It compares that with 50 true scenes of the same pair, which was left out: how far
+    they are from the training scenes nearest to them.
     """
     asked = Experiment()
     picture = draw(

@@ -4,10 +4,10 @@
     python -m experiments.emojiworld.segmenter --help
 
 A generated picture has no mask, so its maps are scored against what this network sees in it. It
-learns from fresh scenes of all pairs; a third of them went through the VAE, half of those with
-noise on their latents, and all are blurred, recoloured and made noisy at random, so that it knows
-its subjects in pictures that are not sharp. How well it does, on scenes and on their round trips,
-is measured and belongs beside every score made with it. It looks at 64 x 64 pixels. Checkpoints and
+learns from fresh scenes of all pairs. A third of them went through the VAE, half of those with
+noise on their latents. All are blurred, recoloured and made noisy at random, so that it knows its
+subjects also in pictures that are not sharp. Its own score, on scenes and on their round trips, is
+measured and belongs beside every score made with it. It looks at 64 x 64 pixels. Checkpoints and
 weights go to `training/segmenter/`, resume, and ship nowhere.
 """
 
@@ -32,18 +32,17 @@ from probe.diffusion.loading import load
 from probe.diffusion.sd import StableDiffusion
 
 FOLDER = Path("training/segmenter")
-FIRST_SEED, TEST_SEED = (
-    60_000_000,
-    61_000_000,
-)  # training of the model uses seeds from 0 up to 39,999; reports and judges others
+# The model's training uses seeds 0 to 39,999; reports and judges use others.
+FIRST_SEED, TEST_SEED = 60_000_000, 61_000_000
 SCENES, STEPS, BATCH, RATE = 4500, 900, 32, 4e-3
-LEAST = 0.005  # of a picture: what is smaller than that is not there
+LEAST = 0.005  # share of a picture: a subject with less is not there
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """Pictures (picture, rgb, 64, 64) uint8, and of each pixel the subject, an index into
-    `SUBJECTS` + 1; 0 is none of them.
+    """Pictures (picture, rgb, 64, 64) uint8, and for each pixel the subject that it shows.
+
+    A subject is its index in `SUBJECTS` + 1; 0 is none.
     """
 
     pictures: torch.Tensor
@@ -51,16 +50,16 @@ class Segmented:
 
 
 def classes_of(scene: world.Scene) -> torch.Tensor:
-    """(64, 64) uint8: of each pixel the subject that covers at least half of it, as its index + 1,
-    or 0.
+    """Return for each pixel the subject that covers at least half of it. *Shape:* (64, 64) uint8.
+
+    It is the subject's index + 1, or 0.
     """
-    found = torch.zeros((SIDE, SIDE), dtype=torch.uint8)
+    classes = torch.zeros((SIDE, SIDE), dtype=torch.uint8)
     for subject in scene.subjects:
-        share = F.avg_pool2d(
-            torch.from_numpy(scene.masks[subject])[None].float(), world.SIZE // SIDE
-        )[0]
-        found[share >= 0.5] = SUBJECTS.index(subject) + 1
-    return found
+        mask = torch.from_numpy(scene.masks[subject])[None].float()
+        share = F.avg_pool2d(mask, world.SIZE // SIDE)[0]
+        classes[share >= 0.5] = SUBJECTS.index(subject) + 1
+    return classes
 
 
 def draw(
@@ -71,8 +70,9 @@ def draw(
     noisy: bool = False,
     model: StableDiffusion | None = None,
 ) -> Segmented:
-    """`count` scenes of all pairs from seed `first` on; the first `trips` went through the VAE,
-    half of those `noisy` with noise on their latents.
+    """Return `count` scenes of all pairs, from seed `first` on.
+
+    The first `trips` went through the VAE. With `noisy`, half of those have noise on their latents.
     """
     parts = []
     for start in tqdm(
@@ -109,8 +109,9 @@ def draw(
 
 
 def varied(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Each picture recoloured, blurred and made noisy by its own chance, and nothing moved; uint8
-    in, (picture, rgb, y, x) out.
+    """Return each picture recoloured, blurred and made noisy by its own chance, and nothing moved.
+
+    *Shape:* uint8 -> (picture, rgb, y, x).
     """
 
     def uniform(low: float, high: float, channels: int = 1) -> torch.Tensor:
@@ -147,7 +148,7 @@ class Segmenter(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(picture, rgb, 64, 64) in [-1, 1] to votes (picture, 1 + 24, 64, 64)."""
+        """Return votes. *Shape:* (picture, rgb, 64, 64) in [-1, 1] -> (picture, 1 + 24, 64, 64)."""
         x, kept = pictures.contiguous(memory_format=torch.channels_last), []
         for down in self.down:
             x = down(x)
@@ -159,7 +160,7 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def classes(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Of each pixel the subject, as index + 1, or 0.
+        """Return for each pixel the subject that it shows, as index + 1, or 0.
 
         *Shape:* (picture, rgb, 64, 64) uint8 -> (picture, 64, 64).
         """
@@ -168,53 +169,56 @@ class Segmenter(nn.Module):
         )
 
     def masks(self, picture: np.ndarray, subjects: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Where each subject is in a picture, (128, 128, rgb) uint8: (64, 64) bool, of those that
-        are there at all.
+        """Return the mask of each subject that a picture shows at all.
+
+        *Shape:* (128, 128, rgb) uint8 -> (64, 64) bool.
         """
         pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-        found = self.classes(small(pixels))[0].numpy()
-        masks = {subject: found == SUBJECTS.index(subject) + 1 for subject in subjects}
+        classes = self.classes(small(pixels))[0].numpy()
+        masks = {subject: classes == SUBJECTS.index(subject) + 1 for subject in subjects}
         return {subject: mask for subject, mask in masks.items() if mask.mean() >= LEAST}
 
 
 def train(
     model: StableDiffusion, scenes: int = SCENES, steps: int = STEPS, folder: Path = FOLDER
 ) -> Segmenter:
-    """Train it, or go on from its last checkpoint, or take the one that is finished.
+    """Return a segmenter ready for use.
 
-    *Returns* it ready for use.
+    It is trained, goes on from its last checkpoint, or is taken if it is finished.
     """
-    made, path = Segmenter(), folder / "segmenter-done.pt"
+    segmenter, path = Segmenter(), folder / "segmenter-done.pt"
     if path.exists():
-        made.load_state_dict(torch.load(path, weights_only=True))
-        return made.eval().requires_grad_(False)
+        segmenter.load_state_dict(torch.load(path, weights_only=True))
+        return segmenter.eval().requires_grad_(False)
     folder.mkdir(parents=True, exist_ok=True)
     trips = scenes // 3
     data = draw(FIRST_SEED, scenes, trips=trips, noisy=True, model=model)
     torch.manual_seed(FIRST_SEED)
-    trainer = Trainer("segmenter", nn.ModuleDict({"segmenter": made}), steps, RATE, folder, 0.995)
+    modules = nn.ModuleDict({"segmenter": segmenter})
+    trainer = Trainer("segmenter", modules, steps, RATE, folder, 0.995)
 
     def loss_of(step: int) -> torch.Tensor:
         random = generator(FIRST_SEED, step)
         which = torch.randint(scenes, (BATCH,), generator=random)
         with torch.autocast("cpu", torch.bfloat16):
-            votes = made(varied(data.pictures[which], random))
+            votes = segmenter(varied(data.pictures[which], random))
         return F.cross_entropy(votes.float(), data.classes[which].long())
 
     trainer.run(loss_of)
     trainer.averaged()
-    torch.save(made.state_dict(), path)
-    return made
+    torch.save(segmenter.state_dict(), path)
+    return segmenter
 
 
 def own_scores(
     segmenter: Segmenter, model: StableDiffusion, count: int
 ) -> dict[tuple[str, int], xr.Dataset]:
-    """Its own mIoU on scenes that it never saw, and on their round trips, by (what was shown,
-    number of subjects): the mean and its interval.
+    """Return its own mIoU on scenes that it never saw, and on their round trips.
+
+    It is the mean and its interval, by (what was shown, number of subjects).
     """
     scenes = [world.draw_scene(TEST_SEED + i, allow_held_out=True) for i in range(count)]
-    found = {}
+    intervals = {}
     for label, trips in (("scenes", 0), ("VAE round trips", count)):
         data = draw(TEST_SEED, count, trips=trips, model=model)
         seen = segmenter.classes(data.pictures)
@@ -230,8 +234,8 @@ def own_scores(
                         for one in (mine, true)
                     )
                     scores.append(float(iou(masks, truth).mean()))
-            found[label, subjects] = interval(xr.DataArray(scores, dims="scene"))
-    return found
+            intervals[label, subjects] = interval(xr.DataArray(scores, dims="scene"))
+    return intervals
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,8 +54,9 @@ TOKENS = 77
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges make one token of every word a caption can
-    contain.
+    """Return a CLIP tokenizer that has one token for every word that a caption can contain.
+
+    Its byte-pair merges make these tokens.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -141,7 +142,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion v1's noise schedule.
+    """Return a scheduler with Stable Diffusion v1's noise levels.
 
     PNDM, its default, extrapolates, and burns this model's colours at guidance 5.
     """
@@ -160,8 +161,9 @@ def build_scheduler() -> DDIMScheduler:
 
 
 class Trainer:
-    """AdamW with a one-cycle rate, an exponential moving average, and checkpoints that are swapped
-    in whole.
+    """AdamW with a one-cycle rate, a moving average of the weights, and checkpoints.
+
+    The average is exponential. Checkpoints are replaced whole.
     """
 
     def __init__(
@@ -191,7 +193,7 @@ class Trainer:
             self.average, self.step = saved["average"], saved["step"]
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up over the first 5%, then a cosine to 1% of the top rate."""
+        """Return the rate of a step: up over the first 5%, then a cosine to 1% of the top rate."""
         warm = max(1, self.steps // 20)
         if step < warm:
             return self.rate * (step + 1) / warm
@@ -241,7 +243,7 @@ class Trainer:
                     self.save()
 
     def averaged(self) -> torch.nn.ModuleDict:
-        """The modules holding the moving average of their weights, ready for use."""
+        """Return the modules with the moving average of their weights, ready for use."""
         self.modules.load_state_dict(
             {
                 key: value.to(self.modules.state_dict()[key].dtype)
@@ -259,7 +261,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 def draw_training_set(count: int) -> tuple[torch.Tensor, list[str]]:
-    """`count` scenes as a (count, 3, 128, 128) uint8 tensor, and their captions."""
+    """Return `count` scenes as a (count, 3, 128, 128) uint8 tensor, and their captions."""
     images = torch.empty((count, 3, world.SIZE, world.SIZE), dtype=torch.uint8)
     captions = []
     for seed in tqdm(range(count), desc="scenes", mininterval=5):
@@ -312,12 +314,11 @@ def train_vae(options: argparse.Namespace, images: torch.Tensor) -> AutoencoderK
 def encode(
     options: argparse.Namespace, vae: AutoencoderKL, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of every scene's latent, each (count, 4, 16, 16), after the VAE
-    is centred.
+    """Return mean and standard deviation of every scene's latent, each (count, 4, 16, 16).
 
-    The channel means of the latents are folded into the VAE's 1x1 convolutions, and its scaling
-    factor is set to one over their standard deviation: the latents that the UNet meets have mean 0
-    and standard deviation 1.
+    The VAE is centred first. The channel means of the latents are folded into its 1x1 convolutions,
+    and its scaling factor is set to one over their standard deviation. So the latents that the UNet
+    meets have mean 0 and standard deviation 1.
     """
     path = options.folder / "latents.pt"
     if path.exists():
@@ -353,8 +354,9 @@ def train_unet(
     latents: tuple[torch.Tensor, torch.Tensor],
     captions: list[str],
 ) -> torch.nn.ModuleDict:
-    """One cycle over text encoder and UNet: the stage `unet`, or `refine`, which hides the ends of
-    half of the captions.
+    """Train text encoder and UNet for one cycle: the stage `unet`, or `refine`.
+
+    The latter hides the ends of half of the captions.
     """
     device, batch, refining = options.device, 32, name == "refine"
     steps, rate, decay = (
@@ -412,8 +414,9 @@ def train_decoder(
     latents: tuple[torch.Tensor, torch.Tensor],
     images: torch.Tensor,
 ) -> AutoencoderKL:
-    """Fit the decoder to the latents that the encoder gives, sharper than the two could while they
-    moved together.
+    """Fit the decoder to the encoder's latents, which no longer change.
+
+    It becomes sharper than while the two moved together.
     """
     device, crop, batch = options.device, 64, 16
     mean, std = latents

@@ -1,5 +1,4 @@
-"""The world that `emojiworld` is trained on: small scenes made of colour emoji, with a caption and
-exact masks.
+"""The world that `emojiworld` is trained on: small scenes of emoji, with captions and exact masks.
 
 A scene is one or two subjects in a setting, 128 x 128 pixels:
 
@@ -186,9 +185,7 @@ class _Canvas:
         self.owner = np.zeros((SIZE, SIZE), np.uint8)
 
     def backdrop(self, *bands: tuple[float, str], noun: int) -> None:
-        """Fill horizontal bands, each from a height (0 is the top) down, in a colour that varies a
-        little.
-        """
+        """Fill horizontal bands, each from a height (0 is the top) down. Colours vary a little."""
         draw = ImageDraw.Draw(self.image)
         shift = int(self.rng.integers(-7, 8))
         for start, colour in bands:
@@ -200,8 +197,9 @@ class _Canvas:
         self.owner[:] = noun
 
     def paste(self, stamp: Image.Image, x: int, y: int, noun: int) -> None:
-        """Paste an RGBA stamp with its upper left corner at (x, y); its opaque pixels now belong to
-        `noun`.
+        """Paste an RGBA stamp with its upper left corner at (x, y).
+
+        Its opaque pixels now belong to `noun`.
         """
         self.image.paste(stamp, (x, y), stamp)
         layer = Image.new("L", (SIZE, SIZE))
@@ -216,7 +214,7 @@ class _Canvas:
         rows: tuple[float, float],
         noun: int,
     ) -> None:
-        """Paste between `count` small copies of an emoji, their feet between two heights."""
+        """Paste small copies of an emoji, between `count` many, their feet between two heights."""
         for _ in range(int(self.rng.integers(count[0], count[1] + 1))):
             stamp = glyph(emoji, int(self.rng.integers(sizes[0], sizes[1] + 1)))
             x = int(self.rng.integers(-4, SIZE - stamp.width + 5))
@@ -313,8 +311,9 @@ _PAINTERS: dict[str, Callable[[_Canvas, int], None]] = {
 
 @functools.cache
 def _diving_mask(width: int) -> Image.Image:
-    """A diving mask with a snorkel, `width` pixels wide, drawn four times too large and scaled
-    down.
+    """Return a diving mask with a snorkel, `width` pixels wide.
+
+    It is drawn four times too large and scaled down.
     """
     w, h = 4 * width, round(2.4 * width)
     stamp = Image.new("RGBA", (w, h), (0, 0, 0, 0))
@@ -355,8 +354,9 @@ def _dive(canvas: _Canvas, box: tuple[int, int, int, int], noun: int) -> None:
 def _places(
     rng: np.random.Generator, stamps: list[Image.Image], relation: str | None
 ) -> list[tuple[int, int]]:
-    """Upper left corners: one subject anywhere low enough, two side by side or one above the
-    other.
+    """Return the upper left corner of one subject, low enough, or of two.
+
+    Two are side by side, or one above the other.
     """
     if relation is None:
         (stamp,) = stamps
@@ -403,7 +403,7 @@ def _article(noun: str) -> str:
 def caption_of(
     subjects: tuple[str, ...], setting: str | None, relation: str | None, opening: str = ""
 ) -> str:
-    """The sentence that describes a scene, for example "a robot next to a penguin in the snow"."""
+    """Return the sentence that describes a scene: "a robot next to a penguin in the snow"."""
     words = [opening] if opening else []
     words += [_article(subjects[0]), subjects[0]]
     if relation is not None:
@@ -483,7 +483,7 @@ def _refuse_unknown(subjects: tuple[str, ...], setting: str | None, relation: st
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can contain, sorted."""
+    """Return every word that a caption can contain, sorted."""
     words = {"a", "an", "the", "and", "picture", "of", *SUBJECTS}
     for phrase in (*SETTINGS.values(), *RELATIONS):
         words.update(phrase.split())
@@ -491,7 +491,7 @@ def vocabulary() -> list[str]:
 
 
 def contact_sheet(scenes: list[Scene], columns: int = 8) -> Image.Image:
-    """The pictures of several scenes side by side."""
+    """Return the pictures of several scenes side by side."""
     rows = math.ceil(len(scenes) / columns)
     sheet = Image.new("RGB", (columns * SIZE, rows * SIZE), "white")
     for index, scene in enumerate(scenes):
