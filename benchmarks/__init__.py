@@ -1,8 +1,7 @@
-"""What recording costs, by command; README.md in this folder has the tables. None of them decides a
-test.
+"""Measure what recording costs, by command. README.md in this folder has the tables.
 
-Every library is pinned to one thread here, before torch is imported: two threads on two busy cores
-are slower than one.
+No test depends on them. Every library is pinned to one thread here, before torch is imported: two
+threads on two busy cores are slower than one.
 """
 
 import os

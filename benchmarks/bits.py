@@ -1,8 +1,7 @@
-"""Whether two versions of this code record the same bits: eight experiments, recorded by one and
-compared by the other.
+"""Tell whether two versions of this code record the same bits, in eight experiments.
 
 python -m benchmarks.bits record FOLDER     # by the version before
-python -m benchmarks.bits compare FOLDER    # by the version after: records them again, and compares
+python -m benchmarks.bits compare FOLDER    # by the version after: records again, and compares
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
 
 
 def record_all(folder: Path) -> dict[str, Run]:
-    """Record the eight, each with its name; what was recorded there before is taken as it is."""
+    """Record the eight, each with its name. A recording that is there already is taken as it is."""
     common = {"output": str(folder), "progress": False}
     made = {}
     for name, fields in EXPERIMENTS.items():
@@ -62,7 +61,7 @@ def record_all(folder: Path) -> dict[str, Run]:
 
 
 def differences(one: Run, other: Run) -> tuple[int, list[str]]:
-    """How many variables both have, and the names of those whose bits differ.
+    """Return how many variables both have, and the names of those whose bits differ.
 
     Measured times are left out.
     """

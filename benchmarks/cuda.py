@@ -2,9 +2,9 @@
 
     python -m benchmarks.cuda --model sd1 --dtype float16 --steps 50
 
-The loop is timed by device events, bare against recorded (default capture, to disk), in turn and in
-reversed order every other round; and the times at which the host waits for the device are counted,
-in a run of their own. Needs CUDA.
+The loop is timed by device events: bare against recorded (default capture, to disk), in turn, every
+other round in reversed order. In a run of its own, the times are counted at which the host waits
+for the device. Needs CUDA.
 """
 
 from __future__ import annotations

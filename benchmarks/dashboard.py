@@ -1,11 +1,11 @@
-"""How fast recordings are to look at: P10 (a scrub), P11 (a changed word), P12 (a payload), first
-paint, and many sessions at once.
+"""How fast recordings are to look at: a scrub (P10), a changed word (P11), a payload (P12).
 
     python -m benchmarks.dashboard                 # the sample, and one of Stable Diffusion's size
     python -m benchmarks.dashboard --no-browser    # without what needs chromium and selenium
 
-No model runs: the large recording is filled with random probabilities (see `benchmarks.store`).
-Times in the browser are JavaScript's own, headless; a frame is painted by software here.
+First paint and many sessions at once are measured too. No model runs: the large recording is filled
+with random probabilities (see `benchmarks.store`). Times in the browser are JavaScript's own,
+headless; a frame is painted by software here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""How exact the recorded maps are: P13, against a softmax in float64 of what each layer multiplies
-in a run of its own.
+"""How exact the recorded maps are: P13.
 
-python -m benchmarks.exactness --model bundled
+    python -m benchmarks.exactness --model bundled
+
+They are compared with a softmax in float64 of what each layer multiplies, in a run of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ WORST = {"float16": 3e-5, "float32": 1e-6, "sqrt_u8": 4e-3}
 
 
 def reference(model: StableDiffusion, steps: int) -> list[dict[str, np.ndarray]]:
-    """By step and layer, the conditional branch's maps. *Shape:* (head, token, pixel) float64."""
+    """Return the conditional branch's maps by step and layer.
+
+    *Shape:* (head, token, pixel) float64.
+    """
     layers = cross_attention(model.unet)
     seen: dict[str, dict[str, torch.Tensor]] = {path: {} for path in layers}
 

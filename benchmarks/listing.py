@@ -1,9 +1,8 @@
-"""python -m benchmarks.listing [COUNT]: how long a listing of many recordings takes, the first time
-and again.
+"""python -m benchmarks.listing [COUNT]: how long it takes to list many recordings, twice.
 
-Makes COUNT folders (10,000) with the sample's root file, changed in name, time and prompt, and
-lists them in fresh processes: CPU seconds of `list_runs` alone, and wall seconds of the whole
-command `probe ls`.
+It makes COUNT folders (10,000) with the sample's root file, changed in name, time and prompt. It
+lists them in fresh processes, the first time and again: CPU seconds of `list_runs` alone, and wall
+seconds of the whole command `probe ls`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ print(json.dumps([len(rows), time.process_time() - cpu, time.perf_counter() - be
 
 
 def make(folder: Path, count: int) -> None:
-    """Recordings that have nothing but a root file, as a writer leaves it."""
+    """Make recordings that have nothing but a root file, as a writer leaves it."""
     root = json.loads((sample.unpacked() / "zarr.json").read_text())
     for index in range(count):
         root["attributes"]["created"] = (

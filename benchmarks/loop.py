@@ -1,5 +1,4 @@
-"""A stopwatch on the loop of `probe.record`: how much of it is the model's, how much is
-recording's.
+"""A stopwatch on the loop of `probe.record`: how much is the model's, how much is recording's.
 
 It stands in for two names, `denoise` of `probe.running.perform` and `hooked` of
 `probe.running.session`, and passes everything on.
@@ -24,10 +23,10 @@ from probe.writing.store import RunWriter
 
 @dataclass
 class Took:
-    """Seconds of a loop without its first step: CPU of all threads, wall; and CPU of what recording
-    adds, by where it is spent.
+    """Seconds of a loop without its first step: CPU of all threads, wall, and CPU of recording.
 
-    `once` is what recording adds to the first step, which also reads what the text offers.
+    The latter is split by where it is spent. `once` is what recording adds to the first step, which
+    also reads what the text offers.
     """
 
     cpu: float = 0.0

@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory --model small
 
-A fresh process for each mode and number of steps; its resident memory is sampled every 5 ms, from
-the loop's first step to the last step's being on disk (on CUDA: torch.cuda.max_memory_allocated).
-Without guidance, which halves the time and changes nothing that recording keeps.
+Each mode and number of steps has a fresh process. Its resident memory is sampled every 5 ms, from
+the loop's first step until the last step is on disk (on CUDA: torch.cuda.max_memory_allocated).
+There is no guidance: that halves the time, and recording keeps the same.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from probe.running.recorder import record
 
 
 class Peak:
-    """The most resident memory between `begin` and `end`, in bytes above what there was at
-    `begin`.
-    """
+    """The most resident memory between `begin` and `end`, in bytes above that at `begin`."""
 
     def __init__(self, cuda: bool):
         self._cuda, self._process, self._done = cuda, psutil.Process(), threading.Event()
@@ -67,7 +65,7 @@ def peak(cuda: bool) -> Iterator[Peak]:
 
 
 def child(asked: Any) -> None:
-    """One loop after one warm-up step, in this process; prints its peak."""
+    """Run one loop after one warm-up step, in this process, and print its peak."""
     pipe = models.pipeline(asked.model, getattr(torch, asked.dtype), asked.device)
     model, cuda = StableDiffusion.of(pipe).with_scheduler("DDIM", {}), asked.device == "cuda"
     conditioning = model.condition(models.PROMPT, guided=False)

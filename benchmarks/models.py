@@ -37,10 +37,9 @@ PARAMETERS = {"small": 37_522_628, "sd1": 859_520_964}
 def pipeline(
     name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", *, whole: bool = False
 ) -> Any:
-    """A Stable Diffusion pipeline. With `device="meta"` it has no weights: enough to plan a
-    recording.
+    """Return a Stable Diffusion pipeline. On the "meta" device it has no weights.
 
-    Text encoder and VAE stand outside the loop that is measured, so those of `small` and `sd1` are
+    Text encoder and VAE are outside of the loop that is measured. Those of `small` and `sd1` are
     thin, unless `whole`.
     """
     if name == "bundled":
@@ -88,7 +87,10 @@ def pipeline(
 
 
 def parser(about: str | None, rounds: int = 7, **options: Any) -> argparse.ArgumentParser:
-    """The options that the benchmarks share; a model of 860 million parameters gets 3 rounds."""
+    """Return a parser with the options that the benchmarks share.
+
+    A model of 860 million parameters gets 3 rounds.
+    """
     made = argparse.ArgumentParser(description=(about or "").split("\n")[0], **options)
     made.add_argument("--model", choices=NAMES, default="small")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -98,7 +100,7 @@ def parser(about: str | None, rounds: int = 7, **options: Any) -> argparse.Argum
 
 
 def machine() -> str:
-    """What ran it, for the table's head."""
+    """Return what ran it, for the table's head."""
     return (
         f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, "
         f"load {os.getloadavg()[0]:.1f}"

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.modes
 
-Bytes: forecast for Stable Diffusion v1 at 512 pixels and 50 DDIM steps with the prompt "An
-astronaut scuba diving", from its configuration alone. Error: greatest absolute difference, over
-every map of a recording of the bundled model, from maps in float32 of all 77 tokens. A summary's
-are compared with the mean over heads.
+Bytes are forecast for Stable Diffusion v1 at 512 pixels and 50 DDIM steps with the prompt "An
+astronaut scuba diving", from its configuration alone. Errors are the greatest absolute difference
+from maps in float32 of all 77 tokens, over every map of a recording of the bundled model. A
+summary's maps are compared with the mean over heads.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def attention_bytes(capture: dict[str, Any]) -> int:
 
 
 def error(found: Run, exact: Run) -> float:
-    """Over the tokens that both keep one by one."""
+    """Return the greatest error over the tokens that both keep one by one."""
     worst = 0.0
     for grid in exact.grids:
         maps, truth = found.attention(grid), exact.attention(grid)

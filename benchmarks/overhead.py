@@ -6,15 +6,17 @@ P1 (nothing changes), P2, P2b, P3 (self time), P13 (exactness), and on CUDA P4.
     python -m benchmarks.overhead --model sd1 --rounds 3 --steps 2          # long
     python -m benchmarks.overhead --model sd1 --dtype float16 --device cuda  # P4
 
-One process, one thread, the variants in turn and in reversed order every other round, ratios taken
-round by round. A whole run is `probe.record`, with a stopwatch on what recording adds to the loop.
+All is one process with one thread. Variants are taken in turn, every other round in reversed order,
+and ratios round by round. A whole run is `probe.record`, with a stopwatch on what recording adds.
 
-*Self time* is CPU time: of the loop's thread in everything that is not model or scheduler (hooks,
-and handing a step over), plus that of all other threads until the last step is on disk (writer and
-zarr; torch has one thread here, the loop's). It is divided by the CPU time of the bare loop. A
-shared machine disturbs CPU times far less than wall time. *CPU ratio* is the loop's whole CPU time,
-recorded against bare: the cross-check, as good as its spread in `bare again`. The first step of
-each loop is a warm-up and not counted; `once` is what recording adds to it, in milliseconds.
+*Self time* is CPU time, divided by that of the bare loop. It is the time of the loop's thread in
+everything that is not model or scheduler (hooks, and handing a step over), plus that of all other
+threads until the last step is on disk (writer and zarr; torch has one thread here, the loop's). A
+shared machine disturbs CPU times far less than wall time.
+
+*CPU ratio* is the loop's whole CPU time, recorded against bare: the cross-check, as good as its
+spread in `bare again`. The first step of each loop is a warm-up and not counted. `once` is what
+recording adds to it, in milliseconds.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """P14: what recording attention costs beside other ways of getting the same maps, all in one run.
 
-    OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 BLOSC_NTHREADS=1 python -m benchmarks.peers --model small
-    OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 BLOSC_NTHREADS=1 python -m benchmarks.peers --model
-    bundled
+    export OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 BLOSC_NTHREADS=1
+    python -m benchmarks.peers --model small
+    python -m benchmarks.peers --model bundled
 
-Variants are taken in turn, in reversed order every other round; `bare again` is the control; the
+Variants are taken in turn, every other round in reversed order; `bare again` is the control. The
 first step of each loop is a warm-up. Everything is CPU time of one thread. Ours is written to disk,
 in float16; the others' maps stay in memory, in float32.
 
-*Attention time* is what the maps alone cost. Ours: self time (hooks, handing over and writing
-threads, see `overhead.py`), less that of a recording with `capture.attention: off`, latents and
-predictions being recorded in both. attention-map-diffusers 1.0.0 keeps queries and keys and makes
-the maps afterwards: time in its collector, and of `compute()`. It keeps both branches and all 77
-tokens, so it is set beside our default, and beside the same amount from us. A processor that
-multiplies eagerly, in cross-attention alone, is shown without a goal: what it costs is in its CPU
-ratio only, for it takes the place of torch's own attention, which changes the bits.
+*Attention time* is what the maps alone cost. Ours is self time (hooks, handing over and writing
+threads, see `overhead.py`), less that of a recording with `capture.attention: off`; both record
+latents and predictions. attention-map-diffusers 1.0.0 keeps queries and keys and makes the maps
+afterwards: its time is that in its collector, and of `compute()`. It keeps both branches and all 77
+tokens, so it stands beside our default, and beside the same amount from us. A processor that
+multiplies eagerly, in cross-attention alone, is shown without a goal. Its cost is in its CPU ratio
+only, because it replaces torch's own attention, which changes the bits.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ GOAL = 0.6
 
 @dataclass
 class Cost(Took):
-    """`attention`: CPU seconds of the maps alone, where they can be told apart; `megabytes`: kept
+    """What a way costs.
+
+    `attention` are CPU seconds of the maps alone, if they can be told apart. `megabytes` are kept
     for each counted step.
     """
 
@@ -161,8 +163,9 @@ class Peers(Bench):
         begin: Callable[[], None],
         made: Callable[[], list[torch.Tensor]],
     ) -> None:
-        """A bare loop from its second step on, with what somebody else does in it, until `made` has
-        their maps.
+        """Time a bare loop from its second step on, with what somebody else does in it.
+
+        It ends when `made` has their maps.
         """
         cpu = wall = 0.0
         for step in self.loop():
@@ -178,14 +181,14 @@ class Peers(Bench):
 
 
 def attention_bytes(run: Run) -> int:
-    """What attention takes on the disk."""
+    """Return the bytes that attention takes on the disk."""
     return sum(
         file.stat().st_size for file in (Path(run.path) / "attention").rglob("*") if file.is_file()
     )
 
 
-def told(name: str, rounds: Sequence[Mapping[str, Cost]], steps: int, differing: int) -> str:
-    """A way's line of the table."""
+def row_of(name: str, rounds: Sequence[Mapping[str, Cost]], steps: int, differing: int) -> str:
+    """Return a way's line of the table."""
     ratio = spread([100 * (took[name].cpu / took["bare"].cpu - 1) for took in rounds])
     own = [1000 * cost / (steps - 1) for cost in attention_time(name, rounds)]
     hooks = 1000 * statistics.median(took[name].hooks for took in rounds) / (steps - 1)
@@ -199,7 +202,7 @@ def told(name: str, rounds: Sequence[Mapping[str, Cost]], steps: int, differing:
 
 
 def attention_time(name: str, rounds: Sequence[Mapping[str, Cost]]) -> list[float]:
-    """CPU seconds of the maps alone, round by round; 0 where they cannot be told apart."""
+    """Return CPU seconds of the maps alone, round by round; 0 if they cannot be told apart."""
     if name in OURS and name != "off":
         return [took[name].own - took["off"].own for took in rounds]
     return [took[name].attention for took in rounds]
@@ -243,7 +246,7 @@ def main() -> None:
     )
     for name in list(ways)[1:]:
         print(
-            told(name, rounds, asked.steps, int((bench.final[name] != bench.final["bare"]).sum()))
+            row_of(name, rounds, asked.steps, int((bench.final[name] != bench.final["bare"]).sum()))
         )
     print("\nExtra attention time against attention-map-diffusers, same layers")
     theirs = attention_time(PEER, rounds)

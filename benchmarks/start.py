@@ -2,8 +2,7 @@
 
     python -m benchmarks.start
 
-Each command runs in a fresh process, imports and loading included, with the threads that it chooses
-itself.
+Each command runs in a fresh process, imports and loading included, with its own choice of threads.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ NOTHING = [
 
 
 def timed(command: list[str], threads: int | None = None) -> tuple[float, float]:
-    """Wall and CPU seconds of a fresh Python."""
+    """Return wall and CPU seconds of a fresh Python."""
     names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "BLOSC_NTHREADS")
     chosen = {} if threads is None else dict.fromkeys(names, str(threads))
     environment = {key: value for key, value in os.environ.items() if key not in names} | chosen

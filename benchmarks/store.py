@@ -3,7 +3,7 @@
     python -m benchmarks.store --model sd1
 
 No model runs: a plan on the meta device says which arrays there are, and they are filled with
-random probabilities. Writing is held against numpy's `tofile` of the same bytes into as many files
+random probabilities. Writing is compared with numpy's `tofile` of the same bytes into as many files
 in the same folders, in turn.
 """
 
@@ -36,8 +36,9 @@ Figures = list[tuple[float, ...]]
 
 
 def planned(model: str, steps: int, prompt: str = models.PROMPT, **capture: Any) -> Plan:
-    """The plan of a guided run on a model without weights, with the scheduler of Stable Diffusion
-    v1-4 (one call more).
+    """Return the plan of a guided run on a model without weights.
+
+    The scheduler is that of Stable Diffusion v1-4, with one call more.
     """
     pipe = models.pipeline(model, device="meta", whole=True)
     asked = {
@@ -55,7 +56,7 @@ def planned(model: str, steps: int, prompt: str = models.PROMPT, **capture: Any)
 
 
 def one_step(run: Plan) -> dict[str, np.ndarray]:
-    """A step's arrays, with random content: probabilities where maps are."""
+    """Return a step's arrays with random content: probabilities where maps are."""
     rng = np.random.default_rng(0)
     values: dict[str, np.ndarray] = {}
     for a in run.arrays:
@@ -70,7 +71,7 @@ def one_step(run: Plan) -> dict[str, np.ndarray]:
 
 
 def attributes(run: Plan) -> dict[str, Any]:
-    """What a reader insists on."""
+    """Return what a reader insists on."""
     return {
         **{
             "format_version": FORMAT_VERSION,
@@ -91,7 +92,7 @@ def written(run: Plan, path: Path, values: Mapping[str, np.ndarray]) -> None:
 
 
 def measured(act: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and CPU seconds, of all threads."""
+    """Return wall and CPU seconds, of all threads."""
     cpu, wall = time.process_time(), time.perf_counter()
     act()
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -160,13 +161,13 @@ def write_benchmark(run: Plan, folder: Path, rounds: int, steps: int) -> None:
 
 
 def settled(act: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and CPU seconds, begun with nothing left to write back."""
+    """Return wall and CPU seconds, begun with nothing left to write back."""
     os.sync()
     return measured(act)
 
 
 def spread(found: list[float], digits: int) -> str:
-    """The median of sorted figures, and the least and the greatest."""
+    """Return the median of sorted figures, and the least and the greatest."""
     median = statistics.median(found)
     return f"{median:5.{digits}f} ({found[0]:.{digits}f}, {found[-1]:.{digits}f})"
 
