@@ -1,6 +1,4 @@
-"""What people do to a model before they use it: adapters, other processors, slicing, off-loading,
-token merging.
-"""
+"""What people do to a model before they use it: adapters, processors, slicing, off-loading."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""Recordings in processes of their own, to be killed, interrupted, or refused by the disk at a
-moment of choice.
+"""Record in processes that are killed, interrupted or refused by the disk at a chosen moment.
 
     with Doomed(asked, Fault("kill", at=120)) as child:    # at the 120th operation on its files
         ended = child.end()                                # exit code, words, acknowledged steps
 
 They are forked from one clean process that has imported torch and built the tiny model, so each
-starts in no time; they record with the real recorder. Operations on files are seen by an audit
-hook, below everything that is tested. What goes into an open file no audit hook sees: there the
-write of a step's part counts, and `Torn` kills inside it.
+starts at once. They record with the real recorder. An audit hook, below everything that is tested,
+sees operations on files. It does not see what goes into an open file: there the write of a step's
+part counts, and `Torn` kills inside it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Load model folders, each in a fork of one warmed-up process, with a limit of memory and time; say
-how each ended.
+"""Load model folders, each in a fork with a limit of memory and time; say how each ended.
 
     python tests/hostile_models.py FOLDER ...      one line of JSON for each folder, in order
 
-What a load may never do is watched in the fork: unpickle, reach for the network, start a program,
-write or remove a file.
+The forks come from one process that has imported everything. Each watches for what a load may never
+do: unpickle, reach for the network, start a program, write or remove a file.
 """
 
 from __future__ import annotations

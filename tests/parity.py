@@ -1,6 +1,4 @@
-"""The loop and diffusers' own pipeline, asked for the same picture, and cases that meet every pair
-of settings.
-"""
+"""Ask the loop and diffusers' own pipeline for the same picture, in all pairs of settings."""
 
 from __future__ import annotations
 

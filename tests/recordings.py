@@ -1,6 +1,4 @@
-"""Recordings for tests, made without torch, and what is done to recordings: damaged, cut short,
-compared.
-"""
+"""Recordings for tests, made without torch, and what is done to them: damaged, cut, compared."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What users import and call: names that promise something, one rule for a run's properties and
-methods, and renamed names that warn.
+"""What users import and call: names that say what they do, and renamed names that warn.
+
+A run's properties and methods follow one rule.
 """
 
 from __future__ import annotations

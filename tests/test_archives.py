@@ -1,5 +1,6 @@
-"""A recording that comes as a zip file, as links, or by an address: read, or refused with what
-helps.
+"""A recording that comes as a zip file, as links, or by an address is read or refused.
+
+A refusal says what helps.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""A wrong argument ends in an error of ours with cause and remedy: never in a raw TypeError, never
-in another number.
+"""A wrong argument raises an error of ours: never a raw TypeError, never another number.
 
 Every argument of the reading API is tried with values that people pass by mistake, on one
 recording.

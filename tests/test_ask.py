@@ -1,5 +1,6 @@
-"""A word asked after the run gives the maps that it would have had in the prompt, where the queries
-are the same.
+"""A word asked after the run gives the maps that it would have had in the prompt.
+
+That holds where the queries are the same.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What a run says of its attention: the same as doing it by hand with `probe.analysis`, and
-whatever is not there is said in one line.
+"""What a run says of its attention equals what `probe.analysis` gives by hand.
+
+What is not there is said in one line.
 """
 
 from __future__ import annotations

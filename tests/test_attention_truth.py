@@ -1,5 +1,6 @@
-"""The measure of attention maps: known answers, the product's own recordings, sets that share
-nothing, and bad input in plain words.
+"""The measure of attention maps: known answers, our own recordings, sets that share nothing.
+
+Bad input is refused in plain words.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Every command on every hostile recording: at most 5 s of CPU and 256 MB more than the same
-command on a good one.
+"""Every command on every hostile recording stays within 5 s of CPU and 256 MB.
 
-A few bytes that would become much: claims, counts, sums. Each command runs in a fork of a process
-that is warm, up to where a model would be loaded.
+The memory is what it takes beyond the same command on a good recording. A hostile one has a few
+bytes that would become much: claims, counts, sums. Each command runs in a fork of a process that
+has imported everything, up to where a model would be loaded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""No scheduler runs long on settings that are accepted: in a recording, in a model's folder or in
-an experiment.
-"""
+"""No scheduler runs long on settings that a recording, a model or an experiment may have."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The player and the dashboard in a real browser: what is drawn, by keys, after a reload, and what
-is asked of whom.
+"""The player and the dashboard in a real browser: what is drawn, by keys and after a reload.
+
+No other machine is asked for anything.
 """
 
 from __future__ import annotations

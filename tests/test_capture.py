@@ -1,6 +1,4 @@
-"""What is captured equals what diffusers computes itself, for every layer, step, branch, head and
-image.
-"""
+"""What is captured equals what diffusers computes: every layer, step, branch, head and image."""
 
 from __future__ import annotations
 

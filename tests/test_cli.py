@@ -1,7 +1,6 @@
-"""The commands, as people call them: options, forecasts, mistakes in two lines, Ctrl-C, and looking
-at recordings.
+"""The commands, as people call them: options, forecasts, mistakes, Ctrl-C, and looking.
 
-Most calls happen in this process; what only a process shows (speed of --help, signals, pipes)
+Most calls happen in this process. What only a process shows (the speed of --help, signals, pipes)
 happens in one of its own.
 """
 

@@ -1,6 +1,4 @@
-"""What differs between two recordings is found and named, down to one bit, and what does not differ
-is not.
-"""
+"""What differs between two recordings is found and named, down to one bit, and nothing else is."""
 
 from __future__ import annotations
 

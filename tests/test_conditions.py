@@ -1,9 +1,8 @@
-"""What people do to a pipeline before they run it: recording it is exact, or it is refused by name.
-Never a wrong map in silence.
+"""Whatever people do to a pipeline, recording it is exact, or is refused by name.
 
-The reference is what the layers hand to torch: `scaled_dot_product_attention` and diffusers'
-`get_attention_scores` are listened to during a run without hooks, so an error in where our hooks
-sit, or when, cannot be in it too.
+There is never a wrong map in silence. The reference is what the layers hand to torch:
+`scaled_dot_product_attention` and diffusers' `get_attention_scores` are listened to during a run
+without hooks. So an error in where our hooks are, or when, cannot be in the reference too.
 """
 
 from __future__ import annotations

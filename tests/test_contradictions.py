@@ -1,8 +1,6 @@
-"""What is asked and what is so: a pipeline in memory, a scheduler that cannot, a place that cannot
-be written, a disk that is small.
+"""What contradicts the pipeline, the scheduler or the disk is refused before anything is written.
 
-Whatever contradicts is refused before anything is loaded or written, and the remedy does not lead
-back to it.
+Nothing is loaded either, and the remedy does not lead back to the same error.
 """
 
 from __future__ import annotations

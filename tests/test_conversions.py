@@ -1,6 +1,4 @@
-"""Noise levels and predictions: the schedulers' own formulas, every kind of array, and there and
-back again.
-"""
+"""Noise levels and predictions: the schedulers' own formulas, every kind of array, both ways."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Ctrl-C, from a command's first line to its last: exit code 130, no traceback, nothing left over,
-and soon.
+"""Ctrl-C at any moment of a command: exit code 130, no traceback, nothing left over, and soon.
 
-Each press goes to a process of its own, at a moment of its life: while it imports, loads, begins,
-records, ends. Then the same again with impatient presses after the first.
+Each press goes to a process of its own: while it imports, loads, begins, records, ends. Then the
+same again with impatient presses after the first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The dashboard without a browser: which recordings it serves, by which names, to whom, and what
-its pages show.
-"""
+"""The dashboard without a browser: which recordings it serves, to whom, and what its pages show."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The lesson runs, as a notebook would run it and as a script, to the same pictures; it asserts
-what it claims, and its assertions can fail.
+"""The lesson runs as a notebook and as a script to the same pictures, and asserts what it claims.
+
+Its assertions can fail.
 """
 
 from __future__ import annotations

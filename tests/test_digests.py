@@ -1,9 +1,7 @@
-"""A recording without a manifest can be proved too: each committed step, and each thing that is
-written once, has a digest of its own.
+"""A recording without a manifest is proved by digests: of every step, and of what is written once.
 
-Whatever is deleted, changed or swapped in a recording that was interrupted is found; what its
-writer may leave when it is killed is not called damage. And every byte of a picture is accounted
-for.
+Whatever is deleted, changed or swapped in an interrupted recording is found. What a killed writer
+may leave is not called damage. Every byte of a picture is accounted for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The README and docs/ are true: their code runs, their tables are those of the code, and every
-verb is named.
-"""
+"""The README and docs/ are true: their code runs, and their tables are the code's own."""
 
 from __future__ import annotations
 

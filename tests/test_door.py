@@ -1,5 +1,6 @@
-"""Nothing that somebody else wrote reaches a terminal as it is: no escape, control character or
-mark that turns text around.
+"""Nothing that somebody else wrote reaches a terminal as an escape or a control character.
+
+Nor does a mark that turns text around.
 """
 
 from __future__ import annotations

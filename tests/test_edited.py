@@ -1,5 +1,6 @@
-"""Somebody edited a recording's zarr.json, or a model's files: every command says so, by the field,
-and none says that all is well.
+"""Every command says which field of an edited zarr.json, or of a model's files, is wrong.
+
+None says that all is well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""On a system without POSIX's own names, such as Windows: the same promises, by other means.
+"""The same promises on a system without POSIX's own names, such as Windows, by other means.
 
-A child takes the names away before it imports probe. The libraries are imported first: theirs have
-ways of their own there.
+A child takes the names away before it imports probe. It imports the libraries first: they have
+their own ways there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The bundled model and the world it was trained on: exact masks, pairs that are left out, one
-token a word, training that resumes.
-"""
+"""The bundled model and its world: exact masks, left-out pairs, one token a word, training."""
 
 from __future__ import annotations
 

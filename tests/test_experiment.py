@@ -1,6 +1,4 @@
-"""Experiments: what they accept, what they refuse and in which words, and that nothing else ever
-comes out.
-"""
+"""Experiments: what they accept, what they refuse and in which words. Nothing else comes out."""
 
 from __future__ import annotations
 

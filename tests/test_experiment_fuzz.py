@@ -1,7 +1,4 @@
-"""Whatever is asked, and however: an experiment, or an ExperimentError of two lines.
-
-Nothing else, ever.
-"""
+"""Whatever is given, there comes an experiment or an ExperimentError of two lines."""
 
 from __future__ import annotations
 

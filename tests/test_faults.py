@@ -1,9 +1,8 @@
-"""Whatever happens to a run, it ends in a clear line and a readable prefix, and is never called
-complete.
+"""Whatever happens to a run, it ends in a clear line and a readable beginning.
 
-Killed at any moment, interrupted, refused by the disk, out of memory, given NaN, watched while it
-writes. The recorder is the real one, in a process of its own where that process is to die
-(tests/doomed.py).
+It is never called complete. It is killed at any moment, interrupted, refused by the disk, out of
+memory, given NaN, or watched while it writes. The recorder is the real one, in a process of its own
+if that process is to die (tests/doomed.py).
 """
 
 from __future__ import annotations

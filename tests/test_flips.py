@@ -1,5 +1,6 @@
-"""A flipped bit in a finished recording never goes unseen: verify sees it in any file, and reading
-sees it in any chunk.
+"""A flipped bit in a finished recording is always seen.
+
+Verify sees it in any file, reading in any chunk.
 """
 
 from __future__ import annotations

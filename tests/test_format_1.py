@@ -1,9 +1,8 @@
-"""Recordings of format 1, made by the code at commit fc5c2b4: they open, read and verify for ever,
-and one goes on where it was killed.
+"""Recordings of format 1, made by the code at commit fc5c2b4, open, read and verify for ever.
 
 `format_1/` holds three: a default one, a noising, and one whose writer was killed after two of four
-steps. Beside each lie the verdicts that `probe verify` gave then, and a digest of every variable's
-values as stock xarray read them.
+steps. The last goes on where it was killed. Beside each lie the verdicts that `probe verify` gave
+then, and a digest of every variable's values as stock xarray read them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The same promises on CUDA, in float16, with the full configuration of Stable Diffusion v1 and
-random weights.
+"""The same promises on CUDA, in float16, with Stable Diffusion v1's full configuration.
 
-Run them with `pytest -m gpu`; without CUDA they fail, they do not pass by being skipped. What they
-assert is the code that other tests run on the CPU (tiny_runs.py, true_maps.py).
+Its weights are random. Run these tests with `pytest -m gpu`. Without CUDA they fail; they are not
+skipped. What they assert is the code that other tests run on the CPU (tiny_runs.py, true_maps.py).
 """
 
 from __future__ import annotations

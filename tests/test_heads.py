@@ -1,6 +1,4 @@
-"""Single heads: known shapes, the properties that a measure must have, and a recording held against
-what it says of itself.
-"""
+"""Single heads: known shapes, the properties of each measure, and a recording's statistics."""
 
 from __future__ import annotations
 

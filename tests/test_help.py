@@ -1,6 +1,4 @@
-"""Every command can be learnt from itself: what it does, its options and their defaults, the
-version, the exit codes.
-"""
+"""Every command explains itself: what it does, options and defaults, the version, exit codes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Somebody else's recording is untrusted input: whatever is in it, reading ends in one line of
-cause and one of remedy.
+"""Whatever is in somebody else's recording, reading it ends in a line of cause and one of remedy.
 
 Each hostile store is a good recording (synthetic, without torch) with one thing done to it. A
-process of its own, which has never seen torch, reads everything of it in every way there is: at
+process of its own, which has never seen torch, reads everything of it in every way there is: in at
 most 512 MB and 5 s.
 """
 

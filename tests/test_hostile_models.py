@@ -1,6 +1,4 @@
-"""A model made by an enemy is refused by name: quickly, in little memory, and without a look
-outside its folder.
-"""
+"""An enemy's model is refused by name: quickly, in little memory, inside of its folder."""
 
 from __future__ import annotations
 

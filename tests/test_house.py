@@ -1,5 +1,4 @@
-"""The rules of this house that a program can check: which way imports point, what stays out, how
-long a module is.
+"""The rules of this house that a program can check: imports, what stays out, how long a module is.
 
 Each rule is a function from a source tree to its findings, `path:line: what`. Each is used twice:
 on this checkout, where it must find nothing, and on a small tree made to break it, where it must

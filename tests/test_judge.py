@@ -1,6 +1,4 @@
-"""The judges that score generated pictures: what they learn from, what they count as recognised,
-and how the report sums it up.
-"""
+"""The judges of generated pictures: what they learn from and recognise, and the report."""
 
 from __future__ import annotations
 

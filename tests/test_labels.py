@@ -1,5 +1,6 @@
-"""Labels of tokens and words follow from the prompt that was typed, or `probe verify` does not call
-them exact.
+"""Labels of tokens and words follow from the typed prompt.
+
+Otherwise `probe verify` does not call them exact.
 """
 
 from __future__ import annotations

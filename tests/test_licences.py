@@ -1,6 +1,4 @@
-"""The emoji's licences lie beside the sheet and in the wheel, and the package's licence expression
-names them.
-"""
+"""The emoji's licences lie beside the sheet and in the wheel, and the package names them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Nothing outside a recording is ever written, renamed or removed, whatever in it is a link, and
-whichever command meets it.
+"""Nothing outside of a recording is ever written, renamed or removed through a link in it.
 
-A recording in which one file or folder is not its own: a symbolic link, or another name of a file
+In each recording one file or folder is not its own: a symbolic link, or another name of a file
 elsewhere. Every command is given it in turn, and the file elsewhere stays, byte for byte.
 """
 

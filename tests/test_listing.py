@@ -1,5 +1,6 @@
-"""A listing of many recordings: what a whole parse of each would say, quickly, and never from an
-index that a file contradicts.
+"""A list of many recordings says what a full parse of each would say, quickly.
+
+No index is believed that a file contradicts.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Models are loaded safely and told apart: safetensors only, no code of theirs, a commit for a hub
-model; and nobody's token or home is recorded.
+"""Models are loaded safely: safetensors only, none of their code, a commit for a hub model.
+
+Nobody's token or home folder is recorded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Metrics on answers that are known by hand, and against the definitions written out the slow
-way.
-"""
+"""Metrics on answers known by hand, and against their definitions written out the slow way."""
 
 from __future__ import annotations
 

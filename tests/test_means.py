@@ -1,9 +1,8 @@
-"""The mean over layers and heads is one: heads in a layer first, then layers, in every function,
-mode and fallback.
+"""Every function, mode and fallback means over the heads of a layer first, then over layers.
 
-On a model whose grids differ in their number of heads, where all answers are held against a
-computation in float64 that shares no line with the product. Where every layer has as many heads,
-the two ways to weigh are one.
+The model's grids differ in their number of heads. All answers are compared with a computation in
+float64 that shares no line with the product. If every layer has as many heads, the two ways to
+weigh are one.
 """
 
 from __future__ import annotations

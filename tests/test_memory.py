@@ -1,5 +1,6 @@
-"""A recording in memory has the bits of one in files, leaves nothing on the disk, and is saved as
-one that verifies.
+"""A recording in memory has the bits of one in files, and leaves nothing on the disk.
+
+Saved, it verifies.
 """
 
 from __future__ import annotations

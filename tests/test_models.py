@@ -1,6 +1,4 @@
-"""Loading a model safely, refusing what is not supported in words that help, prompts, and pictures
-from latents.
-"""
+"""Models are loaded safely, or refused in words that help; prompts; pictures from latents."""
 
 from __future__ import annotations
 

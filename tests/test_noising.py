@@ -1,4 +1,4 @@
-"""The forward process: noise is known, so everything recorded is held against what it must be."""
+"""The forward process: noise is known, so everything recorded is compared with what it must be."""
 
 from __future__ import annotations
 

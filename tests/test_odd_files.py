@@ -1,5 +1,6 @@
-"""A pipe, a device, a folder, a bomb where a picture, masks, a zip, a chunk or a lock should be:
-named at once, never waited for.
+"""A pipe, a device or a bomb instead of a picture, masks, a zip, a chunk or a lock is named.
+
+It is named at once, and never waited for.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Commands on odd machines: no home, no room that is known, nowhere to write, nobody who listens,
-names of every kind.
+"""Commands on odd machines: no home, nowhere to write, nobody who listens, names of every kind.
 
 An ordinary condition ends in cause and remedy, never in "a fault of probe itself", and never in a
 traceback.

@@ -1,8 +1,7 @@
-"""The loop gives the bits of diffusers' `StableDiffusionPipeline`, and what a `Step` says of itself
-is true.
+"""The loop gives the bits of diffusers' `StableDiffusionPipeline`, step by step.
 
-Every pair of settings is met in a covering array of about 30 cases; the whole product (896) runs
-with `-m slow`.
+What a `Step` says of itself is true. Every pair of settings is met in a covering array of about 30
+cases. The whole product (896) runs with `-m slow`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Maps are those of attention-map-diffusers 1.0.0, an independent implementation that swaps the
-attention processors.
+"""Maps equal those of attention-map-diffusers 1.0.0, which swaps the attention processors.
 
-Also with adapters, and with a processor that multiplies eagerly. Sliced attention it refuses:
-there, ours are held against diffusers' own `get_attention_scores`. Fused projections both refuse.
-It is installed by `tasks.py test` without its requirements, one of which is a torchvision that
-breaks a CPU build of torch.
+It is an independent implementation. They agree also with adapters, and with a processor that
+multiplies eagerly. It refuses sliced attention: there, ours are compared with diffusers' own
+`get_attention_scores`. Both refuse fused projections. `tasks.py test` installs it without its
+requirements, because one is a torchvision that breaks a CPU build of torch.
 """
 
 from __future__ import annotations

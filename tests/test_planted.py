@@ -1,11 +1,10 @@
-"""Each fault planted in the recorder, so that files, checksums and manifest agree with it, is
-caught by a check that is named here.
+"""Each fault planted in the recorder is caught by a check that is named here.
 
-A plant changes what a step hands to the writer, what a label is made from, or what a hook computes,
-while a run is recorded. The run is recorded whole, and then verified with the model. The second
-column of `PLANTS` says which checks fail among those that need the recording only, the third which
-fail among those that ask the model: where the second is empty, only the model can know. The last
-tests plant nothing, and nothing may fail.
+Files, checksums and manifest agree with the fault. A plant changes what a step hands to the writer,
+what a label is made from, or what a hook computes, while a run is recorded. The run is recorded to
+its end, then verified with the model. The second column of `PLANTS` says which checks of the
+recording alone fail, the third which checks that ask the model. Where the second is empty, only the
+model can know. The last tests plant nothing, and nothing may fail.
 """
 
 from __future__ import annotations

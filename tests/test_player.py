@@ -1,6 +1,4 @@
-"""Payloads hold the numbers of a recording, and the player reads in JavaScript what Python
-wrote.
-"""
+"""Payloads hold the numbers of a recording, and the player's JavaScript reads what Python wrote."""
 
 from __future__ import annotations
 

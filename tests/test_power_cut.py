@@ -1,8 +1,7 @@
-"""What a power cut leaves, on paper: only contents and names that were forced to the disk, and
-nothing else.
+"""What a power cut leaves, on paper: only contents and names that were forced to the disk.
 
 `Disk` notes what each fsync makes durable: of a file its content then, of a folder the names in it
-then. `worst` rebuilds a folder from that alone. A name that was never forced is not there, a file
+then. `worst` rebuilds a folder from that alone. A name that was never forced is missing, a file
 that was never forced is empty.
 """
 

@@ -1,8 +1,6 @@
-"""A remedy names only what is there: every option, command, module and field in a message of probe
-exists.
+"""A remedy names only options, commands, modules and fields that exist.
 
-All strings in the code that can reach a person are read, not only those that some test happens to
-see.
+All strings in the code that can reach a person are read, also those that no test happens to see.
 """
 
 from __future__ import annotations

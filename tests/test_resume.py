@@ -1,9 +1,8 @@
-"""A run that was interrupted goes on to the same bits, whenever it was: every array equals that of
-the run nobody stopped.
+"""An interrupted run goes on to the same bits: every array equals that of a run nobody stopped.
 
-Most interruptions here are made from a whole recording: `cut` takes away what a kill at that moment
-leaves unwritten (tests/test_faults.py compares it with real kills). No UNet is called for what is
-committed; a hook counts.
+Most interruptions here are made from a complete recording: `cut` takes away what a kill at that
+moment leaves unwritten (tests/test_faults.py compares it with real kills). No UNet is called for
+what is committed; a hook counts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""What is derived from a scheduler is what it says, or the scheduler is refused by name before
-anything is written.
+"""What is derived from a scheduler is what it does, or the scheduler is refused by name.
 
-Every pair of options of each of the 14 schedulers is met in a covering array; what is accepted is
-computed again in another way than `probe.diffusion.schedule_check` does it. Two thousand random
-combinations run with `-m slow`.
+Nothing is written before. Every pair of options of each of the 14 schedulers is met in a covering
+array. What is accepted is computed again in another way than `probe.diffusion.schedule_check` does.
+Two thousand random combinations run with `-m slow`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Stable Diffusion XL by its parts: what the captures and proofs ask of a family, and what does not
-fit is refused by name.
+"""Stable Diffusion XL by its parts: what captures and proofs ask of a family.
+
+What does not fit is refused by name.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Stable Diffusion XL is loaded from a folder, a variant, the hub's cache and a single file, or
-refused by name.
+"""Stable Diffusion XL is loaded from a folder, a variant, the hub's cache and a single file.
+
+Anything else is refused by name.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A recording of Stable Diffusion XL changes no bit, holds what its encoders computed, is verified,
-and goes on after an interruption.
+"""A recording of Stable Diffusion XL changes no bit, holds what was computed, and verifies.
+
+It goes on after an interruption.
 """
 
 from __future__ import annotations

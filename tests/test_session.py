@@ -1,5 +1,6 @@
-"""A session records whatever loop drives it, and a capture that nobody knew is planned, written,
-resumed, verified and shown.
+"""A session records whatever loop drives it, with captures that probe never heard of.
+
+Such a capture is planned, written, resumed, verified and shown.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Reading chunks and shards directly gives zarr's values, whatever is asked, and leaves everything
-unusual to zarr.
-"""
+"""Reading chunks and shards directly gives zarr's values. Everything unusual is left to zarr."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A checkpoint in one file, in the original layout, is the same model as its diffusers directory;
-or the way is named.
+"""A checkpoint in one file, in the original layout, is the same model as its diffusers directory.
+
+If it cannot be read, the message says what to do.
 """
 
 from __future__ import annotations

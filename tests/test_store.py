@@ -1,8 +1,7 @@
-"""What a recording survives: readable at every moment, one writer only, never overwritten, never
-complete when it is not.
+"""What a recording survives: readable at every moment, one writer, never overwritten.
 
-Recordings of synthetic numbers, without torch and without a model: the store knows nothing of
-either.
+It is never called complete when it is not. These are recordings of synthetic numbers, without torch
+and without a model: the store knows nothing of either.
 """
 
 from __future__ import annotations

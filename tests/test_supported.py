@@ -1,5 +1,6 @@
-"""What is not supported is refused by name before anything is written, with a remedy that helps;
-what can be recorded, is.
+"""What is not supported is refused by name before anything is written, with a remedy that helps.
+
+What can be recorded, is.
 """
 
 from __future__ import annotations

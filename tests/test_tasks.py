@@ -1,5 +1,6 @@
-"""tasks.py installs into its own environment alone, whatever pip and Python were told before, and
-says what it lacks.
+"""tasks.py installs into its own environment alone, whatever pip and Python were told before.
+
+It says what it lacks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What probe.testing gives to others: recordings without torch, and tests that find a writer or
-reader that is wrong.
-"""
+"""probe.testing makes recordings without torch, and its tests find a wrong writer or reader."""
 
 from __future__ import annotations
 

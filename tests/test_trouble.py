@@ -1,5 +1,6 @@
-"""An error of the system is never called damage: what it said, that the recording is probably
-whole, and what to do.
+"""An error of the system is never called damage.
+
+The message says what the system said, that the recording is probably whole, and what to do.
 """
 
 from __future__ import annotations

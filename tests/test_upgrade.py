@@ -1,5 +1,6 @@
-"""probe upgrade: a recording of format 1 becomes one of format 2 with the same values, and the old
-one stays as it is.
+"""probe upgrade copies a recording of format 1 into one of format 2 with the same values.
+
+The old one stays as it is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A recording that is what it says it is passes; each thing planted on disk is caught by the check
-that is there for it.
+"""A true recording passes, and each fault planted on disk is caught by its check.
 
-What is planted in the recorder itself is in test_planted.py.
+test_planted.py has faults that are planted in the recorder itself.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Weights are all there and no others, whoever saved them: old names, several files, variants; else
-they are refused by name.
+"""All weights are there and no others, whoever saved them: old names, several files, variants.
+
+Other weights are refused by name.
 """
 
 from __future__ import annotations

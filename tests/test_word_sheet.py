@@ -1,6 +1,4 @@
-"""The sheet of words: each map in its place, on the scale of its row, and what is no word said
-below.
-"""
+"""The sheet of words: each map in its place, on its row's scale, and what is no word said below."""
 
 from __future__ import annotations
 

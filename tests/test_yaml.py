@@ -1,6 +1,4 @@
-"""Experiment files that are damaged or hostile: each is read, or refused in one line of cause and
-one of remedy, within a second.
-"""
+"""Damaged or hostile experiment files are read, or refused in two lines, within a second."""
 
 from __future__ import annotations
 

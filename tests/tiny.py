@@ -1,6 +1,4 @@
-"""Tiny, real, random Stable Diffusion models, built from configs: the shapes and code paths of the
-large ones.
-"""
+"""Tiny, real, random Stable Diffusion models, with the shapes and code paths of the large ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The tiny Stable Diffusion XL: its pipelines, drawn with by diffusers and by our loop, and its
-recordings.
-"""
+"""The tiny Stable Diffusion XL: its pipelines, its pictures by diffusers and by our loop."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The maps that a recording must hold: diffusers' own scores, and those of attention-map-diffusers
-1.0.0.
+"""The maps that a recording must hold, by two other implementations.
+
+They are diffusers' own scores, and those of attention-map-diffusers 1.0.0.
 """
 
 from __future__ import annotations
