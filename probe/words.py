@@ -105,14 +105,9 @@ def other_syntax(text: str) -> list[str]:
 
     These are weights as in (cat:1.2), BREAK, <lora:...> and the like.
     """
+    parts = list(dict.fromkeys(OTHER_SYNTAX.findall(text)))
     shouted = text.upper() == text
-    return list(
-        dict.fromkeys(
-            found
-            for found in OTHER_SYNTAX.findall(text)
-            if not (shouted and found in ("AND", "BREAK"))
-        )
-    )
+    return [part for part in parts if not (shouted and part in ("AND", "BREAK"))]
 
 
 def read_plainly(prompts: Sequence[str]) -> str:
@@ -120,12 +115,11 @@ def read_plainly(prompts: Sequence[str]) -> str:
 
     It is "" if there are none.
     """
-    found = list(dict.fromkeys(part for prompt in prompts for part in other_syntax(prompt)))
-    if not found:
+    parts = list(dict.fromkeys(part for prompt in prompts for part in other_syntax(prompt)))
+    if not parts:
         return ""
-    shown = ", ".join(part if len(part) <= 40 else f"{part[:40]}..." for part in found[:5]) + (
-        ", ..." if found[5:] else ""
-    )
+    shown = ", ".join(part if len(part) <= 40 else f"{part[:40]}..." for part in parts[:5])
+    shown += ", ..." if parts[5:] else ""
     return (
         f"Read as plain text, as diffusers reads it: {shown}. Weights, BREAK, AND and the like are "
         "the syntax of other programs."
@@ -186,8 +180,10 @@ def _runs_of_parts(wanted: list[str], parts: list[list[str]]) -> list[range]:
     flat = [part for label in parts for part in label]
     label_of = [label for label, its in enumerate(parts) for _ in its]
     begins = {label_of.index(label) for label in set(label_of)}
-    found = [range(i, i + len(wanted)) for i in runs(wanted, flat)]
-    whole = [
-        at for at in found if at[0] in begins and (at[-1] + 1 == len(flat) or at[-1] + 1 in begins)
+    ends = begins | {len(flat)}
+    places = [(first, first + len(wanted)) for first in runs(wanted, flat)]
+    return [
+        range(label_of[first], label_of[last - 1] + 1)
+        for first, last in places
+        if first in begins and last in ends
     ]
-    return [range(label_of[at[0]], label_of[at[-1]] + 1) for at in whole]

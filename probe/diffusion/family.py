@@ -325,8 +325,8 @@ def replaying(recorded: Iterable[Predictions], predict: Predict) -> Predict:
     left = iter(recorded)
 
     def replay(index: int, model_input: torch.Tensor, t: torch.Tensor) -> Predictions:
-        found = next(left, None)
-        return predict(index, model_input, t) if found is None else found
+        recording = next(left, None)
+        return predict(index, model_input, t) if recording is None else recording
 
     return replay
 

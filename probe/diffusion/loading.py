@@ -118,8 +118,8 @@ def load(
             model, scheduler=own_scheduler(name, own, what.settings, forced)
         ).with_scheduler(scheduler, options or {})
     check_settings(f"{name}: scheduler/scheduler_config.json", what.settings)
-    made = another_scheduler(name, scheduler, what.settings, shown(own), options or {}, forced)
-    return replace(model, scheduler=made).checked()
+    another = another_scheduler(name, scheduler, what.settings, shown(own), options or {}, forced)
+    return replace(model, scheduler=another).checked()
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,13 @@ def _tokenizers(
     folder: ModelFolder, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the tokenizer of each text encoder, by its name in the folder."""
-    found = {}
+    tokenizers = {}
     for encoder in [part for part in configs if part in TEXT]:
         part = encoder.replace("text_encoder", "tokenizer")
-        found[part] = read_tokenizer(
+        tokenizers[part] = read_tokenizer(
             folder, index, text_config(configs[encoder], folder.refuse, encoder), part=part
         )
-    return found
+    return tokenizers
 
 
 def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device) -> Any:
@@ -234,11 +234,11 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
         with torch.device("meta"), no_init_weights():
             if part in TEXT:
                 settings = transformers.CLIPTextConfig(**text_config(config, folder.refuse, part))
-                made = getattr(transformers, name)._from_config(
+                module = getattr(transformers, name)._from_config(
                     settings, attn_implementation="sdpa"
                 )
             else:
-                made = getattr(diffusers, name)(
+                module = getattr(diffusers, name)(
                     **diffusers_config(part, config, getattr(diffusers, name), folder.refuse)
                 )
     except (ModelError, MemoryError):
@@ -246,15 +246,15 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
     except Exception as problem:  # of a library, about a config that it is given
         why = shorten(printable(first_line(problem)))
         raise folder.refuse(f"{part}/config.json makes no {name}: {why}", WHOLE_MODEL) from problem
-    if (count := sum(weight.numel() for weight in made.parameters())) > MOST_PARAMETERS:
+    if (count := sum(weight.numel() for weight in module.parameters())) > MOST_PARAMETERS:
         raise folder.refuse(
             f"{part}/config.json makes {count} weights, and {MOST_PARAMETERS} is the most."
         )
     if part == "unet":
-        refuse_unet(folder.name, made, "text_time" if what.kind == XL else None)
+        refuse_unet(folder.name, module, "text_time" if what.kind == XL else None)
     if target.type == "meta":
-        return torch.nn.Module.to(made, kind).eval()
-    return fill(folder, part, made, fit(folder, part, what.weights(part), made), kind, target)
+        return torch.nn.Module.to(module, kind).eval()
+    return fill(folder, part, module, fit(folder, part, what.weights(part), module), kind, target)
 
 
 def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path, str | None]:

@@ -108,12 +108,12 @@ def posterior(model: Family, picture: np.ndarray) -> tuple[torch.Tensor, torch.T
     if model.vae is None:
         return pixels, torch.zeros_like(pixels)
     with torch.no_grad():
-        found = model.vae.encode(pixels).latent_dist
-    if not bool(torch.isfinite(found.mean).all()):
+        encoded = model.vae.encode(pixels).latent_dist
+    if not bool(torch.isfinite(encoded.mean).all()):
         again = "Try another picture, or another model."
         remedy = again if model.dtype == torch.float32 else "Try --dtype float32."
         raise NotFinite("What the VAE made of the picture is not finite.", remedy)
-    return found.mean, found.std
+    return encoded.mean, encoded.std
 
 
 def encode_picture(
@@ -138,19 +138,20 @@ def encode_picture(
 
 def digest(model: Family) -> str:
     """Return the SHA-256 of every weight and buffer, 16 hex characters."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for part, module in model.components().items():
         for name, tensor in module.state_dict().items():
-            found.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
+            sha.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
 
 
 def skeleton(model: Model) -> Model:
     """Return the same model on the meta device: shapes without weights or work."""
     with torch.device("meta"):
-        made = {name: _again(module) for name, module in model.components().items()}
-    bare = {name: torch.nn.Module.to(module.eval(), model.dtype) for name, module in made.items()}
+        modules = {name: _again(module) for name, module in model.components().items()}
+    to, dtype = torch.nn.Module.to, model.dtype
+    bare = {name: to(module.eval(), dtype) for name, module in modules.items()}
     return cast(Model, replace(cast(Any, model), **bare))
 
 
@@ -165,12 +166,12 @@ def _again(module: Any) -> Any:
 
 def attention_layers(model: Family) -> dict[str, AttentionLayer]:
     """Return the attention layers of a UNet by dotted path."""
-    found: dict[str, AttentionLayer] = {}
+    layers: dict[str, AttentionLayer] = {}
     for path, module in model.unet.named_modules():
         crossing = getattr(module, "is_cross_attention", None)
         if crossing is not None:
-            found[path] = AttentionLayer("cross" if crossing else "self", module)
-    return found
+            layers[path] = AttentionLayer("cross" if crossing else "self", module)
+    return layers
 
 
 def decoded(

@@ -241,11 +241,11 @@ def _parts(
 
     *Shape:* (call, image, value) -> each (call).
     """
-    one, other = (part[0].double().numpy().ravel() for part in (clean, eps))
+    signal, other = (part[0].double().numpy().ravel() for part in (clean, eps))
     with np.errstate(invalid="ignore"):
-        x0 = (values[:, 0] - values[:, 1]) @ one / (2 * one @ one)
+        x0 = (values[:, 0] - values[:, 1]) @ signal / (2 * signal @ signal)
         noise = (values[:, 0] + values[:, 1]) @ other / (2 * other @ other)
-        left = values[:, 0] - x0[:, None] * one - noise[:, None] * other
+        left = values[:, 0] - x0[:, None] * signal - noise[:, None] * other
     return x0, noise, np.abs(left).max(axis=1)
 
 

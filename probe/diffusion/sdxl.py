@@ -87,16 +87,16 @@ class StableDiffusionXL:
 
         refuse_other_pipelines(pipeline, StableDiffusionXLPipeline.__name__)
         refuse_other_readers(pipeline, StableDiffusionXLPipeline)
-        found = {part: getattr(pipeline, part, None) for part in PARTS}
+        parts = {part: getattr(pipeline, part, None) for part in PARTS}
         name = name or from_home(
             str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
         )
-        refuse_unsupported(name, found, kinds=XL_KINDS)
+        refuse_unsupported(name, parts, kinds=XL_KINDS)
         zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt", True))
-        made = cls(
-            name, **found, scheduler=pipeline.scheduler, zeros_for_empty=zeros, pipeline=pipeline
+        model = cls(
+            name, **parts, scheduler=pipeline.scheduler, zeros_for_empty=zeros, pipeline=pipeline
         )
-        return made.with_scheduler(scheduler, options or {})
+        return model.with_scheduler(scheduler, options or {})
 
     @property
     def device(self) -> torch.device:
@@ -166,8 +166,8 @@ class StableDiffusionXL:
             return self.checked()
         own = self.scheduler
         config = {} if own is None else own.config
-        made = another_scheduler(self.name, name, config, type(own), options, forced={})
-        return replace(self, scheduler=made).checked()
+        another = another_scheduler(self.name, name, config, type(own), options, forced={})
+        return replace(self, scheduler=another).checked()
 
     # --- text ---
 

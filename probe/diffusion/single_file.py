@@ -146,31 +146,33 @@ def split(
 
     path = expand_home(name)
     folder = ModelFolder(path.parent, name)
-    found = header(folder, path.name)
+    weights = header(folder, path.name)
     blocks = {
         key.split(".")[3]
-        for key in found
+        for key in weights
         if key.count(".") > 3 and key.startswith("model.diffusion_model.")
     }
-    if len(found) > MOST_TENSORS or len(blocks) > MOST_BLOCKS or INPUT not in found:
+    if len(weights) > MOST_TENSORS or len(blocks) > MOST_BLOCKS or INPUT not in weights:
         raise folder.refuse(
             "this file is not laid out as Stable Diffusion's original checkpoints.", other_way(path)
         )
-    width, channels = found[WIDTH].shape[-1:] if WIDTH in found else (), found[INPUT].shape[1:2]
+    width = weights[WIDTH].shape[-1:] if WIDTH in weights else ()
+    channels = weights[INPUT].shape[1:2]
     if known and (width, channels) != ((768,), (4,)):
         raise folder.refuse(
             "this file is not Stable Diffusion 1.x (text of width "
             f"{shown(width[0] if width else None)}).",
             other_way(path),
         )
+    unet_config = {"layers_per_block": 2, **configs["unet"]}
     try:
         parts = {
-            "unet": convert_ldm_unet_checkpoint(found, {"layers_per_block": 2, **configs["unet"]}),
-            "vae": convert_ldm_vae_checkpoint(found, configs["vae"]),
-            "text_encoder": convert_ldm_clip_checkpoint(found),
+            "unet": convert_ldm_unet_checkpoint(weights, unet_config),
+            "vae": convert_ldm_vae_checkpoint(weights, configs["vae"]),
+            "text_encoder": convert_ldm_clip_checkpoint(weights),
         }
         if "text_encoder_2" in configs:
-            parts["text_encoder_2"] = convert_open_clip_checkpoint(None, found, SECOND)
+            parts["text_encoder_2"] = convert_open_clip_checkpoint(None, weights, SECOND)
     except Exception as problem:  # of a library, about keys that it was not made for
         raise folder.refuse(
             "this file is not laid out as Stable Diffusion's original checkpoints.", other_way(path)
@@ -178,7 +180,7 @@ def split(
     used = {weight.key for part in parts.values() for weight in part.values()}
     if over := [
         key
-        for key in found
+        for key in weights
         if key.startswith(OURS) and key not in used and not NOT_OURS.fullmatch(key)
     ]:
         raise folder.refuse(

@@ -186,14 +186,12 @@ def _refuse_widths(name: str, modules: Mapping[str, Any], encoders: Sequence[Any
         cause = f"{name}: its UNet reads text of width {shown(wanted)}, and {makes} {width}."
         raise ModelError(cause, "Bring the two that belong together.")
     if unet.get("addition_embed_type") == "text_time":
-        told, takes = (
-            6 * unet.addition_time_embed_dim + encoders[-1].config.projection_dim,
-            unet.projection_class_embeddings_input_dim,
-        )
-        if told != takes:
+        numbers = 6 * unet.addition_time_embed_dim + encoders[-1].config.projection_dim
+        takes = unet.projection_class_embeddings_input_dim
+        if numbers != takes:
             cause = (
                 f"{name}: its UNet takes {shown(takes)} numbers of sizes and pooled text, and its "
-                f"text encoders make {told}."
+                f"text encoders make {numbers}."
             )
             raise ModelError(cause, "Bring the two that belong together.")
     if vae is not None and int(vae.latent_channels) != int(unet.in_channels):
@@ -287,7 +285,7 @@ def _refuse_mixtures(name: str, modules: Mapping[str, Any]) -> None:
         return
     formats: dict[str, list[str]] = {}
     for part, module in modules.items():
-        found = {
+        dtypes = {
             weight.dtype
             for key, weight in module.named_parameters()
             if "lora" not in key and weight.dtype.is_floating_point
@@ -300,19 +298,19 @@ def _refuse_mixtures(name: str, modules: Mapping[str, Any]) -> None:
                 f"{name}: {part} is quantized ({quantized[0]}), which is not supported.",
                 "Load it without a quantization_config.",
             )
-        formats[part] = sorted(str(dtype).removeprefix("torch.") for dtype in found)
+        formats[part] = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
     kinds = sorted({kind for each in formats.values() for kind in each})
     if len(kinds) > 1:
-        told = ", ".join(f"{part} {' and '.join(each)}" for part, each in formats.items())
+        parts = ", ".join(f"{part} {' and '.join(each)}" for part, each in formats.items())
         raise ModelError(
-            f"{name}: its parts are of different number formats: {told}.",
+            f"{name}: its parts are of different number formats: {parts}.",
             f"Call pipeline.to(dtype=torch.{kinds[-1]}).",
         )
     devices = {part: next(module.parameters()).device for part, module in modules.items()}
     if len(set(devices.values())) > 1:
-        told = ", ".join(f"{part} on {device}" for part, device in devices.items())
+        parts = ", ".join(f"{part} on {device}" for part, device in devices.items())
         raise ModelError(
-            f"{name}: its parts are on different devices: {told}.",
+            f"{name}: its parts are on different devices: {parts}.",
             f'Call pipeline.to("{devices["unet"]}").',
         )
 

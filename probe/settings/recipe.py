@@ -138,8 +138,8 @@ class Recipe(Strict):
     def identity(self) -> str:
         """Return 8 hex characters: a hash of every field that changes what is recorded."""
         fields = self.resolved()
-        asked = {name: fields[name] for name in fields if name not in self.not_asked}
-        text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+        relevant = {name: fields[name] for name in fields if name not in self.not_asked}
+        text = json.dumps(relevant, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property

@@ -130,7 +130,7 @@ class ProcessorWitness:
         return hook
 
     def _prove(self, path: str, module: Any) -> Callable[[Any], None]:
-        def hook(found: torch.Tensor) -> None:
+        def hook(output: torch.Tensor) -> None:
             parts, self._parts[path] = self._parts[path], {}
             if len(parts) < 3:
                 return
@@ -142,14 +142,14 @@ class ProcessorWitness:
                     (shares @ value).transpose(1, 2).flatten(2)
                     for value in (parts["to_v"], parts["to_v"].abs())
                 )
-                if found.shape[1:] != expected.shape[1:]:
+                if output.shape[1:] != expected.shape[1:]:
                     self._refuse(
                         path,
-                        f"it puts out {tuple(found.shape[1:])} where {tuple(expected.shape[1:])} "
+                        f"it puts out {tuple(output.shape[1:])} where {tuple(expected.shape[1:])} "
                         "was expected",
                     )
-                off = float((found.detach()[self._rows].float() - expected).norm() / size.norm())
-            if not off <= max(1e-3, torch.finfo(found.dtype).eps / 2):
+                off = float((output.detach()[self._rows].float() - expected).norm() / size.norm())
+            if not off <= max(1e-3, torch.finfo(output.dtype).eps / 2):
                 self._refuse(path, f"its output is off by {off:.1%}")
             self._proven.add(path)
 

@@ -66,11 +66,11 @@ class GridLabels(Capture):
         self._plan = plan
 
     def arrays(self) -> list[ArraySpec]:
-        plan, found = self._plan, list[ArraySpec]()
+        plan, specs = self._plan, list[ArraySpec]()
         recorded = np.zeros(plan.calls, np.uint8)
         recorded[list(plan.recorded)] = 1
         for grid, layers in plan.grids.items():
             group = grid_group(grid)
-            found += token_labels(group, plan, plan.kept_branches, plan.kept.positions)
-            found += [spec(group, "layer", value=layers), spec(group, "recorded", value=recorded)]
-        return found
+            specs += token_labels(group, plan, plan.kept_branches, plan.kept.positions)
+            specs += [spec(group, "layer", value=layers), spec(group, "recorded", value=recorded)]
+        return specs

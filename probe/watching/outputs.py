@@ -41,14 +41,12 @@ class ModuleOutputs:
         self._numbers, self._wholes = Tray(self.statistics, replace), Tray(self.whole, replace)
 
     def watches(self) -> list[Watch]:
-        found: list[Watch] = [
-            (self._modules[path], "output", functools.partial(self._measure, path))
-            for path in self.statistics
-        ]
-        return found + [
-            (self._modules[path], "output", functools.partial(self._keep, path))
-            for path in self.whole
-        ]
+        watches: list[Watch] = []
+        for paths, callback in ((self.statistics, self._measure), (self.whole, self._keep)):
+            watches += [
+                (self._modules[path], "output", functools.partial(callback, path)) for path in paths
+            ]
+        return watches
 
     def take(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         numbers, whole = self._numbers.take(), self._wholes.take()
@@ -100,12 +98,10 @@ class UnetOutputs(Capture):
     def take(self, step: Any) -> Values:
         statistics, wholes = self._outputs.take()
         rows = (len(self._plan.computed_branches), self._plan.rows.images)
-        found = {variable_of(path): whole.unflatten(0, rows) for path, whole in wholes.items()}
-        return (
-            found
-            if statistics is None
-            else {"unet/statistics": statistics.unflatten(1, rows), **found}
-        )
+        values: Values = {}
+        if statistics is not None:
+            values["unet/statistics"] = statistics.unflatten(1, rows)
+        return values | {variable_of(path): v.unflatten(0, rows) for path, v in wholes.items()}
 
 
 class VaeOutputs(Capture):
@@ -203,16 +199,16 @@ def _arrays(
     rows: tuple[int, ...],
     dtype: torch.dtype,
 ) -> list[ArraySpec]:
-    found = list[ArraySpec]()
+    specs = list[ArraySpec]()
     if component != "vae" and (outputs.statistics or outputs.whole):
-        found.append(spec(component, "branch", value=list(plan.computed_branches)))
+        specs.append(spec(component, "branch", value=list(plan.computed_branches)))
     if outputs.statistics:
         names = [path.removeprefix(f"{component}.") for path in outputs.statistics]
-        found += [
+        specs += [
             spec(component, "module", value=names),
             spec(component, "statistic", value=list(STATISTICS)),
         ]
-        found.append(spec(component, "statistics", (*lead, len(STATISTICS), *rows, len(names))))
+        specs.append(spec(component, "statistics", (*lead, len(STATISTICS), *rows, len(names))))
     for path in outputs.whole:
         shape = plan.rehearsal.outputs[path]
         batch = 1 if component.startswith("text_encoder") else int(torch.Size(rows).numel())
@@ -223,7 +219,7 @@ def _arrays(
                 "Name another module.",
             )
         group = variable_of(path).rpartition("/")[0]
-        found.append(
+        specs.append(
             spec(
                 group,
                 "activation",
@@ -232,4 +228,4 @@ def _arrays(
                 **dtype_note(dtype),
             )
         )
-    return found
+    return specs

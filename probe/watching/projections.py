@@ -81,12 +81,12 @@ class Projections:
             refuse_unreadable(path, module)
 
     def watches(self) -> list[Watch]:
-        found: list[Watch] = []
+        watches: list[Watch] = []
         for path, module in self.modules.items():
             self._watched[path] = module.to_q, module.to_k
-            found.append((module.to_q, "output", self._query(path)))
-            found.append((module.to_k, "output", self._key(path, module)))
-        return found + self._witness.watches()
+            watches.append((module.to_q, "output", self._query(path)))
+            watches.append((module.to_k, "output", self._key(path, module)))
+        return watches + self._witness.watches()
 
     def take(self) -> dict[Grid, dict[str, torch.Tensor]]:
         """Return the variables of each grid.

@@ -27,10 +27,10 @@ def attention_layers(
     grids = {path: f"{y}x{x}" for path, (y, x) in layers.items()}
     kind = "self-attention" if field == "self_attention" else "cross-attention"
     for pattern in patterns:
-        found = [
+        selected = [
             path for path, grid in grids.items() if grid == pattern or fnmatchcase(path, pattern)
         ]
-        if not found:
+        if not selected:
             options = [
                 *dict.fromkeys([*grids.values(), *(f"{path.split('.')[0]}.*" for path in grids)]),
                 *grids,
@@ -38,7 +38,7 @@ def attention_layers(
             raise ExperimentError(
                 f"capture.{field}: {pattern!r} matches no {kind} layer.", near(pattern, options)
             )
-        chosen.update({path: layers[path] for path in found})
+        chosen.update({path: layers[path] for path in selected})
     return {path: grid for path, grid in layers.items() if path in chosen}
 
 
@@ -49,13 +49,13 @@ def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]
     """
     chosen: dict[str, None] = {}
     for pattern in patterns:
-        found = [path for path in rehearsal.outputs if fnmatchcase(path, pattern)]
-        once = [path for path in found if rehearsal.calls[path] == 1]
+        matching = [path for path in rehearsal.outputs if fnmatchcase(path, pattern)]
+        once = [path for path in matching if rehearsal.calls[path] == 1]
         if not once:
-            if found:
+            if matching:
                 raise ExperimentError(
-                    f"capture.activations: {found[0]} runs {rehearsal.calls[found[0]]} times a "
-                    "call.",
+                    f"capture.activations: {matching[0]} runs {rehearsal.calls[matching[0]]} times "
+                    "a call.",
                     "Name the modules around it.",
                 )
             raise ExperimentError(

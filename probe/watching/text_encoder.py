@@ -87,19 +87,19 @@ class TextEncoder(Capture):
         ]
 
     def watches(self) -> list[Watch]:
-        found: list[Watch] = [
+        watches: list[Watch] = [
             (self._root.embeddings, "output", functools.partial(self._put, "embedding")),
             (self._root.final_layer_norm, "output", functools.partial(self._put, "output")),
         ]
         if self._pooled is not None:
-            found.append((self._pooled, "output", functools.partial(self._put, "pooled")))
+            watches.append((self._pooled, "output", functools.partial(self._put, "pooled")))
         for index, layer in enumerate(self._layers):
-            found.append((layer, "output", functools.partial(self._put, f"hidden {index}")))
-            found.append((layer.self_attn.q_proj, "output", self._keep("query", index)))
-            found.append((layer.self_attn.k_proj, "output", self._attend(index, layer.self_attn)))
-            found.append((layer.self_attn.v_proj, "output", self._keep("value", index)))
-            found.append((layer.self_attn.out_proj, "input", self._prove(index)))
-        return found
+            watches.append((layer, "output", functools.partial(self._put, f"hidden {index}")))
+            watches.append((layer.self_attn.q_proj, "output", self._keep("query", index)))
+            watches.append((layer.self_attn.k_proj, "output", self._attend(index, layer.self_attn)))
+            watches.append((layer.self_attn.v_proj, "output", self._keep("value", index)))
+            watches.append((layer.self_attn.out_proj, "input", self._prove(index)))
+        return watches
 
     def expect(self, call: int | str) -> None:
         prompt = self._plan.tokens[str(call)][self.component]

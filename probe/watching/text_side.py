@@ -37,30 +37,30 @@ class TextSide(Capture):
         self._tray = Tray([f"{side} {path}" for path in plan.layers for side in ("key", "value")])
 
     def arrays(self) -> list[ArraySpec]:
-        plan, found = self._plan, list[ArraySpec]()
+        plan, specs = self._plan, list[ArraySpec]()
         for grid, layers in plan.grids.items():
             group, heads = grid_group(grid), heads_of(plan, layers, grid)
             lead = (len(plan.kept_branches), len(plan.kept.positions), len(layers))
-            found.append(
+            specs.append(
                 spec(group, "value_size", (*lead, 1 if self._mode == "summary" else heads))
             )
             if self._mode == "queries":
-                found.append(spec(group, "key", (*lead, heads, width_of(plan, grid))))
-        return found
+                specs.append(spec(group, "key", (*lead, heads, width_of(plan, grid))))
+        return specs
 
     def watches(self) -> list[Watch]:
-        found: list[Watch] = []
+        watches: list[Watch] = []
         for path, module in self._modules.items():
-            found.append((module.to_k, "output", self._keep("key", path)))
-            found.append((module.to_v, "output", self._keep("value", path)))
-        return found
+            watches.append((module.to_k, "output", self._keep("key", path)))
+            watches.append((module.to_v, "output", self._keep("value", path)))
+        return watches
 
     def wants(self, index: int, first: bool) -> bool:
         return first
 
     @torch.no_grad()
     def take(self, step: Any) -> Values:
-        seen, found = self._tray.take(), Values()
+        seen, values = self._tray.take(), Values()
         for grid, layers in self._plan.grids.items():
             sizes = [
                 self._merged(written_sizes(seen[f"value {path}"], self._modules[path]))
@@ -69,11 +69,11 @@ class TextSide(Capture):
             stacked = torch.stack(sizes, dim=2)
             if self._mode == "summary":
                 stacked = stacked.mean(dim=-1, keepdim=True)
-            found[f"{grid_group(grid)}/value_size"] = stacked
+            values[f"{grid_group(grid)}/value_size"] = stacked
             if self._mode == "queries":
                 keys = [scaled_keys(seen[f"key {path}"], self._modules[path]) for path in layers]
-                found[f"{grid_group(grid)}/key"] = torch.stack(keys, dim=2)
-        return found
+                values[f"{grid_group(grid)}/key"] = torch.stack(keys, dim=2)
+        return values
 
     def _keep(self, side: str, path: str) -> Callable[[Any], None]:
         def hook(output: torch.Tensor) -> None:
