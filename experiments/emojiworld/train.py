@@ -354,10 +354,7 @@ def train_unet(
     latents: tuple[torch.Tensor, torch.Tensor],
     captions: list[str],
 ) -> torch.nn.ModuleDict:
-    """Train text encoder and UNet for one cycle: the stage `unet`, or `refine`.
-
-    The latter hides the ends of half of the captions.
-    """
+    """Train text encoder and UNet for one cycle; `refine` hides the ends of half the captions."""
     device, batch, refining = options.device, 32, name == "refine"
     steps, rate, decay = (
         (options.refine_steps, 6e-4, 0.9995) if refining else (options.unet_steps, 1e-3, 0.999)
