@@ -7,21 +7,21 @@ huggingface_hub, which read these variables once. Nothing here imports torch.
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.update(
     HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", STREAMLIT_BROWSER_GATHER_USAGE_STATS="false"
 )
-os.environ.pop(
-    "PYTHONUNBUFFERED", None
-)  # a reader's machine sets neither, and what is buffered fails later
+# A reader's machine sets neither, and what is buffered fails later.
+os.environ.pop("PYTHONUNBUFFERED", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two threads on two busy cores are several times slower than one
+# Two threads on two busy cores are several times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
@@ -33,17 +33,16 @@ settings.load_profile("ci")
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """A plugin may have imported torch before this file was read; then only this call reaches
-    it.
-    """
+    """Hold torch to one thread, also if a plugin imported it before this file was read."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _a_home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A home folder beside what tests write: where TMPDIR lies in the real one, paths would be said
-    as ~/...
+    """Put the home folder beside what tests write.
+
+    If TMPDIR were in the home folder, messages would write paths as ~/...
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HOME", "USERPROFILE"):
@@ -87,3 +86,60 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "model"
     tiny.pipeline().save_pretrained(folder)
     return folder
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run a test in a folder of its own, with a wide terminal, and restore the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    kept, handler = dict(os.environ), signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)  # a command that was stopped is deaf to a second Ctrl-C
+    for name in set(os.environ) - set(kept):
+        del os.environ[name]
+    os.environ.update(kept)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: its exit code, stdout and stderr."""
+    from probe.terminal import guarded
+
+    def called(main: Callable[[list[str]], int], *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            guarded(main, [str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, out, err
+
+    return called
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    """The tiny model as a diffusers directory of this test's own."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one small recording. Not to be changed: take `runs`."""
+    import tiny
+
+    from probe.running.recorder import record
+
+    folder = tmp_path_factory.mktemp("one_run")
+    asked = {"name": "small", "prompt": "a cat on\nthe hat", "steps": 2, "output": str(folder)}
+    record(asked, pipeline=tiny.pipeline(), progress=False)
+    return folder
+
+
+@pytest.fixture
+def runs(one_run: Path, tmp_path: Path) -> Path:
+    """A folder of this test's own with one small recording."""
+    return Path(shutil.copytree(one_run, tmp_path / "runs"))
