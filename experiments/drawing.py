@@ -64,9 +64,7 @@ def signed(limit: float) -> Scale:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a sheet: its label, pictures (PIL or rgb arrays), captions below them, and
-    colours.
-    """
+    """One row of a sheet: its label, pictures (PIL or rgb arrays) and captions, and its colours."""
 
     label: str
     pictures: Sequence[Any]

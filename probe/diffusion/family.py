@@ -203,9 +203,7 @@ class Family(Protocol):
         ...
 
     def text_mask(self, prompt: Prompt) -> torch.Tensor | None:
-        """Return the attention mask that a text encoder is given for a prompt, (1, token), if
-        any.
-        """
+        """Return a prompt's attention mask for the text encoder, (1, token), if it takes one."""
         ...
 
     def condition(

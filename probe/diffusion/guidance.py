@@ -34,7 +34,5 @@ def guided(
 
 
 def rule_of(guidance_scale: float) -> str:
-    """Return the name of this rule (`probe.format.dimensions.GUIDANCE_RULES`): `none` without
-    guidance.
-    """
+    """Return the rule's name, one of `probe.format.dimensions.GUIDANCE_RULES`."""
     return "classifier_free" if guidance_scale > 1 else "none"

@@ -161,8 +161,9 @@ class StableDiffusion:
         return read(self, ENCODER, text, over_long, rules)
 
     def text_mask(self, prompt: Prompt) -> torch.Tensor | None:
-        """The attention mask that the text encoder is given, (1, token); None for most models,
-        whose config asks for none.
+        """Return a prompt's attention mask for the text encoder, (1, token).
+
+        It is None for most models, whose config asks for none.
         """
         return (
             prompt.mask if getattr(self.text_encoder.config, "use_attention_mask", None) else None
@@ -194,8 +195,9 @@ class StableDiffusion:
         guided: bool = True,
         over_long: OverLong = "error",
     ) -> Conditioning:
-        """Encode the prompt and, for guidance, the negative prompt, each in a call of its own as
-        diffusers does.
+        """Encode the prompt and, for guidance, the negative prompt.
+
+        Each is a call of its own, as in diffusers.
         """
         texts = {COND: prompt, UNCOND: negative_prompt} if guided else {COND: prompt}
         tokens = {branch: self.tokens(text, over_long) for branch, text in texts.items()}

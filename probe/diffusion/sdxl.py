@@ -112,9 +112,7 @@ class StableDiffusionXL:
 
     @property
     def decoding_dtype(self) -> torch.dtype:
-        """The number format in which the VAE decodes: float32 where its config says
-        `force_upcast`.
-        """
+        """The number format in which the VAE decodes: float32 if its config has `force_upcast`."""
         upcast = self.dtype == torch.float16 and bool(self.vae.config.force_upcast)
         return torch.float32 if upcast else self.dtype
 
@@ -194,8 +192,9 @@ class StableDiffusionXL:
         return {TEXT: torch.cat(states, dim=-1).to(self.dtype), POOLED: said.text_embeds}
 
     def reads(self, tokens: Tokens, branch: str) -> bool:
-        """Return False for an empty negative prompt, where the model was trained with zeros for
-        it.
+        """Return whether a text encoder reads this branch.
+
+        It does not if the negative prompt is empty and the model was trained with zeros for it.
         """
         return not (branch == UNCOND and self.zeros_for_empty and not tokens[FIRST].text)
 

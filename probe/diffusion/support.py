@@ -143,8 +143,9 @@ def _refuse_kinds(name: str, modules: Mapping[str, Any], kinds: Kinds) -> None:
 
 
 def refuse_unet(name: str, unet: Any, added: str | None = None) -> None:
-    """Raises ModelError for a UNet that wants more than a prompt and the conditions `added`; it may
-    be without weights.
+    """Raise ModelError for a UNet that wants more than a prompt and the conditions `added`.
+
+    The UNet may be without weights.
     """
     config = unet.config
     problem, remedy = "", SUPPORTED

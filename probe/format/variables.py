@@ -1,5 +1,4 @@
-"""The table of variables: every array that a recording may hold, with its dimensions, type and
-units.
+"""The table of variables: every array that a recording may hold, with dimensions, type and units.
 
 `SCHEMA` is the table. A group in braces stands for several: "attention/{grid}" is attention/16x16
 and its neighbours. `probe.format.schema` looks variables up in it and gives them sizes.

@@ -1,3 +1,1 @@
-"""A recorded run: what it will hold, the run itself, going on with one that was interrupted, asking
-it afterwards.
-"""
+"""One run: planning it, recording it, going on with it, and asking it afterwards."""

@@ -1,11 +1,11 @@
-"""Pictures and masks from outside, made fit for a model: read, checked, scaled and cut.
+"""Make pictures and masks from outside fit for a model: read, checked, scaled and cut.
 
     read_picture("cat.jpg", 512, 512)          # (y, x, rgb) uint8
     read_masks(("masks.npz",), ...)            # {"cat": (y, x) uint8, ...}
 
-The rule, for a picture and its masks alike: turned as its camera says, transparency laid over
-white, scaled until it just covers the size asked for, and cut to its centre. A picture that has the
-size already is taken as it is, pixel for pixel.
+The rule is the same for a picture and its masks. Both are turned as the camera says, transparency
+is laid over white, and they are scaled until they just cover the size and cut to the centre. A
+picture that has the size already is taken as it is, pixel for pixel.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ HEADER = 1000  # bytes of what an .npz says of one mask: numpy writes 118
 
 
 def read_picture(path: str | Path, height: int, width: int, field: str = "image") -> np.ndarray:
-    """A PNG or JPEG file as (y, x, rgb) uint8 of that size.
+    """Return a PNG or JPEG file as (y, x, rgb) uint8 of that size.
 
-    Raises ExperimentError, which names `field`.
+    Raise ExperimentError, which names `field`.
     """
     upright = _read(path, field)
     if upright.has_transparency_data:
@@ -55,11 +55,11 @@ def read_picture(path: str | Path, height: int, width: int, field: str = "image"
 def read_masks(
     paths: Sequence[str | Path], height: int, width: int, field: str = "masks"
 ) -> dict[str, np.ndarray]:
-    """Masks by their words, (y, x) uint8, 1 inside: every array of an .npz file by its name, or a
-    .png by the file's name.
+    """Return masks by their words, (y, x) uint8, 1 inside.
 
-    Of an array, inside is what is not 0; of a .png, what is brighter than half. Raises
-    ExperimentError, which names `field`; also for a mask that has nothing inside.
+    They are every array of an .npz file by its name, or a .png by the file's name. Inside is what
+    is not 0 in an array, and what is brighter than half in a .png. Raise ExperimentError, which
+    names `field`; also for a mask with nothing inside.
     """
     found: dict[str, np.ndarray] = {}
     for path in map(Path, paths):
@@ -85,9 +85,9 @@ def read_masks(
 
 
 def checked_picture(picture: np.ndarray, multiple: int) -> np.ndarray:
-    """An array that is to be taken as it is.
+    """Return an array that is taken as it is.
 
-    Raises ExperimentError if it is not (y, x, rgb) uint8 with sides the model can work on.
+    Raise ExperimentError if it is not (y, x, rgb) uint8 with sides that the model can work on.
     """
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ExperimentError(
@@ -106,9 +106,9 @@ def checked_picture(picture: np.ndarray, multiple: int) -> np.ndarray:
 def checked_masks(
     masks: Mapping[str, np.ndarray], height: int, width: int
 ) -> dict[str, np.ndarray]:
-    """Masks that are to be taken as they are, as uint8, 1 inside.
+    """Return masks that are taken as they are, as uint8, 1 inside.
 
-    Raises ExperimentError for another size than the picture's, for one that has nothing inside, and
+    Raise ExperimentError for another size than the picture's, for a mask with nothing inside, and
     for what is no mask by word.
     """
     if not isinstance(masks, Mapping):
@@ -150,7 +150,7 @@ def checked_masks(
 
 
 def _read(path: str | Path, field: str) -> Image.Image:
-    """The picture in a file, upright. Raises ExperimentError."""
+    """Return the picture in a file, upright. Raise ExperimentError."""
     where, sizes = (
         printable(str(path)),
         f"At least {LEAST} a side and at most {MOST:,} in all can be used.",
@@ -191,8 +191,9 @@ def _unread(field: str, where: str, problem: OSError) -> ExperimentError:
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:
-    """Greys of 16 bits as greys of 8, which Pillow's `convert` would cut off at 255; with the grey
-    that is transparent, if there is one.
+    """Return greys of 16 bits as greys of 8, with the grey that is transparent, if there is one.
+
+    Pillow's `convert` would cut them off at 255.
     """
     if not picture.mode.startswith("I"):
         return picture
@@ -208,9 +209,9 @@ def _in_8_bits(picture: Image.Image) -> Image.Image:
 
 
 def _opened(path: str | Path, field: str, kinds: str) -> io.BufferedReader:
-    """A plain file that somebody named.
+    """Return a plain file that somebody named.
 
-    Raises ExperimentError for anything else, without waiting for a pipe; OSError.
+    Raise ExperimentError for anything else, without waiting for a pipe; OSError.
     """
     where = printable(str(path))
     try:
@@ -226,9 +227,9 @@ def _opened(path: str | Path, field: str, kinds: str) -> io.BufferedReader:
 
 
 def _arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The masks of an .npz file one after the other, as uint8.
+    """Yield the masks of an .npz file, as uint8.
 
-    What each says of itself is looked at before it is unpacked.
+    What each says of itself is checked before it is unpacked.
     """
     where = printable(str(path))
     try:
@@ -275,9 +276,9 @@ def _arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _array(source: IO[bytes], size: int, told: str) -> np.ndarray:
-    """An array of truth values or whole numbers from an .npy file of `size` bytes.
+    """Return an array of truth values or whole numbers from an .npy file of `size` bytes.
 
-    Raises ExperimentError, ValueError.
+    Raise ExperimentError, ValueError.
     """
     start = io.BytesIO(source.read(HEADER + 12))
     try:

@@ -121,8 +121,9 @@ class Recipe(Strict):
 
     @property
     def run_name(self) -> str:
-        """`name`, or else the prompt as a slug of at most 40 characters:
-        "an-astronaut-scuba-diving".
+        """`name`, or else the prompt as a slug: an-astronaut-scuba-diving.
+
+        A slug has at most 40 characters.
         """
         decomposed = unicodedata.normalize("NFKD", self.texts["cond"])
         plain = decomposed.encode("ascii", "ignore").decode().lower()

@@ -155,10 +155,9 @@ def refuse_unreadable(path: str, module: Any) -> None:
 
 
 class GridBuffers:
-    """Tensors for all layers of a grid, made when a step's first layer is read: nothing has to be
-    copied together later.
+    """Tensors for all layers of a grid, made when a step's first layer is read.
 
-    `shapes(grid)` gives for each variable its shape, its type, and which axis counts the layers.
+    So nothing has to be copied together later.
     """
 
     def __init__(self, layers: Mapping[str, Grid], shapes: Callable[[Grid], Shapes]):

@@ -90,8 +90,9 @@ class TextSide(Capture):
 
 
 def scaled_keys(key: torch.Tensor, module: Any) -> torch.Tensor:
-    """*Shape:* (n, token, inner) -> (n, token, head, key_feature) float32, times 1 /
-    sqrt(key_feature).
+    """Return keys by head, times 1 / sqrt(key_feature).
+
+    *Shape:* (n, token, inner) -> (n, token, head, key_feature) float32.
     """
     scaled: torch.Tensor = key.float().unflatten(-1, (module.heads, -1)) * module.scale
     return scaled
