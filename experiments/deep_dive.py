@@ -51,21 +51,13 @@ from probe.diffusion.sampling import denoise
 
 NOTEBOOK = hasattr(builtins, "get_ipython")
 parser = argparse.ArgumentParser(
-    description="What happens inside Stable Diffusion, told with the bundled model."
+    description="What happens inside Stable Diffusion, told with the bundled model.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
 )
+folder = Path("runs/deep_dive")
+parser.add_argument("--out", type=Path, default=folder, help="folder for the pictures")
 parser.add_argument(
-    "--out",
-    type=Path,
-    default=Path("runs/deep_dive"),
-    help="folder for the pictures (default: %(default)s)",
-)
-parser.add_argument(
-    "--steps",
-    type=int,
-    default=30,
-    choices=range(6, 101),
-    metavar="6..100",
-    help="denoising steps (default: %(default)s)",
+    "--steps", type=int, default=30, choices=range(6, 101), metavar="6..100", help="denoising steps"
 )
 parser.add_argument(
     "--noises",
@@ -73,7 +65,7 @@ parser.add_argument(
     default=16,
     choices=range(2, 65),
     metavar="2..64",
-    help="noises per timestep (default: %(default)s)",
+    help="noises a timestep",
 )
 parser.add_argument(
     "--html",
@@ -114,16 +106,8 @@ ask = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 one_line = pipe(PROMPT, **ask, generator=torch.Generator().manual_seed(SEED)).images[0]
 
 print(f"{PROMPT!r}: a picture of {one_line.width} x {one_line.height} pixels, from one line.")
-show(
-    "1-one-line",
-    sheet(
-        PROMPT,
-        f"{STEPS} steps, guidance {GUIDANCE:g}, seed {SEED}",
-        [""],
-        [Row("", [one_line])],
-        cell=384,
-    ),
-)
+note = f"{STEPS} steps, guidance {GUIDANCE:g}, seed {SEED}"
+show("1-one-line", sheet(PROMPT, note, [""], [Row("", [one_line])], cell=384))
 
 # %% [markdown]
 # ## 2. By hand
@@ -139,19 +123,16 @@ show(
 # %%
 model = load("emojiworld", dtype="float32", device="cpu")
 conditioning = model.condition(PROMPT)  # the text understander
-steps = list(
-    denoise(model, conditioning, steps=STEPS, guidance_scale=GUIDANCE, seed=SEED)
-)  # the image information creator
+# the image information creator
+steps = list(denoise(model, conditioning, steps=STEPS, guidance_scale=GUIDANCE, seed=SEED))
 latents = steps[-1].next_latents
 by_hand = model.decode(latents)[0]  # the decoder
 
-same_latents = pipe(
-    PROMPT, **ask, generator=torch.Generator().manual_seed(SEED), output_type="latent"
-).images
+generator = torch.Generator().manual_seed(SEED)
+same_latents = pipe(PROMPT, **ask, generator=generator, output_type="latent").images
+same_picture = torch.from_numpy(np.array(one_line))
 assert torch.equal(latents, same_latents), "by hand came to other latents than the one line"
-assert torch.equal(by_hand[0], torch.from_numpy(np.array(one_line))), (
-    "by hand came to another picture than the one line"
-)
+assert torch.equal(by_hand[0], same_picture), "by hand came to another picture than the one line"
 print(f"{len(steps)} calls of the UNet, {latents.numel()} latents, {by_hand.numel()} pixel values:")
 print("by hand and by one line agree in every bit.")
 
@@ -193,52 +174,31 @@ ours = {"text encoder": model.text_encoder, "UNet": model.unet, "VAE": model.vae
 def follow(text_encoder, unet, vae, ids):
     """Send ids through the three components, and say what comes out of each."""
     embeddings = text_encoder(ids)[0]
-    x = torch.zeros(
-        1,
-        unet.config.in_channels,
-        unet.config.sample_size,
-        unet.config.sample_size,
-        device=ids.device,
-    )
+    side = unet.config.sample_size
+    x = torch.zeros(1, unet.config.in_channels, side, side, device=ids.device)
     eps = unet(x, torch.tensor(500, device=ids.device), encoder_hidden_states=embeddings).sample
     pixels = vae.decode(x).sample
-    found = {
+    outputs = {
         "tokenizer: ids": ids,
         "text encoder: embeddings": embeddings,
         "UNet, in: latents": x,
         "UNet, out: predicted noise": eps,
-    }
-    found |= {
         "VAE decoder: picture": pixels,
         "VAE encoder: latents again": vae.encode(pixels).latent_dist.mean,
     }
-    return {name: " x ".join(map(str, tensor.shape[1:])) for name, tensor in found.items()}
+    return {name: " x ".join(map(str, tensor.shape[1:])) for name, tensor in outputs.items()}
 
 
-here, there = (
-    follow(*ours.values(), conditioning.cond.ids),
-    follow(*sd1.values(), conditioning.cond.ids.to("meta")),
-)
-print(
-    table(
-        ["what comes out", "emojiworld", "Stable Diffusion v1"],
-        [(name, here[name], there[name]) for name in here],
-    ),
-    "\n",
-)
-million = [
-    [
-        f"{sum(p.numel() for p in parts[name].parameters()) / 1e6:.1f} million"
-        for parts in (ours, sd1)
-    ]
-    for name in ours
-]
-print(
-    table(
-        ["parameters", "emojiworld", "Stable Diffusion v1"],
-        [(name, *counts) for name, counts in zip(ours, million, strict=True)],
-    )
-)
+def millions(module):
+    return f"{sum(weights.numel() for weights in module.parameters()) / 1e6:.1f} million"
+
+
+here = follow(*ours.values(), conditioning.cond.ids)
+there = follow(*sd1.values(), conditioning.cond.ids.to("meta"))
+models = ["emojiworld", "Stable Diffusion v1"]
+print(table(["what comes out", *models], [(name, here[name], there[name]) for name in here]), "\n")
+counts = [(name, millions(ours[name]), millions(sd1[name])) for name in ours]
+print(table(["parameters", *models], counts))
 
 # %% [markdown]
 # ### Text: words, tokens, ids, vectors
@@ -255,46 +215,31 @@ print(
 read = conditioning.cond
 first = range(read.end + 2)  # the start, the words, the end, and one of the repeats
 words = [read.words[number] if number >= 0 else "" for number in read.word_of]
-print(
-    table(
-        ["position", "token", "id", "word"],
-        [(i, read.tokens[i], int(read.ids[0, i]), words[i]) for i in first],
-    )
-)
-print(
-    f"  ... and {len(read.tokens) - len(first)} more like the last, to position "
-    f"{len(read.tokens) - 1}"
-)
+rows = [(i, read.tokens[i], int(read.ids[0, i]), words[i]) for i in first]
+print(table(["position", "token", "id", "word"], rows))
+more, last = len(read.tokens) - len(first), len(read.tokens) - 1
+print(f"  ... and {more} more like the last, to position {last}")
 
 place = read.end - 1
 other = model.read(f"a picture of {words[place]}")
-assert other.end == read.end, (
-    "the second sentence must be as long as the prompt, to have the word at the same place: change "
-    "it"
+as_long = (
+    "change this sentence: it must be as long as the prompt, to have the word at the same place"
 )
+assert other.end == read.end, as_long
 assert other.ids[0, place] == read.ids[0, place]
-alike = float(
-    cosine_similarity(conditioning.cond_embedding[0, place], model.encode(other)[0, place], dim=0)
-)
-print(
-    f"{words[place]!r} in {read.text!r} and in {other.text!r}: the same id, and vectors of cosine "
-    f"{alike:.2f}."
-)
+vector, another = conditioning.cond_embedding[0, place], model.encode(other)[0, place]
+alike = float(cosine_similarity(vector, another, dim=0))
+print(f"{words[place]!r} in {read.text!r} and in {other.text!r}:")
+print(f"the same id, and vectors of cosine {alike:.2f}.")
 
 vectors = conditioning.cond_embedding[0, : read.end + 2]
 colours = signed(float(vectors.abs().quantile(0.99)))
 pictures = [colours(vector.reshape(8, -1)) for vector in vectors]
 label = f"{vectors.shape[1]} numbers a\ntoken, folded\ninto {len(pictures[0])} rows"
 note = "the text encoder's output, the only thing that the UNet ever learns of the sentence"
-show(
-    "3-embeddings",
-    sheet(
-        "One vector for each token",
-        note,
-        [read.tokens[i] for i in first],
-        [Row(label, pictures, scale=colours)],
-    ),
-)
+tokens = [read.tokens[i] for i in first]
+rows = [Row(label, pictures, scale=colours)]
+show("3-embeddings", sheet("One vector for each token", note, tokens, rows))
 
 # %% [markdown]
 # ### VAE: pixels to latents and back
@@ -307,24 +252,20 @@ show(
 
 # %%
 def encode(picture):
-    """A picture's latents, scaled as the UNet knows them: (1, channel, y, x)."""
+    """Return a picture's latents, scaled as the UNet knows them: (1, channel, y, x)."""
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         return model.vae.encode(pixels).latent_dist.mean * model.scaling_factor
 
 
 def paint(some_latents):
-    """The decoder's pictures of latents: (image, y, x, rgb) uint8."""
+    """Return the decoder's pictures of latents: (image, y, x, rgb) uint8."""
     return model.decode(some_latents)[0].numpy()
 
 
-def psnr(one, other):
-    return float(
-        10
-        * np.log10(
-            255**2 / np.square(np.array(one, np.float32) - np.array(other, np.float32)).mean()
-        )
-    )
+def psnr(picture, other):
+    error = np.square(np.array(picture, np.float32) - np.array(other, np.float32)).mean()
+    return float(10 * np.log10(255**2 / error))
 
 
 stranger = Image.new("RGB", one_line.size, (214, 234, 248))
@@ -347,31 +288,18 @@ for label, picture in {
     lost = np.abs(np.array(picture, np.float32) - back).mean(-1) / 255
     spread = [f"std {channel.std():.2f}" for channel in squeezed[0]]
     pictures = [picture, *map(three, squeezed[0]), back, loss_colours(lost)]
-    rows.append(
-        Row(
-            label,
-            pictures,
-            ["", *spread, f"{score[label]:.1f} dB", f"mean {lost.mean():.1%}"],
-            loss_colours,
-        )
-    )
-heads = [
-    "picture",
-    *(f"latents, channel {index}" for index in range(len(latents[0]))),
-    "back again",
-    "what was lost",
-]
-note = (
-    f"latents from {three.least:g} (blue) over white to {three.greatest:g} (red); what was lost as "
-    "a share of full brightness, scale on the right"
-)
+    captions = ["", *spread, f"{score[label]:.1f} dB", f"mean {lost.mean():.1%}"]
+    rows.append(Row(label, pictures, captions, loss_colours))
+channels = [f"latents, channel {index}" for index in range(len(latents[0]))]
+heads = ["picture", *channels, "back again", "what was lost"]
+note = f"latents from {three.least:g} (blue) over white to {three.greatest:g} (red); "
+note += "what was lost as a share of full brightness, scale on the right"
 show("3-round-trip", sheet("Through the VAE and back", note, heads, rows))
 
 pixels = one_line.width * one_line.height * 3
-print(
-    f"{pixels} numbers become {latents.numel()}: {pixels / latents.numel():.0f} times fewer, f = "
-    f"{model.f} pixels a latent along each side."
-)
+fewer = pixels / latents.numel()
+print(f"{pixels} numbers become {latents.numel()}: {fewer:.0f} times fewer.")
+print(f"f = {model.f} pixels a latent along each side.")
 for label, value in score.items():
     print(f"round trip of {' '.join(label.split())}: {value:.1f} dB")
 
@@ -466,29 +394,13 @@ for t in times:
     lazy.append((x - draws).square().mean((1, 2, 3)).numpy())
 losses, lazy = np.array(losses), np.array(lazy)  # (timestep, noise)
 
-figures = [
-    [f"{value:.4f}" for value in row]
-    for row in zip(losses.mean(1), losses.std(1, ddof=1), lazy.mean(1), strict=True)
-]
-print(
-    table(
-        ["timestep", "loss, mean", "spread (std)", "lazy student"],
-        [(t, *row) for t, row in zip(times, figures, strict=True)],
-    )
-)
+columns = losses.mean(1), losses.std(1, ddof=1), lazy.mean(1)
+rows = [(t, *(f"{column[i]:.4f}" for column in columns)) for i, t in enumerate(times)]
+print(table(["timestep", "loss, mean", "spread (std)", "lazy student"], rows))
 note = f"line: mean over {NOISES} noises; band: from the least to the greatest; one picture"
 lines = [Line("UNet", BLUE, losses), Line("lazy student", RED, lazy)]
-show(
-    "4-loss",
-    chart(
-        "How wrong is the predicted noise?",
-        note,
-        "timestep t (more noise to the right)",
-        "loss: mean squared error",
-        times,
-        lines,
-    ),
-)
+axes = "timestep t (more noise to the right)", "loss: mean squared error"
+show("4-loss", chart("How wrong is the predicted noise?", note, *axes, times, lines))
 
 # %% [markdown]
 # And here is one step of training, on a copy of the UNet: one exercise, its loss, the slope, a
@@ -501,16 +413,13 @@ loss = mse_loss(student(**exercise).sample, eps)
 loss.backward()
 with torch.no_grad():
     learning = [weights for weights in student.parameters() if weights.grad is not None]
-    rate = (
-        0.01 * loss / sum(weights.grad.square().sum() for weights in learning)
-    )  # so that the loss falls by about a hundredth
+    # so that the loss falls by about a hundredth
+    rate = 0.01 * loss / sum(weights.grad.square().sum() for weights in learning)
     for weights in learning:
         weights -= rate * weights.grad
     after = mse_loss(student(**exercise).sample, eps)
-print(
-    f"one step at t = {t}: loss {loss:.5f} -> {after:.5f} ({after / loss - 1:+.2%}). Very many of "
-    "these made the model."
-)
+print(f"one step at t = {t}: loss {loss:.5f} -> {after:.5f} ({after / loss - 1:+.2%}).")
+print("Very many of these made the model.")
 
 # %% [markdown]
 # ### Backward: out of nothing but noise
@@ -533,16 +442,13 @@ x = noise(SEED, tuple(x0.shape), x0.dtype)[0] * scheduler.init_noise_sigma
 both = torch.cat([conditioning.uncond_embedding, conditioning.cond_embedding])
 for t in scheduler.timesteps:
     with torch.no_grad():
-        eps_uncond, eps_cond = model.unet(
-            torch.cat([x, x]), t, encoder_hidden_states=both
-        ).sample.chunk(2)
+        twice = torch.cat([x, x])
+        eps_uncond, eps_cond = model.unet(twice, t, encoder_hidden_states=both).sample.chunk(2)
     x = scheduler.step(eps_uncond + GUIDANCE * (eps_cond - eps_uncond), t, x).prev_sample
 
 assert torch.equal(x, latents), "the loop written out came to other latents"
-print(
-    f"the loop written out: the same bits again, after {len(scheduler.timesteps)} calls with "
-    f"{type(scheduler).__name__}."
-)
+print(f"the loop written out, with {type(scheduler).__name__}: the same bits again,")
+print(f"after {len(scheduler.timesteps)} calls.")
 
 # %% [markdown]
 # Look at it from left to right. "Believed" is the picture that remains if all predicted noise is
@@ -551,26 +457,20 @@ print(
 # change in the noise) is written below. Watch it shrink.
 
 # %%
-chosen = [
-    steps[index] for index in np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
-]
+indices = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
+chosen = [steps[index] for index in indices]
 for step in steps:
-    assert torch.equal(
-        step.prediction, guide(step.prediction_uncond, step.prediction_cond, GUIDANCE)
-    ), "guidance is not what it is said to be"
+    guided = guide(step.prediction_uncond, step.prediction_cond, GUIDANCE)
+    assert torch.equal(step.prediction, guided), "guidance is not what it is said to be"
 
 
-def believed(prediction):
-    """The pictures that remain if all of this prediction is taken away, one for each of the chosen
-    steps.
-    """
-    of = [
-        denoised_from(
-            getattr(step, prediction), step.model_input, step.alpha_bar, step.prediction_type
-        )
-        for step in chosen
-    ]
-    return paint(torch.cat(of))
+def believed(name):
+    """Return the pictures that remain at the chosen steps if all of a prediction is taken away."""
+    remaining = []
+    for step in chosen:
+        prediction, x, kind = getattr(step, name), step.model_input, step.prediction_type
+        remaining.append(denoised_from(prediction, x, step.alpha_bar, kind))
+    return paint(torch.cat(remaining))
 
 
 added = [
@@ -579,8 +479,8 @@ added = [
 ]
 pull = Scale(0, float(np.max(added)))
 moved = [
-    f"moves x0 by {step.sigma * found.mean():.3f}"
-    for step, found in zip(chosen, added, strict=True)
+    f"moves x0 by {step.sigma * change.mean():.3f}"
+    for step, change in zip(chosen, added, strict=True)
 ]
 rows = [
     Row(
@@ -595,16 +495,12 @@ rows = [
     ),
     Row("believed without\nwords (uncond)", believed("prediction_uncond")),
     Row("believed with\nwords (cond)", believed("prediction_cond")),
-    Row("where the words\nchange the noise", [pull(found) for found in added], moved, pull),
+    Row("where the words\nchange the noise", [pull(change) for change in added], moved, pull),
     Row(f"believed, guided:\n{GUIDANCE:g} times the\ndifference", believed("prediction")),
 ]
 note = "the words' change: root mean square over channels of cond - uncond"
-show(
-    "4-backward",
-    sheet(
-        "Backward: from noise to a picture", note, [f"step {step.index}" for step in chosen], rows
-    ),
-)
+heads = [f"step {step.index}" for step in chosen]
+show("4-backward", sheet("Backward: from noise to a picture", note, heads, rows))
 
 # %% [markdown]
 # ### How the words get in
@@ -620,7 +516,7 @@ show(
 # not expect its maps, or its shares, of a model that was not trained like this.
 
 # %%
-asked = {
+experiment = {
     "name": "deep-dive",
     "prompt": PROMPT,
     "seed": SEED,
@@ -628,23 +524,20 @@ asked = {
     "guidance_scale": GUIDANCE,
     "dtype": "float32",
     "device": "cpu",
+    "output": str(OUT),
 }
-run = probe.record({**asked, "output": str(OUT)}, progress=False)
-assert np.array_equal(run.variable("latents/final_latents").values, latents.numpy()), (
-    "recording changed the picture"
-)
+run = probe.record(experiment, progress=False)
+same = np.array_equal(run.variable("latents/final_latents").values, latents.numpy())
+assert same, "recording changed the picture"
 print(f"recorded: {run.path}")
 
-# (step, token, y, x): of each place's attention, the share of each token; mean over heads, then
-# layers
+# (step, token, y, x): each token's share of each place's attention, mean over heads, then layers
 overview = run.overview()
 labels = run.tree[f"attention/{run.grids[0]}"].dataset.isel(branch=-1)
 share, number = overview.mean(("step", "y", "x")).values, labels["word_index"].values
 ends = share[number < 0][1:].sum()
-print(
-    f"of all attention, {share[0]:.0%} goes to the start token, {share[number >= 0].sum():.0%} to "
-    f"words, {ends:.0%} to the end and the padding,"
-)
+print(f"of all attention, {share[0]:.0%} goes to the start token,")
+print(f"{share[number >= 0].sum():.0%} to words, {ends:.0%} to the end and the padding,")
 print("in a model that was trained to bind nouns to words.")
 
 maps = word_maps(overview, labels["word"].values, number)  # (step, word, y, x)
@@ -657,21 +550,14 @@ spans = {
 }
 rows = []
 for index, word in enumerate(maps["word"].values):
-    found = [maps.isel(word=index, step=span).mean("step").values for span in spans.values()]
-    colours = Scale(float(np.min(found)), float(np.max(found)), form="{:.1%}")
-    rows.append(
-        Row(
-            str(word),
-            [colours.over(one_line, m) for m in found],
-            [f"mean {m.mean():.1%}" for m in found],
-            colours,
-        )
-    )
+    means = [maps.isel(word=index, step=span).mean("step").values for span in spans.values()]
+    colours = Scale(float(np.min(means)), float(np.max(means)), form="{:.1%}")
+    pictures = [colours.over(one_line, mean) for mean in means]
+    rows.append(Row(str(word), pictures, [f"mean {mean.mean():.1%}" for mean in means], colours))
 note = "a word's share of each place's attention, in a model trained to bind nouns to words; "
 note += "mean over heads, then layers; one scale a word"
-show(
-    "4-attention", sheet("Where the picture looked at each word", note, list(spans), rows, cell=160)
-)
+title = "Where the picture looked at each word"
+show("4-attention", sheet(title, note, list(spans), rows, cell=160))
 
 # %% [markdown]
 # ## 5. Why latents
@@ -681,9 +567,9 @@ show(
 # first, to diffuse what was squeezed, and to paint once at the end.
 #
 # How slow? We count the floating-point operations of one call of the *same* UNet, on latents and
-# on pixels. The meta device does it, so
-# that nothing is estimated and nothing has to run. Convolutions grow with the number of places.
-# Attention, in which every place of a layer looks at every other, grows with its *square*.
+# on pixels. The meta device does it, so nothing is estimated and nothing has to run. Convolutions
+# grow with the number of places. Attention, in which every place of a layer looks at every other,
+# grows with its *square*.
 #
 # Nobody has to pay all of that: a model for pixels can do with attention on coarse grids
 # (Ho et al. 2020). So a third UNet is counted: the same on pixels, without attention on grids wider
@@ -697,51 +583,43 @@ WIDEST = sd1["UNet"].config.sample_size
 
 
 def coarse(unet, side):
-    """The blocks of this UNet for inputs of (side, side), without attention on grids wider than
-    `WIDEST`; and the widest grid that is left.
+    """Return this UNet's blocks without attention on grids wider than `WIDEST`.
+
+    Its inputs are (side, side). Return also the widest grid that is left.
     """
     levels = [side // 2**level for level in range(len(unet.config.down_block_types))]
-    down = [
-        "DownBlock2D" if wide > WIDEST else kind
-        for kind, wide in zip(unet.config.down_block_types, levels, strict=True)
-    ]
-    up = [
-        "UpBlock2D" if wide > WIDEST else kind
-        for kind, wide in zip(unet.config.up_block_types, levels[::-1], strict=True)
-    ]
-    return {"down_block_types": down, "up_block_types": up}, max(
-        wide for wide in levels if wide <= WIDEST
-    )
+    down, up = list(unet.config.down_block_types), list(unet.config.up_block_types)
+    for level, wide in enumerate(levels):
+        if wide > WIDEST:
+            down[level], up[-1 - level] = "DownBlock2D", "UpBlock2D"
+    blocks = {"down_block_types": down, "up_block_types": up}
+    return blocks, max(wide for wide in levels if wide <= WIDEST)
 
 
 def same_unet(unet, channels, side, **other):
-    """The same UNet for inputs of (channels, side, side), its weights drawn at random; `other`:
-    what is configured otherwise.
+    """Return the same UNet for inputs of (channels, side, side), with weights drawn at random.
+
+    `other` settings replace those of its config.
     """
     own = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    return UNet2DConditionModel(
-        **own | {"in_channels": channels, "out_channels": channels, "sample_size": side} | other
-    ).eval()
+    sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
+    return UNet2DConditionModel(**own | sizes | other).eval()
 
 
 def operations(unet, channels, side, **other):
-    """FLOPs of one call of this UNet for an input of (channels, side, side), and which share of
-    them is attention's products.
+    """Return the FLOPs of one call of this UNet, and which share of them attention's products have.
+
+    Its input is (channels, side, side).
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         tokens = torch.zeros(1, len(read.tokens), unet.config.cross_attention_dim)
-        same_unet(unet, channels, side, **other)(
-            torch.zeros(1, channels, side, side), 500, encoder_hidden_states=tokens
-        )
-    counts = counter.get_flop_counts()["Global"]
+        x = torch.zeros(1, channels, side, side)
+        same_unet(unet, channels, side, **other)(x, 500, encoder_hidden_states=tokens)
+    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
     total = sum(counts.values())
-    # On the meta device attention falls into its two products, which are the only batched ones
-    # ("bmm") in a UNet.
-    attention = sum(
-        n
-        for operation, n in counts.items()
-        if "bmm" in str(operation) or "attention" in str(operation)
-    )
+    # On the meta device attention falls into its two products, the only batched ones in a UNet.
+    products = [name for name in counts if "bmm" in name or "attention" in name]
+    attention = sum(counts[name] for name in products)
     assert 0 < attention < total, "the counter does not see attention"
     return total, attention / total
 
@@ -753,62 +631,33 @@ for name, unet, f in (
 ):
     channels, side = unet.config.in_channels, unet.config.sample_size
     blocks, widest = coarse(unet, side * f)
-    cheap, dear, fair = (
-        operations(unet, channels, side),
-        operations(unet, 3, side * f),
-        operations(unet, 3, side * f, **blocks),
-    )
+    cheap = operations(unet, channels, side)
+    dear = operations(unet, 3, side * f)
+    fair = operations(unet, 3, side * f, **blocks)
     times = [f"{total / cheap[0]:.0f}" for total, _ in (cheap, dear, fair)]
-    beside = (
-        f"{times[2]} times with attention only up to {WIDEST} x {WIDEST}; {f**2} times the places"
-    )
     sizes = f"{cheap[0] / 1e9:,.1f} against {dear[0] / 1e9:,.1f} GFLOP"
-    costs.append(
-        Cost(f"{name}: {times[1]} times", f"{sizes}\n{beside}", cheap[0], dear[0], dear[1])
-    )
+    beside = f"{times[2]} times with attention only up to {WIDEST} x {WIDEST}"
+    note = f"{sizes}\n{beside}; {f**2} times the places"
+    costs.append(Cost(f"{name}: {times[1]} times", note, cheap[0], dear[0], dear[1]))
     kinds = (
         ("latents", channels, side, side, cheap, times[0], 1),
         ("pixels", 3, side * f, side * f, dear, times[1], f**2),
         ("pixels**", 3, side * f, widest, fair, times[2], f**2),
     )
     for kind, depth, width, grid, (total, part), often, places in kinds:
-        scores = (
-            unet.config.attention_head_dim * grid**4 * 4 / 1e9
-        )  # heads x places x places, four bytes each
+        # heads x places x places, four bytes each
+        scores = unet.config.attention_head_dim * grid**4 * 4 / 1e9
         size = f"{depth * width**2 * 4 / 1e3:,.0f} kB"
         figures = (f"{scores:,.3f} GB", f"{total / 1e9:,.1f}", f"{part:.0%}", often, places)
         rows.append((name, kind, f"{depth} x {width} x {width}", size, *figures))
-print(
-    table(
-        [
-            "model",
-            "on",
-            "input",
-            "its size",
-            "scores*",
-            "GFLOP a call",
-            "attention",
-            "times",
-            "places, times",
-        ],
-        rows,
-    )
-)
-print(
-    "  * of one self-attention layer of its finest grid (heads x places x places), if they were "
-    "all kept at once"
-)
+heads = ["model", "on", "input", "its size", "scores*", "GFLOP a call", "attention"]
+print(table([*heads, "times", "places, times"], rows))
+print("  * of one self-attention layer of its finest grid (heads x places x places),")
+print("    if they were all kept at once")
 print(f"  ** the same UNet, with attention only on grids of at most {WIDEST} x {WIDEST}")
-show(
-    "5-cost",
-    areas(
-        "The cost of one call of the same UNet, as area",
-        "on latents",
-        "on pixels: attention",
-        "on pixels: the rest",
-        costs,
-    ),
-)
+title = "The cost of one call of the same UNet, as area"
+parts = "on latents", "on pixels: attention", "on pixels: the rest"
+show("5-cost", areas(title, *parts, costs))
 
 # %% [markdown]
 # Counted is not measured, so we let the small one run for once: on latents, and on pixels, with
@@ -819,15 +668,13 @@ show(
 # %%
 @torch.no_grad()
 def seconds(call, repeats):
-    """Processor time of a call, which other programs on the machine do not lengthen as they do the
-    time on the wall.
-    """
-    found = []
+    """Return the processor time of a call, which other programs hardly lengthen."""
+    taken = []
     for _ in range(repeats):
         start = time.process_time()
         call()
-        found.append(time.process_time() - start)
-    return statistics.median(found)
+        taken.append(time.process_time() - start)
+    return statistics.median(taken)
 
 
 side = one_line.width
@@ -835,25 +682,15 @@ on_pixels = same_unet(model.unet, 3, side)
 fast = seconds(lambda: model.unet(x0, 500, encoder_hidden_states=text), 7)
 slow = seconds(lambda: on_pixels(torch.zeros(1, 3, side, side), 500, encoder_hidden_states=text), 1)
 painting, calls = seconds(lambda: model.decode(latents), 3), 2 * len(steps)
-whole = calls * fast + painting
-print(
-    f"one call of the same UNet on pixels has {costs[0].large / costs[0].small:.0f} times the "
-    "operations of one on latents"
-)
+in_all, more = calls * fast + painting, costs[0].large / costs[0].small
+print(f"one call of the same UNet on pixels has {more:.0f} times the operations of one on latents")
 print(f"({costs[0].note.splitlines()[1]}), and takes {slow / fast:.0f} times the processor time.")
-print(
-    f"A whole picture takes {calls * slow / whole:.0f} times the processor time on pixels: {calls} "
-    "calls of that UNet, against as many on latents"
-)
-print(
-    f"and the decoder's painting, which takes {painting / whole:.1%} of the processor time of the "
-    "picture on latents."
-)
+print(f"A whole picture takes {calls * slow / in_all:.0f} times the processor time on pixels:")
+print(f"{calls} calls of that UNet, against as many on latents and the decoder's painting,")
+print(f"which takes {painting / in_all:.1%} of the processor time of the picture on latents.")
 easy, hard = score.values()
-print(
-    f"The price: a round trip of {easy:.1f} dB for what the decoder can paint, and {hard:.1f} dB "
-    "for what it never saw."
-)
+print(f"The price: a round trip of {easy:.1f} dB for what the decoder can paint,")
+print(f"and {hard:.1f} dB for what it never saw.")
 
 # %% [markdown]
 # That is all of it. A sentence became vectors. Noise became latents, a little at a time, while
