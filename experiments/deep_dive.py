@@ -705,7 +705,7 @@ print(f"and {hard:.1f} dB for what it never saw.")
 if options.html:  # from the command line alone
     from experiments.lesson_pages import write_pages
 
-    same = {key: asked[key] for key in ("seed", "dtype", "device")}
+    same = {key: experiment[key] for key in ("seed", "dtype", "device")}
     beside = {"output": str(OUT / "noising"), "progress": False}
     noised = probe.record_noising(np.asarray(one_line), PROMPT, **same, **beside)
     for path in write_pages(options.html, Path(__file__), noised, run):

@@ -516,7 +516,7 @@ def test_help_teaches() -> None:
             "one checkpoint",
             "--markdown",
             "--model DIRECTORY --folder PICTURES",
-            "share none",
+            "none in common",
         )
     )
 
