@@ -1,10 +1,9 @@
-"""A variable's files as zarr would write them, byte for byte, each whole or not at all, without
-zarr's fixed cost of 0.4 ms a call.
+"""Write a variable's files as zarr would, byte for byte, without its fixed cost of 0.4 ms a call.
 
 A chunk is its values, little-endian, and their CRC-32C. A shard is its chunks one after the other,
-then where each of them begins and how long it is, and the CRC-32C of that (zarr v3 specification,
-sharding codec 1.0). A chunk of nothing but fill values is left out: it has no file, and in a shard
-it begins at 2^64 - 1.
+then the offset and length of each, then the CRC-32C of those (zarr v3 specification, sharding codec
+1.0). A chunk of nothing but fill values is left out: it has no file, and its offset in a shard is
+2^64 - 1. Each file is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -39,48 +38,38 @@ class Layout:
 
 
 class StepFiles:
-    """A stored array's files.
+    """The files of a stored array, written step by step.
 
-    `array` is its Layout, or its zarr.Array. With `sync`, what is written has reached the disk when
-    a call returns.
+    `array` is its Layout, or its zarr.Array. With `sync`, a call returns when the disk has what was
+    written.
     """
 
     def __init__(self, root: Path, array: Any, sync: bool = False):
         self.path, self._sync = str(array.path), sync
         self._start = str(root / self.path / "c")  # of the name of each of its files
-        self._dtype, self._sharded = (
-            np.dtype(array.dtype).newbyteorder("<"),
-            array.shards is not None,
-        )
+        self._dtype = np.dtype(array.dtype).newbyteorder("<")
         self._shape, self._chunk = tuple(array.shape), tuple(array.chunks)
         self.fill = np.asarray(array.fill_value, self._dtype)
-        self._index = b""
-        self.by_step = (
-            len(self._shape) > 1 and (array.shards or self._chunk)[0] == 1
-        )  # whether `write` leaves other steps' files alone
+        self._sharded, self._index = array.shards is not None, b""
+        # Whether `write` leaves other steps' files alone.
+        self.by_step = len(self._shape) > 1 and (array.shards or self._chunk)[0] == 1
         if self._sharded:
-            lengths = np.full(
-                prod(self._shape[1:]) // prod(self._chunk[1:]),
-                prod(self._chunk) * self._dtype.itemsize + 4,
-                "<u8",
-            )
-            self._index = checked(
-                np.stack(
-                    [np.arange(len(lengths), dtype="<u8") * lengths, lengths], axis=1
-                ).tobytes()
-            )
+            count = prod(self._shape[1:]) // prod(self._chunk[1:])
+            lengths = np.full(count, prod(self._chunk) * self._dtype.itemsize + 4, "<u8")
+            offsets = np.arange(count, dtype="<u8") * lengths
+            self._index = checked(np.stack([offsets, lengths], axis=1).tobytes())
         self._along: np.ndarray | None = None  # of one number a step: all of them
 
     def file(self, step: int) -> Path:
-        """Where a step's values are: of one number a step, all are in one file."""
+        """Return the file of a step's values. One number a step: all lie in one file."""
         if not self._shape:
             return Path(self._start)
         return Path(self._at([step if len(self._shape) > 1 else 0, *[0] * len(self._shape[1:])]))
 
     def write(self, step: int, value: np.ndarray) -> bytes:
-        """Write one step; returns what its digest takes of it (`probe.writing.digests.mark`).
+        """Write one step. Return its marks for the digest (`probe.writing.digests.mark`).
 
-        Raises OSError.
+        Raise OSError.
         """
         if len(self._shape) == 1:
             if self._along is None:
@@ -95,13 +84,12 @@ class StepFiles:
             value = np.broadcast_to(value, self._shape[1:])
         if not value.size:
             return b""
-        found = [(part, full) for _, part, full in pieces(value, self._chunk[1:], self.fill)]
-        return self._put(
-            [step, *[0] * value.ndim], [part if full else None for part, full in found]
-        )
+        chunks = pieces(value, self._chunk[1:], self.fill)
+        parts = [part if full else None for _, part, full in chunks]
+        return self._put([step, *[0] * value.ndim], parts)
 
     def write_all(self, value: np.ndarray) -> bytes:
-        """Write all of it, as `write` does a step."""
+        """Write all steps, as `write` writes one. Return their marks."""
         value = np.broadcast_to(np.asarray(value, self._dtype), self._shape)
         if self._sharded:
             return b"".join(self.write(step, part) for step, part in enumerate(value))
@@ -120,32 +108,30 @@ class StepFiles:
         return np.frombuffer(content[:-4], self._dtype).reshape(self._shape).copy()
 
     def _put(self, index: Sequence[int], parts: Sequence[np.ndarray | None]) -> bytes:
-        """Write one file with these chunks, of which None are empty; returns what a digest takes of
-        them.
-        """
-        found: list[bytes] = []
+        """Write one file with these chunks, of which None are empty. Return their marks."""
+        marked: list[bytes] = []
         if any(part is not None for part in parts):
-            files.replace(self._at(index), self._content(parts, found), self._sync)
-            return b"".join(found)
+            files.replace(self._at(index), self._content(parts, marked), self._sync)
+            return b"".join(marked)
         files.remove(self._at(index), self._sync)
         return EMPTY * len(parts)
 
     def _content(
         self,
         parts: Sequence[np.ndarray | None],
-        found: list[bytes],
+        marked: list[bytes],
     ) -> Iterator[bytes | memoryview]:
-        """Yield what goes into the file; add to `found` what a digest takes of each chunk.
+        """Yield what goes into the file, and add each chunk's mark to `marked`.
 
         A chunk is summed after it was written, while it is in the cache.
         """
         for part in parts:
             if part is None:
-                found.append(EMPTY)
+                marked.append(EMPTY)
                 continue
             yield part.view(np.uint8).data
             crc = checksum(part)
-            found.append(mark(crc))
+            marked.append(mark(crc))
             yield crc
         if self._sharded:
             yield self._index_of([part is not None for part in parts])
@@ -154,15 +140,15 @@ class StepFiles:
         return ".".join([self._start, *map(str, index)])
 
     def _index_of(self, there: list[bool]) -> bytes:
-        """Where in a shard each of its chunks is."""
+        """Return a shard's index: the offset and length of each chunk."""
         if all(there):
             return self._index
         length = prod(self._chunk) * self._dtype.itemsize + 4
         rows = np.full((len(there), 2), NOWHERE, "<u8")
-        rows[there] = [(place * length, length) for place in range(sum(there))]
+        rows[there] = [(number * length, length) for number in range(sum(there))]
         return checked(rows.tobytes())
 
 
 def checked(content: bytes) -> bytes:
-    """Bytes as a chunk of them is stored: with their CRC-32C after them."""
+    """Return bytes with their CRC-32C after them, as a chunk is stored."""
     return content + checksum(content)

@@ -35,13 +35,14 @@ def create(folder: Path, arrays: Sequence[ArraySpec], attributes: dict[str, Any]
         (folder / path).mkdir()
         _write_json(folder / path, node)
     _write_json(folder, group(attributes, nodes))
-    told = [line(a.path, {a.path: _write_value(folder, a)}) for a in arrays if a.value is not None]
+    known = [a for a in arrays if a.value is not None]
+    digests = [line(a.path, {a.path: _write_value(folder, a)}) for a in known]
     for a in arrays:
         if a.path == "committed" and a.value is None:
             # Not as zarr would write it, for zeros are its fill value: a missing file is damage.
             flags = checked(bytes(a.shape[0]))
             files.replace(folder / a.path / "c.0", [flags], False)
-    files.replace(folder / DIGESTS, told, False)
+    files.replace(folder / DIGESTS, digests, False)
 
 
 def group(
@@ -143,8 +144,8 @@ def attributes_in_files(arrays: Sequence[ArraySpec]) -> Iterator[tuple[ArraySpec
             c.variable.name for c in coordinates.get(a.group, []) if set(c.dims) <= set(a.dims)
         ]
         attached = {"coordinates": " ".join(beside)} if beside and not a.variable.coordinate else {}
-        told = {"long_name": a.variable.long_name, "units": a.variable.units}
-        yield a, {**told, **a.attributes, **attached}
+        named = {"long_name": a.variable.long_name, "units": a.variable.units}
+        yield a, {**named, **a.attributes, **attached}
 
 
 def fill_value(a: ArraySpec) -> float:
@@ -168,9 +169,8 @@ def layout(a: ArraySpec) -> Layout:
     )
     shards = whole if a.per_step and inner != whole else None
     is_known = a.value is not None or a.variable.coordinate
-    return Layout(
-        a.path, a.shape, dtype, inner, shards, dtype.type(0 if is_known else fill_value(a))
-    )
+    fill = dtype.type(0 if is_known else fill_value(a))
+    return Layout(a.path, a.shape, dtype, inner, shards, fill)
 
 
 def room(arrays: Sequence[ArraySpec], sizes: Mapping[str, int]) -> int:
@@ -192,29 +192,20 @@ def room(arrays: Sequence[ArraySpec], sizes: Mapping[str, int]) -> int:
         )
         if a.path == "images/final":
             picture = a.nbytes // max(a.shape[0], 1)
-            words = {
-                text
-                for found in arrays
-                if found.variable.name == "word" and found.value is not None
-                for text in np.ravel(found.value)
-            }
+            labels = [w.value for w in arrays if w.variable.name == "word" and w.value is not None]
+            words = {text for value in labels for text in np.ravel(value)}
             total += a.shape[0] * _blocks(picture + BLOCK) + _blocks(
                 24_000 + 8 * min(picture, 70_000) + 40_000 * len(words)
             )
-    folders = len(arrays) + len(
-        {
-            "/".join(a.group.split("/")[:depth])
-            for a in arrays
-            for depth in range(a.group.count("/") + 2)
-        }
-    )
-    return (
-        total
-        + folders * 2 * BLOCK
-        + _blocks(700 * folders)
-        + _blocks(120 * (number + folders))
-        + _blocks(100 * number)
-    )
+    groups = {
+        "/".join(a.group.split("/")[:depth])
+        for a in arrays
+        for depth in range(a.group.count("/") + 2)
+    }
+    folders = len(arrays) + len(groups)
+    metadata = _blocks(700 * folders)
+    manifest, digests = _blocks(120 * (number + folders)), _blocks(100 * number)
+    return total + folders * 2 * BLOCK + metadata + manifest + digests
 
 
 def _blocks(nbytes: int) -> int:

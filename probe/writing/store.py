@@ -64,9 +64,8 @@ class RunWriter:
     Leaving it without `complete()` marks the recording interrupted or failed.
 
     `arrays` are all variables that it will ever have; those with a value are written at once. With
-    `resume`, a recording that was left unfinished is taken over where its last committed step
-    ended. Raises RecordingBusy when another writer holds the path, StoreError when the disk does
-    not take it.
+    `resume`, an unfinished recording is taken over where its last committed step ended. Raise
+    RecordingBusy if another writer holds the path, StoreError if the disk does not take it.
     """
 
     def __init__(
@@ -78,11 +77,8 @@ class RunWriter:
         *,
         resume: bool = False,
     ):
-        self.path, self._at_end, self._at_once = (
-            Path(path),
-            durability != "none",
-            durability == "step",
-        )
+        self.path = Path(path)
+        self._at_end, self._at_once = durability != "none", durability == "step"
         self._lock = Lock(self.path)
         with storing(self.path):
             files.make_folders(self.path.parent, self._at_end)
@@ -90,15 +86,12 @@ class RunWriter:
                 "Wait for it, or give the run another name.", PATIENCE if resume else 0
             )
             try:
-                told = {
-                    **attributes,
-                    "status": "running",
-                    "writer": {"pid": os.getpid(), "host": socket.gethostname()},
-                }
+                writer = {"pid": os.getpid(), "host": socket.gethostname()}
+                attributes = {**attributes, "status": "running", "writer": writer}
                 if resume:
                     self._check_own()
                 else:
-                    self._begin(arrays, told)
+                    self._begin(arrays, attributes)
                 self._specs = {a.path: a for a in arrays}
                 self._arrays: dict[str, zarr.Array[Any]] = {}  # those that were read
                 self._files = {
@@ -108,20 +101,15 @@ class RunWriter:
                     for a in arrays
                     if a.dtype != "str"
                 }
-                self._folders = [
-                    str(self.path),
-                    *(
-                        entry.path
-                        for entry in files.entries(self.path)
-                        if entry.is_dir(follow_symlinks=False)
-                    ),
-                ]
+                entries = files.entries(self.path)
+                inside = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+                self._folders = [str(self.path), *inside]
                 self._committed = (
                     self.read("committed") if "committed" in self._specs else np.zeros(0, np.uint8)
                 )
                 self._ledger: Ledger | None = None if resume else Ledger(self.path)
                 if resume:
-                    self._take_over(arrays, told)
+                    self._take_over(arrays, attributes)
             except BaseException:
                 self._lock.release()
                 raise
@@ -178,13 +166,13 @@ class RunWriter:
             labels = {a.path for a in arrays if a.value is not None}
             held = range(self.committed)
             kept = {
-                what: told
-                for what, told in lines.items()
+                what: digest
+                for what, digest in lines.items()
                 if what in labels or what.startswith(PICTURES) or step_of(what) in held
             }
             files.replace(
                 self.path / DIGESTS,
-                [f"{told} {what}\n".encode() for what, told in kept.items()],
+                [f"{digest} {what}\n".encode() for what, digest in kept.items()],
                 self._at_once,
             )
             self._ledger = Ledger(self.path, kept)
@@ -219,15 +207,15 @@ class RunWriter:
 
     @property
     def committed(self) -> int:
-        """How many steps, from the first, are committed."""
+        """Return how many steps, from the first, are committed."""
         return int(np.cumprod(self._committed).sum())
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The recording's attributes as they are now."""
+        """Return the recording's attributes as they are now."""
         with storing(self.path):
-            found: dict[str, Any] = json.loads((self.path / "zarr.json").read_text())["attributes"]
-            return found
+            root: dict[str, dict[str, Any]] = json.loads((self.path / "zarr.json").read_text())
+            return root["attributes"]
 
     def __enter__(self) -> RunWriter:
         return self
@@ -264,21 +252,21 @@ class RunWriter:
                 self._ledger.take_back(path)
                 self._ledger.take_back(what)
             if at is ...:
-                told = own.write_all(value)
+                marked = own.write_all(value)
             elif isinstance(at, int) and own.by_step:
-                told = own.write(at, np.asarray(value))
+                marked = own.write(at, np.asarray(value))
             else:
                 whole = np.array(self.read(path))
                 whole[at] = value
                 own.write_all(whole)
-                told = marks(whole[at], None, own.fill) if isinstance(at, int) else b""
+                marked = marks(whole[at], None, own.fill) if isinstance(at, int) else b""
             if self._ledger and (at is ... or isinstance(at, int)):
-                self._ledger.add(what, {path: told})
+                self._ledger.add(what, {path: marked})
 
     def read(self, path: str, at: Any = ...) -> np.ndarray:
-        """Read back what was written.
+        """Return what was written. Raise RecordingDamaged if it is something else by now.
 
-        Raises RecordingDamaged where it is something else by now, RecordingUnreadable.
+        Raise RecordingUnreadable if the system does not read it.
         """
         try:
             return np.asarray(self._array(path)[at])
@@ -302,20 +290,19 @@ class RunWriter:
     def write_step(
         self, step: int, values: Callable[[], Mapping[str, np.ndarray]], nbytes: int
     ) -> None:
-        """Queue one step: `values()` gives its variables by path and is called in the writing
-        thread.
+        """Queue one step. Wait while the queue holds too many bytes.
 
-        Waits while the queue holds too many bytes. Raises StoreError if an earlier step could not
-        be written.
+        `values()` returns its variables by path, and is called in the writing thread. Raise
+        StoreError if an earlier step could not be written.
         """
         self._queue.put((step, values), nbytes)
 
     def flush(self) -> None:
-        """Wait until every queued step is written. Raises StoreError if one could not be."""
+        """Wait until every queued step is written. Raise StoreError if one could not be."""
         self._queue.join()
 
     def annotate(self, **attributes: Any) -> None:
-        """Set attributes of the recording, all at once, leaving its consolidated metadata in place.
+        """Set attributes of the recording, all at once. Its consolidated metadata stays as it is.
 
         A mapping is merged into the one that is there.
         """
@@ -351,10 +338,12 @@ class RunWriter:
                 self.path, self._folders
             )  # at each step: somebody may put a link in a folder's place
             bulk_first = sorted(written, key=lambda p: -written[p].nbytes)
-            told = {path: self._files[path].write(step, written[path]) for path in bulk_first}
+            marked = {path: self._files[path].write(step, written[path]) for path in bulk_first}
             if self._ledger:
-                own = {path: found for path, found in told.items() if of_a_step(path, ("step",))}
-                self._ledger.add(f"step {step}", own, self._at_once)
+                own = [path for path in marked if of_a_step(path, ("step",))]
+                self._ledger.add(
+                    f"step {step}", {path: marked[path] for path in own}, self._at_once
+                )
             self._committed[step] = 1
             self._flag()
 
@@ -368,7 +357,7 @@ class RunWriter:
 
 
 def manifest(path: Path) -> dict[str, str]:
-    """SHA-256 of every file of a recording, by relative path.
+    """Return the SHA-256 of every file of a recording, by relative path.
 
     The root's attributes that change at the end are left out.
     """
@@ -395,8 +384,8 @@ def is_hashed(name: str) -> bool:
 
 def merged(there: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return attributes with others set; a mapping is merged into the one that is there."""
-    found = dict(there)
+    together = dict(there)
     for name, value in attributes.items():
-        both = isinstance(value, Mapping) and isinstance(found.get(name), dict)
-        found[name] = {**found[name], **value} if both else value
-    return found
+        both = isinstance(value, Mapping) and isinstance(together.get(name), dict)
+        together[name] = {**together[name], **value} if both else value
+    return together
