@@ -143,3 +143,16 @@ def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(one_run: Path, tmp_path: Path) -> Path:
     """A folder of this test's own with one small recording."""
     return Path(shutil.copytree(one_run, tmp_path / "runs"))
+
+
+# --- the store ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    """Fail a test that leaves a writing thread behind."""
+    from stored import writers
+
+    before = writers()
+    yield
+    assert writers() == before, "a writing thread is left over"
