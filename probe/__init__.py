@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Comparison,
         Difference,
     )
+    from probe.reading.distances import distance
     from probe.reading.embedding import open_embedding
     from probe.reading.listing import list_runs
     from probe.reading.recording import (
@@ -94,6 +95,7 @@ _HOMES = {
     "Verification": "probe.proof.verdict",
     "Comparison": "probe.reading.compare",
     "Difference": "probe.reading.compare",
+    "distance": "probe.reading.distances",
     "list_runs": "probe.reading.listing",
     "Run": "probe.reading.recording",
     "open_embedding": "probe.reading.embedding",
@@ -136,6 +138,7 @@ __all__ = [
     "UserError",
     "Verification",
     "analysis",
+    "distance",
     "list_runs",
     "load_experiment",
     "load_noising",

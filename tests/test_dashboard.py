@@ -249,3 +249,19 @@ def test_a_named_recording_that_is_damaged_is_a_row_that_says_why(folder: Path) 
     library = Library(folder.parent, [str(folder / "broken.zarr")])
     (row,) = [row for _, row in library.rows() if row.path.name == "broken.zarr"]
     assert row.attributes is None and row.error is not None
+
+
+def test_compare_moves(library: Library, folder: Path) -> None:
+    synthetic_recording(folder / "three.zarr", prompt="a red cat", seed=4)
+    script = "from probe.dashboard.views import compare; compare.show()"
+    app = AppTest.from_string(script, default_timeout=30)
+    app.query_params["runs"] = ["one", "two"]
+    app.run()
+    text = [element.value for element in app.text]
+    assert not app.exception and any("of its greatest distance" in line for line in text)
+    app.multiselect("seeds").set_value(["three"]).run()
+    text = [element.value for element in app.text]
+    assert any("of the mean distance of 1 other seeds" in line for line in text)
+    before = app.dataframe[-1].value["distance"].tolist()
+    app.selectbox("of").set_value("denoised").run()
+    assert app.dataframe[-1].value["distance"].tolist() != before and not app.exception

@@ -93,7 +93,7 @@ LAYERS = [
     ("probe.reading.memory",),
     ("probe.reading.embedding",),
     ("probe.reading.recording",),
-    ("probe.reading.trajectories",),
+    ("probe.reading.trajectories", "probe.reading.distances"),
     ("probe.figures.drawing", "probe.figures.payload", "probe.figures.following"),
     ("probe.figures.channels",),
     (
@@ -106,7 +106,7 @@ LAYERS = [
     ("probe.figures.bundle",),
     ("probe.figures.page", "probe.figures.animation"),
     ("probe.figures.plots", "probe.figures.guidance", "probe.figures.anatomy"),
-    ("probe.figures.anatomy_page", "probe.figures.trajectories"),
+    ("probe.figures.anatomy_page", "probe.figures.trajectories", "probe.figures.distance"),
     (
         "probe.figures.notebook",
         "probe.figures.noising_sheet",

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import streamlit as st
 
 from probe.dashboard.library import library
 from probe.dashboard.player import player
-from probe.dashboard.views.pick import pick
+from probe.dashboard.views.pick import is_noising, pick, recordings
 from probe.dashboard.views.replay import RECORD
+from probe.figures.distance import distances, figure, said
+from probe.reading.distances import Latents
 from probe.reading.recording import Run
 
+NAMES = {"denoised": "the predicted clean latents", "latents": "the latents, rescaled"}
 UNIMPORTANT = ("name", "output", "durability", "device")
 
 
 def show() -> None:
     chosen = pick(at_least=2, record=f"{RECORD} --guidance-scale 8")
-    runs = [library().run(key) for key in chosen]
+    runs = {key: library().run(key) for key in chosen}
     asked = asked_differently(runs)
     if asked:
         st.text("Asked differently:")
@@ -26,16 +29,62 @@ def show() -> None:
     else:
         st.text("The same was asked of all of them.")
     player(chosen, key="compare")
+    _distances(runs)
 
 
-def asked_differently(runs: list[Run]) -> list[dict[str, str]]:
+def _distances(runs: dict[str, Run]) -> None:
+    """Show how far the runs are from the first, over the noise levels."""
+    st.subheader("How far they are from the first", anchor=False)
+    left, right = st.columns([1, 2])
+    of: Latents = left.selectbox(
+        "Distance of",
+        get_args(Latents),
+        key="of",
+        bind="query-params",
+        format_func=NAMES.__getitem__,
+    )
+    seeds = right.multiselect(
+        "Its other seeds, to measure against",
+        [key for key, row in recordings() if row.attributes and not is_noising(row)],
+        key="seeds",
+        bind="query-params",
+        max_selections=16,
+    )
+    others = {str(key): library().run(str(key)) for key in seeds if key not in runs}
+    found = distances(runs, others, of)
+    for sentence in [*said(found), *found.left_out]:
+        st.text(sentence)
+    if not found.far:
+        return
+    st.plotly_chart(figure(found, of), key="distances", config={"displaylogo": False})
+    table = [
+        {"run": name, "step": int(step), "sigma": float(sigma), "distance": float(value)}
+        for name, far in found.far.items()
+        for step, sigma, value in zip(far["step"], far["sigma"], far.values, strict=True)
+    ]
+    with st.expander("Numbers and code"):
+        st.dataframe(table, key="numbers", hide_index=True)
+        first, second, *_ = runs.values()
+        st.code(snippet(first, second, of), language="python")
+
+
+def snippet(one: Run, two: Run, of: Latents) -> str:
+    """Return the Python that gives the distances of two runs."""
+    return (
+        f"import probe\n\none = probe.open_run({str(one.path)!r})\n"
+        f"two = probe.open_run({str(two.path)!r})\n"
+        f"probe.distance(one, two, of={of!r})"
+    )
+
+
+def asked_differently(runs: dict[str, Run]) -> list[dict[str, str]]:
     """Return the settings that are not the same in all runs, one row each: `capture.tokens`."""
-    asked = [dict(_flat(run.recipe.model_dump(mode="json"))) for run in runs]
+    asked = [dict(_flat(run.recipe.model_dump(mode="json"))) for run in runs.values()]
     names = dict.fromkeys(name for settings in asked for name in settings)
     return [
         {
             "setting": name,
-            **{run.name: str(one.get(name)) for run, one in zip(runs, asked, strict=True)},
+            **{key: str(one.get(name)) for key, one in zip(runs, asked, strict=True)},
         }
         for name in names
         if name not in UNIMPORTANT and any(one.get(name) != asked[0].get(name) for one in asked)
