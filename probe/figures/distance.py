@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from probe.errors import ExperimentError
+from probe.figures.plots import plain
 from probe.reading.distances import Latents, distance, parting
 from probe.reading.recording import Run
 
@@ -108,7 +108,7 @@ def figure(found: Distances, of: Latents = "latents", share: float = 0.5) -> go.
         drawn.add_scatter(
             x=far["sigma"].values,
             y=far.values,
-            name=html.escape(name),
+            name=plain(name),
             mode="lines+markers",
             line={"color": COLOURS[index % 4], "dash": DASHES[index % 4]},
             customdata=far["step"].values,

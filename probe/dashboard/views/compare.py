@@ -78,7 +78,10 @@ def snippet(one: Run, two: Run, of: Latents) -> str:
 
 
 def asked_differently(runs: dict[str, Run]) -> list[dict[str, str]]:
-    """Return the settings that are not the same in all runs, one row each: `capture.tokens`."""
+    """Return the settings that are not the same in all runs, one row each.
+
+    What was captured comes last: it changes no picture.
+    """
     asked = [dict(_flat(run.recipe.model_dump(mode="json"))) for run in runs.values()]
     names = dict.fromkeys(name for settings in asked for name in settings)
     return [
@@ -86,7 +89,7 @@ def asked_differently(runs: dict[str, Run]) -> list[dict[str, str]]:
             "setting": name,
             **{key: str(one.get(name)) for key, one in zip(runs, asked, strict=True)},
         }
-        for name in names
+        for name in sorted(names, key=lambda name: name.startswith(("capture", "decode")))
         if name not in UNIMPORTANT and any(one.get(name) != asked[0].get(name) for one in asked)
     ]
 
