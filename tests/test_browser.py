@@ -368,6 +368,33 @@ def test_hostile_recordings_run_nothing_in_the_dashboard(server: str, browser: A
     assert asked(browser) == {"127.0.0.1"}
 
 
+@pytest.mark.parametrize("page", ["guidance", "anatomy"])
+def test_a_page_of_figures_is_whole_and_shows_text_as_it_is(
+    page: str, server: str, browser: Any
+) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    look(browser, 1280)
+    for run in ("hostile", "sample"):
+        asked(browser), complaints(browser)
+        browser.get(f"{server}/{page}?runs={run}")
+        WebDriverWait(browser, 40).until(
+            lambda driver: driver.execute_script(
+                "return document.querySelectorAll('.js-plotly-plot .main-svg').length"
+            )
+        )
+        time.sleep(0.5)
+        assert browser.execute_script("return window.pwned ?? 0") == 0
+        assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
+        text = browser.execute_script("return document.body.textContent")
+        assert page == "guidance" or run == "sample" or HOSTILE in text
+    assert serious(browser) == []
+    for width in (390, 1920):
+        look(browser, width)
+        time.sleep(0.5)
+        assert browser.execute_script("return document.documentElement.scrollWidth") == width
+
+
 def test_an_address_full_of_nonsense_falls_to_the_defaults(server: str, browser: Any) -> None:
     query = "runs=sample&step=abc&word=-3&layer=1e9&head=<b>&opacity=9&scale=x&step=9999999999999"
     player = opened(browser, f"{server}/?{query}")

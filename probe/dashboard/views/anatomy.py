@@ -49,7 +49,7 @@ def body(run: Run, key: str) -> None:
                 "Statistics as CSV", table, f"{key}-block.csv", "text/csv", key="csv"
             )
         for code in figures.snippets(run, module, branch, image, text).values():
-            st.code(code, language="python")
+            st.code(code, language=None)
 
 
 def _block(run: Run) -> tuple[str, str, int]:

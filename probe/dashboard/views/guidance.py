@@ -77,7 +77,7 @@ def explore(run: Run, key: str) -> None:
         st.dataframe(figures.table(values), key="table", hide_index=True)
         for name, code in figures.snippets(run, step, scale, image).items():
             st.text({"curves": "The curves:", "picture": "The large picture:"}[name])
-            st.code(code, language="python")
+            st.code(code, language=None)
 
 
 def _pictures(run: Run, key: str, step: int, scale: float, image: int) -> None:
