@@ -17,10 +17,10 @@ SIDE = 256  # at least so many pixels high, by whole factors: square pixels stay
 
 
 def frames(run: Run, word: str | None = None, image: int = 0) -> list[Image.Image]:
-    """Return a picture for each step: the predicted clean picture, decoded where it was; with
-    `word`, its map over it.
+    """Return the predicted clean picture of each step: decoded if every step was, else a preview.
 
-    Raise RecordingNotFound if the recording has no preview, and PromptError if it has no such word.
+    With `word`, its map lies over it. Raise RecordingNotFound if the recording has no preview, and
+    PromptError if it has no such word.
     """
     if not len(run.steps):
         raise RecordingNotFound(f"{run.name} has no finished step.", "Export it when it has one.")
@@ -50,9 +50,7 @@ def coloured(shares: np.ndarray) -> np.ndarray:
 
 
 def animated(pictures: Sequence[Image.Image], kind: str, per_second: float = 8) -> bytes:
-    """Return frames as one WebP or GIF that stays on its last frame for two seconds, and
-    repeats.
-    """
+    """Return frames as one WebP or GIF that repeats, and stays on its last frame for 2 seconds."""
     made = io.BytesIO()
     times = [round(1000 / per_second)] * (len(pictures) - 1) + [2000]
     more = {"quality": 85, "method": 4} if kind == "WEBP" else {"disposal": 2}

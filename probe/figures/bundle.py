@@ -1,5 +1,4 @@
-"""What the player draws of a run before something else is asked: pictures, a map for each word,
-curves, and what is said beside them.
+"""What the player draws of a run at first: pictures, a map for each word, curves and notes.
 
     payload(run)                          # a whole run
     latent_channel(run, 2)                # one channel of its latents, signed

@@ -308,8 +308,9 @@ def _range(name: str, ends: tuple[int, int]) -> str:
 
 
 def _thumbnails(values: np.ndarray) -> np.ndarray:
-    """Return maps (..., y, x) brought to a square of `THUMBNAIL`: means over what a place covers,
-    else repeated.
+    """Return maps (..., y, x) brought to a square of `THUMBNAIL`.
+
+    Larger ones become means, smaller ones are repeated.
     """
     height, width = values.shape[-2:]
     if height <= THUMBNAIL and width <= THUMBNAIL:

@@ -1,5 +1,4 @@
-"""A noising on one sheet, for people: what went in, what the model said, what it got wrong, and the
-loss over the timesteps.
+"""A noising on one sheet: what went in, what the model said, its error, and the loss.
 
     save_sheet(run)      # contact-sheet.png in the recording's folder
 

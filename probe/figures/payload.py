@@ -1,8 +1,8 @@
-"""The container of what the player draws: maps as bytes with their range, pictures as WebP sheets,
-and numbers.
+"""The container of what the player draws: maps as bytes with their range, pictures, numbers.
 
 A payload is `PRB1`, the length of a JSON header (uint32, little endian), the header, then the parts
-that it lists. The dashboard sends payloads, an exported page holds them, and payload.js opens them.
+that it lists. Pictures are WebP sheets. The dashboard sends payloads, an exported page holds them,
+and payload.js opens them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Pictures for people, drawn from a recording: the final PNG, and a contact sheet that tells the
-run at a glance.
+"""Pictures of a recording, for people: the final PNG, and a contact sheet of the whole run.
 
 The contact sheet has two rows: the predicted clean picture over the steps (decoded where the run
 decoded it, else the linear preview), and for each word of the prompt a heat map of where the
