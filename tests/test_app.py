@@ -1,6 +1,4 @@
-"""`streamlit run dashboard/app.py` serves what `probe view` does: with its options, to this
-machine alone.
-"""
+"""`streamlit run dashboard/app.py` serves what `probe view` does, to this machine alone."""
 
 from __future__ import annotations
 

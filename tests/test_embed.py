@@ -1,6 +1,4 @@
-"""`probe embed`: what it writes, whole or not at all, and how an embedding of somebody else is
-read.
-"""
+"""`probe embed` writes whole or not at all, and somebody else's embedding is read with care."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A recording that grows is followed: what is said of it, what is sent again, and when it is asked
-for.
-"""
+"""A recording that grows is followed: what is said of it, what is sent again, and when."""
 
 from __future__ import annotations
 

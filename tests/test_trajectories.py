@@ -1,6 +1,4 @@
-"""Paths of latents as numbers: principal components, random walks by their theory, neighbours kept,
-and the maps by UMAP.
-"""
+"""Paths of latents as numbers: principal components, random walks, neighbours kept, UMAP's maps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The page Trajectories without a browser: what it computes, what it shows of what was stored, and
-that its snippets yield what it shows.
-"""
+"""The page Trajectories without a browser: what it computes, shows, and offers as snippets."""
 
 from __future__ import annotations
 

@@ -13,9 +13,7 @@ MOST = 4
 
 @st.cache_data(ttl=5, show_spinner=False)
 def rows(folder: str) -> list[tuple[str, Listed]]:
-    """Return the recordings in the library, which is that of `folder`, read again after five
-    seconds.
-    """
+    """Return the recordings in the library of `folder`. They are read again after five seconds."""
     assert folder == str(library().folder)
     return library().rows()
 
