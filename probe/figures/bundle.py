@@ -80,7 +80,9 @@ def payload(run: Run, image: int = 0) -> bytes:
         about["snippets"] |= meta["snippets"]
         meta.update(about)
     else:
-        meta["missing"]["maps"] = "Record with capture.attention: maps."
+        meta["missing"]["maps"] = "Attention was not recorded. Record with capture.attention: maps."
+    if run.kind == "noising":  # a lesson: only what is there
+        meta["panels"] = [panel for panel in meta["panels"] if panel["part"] in parts]
     return pack(meta, parts)
 
 
@@ -116,7 +118,7 @@ def _seen(run: Run, image: int, meta: dict[str, Any]) -> dict[str, Part]:
             parts |= _previews(run, one)
         else:
             missing["latents"] = missing["denoised"] = (
-                "Its model came without a preview of latents."
+                "Not recorded. Its model came without a preview of latents."
             )
     if "decoded" in groups:
         decoded = run.variable("decoded/picture").isel(one)
@@ -129,7 +131,7 @@ def _seen(run: Run, image: int, meta: dict[str, Any]) -> dict[str, Part]:
     if "images" in groups and run.status == "complete":
         parts["final"] = pictures(run.images.isel(one).values[None], lossless=False)
     else:
-        missing["final"] = "The picture is painted after the last step."
+        missing["final"] = "Not yet: the picture is painted after the last step."
     return parts
 
 

@@ -121,8 +121,9 @@ def _as_channels(
     run: Run, maps: xr.DataArray, branch: str, of: str, per: str, image: int | str
 ) -> tuple[dict[str, Any], Part]:
     """Return maps (step, token, y, x) as one for each word or token, then start, end, padding."""
-    kinds = analysis.by_kind(maps).transpose("kind", "step", "y", "x")
-    spots = {name: kinds.sel(kind=list(parts)).sum("kind").values for name, parts in KINDS.items()}
+    kinds = analysis.token_kinds(maps).values
+    values = maps.transpose("token", "step", "y", "x").values
+    spots = {name: values[np.isin(kinds, parts)].sum(axis=0) for name, parts in KINDS.items()}
     ends = [] if per == "tokens" else ["start", "end", "padding"]
     if per == "tokens":
         listed = _token_channels(maps)

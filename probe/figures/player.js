@@ -143,7 +143,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   const question = make("div", "question", "", box, { role: "group", "aria-label": "Which word" });
   const asking = make("span", "ask", "", question);
   const chips = make("span", "chips", "", question);
-  make("span", "ask", "?", question);
+  const mark = make("span", "ask", "?", question);
   views.push(() => [...chips.children].forEach((chip, i) => chip.setAttribute("aria-pressed", String(i === state.channel))));
 
   // The pictures, a row for each run.
@@ -177,7 +177,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   /** @param {Run} run @param {Panel} panel @param {number} number */
   function pictureFigure(run, panel, number) {
     const { made, caption, note, canvas, empty } = frameOf(panel.part, number, panel.title, panel.note);
-    empty.textContent = `Not recorded. ${run.meta.missing[panel.part] ?? ""}`;
+    empty.textContent = run.meta.missing[panel.part] ?? "Not recorded.";
     canvas.hidden = !(empty.hidden = panel.part in run.parts);
     if (canvas.hidden) return made;
     let shown = "";
@@ -213,7 +213,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     views.push(() => {
       const channel = channelOf(run);
       name.textContent = title();
-      const nothing = run.parts.maps ? (channel < 0 ? `“${label()}” is not in this prompt.` : "") : `Not recorded. ${run.meta.missing.maps ?? ""}`;
+      const nothing = run.parts.maps ? (channel < 0 ? `“${label()}” is not in this prompt.` : "") : run.meta.missing.maps ?? "Not recorded.";
       empty.textContent = nothing;
       canvas.hidden = !(empty.hidden = !nothing);
       if (nothing) return;
@@ -720,7 +720,9 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   /** Name the words anew: those of the branch, the tokens, or the places that are shown. */
   function relabel() {
     names = channelsOf(lead);
-    asking.textContent = names.length || !lead.meta.missing.maps ? ASKS[state.reading][0] : `No attention was recorded. ${lead.meta.missing.maps}`;
+    mark.hidden = !names.length;
+    question.hidden = !names.length && lead.meta.kind === "noising";
+    asking.textContent = names.length ? ASKS[state.reading][0] : (lead.meta.missing.maps ?? "");
     chips.replaceChildren(...names.map((channel, i) => {
       const chip = make("button", `chip ${channel.kind}`, channel.label, undefined, { type: "button" });
       if (ABOUT[channel.kind]) chip.title = ABOUT[channel.kind];
