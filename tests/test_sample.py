@@ -149,3 +149,10 @@ def test_a_limit_on_files_is_no_fault_of_the_zip(name: str, tmp_path: Path) -> N
         done.stderr.endswith("Set XDG_CACHE_HOME to a folder with room.\n")
         and not (tmp_path / "cache").exists()
     )
+
+
+def test_a_recording_is_called_by_what_opens_it(tmp_path: Path) -> None:
+    assert [sample.called(sample.unpacked(name)) for name in sample.NAMES] == list(sample.NAMES)
+    assert sample.called(tmp_path / "sample-12345678.zarr") == str(
+        tmp_path / "sample-12345678.zarr"
+    )

@@ -18,6 +18,7 @@ import numpy as np
 
 from probe import analysis
 from probe.reading.recording import Run
+from probe.reading.sample import called
 
 BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d{1,3})|mid_block")
 MOST_BLOCKS = 24
@@ -315,7 +316,7 @@ def snippets(
     run: Run, module: str, branch: str, image: int, text: tuple[str, int, int | None] | None
 ) -> dict[str, str]:
     """Return Python that yields the arrays shown: `statistics` and `attention`."""
-    opened = f"import probe\n\nrun = probe.open_run({str(run.path)!r})\n"
+    opened = f"import probe\n\nrun = probe.open_run({called(run.path)!r})\n"
     found = {}
     if module:
         found["statistics"] = (

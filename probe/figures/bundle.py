@@ -20,6 +20,7 @@ from probe.figures.drawing import HEAT
 from probe.figures.following import following
 from probe.figures.payload import Part, finite, pack, pictures
 from probe.reading.recording import Run
+from probe.reading.sample import called
 
 PANELS = {  # of a generation: title, and what is said below it
     "latents": ("Noisy latents going in", "4 numbers a square, shown as colour"),
@@ -54,7 +55,7 @@ def payload(run: Run, image: int = 0) -> bytes:
     panels = PANELS if run.kind == "generation" else NOISED
     shown = f"run.preview(run.denoised()).sel(step={{step}}).isel({axis}={image}){{mean}}"
     meta: dict[str, Any] = {
-        "name": run.name,
+        "name": run.name if called(run.path) == str(run.path) else called(run.path),
         "kind": run.kind,
         "prompt": prompt_of(run),
         "facts": facts(run),
@@ -69,7 +70,7 @@ def payload(run: Run, image: int = 0) -> bytes:
             {"part": part, "title": title, "note": note} for part, (title, note) in panels.items()
         ],
         "offers": offers(run),
-        "opened": f"import probe\n\nrun = probe.open_run({str(run.path)!r})\n",
+        "opened": f"import probe\n\nrun = probe.open_run({called(run.path)!r})\n",
         "snippets": {"picture": shown},
         "missing": {},
     }

@@ -18,6 +18,7 @@ from PIL import Image
 
 from probe import analysis
 from probe.reading.recording import Run
+from probe.reading.sample import called
 
 SCALES = (0.0, 1.0, 3.0, 5.0, 8.0, 12.0)
 MOST = 20.0
@@ -104,7 +105,7 @@ def estimates(run: Run, step: int, scales: Sequence[float], image: int = 0) -> n
 
 def snippets(run: Run, step: int, scale: float, image: int = 0) -> dict[str, str]:
     """Return Python that yields the arrays shown: `curves` and `picture`."""
-    opened = f"import probe\n\nrun = probe.open_run({str(run.path)!r})\n"
+    opened = f"import probe\n\nrun = probe.open_run({called(run.path)!r})\n"
     return {
         "curves": f"{opened}uncond, cond = run.prediction('uncond'), run.prediction('cond')\n"
         "curves = probe.analysis.guidance_curves(uncond, cond, run.prediction())"

@@ -69,6 +69,12 @@ def is_copy(path: Path) -> bool:
     return path.absolute().is_relative_to((cache_folder() / "diffusion-probe").absolute())
 
 
+def called(path: Path) -> str:
+    """Return what opens a recording: the name of one from the package, else its path."""
+    name = path.name.removesuffix(".zarr").rpartition("-")[0]
+    return name if name in NAMES and is_copy(path) else str(path)
+
+
 def folder_beside(path: Path) -> Path:
     """Return the folder for what is made from a recording: its own.
 

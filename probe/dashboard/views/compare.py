@@ -14,6 +14,7 @@ from probe.dashboard.views.replay import RECORD
 from probe.figures.distance import distances, figure, said
 from probe.reading.distances import Latents
 from probe.reading.recording import Run
+from probe.reading.sample import called
 
 NAMES = {"denoised": "the predicted clean latents", "latents": "the latents, rescaled"}
 UNIMPORTANT = ("name", "output", "durability", "device")
@@ -71,8 +72,8 @@ def _distances(runs: dict[str, Run]) -> None:
 def snippet(one: Run, two: Run, of: Latents) -> str:
     """Return the Python that gives the distances of two runs."""
     return (
-        f"import probe\n\none = probe.open_run({str(one.path)!r})\n"
-        f"two = probe.open_run({str(two.path)!r})\n"
+        f"import probe\n\none = probe.open_run({called(one.path)!r})\n"
+        f"two = probe.open_run({called(two.path)!r})\n"
         f"probe.distance(one, two, of={of!r})"
     )
 
