@@ -130,16 +130,18 @@ def _as_channels(
         shown = maps.transpose("step", "token", "y", "x").values
     else:
         cut, split = run.cut(branch)
-        words = analysis.word_maps(maps, cut=cut, split=split)
+        words = analysis.word_maps(maps.isel(step=slice(0, 1)), cut=cut, split=split)  # labels
         listed = [{"label": str(word), "kind": "word"} for word in words["word"].values]
-        shown = words.transpose("step", "word", "y", "x").values
+        numbered = maps["word_index"].values
+        sums = [values[numbered == place].sum(axis=0) for place in words["word_index"].values]
+        shown = np.stack(sums, axis=1) if sums else values[:0].transpose(1, 0, 2, 3)
     listed += [{"label": name, "kind": name} for name in ends]
-    values = np.concatenate([shown, *(spots[name][:, None] for name in ends)], axis=1)
+    every = np.concatenate([shown, *(spots[name][:, None] for name in ends)], axis=1)
     about = _about(of, branch, maps["step"].values) | {"channels": listed, "per": per}
     about["snippets"] = _snippets(run, of, branch, per, image)
     if of == "attention":  # of all that is looked at, whatever the word
         about["shares"] = {name: finite(spot.mean(axis=(1, 2))) for name, spot in spots.items()}
-    return about, numbers(values, apart=[1])
+    return about, numbers(every, apart=[1])
 
 
 def _token_channels(maps: xr.DataArray) -> list[dict[str, str]]:
@@ -205,7 +207,7 @@ def layers_and_heads(
         maps = maps.sel(branch=branch)
         at = _tokens_of(run, maps, channel, per)
         values = analysis.probabilities(maps.isel({"token": at, axis_of(run): image}).values)
-        values = values.sum(axis=1)
+        values = values[:, 0] if len(at) == 1 else values.sum(axis=1)
         small = _thumbnails(values)
         steps = maps["step"].values.tolist()
         for index, layer in enumerate(maps["layer"].values):

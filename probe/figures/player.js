@@ -63,7 +63,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   const eyes = [];
   const square = { row: 0, row_to: 0, column: 0, column_to: 0 }; // whose self-attention is shown
   let [paper, wanted] = ["", ""]; // the page's colour; which maps are shown, in words
-  let playing = false, frame = 0, then = 0, settled = 0, dead = false;
+  let playing = false, frame = 0, then = 0, settled = 0, wide = 0, dead = false;
 
   const label = () => names[state.channel]?.label ?? "";
   const title = () => ASKS[state.reading][1](label());
@@ -462,10 +462,13 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   const every = make("section", "every", "", below);
   const everyTitle = make("h2", "", "", every);
   const small = make("div", "small", "", every);
+  let chosen = new Float32Array(); // the map of the word that is chosen
   let thumbs = []; // views of the small maps, made anew with the words
   views.push(() => {
     every.hidden = !names.length || state.reading === "self-attention";
     everyTitle.textContent = `Every ${state.per === "tokens" ? "token" : "word"}, ${{ words: "all words on one scale", word: "each on its own scale", step: "each on its own scale at this step" }[state.scale]}, and its overlap with “${label()}”`;
+    if (every.hidden) return;
+    chosen = map(lead.parts.maps, mapAt(lead), state.channel).values;
     for (const thumb of thumbs) thumb();
   });
   /** A small map of a word. @param {Channel} channel @param {number} number */
@@ -480,7 +483,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
       const index = mapAt(lead);
       paintMap(canvas, lead.parts.maps, index, number, 0, colours, top(lead, number));
       text.textContent = amount(over(means_of(lead.parts.maps, number), index), lead);
-      alike.textContent = number === state.channel ? "chosen" : `overlap ${overlap(map(lead.parts.maps, index, number).values, map(lead.parts.maps, index, state.channel).values).toFixed(2)}`;
+      alike.textContent = number === state.channel ? "chosen" : `overlap ${overlap(map(lead.parts.maps, index, number).values, chosen).toFixed(2)}`;
       made.setAttribute("aria-pressed", String(number === state.channel));
     });
   }
@@ -572,7 +575,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
       const sheet = page(layers * width, heads * height);
       const cellOf = span(state, last)[0] === span(state, last)[1] ? quick : mean;
       for (let layer = 0; layer < layers; layer++) for (let head = 0; head < heads; head++) cellOf(sheet.pixels, maps, layer, head);
-      const cell = Math.max(20, Math.min(64, Math.floor((holder.clientWidth - 60) / layers)));
+      const cell = Math.max(20, Math.min(64, Math.floor(((wide > 820 ? (wide - 36) / 2 : wide) - 60) / layers)));
       if (canvas.width !== layers * cell || canvas.height !== heads * cell) {
         [canvas.width, canvas.height] = [layers * cell, heads * cell];
         [across.style.width, down.style.height] = [`${canvas.width}px`, `${canvas.height}px`];
@@ -804,18 +807,15 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const repaint = () => {
+    wide = box.clientWidth; // read once: between two changes it would cost more than drawing
     paper = getComputedStyle(box).backgroundColor;
     paintFilm();
     for (const plot of plots) plot();
     draw();
   };
   dark.addEventListener("change", repaint);
-  let wide = 0;
   const watch = new ResizeObserver(() => {
-    if (box.clientWidth && box.clientWidth !== wide) {
-      wide = box.clientWidth;
-      repaint();
-    }
+    if (box.clientWidth && box.clientWidth !== wide) repaint();
   });
   watch.observe(box);
   relabel();
