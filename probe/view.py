@@ -14,6 +14,7 @@ if __name__ == "__main__":
     stopping.begin()  # before the slow imports
 
 import argparse
+import importlib
 import socket
 import threading
 import webbrowser
@@ -134,6 +135,9 @@ def main(arguments: list[str], prog: str = "probe view") -> int:
     say(f"Look at {address}", "Ctrl-C ends it.")
     if not options.no_browser:
         threading.Timer(0.3, webbrowser.open, [address]).start()
+    later = threading.Timer(2, importlib.import_module, ["plotly.graph_objects"])
+    later.daemon = True  # the next page's figures are ready sooner, the first page is not later
+    later.start()
     server = uvicorn.Server(settings)
     server.run(sockets=[door])
     return 130 if server.started else 1  # only Ctrl-C ends it, also where a shell has it ignored

@@ -41,7 +41,7 @@ GROUPS = {
 PAGES = {key: page for group in GROUPS.values() for key, page in group.items()}
 st.session_state["pages"] = PAGES
 chosen = st.navigation(list(PAGES.values()), position="hidden")
-keep = {"runs": st.query_params.get_all("runs")} if "runs" in st.query_params else {}
+keep = {key: st.query_params.get_all(key) for key in ("runs", "step") if key in st.query_params}
 with st.container(horizontal=True, vertical_alignment="center", gap="small"):
     st.html('<h1 class="name">probe</h1>', width="content")
     for group, pages in GROUPS.items():
