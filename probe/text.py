@@ -41,6 +41,11 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def encodable(text: str) -> str:
+    """Return a text with "?" for what UTF-8 does not hold: bytes of a file's name that are none."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def did_you_mean(word: str, spellings: Mapping[str, str]) -> str:
     """Return a remedy that guesses a misspelled word, or "".
 

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import importlib
 import socket
+import sys
 import threading
 import webbrowser
 from pathlib import Path
@@ -72,7 +73,8 @@ def parser(prog: str = "probe view") -> argparse.ArgumentParser:
 def listening(port: int) -> socket.socket:
     """Return a socket on this machine's own address. Raise ExperimentError if the port is taken."""
     door = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform != "win32":  # there it would let two servers share a port
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         door.bind(("127.0.0.1", port))

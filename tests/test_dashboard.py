@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ from probe.dashboard.library import Library, configure
 from probe.dashboard.routes import MIDDLEWARE, ROUTES
 from probe.errors import RecordingNotFound
 from probe.figures.bundle import payload
+from probe.figures.page import page as whole_page
 from probe.figures.payload import unpack
+from probe.testing import synthetic
 from probe.testing.synthetic import synthetic_recording
 from probe.view import begin
 
@@ -92,6 +97,73 @@ def test_wrong_requests_are_refused(query: str, client: TestClient) -> None:
     assert answer.status_code in (400, 404) and answer.headers["content-type"].startswith(
         "text/plain"
     )
+
+
+@pytest.mark.parametrize("query", ["heads?run=one&image=1", "heads?run=bare&channel=0"])
+def test_what_a_recording_does_not_have_is_not_found(
+    query: str, client: TestClient, folder: Path
+) -> None:
+    synthetic_recording(folder / "bare.zarr", prompt="")
+    shutil.rmtree(folder / "bare.zarr" / "attention")
+    root = json.loads((folder / "bare.zarr" / "zarr.json").read_text())
+    nodes = root["consolidated_metadata"]["metadata"]
+    root["consolidated_metadata"]["metadata"] = {
+        name: node for name, node in nodes.items() if not name.startswith("attention")
+    }
+    (folder / "bare.zarr" / "zarr.json").write_text(json.dumps(root))
+    answer = client.get(f"/probe/{query}")
+    assert answer.status_code == 404
+    assert ("It has 0 to 0" if "image" in query else "capture.attention") in answer.text
+
+
+def test_a_layers_name_that_would_be_code_is_refused(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands between quotation marks in the Python that a reader copies."""
+    evil = "down_blocks.0'),__import__('os').system('id')or('"
+    monkeypatch.setattr(synthetic, "LAYERS", (evil, "else.1"))
+    synthetic_recording(folder / "evil.zarr")
+    monkeypatch.setattr(synthetic, "LAYERS", ("else.2", "else.1"))
+    synthetic_recording(folder / "other.zarr")
+    answer = client.get("/probe/heads?run=evil&channel=0")
+    assert answer.status_code == 404 and "8x8/layer has names that no module has" in answer.text
+    meta = unpack(client.get("/probe/heads?run=other&channel=0").content)[0]["meta"]
+    assert meta["layers"] == [synthetic.MIDDLE, "else.1", "else.2"]
+
+
+def test_no_page_elsewhere_may_hold_ours_or_what_it_fetches(client: TestClient) -> None:
+    headers = client.get("/probe/run?run=one").headers
+    assert headers["content-security-policy"] == "frame-ancestors 'self'"
+    assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_threads_that_come_at_once_see_one_id(folder: Path) -> None:
+    library, start = Library(folder), threading.Barrier(8)
+
+    def ask(_: int) -> str:
+        start.wait()
+        return library.add(folder / "one.zarr")
+
+    for _ in range(50):
+        library._ids.clear()
+        library._paths.clear()
+        with ThreadPoolExecutor(8) as threads:
+            assert set(threads.map(ask, range(8))) == {"one"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are UTF-8")
+def test_a_name_that_is_no_text_hides_no_other_recording(library: Library, folder: Path) -> None:
+    odd = synthetic_recording(folder / "odd.zarr", prompt="")
+    odd.rename(folder / "odd\udcff.zarr")
+    key = {row.path.name: key for key, row in library.rows()}["odd\udcff.zarr"]
+    for page in ("runs", "trajectories"):
+        app = AppTest.from_string(
+            f"from probe.dashboard.views import {page}\n\n{page}.show()", default_timeout=60
+        )
+        app.query_params["runs"] = key
+        app.run()
+        assert not app.exception, page
+    assert "<h1>odd?</h1>" in whole_page([library.run(key)])
 
 
 def test_what_did_not_change_is_not_sent_again(client: TestClient, folder: Path) -> None:

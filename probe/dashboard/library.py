@@ -46,13 +46,14 @@ class Library:
     def add(self, path: Path) -> str:
         """Return the id of a recording, its name, by which it may be asked for from now on."""
         path = Path(path).absolute()
-        if path in self._ids:
-            return self._ids[path]
-        name = self.samples.get(path, path.name.removesuffix(".zarr"))
-        if not re.fullmatch(NAME, name, re.ASCII) or name in self._paths:
-            name = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
-        self._paths[name], self._ids[path] = path, name
-        return name
+        with self._lock:
+            if path in self._ids:
+                return self._ids[path]
+            name = self.samples.get(path, path.name.removesuffix(".zarr"))
+            if not re.fullmatch(NAME, name, re.ASCII) or name in self._paths:
+                name = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+            self._paths[name], self._ids[path] = path, name
+            return name
 
     def rows(self) -> list[tuple[str, Listed]]:
         """Return all recordings, the newest first, then those named and those in the package.

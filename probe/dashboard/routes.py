@@ -26,7 +26,12 @@ from probe.figures.channels import channels, layers_and_heads, places
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-HEADERS = {"Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
+HEADERS = {
+    "Cache-Control": "private, no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+UNFRAMED = (b"content-security-policy", b"frame-ancestors 'self'")
 
 
 def _whole(request: Request, name: str, default: int = 0) -> int:
@@ -103,14 +108,20 @@ class Local:
     """Refuse whoever is not of this machine or was sent by another page.
 
     A name elsewhere may resolve to this machine, and a page elsewhere may open a websocket to it.
+    Nor may such a page hold ours in a frame, where a reader would press its buttons unseen.
     """
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def unframed(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), UNFRAMED]
+            await send(message)
+
         if scope["type"] not in ("http", "websocket") or _is_own(scope):
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, unframed)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:

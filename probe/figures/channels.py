@@ -94,7 +94,9 @@ def channels(
     branch_name(branch)
     at = {axis_of(run): whole_number("image", image, 0)}
     if of == "counterfactual":
-        change = run.counterfactual().isel(at).load()
+        change = run.counterfactual()
+        _check_image(run, change, image)
+        change = change.isel(at).load()
         change = change.isel(step=np.isfinite(change.values).all(axis=(1, 2, 3)))
         about = _about(of, "cond", change["step"].values)
         about["channels"] = [
@@ -194,6 +196,10 @@ def layers_and_heads(
     """
     branch_name(branch)
     one_of("per", per, get_args(Per))
+    if not run.grids:
+        raise RecordingNotFound(
+            f"{run.name} has no attention maps.", "Record with capture.attention: maps."
+        )
     layers: dict[str, np.ndarray] = {}
     shares: dict[str, np.ndarray] = {}  # (step, head)
     steps: list[int] = []
@@ -205,6 +211,7 @@ def layers_and_heads(
                 "Record with capture.branches: both.",
             )
         maps = maps.sel(branch=branch)
+        _check_image(run, maps, image)
         at = _tokens_of(run, maps, channel, per)
         values = analysis.probabilities(maps.isel({"token": at, axis_of(run): image}).values)
         values = values[:, 0] if len(at) == 1 else values.sum(axis=1)
@@ -213,7 +220,8 @@ def layers_and_heads(
         for index, layer in enumerate(maps["layer"].values):
             layers[str(layer)] = small[:, index]
             shares[str(layer)] = values[:, index].mean(axis=(2, 3))
-    order = sorted(layers, key=lambda path: (["down", "mid_", "up_b"].index(path[:4]), path))
+    parts = ["down", "mid_", "up_b"]
+    order = sorted(layers, key=lambda path: ([*parts, path[:4]].index(path[:4]), path))
     heads = max(part.shape[1] for part in layers.values())
     shown = np.zeros((len(steps), len(order), heads, THUMBNAIL, THUMBNAIL), np.float32)
     for index, path in enumerate(order):
@@ -240,6 +248,13 @@ def _ranking(shares: list[np.ndarray]) -> list[tuple[int, int, float]]:
         if np.isfinite(share)
     ]
     return sorted(every, key=lambda row: -row[2])[:RANKED]
+
+
+def _check_image(run: Run, maps: xr.DataArray, image: int) -> None:
+    """Refuse an image, or a draw of noise, that maps do not have. Raise RecordingNotFound."""
+    axis = axis_of(run)
+    if image >= (count := maps.sizes[axis]):
+        raise RecordingNotFound(f"{run.name} has no {axis} {image}.", f"It has 0 to {count - 1}.")
 
 
 def _tokens_of(run: Run, maps: xr.DataArray, channel: int, per: str) -> np.ndarray:
@@ -289,6 +304,7 @@ def places(
             f"{run.name} has no self-attention of the {branch} branch.",
             "Record with capture.branches: both.",
         )
+    _check_image(run, maps, image)
     here = {"y": slice(rows[0], rows[1] + 1), "x": slice(columns[0], columns[1] + 1)}
     values = maps.sel(branch=branch).isel({"step": run.steps, axis_of(run): image, **here}).load()
     shares = analysis.probabilities(values.transpose("step", "key_y", "key_x", ...).values)

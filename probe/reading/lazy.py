@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -60,6 +61,7 @@ FAULTS = (  # what zarr makes of a damaged chunk
     MemoryError,
 )
 # Stock xarray keeps each variable that was read. Here only small ones are kept.
+MODULES, MODULE = frozenset({"layer", "module"}), re.compile(r"[\w.]*", re.ASCII)
 SMALL, MAX_KEPT = 10_000, 2**21  # values of one variable, and of all that are kept
 
 
@@ -376,7 +378,7 @@ def tree_of(path: Path, root: Mapping[str, Any], table: Table = spec) -> xr.Data
         layout = {"chunks": stored.chunks, "fill_value": stored.metadata.get("fill_value")}
         inside[group][last] = xr.Variable(stored.dims, values, dict(stored.attributes), layout)
     try:
-        return xr.DataTree.from_dict(
+        tree = xr.DataTree.from_dict(
             {
                 f"/{group}": dataset(variables, root["attributes"] if not group else {})
                 for group, variables in inside.items()
@@ -388,6 +390,12 @@ def tree_of(path: Path, root: Mapping[str, Any], table: Table = spec) -> xr.Data
         raise refuse(
             path, f"its variables do not fit together ({printable(first_line(error))})"
         ) from error
+    for node in tree.subtree:
+        for name in MODULES & node.coords.keys():
+            # They stand in the Python that readers copy, so none may hold a quotation mark.
+            if not all(MODULE.fullmatch(str(label)) for label in node.coords[name].values):
+                raise refuse(path, f"{node.path[1:]}/{name} has names that no module has")
+    return tree
 
 
 def in_files(root: Path, name: str, variable: xr.Variable, steps: Iterable[int]) -> list[int]:

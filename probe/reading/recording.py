@@ -38,7 +38,7 @@ from probe.reading.listing import picture_and_sampling, root_attributes, status_
 from probe.settings.experiment import Experiment, load_experiment
 from probe.settings.fields import expand_home
 from probe.settings.noising import Noising, load_noising
-from probe.text import printable
+from probe.text import encodable, printable
 from probe.writing.digests import flags_are_lost
 from probe.writing.files import check_output_folder, storing
 
@@ -136,7 +136,7 @@ class Run(Attention, Latents):
     @property
     def name(self) -> str:
         """Return the name: that of the folder, without .zarr."""
-        return self.path.name.removesuffix(".zarr")
+        return encodable(self.path.name.removesuffix(".zarr"))
 
     @property
     def status(self) -> str:

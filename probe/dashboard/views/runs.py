@@ -9,6 +9,7 @@ import streamlit as st
 from probe.dashboard.views.pick import MOST, is_noising, recordings
 from probe.dashboard.views.replay import RECORD
 from probe.reading.listing import Listed
+from probe.text import encodable
 
 
 def show() -> None:
@@ -41,7 +42,7 @@ def show() -> None:
 
 def _row(row: Listed) -> dict[str, Any]:
     """Return a recording as a row of the table; a damaged one says why."""
-    name = row.path.name.removesuffix(".zarr")
+    name = encodable(row.path.name.removesuffix(".zarr"))
     if row.attributes is None:
         return {"name": name, "prompt": f"cannot be read: {row.error}", "status": "damaged"}
     said = row.attributes

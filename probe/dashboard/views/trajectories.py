@@ -18,6 +18,7 @@ from probe.figures.plots import step_text
 from probe.figures.trajectories import explained, path_map, table
 from probe.reading.embedding import attributes_of, changed_since, embeddings_in, open_embedding
 from probe.reading.trajectories import OF, trajectories
+from probe.text import encodable
 
 PICTURE = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2}}
 WHAT = {
@@ -157,7 +158,7 @@ def _stored(chosen: list[str], of: str) -> None:
     """Show the maps of an embedding, or teach how to compute one."""
     folder = library().folder
     words = ["probe", "embed", *_names(chosen), "--of", of, "--runs", str(folder)]
-    command = shlex.join(words if of != OF[0] else [*words[:-4], *words[-2:]])
+    command = encodable(shlex.join(words if of != OF[0] else [*words[:-4], *words[-2:]]))
     try:
         there = {path.name.removesuffix(".zarr"): path for path in embeddings_in(folder)}
     except ProbeError as error:
