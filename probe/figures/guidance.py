@@ -23,6 +23,7 @@ from probe.reading.sample import called
 SCALES = (0.0, 1.0, 3.0, 5.0, 8.0, 12.0)
 MOST = 20.0
 LARGE, SMALL = 256, 128  # pixels a side of the pictures, at most
+COLOURS = " Colours are those of the preview, cut off at black and white."
 NOTE = "What this step alone would say, not the picture at that scale."
 
 
@@ -157,6 +158,5 @@ def strip(pictures: np.ndarray, scales: Sequence[float], recorded: float, side: 
     return (
         "<div style='display:flex;flex-wrap:wrap;gap:.4rem'>" + "".join(cells) + "</div>"
         f"<p style='font-size:.8rem;opacity:.8;margin:.4rem 0 0'>Each latent is a square of "
-        f"{times} x {times} pixels. Colours are those of the preview, cut off at black and white."
-        "</p>"
+        f"{times} x {times} pixels.{COLOURS if len(scales) > 1 else ''}</p>"
     )

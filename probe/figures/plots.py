@@ -159,7 +159,7 @@ def _laid_out(figure: go.Figure, title: str, x: str, y: str, legend: bool) -> go
         height=270,
         margin={"l": 8, "r": 8, "t": 62 if "<br>" in title else 44, "b": 8},
         showlegend=legend,
-        legend={"orientation": "h", "y": -0.28, "x": 0},
+        legend={"orientation": "h", "y": -0.38, "x": 0},
         hovermode="closest",
     )
     figure.update_xaxes(title_text=x, automargin=True)

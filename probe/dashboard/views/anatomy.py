@@ -14,8 +14,8 @@ from probe.figures.plots import CONFIG, curves, profile, square_map
 from probe.reading.recording import Run
 
 LESSON = (
-    "Stable Diffusion has two halves: one reads the prompt, the other makes a picture of it. "
-    "The second half works on latents for many steps and paints once, at the end. "
+    "Stable Diffusion has three parts: the first reads the prompt, the second makes latents in "
+    "many steps, the third paints the picture from them, once, at the end. "
     "These are the parts with the numbers of this run."
 )
 CAUSAL = (

@@ -19,7 +19,7 @@ LESSON = (
 )
 CURVES = {
     "What the prompt changes: |cond - uncond|": (["difference"], "root mean square"),
-    "Do both point the same way? 1: yes": (["cosine"], "cosine of cond and uncond"),
+    "Do cond and uncond agree? 1: same direction": (["cosine"], "cosine of cond and uncond"),
     "Size of the predictions": (["cond", "uncond", "guided"], "root mean square"),
 }
 

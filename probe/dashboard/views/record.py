@@ -29,7 +29,7 @@ JAVASCRIPT = 2**53 - 1  # the greatest whole number of a browser
 def show() -> None:
     recorder = allowed()
     if recorder is None:
-        st.info("Here you can record, if the dashboard is started so:")
+        st.info("To record on this page, start the dashboard with:")
         st.code("probe view --allow-record", language=None)
         st.text("The same from a shell, for any model and every setting:")
         st.code(EXAMPLE, language=None)
