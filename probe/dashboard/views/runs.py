@@ -16,6 +16,8 @@ from probe.settings.noising import load_noising
 from probe.settings.recipe import Recipe
 from probe.text import encodable
 
+ALWAYS = ("prompt", "caption", "seed", "steps", "guidance_scale")  # said also as the default
+
 
 def show() -> None:
     found = recordings()
@@ -65,10 +67,10 @@ def made_by(row: Listed) -> str:
 
 
 def _options(settings: dict[str, Any], defaults: dict[str, Any], at: str = "") -> list[str] | None:
-    """Return settings that are not the default as options, or None if one cannot be an option."""
+    """Return settings as options, mostly those unlike the default; None if one is no option."""
     given: list[str] = []
     for name, value in settings.items():
-        if value == defaults[name]:
+        if value == defaults[name] and at + name not in ALWAYS:
             continue
         if name == "capture":
             inner = _options(value, defaults[name], "capture.")
