@@ -91,10 +91,10 @@ def origin(row: Listed) -> None:
     """Say which command makes a recording, and which records it again and compares."""
     if command := made_by(row):
         st.text("This command makes the same run, from the folder it began in:")
-        st.code(command, language=None, wrap_lines=True)
+        st.code(encodable(command), language=None, wrap_lines=True)
     st.text("This records it again with the settings that it keeps, and compares the two:")
     again = ["python", "-m", "probe", "rerun", str(row.path)]
-    st.code(shlex.join(again), language=None, wrap_lines=True)
+    st.code(encodable(shlex.join(again)), language=None, wrap_lines=True)
 
 
 def _row(row: Listed) -> dict[str, Any]:
