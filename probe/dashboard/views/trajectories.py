@@ -17,6 +17,7 @@ from probe.errors import ProbeError
 from probe.figures.plots import step_text
 from probe.figures.trajectories import explained, path_map, table
 from probe.reading.embedding import attributes_of, changed_since, embeddings_in, open_embedding
+from probe.reading.sample import called
 from probe.reading.trajectories import OF, trajectories
 from probe.text import encodable
 
@@ -134,13 +135,10 @@ def snippet(names: list[str], folder: str, of: str) -> str:
 
 def _names(keys: list[str]) -> list[str]:
     """Return what commands call recordings: their name, or their path outside of the folder."""
-    paths = {key: _path(key) for key in keys}
     folder = library().folder.absolute()
     return [
-        path.name.removesuffix(".zarr")
-        if path.parent.absolute() == folder
-        else (key if key == "sample" else str(path))
-        for key, path in paths.items()
+        path.name.removesuffix(".zarr") if path.parent.absolute() == folder else called(path)
+        for path in map(_path, keys)
     ]
 
 
