@@ -44,8 +44,11 @@ def show() -> None:
     label = "Look at it" if len(picked) == 1 else "Look at the first"
     if left.button(label, key="to_one", type="primary"):
         st.switch_page(page, query_params={"runs": [key]})
-    if len(picked) > 1 and right.button("Compare", key="to_compare"):
-        st.switch_page(pages["compare"], query_params={"runs": [key for key, _ in picked[:MOST]]})
+    drawn = [key for key, there in picked if not is_noising(there)]
+    if len(drawn) > 1 and right.button("Compare", key="to_compare"):
+        st.switch_page(pages["compare"], query_params={"runs": drawn[:MOST]})
+    if len(drawn) < len(picked) > 1:
+        st.text("Compare shows runs of the kind generation alone.")
     if len(picked) == 1:
         origin(row)
 
