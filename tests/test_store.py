@@ -181,16 +181,16 @@ def test_of_all_who_race_for_a_recording_one_wins(tmp_path: Path, resume: bool) 
     script = """
         folder, resume, lines = Path(sys.argv[1]), sys.argv[2] == "True", []
         for race in range(10):
-            gate, results = os.pipe(), os.pipe()
+            gate, results, release = os.pipe(), os.pipe(), os.pipe()
             children = []
             for runner in range(4):
                 if (child := os.fork()) == 0:
-                    os.close(gate[1])
+                    os.close(gate[1]), os.close(release[1])
                     os.read(gate[0], 1)  # until the gate closes
                     try:
                         RunWriter(folder / f"{race}.zarr", layout(), ATTRIBUTES, resume=resume)
                         os.write(results[1], b"won;")
-                        time.sleep(0.1)  # hold it
+                        os.read(release[0], 1)  # hold it until all have tried
                     except RecordingBusy:
                         os.write(results[1], b"refused;")
                     except BaseException as error:
@@ -198,10 +198,13 @@ def test_of_all_who_race_for_a_recording_one_wins(tmp_path: Path, resume: bool) 
                     os._exit(0)
                 children.append(child)
             os.close(gate[0]), os.close(gate[1]), os.close(results[1])
+            said = b""
+            while said.count(b";") < 4 and (more := os.read(results[0], 4096)):
+                said += more
+            os.close(release[0]), os.close(release[1]), os.close(results[0])
             for child in children:
                 os.waitpid(child, 0)
-            with os.fdopen(results[0]) as read:
-                lines.append(sorted(read.read().split(";")[:-1]))
+            lines.append(sorted(said.decode().split(";")[:-1]))
         print(json.dumps(lines))
     """
     if resume:
