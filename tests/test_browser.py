@@ -5,6 +5,7 @@ No other machine is asked for anything.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -12,19 +13,25 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib import resources, util
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import pytest
 from recordings import cut, finish, grow, growing, replace
 
 import probe
+from probe.dashboard.library import Library
 from probe.export import main as export
+from probe.figures.bundle import facts
 from probe.reading.recording import Run
+from probe.testing import synthetic
 from probe.testing.synthetic import synthetic_recording
+from probe.text import UNCLEAN
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = [
@@ -255,16 +262,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(runs: Path) -> Iterator[str]:
     synthetic_recording(runs / "hostile.zarr", prompt=HOSTILE, size=(16, 16))
+    with serving(runs) as address:
+        yield address
+
+
+@contextmanager
+def serving(runs: Path, *options: str) -> Iterator[str]:
+    """Start a dashboard of its own, and end it."""
     command = [sys.executable, "-m", "probe.view", "sample", "--runs", str(runs), "--no-browser"]
+    command += options
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     ) as child:
         assert child.stdout is not None
         line = child.stdout.readline()
         assert line.startswith("Look at http://127.0.0.1:"), line
-        yield line.removeprefix("Look at ").split("?")[0].rstrip("/\n")
-        child.send_signal(2)
-        assert child.wait(5) == 130
+        try:
+            yield line.removeprefix("Look at ").split("?")[0].rstrip("/\n")
+        finally:
+            child.send_signal(2)
+            assert child.wait(5) == 130
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1920, True)], ids=["light", "dark"])
@@ -399,6 +416,162 @@ def test_an_address_full_of_nonsense_falls_to_the_defaults(server: str, browser:
     query = "runs=sample&step=abc&word=-3&layer=1e9&head=<b>&opacity=9&scale=x&step=9999999999999"
     player = opened(browser, f"{server}/?{query}")
     assert player.get_attribute("data-step") == "6" and complaints(browser) == []
+
+
+# --- text that somebody else chose ---------------------------------------------------------------
+
+INNER = "zqz"  # what an element holds if a text was read as markup: no text of ours is that
+HANDLER = "window.pwned=1"
+SOME = (
+    f'<img src=x onerror="{HANDLER}">',
+    f"<b>{INNER}</b>",
+    f'<a href="http://evil.invalid/a">{INNER}</a>',
+    f"</script><script>{HANDLER}</script>",
+    f"**{INNER}** :red[{INNER}] :material/bolt: :dog: $\\{INNER}$",
+    f"![{INNER}](http://evil.invalid/p.png) [{INNER}](http://evil.invalid/l)",
+    "%{customdata} %{x} {step} {word} {mean} $& ${0}",
+    "'); import os; os.abort(); ('\\",
+)
+REST = (
+    f"<svg onload={HANDLER}></svg>",
+    f"<iframe srcdoc='<script>parent.{HANDLER}</script>'></iframe>",
+    f"<style>@import 'http://evil.invalid/s.css'</style><i>{INNER}</i>",
+    f"<math><mtext>{INNER}</mtext></math>",
+    f"<template><script>{HANDLER}</script></template>",
+    f"<details open ontoggle={HANDLER}>{INNER}</details>",
+    f"javascript:{HANDLER}//",
+    f'"onfocus={HANDLER} autofocus="',
+    f"'onmouseover={HANDLER} x='",
+    f"--><script>{HANDLER}</script><!--",
+    f"]]><script>{HANDLER}</script>",
+    f"</textarea></title></style><b>{INNER}</b>",
+    f"&lt;b&gt;{INNER}&lt;/b&gt; &amp; &#60;",
+    f"# {INNER}\n> {INNER}\n- {INNER}\n1. {INNER}",
+    f"`{INNER}` ~~{INNER}~~ _{INNER}_ ```{INNER}```",
+    f":violet-background[{INNER}] :small[{INNER}] :streamlit:",
+    f"<span style='color:red'>{INNER}</span><sub>{INNER}</sub><br>",
+    f"{{{{constructor.constructor('{HANDLER}')()}}}} ${{{HANDLER}}}",
+    f"<http://evil.invalid/> http://evil.invalid/u mailto:a@evil.invalid {INNER}@",
+    "\u2067\u202egnp.exe\u2069 \u0000\u001b[31m\u2028\u2029\ufeff\u0085",  # of labels alone
+    "\U000e0041\U0001f468\u200d\U0001f469 e\u0301\u0301\u0301 \ufdfd",
+    "w" * 3000,
+)
+# Every text on a page, of shadow roots too; elements that ours are never; scripts that ran.
+FOUND = (
+    "const roots = [document, ...[...document.querySelectorAll('*')].map(e => e.shadowRoot)]"
+    ".filter(Boolean), texts = [];"
+    "for (const r of roots) { const walk = document.createTreeWalker(r, NodeFilter.SHOW_TEXT);"
+    "while (walk.nextNode()) if (!walk.currentNode.parentNode.matches('script, style')) "
+    "texts.push(walk.currentNode.data); for (const e of r.querySelectorAll('[aria-label], "
+    "textarea, input')) texts.push(e.getAttribute('aria-label') ?? '', e.value ?? ''); }"
+    "const strange = 'iframe, math, .katex, [onerror], [onload], [onfocus], [href*=evil],"
+    " [src*=evil], [src=x], [ontoggle], [onmouseover]';"
+    "return [window.pwned ?? 0, roots.flatMap(r => [...r.querySelectorAll(strange)])"
+    ".map(e => e.outerHTML.slice(0, 200)), texts]"
+)
+
+
+def harmless(browser: Any, shown: Iterable[str] = ()) -> None:
+    """Check that no text was read as anything else, and that some are shown as they are."""
+    pwned, strange, texts = browser.execute_script(FOUND)
+    assert pwned == 0 and strange == []
+    made = {INNER, "bolt", "\U0001f436"}  # inside of markup, the icon, the dog
+    assert [text for text in texts if text.strip() in made] == []
+    everything = "\n".join(texts)
+    assert [text for text in shown if text not in everything] == []
+
+
+def hostile_recording(
+    folder: Path, texts: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, str]:
+    """Make a recording that holds texts wherever one may stand, and return it and its prompt."""
+    clean = [text for text in texts if not UNCLEAN.search(text)]
+    prompt = "\n".join(clean)
+    name = " ".join(text.replace("/", "\u2215") for text in clean if "\n" not in text)
+    made = synthetic._Synthetic.attributes
+
+    def attributes(self: Any) -> dict[str, Any]:
+        found = made(self)
+        return found | {
+            "model": found["model"] | {"name": prompt},
+            "scheduler": found["scheduler"] | {"class": prompt},
+        }
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synthetic._Synthetic, "words", list(texts))
+        patch.setattr(synthetic._Synthetic, "attributes", attributes)
+        path = synthetic_recording(
+            folder / "made.zarr", prompt=prompt, negative_prompt=prompt, size=(16, 16)
+        )
+    # A name has at most 255 bytes.
+    return path.rename(folder / f"{name.encode()[:240].decode(errors='ignore')}.zarr"), prompt
+
+
+def _is_there(what: str, browser: Any) -> Any:
+    return browser.execute_script(f"return {what}")
+
+
+def said_by_the_pages(browser: Any, server: str, run: Run, key: str, words: list[str]) -> None:
+    """Open every page with a recording, and check each."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    query, prompt = urlencode({"runs": key}), run.experiment.prompt
+    both = f"{query}&runs=sample"
+    pages = {  # what is waited for there, and what is shown there as it is
+        f"?{query}&layer=0&head=0": (f"{BOX}?.querySelector('.best button')", [prompt, *words]),
+        "runs": ("document.querySelector('[data-testid=stDataFrame]')", []),
+        f"compare?{both}": (f"{BOX}?.dataset.step", [f"{run.name}: {facts(run)}"]),
+        f"guidance?{query}": ("document.querySelector('.main-svg')", []),
+        f"anatomy?{query}": ("document.querySelector('.main-svg')", [prompt[:290], words[0]]),
+        f"trajectories?{both}": ("document.querySelector('.main-svg')", [run.name]),
+        f"learn?{query}": (f"{BOX}?.dataset.step", []),
+        f"record?{urlencode({'prompt': prompt, 'negative': prompt})}": (
+            "document.querySelector('textarea')",
+            [prompt],
+        ),
+    }
+    for page, (wait, shown) in pages.items():
+        asked(browser)
+        browser.get(f"{server}/{page}")
+        WebDriverWait(browser, 40).until(partial(_is_there, wait))
+        if not page or page.startswith("?"):
+            browser.execute_script(f"{BOX}.querySelector('summary').click()")
+            code = browser.execute_script(f"return {BOX}.querySelector('.code').textContent")
+            strings = [n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant)]
+            assert str(run.path) in strings, "copied as Python it is the path, and one string"
+        time.sleep(0.2)
+        harmless(browser, shown)
+        assert asked(browser) == {"127.0.0.1"}, page
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        pytest.param([SOME], id="some"),
+        pytest.param([SOME, REST[:8], REST[8:16], REST[16:]], id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_no_text_of_a_recording_is_more_than_text(
+    groups: list[tuple[str, ...]], browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len({*SOME, *REST}) == 30
+    (tmp_path / "runs").mkdir()
+    made = [hostile_recording(tmp_path / "runs", texts, monkeypatch) for texts in groups]
+    look(browser)
+    with serving(tmp_path / "runs", "--allow-record") as server:
+        for (path, prompt), texts in zip(made, groups, strict=True):
+            key = Library(tmp_path / "runs").add(path)
+            words = list(texts)
+            said_by_the_pages(browser, server, Run(path), key, words)
+            export([str(path), "sample", "--html", str(tmp_path / "page.html")])
+            opened(browser, (tmp_path / "page.html").as_uri())
+            harmless(browser, [prompt, *words])
+            cell = Run(path).player()._repr_html_()
+            (tmp_path / "notebook.html").write_text(f"<!doctype html>{cell}", "utf-8")
+            opened(browser, (tmp_path / "notebook.html").as_uri(), framed=True)
+            harmless(browser, [prompt, *words])
+            browser.switch_to.default_content()
+            assert asked(browser) == {""}
 
 
 # --- a recording that grows ----------------------------------------------------------------------
