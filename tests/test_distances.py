@@ -67,10 +67,12 @@ def test_runs_part_where_the_threshold_is_passed(pair: dict[str, Run]) -> None:
     assert parting(far, 0.3) == 4 and parting(far, 0.5) is None
     assert parting(far, xr.DataArray([0, 0.05, 1, 1], dims="step")) == 2
     (sentence,) = said(distances(pair))
-    assert sentence.startswith("sample-guidance-8: more than 50% of its greatest distance, 0.35")
-    assert "from step 4 on, sigma 4.12" in sentence
+    assert sentence == (
+        "sample-guidance-8 parts from sample at step 4 (sigma 4.12): there it is more than 50% of "
+        "its greatest distance, 0.352 away."
+    )
     again = distances({"one": pair["sample"], "same": pair["sample"]})
-    assert said(again) == ["same: It is the same at every step."]
+    assert said(again) == ["same is the same as one at every step."]
 
 
 def test_other_seeds_give_the_threshold(pair: dict[str, Run]) -> None:

@@ -26,6 +26,7 @@ UNITS = {
 class Distances:
     """How far runs are from the first; `spread` is that of other seeds, if some were given."""
 
+    first: str
     far: dict[str, xr.DataArray]
     spread: xr.DataArray | None  # (seed, step)
     left_out: list[str]  # what could not be compared, and why
@@ -49,7 +50,7 @@ def distances(
 
     far = measured({name: runs[name] for name in rest})
     others = list(measured(seeds or {}).values())
-    return Distances(far, xr.concat(others, "seed") if others else None, left_out)
+    return Distances(first, far, xr.concat(others, "seed") if others else None, left_out)
 
 
 def said(found: Distances, share: float = 0.5) -> list[str]:
@@ -64,18 +65,22 @@ def said(found: Distances, share: float = 0.5) -> list[str]:
             sentences.append(f"{name}: no noise level is in both runs.")
             continue
         if found.spread is None:
-            own = f"{share:.0%} of its greatest distance, {float(far.max()):.3g},"
+            own = f"{share:.0%} of its greatest distance, {float(far.max()):.3g}"
             threshold: float | xr.DataArray = share * float(far.max())
         else:
             own = f"{share:.0%} of the mean distance of {found.spread.sizes['seed']} other seeds"
             threshold = share * found.spread.mean("seed")
         step = parting(far, threshold)
-        if step is None or not float(far.max()):
-            same = "It is the same at every step" if not float(far.max()) else f"It never has {own}"
-            sentences.append(f"{name}: {same.rstrip(',')}.")
-            continue
-        sigma = float(far.sel(step=step)["sigma"])
-        sentences.append(f"{name}: more than {own} from step {step} on, sigma {sigma:.3g}.")
+        if not float(far.max()):
+            sentences.append(f"{name} is the same as {found.first} at every step.")
+        elif step is None:
+            sentences.append(f"{name} never parts from {found.first}: not by {own}.")
+        else:
+            sigma = float(far.sel(step=step)["sigma"])
+            sentences.append(
+                f"{name} parts from {found.first} at step {step} (sigma {sigma:.3g}): there it is "
+                f"more than {own} away."
+            )
     return sentences
 
 

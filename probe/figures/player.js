@@ -447,6 +447,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     });
     const list = make("p", "shared", "", section);
     const shown = KINDS.map((kind) => make("span", kind, "", list));
+    make("small", "", "Each place's attention adds up to 100%. What no word needs goes to start, end or padding; to which of them differs between models.", section);
     views.push(() => {
       section.hidden = !lead.meta.shares;
       if (section.hidden) return;
@@ -466,7 +467,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   let thumbs = []; // views of the small maps, made anew with the words
   views.push(() => {
     every.hidden = !names.length || state.reading === "self-attention";
-    everyTitle.textContent = `Every ${state.per === "tokens" ? "token" : "word"}, ${{ words: "all words on one scale", word: "each on its own scale", step: "each on its own scale at this step" }[state.scale]}, and its overlap with “${label()}”`;
+    everyTitle.textContent = `Every ${state.per === "tokens" ? "token" : "word"}, ${{ words: "all on one scale", word: "each on its own scale", step: "each on its own scale at this step" }[state.scale]}, and its overlap with “${label()}” (1: the same places)`;
     if (every.hidden) return;
     chosen = map(lead.parts.maps, mapAt(lead), state.channel).values;
     for (const thumb of thumbs) thumb();
@@ -617,9 +618,13 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     const spread = each.spread?.[state.step];
     return short(each.values[state.step]) + (spread ? ` ± ${short(spread)}` : "");
   }));
-  if (lead.parts.maps && (lead.meta.map_steps ?? []).length > 1) plots.push(plotOf("Attention that each word gets", "mean over places, layers and heads", () => names.flatMap((channel, i) => (channel.kind !== "word" || !lead.parts.maps ? [] : [{
-    values: Array.from(means_of(lead.parts.maps, i)), colour: LINES[i % LINES.length], dash: DASHES[Math.floor(i / LINES.length) % DASHES.length], label: channel.label,
-  }])), () => (names[state.channel] && lead.parts.maps ? `“${label()}” ${amount(over(means_of(lead.parts.maps, state.channel), mapAt(lead)), lead)}` : "")));
+  const plain = { meta: lead.meta, maps: lead.parts.maps }; // attention, whatever else is shown
+  if (plain.maps && plain.meta.map_steps.length > 1) plots.push(plotOf("Attention that each word gets", "mean over places, layers and heads", () => channelsOf(/** @type {any} */ (plain)).flatMap((channel, i) => (channel.kind !== "word" ? [] : [{
+    values: Array.from(means_of(plain.maps, i)), colour: LINES[i % LINES.length], dash: DASHES[Math.floor(i / LINES.length) % DASHES.length], label: channel.label,
+  }])), () => {
+    const same = channelsOf(/** @type {any} */ (plain)).findIndex((channel) => channel.label === label());
+    return same < 0 ? "" : `“${label()}” ${short(100 * over(means_of(plain.maps, same), span(state, last).map((step) => closest(plain.meta.map_steps, steps[step]))))}%`;
+  }));
   if (plots.length) below.insertBefore(make("h2", "curves", "Over the steps"), below.querySelector("figure.plot"));
   /** Lines over the steps, with the number at this one. @param {string} text @param {string} note @param {() => any[]} lines @param {() => string} number */
   function plotOf(text, note, lines, number) {
@@ -660,7 +665,14 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   const sheetHolder = make("div", "table", "", body);
   /** The map that is shown, as numbers. */
   const shownMap = () => (lead.heads && state.layer >= 0 ? map(lead.heads.parts.maps, mapAt(lead), state.layer, state.head) : map(lead.parts.maps, mapAt(lead), channelOf(lead)));
+  /** The numbers over the steps as rows of text, the names first. */
+  function curveRows() {
+    const every = Object.entries(lead.meta.curves ?? {});
+    const names = ["step", "t", "sigma", ...every.flatMap(([name, { spread }]) => (spread ? [name, `${name} spread`] : [name]))];
+    return [names, ...steps.map((step, i) => [step, lead.meta.timestep[i], lead.meta.sigma[i], ...every.flatMap(([, { values, spread }]) => (spread ? [values[i], spread[i]] : [values[i]]))].map((value) => String(value ?? "")))];
+  }
   function csv() {
+    if (channelOf(lead) < 0 || !lead.parts.maps) return curveRows().map((row) => row.join(",")).join("\n") + "\n";
     const { values, height, width } = shownMap();
     return Array.from({ length: height }, (_, y) => Array.from(values.subarray(y * width, (y + 1) * width), (value) => value.toPrecision(4)).join(",")).join("\n") + "\n";
   }
@@ -675,13 +687,18 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   }
   away.ontoggle = () => draw();
   views.push(() => {
-    numbersButton.hidden = channelOf(lead) < 0 || !lead.parts.maps;
     if (!away.open) return;
     code.textContent = snippet();
     sheetHolder.replaceChildren();
-    if (numbersButton.hidden) return;
-    const { values, height, width } = shownMap();
     const sheet = make("table", "", "", sheetHolder);
+    if (channelOf(lead) < 0 || !lead.parts.maps) {
+      curveRows().forEach((cells, i) => {
+        const row = make("tr", "", "", sheet);
+        for (const cell of cells) make(i ? "td" : "th", "", i ? short(Number(cell)) : cell, row);
+      });
+      return;
+    }
+    const { values, height, width } = shownMap();
     make("caption", "", `${title()}, step ${said(steps[state.step], lead.meta.calls)}, ${lead.meta.unit}; rows are y, columns x`, sheet);
     for (let y = 0; y < height; y++) {
       const row = make("tr", "", "", sheet);

@@ -25,17 +25,18 @@ def show() -> None:
     runs = {key: library().run(key) for key in chosen}
     asked = asked_differently(runs)
     if asked:
-        st.text("Asked differently:")
+        st.text("Settings that differ:")
         st.dataframe(asked, key="asked", hide_index=True)
     else:
-        st.text("The same was asked of all of them.")
+        st.text("All of them have the same settings.")
+    where = st.container()  # the sentence comes first, what it is made of last
     player(chosen, key="compare")
-    _distances(runs)
+    _distances(runs, where)
 
 
-def _distances(runs: dict[str, Run]) -> None:
-    """Show how far the runs are from the first, over the noise levels."""
-    st.subheader("How far they are from the first", anchor=False)
+def _distances(runs: dict[str, Run], where: Any) -> None:
+    """Show how far the runs are from the first, and say where they part."""
+    st.subheader("Where they part from the first", anchor=False)
     left, right = st.columns([1, 2])
     of: Latents = left.selectbox(
         "Distance of",
@@ -45,7 +46,7 @@ def _distances(runs: dict[str, Run]) -> None:
         format_func=NAMES.__getitem__,
     )
     seeds = right.multiselect(
-        "Its other seeds, to measure against",
+        "Runs of the first with other seeds: how far apart chance alone is",
         [key for key, row in recordings() if row.attributes and not is_noising(row)],
         key="seeds",
         bind="query-params",
@@ -54,7 +55,7 @@ def _distances(runs: dict[str, Run]) -> None:
     others = {str(key): library().run(str(key)) for key in seeds if key not in runs}
     found = distances(runs, others, of)
     for sentence in [*said(found), *found.left_out]:
-        st.text(sentence)
+        where.text(sentence)
     if not found.far:
         return
     st.plotly_chart(figure(found, of), key="distances", config={"displaylogo": False})
