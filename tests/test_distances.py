@@ -69,7 +69,7 @@ def test_runs_part_where_the_threshold_is_passed(pair: dict[str, Run]) -> None:
     (sentence,) = said(distances(pair))
     assert sentence == (
         "sample-guidance-8 parts from sample at step 4 (sigma 4.12): there it is more than 50% of "
-        "its greatest distance, 0.352 away."
+        "its greatest distance (0.352) away."
     )
     again = distances({"one": pair["sample"], "same": pair["sample"]})
     assert said(again) == ["same is the same as one at every step."]

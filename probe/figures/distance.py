@@ -65,7 +65,7 @@ def said(found: Distances, share: float = 0.5) -> list[str]:
             sentences.append(f"{name}: no noise level is in both runs.")
             continue
         if found.spread is None:
-            own = f"{share:.0%} of its greatest distance, {float(far.max()):.3g}"
+            own = f"{share:.0%} of its greatest distance ({float(far.max()):.3g})"
             threshold: float | xr.DataArray = share * float(far.max())
         else:
             own = f"{share:.0%} of the mean distance of {found.spread.sizes['seed']} other seeds"
