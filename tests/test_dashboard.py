@@ -187,6 +187,8 @@ def test_only_this_machine_is_served(library: Library) -> None:
         ("127.0.0.1:8000", 200),
         ("localhost:8000", 200),
         ("evil.example", 403),
+        ("127.0.0.1:8000@evil.example", 403),
+        ("[::1]:8000", 200),
         ("127.0.0.1.evil.example", 403),
     ):
         assert (

@@ -10,6 +10,7 @@ GET /probe/places?run=ID&row=3&row_to=5&column=8 where some places look
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -133,10 +134,10 @@ def _is_own(scope: Scope) -> bool:
     """Return whether a request comes from this machine, and from no page but our own."""
     headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
     host, origin = headers.get(b"host", ""), headers.get(b"origin")
-    name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
+    ours = re.fullmatch(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", host)
     client = (scope.get("client") or ("127.0.0.1",))[0]
     return (
-        name in ("127.0.0.1", "localhost", "[::1]")
+        ours is not None
         and client in ("127.0.0.1", "::1", "testclient")
         and origin in (None, f"http://{host}")
     )

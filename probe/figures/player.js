@@ -683,7 +683,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     const line = names.length ? (kind !== "word" && list.kind) || list.word : list.picture;
     const [from, to] = (names.length ? mapAt(lead) : span(state, last)).map((i) => (names.length ? lead.meta.map_steps : steps)[i]);
     const filled = { step: from === to ? from : `slice(${from}, ${to})`, mean: from === to ? "" : ".mean('step')", word: state.channel, kind: { start: "BOS", end: "EOS", padding: "rest" }[kind] ?? "", layer: lead.heads?.meta.layers[state.layer], head: state.head };
-    return lead.meta.opened + Object.entries(filled).reduce((text, [name, value]) => text.replaceAll(`{${name}}`, String(value)), line);
+    return lead.meta.opened + Object.entries(filled).reduce((text, [name, value]) => text.replaceAll(`{${name}}`, () => String(value)), line);
   }
   away.ontoggle = () => draw();
   views.push(() => {

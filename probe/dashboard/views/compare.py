@@ -11,6 +11,7 @@ from probe.dashboard.library import library
 from probe.dashboard.player import player
 from probe.dashboard.views.pick import is_noising, pick, recordings
 from probe.dashboard.views.replay import RECORD
+from probe.errors import ProbeError
 from probe.figures.distance import distances, figure, said
 from probe.reading.distances import Latents
 from probe.reading.recording import Run
@@ -22,7 +23,7 @@ UNIMPORTANT = ("name", "output", "durability", "device")
 
 def show() -> None:
     chosen = pick(at_least=2, record=f"{RECORD} --guidance-scale 8")
-    runs = {key: library().run(key) for key in chosen}
+    runs = _opened(chosen)
     asked = asked_differently(runs)
     if asked:
         st.text("Settings that differ:")
@@ -32,6 +33,15 @@ def show() -> None:
     where = st.container()  # the sentence comes first, what it is made of last
     player(chosen, key="compare")
     _distances(runs, where)
+
+
+def _opened(keys: list[str]) -> dict[str, Run]:
+    """Return runs by their ids; stop the page and say why if one cannot be read."""
+    try:
+        return {key: library().run(key) for key in keys}
+    except ProbeError as error:
+        st.code(str(error), language=None)
+        st.stop()
 
 
 def _distances(runs: dict[str, Run], where: Any) -> None:
@@ -52,8 +62,12 @@ def _distances(runs: dict[str, Run], where: Any) -> None:
         bind="query-params",
         max_selections=16,
     )
-    others = {str(key): library().run(str(key)) for key in seeds if key not in runs}
-    found = distances(runs, others, of)
+    others = _opened([str(key) for key in seeds if key not in runs])
+    try:
+        found = distances(runs, others, of)
+    except ProbeError as error:
+        where.code(str(error), language=None)
+        return
     for sentence in [*said(found), *found.left_out]:
         where.text(sentence)
     if not found.far:
