@@ -59,7 +59,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     runs = tmp_path / "runs"
     runs.mkdir()
     configure(Library(runs))
+    # As under a server: a shell may have begun the tests with Ctrl-C ignored, for children too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield runs
+    signal.signal(signal.SIGINT, before)
     libraries._library.clear()
     for recorder in recorders._recorder:
         recorder.end()

@@ -1,7 +1,7 @@
 """Stable Diffusion drawn with one run's own numbers, as HTML, and the same numbers in sentences.
 
     drawing(run, "mid_block")     # the whole pipeline, left to right; one block outlined
-    sentences(run)                # the two halves, the sizes and the shares, said
+    sentences(run)                # the two thirds, the sizes and the shares, said
 
 Everything that is drawn goes through `_said`, which escapes it: a prompt is somebody's text.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from probe.figures import anatomy
 from probe.figures.anatomy import Block, Part
 from probe.figures.guidance import has_preview, png
+from probe.figures.page import asset
 from probe.format.schema import counted
 from probe.reading.recording import Run
 
@@ -25,60 +26,14 @@ ABSENT = "not recorded"
 LONGEST = 300  # characters of a prompt
 MOST_TOKENS = 40
 SIDE = 112  # pixels of the small pictures
-STYLE = """<style>
-.anatomy{container-type:inline-size;font-size:.875rem;line-height:1.45}
-.anatomy .flow{display:flex;gap:1.6rem;align-items:stretch}
-.anatomy section{flex:1 1 0;min-width:0;position:relative;border-radius:.5rem;padding:.7rem .8rem;
-border:1px solid color-mix(in srgb,currentColor 25%,transparent);border-top:4px solid var(--hue)}
-.anatomy section.wide{flex:2.3 1 0}
-.anatomy section+section::before{content:"\\2192";position:absolute;left:-1.45rem;top:45%;
-font-size:1.3rem}
-.anatomy h2{font-size:1.05rem;margin:0;padding:0}
-.anatomy .sub{opacity:.8;margin:0 0 .5rem}
-.anatomy .part{border-radius:.4rem;padding:.45rem .6rem;
-background:color-mix(in srgb,currentColor 6%,transparent)}
-.anatomy .part+.part::before{content:"\\2193";display:block;margin:-1.5rem 0 .1rem;
-text-align:center;font-size:1rem}
-.anatomy .part+.part{margin-top:1.3rem}
-.anatomy h3{font-size:.95rem;margin:0;padding:0}
-.anatomy p{margin:.15rem 0 .35rem}
-.anatomy table{border-collapse:collapse;width:100%}
-.anatomy th{font-weight:400;opacity:.8;text-align:left;padding:.05rem .6rem .05rem 0;
-vertical-align:top;white-space:nowrap;width:5.6rem}
-.anatomy td{padding:.05rem 0;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-.anatomy .absent{font-style:italic;opacity:.75}
-.anatomy .bar{height:.4rem;border-radius:.2rem;margin-top:.15rem;
-background:color-mix(in srgb,currentColor 14%,transparent)}
-.anatomy .bar i{display:block;height:100%;border-radius:.2rem;background:var(--hue)}
-.anatomy .chips{display:flex;flex-wrap:wrap;gap:.25rem}
-.anatomy .chip{border:1px solid color-mix(in srgb,currentColor 30%,transparent);
-border-radius:.3rem;padding:0 .35rem;overflow-wrap:anywhere}
-.anatomy .chip small{opacity:.75}
-.anatomy .quote{overflow-wrap:anywhere;white-space:pre-wrap}
-.anatomy .u{display:grid;gap:.35rem .25rem;margin:.4rem 0 .5rem}
-.anatomy .block{min-width:0;text-align:center;border-radius:.3rem;padding:.25rem .1rem;
-border:2px solid transparent;font-size:.8rem;line-height:1.25;
-background:color-mix(in srgb,var(--hue) 22%,transparent)}
-.anatomy .more{font-size:.72rem}
-.anatomy .block.chosen{border-color:currentColor}
-.anatomy .block i{display:block;height:.35rem;margin:.2rem auto 0;background:var(--hue)}
-.anatomy .skip{align-self:center;border-top:1px dashed currentColor;opacity:.6;text-align:center;
-font-size:.75rem}
-.anatomy .pictures{display:flex;flex-wrap:wrap;gap:.5rem}
-.anatomy figure{margin:0}
-.anatomy figcaption{font-size:.8rem}
-@container (max-width:820px){.anatomy .flow{flex-direction:column}
-.anatomy section+section::before{content:"\\2193";left:48%;top:-1.75rem}}
-@container (max-width:480px){.anatomy .block{font-size:.68rem}.anatomy .more{display:none}}
-</style>"""
-HUES = ("#0072B2", "#E69F00", "#009E73")
+STYLE = f"<style>{asset('anatomy.css')}</style>"
 
 
 def drawing(run: Run, chosen: str = "") -> str:
     """Return the pipeline as HTML, from prompt to picture. `chosen` is the path of a block."""
     found = {part.name: part for part in anatomy.parts(run)}
     calls = len(run.steps)
-    halves = [
+    thirds = [
         ("Text understander", "reads the prompt, once", _text(run, found), ""),
         (
             "Image-information creator",
@@ -89,11 +44,9 @@ def drawing(run: Run, chosen: str = "") -> str:
         ("Image decoder", "paints the picture, once, at the end", _decoder(run, found), ""),
     ]
     sections = "".join(
-        f"<section class='{width}' style='--hue:{hue}'><h2>{number}. {title}</h2>"
+        f"<section class='part{number} {width}'><h2>{number}. {title}</h2>"
         f"<p class='sub'>{sub}</p>{inside}</section>"
-        for number, ((title, sub, inside, width), hue) in enumerate(
-            zip(halves, HUES, strict=True), 1
-        )
+        for number, (title, sub, inside, width) in enumerate(thirds, 1)
     )
     return f"{STYLE}<div class='anatomy'><div class='flow'>{sections}</div></div>"
 
@@ -293,7 +246,7 @@ def _decoder(run: Run, found: Mapping[str, Part]) -> str:
         "VAE decoder",
         _table(rows | _costs(found.get("vae"))),
         "The VAE was trained to squeeze pictures into latents and to paint them again. "
-        f"Parameters are those of both halves. {began}",
+        f"Parameters are those of both thirds. {began}",
     )
     if picture is None or run.status != "complete":
         return vae + _card("Picture", f"<p class='absent'>{ABSENT} yet</p>", "")

@@ -48,7 +48,7 @@ def missing(run: Run) -> Missing | None:
     if run.attributes.is_guided:
         return Missing(
             f"Not recorded: {', '.join(absent)}.",
-            "probe records both branches of every run with guidance_scale above 1.",
+            "Both branches of a run are recorded where its guidance_scale is above 1.",
         )
     return Missing(
         "This run was made without guidance: the model was asked once a step, with the prompt, "
