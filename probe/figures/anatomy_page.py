@@ -246,7 +246,7 @@ def _decoder(run: Run, found: Mapping[str, Part]) -> str:
         "VAE decoder",
         _table(rows | _costs(found.get("vae"))),
         "The VAE was trained to squeeze pictures into latents and to paint them again. "
-        f"Parameters are those of both thirds. {began}",
+        f"Parameters are those of both halves. {began}",
     )
     if picture is None or run.status != "complete":
         return vae + _card("Picture", f"<p class='absent'>{ABSENT} yet</p>", "")
