@@ -1,7 +1,7 @@
 """Stable Diffusion drawn with one run's own numbers, as HTML, and the same numbers in sentences.
 
     drawing(run, "mid_block")     # the whole pipeline, left to right; one block outlined
-    sentences(run)                # the two thirds, the sizes and the shares, said
+    sentences(run)                # the three parts, the sizes and the shares, said
 
 Everything that is drawn goes through `_said`, which escapes it: a prompt is somebody's text.
 """
@@ -33,7 +33,7 @@ def drawing(run: Run, chosen: str = "") -> str:
     """Return the pipeline as HTML, from prompt to picture. `chosen` is the path of a block."""
     found = {part.name: part for part in anatomy.parts(run)}
     calls = len(run.steps)
-    thirds = [
+    columns = [
         ("Text understander", "reads the prompt, once", _text(run, found), ""),
         (
             "Image-information creator",
@@ -46,7 +46,7 @@ def drawing(run: Run, chosen: str = "") -> str:
     sections = "".join(
         f"<section class='part{number} {width}'><h2>{number}. {title}</h2>"
         f"<p class='sub'>{sub}</p>{inside}</section>"
-        for number, (title, sub, inside, width) in enumerate(thirds, 1)
+        for number, (title, sub, inside, width) in enumerate(columns, 1)
     )
     return f"{STYLE}<div class='anatomy'><div class='flow'>{sections}</div></div>"
 
