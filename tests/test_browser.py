@@ -412,6 +412,42 @@ def test_a_page_of_figures_is_whole_and_shows_text_as_it_is(
         assert browser.execute_script("return document.documentElement.scrollWidth") == width
 
 
+EVERY = {
+    "/?runs=sample": "Which places attend to",
+    "/learn?runs=sample-noising": "Where it is wrong",
+    "/anatomy?runs=sample": "Inside the UNet",
+    "/runs": "Select one run",
+    "/record": "--allow-record",
+    "/guidance?runs=sample": "Size of the predictions",
+    "/trajectories?runs=sample": "Is that more than chance?",
+    "/compare?runs=sample&runs=sample-guidance-8": "parts from sample at step 4",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "dark"), [(1280, False), (1280, True), (1920, False), (1920, True), (390, False)]
+)
+def test_every_page_in_every_look(
+    width: int, dark: bool, server: str, browser: Any, tmp_path: Path
+) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    look(browser, width, dark=dark)
+    for number, (page, wanted) in enumerate(EVERY.items()):
+        browser.get_log("performance")
+        browser.get_log("browser")
+        browser.get(server + page)
+        text = f"return document.body.innerText + ({BOX}?.innerText ?? '')"
+        WebDriverWait(browser, 40).until(
+            lambda driver, text=text, wanted=wanted: wanted in driver.execute_script(text)
+        )
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width, page
+        assert not browser.find_elements("css selector", "[data-testid=stException]"), page
+        assert asked(browser) == {"127.0.0.1"} and complaints(browser) == [], page
+        assert browser.save_screenshot(str(tmp_path / f"{number}.png"))
+
+
 def test_an_address_full_of_nonsense_falls_to_the_defaults(server: str, browser: Any) -> None:
     query = "runs=sample&step=abc&word=-3&layer=1e9&head=<b>&opacity=9&scale=x&step=9999999999999"
     player = opened(browser, f"{server}/?{query}")
