@@ -74,7 +74,7 @@ def test_it_computes_components_and_teaches_how_to_store_maps(folder: Path) -> N
     assert "10 random walks" in texts(app) and "step 2 (3rd of 7)" in texts(app)
     assert app.info[0].value.startswith("UMAP takes a minute")
     assert app.code[-1].value == f"probe embed cat-1 cat-2 --runs {folder}"
-    app.segmented_control("of").set_value("denoised").run()
+    app.radio("of").set_value("denoised").run()
     assert app.code[-1].value == f"probe embed cat-1 cat-2 --of denoised --runs {folder}"
     assert "clean latents that the model expected" in texts(app) and not app.exception
 

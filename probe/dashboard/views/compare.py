@@ -81,7 +81,7 @@ def _distances(runs: dict[str, Run], where: Any) -> None:
     with st.expander("Numbers and code"):
         st.dataframe(table, key="numbers", hide_index=True)
         first, second, *_ = runs.values()
-        st.code(snippet(first, second, of), language="python")
+        st.code(snippet(first, second, of), language=None)
 
 
 def snippet(one: Run, two: Run, of: Latents) -> str:

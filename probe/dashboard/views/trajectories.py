@@ -41,9 +41,7 @@ METHODS = {
 def show() -> None:
     chosen = pick(record=RECORD)
     left, right = st.columns([1, 2])
-    of = left.segmented_control(
-        "What each step gives", OF, default=OF[0], required=True, key="of", bind="query-params"
-    )
+    of = left.radio("What each step gives", OF, horizontal=True, key="of", bind="query-params")
     try:
         maps = computed(tuple(chosen), str(of), str([changed(_path(key)) for key in chosen]))
     except ProbeError as error:
@@ -95,7 +93,7 @@ def _principal(chosen: list[str], of: str, maps: xr.Dataset, step: int) -> None:
     csv = table(maps, pca=maps["position"].values[:, :2])
     st.download_button("Download as CSV", csv, "trajectories.csv", "text/csv", key="csv")
     with st.expander("Copy as Python"):
-        st.code(snippet(_names(chosen), str(library().folder), of), language="python")
+        st.code(snippet(_names(chosen), str(library().folder), of), language=None)
 
 
 def axes_of(shares: Any) -> list[str]:
@@ -214,7 +212,7 @@ def _maps(path: Path, embedding: xr.Dataset, altered: list[str]) -> None:
         "Download these maps as CSV", table(embedding, **positions), "maps.csv", key="maps-csv"
     )
     with st.expander("Copy as Python"):
-        st.code(stored_snippet(path), language="python")
+        st.code(stored_snippet(path), language=None)
 
 
 def preserved(embedding: xr.Dataset, place: int, neighbours: int) -> str:
