@@ -17,6 +17,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from streamlit.testing.v1 import AppTest
+from views import open_view
 
 from probe.dashboard import library as libraries
 from probe.dashboard.library import Library, configure
@@ -157,12 +158,7 @@ def test_a_name_that_is_no_text_hides_no_other_recording(library: Library, folde
     odd.rename(folder / "odd\udcff.zarr")
     key = {row.path.name: key for key, row in library.rows()}["odd\udcff.zarr"]
     for page in ("runs", "trajectories"):
-        app = AppTest.from_string(
-            f"from probe.dashboard.views import {page}\n\n{page}.show()", default_timeout=60
-        )
-        app.query_params["runs"] = key
-        app.run()
-        assert not app.exception, page
+        open_view(page, runs=key)
     assert "<h1>odd?</h1>" in whole_page([library.run(key)])
 
 
@@ -235,7 +231,8 @@ def test_a_recording_of_the_same_name_elsewhere_has_an_id_of_its_own(
 # --- pages ---------------------------------------------------------------------------------------
 
 
-def page(name: str = "", **query: Any) -> AppTest:
+def page(**query: Any) -> AppTest:
+    """Return the page that opens first, with the bar above it."""
     from probe.dashboard.views import pick
 
     pick.rows.clear()  # type: ignore[attr-defined]
@@ -243,9 +240,6 @@ def page(name: str = "", **query: Any) -> AppTest:
     for key, value in query.items():
         app.query_params[key] = value
     app.run()
-    if name:
-        app.switch_page(name)
-        app.run()
     assert not app.exception
     return app
 
@@ -297,9 +291,11 @@ def test_an_empty_folder_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_process_of_the_dashboard_never_imports_torch() -> None:
+    views = sorted(file.stem for file in PAGES.parent.glob("views/[a-z]*.py"))
+    assert {"anatomy", "compare", "guidance", "record", "replay", "trajectories"} <= set(views)
     code = (
         "import sys; import probe.view, probe.export, probe.figures.page, probe.dashboard.routes;"
-        "from probe.dashboard.views import compare, learn, replay, runs;"
+        f"from probe.dashboard.views import {', '.join(views)};"
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -327,12 +323,9 @@ def test_a_named_recording_that_is_damaged_is_a_row_that_says_why(folder: Path) 
 
 def test_compare_moves(library: Library, folder: Path) -> None:
     synthetic_recording(folder / "three.zarr", prompt="a red cat", seed=4)
-    script = "from probe.dashboard.views import compare; compare.show()"
-    app = AppTest.from_string(script, default_timeout=30)
-    app.query_params["runs"] = ["one", "two"]
-    app.run()
+    app = open_view("compare", runs=["one", "two"])
     text = [element.value for element in app.text]
-    assert not app.exception and any("of its greatest distance" in line for line in text)
+    assert any("of its greatest distance" in line for line in text)
     app.multiselect("seeds").set_value(["three"]).run()
     text = [element.value for element in app.text]
     assert any("of the mean distance of 1 other seeds" in line for line in text)

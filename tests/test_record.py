@@ -20,6 +20,7 @@ from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from streamlit.testing.v1 import AppTest
+from views import open_view
 
 from probe.dashboard import library as libraries
 from probe.dashboard import recorder as recorders
@@ -76,19 +77,8 @@ def recording(folder: Path, code: str = "") -> Recorder:
     return recorder
 
 
-def script() -> None:
-    from probe.dashboard.views import record
-
-    record.show()
-
-
 def page(**query: str) -> AppTest:
-    app = AppTest.from_function(script, default_timeout=60)
-    for name, value in query.items():
-        app.query_params[name] = value
-    app.run()
-    assert not app.exception
-    return app
+    return open_view("record", **query)
 
 
 def texts(app: AppTest) -> str:

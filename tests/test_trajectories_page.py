@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
+from views import open_view
 
 from probe import embed
 from probe.dashboard import library as libraries
@@ -38,19 +39,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     libraries._library.clear()
 
 
-def script() -> None:
-    from probe.dashboard.views import trajectories
-
-    trajectories.show()
-
-
 def page(**query: Any) -> AppTest:
-    app = AppTest.from_function(script, default_timeout=60)
-    for key, value in query.items():
-        app.query_params[key] = value
-    app.run()
-    assert not app.exception
-    return app
+    return open_view("trajectories", **query)
 
 
 def texts(app: AppTest) -> str:

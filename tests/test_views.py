@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from recordings import recording
 from streamlit.testing.v1 import AppTest
+from views import open_view
 
 import probe
 from probe.dashboard import library as libraries
@@ -39,17 +40,7 @@ def library(folder: Path) -> Iterator[Library]:
 
 
 def page(name: str, run: str, **query: Any) -> AppTest:
-    """Return a page as a link to it opens it."""
-    from probe.dashboard.views import pick
-
-    pick.rows.clear()  # type: ignore[attr-defined]
-    script = f"from probe.dashboard.views import {name}\n\n{name}.show()\n"
-    app = AppTest.from_string(script, default_timeout=60)
-    for key, value in {"runs": run, **query}.items():
-        app.query_params[key] = value
-    app.run()
-    assert not app.exception
-    return app
+    return open_view(name, runs=run, **query)
 
 
 def texts(app: AppTest) -> str:
