@@ -167,6 +167,7 @@ LAYERS = [
     ("probe.running.planning",),
     ("probe.running.session", "probe.running.description"),
     ("probe.running.perform",),
+    ("probe.running.continuing",),
     ("probe.running.recorder", "probe.running.ask", "probe.cost"),
     ("probe.proof.replay",),
     ("probe.proof.forward_checks",),

@@ -43,9 +43,9 @@ from probe.proof.map_checks import (
 from probe.proof.replay import Call, prediction_of, replayed, run_dtype, threads_of
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
+from probe.running.continuing import said_of_model
 from probe.running.description import describe
 from probe.running.planning import replan
-from probe.running.recorder import said_of_model
 from probe.running.session import Session
 from probe.text import shown
 from probe.watching.cost import Cost

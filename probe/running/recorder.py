@@ -27,33 +27,29 @@ from probe.diffusion.families import family_of
 from probe.diffusion.family import Family
 from probe.diffusion.loading import load, pick_device
 from probe.diffusion.support import remarks_on_version
-from probe.errors import ExperimentError, ModelError, OutOfMemory, ProbeError, RecordingDamaged
+from probe.errors import ExperimentError, OutOfMemory, ProbeError
 from probe.figures import sheets
 from probe.figures.noising_sheet import save_sheet
 from probe.output import tell
-from probe.reading.compare import differing_conditions
 from probe.reading.memory import Memory, nowhere
 from probe.reading.recording import Run, with_files
 from probe.reading.sample import folder_beside, is_copy
+from probe.running.continuing import check_continuable, refuse_gaps
 from probe.running.description import describe
 from probe.running.perform import perform
 from probe.running.planning import check_size, free_room, plan, recorded_masks, replan, size_text
 from probe.running.session import Say
 from probe.settings.experiment import Experiment
-from probe.settings.fields import expand_home, from_home
+from probe.settings.fields import expand_home
 from probe.settings.noising import Noising, load_noising, load_recipe
 from probe.settings.recipe import Recipe
 from probe.stopping import breakable, cleanly
-from probe.system import exists
 from probe.terminal import shell_path, without_home
 from probe.text import first_line, shown
 from probe.watching.interface import Plan
 from probe.words import read_plainly
 from probe.writing.files import storing
-from probe.writing.store import MANIFEST, RunWriter
-
-LEVELS = ("step", "timestep", "sigma", "alpha_bar", "latents/scheduler_sigmas")
-RECORD_AGAIN = "Record it again: probe rerun."
+from probe.writing.store import RunWriter
 
 
 def record(
@@ -249,7 +245,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
     """
     say = sayer(progress)
     if with_files(opened(run)).status == "complete":
-        _refuse_gaps(run)
+        refuse_gaps(run)
         say(f"{run.name} is complete already.")
         return run
     if is_copy(run.path):
@@ -267,7 +263,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
         model = model_for(experiment, pipeline, say, run)
         planned = replan(model, run)
         here = describe(model, planned)
-        changed = _continuable(run, model, planned, here)
+        changed = check_continuable(run, model, planned, here)
         for remark in remarks_on_version():
             say(remark)
         if changed:
@@ -286,91 +282,6 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
             say(f"Resuming {run.path}: {writer.committed} of {planned.calls} model calls are there")
             _see_through(run.path, model, planned, writer, say, progress)
     return Run(run.path)
-
-
-def _refuse_gaps(run: Run) -> None:
-    """Raise RecordingDamaged if a recording says that it is complete, and is not."""
-    done, calls = len(run.steps), run.variable("committed").size
-    if done < calls:
-        lack = f"only {done} of {calls} steps are committed"
-    elif not exists(run.path / MANIFEST):
-        lack = f"it has no {MANIFEST}"
-    else:
-        return
-    raise RecordingDamaged(f"{run.name} says that it is complete, and {lack}.", RECORD_AGAIN)
-
-
-def _continuable(run: Run, model: Family, planned: Plan, here: Mapping[str, Any]) -> list[str]:
-    """Check that a run can go on to the same bits, and return the conditions that changed.
-
-    `here` are the attributes that it would have now. Raise ModelError for another dtype or other
-    weights, RecordingDamaged where the recording contradicts itself.
-    """
-    there = run.attributes
-    dtype, weights = there.model.dtype, there.model.weights
-    if here["model"]["dtype"] != dtype:
-        raise ModelError(
-            f"{run.name} was begun in {dtype}, and this model is in {here['model']['dtype']}.",
-            "Bring the model in that number format, or leave the model out: probe run "
-            "--resume loads it so.",
-        )
-    if here["model"]["weights"] != weights:
-        raise ModelError(
-            f"{run.name} was begun with other weights of {model.name}.",
-            "Bring those back, or record it again: probe rerun.",
-        )
-    # An older version has an experiment with fewer fields, and so another identity.
-    same_experiment = here["experiment"] == there["experiment"]
-    if same_experiment and here["identity"] != there.get("identity"):
-        raise RecordingDamaged(
-            f"The experiment in {run.name} is not the one it was begun with.",
-            "Record it again: probe run.",
-        )
-    changed = differing_conditions(there, here)
-    _hold(run, planned, here, bool(changed))
-    return changed
-
-
-def _hold(run: Run, planned: Plan, here: Mapping[str, Any], changed: bool) -> None:
-    """Compare a recording's model and noise levels with those that would go on.
-
-    Settings that only one version of diffusers has are skipped. Where conditions `changed`, levels
-    may differ by rounding. Raise RecordingDamaged, by field.
-    """
-    for field, (recorded, own) in said_of_model(run, here).items():
-        if type(recorded) is not type(own) or recorded != own:
-            difference = f"its {field} is {shown(recorded)}, and {shown(own)} would go on"
-            raise RecordingDamaged(f"{run.name}: {difference}.", RECORD_AGAIN)
-    tolerance = 1e-4 if changed else 0
-    for spec in planned.arrays:
-        if spec.value is None or spec.path not in LEVELS:
-            continue
-        recorded, own = run.variable(spec.path).values, np.asarray(spec.value, spec.dtype)
-        if recorded.shape != own.shape or not np.allclose(
-            recorded, own, rtol=tolerance, atol=0, equal_nan=True
-        ):
-            scheduler = run.attributes["scheduler"]["class"]
-            raise RecordingDamaged(
-                f"{run.name}: its {spec.path} is not that of the {scheduler} that would go on.",
-                RECORD_AGAIN,
-            )
-
-
-def said_of_model(run: Run, here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return pairs by field: what a recording says of its model, and what this one has (`here`)."""
-    there = run.attributes
-    pairs = {name: (there[name], here[name]) for name in ("prediction_type", "latent_convention")}
-    pairs["scheduler.class"] = there["scheduler"]["class"], here["scheduler"]["class"]
-    config, own = there["scheduler"]["config"], here["scheduler"]["config"]
-    shared = [key for key in own if key in config and not key.startswith("_")]
-    pairs |= {f"scheduler.config.{key}": (config[key], own[key]) for key in shared}
-    pairs |= {
-        f"model.{key}": (there["model"][key], here["model"][key])
-        for key in ("f", "scaling_factor")
-        if key in there["model"]
-    }
-    pairs["model.name"] = from_home(there["model"]["name"]), from_home(run.recipe.model)
-    return pairs
 
 
 def sayer(progress: bool) -> Say:
