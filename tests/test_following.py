@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_a_recording_is_followed_from_before_its_first_step_to_its_end(
 def test_a_writer_that_dies_is_noticed_though_no_file_changes(
     client: TestClient, whole: Run, tmp_path: Path
 ) -> None:
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     run = growing(whole, tmp_path / "runs", 2)
     change_root(run, lambda attributes: attributes["writer"].update(pid=child.pid))
     before = client.get("/probe/run", params={"run": run.name})
