@@ -309,6 +309,19 @@ def test_a_noising_in_memory_is_the_one_in_files(tmp_path: Path) -> None:
         and other.latents.dims[1] == "draw"
         and (other.path / "contact-sheet.png").is_file()
     )
+    third = record_noising(
+        picture(),
+        CAPTION,
+        pipeline=base(),
+        timesteps=[500],
+        noises=2,
+        height=32,
+        width=32,
+        output=None,
+        progress=False,
+    )
+    assert not third.path.exists()
+    np.testing.assert_array_equal(third.latents.values, one.latents.values)
 
 
 def test_draws_are_chosen_as_images_are(made: Run) -> None:

@@ -74,10 +74,8 @@ def record(
     opens, and holds every committed step.
     """
     in_files = changes.get("output", "") is not None
-    if not in_files:
-        changes["output"] = Experiment().output
     return _carried_out(
-        load_recipe(recipe, **changes),
+        load_recipe(recipe, **_with_a_folder(changes)),
         pipeline,
         max_bytes=check_options(max_bytes, progress=progress),
         progress=progress,
@@ -99,10 +97,10 @@ def record_noising(
     """Noise a picture, record what the model predicts for it, and return the recording.
 
     `picture` is a file, or (y, x, rgb) uint8 of a size that the model can work on. `masks` are
-    (y, x) by word, of the picture's size. `settings` are fields of `Noising`. `pipeline` is that of
-    `record`, and so are the errors raised.
+    (y, x) by word, of the picture's size. `settings` are fields of `Noising`. `pipeline` and
+    `output=None` are those of `record`, and so are the errors raised.
     """
-    recipe = load_noising({"caption": caption, **settings})
+    recipe = load_noising({"caption": caption, **_with_a_folder(settings)})
     if not isinstance(picture, str | Path | np.ndarray):
         raise ExperimentError(
             f"picture: a {type(picture).__name__} is neither a file nor an array.",
@@ -114,8 +112,21 @@ def record_noising(
     else:
         given = picture
     return _carried_out(
-        recipe, pipeline, given, masks, max_bytes=most, progress=progress, sheet=sheet
+        recipe,
+        pipeline,
+        given,
+        masks,
+        max_bytes=most,
+        progress=progress,
+        sheet=sheet,
+        in_files=settings.get("output", "") is not None,
     )
+
+
+def _with_a_folder(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings for a recipe: one that stays in memory names the default folder."""
+    in_memory = settings.get("output", "") is None
+    return {**settings, "output": Experiment().output} if in_memory else dict(settings)
 
 
 def rerun(
