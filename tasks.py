@@ -60,6 +60,9 @@ ROOT = Path(__file__).resolve().parent
 STAMP = "probe-installed.json"
 LOG = "probe-install.log"
 
+# What the tests need: without UMAP, those of its maps are skipped.
+DEVELOPERS = ("record", "dashboard", "umap", "test")
+
 # Tests compare with it; it asks for torchvision, whose usual build breaks a CPU torch, and runs
 # without.
 WITHOUT_REQUIREMENTS = {"test": "attention-map-diffusers==1.0.0"}
@@ -155,7 +158,7 @@ def view(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    python = install("record", "dashboard", "test")
+    python = install(*DEVELOPERS)
     os.chdir(ROOT)
     if arguments[:1] == ["--smoke"]:
         arguments = ["-m", "smoke", *smoke_files(), *arguments[1:]]
@@ -186,7 +189,7 @@ def check(arguments: list[str]) -> int:
             "To run some tests only: python3 tasks.py test <pytest arguments>.",
             code=2,
         )
-    python = install("record", "dashboard", "test")
+    python = install(*DEVELOPERS)
     steps = {
         "format": ["ruff", "format", "--check"],
         "lint": ["ruff", "check"],

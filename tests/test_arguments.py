@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,18 @@ def test_analysis_of_what_is_no_array(run: Run, name: str) -> None:
         for value in ODD:
             call = functools.partial(function, **{**right, key: value})
             assert_ours(f"{name}({key}={value!r})", call)
+
+
+@pytest.mark.parametrize("make", [analysis.umap_map, analysis.aligned_map])
+def test_a_seed_that_umap_cannot_take_is_refused_before_umap_is_needed(
+    make: Callable[..., Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    points = trajectories([run, run])
+    with pytest.raises(ExperimentError, match="seed is 4294967296"):
+        make(points, seed=2**32)
+    with pytest.raises(UserError, match="UMAP is not installed"):
+        make(points, seed=2**32 - 1)
 
 
 def test_average_precision_takes_a_plain_mask(run: Run) -> None:

@@ -23,6 +23,7 @@ import xarray as xr
 from probe.arguments import labelled, whole_number
 from probe.errors import ExperimentError, UserError
 
+MOST_SEED = 2**32 - 1  # that umap-learn takes
 INSTALL = "pip install 'diffusion-probe[umap]'"
 LEAST = 5  # points of a map by UMAP, and of each run's map by AlignedUMAP
 MOST = 5000  # points whose distances are compared: two arrays of 200 MB
@@ -125,9 +126,9 @@ def umap_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr.Da
     """
     values = _enough(_values(points))
     near = compared_neighbours(len(values), whole_number("neighbours", neighbours, 2))
+    seed = whole_number("seed", seed, most=MOST_SEED)
     with _quiet():
         umap = umap_library()
-        seed = whole_number("seed", seed)
         # umap-learn counts each point among its own neighbours
         layout = umap.UMAP(n_neighbors=near + 1, random_state=seed, n_jobs=1, init="random")
         return _map(points, layout.fit_transform(values))
@@ -157,9 +158,9 @@ def aligned_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr
         _same_level(points["sigma"].values[one], points["sigma"].values[other])
         for one, other in itertools.pairwise(runs)
     ]
+    seed = whole_number("seed", seed, most=MOST_SEED)
     with _quiet():
-        umap = umap_library()
-        seed = whole_number("seed", seed)  # umap-learn draws by the second of these alone
+        umap = umap_library()  # it draws by the second of these seeds alone
         layout = umap.AlignedUMAP(n_neighbors=near + 1, random_state=seed, transform_seed=seed)
         layout.fit([values[rows] for rows in runs], relations=relations)
     position = np.empty((len(values), 2), np.float32)
