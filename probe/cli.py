@@ -246,8 +246,8 @@ def ls(arguments: list[str]) -> int:
     table, troubles = [], []
     for row in recordings:
         if row.attributes is None:
-            cells = (_trouble(row.error), "", "", "", "")
-            if row.error is not None and cells[0] != "damaged":
+            cells = _of_an_embedding(row.path) or (_trouble(row.error), "", "", "", "")
+            if cells[0] != "embedding" and row.error is not None and cells[0] != "damaged":
                 troubles.append(f"{row.error.cause} {row.error.remedy}")
         else:
             cells = _in_short(row.attributes)
@@ -264,6 +264,18 @@ def _trouble(error: ProbeError | None) -> str:
     if isinstance(error, RecordingUnreadable):
         return "unreadable"
     return "links" if isinstance(error, RecordingLinked) else "damaged"
+
+
+def _of_an_embedding(path: Path) -> tuple[str, str, str, str, str] | None:
+    """Return what the list shows of an embedding, or None for anything else."""
+    from probe.format.schema import counted
+    from probe.reading.embedding import described
+
+    if (maps := described(path)) is None:
+        return None
+    methods = ", ".join(shorten(method, 20) for method in maps.methods[:3])
+    about = f"{methods}: {maps.of} of {counted(len(maps.runs), 'run')}"
+    return "embedding", "", about, "", maps.created[:16].replace("T", " ")
 
 
 def _in_short(attributes: Mapping[str, Any]) -> tuple[str, str, str, str, str]:

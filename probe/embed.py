@@ -272,9 +272,10 @@ def _check_output_folder(target: Path) -> bool:
     Raise ExperimentError for a place that nothing can be written to, before anything is computed.
     """
     from probe.reading.embedding import open_embedding
-    from probe.writing.files import check_output_folder
+    from probe.writing.files import check_no_link, check_output_folder
 
     check_output_folder(target.parent)
+    check_no_link(target)
     if not os.path.lexists(target):
         return False
     try:

@@ -91,6 +91,14 @@ def test_it_is_no_recording(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     listed = capsys.readouterr().out
     assert "cat-1" in listed and "embedding" not in listed
     assert not any("latents" in row.path.name for _, row in Library(folder).rows())
+    assert cli.dispatch(["ls", str(path.parent)]) == 0
+    header, row = capsys.readouterr().out.splitlines()[:2]
+    assert row.split()[:2] == [path.name.removesuffix(".zarr"), "embedding"]
+    assert "pca: latents of 2 runs" in row and "created" in header
+    rewritten(path, "zarr.json", lambda root: root["attributes"].update(embedding_version=9))
+    assert cli.dispatch(["ls", str(path.parent)]) == 0
+    assert "damaged" in capsys.readouterr().out, "one that cannot be read"
+    rewritten(path, "zarr.json", lambda root: root["attributes"].update(embedding_version=1))
     assert cli.dispatch(["gc", str(folder)]) == 0 and path.is_dir()
     for read in (probe.open_run, lambda name: cli.dispatch(["verify", name])):
         with pytest.raises(RecordingDamaged, match="is an embedding of recordings"):
@@ -259,7 +267,7 @@ def test_links_flips_and_other_methods_are_refused(folder: Path) -> None:
     with pytest.raises(RecordingDamaged, match="none that this version draws"):
         probe.open_embedding(good)
     (folder / "embeddings" / "linked.zarr").symlink_to(good)
-    assert good in embeddings_in(folder) and len(embeddings_in(folder)) == 2
+    assert good in embeddings_in(folder) and len(embeddings_in(folder)) == 3
 
 
 def test_a_folder_without_embeddings_has_none(tmp_path: Path) -> None:

@@ -16,10 +16,15 @@ from typing import Any
 import pytest
 from recordings import recording
 
-from probe.errors import ProbeError
+from probe import cli, embed
+from probe.dashboard.library import Library
+from probe.errors import ProbeError, RecordingLinked, RecordingNotFound
 from probe.reading import listing as module
+from probe.reading.embedding import embeddings_in, open_embedding
 from probe.reading.finding import find_run
 from probe.reading.listing import Listed, list_runs, listing, root_attributes
+from probe.reading.recording import Run
+from probe.testing.synthetic import synthetic_recording
 
 COUNT = 220  # an index is kept
 
@@ -277,3 +282,57 @@ def test_ten_thousand_are_listed_in_a_second(
         assert len(listing(tmp_path / "runs")) == 10_000
         took.append(time.process_time() - began)
     assert took[0] < 2 and min(took[1:]) < 0.6, took
+
+
+# --- links to recordings elsewhere ---------------------------------------------------------------
+
+
+def test_a_link_to_a_recording_is_followed_by_every_door(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a cluster recordings lie on another disk. They are read through links, and not written."""
+    runs, elsewhere = tmp_path / "runs", tmp_path / "scratch"
+    runs.mkdir()
+    synthetic_recording(elsewhere / "cat.zarr", steps=3)
+    (runs / "cat.zarr").symlink_to(elsewhere / "cat.zarr")
+    (runs / "cat.png").symlink_to(elsewhere / "cat.zarr")
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    assert [(row.path.name, row.error) for row in listing(runs)] == [("cat.zarr", None)]
+    assert len(Run(find_run("cat", runs)).steps) == 3 and find_run("latest", runs).is_symlink()
+    library = Library(runs)
+    assert library.has("cat") and ("cat", None) in [(key, row.error) for key, row in library.rows()]
+    assert cli.dispatch(["ls", str(runs)]) == 0 and "complete" in capsys.readouterr().out
+    assert embed.main(["cat", "--runs", str(runs), "--method", "pca", "--quiet"]) == 0
+    (made,) = embeddings_in(runs)
+    made.rename(elsewhere / made.name)
+    made.symlink_to(elsewhere / made.name)
+    assert embeddings_in(runs) == [made] and open_embedding(made).sizes["map"] == 1
+    with pytest.raises(RecordingLinked, match="through a link nothing is written"):
+        embed.main(["cat", "--runs", str(runs), "--method", "pca", "--quiet"])
+    with pytest.raises(RecordingLinked, match="through a link nothing is written"):
+        cli.dispatch(["rm", "--yes", "cat", "--runs", str(runs)])
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_link_that_leads_nowhere_is_a_row_that_says_so(tmp_path: Path) -> None:
+    synthetic_recording(tmp_path / "cat.zarr", steps=3)
+    (tmp_path / "gone.zarr").symlink_to(tmp_path / "unmounted")
+    (tmp_path / "loop.zarr").symlink_to(tmp_path / "loop.zarr")
+    rows = {row.path.name: row.error for row in listing(tmp_path)}
+    assert rows.pop("cat.zarr") is None, "the others are listed"
+    assert sorted(rows) == ["gone.zarr", "loop.zarr"]
+    for error in rows.values():
+        assert isinstance(error, RecordingLinked) and "a link to what is not there" in error.cause
+    for name in ("gone", "loop"):
+        with pytest.raises(RecordingNotFound):
+            Run(find_run(name, tmp_path))
+
+
+def test_a_link_inside_a_recording_is_refused_wherever_it_lies(tmp_path: Path) -> None:
+    path = synthetic_recording(tmp_path / "cat.zarr", steps=3)
+    (path / "latents").rename(tmp_path / "elsewhere")
+    (path / "latents").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "linked.zarr").symlink_to(path)
+    for name in ("cat", "linked"):
+        with pytest.raises(RecordingLinked, match="latents"):
+            _ = Run(find_run(name, tmp_path)).latents

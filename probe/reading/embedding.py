@@ -7,6 +7,7 @@ changed_since(embedding, runs)            # which runs are no longer what they w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from probe.errors import RecordingDamaged, RecordingNotFound
+from probe.errors import ProbeError, RecordingDamaged, RecordingNotFound
 from probe.format.embedding import (
     FOLDER,
     KIND,
@@ -25,7 +26,7 @@ from probe.format.embedding import (
     problem_of,
     spec,
 )
-from probe.reading.files import no_longer, read_file
+from probe.reading.files import may_be_folder, no_longer, read_file
 from probe.reading.lazy import tree_of
 from probe.reading.untrusted import MAX_ROOT, read_group
 from probe.settings.fields import expand_home
@@ -41,7 +42,8 @@ MAX_DIGESTS = 64 * 2**20  # bytes of a recording's digests.txt
 def embeddings_in(folder: str | Path = "runs") -> list[Path]:
     """Return the paths of the embeddings of a folder of recordings, the newest first.
 
-    Links among them are left out. Raises RecordingUnreadable if the system does not list them.
+    Links to some elsewhere are followed, as among recordings. Raises RecordingUnreadable if the
+    system does not list them.
     """
     inside = Path(folder) / FOLDER
     with reading(inside, "The embeddings in it are"):
@@ -51,9 +53,7 @@ def embeddings_in(folder: str | Path = "runs") -> list[Path]:
             there = [
                 (entry.stat(follow_symlinks=False).st_mtime_ns, entry.name)
                 for entry in entries
-                if entry.name.endswith(".zarr")
-                and entry.name[0] != "."
-                and entry.is_dir(follow_symlinks=False)
+                if entry.name.endswith(".zarr") and entry.name[0] != "." and may_be_folder(entry)
             ]
     return [inside / name for _, name in sorted(there, reverse=True)]
 
@@ -83,6 +83,15 @@ def open_embedding(path: str | Path) -> xr.Dataset:
         ) from error
     except RecordingDamaged as error:
         raise RecordingDamaged(error.cause, AGAIN) from error
+
+
+def described(path: Path) -> EmbeddingAttributes | None:
+    """Return what the root file of an embedding says, or None for anything else."""
+    with contextlib.suppress(ProbeError):
+        attributes = read_group(path)["attributes"]
+        if problem_of(attributes) is None:
+            return EmbeddingAttributes.model_validate(attributes)
+    return None
 
 
 def attributes_of(embedding: xr.Dataset) -> EmbeddingAttributes:

@@ -142,6 +142,17 @@ def entry_is_link(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() or (os.name == "nt" and is_link(entry.stat(follow_symlinks=False)))
 
 
+def may_be_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry of `os.scandir` is a folder or a link to one.
+
+    A link is also one if nobody can tell where it leads: who opens it says why.
+    """
+    try:
+        return entry.is_dir() or (entry.is_symlink() and not Path(entry.path).exists())
+    except OSError:  # a loop of links, or one into a folder that this account may not see
+        return True
+
+
 def is_link(found: os.stat_result) -> bool:
     """Tell whether `lstat` found a link, or what Windows has for one."""
     attributes = getattr(found, "st_file_attributes", 0)

@@ -29,6 +29,7 @@ from probe.errors import (
     ExperimentError,
     ProbeError,
     RecordingDamaged,
+    RecordingLinked,
     RecordingNotFound,
     RecordingUnreadable,
 )
@@ -40,6 +41,7 @@ from probe.reading.files import (
     NO_LINK,
     NO_WAIT,
     READ,
+    may_be_folder,
     no_longer,
     opened,
     refuse,
@@ -47,6 +49,7 @@ from probe.reading.files import (
 from probe.reading.sample import cache_folder
 from probe.reading.untrusted import MAX_ROOT, check_attributes, read_root
 from probe.system import lives, reading
+from probe.text import printable
 from probe.writing.files import replace
 
 MANY = 200  # recordings for which an index is kept
@@ -105,7 +108,7 @@ def listing(folder: str | Path = "runs") -> list[Listed]:
 
 
 def recordings_in(folder: str | Path) -> list[Path]:
-    """Return the paths of what should be recordings in a folder.
+    """Return the paths of what should be recordings in a folder, links to them included.
 
     Raises RecordingUnreadable if the system does not list it.
     """
@@ -120,7 +123,7 @@ def recordings_in(folder: str | Path) -> list[Path]:
             names = {
                 entry.name
                 for entry in entries
-                if entry.name.endswith(".zarr") and entry.name[0] != "." and entry.is_dir()
+                if entry.name.endswith(".zarr") and entry.name[0] != "." and may_be_folder(entry)
             }
         return [path for path in Path(folder).iterdir() if path.name in names]
 
@@ -131,12 +134,22 @@ def _listed(path: Path, known: Any, index: _Index | None) -> Listed:
         if attributes is None:
             attributes = root_attributes(path)
     except RecordingNotFound:
-        return Listed(path, None, refuse(path, "its zarr.json is missing"))
+        return Listed(path, None, _missing(path))
     except (RecordingDamaged, RecordingUnreadable) as error:
         return Listed(path, None, error)
     if attributes["status"] == "running":
         attributes = {**attributes, "status": status_of(attributes)}
     return Listed(path, attributes)
+
+
+def _missing(path: Path) -> RecordingDamaged:
+    """Return the error for what is called a recording and has no root file."""
+    if not path.is_symlink() or path.exists():
+        return refuse(path, "its zarr.json is missing")
+    return RecordingLinked(
+        f"{printable(str(path))} is a link to what is not there.",
+        "Mount the disk where it is, or remove the link.",
+    )
 
 
 def root_attributes(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from probe.reading.files import (
     refuse,
     refuse_link,
 )
-from probe.system import reading
+from probe.system import OF_THE_FILE, reading
 from probe.text import UNCLEAN, printable, shorten
 
 MAX_ROOT, MAX_NODE = 8 * 2**20, 2**20  # bytes of the root file, of any other zarr.json
@@ -88,7 +88,9 @@ def read_group(path: Path) -> dict[str, Any]:
     """
     try:
         root = read_json(path, "zarr.json", MAX_ROOT)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno not in OF_THE_FILE:  # a loop of links is of the file
+            raise
         raise RecordingNotFound(
             f"{printable(str(path))} is not a recording.",
             "probe ls lists the recordings there are.",
