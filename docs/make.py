@@ -7,6 +7,7 @@ python docs/make.py --check     change nothing; exit code 1 if a document is out
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from probe.format import attributes, dimensions
 from probe.settings import experiment, noising
+from probe.settings.edits import EDIT_KINDS, Donor, Edit
+from probe.settings.fields import Strict
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = (
@@ -35,9 +38,36 @@ def short_truth() -> str:
     return "\n".join(f"| {' | '.join(row[:5])} |" for row in kept)
 
 
+def edits_table() -> str:
+    """Return every kind of edit, what it does, and the fields that it has of its own."""
+    lines = ["| kind | what it changes | its fields |", "|---|---|---|"]
+    for name, kind in EDIT_KINDS.items():
+        own = [field for field in kind.model_fields if field not in (*Edit.model_fields, "kind")]
+        what = " ".join((kind.__doc__ or "").split())
+        lines.append(f"| `{name}` | {what} | {', '.join(f'`{field}`' for field in own)} |")
+    return "\n".join(lines)
+
+
+def edit_fields_table() -> str:
+    """Return every field of edits once: those of all, then each where it first stands."""
+    lines = ["| field | default | what it is |", "|---|---|---|"]
+    seen = set[str]()
+    kinds: list[tuple[str, type[Strict]]] = [("", kind) for kind in (Edit, *EDIT_KINDS.values())]
+    for prefix, kind in [*kinds, ("donor.", Donor)]:
+        for name, field in kind.model_fields.items():
+            if name == "kind" or prefix + name in seen:
+                continue
+            seen.add(prefix + name)
+            default = "" if field.is_required() else field.get_default(call_default_factory=True)
+            text = "" if field.is_required() or name == "donor" else f"`{json.dumps(default)}`"
+            lines.append(f"| `{prefix}{name}` | {text} | {field.description} |")
+    return "\n".join(lines)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"attention_truth": short_truth},
     "docs/experiment.md": {"fields": experiment.table, "noising": noising.table},
+    "docs/edits.md": {"kinds": edits_table, "edit_fields": edit_fields_table},
     "docs/format.md": {
         "schema": dimensions.schema_table,
         "dimensions": dimensions.dimensions_table,

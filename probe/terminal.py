@@ -255,7 +255,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: type[Recipe] = Experim
     ):
         group = parser.add_argument_group(title)
         for name, field in fields.items():
-            if name in ("capture", "scheduler_options"):
+            if name in ("capture", "scheduler_options", "edits"):
                 continue
             choices = ",".join(map(str, get_args(field.annotation)))
             is_choice = str(field.annotation).startswith("typing.Literal")

@@ -56,7 +56,7 @@ LAYERS = [
     ("probe.format.dimensions", "probe.format.embedding"),
     ("probe.settings.fields",),
     ("probe.settings.pictures", "probe.arguments"),
-    ("probe.settings.capture",),
+    ("probe.settings.capture", "probe.settings.edits"),
     ("probe.settings.recipe", "probe.settings.loading"),
     ("probe.settings.experiment",),
     ("probe.settings.noising",),

@@ -176,6 +176,12 @@ class Attributes(Mapping[str, Any], Part):
         None, description="hash of the experiment: equal for equal questions"
     )
     parent_run: Text | None = Field(None, description="name of the recording that it was made from")
+    parent_identity: Text | None = Field(
+        None, description="of an edited run: the identity of the same experiment without edits"
+    )
+    edited_texts: Texts = Field(
+        {}, description="by branch: the text that was read, where an edit gives the run another one"
+    )
     text_rules: Annotated[int, Field(ge=1, le=2)] = Field(
         1, description="version of the rules that split a text into words"
     )
@@ -218,10 +224,11 @@ class Attributes(Mapping[str, Any], Part):
 
     @property
     def texts(self) -> dict[str, str]:
-        """Return the text of every branch, as it was typed."""
+        """Return the text of every branch, as it was typed or made by an edit of the whole run."""
         if self.kind == "noising":
             return {"cond": self.recipe["caption"], "uncond": ""}
-        return {"cond": self.recipe["prompt"], "uncond": self.recipe["negative_prompt"]}
+        typed = {"cond": self.recipe["prompt"], "uncond": self.recipe["negative_prompt"]}
+        return {**typed, **self.edited_texts}
 
     @property
     def is_guided(self) -> bool:

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from probe.output import say
 from probe.settings.capture import CaptureOptions
+from probe.settings.edits import Edits, edited_texts
 from probe.settings.fields import SCHEDULERS, Line, Option, Place, Prompt, SchedulerName
 from probe.settings.loading import load_settings, validate
 from probe.settings.recipe import Recipe
@@ -101,10 +102,29 @@ class Experiment(Recipe):
         description="Decode the latents to a picture every so many steps; 0: never.",
     )
 
-    @property
-    def texts(self) -> dict[str, str]:
+    edits: Edits = Field(
+        default=(),
+        description="What is changed inside the model: a list of edits, each of a kind; see "
+        "docs/edits.md.",
+    )
+
+    @model_validator(mode="after")
+    def _edits_fit(self) -> Experiment:
+        edited_texts(self._unedited_texts(), self.edits)  # a word that is not there is refused
+        return self
+
+    def _unedited_texts(self) -> dict[str, str]:
         guided = self.guidance_scale > 1
         return {**({"uncond": self.negative_prompt} if guided else {}), "cond": self.prompt}
+
+    @property
+    def texts(self) -> dict[str, str]:
+        return edited_texts(self._unedited_texts(), self.edits)
+
+    @property
+    def unedited(self) -> Experiment:
+        """The same experiment without edits: the parent of an edited run."""
+        return self.model_copy(update={"edits": ()})
 
     @property
     def count(self) -> int:
@@ -124,7 +144,12 @@ class Experiment(Recipe):
 
     @property
     def not_asked(self) -> tuple[str, ...]:
-        return (*super().not_asked, *(() if self.image else ("image", "strength")))
+        unset = [name for name in ("edits",) if not getattr(self, name)]
+        return (*super().not_asked, *unset, *(() if self.image else ("image", "strength")))
+
+    @property
+    def named_by(self) -> str:
+        return self.prompt
 
 
 def load_experiment(

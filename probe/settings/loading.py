@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from probe.errors import ExperimentError
 from probe.settings.capture import CaptureOptions
+from probe.settings.edits import EDIT_KINDS, Donor, Edit
 from probe.settings.fields import Strict
 from probe.settings.strict_yaml import read_text, read_yaml
 from probe.text import UNCLEAN, did_you_mean, printable, shorten, shown
@@ -79,7 +80,7 @@ def validate(kind: type[Settings], data: Mapping[str, Any], where: str = "") -> 
     except ValidationError as problem:
         every = problem.errors(include_input=False, include_url=False)
         # A list with a bad item is also "too short": keep the errors with none below them.
-        above = {error["loc"][:-1] for error in every}
+        above = {error["loc"][:-1] for error in every if error["loc"]}
         errors = [error for error in every if error["loc"] not in above]
         # An unknown field comes first: a misspelled name often causes the other errors.
         first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
@@ -139,11 +140,18 @@ def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tup
     """Return a pydantic error as one line of cause and one of remedy."""
     kind, context = error["type"], error.get("ctx", {})
     keys = tuple(key for key in error["loc"] if key != "[key]")
+    of_edit = _edit_of(keys, data) if keys[:1] == ("edits",) and len(keys) > 1 else None
+    if of_edit is not None and len(keys) > 2:
+        keys = (*keys[:2], *keys[3:])  # pydantic names the kind between index and field
     field = "".join(
         f"[{key}]" if isinstance(key, int) else f".{shorten(printable(key))}" for key in keys
     ).removeprefix(".")
     if isinstance(context.get("error"), ExperimentError):
-        return f"{field}: {context['error'].cause}", context["error"].remedy
+        cause = context["error"].cause
+        return f"{field}: {cause}" if field else cause, context["error"].remedy
+    if of_edit is not None:
+        cause, remedy = _wrong_edit(of_edit, error, keys)
+        return f"{field}: {cause}", remedy
     if kind == "extra_forbidden":
         cause, remedy = _unknown_field(settings, keys, data)
         return f"{field}: {cause}", remedy
@@ -155,6 +163,44 @@ def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tup
     model, name = (CaptureOptions, keys[1]) if inside else (settings, keys[0])
     cause, remedy = _wrong_value(kind, context, shown(value), model.model_fields[str(name)])
     return f"{field}: {cause}", remedy
+
+
+def _edit_of(keys: tuple[Any, ...], data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what was written as the edit that an error is about."""
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        edit = data["edits"][keys[1]]
+        return edit.model_dump() if isinstance(edit, BaseModel) else dict(edit)
+    return {}
+
+
+def _wrong_edit(
+    edit: Mapping[str, Any], error: Any, keys: tuple[Any, ...]
+) -> tuple[str, str]:
+    """Return cause and remedy for an edit, or a field of one, that does not fit."""
+    kinds = ", ".join(EDIT_KINDS)
+    if error["type"] == "union_tag_not_found":
+        return "it has no kind", f"Write kind: one of {kinds}."
+    if error["type"] == "union_tag_invalid":
+        named = shown(edit.get("kind"))
+        meant = did_you_mean(str(edit.get("kind")), {name: name for name in EDIT_KINDS})
+        return f"{named} is no kind of edit", meant or f"The kinds are {kinds}."
+    settings: type[Strict] = EDIT_KINDS.get(str(edit.get("kind")), Edit)
+    value: Any = edit
+    if len(keys) < 3:
+        return "this is no edit", 'Write a mapping, such as {kind: mask, words: ["cat"]}.'
+    last = str(keys[2])
+    if last == "donor" and len(keys) > 3:
+        settings, last, value = Donor, str(keys[3]), value.get("donor")
+    fields = settings.model_fields
+    if error["type"] == "extra_forbidden":
+        meant = did_you_mean(last, {name: name for name in fields})
+        return "unknown field", meant or f"The fields here are {', '.join(fields)}."
+    if error["type"] == "missing":
+        return "it is missing", fields[last].description or ""
+    with contextlib.suppress(LookupError, TypeError, AttributeError):
+        for key in keys[3 if settings is Donor else 2 :]:
+            value = value[key]
+    return _wrong_value(error["type"], error.get("ctx", {}), shown(value), fields[last])
 
 
 def _unknown_field(

@@ -120,12 +120,17 @@ class Recipe(Strict):
         """Decode the latents of every so many steps; 0: of none."""
 
     @property
+    def named_by(self) -> str:
+        """The text that its name is made of."""
+        return self.texts["cond"]
+
+    @property
     def run_name(self) -> str:
         """`name`, or else the prompt as a slug: an-astronaut-scuba-diving.
 
         A slug has at most 40 characters.
         """
-        decomposed = unicodedata.normalize("NFKD", self.texts["cond"])
+        decomposed = unicodedata.normalize("NFKD", self.named_by)
         plain = decomposed.encode("ascii", "ignore").decode().lower()
         slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
         if len(slug) > 40:
