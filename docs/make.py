@@ -52,8 +52,9 @@ def edit_fields_table() -> str:
     """Return every field of edits once: those of all, then each where it first stands."""
     lines = ["| field | default | what it is |", "|---|---|---|"]
     seen = set[str]()
-    kinds: list[tuple[str, type[Strict]]] = [("", kind) for kind in (Edit, *EDIT_KINDS.values())]
-    for prefix, kind in [*kinds, ("donor.", Donor)]:
+    kinds: list[type[Strict]] = [Edit, *EDIT_KINDS.values(), Donor]
+    for kind in kinds:
+        prefix = "donor." if kind is Donor else ""
         for name, field in kind.model_fields.items():
             if name == "kind" or prefix + name in seen:
                 continue
