@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from probe.reading.distances import distance
     from probe.reading.embedding import open_embedding
     from probe.reading.listing import list_runs
+    from probe.reading.pair import Pair
     from probe.reading.recording import (
         Run,
         open_run,
@@ -97,6 +98,7 @@ _HOMES = {
     "Difference": "probe.reading.compare",
     "distance": "probe.reading.distances",
     "list_runs": "probe.reading.listing",
+    "Pair": "probe.reading.pair",
     "Run": "probe.reading.recording",
     "open_embedding": "probe.reading.embedding",
     "open_run": "probe.reading.recording",
@@ -123,6 +125,7 @@ __all__ = [
     "Noising",
     "NotFinite",
     "OutOfMemory",
+    "Pair",
     "ProbeError",
     "PromptError",
     "RecordingBusy",

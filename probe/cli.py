@@ -11,6 +11,7 @@
     probe verify [RUN]            check a recording against itself
     probe rerun [RUN]             record the same again, and say what differs
     probe diff A B                say what differs between two recordings
+    probe diff --pair RUN         say where an edited run parts from its parent, and by how much
     probe upgrade [RUN]           copy a recording of an older format into the newest
     probe rm RUN ...              remove recordings
     probe gc                      remove what killed writers left behind
@@ -147,18 +148,34 @@ def rerun(arguments: list[str]) -> int:
 def diff(arguments: list[str]) -> int:
     """Say what differs between two recordings: what was asked, the conditions, the values.
 
-    Exit code 0: the same bits; 1: something differs.
+    With --pair: where an edited run parts from its parent, and by how much latents, pictures,
+    words, heads and modules changed. Exit code 0: the same bits; 1: something differs.
     """
     from probe.reading.compare import compare
     from probe.reading.recording import open_run
 
     parser = Parser(prog="probe diff", description=diff.__doc__)
     parser.add_argument("a", help=RECORDING)
-    parser.add_argument("b", help="another")
+    parser.add_argument("b", nargs="?", help="another [with --pair: the parent of the first]")
+    parser.add_argument("--pair", action="store_true", help="compare an edited run and its parent")
+    parser.add_argument("--json", action="store_true", help="print JSON (with --pair)")
     add_runs(parser)
     options = parser.parse_args(arguments)
-    a, b = (open_run(name, options.runs) for name in (options.a, options.b))
-    return _say_difference(compare(a, b), a.name, b.name)
+    if options.json and not options.pair:
+        raise ExperimentError("--json prints a pair.", "Add --pair, or leave out --json.")
+    if options.b is None and not options.pair:
+        parser.error("the following arguments are required: b")
+    a = open_run(options.a, options.runs)
+    b = None if options.b is None else open_run(options.b, options.runs)
+    if not options.pair:
+        assert b is not None
+        return _say_difference(compare(a, b), a.name, b.name)
+    pair = a.against_parent(b)
+    if options.json:
+        output.say_json(pair.as_json())
+    else:
+        say(*pair.lines())
+    return 0 if pair.same else 1
 
 
 def _say_difference(comparison: Comparison, a: str, b: str) -> int:

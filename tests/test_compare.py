@@ -139,10 +139,7 @@ def test_a_variable_that_only_one_has(whole: Run, tmp_path: Path) -> None:
         tmp_path, scheduler="DDIM", images=2, decode_every=2, capture={"statistics": False}
     )
     found = compare(whole, other)
-    assert found.asked == [
-        f"capture: {whole.attributes['experiment']['capture']} and "
-        f"{other.attributes['experiment']['capture']}"
-    ]
+    assert found.asked == ["capture.statistics: True and False"]
     assert {d.problem for d in found.differences} == {"only in the first"}
     assert {d.variable.split("/")[0] for d in found.differences} == {"unet", "vae"}
     assert {d.problem for d in compare(other, whole).differences} == {"only in the second"}

@@ -75,6 +75,7 @@ LAYERS = [
         "probe.analysis.guidance",
         "probe.analysis.masks",
         "probe.analysis.trajectories",
+        "probe.analysis.pictures",
     ),
     ("probe.analysis",),
     ("probe.reading.untrusted",),
@@ -94,6 +95,7 @@ LAYERS = [
     ("probe.reading.embedding",),
     ("probe.reading.recording",),
     ("probe.reading.trajectories", "probe.reading.distances"),
+    ("probe.reading.apart",),
     ("probe.figures.drawing", "probe.figures.payload", "probe.figures.following"),
     ("probe.figures.channels",),
     (
@@ -103,7 +105,7 @@ LAYERS = [
         "probe.reading.compare",
         "probe.proof.checks",
     ),
-    ("probe.figures.bundle",),
+    ("probe.figures.bundle", "probe.reading.pair"),
     ("probe.figures.page", "probe.figures.animation"),
     ("probe.figures.plots", "probe.figures.guidance", "probe.figures.anatomy"),
     ("probe.figures.anatomy_page", "probe.figures.trajectories", "probe.figures.distance"),
@@ -189,6 +191,7 @@ DOORS = "probe.proof.verdict"  # the lowest line of the doors
 # called.
 LOOKS_UP = {
     ("probe.reading.recording", "probe.reading.compare"),  # run.diff(other)
+    ("probe.reading.recording", "probe.reading.pair"),  # run.against_parent()
     ("probe.reading.recording", "probe.proof.verdict"),  # run.verify()
     ("probe.reading.recording", "probe.figures.sheets"),  # run.save(path)
     ("probe.reading.recording", "probe.figures.noising_sheet"),  # of a noising

@@ -4,6 +4,7 @@ maps         maps on one grid, tokens merged to words and phrases, normalisation
 averages     many steps, layers, heads and grids as few: the global map, maps by noise level
 heads        what single heads do: shape, mass, overlap, ranking, contribution
 masks        masks from maps, and how well they agree with the truth
+pictures     how much two pictures are alike: PSNR and SSIM
 guidance     the prediction at any guidance scale, and what the prompt changes in it
 recomputed   maps computed from queries and keys when they are read
 trajectories paths of latents over the steps: PCA beside random walks, UMAP, neighbours kept
@@ -41,6 +42,7 @@ from probe.analysis.masks import (
     pixel_accuracy,
     threshold,
 )
+from probe.analysis.pictures import psnr, ssim
 from probe.analysis.trajectories import (
     aligned_map,
     pca,
@@ -75,8 +77,10 @@ __all__ = [
     "pixel_accuracy",
     "preservation",
     "probabilities",
+    "psnr",
     "random_walks",
     "ranked_heads",
+    "ssim",
     "threshold",
     "token_kinds",
     "umap_map",

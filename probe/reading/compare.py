@@ -13,7 +13,7 @@ are expected to be equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,18 +117,35 @@ def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
     ]
 
 
+def differing_settings(a: Run, b: Run) -> list[str]:
+    """Return the settings of two recipes that differ: ["steps: 20 and 30"].
+
+    What was captured comes last: it changes no picture.
+    """
+    one, other = (dict(_flat({"kind": run.kind, **run.attributes.recipe})) for run in (a, b))
+    ignored = ("name", "output", "durability", "device")
+    return [
+        f"{key}: {one.get(key)} and {other.get(key)}"
+        for key in sorted({**one, **other}, key=lambda key: key.startswith("capture."))
+        if key not in ignored and one.get(key) != other.get(key)
+    ]
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings by dotted names."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
 def compare(a: Run, b: Run) -> Comparison:
     """Compare everything that two recordings hold, over the steps that both have committed.
 
     A few steps are read at a time.
     """
-    one, other = ({"kind": run.kind, **run.attributes.recipe} for run in (a, b))
-    ignored = ("name", "output", "durability", "device")
-    asked = [
-        f"{key}: {one.get(key)} and {other.get(key)}"
-        for key in {**one, **other}
-        if key not in ignored and one.get(key) != other.get(key)
-    ]
+    asked = differing_settings(a, b)
     first, second = _variables(a), _variables(b)
     differences = [Difference(name, "only in the first") for name in first if name not in second]
     differences += [Difference(name, "only in the second") for name in second if name not in first]

@@ -55,7 +55,7 @@ def distance(one: Run, two: Run, of: Latents = "latents", image: int = 0) -> xr.
     Raises ExperimentError for latents of two sizes.
     """
     one_of("of", of, get_args(Latents))
-    first, second = (_latents(run, of, image) for run in (one, two))
+    first, second = (latents_of(run, of, image) for run in (one, two))
     if first.shape[1:] != second.shape[1:]:
         sizes = [" x ".join(map(str, values.shape[1:])) for values in (first, second)]
         raise ExperimentError(
@@ -72,13 +72,19 @@ def distance(one: Run, two: Run, of: Latents = "latents", image: int = 0) -> xr.
     return xr.DataArray(gap, dims="step", coords=coords, name="distance")
 
 
-def _latents(run: Run, of: Latents, image: int) -> np.ndarray:
-    """Return (step, channel, y, x) float32."""
+def latents_of(run: Run, of: Latents = "latents", image: int | None = None) -> np.ndarray:
+    """Return latents on the variance-preserving scale, of one image or (None) of all.
+
+    *Shape:* (step, channel, y, x) float32, or (step, image, channel, y, x).
+    """
     values = run.denoised() if of == "denoised" else run.latents
-    values = values.isel({run.attributes.across: image}).astype("float32").load()
+    across = run.attributes.across
+    values = values if image is None else values.isel({across: image})
+    values = values.astype("float32").load()
     if of == "latents" and run.attributes.latent_convention == "variance_exploding":
         values = variance_preserving(values, run.variable("sigma").sel(step=run.steps))
-    return values.transpose("step", "channel", "y", "x").values.astype(np.float32)
+    dims = [dim for dim in ("step", across, "channel", "y", "x") if dim in values.dims]
+    return values.transpose(*dims).values.astype(np.float32)
 
 
 def parting(far: xr.DataArray, threshold: float | xr.DataArray) -> int | None:

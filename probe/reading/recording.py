@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from probe.proof.verdict import Verification
     from probe.reading.compare import Comparison
     from probe.reading.memory import Memory
+    from probe.reading.pair import Pair
 
 MAX_PICTURE = 32 * 2**20
 
@@ -274,6 +275,23 @@ class Run(Attention, Latents):
                 "Open it first: probe.open_run(path).",
             )
         return compare(self, other)
+
+    def against_parent(self, parent: Run | None = None) -> Pair:
+        """Compare an edited run with its parent, as `probe diff --pair` does.
+
+        The parent is the run of the same experiment without edits, found in the folder of this
+        one; or give the run to compare with. Print the result: what was asked differently, where
+        the two part, and by how much pictures, words, heads and modules changed. Raises
+        RecordingNotFound without a parent, ExperimentError if `parent` is no recording.
+        """
+        from probe.reading.pair import compare_pair
+
+        if not isinstance(parent, Run | None):
+            raise ExperimentError(
+                f"parent is {in_words(parent)}, which is no recording.",
+                "Open it first: probe.open_run(path).",
+            )
+        return compare_pair(self, parent)
 
     def player(self, *others: Run, height: int = 900) -> Player:
         """Return a player of this recording, and of up to three others beside it, for a notebook.
