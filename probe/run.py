@@ -148,6 +148,7 @@ def say_forecast(recipe: Recipe, limit: int | None) -> int:
     Raise TooLarge if it is over the limit.
     """
     from probe.diffusion.loading import load
+    from probe.diffusion.preparing import prepared
     from probe.running.planning import plan
 
     scheduler, options = recipe.sampler
@@ -161,7 +162,7 @@ def say_forecast(recipe: Recipe, limit: int | None) -> int:
         scheduler=scheduler,
         options=options,
     )
-    planned = plan(model, recipe)
+    planned = plan(prepared(model, recipe), recipe)
     say_json(recipe.resolved())
     _say_sizes(planned, limit)
     return 0

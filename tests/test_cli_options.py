@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 FIELDS = {
     name: field
     for name, field in Experiment.model_fields.items()
-    if name not in ("capture", "scheduler_options")
+    if name not in ("capture", "scheduler_options", "edits")
 }
 
 FIELDS |= {f"capture.{name}": field for name, field in CaptureOptions.model_fields.items()}
@@ -43,6 +43,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "device": ("cuda:1", "cuda:1"),
     "prompt": ("a cat: 3 # 4", "a cat: 3 # 4"),
     "negative_prompt": ("7", "7"),
+    "clip_skip": ("1", 1),
     "over_long": ("cut", "cut"),
     "seed": ("7", 7),
     "images": ("3", 3),

@@ -139,7 +139,7 @@ LAYERS = [
     ("probe.diffusion.parts", "probe.diffusion.text"),
     ("probe.diffusion.sd", "probe.diffusion.sdxl"),
     ("probe.diffusion.families",),
-    ("probe.diffusion.loading",),
+    ("probe.diffusion.loading", "probe.diffusion.preparing"),
     ("probe.watching.conditions", "probe.watching.measures"),
     ("probe.watching.rehearsal",),
     ("probe.watching.selection",),

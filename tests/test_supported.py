@@ -394,7 +394,6 @@ def test_arguments_of_a_pipeline_that_have_no_field_are_named(ask: dict[str, Any
         "latents",
         "generator",
         "callback_on_step_end",
-        "clip_skip",
     ):
         for call in (
             lambda n=name: refused(ask, tiny.pipeline(), **{n: 1}),

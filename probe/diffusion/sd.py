@@ -11,6 +11,7 @@ computed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -32,7 +33,13 @@ from probe.diffusion.guidance import rule_of
 from probe.diffusion.prompts import OverLong, Prompt
 from probe.diffusion.schedulers import FORCED, another_scheduler, check_own
 from probe.diffusion.support import refuse_other_pipelines, refuse_unsupported
-from probe.diffusion.text import check_reading, read, refuse_other_readers
+from probe.diffusion.text import (
+    check_reading,
+    normed,
+    read,
+    refuse_other_readers,
+    with_text_model,
+)
 from probe.settings.fields import from_home
 from probe.words import RULES
 
@@ -45,7 +52,8 @@ class StableDiffusion:
     """The components of a Stable Diffusion 1.x or 2.x model, and what their configs say.
 
     `vae` is None for a model that works on pixels. `pipeline` is the one that the parts were taken
-    from, which says how it reads a prompt.
+    from, which says how it reads a prompt. The prompt skips the last `clip_skip` layers of the text
+    encoder.
     """
 
     name: str
@@ -56,6 +64,7 @@ class StableDiffusion:
     scheduler: Any
     revision: str | None = None
     vocabulary: frozenset[str] | None = None
+    clip_skip: int | None = None
     pipeline: Any | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -169,23 +178,31 @@ class StableDiffusion:
             prompt.mask if getattr(self.text_encoder.config, "use_attention_mask", None) else None
         )
 
-    def encode(self, prompt: Prompt) -> torch.Tensor:
-        """The text encoder's output, (1, token, feature)."""
+    def encode(self, prompt: Prompt, skip: int | None = None) -> torch.Tensor:
+        """Return the text encoder's output, (1, token, feature), without its last `skip` layers."""
         mask = self.text_mask(prompt)
+        states = {} if skip is None else {"output_hidden_states": True}
         with torch.no_grad():
             encoded = self.text_encoder(
                 prompt.ids.to(self.device),
                 attention_mask=None if mask is None else mask.to(self.device),
+                **states,
             )
+            if skip is not None:
+                state = encoded.hidden_states[-(skip + 1)]
+                return normed(self.text_encoder, state).to(self.dtype)
         return cast(torch.Tensor, encoded[0]).to(self.dtype)
 
     def tokens(self, text: str, over_long: OverLong = "error", rules: int = RULES) -> Tokens:
         """Tokenize a text for the text encoder, as the pipeline does."""
         return {ENCODER: self.read(text, over_long, rules)}
 
-    def encode_prompt(self, tokens: Tokens, _: str = COND) -> dict[str, torch.Tensor]:
-        """Return the UNet's text input, `encoder_hidden_states`. *Shape:* (1, token, feature)."""
-        return {TEXT: self.encode(tokens[ENCODER])}
+    def encode_prompt(self, tokens: Tokens, branch: str = COND) -> dict[str, torch.Tensor]:
+        """Return the UNet's text input, `encoder_hidden_states`. *Shape:* (1, token, feature).
+
+        Only the prompt skips layers: diffusers reads the negative prompt with all of them.
+        """
+        return {TEXT: self.encode(tokens[ENCODER], self.clip_skip if branch == COND else None)}
 
     def condition(
         self,
@@ -202,7 +219,9 @@ class StableDiffusion:
         texts = {COND: prompt, UNCOND: negative_prompt} if guided else {COND: prompt}
         tokens = {branch: self.tokens(text, over_long) for branch, text in texts.items()}
         self.check_reading(tokens)
-        arguments = {branch: self.encode_prompt(read_as) for branch, read_as in tokens.items()}
+        arguments = {
+            branch: self.encode_prompt(read_as, branch) for branch, read_as in tokens.items()
+        }
         return Conditioning(arguments, tokens)
 
     def blank(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -232,7 +251,7 @@ class StableDiffusion:
 
         Raise ModelError if a bit differs.
         """
-        check_reading(self, tokens, _theirs)
+        check_reading(self, tokens, functools.partial(_theirs, clip_skip=self.clip_skip))
 
     def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Decode latents to (image, rgb, y, x), about -1 to 1.
@@ -252,11 +271,15 @@ class StableDiffusion:
         return self
 
 
-def _theirs(pipeline: Any, prompts: Mapping[str, Prompt]) -> dict[str, Arguments]:
+def _theirs(
+    pipeline: Any, prompts: Mapping[str, Prompt], clip_skip: int | None = None
+) -> dict[str, Arguments]:
     """Ask the pipeline for the embeddings of prompts, by branch."""
     guided = UNCOND in prompts
     negative = prompts[UNCOND].text if guided else None
-    cond, uncond = pipeline.encode_prompt(
-        prompts[COND].text, pipeline.text_encoder.device, 1, guided, negative
-    )
+    encoder = pipeline.text_encoder
+    with with_text_model(encoder):
+        cond, uncond = pipeline.encode_prompt(
+            prompts[COND].text, encoder.device, 1, guided, negative, clip_skip=clip_skip
+        )
     return {COND: {TEXT: cond}, UNCOND: {TEXT: uncond}}

@@ -12,6 +12,7 @@ the training picture had, where it was cut, and the size that is wanted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,7 +54,8 @@ class StableDiffusionXL:
     """The components of a Stable Diffusion XL model, and what their configs say.
 
     `zeros_for_empty`: the model was trained with zeros in place of an empty negative prompt.
-    `pipeline` is the one that the parts were taken from; it says how it reads a prompt.
+    `pipeline` is the one that the parts were taken from; it says how it reads a prompt. The prompt
+    skips the last `clip_skip` layers of both text encoders, beside the one that is never used.
     """
 
     name: str
@@ -67,6 +69,7 @@ class StableDiffusionXL:
     zeros_for_empty: bool = True
     revision: str | None = None
     vocabulary: frozenset[str] | None = None
+    clip_skip: int | None = None
     pipeline: Any | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -180,15 +183,17 @@ class StableDiffusionXL:
     def encode_prompt(self, tokens: Tokens, branch: str = COND) -> dict[str, torch.Tensor]:
         """Return the UNet's `encoder_hidden_states` and `text_embeds`, one row each.
 
-        An empty negative prompt is zeros where the model was trained with them.
+        An empty negative prompt is zeros where the model was trained with them. Only the prompt
+        skips layers, as in diffusers.
         """
+        skip = (self.clip_skip or 0) if branch == COND else 0
         if not self.reads(tokens, branch):
             return self.blank(1, tokens[FIRST].ids.shape[1])
         states: list[torch.Tensor] = []
         for name, (encoder, _) in self.text_encoders().items():
             with torch.no_grad():
                 said = encoder(tokens[name].ids.to(self.device), output_hidden_states=True)
-            states.append(said.hidden_states[-2])
+            states.append(said.hidden_states[-(skip + 2)])
         return {TEXT: torch.cat(states, dim=-1).to(self.dtype), POOLED: said.text_embeds}
 
     def reads(self, tokens: Tokens, branch: str) -> bool:
@@ -242,7 +247,7 @@ class StableDiffusionXL:
 
         Raise ModelError if a bit differs.
         """
-        check_reading(self, tokens, _theirs)
+        check_reading(self, tokens, functools.partial(_theirs, clip_skip=self.clip_skip))
 
     # --- the UNet ---
 
@@ -314,7 +319,9 @@ class StableDiffusionXL:
         return self
 
 
-def _theirs(pipeline: Any, prompts: Mapping[str, Prompt]) -> dict[str, Arguments]:
+def _theirs(
+    pipeline: Any, prompts: Mapping[str, Prompt], clip_skip: int | None = None
+) -> dict[str, Arguments]:
     """Ask the pipeline for what the UNet is told of prompts, by branch."""
     guided = UNCOND in prompts
     cond, uncond, pooled, pooled_uncond = pipeline.encode_prompt(
@@ -322,5 +329,6 @@ def _theirs(pipeline: Any, prompts: Mapping[str, Prompt]) -> dict[str, Arguments
         device=pipeline.text_encoder.device,
         do_classifier_free_guidance=guided,
         negative_prompt=(prompts[UNCOND].text or None) if guided else None,
+        clip_skip=clip_skip,
     )
     return {COND: {TEXT: cond, POOLED: pooled}, UNCOND: {TEXT: uncond, POOLED: pooled_uncond}}

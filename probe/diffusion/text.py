@@ -104,6 +104,33 @@ def check_reading(model: Family, tokens: Mapping[str, Tokens], theirs: Theirs) -
                 )
 
 
+def normed(encoder: Any, state: torch.Tensor) -> torch.Tensor:
+    """Return a state of a text encoder after its last norm.
+
+    The norm's module is not called: each module then runs once for a text, and hooks see it once.
+    """
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    return torch.nn.functional.layer_norm(
+        state, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    )
+
+
+@contextlib.contextmanager
+def with_text_model(encoder: Any) -> Iterator[None]:
+    """Give a text encoder the attribute `text_model`, which diffusers' clip_skip looks for.
+
+    CLIPTextModel of transformers 5 has its parts without that wrapper.
+    """
+    if hasattr(encoder, "text_model"):
+        yield
+        return
+    vars(encoder)["text_model"] = encoder  # no submodule: nothing else sees it
+    try:
+        yield
+    finally:
+        del vars(encoder)["text_model"]
+
+
 def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     if ours.shape != theirs.shape:
         return False

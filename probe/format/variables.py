@@ -281,13 +281,13 @@ SCHEMA: tuple[Variable, ...] = (
             "hidden",
             "text_layer branch token feature",
             "run",
-            "output of each layer (SDXL: the last but one is used)",
+            "output of each layer (SDXL: the last but one is used, clip_skip before it)",
         ),
         _var(
             "output",
             "branch token feature",
             "run",
-            "after the last norm: what the UNet is given, but for SDXL",
+            "after the last norm: what the UNet is given, also with clip_skip, but for SDXL",
         ),
         _var(
             "attention",

@@ -27,6 +27,7 @@ from probe.analysis.maps import probabilities
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family, Predictions
 from probe.diffusion.loading import load, pick_device
+from probe.diffusion.preparing import prepared
 from probe.diffusion.sampling import Step
 from probe.proof.attention_witness import AttentionWitness
 from probe.proof.checks import Check, Tally, variables
@@ -81,8 +82,9 @@ def model_of(run: Run, pipeline: Any | None = None) -> Family:
             "dtype": dtype,
             "device": device,
         }
-        return load(recipe.model, **where, scheduler=scheduler, options=options)
-    return family_of(pipeline, scheduler=scheduler, options=options)
+        loaded = load(recipe.model, **where, scheduler=scheduler, options=options)
+        return prepared(loaded, recipe)
+    return prepared(family_of(pipeline, scheduler=scheduler, options=options), recipe)
 
 
 def check_model(run: Run, model: Family, steps: Sequence[int]) -> Iterator[Check]:

@@ -22,6 +22,7 @@ from probe.analysis.recomputed import recomputed
 from probe.diffusion.families import family_of
 from probe.diffusion.family import TEXT, Family, Tokens
 from probe.diffusion.loading import load
+from probe.diffusion.preparing import prepared
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.format.schema import near
 from probe.reading.recording import Run
@@ -114,6 +115,7 @@ def _read(run: Run, context: str, pipeline: Any | None) -> tuple[Family, Tokens]
             "device": "cpu",
         }
         model = load(recipe.model, **where, scheduler=scheduler, options=options)
+    model = prepared(model, recipe)
     if model.digest() != run.attributes["model"]["weights"]:
         raise ModelError(
             f"{run.name} was recorded with other weights of {model.name}.",

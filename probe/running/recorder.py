@@ -26,6 +26,7 @@ from probe.arguments import check_options, in_words
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family
 from probe.diffusion.loading import load, pick_device
+from probe.diffusion.preparing import prepared
 from probe.diffusion.support import remarks_on_version
 from probe.errors import ExperimentError, OutOfMemory, ProbeError
 from probe.figures import sheets
@@ -320,12 +321,12 @@ def model_for(
         if recorded is not None:
             there = recorded.attributes.model
             where |= {"revision": there.revision or recipe.revision, "dtype": there.dtype}
-        model: Family = load(recipe.model, **where, scheduler=scheduler, options=options)
+        model = load(recipe.model, **where, scheduler=scheduler, options=options)
     else:
         model = family_of(pipeline, scheduler=scheduler, options=options)
     if pipeline is not None:
         refuse_contradiction(recipe.dtype, recipe.device, model, recorded)
-    return model
+    return prepared(model, recipe)
 
 
 def refuse_contradiction(

@@ -113,9 +113,7 @@ NOT_HERE = {
         ("ip_adapter_image", "ip_adapter_image_embeds"),
         "Leave it out: IP-Adapters are not recorded.",
     ),
-    **dict.fromkeys(
-        ("clip_skip", "cross_attention_kwargs", "sigmas"), "Leave it out: it is not supported."
-    ),
+    **dict.fromkeys(("cross_attention_kwargs", "sigmas"), "Leave it out: it is not supported."),
     **dict.fromkeys(
         ("callback_on_step_end", "callback", "output_type", "return_dict"),
         "Leave it out: every step is in the recording.",

@@ -16,6 +16,8 @@ from probe.settings.capture import CaptureOptions
 from probe.settings.fields import Line, Place, Revision, Strict
 from probe.settings.strict_yaml import LARGEST
 
+LATER = ("clip_skip",)  # fields that were added after recordings had been made
+
 
 class Recipe(Strict):
     """What every recording is asked for: the model, where it runs, what is recorded, and where to.
@@ -54,6 +56,13 @@ class Recipe(Strict):
         default="auto",
         pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$",
         description="Where the model runs: auto, cpu, cuda, cuda:N or mps.",
+    )
+    clip_skip: int | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="How many of the text encoder's last layers the prompt skips; the negative "
+        "prompt skips none, as in diffusers; none, or 0: all are used.",
     )
     over_long: Literal["error", "cut"] = Field(
         default="error",
@@ -150,8 +159,13 @@ class Recipe(Strict):
 
     @property
     def not_asked(self) -> tuple[str, ...]:
-        """Fields that change nothing that is recorded, such as its name."""
-        return ("name", "output", "durability")
+        """Fields that change nothing that is recorded, such as its name.
+
+        A field of `LATER` that is not set counts as none: recipes of older versions keep their
+        identity.
+        """
+        unset = tuple(name for name in LATER if not getattr(self, name))
+        return ("name", "output", "durability", *unset)
 
     @classmethod
     def ordered_fields(cls) -> dict[str, FieldInfo]:

@@ -9,7 +9,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from probe.diffusion.family import Family
+from probe.diffusion.family import COND, Family
+from probe.diffusion.text import normed
 from probe.errors import CaptureError
 from probe.format.schema import ArraySpec, spec
 from probe.watching.conditions import FINITE, NOT_FINITE
@@ -27,7 +28,7 @@ class TextEncoder(Capture):
 
     For a branch that no text encoder reads, zeros are recorded, as the denoiser gets zeros. Each
     layer's attention is proven: softmax(q k^T) v must be what it writes. Raise CaptureError if it
-    is not.
+    is not. With `clip_skip`, `output` is the state that the denoiser is given, after the last norm.
     """
 
     def __init__(self, model: Family, plan: Plan, component: str = "text_encoder"):
@@ -108,7 +109,7 @@ class TextEncoder(Capture):
     def begin(self, store: Store) -> None:
         seen, group = self._tray.take(), f"text/{self.component}"
         for name in self._names:
-            read = {branch: self._whole(seen, f"{branch} {name}", name) for branch in self._read}
+            read = {branch: self._whole(seen, branch, name) for branch in self._read}
             rows = [
                 read[branch] if branch in read else torch.zeros_like(read["cond"])
                 for branch in self._plan.computed_branches
@@ -117,12 +118,17 @@ class TextEncoder(Capture):
                 f"{group}/{name}", as_numpy(torch.stack(rows, dim=1 if name in LAYERED else 0))
             )
 
-    def _whole(self, seen: dict[str, torch.Tensor], prefix: str, name: str) -> torch.Tensor:
+    def _whole(self, seen: dict[str, torch.Tensor], branch: str, name: str) -> torch.Tensor:
         """Return what was seen of one branch.
 
         *Shape:* embedding and output (token, feature), pooled (feature), hidden (layer, token,
         feature), attention (layer, head, token, key).
         """
+        prefix, skip = f"{branch} {name}", self._model.clip_skip
+        if name == "output" and branch == COND and skip and self._pooled is None:
+            states = ["embedding", *(f"hidden {index}" for index in range(len(self._layers)))]
+            with torch.no_grad():
+                return normed(self._root, seen[f"{branch} {states[-(skip + 1)]}"])[0]
         if name not in LAYERED:
             return seen[prefix][0]
         return torch.stack([seen[f"{prefix} {index}"][0] for index in range(len(self._layers))])
