@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import test from "node:test";
 
-import { clamp, fromAddress, high, map, nearest, open, overlap, peak, said, short, span, table, toAddress } from "../probe/figures/payload.js";
+import { clamp, fromAddress, high, map, nearest, open, overlap, peak, said, short, span, summed, table, toAddress } from "../probe/figures/payload.js";
 
 test("a step is said as the arrays count it and as people do", () => {
   assert.equal(said(6, 20), "6 (7th of 20)");
@@ -42,6 +42,10 @@ test("a map of many steps is their mean", () => {
   const part = { kind: "numbers", shape: [1, 1, 2, 3], scales: [1, 1, 1, 1], high: [2], data: new Uint8Array([255, 0, 0, 51, 102, 153]) };
   assert.deepEqual([...map(part, [0, 0], 0).values].map((value) => value.toFixed(3)), ["2.000", "0.400"]);
   assert.deepEqual([...map(part, [0, 2], 0).values].map((value) => value.toFixed(3)), ["0.667", "0.800"]);
+});
+
+test("bytes are summed from their differences, each row by itself", () => {
+  assert.deepEqual([...summed(new Uint8Array([250, 10, 255, 1, 2, 3]), 3)], [250, 4, 3, 1, 3, 6]);
 });
 
 test("runs are synced by the logarithm of sigma", () => {

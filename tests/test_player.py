@@ -16,6 +16,7 @@ from tiny_runs import take
 
 import probe
 from probe.errors import ExperimentError, RecordingNotFound
+from probe.figures import channels as figures_channels
 from probe.figures.bundle import latent_channel, payload
 from probe.figures.channels import KINDS, channels, layers_and_heads, places
 from probe.figures.page import asset, script
@@ -155,6 +156,28 @@ def test_numbers_keep_what_is_not_finite_out() -> None:
     np.testing.assert_array_equal(found["maps"].ravel(), [0, 0, 0, 0.5])
     with pytest.raises(ValueError, match="JSON"):
         pack({"sigma": float("nan")}, {})
+
+
+@pytest.mark.parametrize("levels", [256, 64])
+def test_numbers_are_the_nearest_level_at_every_step(levels: int) -> None:
+    values = np.random.default_rng(0).random((7, 3, 4, 5), np.float32)
+    values[:, 1] *= 1e-4
+    values[:, 2] = 1e-38  # 255 divided by it is more than a float32 holds
+    part = numbers(values, apart=[1], levels=levels)
+    found = unpack(pack({}, {"maps": part}))[1]["maps"]
+    most = values.max(axis=(0, 2, 3))[:, None, None, None]
+    off = abs(found - values.transpose(1, 2, 3, 0))
+    assert (off <= most * (0.5 / (levels - 1) + 0.5 / 255))[:2].all() and not found[2].any()
+    assert part[1]["scales"] == [3, 1, 1, 1]
+    assert len(np.unique(found[0])) > levels / 3
+
+
+def test_maps_read_in_pieces_are_those_read_at_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = layers_and_heads(run, 1)
+    monkeypatch.setattr(figures_channels, "READ_AT_ONCE", 100_000)
+    assert layers_and_heads(run, 1) == whole
 
 
 def filled(snippet: str, run: Run, **values: object) -> np.ndarray:

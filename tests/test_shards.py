@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from probe.writing.store import RunWriter
 
 SHAPE = (3, 5, 2, 1, 2, 2, 4, 3)  # step, token, branch, image, layer, head, y, x
 CROSS = "attention/4x3/cross"
+
+
+@pytest.fixture(autouse=True, params=["preadv", "pread", "seek"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system reads with: on some there is no preadv, on Windows no pread either."""
+    for name in ("preadv", "pread")[: ("preadv", "pread", "seek").index(request.param)]:
+        monkeypatch.delattr(os, name, raising=False)
 
 
 @pytest.fixture

@@ -175,8 +175,9 @@ def test_a_folder_that_cannot_be_listed_is_said(
     assert "Mount" in caught.value.remedy
 
 
+@pytest.mark.parametrize("call", ["pread", "preadv"])  # of a shard's index, of a chunk
 def test_a_read_that_fails_in_the_middle_is_the_systems(
-    good: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file opens, and the disk gives up on its bytes."""
     run = Run(good)
@@ -185,7 +186,7 @@ def test_a_read_that_fails_in_the_middle_is_the_systems(
     def fails(*_: Any) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, "pread", fails)
+    monkeypatch.setattr(os, call, fails)
     with pytest.raises(RecordingUnreadable, match="Input/output error"):
         _ = maps.isel(step=0).values
 

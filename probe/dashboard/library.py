@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from probe.errors import RecordingDamaged, RecordingNotFound, RecordingUnreadable
+from probe.figures.payload import MAGIC
 from probe.reading import sample
 from probe.reading.finding import find_run
 from probe.reading.listing import Listed, listing, status_of
@@ -113,7 +114,7 @@ class Library:
         state, run = self._opened(key)
         status = status_of(dict(run.attributes))  # a writer may die, and no file tells
         now = (*state, status)
-        tag = hashlib.sha256(repr((key, now, what)).encode()).hexdigest()[:24]
+        tag = hashlib.sha256(repr((MAGIC, key, now, what)).encode()).hexdigest()[:24]
         with self._lock:
             if (key, what) in self._kept and self._kept[key, what][0] == now:
                 self._kept.move_to_end((key, what))

@@ -18,11 +18,13 @@ from probe.analysis.maps import resize
 from probe.arguments import branch_name, one_of, whole_number
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.figures.payload import Part, finite, numbers, pack
+from probe.reading.choice import slice_of
 from probe.reading.recording import Run
 
 Reading = Literal["attention", "contribution", "counterfactual"]  # of a word
 Per = Literal["words", "tokens"]
 THUMBNAIL = 16  # the side of a map among layers and heads
+READ_AT_ONCE = 16 * 2**20  # bytes of maps
 RANKED = 6  # heads that are named
 KINDS = {"start": ("BOS",), "words": ("words", "other"), "end": ("EOS",), "padding": ("rest",)}
 UNITS = {
@@ -124,26 +126,38 @@ def _as_channels(
 ) -> tuple[dict[str, Any], Part]:
     """Return maps (step, token, y, x) as one for each word or token, then start, end, padding."""
     kinds = analysis.token_kinds(maps).values
-    values = maps.transpose("token", "step", "y", "x").values
-    spots = {name: values[np.isin(kinds, parts)].sum(axis=0) for name, parts in KINDS.items()}
+    values = maps.transpose("step", "token", "y", "x").values
     ends = [] if per == "tokens" else ["start", "end", "padding"]
     if per == "tokens":
         listed = _token_channels(maps)
-        shown = maps.transpose("step", "token", "y", "x").values
+        groups = [np.array([index]) for index in range(maps.sizes["token"])]
     else:
         cut, split = run.cut(branch)
         words = analysis.word_maps(maps.isel(step=slice(0, 1)), cut=cut, split=split)  # labels
         listed = [{"label": str(word), "kind": "word"} for word in words["word"].values]
         numbered = maps["word_index"].values
-        sums = [values[numbered == place].sum(axis=0) for place in words["word_index"].values]
-        shown = np.stack(sums, axis=1) if sums else values[:0].transpose(1, 0, 2, 3)
+        groups = [np.flatnonzero(numbered == place) for place in words["word_index"].values]
     listed += [{"label": name, "kind": name} for name in ends]
-    every = np.concatenate([shown, *(spots[name][:, None] for name in ends)], axis=1)
+    groups += [np.flatnonzero(np.isin(kinds, KINDS[name])) for name in ends]
+    every = np.empty((len(values), len(groups), *values.shape[2:]), np.float32)
+    for place, tokens in enumerate(groups):
+        _sum_of(values, tokens, every[:, place])
     about = _about(of, branch, maps["step"].values) | {"channels": listed, "per": per}
     about["snippets"] = _snippets(run, of, branch, per, image)
     if of == "attention":  # of all that is looked at, whatever the word
-        about["shares"] = {name: finite(spot.mean(axis=(1, 2))) for name, spot in spots.items()}
+        means = values.mean(axis=(2, 3))
+        about["shares"] = {
+            name: finite(means[:, np.isin(kinds, parts)].sum(axis=1))
+            for name, parts in KINDS.items()
+        }
     return about, numbers(every, apart=[1])
+
+
+def _sum_of(values: np.ndarray, tokens: np.ndarray, out: np.ndarray) -> None:
+    """Write the sum of some tokens' maps (step, token, y, x) into `out` (step, y, x)."""
+    out[...] = values[:, tokens[0]] if len(tokens) else 0
+    for token in tokens[1:]:
+        out += values[:, token]
 
 
 def _token_channels(maps: xr.DataArray) -> list[dict[str, str]]:
@@ -213,13 +227,11 @@ def layers_and_heads(
         maps = maps.sel(branch=branch)
         _check_image(run, maps, image)
         at = _tokens_of(run, maps, channel, per)
-        values = analysis.probabilities(maps.isel({"token": at, axis_of(run): image}).values)
-        values = values[:, 0] if len(at) == 1 else values.sum(axis=1)
-        small = _thumbnails(values)
+        small, means = _in_steps(maps.isel({"token": slice_of(at), axis_of(run): image}))
         steps = maps["step"].values.tolist()
         for index, layer in enumerate(maps["layer"].values):
             layers[str(layer)] = small[:, index]
-            shares[str(layer)] = values[:, index].mean(axis=(2, 3))
+            shares[str(layer)] = means[:, index]
     parts = ["down", "mid_", "up_b"]
     order = sorted(layers, key=lambda path: ([*parts, path[:4]].index(path[:4]), path))
     heads = max(part.shape[1] for part in layers.values())
@@ -237,6 +249,24 @@ def layers_and_heads(
         "branch": branch,
     }
     return pack(meta, {"maps": numbers(shown, apart=[1, 2], levels=64)})
+
+
+def _in_steps(maps: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum of some tokens' maps, as thumbnails and as means over places.
+
+    *Shape:* (step, token, layer, head, y, x) -> (step, layer, head, y, x) and (step, layer, head).
+    What is read and computed at once is small: memory that is used again costs half of the time.
+    """
+    small, means = [], []
+    at_once = max(1, int(READ_AT_ONCE // max(1, maps.nbytes / max(1, maps.sizes["step"]))))
+    for first in range(0, maps.sizes["step"], at_once):
+        for step in maps.isel(step=slice(first, first + at_once)).values:
+            values = analysis.probabilities(step[0])
+            for token in step[1:]:
+                values += analysis.probabilities(token)
+            small.append(_thumbnails(values))
+            means.append(values.mean(axis=(2, 3)))
+    return np.stack(small), np.stack(means)
 
 
 def _ranking(shares: list[np.ndarray]) -> list[tuple[int, int, float]]:

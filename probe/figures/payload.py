@@ -1,6 +1,6 @@
 """The container of what the player draws: maps as bytes with their range, pictures, numbers.
 
-A payload is `PRB1`, the length of a JSON header (uint32, little endian), the header, then the parts
+A payload is `PRB2`, the length of a JSON header (uint32, little endian), the header, then the parts
 that it lists. Pictures are WebP sheets. The dashboard sends payloads, an exported page holds them,
 and payload.js opens them.
 """
@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 Part: TypeAlias = tuple[bytes, dict[str, Any]]  # the bytes, and what the header says of them
-MAGIC = b"PRB1"
+MAGIC = b"PRB2"  # another number at every change: browsers keep what an older version made
+FAINT = 1e-30  # where nothing is greater, all is 0
 COLUMNS = 10  # pictures in a row of a sheet
 
 
@@ -44,30 +45,42 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if part["kind"] == "numbers":
             start = 8 + length + part["at"]
             raw = np.frombuffer(zlib.decompress(content[start : start + part["size"]]), np.uint8)
+            codes = raw.reshape(part["shape"]).cumsum(axis=-1, dtype=np.uint8)
             scale = np.array(part["high"], np.float32).reshape(part["scales"]) / 255
-            found[name] = raw.reshape(part["shape"]) * scale
+            found[name] = codes * scale
     return head, found
 
 
 def numbers(values: np.ndarray, apart: Sequence[int] = (), levels: int = 256) -> Part:
-    """Return numbers (step, ...) from 0 up as bytes (..., step): byte / 255 of the greatest value.
+    """Return numbers (step, ...) from 0 up as bytes (..., step), each byte / 255 of the greatest.
 
-    Each index along the axes `apart` has a greatest value of its own. Fewer `levels` take less
-    room. Steps come last: what changes little lies side by side, and takes half of the room.
+    Each index along the axes `apart`, never the first, has a greatest value of its own. Fewer
+    `levels` take less room. Each byte is stored as its difference, modulo 256, from the one of the
+    step before: what changes little compresses well, and fast.
     """
-    values = np.nan_to_num(np.asarray(values, np.float32), nan=0, posinf=0, neginf=0).clip(min=0)
-    values, apart = np.moveaxis(values, 0, -1), [axis - 1 for axis in apart]
+    values = np.fmax(np.asarray(values, np.float32), 0)  # NaN becomes 0
     over = tuple(axis for axis in range(values.ndim) if axis not in apart)
     high = values.max(axis=over, keepdims=True, initial=0)
-    shares = np.divide(values, high, out=np.zeros_like(values), where=high > 0)
-    codes = (shares * (levels - 1)).round() * (255 / (levels - 1))
+    if not np.isfinite(high).all():
+        values[np.isinf(values)] = 0
+        high = values.max(axis=over, keepdims=True, initial=0)
+    values *= np.divide(levels - 1, high, out=np.zeros_like(high), where=high > FAINT)
+    values += 0.5
+    if levels < 256:
+        values = np.floor(values, out=values) * np.float32(255 / (levels - 1)) + np.float32(0.5)
+    codes = values.astype(np.uint8)  # rounded: what is behind the point is cut off
+    codes[1:] -= codes[:-1].copy()
+    steps_last = np.moveaxis(codes, 0, -1)
     about = {
         "kind": "numbers",
-        "shape": list(values.shape),
-        "scales": list(high.shape),
+        "shape": list(steps_last.shape),
+        "scales": [*high.shape[1:], 1],
         "high": [float(f"{one:.6g}") for one in high.ravel()],
     }
-    return zlib.compress(codes.round().astype(np.uint8).tobytes(), 9), about
+    # Of 256 levels, runs alone are looked for: a sixth of the time, and a few percent more room.
+    how = (1, zlib.Z_RLE) if levels == 256 else (6, zlib.Z_DEFAULT_STRATEGY)
+    deflate = zlib.compressobj(how[0], strategy=how[1])
+    return deflate.compress(np.ascontiguousarray(steps_last).data) + deflate.flush(), about
 
 
 def pictures(rgb: np.ndarray, lossless: bool = True) -> Part:
