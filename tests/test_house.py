@@ -45,6 +45,7 @@ LAYERS = [
         "probe.reading",
         "probe.figures",
         "probe.proof",
+        "probe.studies",
         "probe.testing",
     ),  # their docstrings
     ("probe.settings.strict_yaml",),
@@ -96,6 +97,7 @@ LAYERS = [
     ("probe.reading.recording",),
     ("probe.reading.trajectories", "probe.reading.distances"),
     ("probe.reading.apart",),
+    ("probe.studies.measures",),
     ("probe.figures.drawing", "probe.figures.payload", "probe.figures.following"),
     ("probe.figures.channels",),
     (

@@ -171,9 +171,7 @@ def _edit_of(keys: tuple[Any, ...], data: Mapping[str, Any]) -> Mapping[str, Any
     return {}
 
 
-def _wrong_edit(
-    edit: Mapping[str, Any], error: Any, keys: tuple[Any, ...]
-) -> tuple[str, str]:
+def _wrong_edit(edit: Mapping[str, Any], error: Any, keys: tuple[Any, ...]) -> tuple[str, str]:
     """Return cause and remedy for an edit, or a field of one, that does not fit."""
     kinds = ", ".join(EDIT_KINDS)
     if error["type"] == "union_tag_not_found":
