@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         Run,
         open_run,
     )
+    from probe.reading.study import Study, open_study
     from probe.reading.trajectories import trajectories
     from probe.running.ask import read_out
     from probe.running.recorder import (
@@ -102,6 +103,8 @@ _HOMES = {
     "Run": "probe.reading.recording",
     "open_embedding": "probe.reading.embedding",
     "open_run": "probe.reading.recording",
+    "open_study": "probe.reading.study",
+    "Study": "probe.reading.study",
     "read_out": "probe.running.ask",
     "record": "probe.running.recorder",
     "record_noising": "probe.running.recorder",
@@ -137,6 +140,7 @@ __all__ = [
     "RunFailed",
     "Session",
     "StoreError",
+    "Study",
     "TooLarge",
     "UserError",
     "Verification",
@@ -147,6 +151,7 @@ __all__ = [
     "load_noising",
     "open_embedding",
     "open_run",
+    "open_study",
     "read_out",
     "record",
     "record_noising",

@@ -54,7 +54,7 @@ LAYERS = [
     ("probe.reading.archives",),
     ("probe.format.variables", "probe.format.attributes"),
     ("probe.format.schema",),
-    ("probe.format.dimensions", "probe.format.embedding"),
+    ("probe.format.dimensions", "probe.format.embedding", "probe.format.study"),
     ("probe.settings.fields",),
     ("probe.settings.pictures", "probe.arguments"),
     ("probe.settings.capture", "probe.settings.edits"),
@@ -97,7 +97,8 @@ LAYERS = [
     ("probe.reading.recording",),
     ("probe.reading.trajectories", "probe.reading.distances"),
     ("probe.reading.apart",),
-    ("probe.studies.measures",),
+    ("probe.studies.measures", "probe.reading.study"),
+    ("probe.reading.study_dataset",),
     ("probe.figures.drawing", "probe.figures.payload", "probe.figures.following"),
     ("probe.figures.channels",),
     (
@@ -194,6 +195,7 @@ DOORS = "probe.proof.verdict"  # the lowest line of the doors
 LOOKS_UP = {
     ("probe.reading.recording", "probe.reading.compare"),  # run.diff(other)
     ("probe.reading.recording", "probe.reading.pair"),  # run.against_parent()
+    ("probe.reading.study", "probe.reading.study_dataset"),  # study.dataset, study.save(path)
     ("probe.reading.recording", "probe.proof.verdict"),  # run.verify()
     ("probe.reading.recording", "probe.figures.sheets"),  # run.save(path)
     ("probe.reading.recording", "probe.figures.noising_sheet"),  # of a noising
