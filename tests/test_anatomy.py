@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import zipfile
 from html.parser import HTMLParser
@@ -13,7 +14,7 @@ from recordings import recording
 
 import probe
 from probe.figures import anatomy
-from probe.figures.anatomy_page import drawing, sentences
+from probe.figures.anatomy_page import Shown, drawing, sentences
 from probe.reading.recording import Run
 from probe.testing.synthetic import synthetic_recording
 
@@ -125,7 +126,7 @@ def test_format_1_does_not_say_how_large_the_parts_are(first: Run) -> None:
 
 
 def test_the_drawing_shows_the_numbers_and_outlines_one_block(sample: Run, synthetic: Run) -> None:
-    page = Page(drawing(sample, "down_blocks.1.resnets.0"))
+    page = Page(drawing(sample, Shown("down_blocks.1.resnets.0")))
     for said in ("An astronaut scuba diving", "DDIMScheduler", "77 x 128, float32", "8 x 8"):
         assert said in page.text, said
     assert "not recorded" not in page.text and "8,788,228" in page.text
@@ -139,6 +140,42 @@ def test_the_drawing_shows_the_numbers_and_outlines_one_block(sample: Run, synth
     }
     assert rows["down_blocks.0"] < rows["down_blocks.1"] < rows["mid_block"] > rows["up_blocks.1"]
     assert rows["up_blocks.2"] == rows["down_blocks.0"]
+
+
+def test_blocks_and_layers_are_buttons_that_say_what_they_are(sample: Run, tmp_path: Path) -> None:
+    shown = Shown("up_blocks.1", "cond", 0, ("text_encoder", 2, None))
+    page = Page(drawing(sample, shown))
+    buttons = [about for tag, about in page.tags if tag == "button"]
+    picks = {(about["data-pick"], about["data-value"]): about["aria-pressed"] for about in buttons}
+    blocks = {("block", block.path) for block in anatomy.blocks(sample) if block.measured}
+    layers = {("layer", f"text_encoder {number}") for number in range(3)}
+    assert set(picks) == blocks | layers and len(blocks) == 7
+    pressed = {pick for pick, is_pressed in picks.items() if is_pressed == "true"}
+    assert pressed == {("block", "up_blocks.1"), ("layer", "text_encoder 2")}
+    little = Page(drawing(Run(recording(tmp_path / "little.zarr"))))
+    assert not [tag for tag, _ in little.tags if tag == "button"], "nothing to see behind them"
+
+
+def test_a_small_curve_is_that_of_the_statistics(sample: Run) -> None:
+    module, branch = "down_blocks.0", "uncond"
+    page = Page(drawing(sample, Shown(module, branch)))
+    (alt, source) = next(
+        (str(about["alt"]), str(about["src"]))
+        for tag, about in page.tags
+        if tag == "img" and "svg" in str(about["src"])
+    )
+    assert alt.startswith("Output of down_blocks.0, uncond, from step 0 to 19")
+    svg = base64.b64decode(source.partition(",")[2]).decode()
+    found = re.search("<polyline points='([^']*)'", svg)
+    assert found
+    line = np.array([corner.split(",") for corner in found[1].split()], np.float64)
+    values = anatomy.statistics(sample, module, branch)
+    low = (values["mean"] - values["std"]).min()
+    high = (values["mean"] + values["std"]).max()
+    np.testing.assert_allclose(line[:, 0], np.arange(20) * 300 / 19, atol=0.06)
+    drawn = low + (60 - line[:, 1]) / 60 * (high - low)
+    np.testing.assert_allclose(drawn, values["mean"], atol=(high - low) / 500)
+    assert f"{low:.3g} to {high:.3g}" in alt
 
 
 @pytest.mark.parametrize("prompt", HOSTILE)

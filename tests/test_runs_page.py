@@ -12,8 +12,10 @@ from streamlit.testing.v1 import AppTest
 from probe import noising, run
 from probe.dashboard import library as libraries
 from probe.dashboard.library import Library, configure
-from probe.dashboard.views.runs import made_by
+from probe.dashboard.views.runs import _row, made_by
 from probe.reading.listing import Listed
+from probe.reading.recording import Run
+from probe.reading.sample import unpacked
 from probe.settings.experiment import Experiment, load_experiment
 from probe.settings.noising import Noising, load_noising
 from probe.terminal import overrides
@@ -63,6 +65,12 @@ def test_the_command_of_a_noising_asks_for_the_same() -> None:
 )
 def test_what_is_no_option_gives_no_command(experiment: dict[str, Any]) -> None:
     assert made_by(listed(experiment=experiment)) == "" and made_by(listed()) == ""
+
+
+def test_the_table_calls_a_recording_as_people_do() -> None:
+    path = unpacked("sample-guidance-8")
+    assert _row(Listed(path, dict(Run(path).attributes)))["name"] == "sample-guidance-8"
+    assert _row(listed())["name"] == "one"
 
 
 def test_both_commands_are_shown_as_code(tmp_path: Path) -> None:

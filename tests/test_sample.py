@@ -153,6 +153,8 @@ def test_a_limit_on_files_is_no_fault_of_the_zip(name: str, tmp_path: Path) -> N
 
 def test_a_recording_is_called_by_what_opens_it(tmp_path: Path) -> None:
     assert [sample.called(sample.unpacked(name)) for name in sample.NAMES] == list(sample.NAMES)
+    assert [open_run(name).name for name in sample.NAMES] == list(sample.NAMES)
+    assert sample.name_of(tmp_path / "sample-12345678.zarr") == "sample-12345678"
     assert sample.called(tmp_path / "sample-12345678.zarr") == str(
         tmp_path / "sample-12345678.zarr"
     )

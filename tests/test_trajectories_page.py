@@ -69,6 +69,23 @@ def test_it_computes_components_and_teaches_how_to_store_maps(folder: Path) -> N
     assert "clean latents that the model expected" in texts(app) and not app.exception
 
 
+def test_a_legend_has_the_names_that_people_know(folder: Path, tmp_path: Path) -> None:
+    """The sample is no sample-b3112ab7; only where two names are equal one gets a number."""
+    same = synthetic_recording(tmp_path / "elsewhere" / "cat-1.zarr", steps=7, seed=3)
+    library = Library(folder, [str(same)])
+    configure(library)
+    app = page(runs=["sample", "sample-guidance-8"])
+    legend = [trace["name"] for trace in charts(app)[0]["data"] if trace.get("showlegend", True)]
+    assert legend == ["sample", "sample-guidance-8"]
+    keys = [library.add(path) for path in (same, folder / "cat-1.zarr")]
+    legend = [
+        trace["name"]
+        for trace in charts(page(runs=keys))[0]["data"]
+        if trace.get("showlegend", True)
+    ]
+    assert keys[1] != "cat-1" and legend == ["cat-1", "cat-1 (2)"]
+
+
 def test_it_is_among_the_pages(folder: Path) -> None:
     app = AppTest.from_file(str(PAGES), default_timeout=60).run()
     assert not app.exception

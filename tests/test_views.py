@@ -137,7 +137,9 @@ def test_every_widget_of_anatomy_moves_what_is_shown() -> None:
     app.selectbox("block").set_value("down_blocks.1.resnets.0").run()
     values = anatomy.statistics(run, "down_blocks.1.resnets.0", "cond")
     assert np.allclose(lines(app, "mean")[1]["y"], values["mean"])
-    assert "class='block chosen'" in drawn(app)
+    assert "class='block chosen'" in drawn(app) and "Output of down_blocks.1.resnets.0" in drawn(
+        app
+    )
     app.selectbox("branch").set_value("uncond").run()
     values = anatomy.statistics(run, "down_blocks.1.resnets.0", "uncond")
     assert np.allclose(lines(app, "mean")[1]["y"], values["mean"])
@@ -153,6 +155,58 @@ def test_every_widget_of_anatomy_moves_what_is_shown() -> None:
     app.multiselect("runs").set_value(["pair"]).run()
     app.number_input("image").set_value(1).run()
     assert any("image=1" in code.value for code in app.code) and not app.exception
+
+
+def press(app: AppTest, *picked: str) -> None:
+    """Press a button of the drawing, as the browser tells it."""
+    app.session_state["picks"] = {"picked": list(picked)}
+    app.run()
+    assert not app.exception
+
+
+def test_a_press_in_the_drawing_shows_that_block_or_layer() -> None:
+    app = page("anatomy", "sample")
+    run = probe.open_run("sample")
+    press(app, "block", "up_blocks.1")
+    assert app.selectbox("block").value == "up_blocks.1"
+    values = anatomy.statistics(run, "up_blocks.1", "cond")
+    assert np.allclose(lines(app, "mean")[1]["y"], values["mean"])
+    assert "Output of up_blocks.1, cond" in drawn(app)
+    press(app, "layer", "text_encoder 2")
+    attention, _ = anatomy.text_attention(run, "text_encoder", 2, None)
+    assert app.selectbox("text_layer").value == "layer 2" and "layer 2, mean" in drawn(app)
+    assert lines(app, "text_map")[0]["zmax"] == pytest.approx(float(attention.max()))
+    assert app.selectbox("block").value == "up_blocks.1", "the other choice stays"
+    app.selectbox("block").set_value("mid_block").run()
+    assert app.selectbox("block").value == "mid_block", "a press counts once"
+
+
+def test_a_press_on_what_is_not_there_changes_nothing() -> None:
+    app = page("anatomy", "sample")
+    before = drawn(app)
+    for picked in (
+        ("block", "<img src=x>"),
+        ("layer", "text_encoder 99"),
+        ("layer", "text_encoder -1"),
+        ("layer", "nobody 0"),
+        ("layer", "text_encoder 1 1"),
+        ("shell", "ls"),
+        ("block",),
+    ):
+        press(app, *picked)
+        assert drawn(app) == before, picked
+
+
+@pytest.mark.parametrize("name", ["anatomy", "guidance", "trajectories", "replay", "compare"])
+def test_a_noising_that_a_link_brought_is_said_to_belong_elsewhere(name: str) -> None:
+    said = texts(page(name, "sample-noising"))
+    assert "A noising, so not shown here: sample-noising." in said
+    assert "not shown here" not in texts(page(name, "sample"))
+
+
+def test_a_run_on_the_page_of_noisings_is_said_to_belong_elsewhere() -> None:
+    assert "No noising, so not shown here: sample." in texts(page("learn", "sample"))
+    assert "not shown here" not in texts(page("learn", "sample-noising"))
 
 
 def test_anatomy_of_little_says_which_settings_record_the_rest() -> None:

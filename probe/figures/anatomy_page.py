@@ -1,9 +1,11 @@
 """Stable Diffusion drawn with one run's own numbers, as HTML, and the same numbers in sentences.
 
-    drawing(run, "mid_block")     # the whole pipeline, left to right; one block outlined
+    drawing(run, Shown("mid_block", "cond"))    # the whole pipeline, left to right; one block shown
     sentences(run)                # the three parts, the sizes and the shares, said
 
-Everything that is drawn goes through `_said`, which escapes it: a prompt is somebody's text.
+Everything that is drawn goes through `_said`, which escapes it: a prompt is somebody's text. Blocks
+of the UNet and layers of text encoders are buttons with `data-pick` and `data-value`: the page that
+shows the drawing says what a press does.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import base64
 import html
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from probe.figures import anatomy
 from probe.figures.anatomy import Block, Part
+from probe.figures.drawing import heat
 from probe.figures.guidance import has_preview, png
 from probe.figures.page import asset
 from probe.format.schema import counted
@@ -29,16 +33,26 @@ SIDE = 112  # pixels of the small pictures
 STYLE = f"<style>{asset('anatomy.css')}</style>"
 
 
-def drawing(run: Run, chosen: str = "") -> str:
-    """Return the pipeline as HTML, from prompt to picture. `chosen` is the path of a block."""
+@dataclass(frozen=True)
+class Shown:
+    """What was chosen to be looked at: a module of the UNet, and a layer of a text encoder."""
+
+    module: str = ""
+    branch: str = ""
+    image: int = 0
+    text: tuple[str, int, int | None] | None = None  # encoder, layer, head (None: their mean)
+
+
+def drawing(run: Run, shown: Shown = Shown()) -> str:
+    """Return the pipeline as HTML, from prompt to picture, and small pictures of what is shown."""
     found = {part.name: part for part in anatomy.parts(run)}
     calls = len(run.steps)
     columns = [
-        ("Text understander", "reads the prompt, once", _text(run, found), ""),
+        ("Text understander", "reads the prompt, once", _text(run, found, shown), ""),
         (
             "Image-information creator",
             f"works on latents, {counted(calls, 'step')}",
-            _creator(run, found, chosen),
+            _creator(run, found, shown),
             "wide",
         ),
         ("Image decoder", "paints the picture, once, at the end", _decoder(run, found), ""),
@@ -102,10 +116,10 @@ def _without(run: Run) -> str:
 # --- the three sections --------------------------------------------------------------------------
 
 
-def _text(run: Run, found: Mapping[str, Part]) -> str:
+def _text(run: Run, found: Mapping[str, Part], shown: Shown) -> str:
     prompt = run.attributes.texts["cond"]
-    shown = prompt if len(prompt) <= LONGEST else prompt[: LONGEST - 1] + "\u2026"
-    cards = [_card("Prompt", f"<p class='quote'>{_said(shown) or '(empty)'}</p>", "")]
+    short = prompt if len(prompt) <= LONGEST else prompt[: LONGEST - 1] + "\u2026"
+    cards = [_card("Prompt", f"<p class='quote'>{_said(short) or '(empty)'}</p>", "")]
     cards.append(
         _card(
             "Tokens",
@@ -114,7 +128,9 @@ def _text(run: Run, found: Mapping[str, Part]) -> str:
         )
     )
     names = dict.fromkeys([*(anatomy.encoders(run) or ["text_encoder"]), *found])
-    cards += [_encoder(run, name, found.get(name)) for name in names if name in anatomy.ENCODERS]
+    cards += [
+        _encoder(run, name, found.get(name), shown) for name in names if name in anatomy.ENCODERS
+    ]
     rows = {
         f"from {name}" if len(anatomy.encoders(run)) > 1 else "shape": (
             f"{_shape(anatomy.embedding_shape(run, name))}, {_dtype(run)}"
@@ -126,13 +142,39 @@ def _text(run: Run, found: Mapping[str, Part]) -> str:
     return "".join(cards)
 
 
-def _encoder(run: Run, name: str, part: Part | None) -> str:
+def _encoder(run: Run, name: str, part: Part | None, shown: Shown) -> str:
     rows: dict[str, str | None] = {}
+    inside = ""
     if name in anatomy.encoders(run):
         layers, heads = run.variable(f"text/{name}/attention").isel(branch=0).shape[:2]
         rows["built of"] = f"{counted(layers, 'layer')} of {counted(heads, 'head')}"
+        if anatomy.tokens(run, name):
+            inside = _layers(run, name, layers, shown)
     title = "Text encoder" if name == "text_encoder" else "Second text encoder"
-    return _card(title, _table(rows | _costs(part)), "Each token takes up what stands before it.")
+    explained = "Each token takes up what stands before it."
+    return _card(title, inside + _table(rows | _costs(part)), explained)
+
+
+def _layers(run: Run, encoder: str, count: int, shown: Shown) -> str:
+    """Return a button for each layer of a text encoder, and the attention of the one shown."""
+    chosen = shown.text if shown.text and shown.text[0] == encoder else None
+    buttons = [
+        f"<button type='button' class='chip' data-pick='layer' data-value='{encoder} {number}' "
+        f"aria-label='layer {number}' aria-pressed='{_pressed(chosen, number)}'>{number}</button>"
+        for number in range(count)
+    ]
+    group = f"<div class='chips' role='group' aria-label='Layers'>Layers: {''.join(buttons)}</div>"
+    if chosen is None:
+        return group
+    _, layer, head = chosen
+    values, _ = anatomy.text_attention(run, encoder, layer, head)
+    heads = "mean of all heads" if head is None else f"head {head}"
+    caption = f"layer {layer}, {heads}: how much each token (row) attends to those before it"
+    return group + _figure(heat(values / max(float(values.max()), 1e-9)), caption)
+
+
+def _pressed(chosen: tuple[str, int, int | None] | None, layer: int) -> str:
+    return "true" if chosen is not None and chosen[1] == layer else "false"
 
 
 def _chips(run: Run) -> str:
@@ -150,7 +192,7 @@ def _chips(run: Run) -> str:
     return f"<div class='chips'>{''.join(chips)}</div>"
 
 
-def _creator(run: Run, found: Mapping[str, Part], chosen: str) -> str:
+def _creator(run: Run, found: Mapping[str, Part], shown: Shown) -> str:
     latent = anatomy.latent_shape(run)
     rows: dict[str, str | None] = {
         "takes": None if latent is None else f"latents {_shape(latent)}, t, embeddings",
@@ -158,7 +200,9 @@ def _creator(run: Run, found: Mapping[str, Part], chosen: str) -> str:
     }
     unet = _card(
         "UNet",
-        _u(anatomy.blocks(run), chosen) + _table(rows | _costs(found.get("unet"))),
+        _u(anatomy.blocks(run), shown.module)
+        + _curve(run, shown)
+        + _table(rows | _costs(found.get("unet"))),
         "It looks at the noisy latents, coarser and coarser and back, and says how much of them "
         "is noise. A latent is a small grid with a few numbers a place, which stands for the "
         "picture.",
@@ -199,12 +243,21 @@ def _u(blocks: list[Block], chosen: str) -> str:
         width = 100 * block.grid[1] / finest if block.grid else 0
         inside = [counted(block.resnets, "ResNet")] if block.resnets else []
         inside += [f"{counted(block.attentions, 'attention')}"] if block.attentions else []
-        outline = " chosen" if chosen and f"{chosen}.".startswith(f"{block.path}.") else ""
+        is_chosen = bool(chosen) and f"{chosen}.".startswith(f"{block.path}.")
+        kind, press = "div", ""
+        if block.measured:
+            pressed = "true" if is_chosen else "false"
+            kind = "button"
+            press = (
+                f"type='button' data-pick='block' data-value='{_said(block.path)}' "
+                f"aria-pressed='{pressed}' "
+            )
         cells.append(
-            f"<div class='block{outline}' style='grid-row:{row};grid-column:{column}' "
+            f"<{kind} class='block{' chosen' * is_chosen}' {press}"
+            f"style='grid-row:{row};grid-column:{column}' "
             f"title='{_said(', '.join([block.path, *inside]))}'><b>{_said(block.name)}</b><br>"
             f"{grid}<br><span class='more'>{'<br>'.join(inside) or '&nbsp;'}</span>"
-            f"<i style='width:{width:.0f}%'></i></div>"
+            f"<i style='width:{width:.0f}%'></i></{kind}>"
         )
     cells += _skips(blocks, sizes)
     columns = f"repeat({len(blocks)},minmax(0,1fr))"
@@ -212,6 +265,41 @@ def _u(blocks: list[Block], chosen: str) -> str:
         f"<div class='u' style='grid-template-columns:{columns}'>{''.join(cells)}</div>"
         "<p>Each block stands as deep as its grid is coarse; the bar is its grid's width. Dashed: "
         "what the way down hands over to the way up.</p>"
+    )
+
+
+def _curve(run: Run, shown: Shown) -> str:
+    """Return the output of one module over the steps as a small picture: mean and spread."""
+    if not (shown.module and shown.branch and len(run.steps)):
+        return ""
+    values = anatomy.statistics(run, shown.module, shown.branch, shown.image)
+    mean, std = (np.asarray(values[name], np.float64) for name in ("mean", "std"))
+    there = np.isfinite(mean + std)
+    if there.sum() < 2:
+        return ""
+    steps, mean, std = run.steps[there], mean[there], std[there]
+    low, high = float((mean - std).min()), float((mean + std).max())
+    x = 300 * (steps - steps[0]) / (steps[-1] - steps[0])
+
+    def corners(values: np.ndarray) -> list[str]:
+        y = 60 - 60 * (values - low) / max(high - low, 1e-12)
+        return [f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)]
+
+    band = " ".join([*corners(mean + std), *corners(mean - std)[::-1]])
+    picture = (
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 300 60' preserveAspectRatio='none'>"
+        f"<polygon points='{band}' fill='#808080' fill-opacity='.35'/>"
+        f"<polyline points='{' '.join(corners(mean))}' fill='none' stroke='#e69f00' "
+        "stroke-width='2' vector-effect='non-scaling-stroke'/></svg>"
+    )
+    caption = (
+        f"Output of {shown.module}, {shown.branch}, from step {steps[0]} to {steps[-1]}: its mean, "
+        f"in a band of one standard deviation, which goes from {low:.3g} to {high:.3g}"
+    )
+    code = base64.b64encode(picture.encode()).decode()
+    return (
+        f"<figure class='curve'><img alt='{_said(caption)}' src='data:image/svg+xml;base64,{code}'>"
+        f"<figcaption>{_said(caption)}</figcaption></figure>"
     )
 
 

@@ -35,6 +35,7 @@ from probe.reading.finding import find_run
 from probe.reading.latents import Latents
 from probe.reading.lazy import open_tree
 from probe.reading.listing import picture_and_sampling, root_attributes, status_of
+from probe.reading.sample import name_of
 from probe.settings.experiment import Experiment, load_experiment
 from probe.settings.fields import expand_home
 from probe.settings.noising import Noising, load_noising
@@ -136,8 +137,8 @@ class Run(Attention, Latents):
 
     @property
     def name(self) -> str:
-        """Return the name: that of the folder, without .zarr."""
-        return encodable(self.path.name.removesuffix(".zarr"))
+        """Return the name: that of the folder, without .zarr; "sample" for the sample."""
+        return encodable(name_of(self.path))
 
     @property
     def status(self) -> str:

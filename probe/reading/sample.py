@@ -75,6 +75,15 @@ def called(path: Path) -> str:
     return name if name in NAMES and is_copy(path) else str(path)
 
 
+def name_of(path: Path) -> str:
+    """Return what people call a recording: like its folder without .zarr.
+
+    One from the package is called by its name there, without the digest of its copy.
+    """
+    known = called(path)
+    return known if known in NAMES else path.name.removesuffix(".zarr")
+
+
 def folder_beside(path: Path) -> Path:
     """Return the folder for what is made from a recording: its own.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import resources
+from typing import Any
+
 import streamlit as st
 
 from probe.dashboard.library import library
@@ -9,20 +12,24 @@ from probe.dashboard.views.pick import pick
 from probe.dashboard.views.replay import RECORD
 from probe.errors import ProbeError
 from probe.figures import anatomy as figures
-from probe.figures.anatomy_page import drawing, sentences
+from probe.figures.anatomy_page import Shown, drawing, sentences
 from probe.figures.plots import CONFIG, curves, profile, square_map
 from probe.reading.recording import Run
 
 LESSON = (
     "Stable Diffusion has three parts: the first reads the prompt, the second makes latents in "
     "many steps, the third paints the picture from them, once, at the end. "
-    "These are the parts with the numbers of this run."
+    "These are the parts with the numbers of this run. Press a block of the UNet for what it gives "
+    "over the steps, or a layer of the text encoder for its attention."
 )
 CAUSAL = (
     "Each row adds up to 1, padding left out. Right of the diagonal all is 0: a token sees itself "
     "and what stands before it, so the last ones know of the whole prompt."
 )
 MEAN = "mean of all heads"
+_component = st.components.v2.component(
+    "probe_picks", js=resources.files("probe.dashboard").joinpath("picks.js").read_text("utf-8")
+)
 
 
 def show() -> None:
@@ -37,11 +44,12 @@ def show() -> None:
 
 def body(run: Run, key: str) -> None:
     place = st.container()
+    pressed(run)
     st.text("\n".join(sentences(run)))
     module, branch, image = _block(run)
-    place.html(drawing(run, module))
     _vae(run, image)
     text = _text(run)
+    place.html(drawing(run, Shown(module, branch, image, text)))
     with st.expander("The numbers, and the Python that yields them", key="python"):
         if module and len(run.steps):
             table = figures.csv_of(run, module, branch, image)
@@ -52,6 +60,34 @@ def body(run: Run, key: str) -> None:
             st.code(code, language=None)
 
 
+def pressed(run: Run) -> None:
+    """Choose in the boxes below what was pressed in the drawing, if this run has it."""
+    told: Any = _component(key="picks", height=1, on_picked_change=lambda: None).picked
+    match told:
+        case ["block", str(module)] if module in _modules(run):
+            st.session_state["block"] = module
+        case ["layer", str(words)]:
+            encoder, _, number = words.partition(" ")
+            if encoder in _encoders(run) and number in map(str, range(_layers(run, encoder))):
+                st.session_state["text_layer"] = f"layer {number}"
+                if len(_encoders(run)) > 1:
+                    st.session_state["encoder"] = encoder
+
+
+def _modules(run: Run) -> list[str]:
+    if not figures.holds(run, "unet/statistics"):
+        return []
+    return [str(name) for name in run.tree["unet"].dataset["module"].values]
+
+
+def _encoders(run: Run) -> list[str]:
+    return [name for name in figures.encoders(run) if figures.tokens(run, name)]
+
+
+def _layers(run: Run, encoder: str) -> int:
+    return int(run.variable(f"text/{encoder}/attention").sizes["text_layer"])
+
+
 def _block(run: Run) -> tuple[str, str, int]:
     """Show one block of the UNet over the steps, and return which, of which branch and image."""
     st.subheader("Inside the UNet")
@@ -60,12 +96,10 @@ def _block(run: Run) -> tuple[str, str, int]:
         st.code(f"{RECORD} --capture.statistics true", language=None)
         return "", "", 0
     unet = run.tree["unet"].dataset
-    modules, branches = (
-        [str(name) for name in unet[label].values] for label in ("module", "branch")
-    )
+    modules, branches = _modules(run), [str(name) for name in unet["branch"].values]
     left, middle, right = st.columns([3, 1, 1])
-    first = modules.index("mid_block") if "mid_block" in modules else 0
-    module = left.selectbox("Block", modules, first, key="block", bind="query-params")
+    modules.sort(key=lambda module: module != "mid_block")  # what a press sets has no other default
+    module = left.selectbox("Block", modules, key="block", bind="query-params")
     branch = middle.selectbox(
         "Branch", branches, len(branches) - 1, key="branch", bind="query-params"
     )
@@ -118,7 +152,7 @@ def _vae(run: Run, image: int) -> None:
 def _text(run: Run) -> tuple[str, int, int | None] | None:
     """Show one layer of a text encoder, and return which encoder, layer and head."""
     st.subheader("Inside the text encoder")
-    there = [name for name in figures.encoders(run) if figures.tokens(run, name)]
+    there = _encoders(run)
     if not there:
         st.info("What the text encoder did was not recorded. The setting is capture.text:")
         st.code(f"{RECORD} --capture.text true", language=None)
@@ -128,7 +162,7 @@ def _text(run: Run) -> tuple[str, int, int | None] | None:
     if len(there) > 1:
         encoder = right.selectbox("Text encoder", there, key="encoder", bind="query-params")
     sizes = run.variable(f"text/{encoder}/attention").sizes
-    layers = [f"layer {number}" for number in range(sizes["text_layer"])]
+    layers = [f"layer {number}" for number in range(_layers(run, encoder))]
     heads = [MEAN, *(f"head {number}" for number in range(sizes["text_head"]))]
     layer = left.selectbox("Layer", layers, key="text_layer", bind="query-params")
     head = middle.selectbox("Head", heads, key="text_head", bind="query-params")

@@ -38,6 +38,24 @@ def is_noising(row: Listed) -> bool:
     return bool((row.attributes or {}).get("noising"))
 
 
+def _say_where(asked: list[str], readable: dict[str, bool], noisings: bool) -> None:
+    """Say of recordings of the other kind, which a link brought here, which page shows them."""
+    others = [key for key in asked if readable.get(key, noisings) != noisings]
+    if not others:
+        return
+    names = ", ".join(others)
+    if noisings:
+        st.text(f"No noising, so not shown here: {names}. The page Replay shows it, step by step.")
+    else:
+        st.text(
+            f"A noising, so not shown here: {names}. Its noise levels are tried one by one: no "
+            "step follows from another, no scheduler takes part, and no picture is painted."
+        )
+    if pages := st.session_state.get("pages"):  # not where a test opens one page alone
+        page = pages["replay" if noisings else "learn"]
+        st.page_link(page, query_params={"runs": others}, width="content")
+
+
 def pick(
     at_least: int = 1, most: int = MOST, noisings: bool = False, record: str = ""
 ) -> list[str]:
@@ -45,11 +63,9 @@ def pick(
 
     `record` is a command that makes such a run: it is shown where there is none.
     """
-    there = [
-        key
-        for key, row in recordings()
-        if row.attributes is not None and is_noising(row) == noisings
-    ]
+    readable = {key: is_noising(row) for key, row in recordings() if row.attributes is not None}
+    there = [key for key, noised in readable.items() if noised == noisings]
+    _say_where(list(dict.fromkeys(st.query_params.get_all("runs"))), readable, noisings)
     if not there:
         st.info("There is no such recording yet. This makes one:")
         st.code(record, language=None)

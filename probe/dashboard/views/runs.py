@@ -11,6 +11,7 @@ from probe.dashboard.views.pick import MOST, is_noising, recordings
 from probe.dashboard.views.replay import RECORD
 from probe.errors import ExperimentError
 from probe.reading.listing import Listed
+from probe.reading.sample import name_of
 from probe.settings.experiment import load_experiment
 from probe.settings.noising import load_noising
 from probe.settings.recipe import Recipe
@@ -102,7 +103,7 @@ def origin(row: Listed) -> None:
 
 def _row(row: Listed) -> dict[str, Any]:
     """Return a recording as a row of the table; a damaged one says why."""
-    name = encodable(row.path.name.removesuffix(".zarr"))
+    name = encodable(name_of(row.path))
     if row.attributes is None:
         return {"name": name, "prompt": f"cannot be read: {row.error}", "status": "damaged"}
     said = row.attributes
