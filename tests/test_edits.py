@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from probe.errors import ExperimentError
+from probe.settings.edit_sentences import describe_edit
 from probe.settings.edits import (
     EDIT_KINDS,
-    describe_edit,
     guidance_by_step,
     mixed,
     without_words,

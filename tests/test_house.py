@@ -58,6 +58,7 @@ LAYERS = [
     ("probe.settings.fields",),
     ("probe.settings.pictures", "probe.arguments"),
     ("probe.settings.capture", "probe.settings.edits"),
+    ("probe.settings.edit_sentences",),
     ("probe.settings.recipe", "probe.settings.loading"),
     ("probe.settings.experiment",),
     ("probe.settings.noising",),
@@ -123,7 +124,7 @@ LAYERS = [
     ("probe.testing.synthetic",),
     ("probe",),  # probe/__init__.py: the public reading API
     # ================= the torch line =================
-    ("probe.diffusion", "probe.watching", "probe.running"),  # their docstrings
+    ("probe.diffusion", "probe.watching", "probe.editing", "probe.running"),  # their docstrings
     ("probe.watching.hooks",),
     (
         "probe.diffusion.prompts",
@@ -149,7 +150,7 @@ LAYERS = [
     ("probe.diffusion.sampling",),
     ("probe.diffusion.scheduler_trial",),
     ("probe.diffusion.schedule_check", "probe.diffusion.start"),
-    ("probe.watching.interface", "probe.edits"),
+    ("probe.watching.interface",),
     ("probe.watching.projections", "probe.watching.labels", "probe.watching.source"),
     (
         "probe.watching.cross_attention",
@@ -169,6 +170,11 @@ LAYERS = [
         "probe.watching.sums",
         "probe.watching.cost",
     ),
+    ("probe.editing.values", "probe.editing.noise", "probe.editing.targets"),
+    ("probe.editing.text",),
+    ("probe.editing.donors",),
+    ("probe.editing.attention", "probe.editing.modules"),
+    ("probe.editing.editing",),
     ("probe.running.planning",),
     ("probe.running.session", "probe.running.description"),
     ("probe.running.perform",),
@@ -211,7 +217,7 @@ STRANGERS = [
     ("probe.watching.interface", "probe.writing.store"),
     ("probe.watching.interface", "zarr"),
     ("probe.watching.interface", "xarray"),
-    ("probe.edits", "probe.writing.store"),
+    ("probe.editing.editing", "probe.writing.store"),
     ("probe.dashboard.figures", "streamlit"),
     *((f"probe.figures.{name}", "plotly") for name in ("guidance", "anatomy", "anatomy_page")),
 ]
@@ -729,15 +735,15 @@ BREAKS = [
     ),
     (
         imports_that_point_up,
-        "probe/edits.py",
+        "probe/diffusion/draws.py",
         '""""""\nimport probe.watching.interface',
-        "probe.edits imports probe.watching.interface: imports point down only",
+        "probe.diffusion.draws imports probe.watching.interface: imports point down only",
     ),
     (
         imports_that_point_up,
-        "probe/edits.py",
+        "probe/editing/targets.py",
         '""""""\nimport_module("probe.sweep")',
-        "probe.edits imports probe.sweep: imports point down only",
+        "probe.editing.targets imports probe.sweep: imports point down only",
     ),
     (
         imports_that_point_up,
@@ -837,13 +843,13 @@ BREAKS = [
     ),
     (
         hooks_elsewhere,
-        "probe/edits.py",
+        "probe/editing/targets.py",
         '""""""\ngetattr(m, "register_forward_pre_hook")',
         "register_forward_pre_hook belongs into",
     ),
     (
         hooks_elsewhere,
-        "probe/edits.py",
+        "probe/editing/targets.py",
         '""""""\nregister_module_forward_hook(f)',
         "register_module_forward_hook belongs into",
     ),
@@ -859,11 +865,21 @@ BREAKS = [
         '""""""\nm.forward = f',
         "probe/watching/hooks.py:2: .forward is assigned",
     ),
-    (hooks_elsewhere, "probe/edits.py", '""""""\na, m.processor = f', ".processor is assigned"),
-    (hooks_elsewhere, "probe/edits.py", '""""""\nsetattr(m, "forward", f)', ".forward is assigned"),
     (
         hooks_elsewhere,
-        "probe/edits.py",
+        "probe/editing/targets.py",
+        '""""""\na, m.processor = f',
+        ".processor is assigned",
+    ),
+    (
+        hooks_elsewhere,
+        "probe/editing/targets.py",
+        '""""""\nsetattr(m, "forward", f)',
+        ".forward is assigned",
+    ),
+    (
+        hooks_elsewhere,
+        "probe/editing/targets.py",
         '""""""\nunet.set_attn_processor(p)',
         "set_attn_processor replaces a processor",
     ),
@@ -935,7 +951,7 @@ BREAKS = [
             LONG,
             f"{name}:3: f has {MAX_LINES_OF_A_FUNCTION + 1} lines, over {MAX_LINES_OF_A_FUNCTION}",
         )
-        for name in ("probe/edits.py", "experiments/own.py", "benchmarks/bits.py")
+        for name in ("probe/editing/targets.py", "experiments/own.py", "benchmarks/bits.py")
     ),
     (
         long_functions,
@@ -944,7 +960,12 @@ BREAKS = [
         "tests/test_b.py:3: f has 61 lines",
     ),
     (long_functions, "tasks.py", LONG, "tasks.py:3: f has 61 lines"),
-    (undocumented_modules, "probe/edits.py", "x = 1", "probe/edits.py:1: no docstring"),
+    (
+        undocumented_modules,
+        "probe/editing/targets.py",
+        "x = 1",
+        "probe/editing/targets.py:1: no docstring",
+    ),
     (
         undocumented_modules,
         "probe/dashboard/views/maps.py",

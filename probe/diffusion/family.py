@@ -346,9 +346,20 @@ def batched(
     arguments = conditioning.rows(branches, images)
 
     def predict(_: int, model_input: torch.Tensor, t: torch.Tensor) -> Predictions:
-        batch = model_input if len(branches) == 1 else torch.cat([model_input] * len(branches))
-        outputs = family.call(batch, t, arguments).chunk(len(branches))
-        said = dict(zip(branches, outputs, strict=True))
+        said = ask_branches(family, branches, model_input, t, arguments)
         return Predictions(said, guided(said, guidance_scale, guidance_rescale))
 
     return predict
+
+
+def ask_branches(
+    family: Family,
+    branches: Sequence[str],
+    model_input: torch.Tensor,
+    t: torch.Tensor,
+    arguments: Arguments,
+) -> dict[str, torch.Tensor]:
+    """Return what the denoiser says for each branch, asked in one batch: (branch x image, ...)."""
+    batch = model_input if len(branches) == 1 else torch.cat([model_input] * len(branches))
+    outputs = family.call(batch, t, arguments).chunk(len(branches))
+    return dict(zip(branches, outputs, strict=True))

@@ -15,9 +15,9 @@ noise in it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -107,6 +107,19 @@ class Step:
         return clean
 
 
+class Editing(Protocol):
+    """What a run does otherwise than its experiment without edits: see `probe.editing`."""
+
+    def begin(self, noise: torch.Tensor) -> torch.Tensor:
+        """Return the first noise, of variance one. *Shape:* (image, channel, y, x)."""
+
+    def enter(self, index: int, latents: torch.Tensor) -> torch.Tensor:
+        """Return the latents that go into a step. *Shape:* (image, channel, y, x)."""
+
+    def predict(self, index: int, model_input: torch.Tensor, t: torch.Tensor) -> Predictions:
+        """Return what the model says at a step: a `Predict`."""
+
+
 @dataclass(frozen=True)
 class Start:
     """A beginning that is not pure noise: clean latents, and the noise to mix into them.
@@ -167,16 +180,18 @@ def sample(
     schedule: Schedule,
     latents: torch.Tensor,
     predict: Predict,
+    enter: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Yield a `Step` after every call of `predict` and the scheduler, whose timesteps are set.
 
-    `schedule` has the noise levels of its last calls: those that are made. `options` are of the
-    scheduler's `step`.
+    `schedule` has the noise levels of its last calls: those that are made. `enter` may change the
+    latents that go into a step. `options` are of the scheduler's `step`.
     """
     prediction_type = str(scheduler.config.prediction_type)
     for index, t in enumerate(scheduler.timesteps[-len(schedule.timesteps) :]):
         with torch.no_grad():  # never across the yield: the caller's gradient mode is the caller's
+            latents = latents if enter is None else enter(index, latents)
             said = predict(index, scheduler.scale_model_input(latents, t), t)
             following = scheduler.step(said.prediction, t, latents, **options, return_dict=False)[0]
         yield Step.of(schedule, index, latents, said, following, prediction_type)
@@ -197,6 +212,7 @@ def denoise(
     width: int | None = None,
     known: Iterable[Predictions] = (),
     start: Start | None = None,
+    editing: Editing | None = None,
 ) -> Iterator[Step]:
     """Draw `images` pictures, yielding a `Step` after every call of the model and the scheduler.
 
@@ -207,7 +223,7 @@ def denoise(
     give a fresh scheduler the history and the random numbers that the interrupted run had.
 
     With a `start`, the last steps are run, from its latents. It has the images and their size, and
-    `seed` is not used.
+    `seed` is not used. With `editing`, that is asked in place of the model.
     """
     if start is not None:
         height, width = (model.f * side for side in start.clean.shape[2:])
@@ -216,10 +232,16 @@ def denoise(
     scheduler = model.scheduled(steps, height, width)
     if start is None:
         generators = seeded(seed, images)
-        latents = model.begin(generators, height, width) * scheduler.init_noise_sigma
+        noise = model.begin(generators, height, width)
+        latents = (editing.begin(noise) if editing else noise) * scheduler.init_noise_sigma
     else:
         generators = [generator.clone_state() for generator in start.generators]
         latents = started(scheduler, start, begin)
-    predict = model.predictor(conditioning, len(latents), guidance_scale, guidance_rescale)
+    if editing is None:
+        predict = model.predictor(conditioning, len(latents), guidance_scale, guidance_rescale)
+        enter = None
+    else:
+        predict, enter = editing.predict, editing.enter
     options = step_options(scheduler, eta, generators)
-    yield from sample(scheduler, schedule, latents, replaying(known, predict), **options)
+    predict = replaying(known, predict)
+    yield from sample(scheduler, schedule, latents, predict, enter, **options)

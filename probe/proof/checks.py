@@ -46,6 +46,8 @@ from probe.reading.lazy import in_files
 from probe.reading.limits import takes_no_room
 from probe.reading.recording import Run
 from probe.reading.untrusted import MAX_DEPTH, Stored, nodes_of, read_root
+from probe.settings.edits import other_text_steps
+from probe.settings.experiment import Experiment
 from probe.system import exists
 from probe.text import printable
 from probe.writing.digests import DIGESTS, EMPTY, marks, of_a_step, read_lines, seal_holds, step_of
@@ -268,7 +270,7 @@ def check_committed(run: Run) -> Check:
         )
     if run.status == "complete" and done < calls:
         return Check("committed", "failed", f"{done} of {calls} steps; the run is complete")
-    expected = np.isin(np.arange(calls), run.recipe.capture.steps_of(calls)).astype(np.uint8)
+    expected = np.isin(np.arange(calls), _steps_with_maps(run, calls)).astype(np.uint8)
     for grid in run.grids:
         if not np.array_equal(run.variable(f"attention/{grid}/recorded").values, expected):
             return Check(
@@ -283,6 +285,16 @@ def check_committed(run: Run) -> Check:
         if done == calls
         else f"{done} of {calls} steps; the run is {run.status}",
     )
+
+
+def _steps_with_maps(run: Run, calls: int) -> list[int]:
+    """Return the steps at which attention is recorded: not where another text was read."""
+    recipe, others = run.recipe, set[int]()
+    if isinstance(recipe, Experiment) and recipe.edits:
+        wanted = recipe.capture.branches
+        branches = [branch for branch in recipe.texts if wanted in ("both", branch)]
+        others = other_text_steps(recipe.edits, branches, run.variable("sigma").values.tolist())
+    return [step for step in recipe.capture.steps_of(calls) if step not in others]
 
 
 def check_digests(run: Run) -> Check:

@@ -26,12 +26,14 @@ from probe.diffusion.model_configs import scheduler_config
 from probe.diffusion.sampling import arranged, memory_format, started, step_options
 from probe.diffusion.schedule import Schedule, first_call, set_steps
 from probe.diffusion.start import memory_formats, restart
-from probe.errors import RecordingDamaged
+from probe.editing.noise import mixed_noise, noise_of
+from probe.errors import ExperimentError, RecordingDamaged
 from probe.format.dimensions import GUIDANCE_RULES
 from probe.proof.checks import Check, Tally
 from probe.proof.map_checks import relative
 from probe.reading.compare import differing_conditions
 from probe.reading.recording import Run
+from probe.settings.edits import Latents, Noise, guidance_by_step
 from probe.settings.experiment import Experiment
 from probe.settings.fields import SCHEDULERS
 from probe.text import printable, shown
@@ -78,14 +80,19 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
             step=0
         ).values.shape  # read first: sizes are claimed, and noise of that size would be made
         pure, generators = noise(experiment.seed, shape, run_dtype(run))
+        pure, known = edited_noise(pure, experiment)
         replayed_latents = pure.to(device) * scheduler.init_noise_sigma
+        if not known:  # its file is not here any more
+            replayed_latents = tensor(run, stored.isel(step=0).values).to(device)
     else:
         clean = clean_of(run).to(device)
         start = restart(experiment, clean, encoded=int(run.attributes["model"]["f"]) > 1)
         replayed_latents, generators = started(scheduler, start, begin), start.generators
-    options = step_options(scheduler, experiment.eta, generators)
+    options, entered = step_options(scheduler, experiment.eta, generators), entered_steps(run)
     for index, t in enumerate(scheduler.timesteps[begin:][: len(run.steps)]):
         values = stored.isel(step=index).values
+        if index in entered:  # a donor's latents went in, which the recording cannot tell
+            replayed_latents = tensor(run, values).to(device)
         latents = arranged(tensor(run, values).to(device), memory_format(replayed_latents))
         with torch.no_grad():
             model_input = scheduler.scale_model_input(latents, t)
@@ -105,6 +112,29 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
             values,
             None,
         )
+
+
+def edited_noise(pure: torch.Tensor, experiment: Experiment) -> tuple[torch.Tensor, bool]:
+    """Return a first noise after its edits, and whether it is known: a file may be gone."""
+    for edit in experiment.edits:
+        if isinstance(edit, Noise):
+            try:
+                other = noise_of(edit, tuple(pure.shape), pure.dtype)
+            except ExperimentError:
+                return pure, False
+            pure = mixed_noise(pure, other.to(pure), edit)
+    return pure, True
+
+
+def entered_steps(run: Run) -> set[int]:
+    """Return the steps of a run into which another run's latents went."""
+    sigmas = run.variable("sigma").values.tolist()
+    return {
+        step
+        for edit in run.experiment.edits
+        if isinstance(edit, Latents) and edit.amount
+        for step in edit.steps_of(sigmas)
+    }
 
 
 def _noised(run: Run, device: torch.device | str) -> Iterator[Call]:
@@ -298,12 +328,15 @@ def check_schedule(run: Run) -> Check:
 def check_guidance(run: Run) -> Check:
     """Check uncond + s (cond - uncond), computed with torch in the run's number format."""
     (scale, rescale), rule = run.recipe.guidance, run.attributes.guidance_rule
+    edits = run.experiment.edits if isinstance(run.recipe, Experiment) else ()
+    levels = guidance_by_step(scale, rescale, edits, run.variable("sigma").values.tolist())
     if rule is not None and rule not in GUIDANCE_RULES:
         return Check("guidance", "not checked", f"this version does not know the rule {rule}")
     what = "no guidance: the scheduler got the conditional prediction"
     if scale > 1:
         rescaled = f", rescaled by {rescale:g}" if rescale else ""
         what = f"uncond + {scale:g} (cond - uncond){rescaled}"
+        what += "; edited at some steps" if len(set(levels)) > 1 else ""
     tally = Tally(
         "guidance", what, TOLERANCE[str(run_dtype(run)).removeprefix("torch.")], conditions(run)
     )
@@ -312,7 +345,7 @@ def check_guidance(run: Run) -> Check:
         names = ("uncond", "cond") if scale > 1 else ("cond",)
         with torch.no_grad():
             branches = {branch: prediction_of(run, index, branch) for branch in names}
-            guided_again = guided(branches, scale, rescale)
+            guided_again = guided(branches, *levels[index])
         tally.add(
             relative(numbers(guided_again), given),
             f"step {step}{_image(numbers(guided_again), given)}",
@@ -325,6 +358,12 @@ def check_scheduler(run: Run) -> Check:
     how = f"{run.attributes['scheduler']['class']} replayed from the seed's noise"
     if isinstance(run.recipe, Experiment):
         how += " in the picture's latents" if run.recipe.image is not None else ""
+        if entered := entered_steps(run):
+            how += (
+                f"; a donor gave the latents of {len(entered)} steps, which are taken as recorded"
+            )
+        if not edited_noise(torch.zeros(run.latents.shape[1:]), run.recipe)[1]:
+            how += "; the file of its first noise is not here, so that is taken as recorded"
     else:
         how = "the seeds' noise in the picture's latents, at every timestep; nothing is denoised"
     tally = Tally(

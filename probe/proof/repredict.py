@@ -29,6 +29,7 @@ from probe.diffusion.family import Family, Predictions
 from probe.diffusion.loading import load, pick_device
 from probe.diffusion.preparing import prepared
 from probe.diffusion.sampling import Step
+from probe.editing.editing import edited
 from probe.proof.attention_witness import AttentionWitness
 from probe.proof.checks import Check, Tally, variables
 from probe.proof.compared_store import ComparedStore
@@ -228,6 +229,7 @@ class ModelCheck:
             self.maps.allowed, self.maps.because, self.maps.unit = 1.0, (ROUNDED,), BOUND
         if run.recipe.capture.attention == "queries":
             self.maps.nothing = "queries are recorded, maps follow from them: see inside"
+        self._edited: dict[str, set[int]] = {}
         self._store = ComparedStore(run, self._recorded, self._tally_of)
 
     def _tally(self, name: str, what: str, factor: float = 1.0) -> Tally:
@@ -258,16 +260,21 @@ class ModelCheck:
             f"the UNet's answers at {len(steps)} steps",
         )
         with Session(self._model, plan, self._store) as session:
-            conditioning = session.begin()
+            conditioning, editing = session.begin(), edited(self._model, plan)
             session.first = steps[0] if steps else -1
             yield self.text.check()
             guidance = run.recipe.guidance
             predict = self._model.predictor(conditioning, plan.rows.images, *guidance)
+            if editing is not None:
+                editing.bind(conditioning)
+                predict, self._edited = editing.predict, editing.edited_layers
             for call in replayed(run, self._model.device):
                 if call.model_input is None:
                     session.finish(call.latents)
                 elif call.index in steps:
                     recorded = call.index in plan.recorded
+                    if editing is not None:
+                        session.prepare(editing, call.index)
                     with (
                         session.watching(call.index),
                         Hooks(witness.watches() if recorded else ()),
@@ -280,6 +287,8 @@ class ModelCheck:
                 else:
                     session.replay(self._step(call))
         self._count_not_finite()
+        if self._edited:
+            self.attention.what += f", but of {len(self._edited)} layers that are edited"
         yield from (
             tally.check()
             for tally in (self.predictions, self.maps, self.attention, self.inside, self.decode)
@@ -293,7 +302,8 @@ class ModelCheck:
         for grid, layers in plan.grids.items():
             for number, path in enumerate(layers):
                 shares, query, off = witness.take(path, rows)
-                attention.add(off, f"{path}, step {step}")
+                if step not in self._edited.get(path, ()):
+                    attention.add(off, f"{path}, step {step}")
                 self._compare_layer(
                     maps,
                     f"{grid_group(grid)}",
@@ -306,7 +316,8 @@ class ModelCheck:
         for grid, layers in plan.self_grids.items():
             for number, path in enumerate(layers):
                 shares, _, off = witness.take(path, rows)
-                attention.add(off, f"{path}, step {step}")
+                if step not in self._edited.get(path, ()):
+                    attention.add(off, f"{path}, step {step}")
                 by_key = shares.reshape(
                     -1, plan.latent_shape[0], shares.shape[1], *grid, *grid
                 )  # (branch, image, head, y, x, key_y, key_x)

@@ -12,6 +12,7 @@ import torch
 from probe.conversions import clipping, clipping_text
 from probe.diffusion.family import Family
 from probe.format.schema import FORMAT_STATUS, FORMAT_VERSION
+from probe.settings.experiment import Experiment
 from probe.settings.noising import Noising
 from probe.watching.interface import Plan
 from probe.words import RULES
@@ -33,6 +34,7 @@ def describe(model: Family, plan: Plan, weights: str | None = None) -> dict[str,
         "kind": plan.recipe.kind,
         "noising" if isinstance(plan.recipe, Noising) else "experiment": plan.recipe.resolved(),
         "identity": plan.recipe.identity(),
+        **_of_edits(plan),
         "environment": _environment(model),
         "model": {
             "name": model.name,
@@ -54,6 +56,19 @@ def describe(model: Family, plan: Plan, weights: str | None = None) -> dict[str,
         "cut_from_prompt": {branch: prompt.cut for branch, prompt in prompts if prompt.cut},
         **({"zeroed_branches": list(plan.zeroed_branches)} if plan.zeroed_branches else {}),
         "decoded_in_float32": model.decoding_dtype == torch.float32 != model.dtype,
+    }
+
+
+def _of_edits(plan: Plan) -> dict[str, Any]:
+    """Return of an edited run whose child it is, and the texts that an edit gave all of it."""
+    recipe = plan.recipe
+    if not isinstance(recipe, Experiment) or not recipe.edits:
+        return {}
+    own = recipe.unedited.texts
+    texts = {branch: text for branch, text in recipe.texts.items() if text != own[branch]}
+    return {
+        "parent_identity": recipe.unedited.identity(),
+        **({"edited_texts": texts} if texts else {}),
     }
 
 

@@ -12,6 +12,7 @@ from probe.diffusion.family import Conditioning, Family, Predictions
 from probe.diffusion.sampling import Step, arranged, denoise
 from probe.diffusion.schedule import Schedule, fresh
 from probe.diffusion.start import memory_formats
+from probe.editing.editing import Editing, edited
 from probe.running.session import Say, Session, StepStore
 from probe.settings.noising import Noising
 from probe.watching.interface import Plan
@@ -26,15 +27,17 @@ def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bo
     """Run a plan and record it. Steps that `writer` has already are replayed without the model."""
     noising, final = isinstance(plan.recipe, Noising), None
     with Session(model, plan, writer, say) as session:
-        conditioning = session.begin()
+        conditioning, editing = session.begin(), edited(model, plan)
         steps = (
             noised_steps(model, conditioning, plan)
             if noising
-            else denoised_steps(model, conditioning, plan, writer)
+            else denoised_steps(model, conditioning, plan, writer, editing)
         )
         title = "Predicting" if noising else "Denoising"
         with tqdm(total=plan.calls, desc=title, unit="step", disable=not progress) as bar:
             for index in range(plan.calls):
+                if editing is not None:
+                    session.prepare(editing, index)
                 if index < session.first:
                     step = next(steps)
                     session.replay(step)
@@ -50,12 +53,19 @@ def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bo
 
 
 def denoised_steps(
-    model: Family, conditioning: Conditioning, plan: Plan, writer: StepStore
+    model: Family,
+    conditioning: Conditioning,
+    plan: Plan,
+    writer: StepStore,
+    editing: Editing | None = None,
 ) -> Iterator[Step]:
     """Return the steps of a run; committed ones come from their recorded predictions."""
     how: dict[str, Any] = {name: getattr(plan.experiment, name) for name in SAMPLING}
     start = next((capture.start for capture in plan.captures if isinstance(capture, Source)), None)
-    return denoise(model, conditioning, **how, known=_recorded(writer, plan, model), start=start)
+    known = _recorded(writer, plan, model)
+    if editing is not None:
+        editing.bind(conditioning)
+    return denoise(model, conditioning, **how, known=known, start=start, editing=editing)
 
 
 def noised_steps(model: Family, conditioning: Conditioning, plan: Plan) -> Iterator[Step]:

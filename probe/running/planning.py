@@ -18,6 +18,7 @@ from probe.diffusion.prompts import Prompt
 from probe.diffusion.schedule import Schedule, first_call
 from probe.diffusion.schedule_check import held_schedule, recorded_schedule, remarks
 from probe.diffusion.support import refuse_pictures
+from probe.editing.editing import edited
 from probe.errors import ExperimentError, TooLarge
 from probe.reading.recording import Run
 from probe.settings.experiment import Experiment
@@ -183,7 +184,10 @@ def plan(
         kept=kept,
         layers=attention_layers(rehearsal.grids, patterns),
         self_layers=attention_layers(
-            rehearsal.self_grids, capture.self_attention, "self_attention"
+            rehearsal.self_grids,
+            capture.self_attention,
+            "capture.self_attention",
+            "self-attention",
         ),
         words=chosen_words(prompts["cond"], capture.counterfactual),
         recorded=capture.steps_of(calls),
@@ -197,6 +201,10 @@ def plan(
             *course.remarks,
         ),
     )
+    if (editing := edited(model, bare)) is not None:
+        # A map of another text would be labelled with the words of this one.
+        recorded = tuple(step for step in bare.recorded if step not in editing.texts.steps)
+        bare = replace(bare, recorded=recorded)
     return replace(bare, captures=tuple(_captures(model, bare)))
 
 

@@ -25,6 +25,7 @@ import torch
 from probe.diffusion.family import TEXT, Arguments, Conditioning, Family
 from probe.diffusion.parts import count_not_finite
 from probe.diffusion.sampling import Step
+from probe.editing.editing import Editing
 from probe.errors import NotFinite, StoreError
 from probe.settings.recipe import Recipe
 from probe.watching.hooks import Hooks
@@ -92,6 +93,12 @@ class Session:
         for capture in plan.captures:
             capture.begin(self._store)
         return Conditioning(arguments, plan.tokens)
+
+    def prepare(self, editing: Editing, index: int) -> None:
+        """Let edits get ready for a step, unwatched: a donor calls the model for itself."""
+        if editing.asks_donors(index, index < self.first):
+            self._hook(())
+            editing.prepare(index)
 
     @contextlib.contextmanager
     def watching(self, index: int) -> Iterator[None]:

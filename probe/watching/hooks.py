@@ -1,8 +1,8 @@
 """The one place where hooks are put on modules, and are surely taken off again.
 
-Hooks observe. What a callback returns is dropped, so that a module's output stays the same, bit for
-bit. All hooks are registered on entering and removed on leaving, after success, an exception or
-Ctrl-C.
+There are two doors. `Hooks` observe: what a callback returns is dropped, so that a module's output
+stays the same, bit for bit. `EditingHooks` use what it returns; they come before all that observe.
+All hooks are registered on entering and removed on leaving, after success, an exception or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 When = Literal["input", "output"]
 Watch = tuple[nn.Module, When, Callable[[Any], None]]
+Change = tuple[nn.Module, When, Callable[[torch.Tensor], torch.Tensor]]
 
 
 class Hooks:
@@ -46,6 +48,56 @@ class Hooks:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+
+class EditingHooks:
+    """Change what goes through modules while a `with` block lasts.
+
+    `(module, "output", f)` puts f(x) in place of the module's output x, or of the first tensor of
+    several; `"input"` in place of its first argument. Changes of one module are made in their
+    order, and whoever watches sees the changed value.
+    """
+
+    def __init__(self, changes: Iterable[Change]):
+        self._changes = list(changes)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> EditingHooks:
+        with ExitStack() as stack:
+            for module, when, change in reversed(self._changes):  # each is put before the others
+                register = _before if when == "input" else _after
+                stack.callback(register(module, change).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+
+def _before(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def hook(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: change(kwargs[first])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+
+def _after(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return change(output)
+        return (change(output[0]), *output[1:])
+
+    return module.register_forward_hook(hook, prepend=True)
 
 
 def _on_input(module: nn.Module, callback: Callable[[Any], None]) -> Any:

@@ -17,15 +17,17 @@ STATISTIC_CLASSES = frozenset(
 
 
 def attention_layers(
-    layers: dict[str, tuple[int, int]], patterns: Sequence[str], field: str = "layers"
+    layers: dict[str, tuple[int, int]],
+    patterns: Sequence[str],
+    field: str = "capture.layers",
+    kind: str = "cross-attention",
 ) -> dict[str, tuple[int, int]]:
     """Return those of `layers` (paths and grids) that `patterns` select.
 
-    Raise ExperimentError for a pattern that selects nothing.
+    Raise ExperimentError, which calls the field `field`, for a pattern that selects nothing.
     """
     chosen: dict[str, tuple[int, int]] = {}
     grids = {path: f"{y}x{x}" for path, (y, x) in layers.items()}
-    kind = "self-attention" if field == "self_attention" else "cross-attention"
     for pattern in patterns:
         selected = [
             path for path, grid in grids.items() if grid == pattern or fnmatchcase(path, pattern)
@@ -36,16 +38,19 @@ def attention_layers(
                 *grids,
             ]
             raise ExperimentError(
-                f"capture.{field}: {pattern!r} matches no {kind} layer.", near(pattern, options)
+                f"{field}: {pattern!r} matches no {kind} layer.", near(pattern, options)
             )
         chosen.update({path: layers[path] for path in selected})
     return {path: grid for path, grid in layers.items() if path in chosen}
 
 
-def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]:
+def activation_paths(
+    rehearsal: Rehearsal, patterns: Sequence[str], field: str = "capture.activations"
+) -> list[str]:
     """Return the modules that `patterns` select ("unet.mid_block", "vae.decoder.*", ...).
 
-    Raise ExperimentError for a pattern that selects none, or only modules that run many times.
+    Raise ExperimentError, which calls the field `field`, for a pattern that selects none, or only
+    modules that run many times.
     """
     chosen: dict[str, None] = {}
     for pattern in patterns:
@@ -54,12 +59,11 @@ def activation_paths(rehearsal: Rehearsal, patterns: Sequence[str]) -> list[str]
         if not once:
             if matching:
                 raise ExperimentError(
-                    f"capture.activations: {matching[0]} runs {rehearsal.calls[matching[0]]} times "
-                    "a call.",
+                    f"{field}: {matching[0]} runs {rehearsal.calls[matching[0]]} times a call.",
                     "Name the modules around it.",
                 )
             raise ExperimentError(
-                f"capture.activations: {pattern!r} matches no module.",
+                f"{field}: {pattern!r} matches no module.",
                 near(pattern, list(rehearsal.outputs)),
             )
         chosen.update(dict.fromkeys(once))
