@@ -51,6 +51,34 @@ one(0);
 """
 
 
+CLICKS = """
+const done = arguments[0];
+const box = document.querySelector('.probe') ?? [...document.querySelectorAll('*')]
+  .map(e => e.shadowRoot).map(r => r && r.querySelector('.probe')).find(Boolean);
+const chips = [...box.querySelectorAll('.chip.word[aria-pressed="false"]')].reverse();
+const heads = box.querySelector('.heads canvas');
+const turn = () => new Promise((on) => {
+  const { port1, port2 } = new MessageChannel();
+  port1.onmessage = on;
+  port2.postMessage(0);
+});
+(async () => {
+  const times = [];
+  const words = new Set();
+  for (const chip of chips) {
+    const word = chip.textContent;
+    if (words.has(word)) continue; // the label does not tell the second one from the first
+    words.add(word);
+    const began = performance.now();
+    chip.click();
+    while (!heads.getAttribute('aria-label').includes(`“${word}”`)) await turn();
+    times.push(performance.now() - began);
+  }
+  done(times);
+})();
+"""
+
+
 def quantiles(times: list[float]) -> str:
     ordered = sorted(times)
     return (
@@ -164,6 +192,23 @@ def painted(driver: Any, address: str) -> float:
     return time.perf_counter() - began
 
 
+def clicks(runs: Path, name: str) -> None:
+    """Print how long a click on a word takes, on a server that has made nothing yet."""
+    for wait in (0, 2):
+        with serving(runs, "sample") as address:
+            driver = browser()
+            driver.set_window_size(1280, 1700)  # layers and heads, for which the server is asked
+            painted(driver, f"{address}/?runs=sample")  # the pages are warm, the run is not
+            painted(driver, f"{address}/?runs={name}")
+            time.sleep(wait)
+            driver.set_script_timeout(60)
+            times = driver.execute_async_script(CLICKS)
+            when = f"{wait} s after the first paint" if wait else "at once"
+            print(f"P11 a click on a word of {name}, {when}: {times[0]:.0f} ms, then all others")
+            print(f"    one after the other: {quantiles(times[1:])}")
+            driver.quit()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-browser", action="store_true", help="leave the browser out")
@@ -192,6 +237,7 @@ def main() -> None:
                 found = driver.execute_async_script(SCRUB)
                 print(f"P10 a scrub of {name:6}: {quantiles(found)} (goal 1)")
             driver.quit()
+        clicks(folder, "large")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import test from "node:test";
 
-import { clamp, fromAddress, high, map, nearest, open, overlap, peak, said, short, span, summed, table, toAddress } from "../probe/figures/payload.js";
+import { clamp, fromAddress, high, lockable, map, nearest, open, over, overlap, peak, ranged, said, shading, short, span, summed, table, toAddress, upcoming } from "../probe/figures/payload.js";
 
 test("a step is said as the arrays count it and as people do", () => {
   assert.equal(said(6, 20), "6 (7th of 20)");
@@ -24,6 +24,37 @@ test("the address holds the state, keeps what is not its own, and drops what is 
   assert.deepEqual(fromAddress(address, steps), { step: 3, channel: 2, from: 1, against: 1, opacity: 0.35, scale: "word", steps: "from", per: "tokens" });
   assert.deepEqual(fromAddress("?step=<img src=x>&word=-1&layer=1e9&head=%00&opacity=2&scale=javascript:1&steps=some&reading=__proto__&branch=<b>&per=1", steps), {});
   assert.equal(fromAddress("?step=3", steps).step, -1, "a step that is not recorded");
+});
+
+test("a locked range is in the address, and one that is none locks nothing", () => {
+  const state = { step: 0, channel: 0, reading: "attention", branch: "cond", per: "words", layer: -1, head: -1, against: -1, steps: "one", from: 0, opacity: 0.6, scale: "locked", vmin: 0.01, vmax: 0.03571 };
+  const address = toAddress("", state, [0]);
+  assert.equal(address, "?opacity=0.6&step=0&word=0&scale=locked&vmin=0.01&vmax=0.03571");
+  assert.deepEqual(fromAddress(address, [0]), { step: 0, channel: 0, opacity: 0.6, scale: "locked", vmin: 0.01, vmax: 0.03571 });
+  assert.equal(toAddress(address, { ...state, scale: "step" }, [0]), "?opacity=0.6&step=0&word=0&scale=step", "no lock, no range");
+  for (const range of ["", "&vmin=0", "&vmin=2&vmax=1", "&vmin=1&vmax=1", "&vmin=-1&vmax=1", "&vmin=0&vmax=1e999", "&vmin=0&vmax=Infinity", "&vmin=<b>&vmax=1", "&vmin=0x1&vmax=9"]) assert.deepEqual(fromAddress(`?scale=locked${range}`, [0]), {}, range);
+  assert.deepEqual(fromAddress("?vmin=0&vmax=1", [0]), {}, "nothing is locked");
+  assert.deepEqual(lockable(0, 0.0357149), { vmin: 0, vmax: 0.03571 });
+  assert.deepEqual(lockable(0, "1e-7"), { vmin: 0, vmax: 1e-7 });
+  assert.deepEqual([[0, 0], [NaN, 1], [0, undefined], [1, 1.00001]].map(([a, b]) => lockable(a, b)), [null, null, null, null]);
+});
+
+test("colours go from the least to the most of a range, and no further", () => {
+  assert.deepEqual([0, 1, 1.5, 2, 9, NaN].map(shading([1, 2])), [0, 0, 128, 255, 255, 0]);
+  assert.deepEqual([0, 1].map(shading([0, 0])), [0, 0], "a range of nothing");
+  const colours = Uint32Array.from({ length: 256 }, (_, i) => i);
+  assert.deepEqual(ranged(colours, 0.3, [0, 0.3]), colours, "a channel's own scale");
+  assert.deepEqual([0, 127, 128, 255].map((byte) => ranged(colours, 2, [0, 1])[byte]), [0, 254, 255, 255]);
+});
+
+test("words near the chosen one are prepared first, the others last", () => {
+  const channels = ["word", "word", "word", "word", "start", "padding"].map((kind) => ({ label: "", kind }));
+  assert.deepEqual(upcoming(channels, 2), [2, 1, 3, 0, 4, 5]);
+  assert.deepEqual(upcoming([], 0), []);
+});
+
+test("the mean over a span leaves nothing out", () => {
+  assert.equal(over([9, 1, null, 5], [1, 3]), 2);
 });
 
 test("a span of steps lies within the run", () => {

@@ -353,6 +353,77 @@ def test_other_readings_in_the_dashboard(server: str, browser: Any) -> None:
     assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
 
 
+def test_words_are_there_before_they_are_asked_for(server: str, browser: Any) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    look(browser, 1280, 2400)
+    browser.get("about:blank")
+    player = opened(browser, f"{server}/?runs=sample")
+    requests = (
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+        ".filter(e => e.includes('/probe/heads'))"
+    )
+    WebDriverWait(browser, 20).until(lambda driver: len(driver.execute_script(requests)) == 7)
+    label = "return arguments[0].querySelector('.heads canvas').getAttribute('aria-label')"
+    for word in ("diving", "An"):
+        click = (
+            "[...arguments[0].querySelectorAll('.chip')].find(c => c.textContent === arguments[1])"
+        )
+        browser.execute_script(f"{click}.click()", player, word)
+        WebDriverWait(browser, 5).until(
+            lambda driver, word=word: f"“{word}”" in driver.execute_script(label, player)
+        )
+    assert len(set(browser.execute_script(requests))) == 7, "no word is asked for twice"
+    assert len(browser.execute_script(requests)) == 7
+
+
+def test_a_locked_range_stays(server: str, browser: Any) -> None:
+    """It stays for words, steps, heads, a reload, another run; keys alone lock and set it."""
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def key(player: Any) -> str:
+        return str(player.find_element("css selector", ".key").text)
+
+    look(browser, 1280, 2400)
+    player = opened(browser, f"{server}/?runs=sample")
+    assert "0 to 3.57%, the same for every word and step" in key(player)
+    lock = player.find_element("css selector", ".lock")
+    browser.execute_script("arguments[0].focus()", lock)
+    press(browser, Keys.ENTER)
+    assert lock.get_attribute("aria-pressed") == "true" and "%, locked" in key(player)
+    ends = player.find_elements("css selector", ".ends input")
+    assert [end.get_attribute("value") for end in ends] == ["0", "3.569"]
+    chip = "return [...arguments[0].querySelectorAll('.chip')].map(c => (c.click(), 0))"
+    browser.execute_script(chip, player)
+    assert [end.get_attribute("value") for end in ends] == ["0", "3.569"], "padding has 91%"
+    before = ink(browser, player, "figure.maps canvas")
+    browser.execute_script("arguments[0].focus()", ends[0])
+    press(browser, Keys.TAB, "95", Keys.TAB)
+    assert ink(browser, player, "figure.maps canvas") != before, "padding is not white any more"
+    browser.execute_script("arguments[0].focus()", ends[0])
+    press(browser, Keys.TAB, "0", Keys.TAB)
+    assert "The range stays" in player.find_element("css selector", ".tip").text
+    assert [end.get_attribute("value") for end in ends] == ["0", "95"]
+    assert serious(browser) == []
+    time.sleep(0.6)
+    kept = browser.current_url
+    assert "scale=locked" in kept and "vmin=0" in kept and "vmax=0.95" in kept
+    player = opened(browser, kept.replace("runs=sample", "runs=hostile") + "&layer=1&head=1")
+    assert "%, locked" in key(player)
+    WebDriverWait(browser, 20).until(
+        lambda _: "alone" in player.find_element("css selector", "figure.maps small").text
+    )
+    assert "%, locked" in key(player)
+    heading = player.find_element("css selector", ".heads h2").text
+    assert "all on the locked scale" in heading
+    player.find_element("css selector", ".lock").click()
+    assert "this head's own" in key(player)
+    time.sleep(0.6)
+    assert "vmax" not in browser.current_url and "scale=words" in browser.current_url
+    assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
+
+
 def test_a_ranked_head_and_a_wipe(server: str, browser: Any) -> None:
     look(browser, 1280, 2400)
     player = opened(browser, f"{server}/compare?runs=sample&runs=hostile")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -217,6 +218,36 @@ def test_payloads_are_kept_within_their_room(
     assert made == ["one", "two", "one", "two", "one"] and len(library._kept) == 1
     with pytest.raises(RecordingNotFound):
         library.run("unknown")
+
+
+def test_a_payload_that_many_ask_for_at_once_is_made_once(library: Library) -> None:
+    library.rows()
+    begun, made = threading.Barrier(8), []
+    found: list[tuple[bytes, str]] = []
+
+    def make(run: Any) -> bytes:
+        made.append(run.name)
+        time.sleep(0.2)  # the others ask meanwhile
+        return b"content"
+
+    def ask() -> None:
+        begun.wait()
+        found.append(library.payload("one", ("slow",), make))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == ["one"] and len(found) == 8 and len(set(found)) == 1
+
+    def fail(run: Any) -> bytes:
+        raise ValueError(run.name)
+
+    for _ in range(2):  # one that failed keeps nobody waiting
+        with pytest.raises(ValueError, match="one"):
+            library.payload("one", ("fails",), fail)
+    assert library.payload("one", ("fails",), make)[0] == b"content" and not library._making
 
 
 def test_a_recording_of_the_same_name_elsewhere_has_an_id_of_its_own(

@@ -40,6 +40,7 @@ class Library:
         self._ids: dict[Path, str] = {}
         self._open: OrderedDict[str, tuple[State, Run]] = OrderedDict()
         self._kept: OrderedDict[Any, tuple[State, bytes]] = OrderedDict()
+        self._making: dict[Any, threading.Lock] = {}  # payloads that somebody makes now
         self._lock = threading.Lock()
         for path in [*self.named, *self.samples]:
             self.add(path)
@@ -109,22 +110,39 @@ class Library:
     ) -> tuple[bytes, str]:
         """Return what `make` makes of a recording, and a tag that changes when it does.
 
-        Raise ProbeError.
+        Whoever asks while it is made waits for it: nothing is made twice. Raise ProbeError.
         """
         state, run = self._opened(key)
         status = status_of(dict(run.attributes))  # a writer may die, and no file tells
         now = (*state, status)
         tag = hashlib.sha256(repr((MAGIC, key, now, what)).encode()).hexdigest()[:24]
         with self._lock:
-            if (key, what) in self._kept and self._kept[key, what][0] == now:
-                self._kept.move_to_end((key, what))
-                return self._kept[key, what][1], tag
-        content = make(run)
+            making = self._making.setdefault(tag, threading.Lock())
+        with making:
+            content = self._kept_at(now, key, what)
+            try:
+                if content is None:
+                    content = make(run)
+                    self._keep(now, key, what, content)
+            finally:
+                with self._lock:  # one who waits goes on with this lock, whoever comes makes one
+                    self._making.pop(tag, None)
+        return content, tag
+
+    def _kept_at(self, now: State, key: str, what: Any) -> bytes | None:
+        """Return a payload that was kept, if it was made of this state of the recording."""
+        with self._lock:
+            state, content = self._kept.get((key, what), (None, None))
+            if state != now:
+                return None
+            self._kept.move_to_end((key, what))
+            return content
+
+    def _keep(self, now: State, key: str, what: Any, content: bytes) -> None:
         with self._lock:
             self._kept[key, what] = now, content
             while self._bytes() > ROOM and len(self._kept) > 1:
                 self._kept.popitem(last=False)
-        return content, tag
 
     def _bytes(self) -> int:
         return sum(len(content) for _, content in self._kept.values())

@@ -5,7 +5,7 @@
  * @typedef {import("./payload.js").Numbers} Numbers
  * @typedef {import("./payload.js").Sheet} Sheet
  */
-import { high, map, short, table } from "./payload.js";
+import { high, map, ranged, shading, short, table } from "./payload.js";
 
 export const SIGNED = table([[33, 102, 172], [146, 197, 222], [247, 247, 247], [253, 184, 99], [179, 88, 6]]); // less and more
 export const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]; // Okabe and Ito
@@ -36,30 +36,38 @@ export function show(canvas, { canvas: sheet, pen, image }, opacity) {
   brush.globalAlpha = 1;
 }
 
-/** Paint a map, over a span of steps; `top` is the value of the brightest colour. @param {any} canvas @param {Numbers} part @param {number[]} span @param {number} first @param {number} second @param {Uint32Array} colours @param {number} top */
-export function paintMap(canvas, part, [from, to], first, second, colours, top, opacity = 1) {
+/** Paint a map, over a span of steps; `range` has the values of the first and the last colour. @param {any} canvas @param {Numbers} part @param {number[]} span @param {number} first @param {number} second @param {Uint32Array} colours @param {number[]} range */
+export function paintMap(canvas, part, [from, to], first, second, colours, range, opacity = 1) {
   const steps = part.shape[part.shape.length - 1];
   const [height, width] = part.shape.slice(-3, -1);
   const sheet = page(width, height);
   const { pixels } = sheet;
   if (from === to) { // the bytes as they are
     const block = part.shape.length === 5 ? first * part.shape[1] + second : first;
-    const gain = top > 0 ? high(part, first, second) / top : 0;
-    for (let i = 0, at = block * height * width * steps + from; i < pixels.length; i++, at += steps) pixels[i] = colours[Math.min(255, part.data[at] * gain) | 0];
+    const list = ranged(colours, high(part, first, second), range);
+    for (let i = 0, at = block * height * width * steps + from; i < pixels.length; i++, at += steps) pixels[i] = list[part.data[at]];
   } else {
-    const gain = top > 0 ? 255 / top : 0;
-    map(part, [from, to], first, second).values.forEach((value, i) => { pixels[i] = colours[Math.min(255, value * gain) | 0]; });
+    const shade = shading(range);
+    map(part, [from, to], first, second).values.forEach((value, i) => { pixels[i] = colours[shade(value)]; });
   }
   show(canvas, sheet, opacity);
 }
 
-/** Paint one map less another, and say how far the colours reach. @param {any} canvas @param {{values: Float32Array, height: number, width: number}} one @param {Float32Array} two */
-export function paintLess(canvas, { values, height, width }, two, opacity = 1) {
-  const reach = values.reduce((most, value, i) => Math.max(most, Math.abs(value - two[i])), 0);
+/** Paint one map less another, and say how far the colours reach: as far as they have to, or as far as they are told. @param {any} canvas @param {{values: Float32Array, height: number, width: number}} one @param {Float32Array} two @param {number} [told] */
+export function paintLess(canvas, { values, height, width }, two, opacity = 1, told) {
+  const reach = told ?? values.reduce((most, value, i) => Math.max(most, Math.abs(value - two[i])), 0);
   const sheet = page(width, height);
-  values.forEach((value, i) => { sheet.pixels[i] = SIGNED[Math.round(127.5 + (127.5 * (value - two[i])) / (reach || 1))]; });
+  values.forEach((value, i) => { sheet.pixels[i] = SIGNED[Math.round(Math.max(0, Math.min(255, 127.5 + (127.5 * (value - two[i])) / (reach || 1))))]; });
   show(canvas, sheet, opacity);
   return reach;
+}
+
+/** Show whose self-attention it is. @param {any} canvas @param {Numbers} part @param {{row: number, row_to: number, column: number, column_to: number}} square */
+export function outline(canvas, part, { row, row_to, column, column_to }) {
+  const [height, width] = [canvas.height / part.shape[1], canvas.width / part.shape[2]];
+  const pen = canvas.getContext("2d");
+  [pen.strokeStyle, pen.lineWidth] = ["#fff", 4];
+  pen.strokeRect(column * width, row * height, (column_to - column + 1) * width, (row_to - row + 1) * height);
 }
 
 /** Paint one picture of a sheet. @param {HTMLCanvasElement} canvas @param {Sheet} sheet @param {number} index */
@@ -138,6 +146,12 @@ export function choice(parent, label, options, value) {
   for (const [one, text] of options) make("option", "", text, select, { value: one });
   select.value = value;
   return select;
+}
+
+/** Do something once the page has nothing else to do. @param {() => void} task */
+export function idly(task) {
+  if (typeof requestIdleCallback === "undefined") setTimeout(task, 200); // Safari
+  else requestIdleCallback(task);
 }
 
 /** Give a file to the reader to keep. @param {Blob} blob @param {string} name */

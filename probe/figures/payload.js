@@ -10,7 +10,7 @@
  * @typedef {{meta: Record<string, any>, parts: Record<string, any>, heads?: any, first?: any}} Run
  * @typedef {{step: number, channel: number, reading: string, layer: number, head: number, branch: string, per: "words" | "tokens",
  *            steps: "one" | "before" | "after" | "from" | "all", from: number, against: number,
- *            opacity: number, scale: "words" | "word" | "step"}} State
+ *            opacity: number, scale: "words" | "word" | "step" | "locked", vmin?: number, vmax?: number}} State
  */
 
 /** A table of 256 colours as little-endian RGBA, between anchors of equal distance. @param {number[][]} anchors */
@@ -23,6 +23,30 @@ export function table(anchors) {
     colours[i] = ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
   }
   return colours;
+}
+
+/** Which of 256 colours a number gets: the first up to `vmin`, the last from `vmax` on. @param {number[]} range */
+export function shading([vmin, vmax]) {
+  const gain = vmax > vmin ? 255 / (vmax - vmin) : 0;
+  return (/** @type {number} */ value) => Math.max(0, Math.min(255, (value - vmin) * gain + 0.5)) | 0;
+}
+
+/** The colours of bytes of which 255 is `most`. @param {Uint32Array} colours @param {number} most @param {number[]} range */
+export function ranged(colours, most, range) {
+  const shade = shading(range);
+  return Uint32Array.from(colours, (_, byte) => colours[shade((byte * most) / 255)]);
+}
+
+/** A range of colours that may be locked: from 0 or more up to more than that; else nothing. @param {unknown} vmin @param {unknown} vmax */
+export function lockable(vmin, vmax) {
+  const [least, most] = [vmin, vmax].map((value) => (typeof value === "number" || (typeof value === "string" && /^\d{1,9}(\.\d{1,12})?(e[+-]?\d\d?)?$/.test(value)) ? Number(Number(value).toPrecision(4)) : NaN));
+  return least >= 0 && most > least && most < Infinity ? { vmin: least, vmax: most } : null;
+}
+
+/** The channels that a reader may want next: words before the rest, those near the chosen one first. @param {Channel[]} channels @param {number} chosen */
+export function upcoming(channels, chosen) {
+  const far = (/** @type {number} */ i) => Math.abs(i - chosen) + (channels[i].kind === "word" ? 0 : channels.length);
+  return channels.map((_, i) => i).sort((a, b) => far(a) - far(b));
 }
 
 /** Whole number in [0, count), else the default. @param {unknown} value @param {number} count @param {number} fallback */
@@ -78,6 +102,13 @@ export function map(part, [from, to], first, second = 0) {
   return { values, height, width };
 }
 
+/** The mean of numbers from a first to a last. @param {ArrayLike<number | null>} values @param {number[]} span */
+export function over(values, [from, to]) {
+  let sum = 0;
+  for (let i = from; i <= to; i++) sum += values[i] ?? 0;
+  return sum / (to - from + 1);
+}
+
 /** The greatest value of a channel, over a span of steps or over all. @param {Numbers} part @param {number} first @param {number} second @param {number[]} [span] */
 export function peak(part, first, second = 0, span) {
   if (!span) return high(part, first, second); // as it was scaled: the greatest of all steps
@@ -102,7 +133,7 @@ export function span({ step, steps, from }, last) {
 
 const WHOLE = { step: "step", word: "channel", layer: "layer", head: "head", from: "from", against: "against" };
 const ONE_OF = {
-  scale: ["words", "word", "step"],
+  scale: ["words", "word", "step", "locked"],
   steps: ["one", "before", "after", "from", "all"],
   reading: ["attention", "contribution", "counterfactual", "self-attention"],
   branch: ["cond", "uncond"],
@@ -121,6 +152,10 @@ export function fromAddress(query, numbered) {
   const opacity = given.get("opacity") ?? "";
   if (/^(0(\.\d{1,3})?|1(\.0{1,3})?)$/.test(opacity)) found.opacity = Number(opacity);
   for (const [name, values] of Object.entries(ONE_OF)) if (values.includes(given.get(name) ?? "")) found[name] = given.get(name);
+  if (found.scale !== "locked") return found;
+  const range = lockable(given.get("vmin"), given.get("vmax"));
+  if (!range) delete found.scale;
+  Object.assign(found, range);
   return found;
 }
 
@@ -133,6 +168,7 @@ export function toAddress(query, state, numbered) {
   for (const name of Object.keys(ONE_OF)) values[name] = state[name];
   values.step = numbered[state.step];
   values.from = state.steps === "from" ? numbered[state.from] : undefined;
+  for (const name of ["vmin", "vmax"]) values[name] = state.scale === "locked" ? state[name] : undefined;
   for (const [name, value] of Object.entries(values)) {
     if (value === -1 || value === undefined || value === DEFAULTS[name]) given.delete(name);
     else given.set(name, String(value));

@@ -16,11 +16,12 @@
  * @typedef {{state?: Partial<State>, ask?: (run: number, what: Record<string, string>) => Promise<Uint8Array>,
  *            changed?: (state: State) => void, sync?: "sigma" | "step", full?: boolean}} Options
  */
-import { DASHES, LINES, SIGNED, arrows, choice, keep, make, page, paintLess, paintLines, paintMap, paintPicture, show, under } from "./drawing.js";
-import { clamp, closest, high, map, nearest, open, overlap, peak, said, short, span, table } from "./payload.js";
+import { DASHES, LINES, SIGNED, arrows, choice, idly, keep, make, outline, page, paintLess, paintLines, paintMap, paintPicture, show, under } from "./drawing.js";
+import { clamp, closest, high, lockable, map, nearest, open, over, overlap, peak, ranged, said, shading, short, span, table, upcoming } from "./payload.js";
 
 const KINDS = ["start", "words", "end", "padding"];
 const ABOUT = { start: "The start token: attended to where nothing else is", end: "The first end token", padding: "All tokens after the first end token" };
+const AHEAD = 64e6; // bytes of maps that are prepared before somebody asks
 const ASKS = { // the question above the words, and what the map of one shows
   attention: ["Which places attend to", (/** @type {string} */ word) => `Places that attend to “${word}”`],
   contribution: ["Where is something written for", (/** @type {string} */ word) => `What is written for “${word}”`],
@@ -56,6 +57,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   if (!offers.readings.includes(state.reading)) state.reading = offers.readings[0] ?? "attention";
   if (!offers.branches.includes(state.branch)) state.branch = lead.meta.branch ?? "cond";
   if (!offers.branches.length) state.per = "words";
+  if (state.scale === "locked" && !lockable(state.vmin, state.vmax)) state.scale = "words";
   const views = []; // drawn again at every change
   const asked = new Map();
   const tops = new Map(); // the greatest values, found once
@@ -78,6 +80,10 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     return channelsOf(run).flatMap((channel, i) => (alike(channel) ? [i] : []))[before] ?? -1;
   }
 
+  /** The range that a reader locked. */
+  const locked = () => (state.scale === "locked" ? [state.vmin ?? 0, state.vmax ?? 0] : null);
+  /** The values of the first and the last colour. @param {Run} run @param {number} channel */
+  const reach = (run, channel) => locked() ?? [0, top(run, channel)];
   /** The greatest value that the colours reach. @param {Run} run @param {number} channel */
   function top(run, channel) {
     if (state.scale === "step") return peak(run.parts.maps, channel, 0, mapAt(run));
@@ -105,12 +111,6 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     });
     return found[channel];
   }
-  /** The mean of numbers over a span of steps. */
-  const over = (/** @type {ArrayLike<number | null>} */ values, /** @type {number[]} */ [from, to]) => {
-    let sum = 0;
-    for (let i = from; i <= to; i++) sum += values[i] ?? 0;
-    return sum / (to - from + 1);
-  };
 
   /** Draw what a section shows only while it is on the screen. @param {Element} section @param {() => void} view */
   function seen(section, view) {
@@ -227,28 +227,21 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
       const when = from === to ? "" : `, mean over ${to - from + 1} steps, sigma ${short(lead.meta.sigma[span(state, last)[0]])} to ${short(lead.meta.sigma[span(state, last)[1]])}`;
       const other = single ? -1 : channelOf(run, state.against);
       if (other >= 0) {
-        const reach = paintLess(canvas, map(source, [from, to], channel), map(source, [from, to], other).values, state.opacity);
+        const most = paintLess(canvas, map(source, [from, to], channel), map(source, [from, to], other).values, state.opacity, locked()?.[1]);
         note.textContent = `“${label()}” (orange) less “${names[state.against].label}” (blue)${when}`;
-        if (run === lead) legend(reach, "less");
+        if (run === lead) legend([-most, most], "less");
         return;
       }
       const [a, b] = single ? [state.layer, state.head] : [channel, 0];
-      const greatest = !single ? top(run, channel) : peak(source, a, b, state.scale === "step" ? mapAt(run) : undefined);
-      paintMap(canvas, source, [from, to], a, b, colours, greatest, state.opacity);
+      const reached = !single ? reach(run, channel) : locked() ?? [0, peak(source, a, b, state.scale === "step" ? mapAt(run) : undefined)];
+      paintMap(canvas, source, [from, to], a, b, colours, reached, state.opacity);
       note.textContent = (single ? `${layerName(run.heads.meta.layers[a])}, head ${b}, alone` : run.meta.note) + when;
-      if (run === lead) legend(greatest, single ? "head" : state.scale);
-      if (run.meta.of === "self-attention") outline(canvas, source);
+      if (run === lead) legend(reached, single && !locked() ? "head" : state.scale);
+      if (run.meta.of === "self-attention") outline(canvas, source, square);
     });
     return made;
   }
   const layerName = (/** @type {string} */ path) => path.split(".transformer")[0];
-  /** Show whose self-attention it is. @param {any} canvas @param {Numbers} part */
-  function outline(canvas, part) {
-    const [height, width] = [canvas.height / part.shape[1], canvas.width / part.shape[2]];
-    const pen = canvas.getContext("2d");
-    [pen.strokeStyle, pen.lineWidth] = ["#fff", 4];
-    pen.strokeRect(square.column * width, square.row * height, (square.column_to - square.column + 1) * width, (square.row_to - square.row + 1) * height);
-  }
   if (runs.length === 2) differences(runs[0], runs[1]);
 
   /** What is not the same in two runs: their difference, or one drawn over the other. @param {Run} one @param {Run} two */
@@ -279,7 +272,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
         const pen = canvas.getContext("2d");
         const paint = (/** @type {Run} */ run, /** @type {number} */ channel) => {
           if (a.kind === "sheet") paintPicture(canvas, run.parts[panel.part], frameAt(run, panel.part));
-          else paintMap(canvas, run.parts.maps, mapAt(run), channel, 0, colours, top(run, channel));
+          else paintMap(canvas, run.parts.maps, mapAt(run), channel, 0, colours, reach(run, channel));
         };
         if (how.value === "wipe") {
           const left = canvas.width * Number(edge.value);
@@ -300,8 +293,8 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
           for (let i = 0; i < 2; i++) pen.drawImage(canvas, 0, 0);
           pen.globalCompositeOperation = "source-over";
         } else {
-          const reach = paintLess(canvas, map(a, mapAt(one), first), map(b, mapAt(two), second).values);
-          note.textContent = `blue: less, orange: more; at this step up to ${amount(reach, lead)}`;
+          const most = paintLess(canvas, map(a, mapAt(one), first), map(b, mapAt(two), second).values, 1, locked()?.[1]);
+          note.textContent = `blue: less, orange: more; ${locked() ? "locked at" : "at this step up to"} ${amount(most, lead)}`;
         }
       }));
     }
@@ -354,14 +347,14 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   const reading = tool("show", "What is shown", pairs(offers.readings), "reading");
   const branch = tool("of the", "Branch of guidance", offers.branches.map((/** @type {string} */ name) => [name, name === "cond" ? "prompt" : "negative prompt"]), "branch");
   const per = tool("by", "Words or single tokens", pairs(offers.branches.length ? ["words", "tokens"] : []), "per");
-  reading.onchange = branch.onchange = per.onchange = () => read({ reading: reading.value, branch: branch.value || state.branch, per: per.value || "words" });
+  reading.onchange = branch.onchange = per.onchange = () => read({ ...(reading.value !== state.reading && locked() ? { scale: "words" } : {}), reading: reading.value, branch: branch.value || state.branch, per: per.value || "words" });
   const many = tool("at", "Which steps", [["one", "this step"], ["before", "steps up to here"], ["after", "steps from here on"], ["from", "steps between"], ["all", "all steps"]], "steps");
   many.onchange = () => {
     if (many.value === "from") tip.textContent = `The other end stays at step ${said(steps[state.step], lead.meta.calls)}: move on from here.`;
     choose({ steps: many.value, from: state.step });
   };
-  const scale = tool("scale", "Scale of the colours", [["words", "one for all words"], ["word", "each word's own"], ["step", "this step's own"]], "scale");
-  scale.onchange = () => choose({ scale: scale.value });
+  const scale = tool("scale", "Scale of the colours", [["words", "one for all words"], ["word", "each word's own"], ["step", "this step's own"], ["locked", "locked"]], "scale");
+  scale.onchange = () => choose(scale.value === "locked" ? locking() : { scale: scale.value });
   const less = choice(make("label", "", "less ", tools), "Another word to take away", [["-1", "nothing"]], "-1");
   less.onchange = () => choose({ against: Number(less.value), layer: -1, head: -1 });
   const opacities = make("label", "", "overlay ", tools);
@@ -370,15 +363,37 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   opacity.oninput = () => choose({ opacity: Number(opacity.value) });
   const key = make("span", "key", "", tools);
   const bar = make("span", "bar", "", key, { "aria-hidden": "true" });
+  const ends = make("span", "ends", "", key);
+  const [lowest, highest] = ["Least of the colours", "Most of the colours"].map((text, i) => {
+    if (i) make("span", "", "to", ends);
+    return make("input", "", "", ends, { type: "number", min: "0", step: "any", "aria-label": text });
+  });
   const range = make("span", "", "", key);
+  const lock = make("button", "lock", "Lock range", key, { type: "button", title: "Keep this range whatever else is chosen" });
+  let [present, before] = [[0, 1], "words"]; // the range that is shown; the scale without the lock
+  /** What locks the range that is shown. */
+  const locking = () => ({ scale: "locked", ...(lockable(0, present[1]) ?? { vmin: 0, vmax: 1 }) });
+  lock.onclick = () => choose(locked() ? { scale: before } : locking());
+  lowest.onchange = highest.onchange = () => {
+    const [vmin, vmax] = [lowest, highest].map((end) => Number(end.value || NaN) / (isShare(lead) ? 100 : 1));
+    const given = lockable(vmin, vmax);
+    if (!given) tip.textContent = live.textContent = "The range stays: it goes from 0 or more up to more than that.";
+    choose(given ?? {});
+  };
   tools.hidden = !offers.readings.length;
   const gradient = (/** @type {Uint32Array} */ list) => `linear-gradient(90deg, ${[0, 64, 128, 191, 255].map((i) => `rgb(${list[i] & 255} ${(list[i] >> 8) & 255} ${(list[i] >> 16) & 255})`)})`;
   const grounds = { sequential: gradient(colours), signed: gradient(SIGNED) };
-  /** @param {number} greatest @param {string} how */
-  function legend(greatest, how) {
-    const why = { words: names[state.channel].kind === "word" ? "the same for every word and step" : "the same at every step", word: "the same at every step", step: "at this step alone", head: "this head's own", less: "here alone" }[how];
+  /** @param {number[]} shown the values of the first and the last colour @param {string} how */
+  function legend(shown, how) {
+    present = shown;
+    if (!locked()) before = state.scale;
+    const unit = isShare(lead) ? 100 : 1;
+    [lowest.value, highest.value] = [state.vmin ?? 0, state.vmax ?? 0].map((value) => String(Number((value * unit).toPrecision(4))));
+    ends.hidden = !locked();
+    lock.setAttribute("aria-pressed", String(!ends.hidden));
+    const why = { words: names[state.channel].kind === "word" ? "the same for every word and step" : "the same at every step", word: "the same at every step", step: "at this step alone", head: "this head's own", less: locked() ? "locked" : "here alone" }[how];
     bar.style.background = grounds[how === "less" ? "signed" : "sequential"];
-    range.textContent = how === "less" ? `-${amount(greatest, lead)} to ${amount(greatest, lead)}, ${why}` : `0 to ${amount(greatest, lead)}, ${why}`;
+    range.textContent = how === "locked" ? `${isShare(lead) ? "%, " : ""}locked` : `${shown[0] ? amount(shown[0], lead) : 0} to ${amount(shown[1], lead)}, ${why}`;
   }
 
   // Time.
@@ -467,7 +482,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   let thumbs = []; // views of the small maps, made anew with the words
   views.push(() => {
     every.hidden = !names.length || state.reading === "self-attention";
-    everyTitle.textContent = `Every ${state.per === "tokens" ? "token" : "word"}, ${{ words: "all on one scale", word: "each on its own scale", step: "each on its own scale at this step" }[state.scale]}, and its overlap with “${label()}” (1: the same places)`;
+    everyTitle.textContent = `Every ${state.per === "tokens" ? "token" : "word"}, ${{ words: "all on one scale", word: "each on its own scale", step: "each on its own scale at this step", locked: "all on the locked scale" }[state.scale]}, and its overlap with “${label()}” (1: the same places)`;
     if (every.hidden) return;
     chosen = map(lead.parts.maps, mapAt(lead), state.channel).values;
     for (const thumb of thumbs) thumb();
@@ -480,14 +495,16 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     make("small", "", channel.label, made);
     const [text, alike] = [make("small", "number", "", made), make("small", "number", "", made)];
     made.onclick = () => choose({ channel: number });
+    made.onpointerenter = made.onfocus = () => prepare(number);
     return seen(made, () => {
       const index = mapAt(lead);
-      paintMap(canvas, lead.parts.maps, index, number, 0, colours, top(lead, number));
+      paintMap(canvas, lead.parts.maps, index, number, 0, colours, reach(lead, number));
       text.textContent = amount(over(means_of(lead.parts.maps, number), index), lead);
       alike.textContent = number === state.channel ? "chosen" : `overlap ${overlap(map(lead.parts.maps, index, number).values, chosen).toFixed(2)}`;
       made.setAttribute("aria-pressed", String(number === state.channel));
     });
   }
+  let prepare = async (/** @type {number} */ channel) => {}; // fetch one word in every layer and head before it is chosen
   if (ask && offers.readings.length) headsView(below);
 
   /** One word in every layer and head. @param {Element} parent */
@@ -514,14 +531,36 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
         const channel = channelOf(run);
         delete run.heads;
         if (channel < 0 || !run.parts.maps) return;
-        more(run, { what: "heads", channel: String(channel), ...(full ? { branch: state.branch, per: state.per } : {}) }).then((found) => {
+        headsOf(run, channel).then((found) => {
           if (key !== next || dead) return;
           run.heads = found;
           if (run === lead) arrived(found);
           draw();
+          ahead();
         }, (error) => { about.textContent = String(error.message ?? error); });
       });
     };
+    const headsOf = (/** @type {Run} */ run, /** @type {number} */ channel) => more(run, { what: "heads", channel: String(channel), ...(full ? { branch: state.branch, per: state.per } : {}) });
+    const prepared = new Set(); // words, of the maps that are shown
+    let [preparing, room] = [false, full ? AHEAD : 0];
+    prepare = async (index) => {
+      if (state.reading !== "attention" || room <= 0 || prepared.has(`${index} ${wanted}`)) return;
+      prepared.add(`${index} ${wanted}`);
+      const having = runs.filter((run) => run.parts.maps && channelOf(run, index) >= 0);
+      const found = await Promise.all(having.map((run) => headsOf(run, channelOf(run, index)))).catch(() => []);
+      for (const { parts } of found) room -= parts.maps.data.length;
+    };
+    /** Prepare the other words, one after the other, while nothing else is to do. */
+    function ahead() {
+      if (preparing || runs.some(({ meta }) => ["recording", "finishing"].includes(meta.following.state))) return; // at each new step all would be made anew
+      const next = upcoming(names, state.channel).find((index) => !prepared.has(`${index} ${wanted}`));
+      if (next === undefined || room <= 0) return;
+      preparing = true;
+      idly(() => {
+        preparing = false;
+        if (!dead && !section.hidden) prepare(next).then(ahead);
+      });
+    }
     /** Name the parts of the network, the heads, and those that give most. @param {Run} found */
     const arrived = ({ meta, parts: { maps } }) => {
       const parts = meta.layers.map((/** @type {string} */ layer) => layer.split("_")[0]);
@@ -567,7 +606,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     });
     const paint = seen(section, () => {
       load();
-      heading.textContent = `“${label()}” in every layer and head, each on its own scale`;
+      heading.textContent = `“${label()}” in every layer and head, ${locked() ? "all on the locked scale" : "each on its own scale"}`;
       all.hidden = state.layer < 0;
       best.hidden = layered.hidden = !lead.heads;
       if (!lead.heads) return;
@@ -595,17 +634,19 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     /** Colour one head's map at one step. @param {Uint32Array} pixels @param {Numbers} maps @param {number} layer @param {number} head */
     function quick(pixels, maps, layer, head) {
       const [layers, heads, height, width, count] = maps.shape;
+      const reached = locked();
+      const list = reached ? ranged(colours, high(maps, layer, head), reached) : colours;
       let from = (layer * heads + head) * height * width * count + mapAt(lead)[0];
       for (let y = 0; y < height; y++) {
         const to = (head * height + y) * layers * width + layer * width;
-        for (let x = 0; x < width; x++, from += count) pixels[to + x] = colours[maps.data[from]];
+        for (let x = 0; x < width; x++, from += count) pixels[to + x] = list[maps.data[from]];
       }
     }
     /** Colour one head's mean over steps. @param {Uint32Array} pixels @param {Numbers} maps @param {number} layer @param {number} head */
     function mean(pixels, maps, layer, head) {
       const { values, width } = map(maps, mapAt(lead), layer, head);
-      const gain = 255 / (high(maps, layer, head) || 1);
-      values.forEach((value, i) => { pixels[(head * (values.length / width) + Math.floor(i / width)) * maps.shape[0] * width + layer * width + (i % width)] = colours[(value * gain) | 0]; });
+      const shade = shading(locked() ?? [0, high(maps, layer, head)]);
+      values.forEach((value, i) => { pixels[(head * (values.length / width) + Math.floor(i / width)) * maps.shape[0] * width + layer * width + (i % width)] = colours[shade(value)]; });
     }
     views.push(() => {
       section.hidden = !names.length || state.reading !== "attention";
@@ -747,6 +788,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
       const chip = make("button", `chip ${channel.kind}`, channel.label, undefined, { type: "button" });
       if (ABOUT[channel.kind]) chip.title = ABOUT[channel.kind];
       chip.onclick = () => choose({ channel: i });
+      chip.onpointerenter = chip.onfocus = () => prepare(i);
       return chip;
     }));
     small.replaceChildren();
