@@ -110,9 +110,15 @@ LAYERS = [
         "probe.proof.checks",
     ),
     ("probe.figures.bundle", "probe.reading.pair"),
-    ("probe.figures.page", "probe.figures.animation"),
+    ("probe.figures.page", "probe.figures.animation", "probe.figures.grid"),
+    ("probe.figures.grid_page",),
     ("probe.figures.plots", "probe.figures.guidance", "probe.figures.anatomy"),
-    ("probe.figures.anatomy_page", "probe.figures.trajectories", "probe.figures.distance"),
+    (
+        "probe.figures.anatomy_page",
+        "probe.figures.trajectories",
+        "probe.figures.distance",
+        "probe.figures.grid_plot",
+    ),
     (
         "probe.figures.notebook",
         "probe.figures.noising_sheet",
@@ -219,7 +225,10 @@ STRANGERS = [
     ("probe.watching.interface", "xarray"),
     ("probe.editing.editing", "probe.writing.store"),
     ("probe.dashboard.figures", "streamlit"),
-    *((f"probe.figures.{name}", "plotly") for name in ("guidance", "anatomy", "anatomy_page")),
+    *(
+        (f"probe.figures.{name}", "plotly")
+        for name in ("guidance", "anatomy", "anatomy_page", "grid", "grid_page")
+    ),
 ]
 TORCH = ("torch", "diffusers", "transformers")
 OUTSIDERS = ("experiments", "tests", "benchmarks", "tasks")  # probe imports none of them

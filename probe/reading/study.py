@@ -145,26 +145,12 @@ class Study:
         An axis with one label may be left out. Dotted names go into a mapping:
         `study.place({"edits.0.amount": 0.5}, seed=0)`. Raise ExperimentError.
         """
-        asked = {**(where or {}), **labels}
         index: dict[int, int] = {}
-        known = {
-            one.name: (position, one)
-            for position, axis in enumerate(self.file.axes)
-            for one in (axis, *axis.zipped)
-        }
-        for name, wanted in asked.items():
-            if name not in known:
-                raise ExperimentError(
-                    f"{self.name} has no axis {in_words(name)}.", near(str(name), list(known))
-                )
-            position, axis = known[name]
-            at = _position(wanted, axis.labels, axis.values)
-            if at is None or index.get(position, at) != at:
-                raise ExperimentError(
-                    f"{name} is never {in_words(wanted)} there.",
-                    f"Choose from: {shorten(', '.join(axis.labels), 200)}.",
-                )
-            index[position] = at
+        for name, wanted in {**(where or {}), **labels}.items():
+            axis, at = self.position(name, wanted)
+            if index.get(axis, at) != at:
+                raise self._never(name, wanted)
+            index[axis] = at
         left = [
             axis.name
             for position, axis in enumerate(self.file.axes)
@@ -175,6 +161,34 @@ class Study:
                 f"{', '.join(left)}: no label is given.", "Give one for each axis: seed=0."
             )
         return tuple(index.get(position, 0) for position in range(len(self.file.axes)))
+
+    def position(self, name: str, wanted: Any) -> tuple[int, int]:
+        """Return the number of an axis, and where a label or a value lies on it.
+
+        `name` may be that of an axis that moves with another. Raise ExperimentError.
+        """
+        known = {
+            one.name: (number, one)
+            for number, axis in enumerate(self.file.axes)
+            for one in (axis, *axis.zipped)
+        }
+        if name not in known:
+            raise ExperimentError(
+                f"{self.name} has no axis {in_words(name)}.", near(str(name), list(known))
+            )
+        number, axis = known[name]
+        at = _position(wanted, axis.labels, axis.values)
+        if at is None:
+            raise self._never(name, wanted)
+        return number, at
+
+    def _never(self, name: str, wanted: Any) -> ExperimentError:
+        axes = [one for axis in self.file.axes for one in (axis, *axis.zipped)]
+        labels = next(one.labels for one in axes if one.name == name)
+        return ExperimentError(
+            f"{name} is never {in_words(wanted)} there.",
+            f"Choose from: {shorten(', '.join(labels), 200)}.",
+        )
 
     def open(self, where: Mapping[str, Any] | None = None, **labels: Any) -> Run:
         """Return the recording of a cell, by its label or its value on each axis; see `place`.
@@ -295,6 +309,18 @@ def open_study(path: str | Path) -> Study:
     file = _valid(StudyFile, raw, folder / STUDY)
     _check(folder, file)
     return Study(folder, file)
+
+
+def find_study(name: str | Path, runs: str | Path = "runs") -> Path | None:
+    """Return the path of a study by its path, or the beginning of its name in the folder `runs`.
+
+    Return None if there is none, or if several begin so.
+    """
+    path = Path(name)
+    if path.name == STUDY or exists(path / STUDY):
+        return path
+    matching = [one for one in studies_in(runs) if one.name.startswith(str(name))]
+    return matching[0] if len(matching) == 1 else None
 
 
 def studies_in(folder: str | Path = "runs") -> list[Path]:
