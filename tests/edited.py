@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_runs import model_for, pipeline
 
 from probe.diffusion.family import Family
 from probe.diffusion.sampling import Step, denoise
 from probe.editing.editing import edited
 from probe.running.planning import plan
 from probe.settings.experiment import Experiment, load_experiment
-from tests.tiny_runs import model_for, pipeline
 
 FOLDER = Path("nowhere")  # nothing is written: the loop alone runs
 SAMPLING = "steps guidance_scale guidance_rescale eta seed images height width".split()

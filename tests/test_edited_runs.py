@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from edited import EACH
+from tiny_runs import at_call, pipeline, throw
+from tiny_runs import take as taken
 
 from probe.errors import ExperimentError, ModelError
 from probe.proof.verdict import verify
 from probe.reading.recording import Run, open_run
 from probe.running.recorder import record, rerun, resume
 from probe.watching.hooks import Hooks
-from tests import tiny
-from tests.edited import EACH
-from tests.tiny_runs import at_call, pipeline, throw
-from tests.tiny_runs import take as taken
 
 ACTIVATIONS = {"capture": {"activations": ["unet.mid_block"]}}
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from edited import EACH, asked, same, steps_of
+from tiny_runs import model_for, pipeline
 
+from probe.diffusion.families import family_of
 from probe.errors import ExperimentError, ProbeError
 from probe.settings.edits import EDIT_KINDS
 from probe.settings.fields import SCHEDULERS
 from probe.watching.hooks import EditingHooks, count
-from tests.edited import EACH, asked, same, steps_of
-from tests.tiny_runs import model_for, pipeline
 
 PLAIN = ("DDIM", "EulerAncestral", "Heun")
 OTHERS = [name for name in SCHEDULERS if name not in PLAIN]
@@ -333,3 +336,38 @@ def test_what_matches_nothing_or_contradicts_is_refused(edits: Any, says: str) -
     cause, remedy = says.split("|")
     assert cause in error.value.cause and error.value.cause.startswith("edits["), error.value.cause
     assert remedy in error.value.remedy
+
+
+# --- the same for Stable Diffusion XL ---
+
+
+@functools.cache
+def xl() -> Any:
+    return family_of(tiny.xl_pipeline())
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("kind", EACH)
+def test_of_sdxl_too_nothing_changes_at_0_and_something_at_1(kind: str, scale: float) -> None:
+    if kind == "guidance" and scale <= 1:
+        return  # refused, as shown above
+    edit = {"kind": kind, **EACH[kind]}
+    own = steps_of(asked(guidance_scale=scale), model=xl())
+    assert same(steps_of(asked({**edit, "amount": 0.0}, guidance_scale=scale), model=xl()), own)
+    edited = steps_of(asked(edit, guidance_scale=scale), model=xl())
+    assert not torch.equal(edited[-1].next_latents, own[-1].next_latents)
+
+
+def test_of_sdxl_the_pooled_text_is_edited_with_the_prompt() -> None:
+    removed = steps_of(asked({"kind": "remove", "words": ["astronaut"]}), model=xl())
+    assert same(removed, steps_of(asked(prompt="an scuba diving"), model=xl()))
+    switched = steps_of(asked({"kind": "prompt", "text": "a cat", "steps": "0:"}), model=xl())
+    assert same(switched, steps_of(asked(prompt="a cat"), model=xl()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", EACH)
+def test_in_half_precision_nothing_changes_at_0(kind: str, dtype: torch.dtype) -> None:
+    pipe = pipeline(dtype)
+    edit = {"kind": kind, **EACH[kind], "amount": 0.0}
+    assert same(steps_of(asked(edit), pipe), steps_of(asked(), pipe))

@@ -16,7 +16,7 @@ import torch
 from probe.diffusion.family import Family
 from probe.editing.donors import Beside
 from probe.editing.targets import HeadsOf, heads_of, rows_of, tokens_of
-from probe.editing.text import Texts, shared_places
+from probe.editing.text import Share, Texts, replaced_places, shared_places
 from probe.editing.values import ablated, blended, other_heads, random_like
 from probe.errors import ExperimentError
 from probe.settings.edits import Edit, Head, Map, Mask, Reweight, Value
@@ -38,7 +38,7 @@ class InLayers:
     heads: HeadsOf
     places: Places = field(default_factory=dict)
     donor: Beside | None = None
-    shared: list[tuple[int, int]] = field(default_factory=list)
+    shared: list[Share] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -64,20 +64,30 @@ def found(
         places = {step: tokens_of(texts.prompt(step, edit.branch), edit.words) for step in steps}
     if isinstance(edit, Head) and edit.control == "other_head":
         heads = _others(model, plan, edit, heads)
-    shared: list[tuple[int, int]] = []
-    if isinstance(edit, Map) and edit.method == "refine":
-        if kind == "self":
+    shared = _shared(plan, edit, kind, donor) if isinstance(edit, Map) else []
+    return InLayers(edit, steps, rows, heads, places, donor, shared)
+
+
+def _shared(plan: Plan, edit: Map, kind: str, donor: Beside | None) -> list[Share]:
+    """Return which tokens get which of the donor's maps; none for self-attention."""
+    assert donor is not None
+    if kind == "self":
+        if edit.method == "refine":
             raise ExperimentError(
                 "method: refine is of tokens, and self-attention has none.", "Write replace."
             )
-        if edit.branch == "both":
-            raise ExperimentError(
-                "branch: refine aligns the words of one text.", "Write cond or uncond."
-            )
-        assert donor is not None
-        other = next(iter(donor.tokens[edit.branch].values()))
-        shared = shared_places(plan.prompts[edit.branch], other)
-    return InLayers(edit, steps, rows, heads, places, donor, shared)
+        return []
+    pair = replaced_places if edit.method == "replace" else shared_places
+    branches = plan.computed_branches if edit.branch == "both" else (edit.branch,)
+    every = [
+        pair(plan.prompts[branch], next(iter(donor.tokens[branch].values()))) for branch in branches
+    ]
+    if any(places != every[0] for places in every):
+        raise ExperimentError(
+            "branch: both branches' words are not paired in the same way.",
+            "Write two edits, one for each branch.",
+        )
+    return every[0]
 
 
 def _others(model: Family, plan: Plan, edit: Head, heads: HeadsOf) -> HeadsOf:
@@ -250,12 +260,14 @@ def _edited_map(
     values = one.donor.values
     other = attention_map(module, values[path, "to_q"], values[path, "to_k"], one.rows)
     other = other[:, list(one.heads[path])]
-    if edit.method == "replace":
+    if one.kind == "self":
         return other
-    here, there = (list(side) for side in zip(*one.shared, strict=True))
-    refined = own.clone()
-    refined[..., here] = other[..., there]
-    return refined
+    edited, alone = own.clone(), [pair for pair in one.shared if len(pair[1]) == pair[2] == 1]
+    edited[..., [here for here, _, _ in alone]] = other[..., [there[0] for _, there, _ in alone]]
+    for here, there, parts in one.shared:
+        if not len(there) == parts == 1:
+            edited[..., here] = other[..., there].sum(-1) / parts
+    return edited
 
 
 def _grid(*indices: Sequence[int]) -> tuple[torch.Tensor, ...]:

@@ -7,6 +7,7 @@ texts.at(step)                         # the arguments of each branch
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 
 from probe.diffusion.family import COND, TEXT, Arguments, Conditioning, Family, Tokens
@@ -135,19 +136,60 @@ def told(model: Family, texts: Mapping[str, Tokens]) -> Conditioning:
     return Conditioning(arguments, texts)
 
 
-def shared_places(own: Prompt, other: Prompt) -> list[tuple[int, int]]:
-    """Return the token places that two prompts share: (here, there), both in order.
+# Of one token here: the tokens there whose maps it gets, and by what their sum is divided.
+Share = tuple[int, list[int], int]
 
-    Words are aligned, as in prompt-to-prompt's refinement; start, end and padding are shared.
+
+def shared_places(own: Prompt, other: Prompt) -> list[Share]:
+    """Return the token places that two prompts share, as in prompt-to-prompt's refinement.
+
+    Tokens are aligned in order; start, end and padding are shared.
     """
-    import difflib
-
     ids, others = own.ids[0].tolist(), other.ids[0].tolist()
     matcher = difflib.SequenceMatcher(None, ids[: own.end], others[: other.end], autojunk=False)
-    pairs = [
-        (match.a + offset, match.b + offset)
+    pairs: list[Share] = [
+        (match.a + offset, [match.b + offset], 1)
         for match in matcher.get_matching_blocks()
         for offset in range(match.size)
     ]
-    rest = min(len(ids) - own.end, len(others) - other.end)
-    return pairs + [(own.end + offset, other.end + offset) for offset in range(rest)]
+    return pairs + _ends(own, other)
+
+
+def replaced_places(own: Prompt, other: Prompt) -> list[Share]:
+    """Return for each token place of a prompt those of another that has a word for each of its own.
+
+    Words of as many tokens are paired token by token. Otherwise every token gets an equal share of
+    the other word, as in prompt-to-prompt. Raise ExperimentError for another number of words.
+    """
+    ours, theirs = _units(own), _units(other)
+    if len(ours) != len(theirs):
+        raise ExperimentError(
+            f"method: replace pairs words, and {own.text!r} has {len(ours) - 1} of them and signs, "
+            f"{other.text!r} {len(theirs) - 1}.",
+            "Write a prompt of as many words, or method: refine.",
+        )
+    pairs: list[Share] = []
+    for here, there in zip(ours, theirs, strict=True):
+        if len(here) == len(there):
+            pairs += [(a, [b], 1) for a, b in zip(here, there, strict=True)]
+        else:
+            pairs += [(a, there, len(here)) for a in here]
+    return pairs + _ends(own, other)
+
+
+def _units(prompt: Prompt) -> list[list[int]]:
+    """Return the places of each word's tokens, and of each other token, before the end."""
+    units: list[list[int]] = []
+    for place in range(prompt.end):
+        of = prompt.word_of[place]
+        if of >= 0 and units and prompt.word_of[units[-1][0]] == of:
+            units[-1].append(place)
+        else:
+            units.append([place])
+    return units
+
+
+def _ends(own: Prompt, other: Prompt) -> list[Share]:
+    """Return the places of the end, and of padding that both prompts have at the same place."""
+    padding = range(max(own.end, other.end) + 1, own.ids.shape[1])
+    return [(own.end, [other.end], 1), *((place, [place], 1) for place in padding)]

@@ -228,7 +228,7 @@ class Skip(_OfValues):
 class Map(Edit):
     """Attention maps of another run in place of this one's (Hertz et al. 2022).
 
-    `replace` takes every token's map, `refine` those of the tokens that both prompts share.
+    `replace` pairs the words of both prompts; `refine` takes the maps of tokens that both share.
     """
 
     part: ClassVar[str] = "attention"
