@@ -61,7 +61,7 @@ STAMP = "probe-installed.json"
 LOG = "probe-install.log"
 
 # What the tests need: without UMAP, those of its maps are skipped.
-DEVELOPERS = ("record", "dashboard", "umap", "test")
+DEVELOPERS = ("record", "dashboard", "umap", "cluster", "test")
 
 # Tests compare with it; it asks for torchvision, whose usual build breaks a CPU torch, and runs
 # without.

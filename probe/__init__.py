@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         Noising,
         load_noising,
     )
+    from probe.studies.study import run_study
 
 _HOMES = {
     "analysis": "probe.analysis",
@@ -110,6 +111,7 @@ _HOMES = {
     "record_noising": "probe.running.recorder",
     "rerun": "probe.running.recorder",
     "resume": "probe.running.recorder",
+    "run_study": "probe.studies.study",
     "Session": "probe.running.session",
     "testing": "probe.testing",
     "trajectories": "probe.reading.trajectories",
@@ -157,6 +159,7 @@ __all__ = [
     "record_noising",
     "rerun",
     "resume",
+    "run_study",
     "testing",
     "trajectories",
 ]

@@ -2,6 +2,7 @@
 
     probe run EXPERIMENT.yaml     record a run (the same as python -m probe.run)
     probe noising NOISING.yaml    noise a real picture, and record what the model makes of it
+    probe sweep GRID.yaml         run a grid of experiments, and only what is missing of it
     probe ls                      list recordings
     probe show [RUN]              show what a recording holds, and where its pictures are
     probe view [RUN ...]          look at recordings in a browser, on this machine alone
@@ -438,15 +439,13 @@ def rm(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    "run": _door("probe.run", "probe run"),
-    "noising": _door("probe.noising", "probe noising"),
+    **{
+        verb: _door(f"probe.{verb}", f"probe {verb}")
+        for verb in ("run", "noising", "sweep", "view", "export", "embed", "verify")
+    },
     "ls": ls,
     "show": show,
-    "view": _door("probe.view", "probe view"),
-    "export": _door("probe.export", "probe export"),
-    "embed": _door("probe.embed", "probe embed"),
     "ask": ask,
-    "verify": _door("probe.verify", "probe verify"),
     "rerun": rerun,
     "diff": diff,
     "upgrade": _door("probe.upgrade"),

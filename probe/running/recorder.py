@@ -26,14 +26,12 @@ from probe.arguments import check_options, in_words
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family
 from probe.diffusion.loading import load, pick_device
-from probe.diffusion.loras import borrowed
 from probe.diffusion.preparing import prepared
 from probe.diffusion.support import remarks_on_version
 from probe.errors import ExperimentError, OutOfMemory, ProbeError
 from probe.figures import sheets
 from probe.figures.noising_sheet import save_sheet
 from probe.output import tell
-from probe.reading.compare import changed_files
 from probe.reading.memory import Memory, nowhere
 from probe.reading.recording import Run, with_files
 from probe.reading.sample import folder_beside, is_copy
@@ -84,6 +82,28 @@ def record(
         progress=progress,
         in_files=in_files,
     )
+
+
+def record_as(
+    model: Family,
+    recipe: Recipe,
+    name: str = "",
+    *,
+    weights: str | None = None,
+    in_files: bool = True,
+) -> Run:
+    """Record a recipe with a model that is loaded already, and return the recording.
+
+    The model may stand for a commit or a variant: the recipe says which, as if it were loaded. The
+    recording is called `name`, without its ending; empty: as ever. `weights` is the digest of the
+    model's weights, if it is known. Raise as `record` does.
+    """
+    room, say = free_room(expand_home(recipe.output)) if in_files else None, sayer(False)
+    with out_of_memory(recipe):
+        own = model_for(recipe, model, say)
+        planned = plan(own, recipe)
+        check_size(planned, None, room)
+        return _record(own, planned, say, False, weights=weights, in_files=in_files, name=name)
 
 
 def record_noising(
@@ -165,9 +185,8 @@ def _carried_out(
 ) -> Run:
     """Record a recipe. With a `parent`, its model is loaded as it was for that recording."""
     room, say = free_room(expand_home(recipe.output)) if in_files else None, sayer(progress)
-    with out_of_memory(recipe), contextlib.ExitStack() as until_done:
+    with out_of_memory(recipe):
         model, weights = model_for(recipe, pipeline, say, parent), None
-        until_done.enter_context(borrowed(model))
         if parent is not None:
             weights = compare_weights(model, parent, say)
             elsewhere = weights != parent.attributes.model.weights
@@ -207,11 +226,6 @@ def compare_weights(model: Family, run: Run, say: Say) -> str:
             f"{run.name} was recorded with other weights (digest {recorded}) than {model.name} has "
             f"here ({weights}): what comes will differ."
         )
-    for path in changed_files(run.attributes, {"model": {"files": dict(model.files)}}):
-        say(
-            f"{run.name} was recorded with another {path} than is there now: what comes will "
-            "differ."
-        )
     return weights
 
 
@@ -224,12 +238,13 @@ def _record(
     parent: str | None = None,
     weights: str | None = None,
     in_files: bool = True,
+    name: str = "",
 ) -> Run:
     recipe, created = plan.recipe, datetime.now(UTC).isoformat(timespec="milliseconds")
     content = json.dumps([recipe.resolved(), created]).encode() + (
         b"" if plan.picture is None else plan.picture.tobytes()
     )
-    name = f"{recipe.run_name}-{hashlib.sha256(content).hexdigest()[:8]}"
+    name = name or f"{recipe.run_name}-{hashlib.sha256(content).hexdigest()[:8]}"
     path = expand_home(recipe.output) / f"{name}.zarr"
     attributes = {**describe(model, plan, weights), "created": created, "parent_run": parent}
     if plainly := read_plainly([prompt.text for prompt in plan.prompts.values()]):
@@ -279,9 +294,8 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
             f"Record it again: probe rerun {run.name}.",
         )
     experiment = run.experiment
-    with out_of_memory(experiment), contextlib.ExitStack() as until_done:
+    with out_of_memory(experiment):
         model = model_for(experiment, pipeline, say, run)
-        until_done.enter_context(borrowed(model))
         planned = replan(model, run)
         here = describe(model, planned)
         changed = check_continuable(run, model, planned, here)
