@@ -221,7 +221,7 @@ def _condition(error: Exception) -> tuple[str, str]:
 
 
 # Packages of the extra `record`.
-OF_RECORD = "torch diffusers transformers huggingface_hub safetensors scipy tqdm".split()
+OF_RECORD = "torch diffusers transformers huggingface_hub safetensors scipy tqdm peft".split()
 SYSTEM = REMEDY | {
     errno.ENOSPC: "Free some room on that disk.",
     errno.EDQUOT: "Free some room on that disk.",
@@ -255,7 +255,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: type[Recipe] = Experim
     ):
         group = parser.add_argument_group(title)
         for name, field in fields.items():
-            if name in ("capture", "scheduler_options", "edits"):
+            if name in ("capture", "scheduler_options", "edits", "loras"):
                 continue
             choices = ",".join(map(str, get_args(field.annotation)))
             is_choice = str(field.annotation).startswith("typing.Literal")

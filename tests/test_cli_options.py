@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 FIELDS = {
     name: field
     for name, field in Experiment.model_fields.items()
-    if name not in ("capture", "scheduler_options", "edits")
+    if name not in ("capture", "scheduler_options", "edits", "loras")
 }
 
 FIELDS |= {f"capture.{name}": field for name, field in CaptureOptions.model_fields.items()}

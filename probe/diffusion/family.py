@@ -131,6 +131,11 @@ class Family(Protocol):
         ...
 
     @property
+    def files(self) -> Mapping[str, str]:
+        """The digests of what decides bits beside the model's own files, by path: its LoRAs."""
+        ...
+
+    @property
     def pipeline(self) -> Any | None: ...
     @property
     def device(self) -> torch.device: ...
@@ -174,6 +179,13 @@ class Family(Protocol):
 
     def digest(self) -> str:
         """Return the SHA-256 of every weight and buffer, 16 hex characters."""
+        ...
+
+    def with_loras(self, wanted: Sequence[Any]) -> Self:
+        """Return the model with these LoRAs (`path`, `scale`) on it, and no others.
+
+        They are put on the modules that it shares with the model it was made from.
+        """
         ...
 
     def with_scheduler(self, name: str, options: Mapping[str, Any]) -> Self:

@@ -94,14 +94,18 @@ class Weight:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's folder. `name` is what errors call the model. Every method raises ModelError."""
+    """A model's folder. `name` is what errors call the model. Every method raises ModelError.
+
+    `again` is the remedy where nothing else helps.
+    """
 
     path: Path
     name: str
+    again: str = AGAIN
 
-    def refuse(self, cause: str, remedy: str = AGAIN) -> ModelError:
+    def refuse(self, cause: str, remedy: str = "") -> ModelError:
         """Return the error for this model."""
-        return ModelError(f"{self.name}: {cause}", remedy)
+        return ModelError(f"{self.name}: {cause}", remedy or self.again)
 
     def plain(self, file: str, most: int | None = None) -> Path:
         """Return the path of a plain file inside the folder, of at most `most` bytes."""

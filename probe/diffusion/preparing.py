@@ -1,6 +1,6 @@
 """A loaded model made ready for a recipe: what a recipe asks of the model beside its files.
 
-    model = prepared(load("emojiworld"), experiment)     # its clip_skip
+    model = prepared(load("emojiworld"), experiment)     # its LoRAs and clip_skip
 
 A model is loaded once and prepared for each recipe, also for one that asks for nothing: what the
 recipe before it asked for is then undone.
@@ -18,7 +18,7 @@ from probe.settings.recipe import Recipe
 def prepared(model: AnyFamily, recipe: Recipe) -> AnyFamily:
     """Return the model as a recipe asks for it. Raise ExperimentError for what it cannot do."""
     _refuse_skip(model, recipe.clip_skip)
-    return replace(model, clip_skip=recipe.clip_skip)
+    return replace(model.with_loras(recipe.loras), clip_skip=recipe.clip_skip)
 
 
 def _refuse_skip(model: AnyFamily, skip: int | None) -> None:

@@ -30,6 +30,7 @@ from probe.diffusion.family import (
     batched,
 )
 from probe.diffusion.guidance import rule_of
+from probe.diffusion.loras import with_loras
 from probe.diffusion.prompts import OverLong, Prompt
 from probe.diffusion.schedulers import FORCED, another_scheduler, check_own
 from probe.diffusion.support import refuse_other_pipelines, refuse_unsupported
@@ -53,7 +54,7 @@ class StableDiffusion:
 
     `vae` is None for a model that works on pixels. `pipeline` is the one that the parts were taken
     from, which says how it reads a prompt. The prompt skips the last `clip_skip` layers of the text
-    encoder.
+    encoder. `files` are the digests of its LoRAs, by path.
     """
 
     name: str
@@ -65,6 +66,7 @@ class StableDiffusion:
     revision: str | None = None
     vocabulary: frozenset[str] | None = None
     clip_skip: int | None = None
+    files: Any = field(default_factory=dict, compare=False)  # digests by path
     pipeline: Any | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -142,6 +144,7 @@ class StableDiffusion:
     latent_shape = parts.latent_shape
     attention_layers = parts.attention_layers
     digest = parts.digest
+    with_loras = with_loras
     skeleton = parts.skeleton
     decode = parts.decode
     begin = parts.begin

@@ -32,6 +32,7 @@ from probe.diffusion.family import (
     batched,
 )
 from probe.diffusion.guidance import rule_of
+from probe.diffusion.loras import with_loras
 from probe.diffusion.prompts import OverLong, Prompt
 from probe.diffusion.schedulers import another_scheduler, check_own
 from probe.diffusion.support import (
@@ -56,6 +57,7 @@ class StableDiffusionXL:
     `zeros_for_empty`: the model was trained with zeros in place of an empty negative prompt.
     `pipeline` is the one that the parts were taken from; it says how it reads a prompt. The prompt
     skips the last `clip_skip` layers of both text encoders, beside the one that is never used.
+    `files` are the digests of its LoRAs, by path.
     """
 
     name: str
@@ -70,6 +72,7 @@ class StableDiffusionXL:
     revision: str | None = None
     vocabulary: frozenset[str] | None = None
     clip_skip: int | None = None
+    files: Any = field(default_factory=dict, compare=False)  # digests by path
     pipeline: Any | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -152,6 +155,7 @@ class StableDiffusionXL:
     latent_shape = parts.latent_shape
     attention_layers = parts.attention_layers
     digest = parts.digest
+    with_loras = with_loras
     skeleton = parts.skeleton
     decode = parts.decode
     begin = parts.begin

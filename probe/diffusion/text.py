@@ -86,7 +86,7 @@ def check_reading(model: Family, tokens: Mapping[str, Tokens], theirs: Theirs) -
             return
     devices = [model.device] if model.device.type == "cuda" else []
     cut = any(prompt.cut for prompt in prompts.values())
-    with torch.no_grad(), torch.random.fork_rng(devices), _hushed(cut):
+    with torch.no_grad(), torch.random.fork_rng(devices), hushed(cut):
         try:
             wanted = theirs(pipeline, prompts)
         except (TypeError, ValueError, AttributeError, LookupError) as problem:
@@ -138,8 +138,8 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _hushed(hush: bool) -> Iterator[None]:
-    """Silence the libraries' warnings of a text that is too long: we say it ourselves."""
+def hushed(hush: bool = True) -> Iterator[None]:
+    """Silence the libraries' warnings: what matters of them we say ourselves."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers") if hush]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

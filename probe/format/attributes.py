@@ -82,7 +82,10 @@ class Model(Part):
         description="number format of the weights; bfloat16 is stored as float32, which is exact"
     )
     revision: Text | None = Field(None, description="commit on the hub")
-    weights: Text = Field("unknown", description="digest of the weights")
+    weights: Text = Field("unknown", description="digest of the weights, without LoRAs")
+    files: Texts = Field(
+        {}, description="digest of each file that decided bits beside the model's own, by its path"
+    )
     f: Whole | None = Field(None, description="pixels per latent along one axis; 1 without a VAE")
     scaling_factor: Number | None = Field(
         None, description="the factor by which the VAE's latents are multiplied"

@@ -27,6 +27,7 @@ from probe.analysis.maps import probabilities
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family, Predictions
 from probe.diffusion.loading import load, pick_device
+from probe.diffusion.loras import borrowed
 from probe.diffusion.preparing import prepared
 from probe.diffusion.sampling import Step
 from probe.editing.editing import edited
@@ -43,7 +44,7 @@ from probe.proof.map_checks import (
     rounding,
 )
 from probe.proof.replay import Call, prediction_of, replayed, run_dtype, threads_of
-from probe.reading.compare import differing_conditions
+from probe.reading.compare import changed_files, differing_conditions
 from probe.reading.recording import Run
 from probe.running.continuing import said_of_model
 from probe.running.description import describe
@@ -90,9 +91,11 @@ def model_of(run: Run, pipeline: Any | None = None) -> Family:
 
 def check_model(run: Run, model: Family, steps: Sequence[int]) -> Iterator[Check]:
     """Yield all checks that need the model. The UNet predicts again at `steps`."""
-    with threads_of(run):
+    with threads_of(run), borrowed(model):
         weights = model.digest()
-        yield check_weights(run.attributes["model"].get("weights"), weights)
+        yield _check_files(
+            run, model, check_weights(run.attributes["model"].get("weights"), weights)
+        )
         plan = replan(model, run, on_nan="record")  # whatever is not finite is compared
         here = describe(model, plan, weights)
         because = tuple(differing_conditions(run.attributes, here))
@@ -112,6 +115,18 @@ def check_weights(recorded: str | None, here: str) -> Check:
         "weights",
         "failed",
         f"recorded with weights of digest {recorded}, these have {here}: bring those back",
+    )
+
+
+def _check_files(run: Run, model: Family, weights: Check) -> Check:
+    """Return the check of the weights, with that of the files beside them: LoRAs."""
+    changed = changed_files(run.attributes, {"model": {"files": dict(model.files)}})
+    if not changed or weights.verdict == "failed":
+        return weights
+    return Check(
+        "weights",
+        "failed",
+        f"{changed[0]} is not the file that it was recorded with: bring that back",
     )
 
 

@@ -112,9 +112,15 @@ def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
     ]
     return differing + [
         f"{name}: {there['model'].get(name)} and {here['model'].get(name)}"
-        for name in ("dtype", "weights")
+        for name in ("dtype", "weights", "files")
         if there["model"].get(name) != here["model"].get(name)
     ]
+
+
+def changed_files(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return the paths of files, such as LoRAs, that are not those of a recording (`there`)."""
+    recorded, own = (side["model"].get("files", {}) for side in (there, here))
+    return [path for path in {**recorded, **own} if recorded.get(path) != own.get(path)]
 
 
 def differing_settings(a: Run, b: Run) -> list[str]:

@@ -22,9 +22,11 @@ from probe.analysis.recomputed import recomputed
 from probe.diffusion.families import family_of
 from probe.diffusion.family import TEXT, Family, Tokens
 from probe.diffusion.loading import load
+from probe.diffusion.loras import borrowed
 from probe.diffusion.preparing import prepared
 from probe.errors import ExperimentError, ModelError, RecordingNotFound
 from probe.format.schema import near
+from probe.reading.compare import changed_files
 from probe.reading.recording import Run
 from probe.watching.rehearsal import cross_attention
 from probe.watching.text_side import scaled_keys
@@ -116,15 +118,22 @@ def _read(run: Run, context: str, pipeline: Any | None) -> tuple[Family, Tokens]
         }
         model = load(recipe.model, **where, scheduler=scheduler, options=options)
     model = prepared(model, recipe)
-    if model.digest() != run.attributes["model"]["weights"]:
+    here = {"model": {"files": dict(model.files)}}
+    other = model.digest() != run.attributes["model"]["weights"]
+    if other or changed_files(run.attributes, here):
         raise ModelError(
-            f"{run.name} was recorded with other weights of {model.name}.",
+            f"{run.name} was recorded with other weights of {model.name}, or other LoRAs.",
             "Bring those back, or record it again: probe rerun.",
         )
     return model, model.tokens(context, recipe.over_long)
 
 
 def _maps(run: Run, model: Family, tokens_of: Tokens) -> dict[str, xr.DataArray]:
+    with borrowed(model):
+        return _computed_maps(run, model, tokens_of)
+
+
+def _computed_maps(run: Run, model: Family, tokens_of: Tokens) -> dict[str, xr.DataArray]:
     embedding, prompt = model.encode_prompt(tokens_of)[TEXT], next(iter(tokens_of.values()))
     modules = cross_attention(model.unet)
     tokens = np.arange(len(prompt.tokens))

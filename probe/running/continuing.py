@@ -13,7 +13,7 @@ import numpy as np
 
 from probe.diffusion.family import Family
 from probe.errors import ModelError, RecordingDamaged
-from probe.reading.compare import differing_conditions
+from probe.reading.compare import changed_files, differing_conditions
 from probe.reading.recording import Run
 from probe.settings.fields import from_home
 from probe.system import exists
@@ -55,6 +55,11 @@ def check_continuable(run: Run, model: Family, planned: Plan, here: Mapping[str,
         raise ModelError(
             f"{run.name} was begun with other weights of {model.name}.",
             "Bring those back, or record it again: probe rerun.",
+        )
+    if changed_paths := changed_files(there, here):
+        raise ModelError(
+            f"{run.name} was begun with another {changed_paths[0]} than is there now.",
+            "Bring that file back, or record it again: probe rerun.",
         )
     # An older version has an experiment with fewer fields, and so another identity.
     same_experiment = here["experiment"] == there["experiment"]

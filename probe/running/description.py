@@ -43,6 +43,7 @@ def describe(model: Family, plan: Plan, weights: str | None = None) -> dict[str,
             "scaling_factor": model.scaling_factor,
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": weights or model.digest(),
+            **({"files": dict(model.files)} if model.files else {}),
         },
         "scheduler": {
             "class": type(model.scheduler).__name__,

@@ -26,12 +26,14 @@ from probe.arguments import check_options, in_words
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family
 from probe.diffusion.loading import load, pick_device
+from probe.diffusion.loras import borrowed
 from probe.diffusion.preparing import prepared
 from probe.diffusion.support import remarks_on_version
 from probe.errors import ExperimentError, OutOfMemory, ProbeError
 from probe.figures import sheets
 from probe.figures.noising_sheet import save_sheet
 from probe.output import tell
+from probe.reading.compare import changed_files
 from probe.reading.memory import Memory, nowhere
 from probe.reading.recording import Run, with_files
 from probe.reading.sample import folder_beside, is_copy
@@ -185,8 +187,9 @@ def _carried_out(
 ) -> Run:
     """Record a recipe. With a `parent`, its model is loaded as it was for that recording."""
     room, say = free_room(expand_home(recipe.output)) if in_files else None, sayer(progress)
-    with out_of_memory(recipe):
+    with out_of_memory(recipe), contextlib.ExitStack() as until_done:
         model, weights = model_for(recipe, pipeline, say, parent), None
+        until_done.enter_context(borrowed(model))
         if parent is not None:
             weights = compare_weights(model, parent, say)
             elsewhere = weights != parent.attributes.model.weights
@@ -225,6 +228,11 @@ def compare_weights(model: Family, run: Run, say: Say) -> str:
         say(
             f"{run.name} was recorded with other weights (digest {recorded}) than {model.name} has "
             f"here ({weights}): what comes will differ."
+        )
+    for path in changed_files(run.attributes, {"model": {"files": dict(model.files)}}):
+        say(
+            f"{run.name} was recorded with another {path} than is there now: what comes will "
+            "differ."
         )
     return weights
 
@@ -294,8 +302,9 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
             f"Record it again: probe rerun {run.name}.",
         )
     experiment = run.experiment
-    with out_of_memory(experiment):
+    with out_of_memory(experiment), contextlib.ExitStack() as until_done:
         model = model_for(experiment, pipeline, say, run)
+        until_done.enter_context(borrowed(model))
         planned = replan(model, run)
         here = describe(model, planned)
         changed = check_continuable(run, model, planned, here)

@@ -242,3 +242,18 @@ class Strict(BaseModel):
         if isinstance(data, Mapping):
             return {name: _plain(value) for name, value in data.items()}
         return data
+
+
+class Lora(Strict):
+    """A LoRA, and how strongly it acts."""
+
+    path: Place = Field(description="Its .safetensors file, from the folder you are in.")
+    scale: float = Field(
+        default=1.0,
+        ge=-100,
+        le=100,
+        description="How strongly it acts: 0 not at all, 1 as trained.",
+    )
+
+
+Loras: TypeAlias = Annotated[tuple[Lora, ...], BeforeValidator(_tuple)]

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from probe.errors import ExperimentError
 from probe.settings.capture import CaptureOptions
 from probe.settings.edits import EDIT_KINDS, Donor, Edit
-from probe.settings.fields import Strict
+from probe.settings.fields import Lora, Strict
 from probe.settings.strict_yaml import read_text, read_yaml
 from probe.text import UNCLEAN, did_you_mean, printable, shorten, shown
 
@@ -148,6 +148,9 @@ def _explain(settings: type[Strict], error: Any, data: Mapping[str, Any]) -> tup
     if isinstance(context.get("error"), ExperimentError):
         cause = context["error"].cause
         return f"{field}: {cause}" if field else cause, context["error"].remedy
+    if keys[:1] == ("loras",) and len(keys) > 1:
+        cause, remedy = _wrong_lora(error, keys, data)
+        return f"{field}: {cause}", remedy
     if of_edit is not None:
         cause, remedy = _wrong_edit(of_edit, error, keys)
         return f"{field}: {cause}", remedy
@@ -198,6 +201,22 @@ def _wrong_edit(edit: Mapping[str, Any], error: Any, keys: tuple[Any, ...]) -> t
         for key in keys[3 if settings is Donor else 2 :]:
             value = value[key]
     return _wrong_value(error["type"], error.get("ctx", {}), shown(value), fields[last])
+
+
+def _wrong_lora(error: Any, keys: tuple[Any, ...], data: Mapping[str, Any]) -> tuple[str, str]:
+    """Return cause and remedy for one of the LoRAs that does not fit."""
+    fields, example = Lora.model_fields, "{path: ink.safetensors, scale: 0.8}"
+    if len(keys) < 3:
+        return "this is no LoRA", f"Write a mapping, such as {example}."
+    name = str(keys[2])
+    if error["type"] == "extra_forbidden":
+        return "unknown field", f"The fields here are {', '.join(fields)}."
+    if error["type"] == "missing":
+        return "it is missing", f"Write it, as in {example}."
+    value: Any = None
+    with contextlib.suppress(LookupError, TypeError):
+        value = data["loras"][keys[1]][name]
+    return _wrong_value(error["type"], error.get("ctx", {}), shown(value), fields[name])
 
 
 def _unknown_field(

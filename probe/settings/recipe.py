@@ -13,10 +13,10 @@ from pydantic import Field, JsonValue
 from pydantic.fields import FieldInfo
 
 from probe.settings.capture import CaptureOptions
-from probe.settings.fields import Line, Place, Revision, Strict
+from probe.settings.fields import Line, Loras, Place, Revision, Strict
 from probe.settings.strict_yaml import LARGEST
 
-LATER = ("clip_skip",)  # fields that were added after recordings had been made
+LATER = ("loras", "clip_skip")  # fields that were added after recordings had been made
 
 
 class Recipe(Strict):
@@ -56,6 +56,12 @@ class Recipe(Strict):
         default="auto",
         pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$",
         description="Where the model runs: auto, cpu, cuda, cuda:N or mps.",
+    )
+    loras: Loras = Field(
+        default=(),
+        max_length=100,
+        description="LoRAs on the model, a list of path (a .safetensors file) and scale (1 as "
+        "trained, 0 as without it); in a file, not on the command line.",
     )
     clip_skip: int | None = Field(
         default=None,

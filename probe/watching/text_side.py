@@ -105,6 +105,8 @@ def written_sizes(value: torch.Tensor, module: Any) -> torch.Tensor:
     """
     wide = value.float().unflatten(-1, (module.heads, -1))
     output = module.to_out[0]
+    if not any(getattr(output, "scaling", {None: True}).values()):
+        output = output.base_layer  # LoRAs of scale 0 are on it
     if type(output) is nn.Linear:
         weight = output.weight.float().unflatten(1, (module.heads, -1))  # (out, head, feature)
         written: torch.Tensor = torch.einsum("nthd,ohd->ntho", wide, weight)
