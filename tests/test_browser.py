@@ -6,10 +6,12 @@ No other machine is asked for anything.
 from __future__ import annotations
 
 import ast
+import html
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +31,7 @@ from probe.dashboard.library import Library
 from probe.export import main as export
 from probe.figures.bundle import facts
 from probe.reading.recording import Run
+from probe.reading.sample import unpacked
 from probe.testing import synthetic
 from probe.testing.synthetic import synthetic_recording
 from probe.text import UNCLEAN
@@ -483,6 +486,48 @@ def test_a_page_of_figures_is_whole_and_shows_text_as_it_is(
         assert browser.execute_script("return document.documentElement.scrollWidth") == width
 
 
+def test_blocks_and_layers_of_the_drawing_are_pressed(server: str, browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    look(browser, 1280)
+    asked(browser), complaints(browser)
+    browser.get(f"{server}/anatomy?runs=sample")
+    wait, button = WebDriverWait(browser, 40, 0.1), ".anatomy [data-value='{}']"
+    seen = (
+        "const b = document.querySelector(arguments[0]), f = b?.closest('.part')"
+        "?.querySelector('figure'); return [b?.getAttribute('aria-pressed'), "
+        "b === document.activeElement, f?.innerText ?? '']"
+    )
+
+    def after(value: str) -> Any:
+        """Wait until a button is pressed, keeps the focus and its picture is there."""
+        which = button.format(value)
+        wait.until(lambda _: browser.execute_script(seen, which)[:2] == ["true", True])
+        return browser.execute_script(seen, which)[2]
+
+    wait.until(lambda _: browser.execute_script(seen, button.format("mid_block"))[0] == "true")
+    wait.until(partial(_is_there, "document.body.dataset.picks"))
+    focus = "document.querySelector(arguments[0]).focus()"
+    browser.execute_script(focus, button.format("up_blocks.1"))
+    press(browser, Keys.ENTER)
+    assert "Output of up_blocks.1, cond" in after("up_blocks.1"), "by keyboard"
+    browser.find_element("css selector", button.format("text_encoder 2")).click()
+    assert "layer 2, mean of all heads" in after("text_encoder 2"), "by mouse"
+    browser.execute_script(focus, button.format("down_blocks.0"))
+    press(browser, " ")
+    assert "Output of down_blocks.0" in after("down_blocks.0"), "again, the focus goes along"
+    wait.until(lambda _: "block=down_blocks.0" in browser.current_url)
+    box = "return document.querySelector('[data-testid=stSelectbox] input').value"
+    assert "down_blocks.0" in browser.execute_script(box), "the box below says the same"
+    browser.get(browser.current_url)
+    pressed = "return [...document.querySelectorAll('.anatomy [aria-pressed=true]')].map(b => "
+    pressed += "b.dataset.value)"
+    wait.until(lambda _: browser.execute_script(pressed) == ["text_encoder 2", "down_blocks.0"])
+    assert serious(browser) == []
+    assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
+
+
 EVERY = {
     "/?runs=sample": "Which places attend to",
     "/learn?runs=sample-noising": "Where it is wrong",
@@ -619,6 +664,24 @@ def _is_there(what: str, browser: Any) -> Any:
     return browser.execute_script(f"return {what}")
 
 
+def hostile_noising(folder: Path, texts: Sequence[str]) -> tuple[Path, str]:
+    """Make a noising with texts as caption, picture, model, scheduler and name.
+
+    Return it and its caption.
+    """
+    clean = [text for text in texts if not UNCLEAN.search(text)]
+    caption = "\n".join(clean)
+    name = " ".join(text.replace("/", "\u2215") for text in clean if "\n" not in text)
+    path = folder / f"{name.encode()[:240].decode(errors='ignore')}.zarr"
+    shutil.copytree(unpacked("sample-noising"), path)
+    root = json.loads((path / "zarr.json").read_text("utf-8"))
+    said = root["attributes"]
+    said["noising"] |= {"caption": caption, "picture": " ".join(SOME)[:240]}
+    said["model"]["name"] = said["scheduler"]["class"] = caption
+    (path / "zarr.json").write_text(json.dumps(root), "utf-8")
+    return path, caption
+
+
 def said_by_the_pages(browser: Any, server: str, run: Run, key: str, words: list[str]) -> None:
     """Open every page with a recording, and check each."""
     from selenium.webdriver.support.ui import WebDriverWait
@@ -680,6 +743,108 @@ def test_no_text_of_a_recording_is_more_than_text(
             harmless(browser, [prompt, *words])
             browser.switch_to.default_content()
             assert asked(browser) == {""}
+
+
+def test_no_caption_of_a_noising_is_more_than_text(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    (tmp_path / "runs").mkdir()
+    path, caption = hostile_noising(tmp_path / "runs", [*SOME, *REST])
+    look(browser)
+    with serving(tmp_path / "runs") as server:
+        query = urlencode({"runs": Library(tmp_path / "runs").add(path)})
+        pages = {  # what is waited for there, and what is shown there as it is
+            f"learn?{query}": (f"{BOX}?.dataset.step", [caption]),
+            f"?{query}": (f"{BOX}?.dataset.step", []),  # another run, and where this one belongs
+            f"anatomy?{query}": ("document.querySelector('.main-svg')", []),
+            "runs": ("document.querySelector('[data-testid=stDataFrame]')", []),
+        }
+        for page, (wait, shown) in pages.items():
+            asked(browser)
+            browser.get(f"{server}/{page}")
+            WebDriverWait(browser, 40).until(partial(_is_there, wait))
+            time.sleep(0.2)
+            harmless(browser, shown)
+            assert asked(browser) == {"127.0.0.1"}, page
+        browser.get("about:blank")  # else the last page asks for its server, which ends
+    export([str(path), "--html", str(tmp_path / "page.html")])
+    opened(browser, (tmp_path / "page.html").as_uri())
+    harmless(browser, [caption])
+    assert asked(browser) == {""}
+    cell = Run(path).player()._repr_html_()
+    (tmp_path / "notebook.html").write_text(f"<!doctype html>{cell}", "utf-8")
+    opened(browser, (tmp_path / "notebook.html").as_uri(), framed=True)
+    harmless(browser, [caption])
+    browser.switch_to.default_content()
+    assert asked(browser) == {""}
+
+
+def is_caught(browser: Any, text: str) -> bool:
+    """Tell whether a page that shows a text, and nothing else, is found to be wrong."""
+    try:
+        harmless(browser, [text])
+    except AssertionError:
+        return True
+    return bool(asked(browser) & {"evil.invalid", "x"})
+
+
+def test_a_page_that_puts_text_into_its_markup_is_caught(browser: Any, tmp_path: Path) -> None:
+    """The negative control: as text every one passes, as HTML every one with a tag is caught."""
+    texts = [text for text in (*SOME, *REST) if not UNCLEAN.search(text)]
+    caught: dict[str, list[str]] = {}
+    for kind, shown in {"text": html.escape, "HTML": str}.items():
+        caught[kind] = []
+        for number, text in enumerate(texts):
+            asked(browser)
+            page = tmp_path / f"{kind}-{number}.html"
+            page.write_text(
+                f"<!doctype html><meta charset=utf-8><pre>\n{shown(text)}</pre>", "utf-8"
+            )
+            browser.get(page.as_uri())
+            if is_caught(browser, text):
+                caught[kind].append(text)
+    assert caught["text"] == []
+    assert caught["HTML"] == [text for text in texts if re.search("<[a-z/!]|&[a-z#]", text)]
+
+
+MARKDOWN = [SOME[4], SOME[5], *REST[13:16]]
+
+
+def test_a_page_that_shows_text_as_markdown_is_caught(browser: Any, tmp_path: Path) -> None:
+    """The other control, with Streamlit's own `st.markdown` and `st.text`."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    (tmp_path / "app.py").write_text(
+        "import json, streamlit as st\n"
+        f"texts = json.loads({json.dumps(MARKDOWN)!r})\n"
+        "show = st.text if st.query_params['as'] == 'text' else st.markdown\n"
+        "show(texts[int(st.query_params['of'])])\nst.html('<i id=end></i>')\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "server.port": port,
+        "server.address": "127.0.0.1",
+        "server.headless": "true",
+        "browser.gatherUsageStats": "false",
+    }
+    command = [sys.executable, "-m", "streamlit", "run", str(tmp_path / "app.py")]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path) as child:
+        try:
+            for kind in ("text", "markdown"):
+                for number, text in enumerate(MARKDOWN):
+                    wait = WebDriverWait(browser, 40, 0.3, [WebDriverException])
+                    address = f"http://127.0.0.1:{port}/?as={kind}&of={number}"
+                    wait.until(lambda _, address=address: browser.get(address) is None)
+                    wait.until(partial(_is_there, "document.querySelector('#end')"))
+                    time.sleep(0.3)
+                    assert is_caught(browser, text) == (kind == "markdown"), (kind, text)
+        finally:
+            child.terminate()
+            child.wait(10)
 
 
 # --- a recording that grows ----------------------------------------------------------------------
@@ -760,3 +925,81 @@ def test_one_whose_writer_is_gone_tells_how_to_go_on(
         f"python -m probe.run --resume {run.path}"
     )
     assert serious(browser) == []
+
+
+# --- recording on the page Record ----------------------------------------------------------------
+
+
+def _filled(browser: Any, label: str, value: str) -> None:
+    """Write into a field of Streamlit as a person does: all of it anew, then Tab."""
+    from selenium.webdriver.common.keys import Keys
+
+    field = browser.find_element("css selector", f"[aria-label='{label}']")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(value, Keys.TAB)
+
+
+PRESS = (
+    "const [text, press] = arguments; const b = [...document.querySelectorAll('button')]"
+    ".find(b => b.innerText.trim() === text && !b.disabled); if (b && press) b.click(); return !!b"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_is_recorded_and_another_is_stopped(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    runs = tmp_path / "runs"
+    look(browser, 1280, 1600)
+    with serving(runs, "--allow-record") as server:
+        wait = WebDriverWait(browser, 120, 0.1)
+
+        def said() -> str:
+            return str(browser.execute_script("return document.body.innerText"))
+
+        def record(prompt: str, steps: str) -> None:
+            _filled(browser, "Prompt", prompt)
+            wait.until(lambda _: f"--prompt={prompt}" in said().replace("'", ""))
+            _filled(browser, "Steps", steps)
+            wait.until(lambda _: f"--steps={steps}" in said())
+            assert browser.execute_script(PRESS, "Record", True)
+
+        browser.get(f"{server}/record")
+        wait.until(lambda _: browser.execute_script(PRESS, "Record", False))
+        _filled(browser, "Prompt", "A zebrafish")
+        wait.until(lambda _: "The bundled model never saw 'zebrafish'" in said())
+        assert not browser.execute_script(PRESS, "Record", False), (
+            "what it cannot draw is not begun"
+        )
+        record("A cat on the moon", "4")
+        wait.until(lambda _: browser.execute_script(PRESS, "Stop", False))
+        wait.until(lambda _: "Recorded a-cat-on-the-moon-" in said())
+        wait.until(lambda _: browser.execute_script(SEEN)[:2] == ["3", ""])
+        assert browser.execute_script(SEEN)[3] == 1, "the finished picture"
+        (path,) = runs.glob("*.zarr")
+        run = Run(path)
+        assert run.status == "complete" and len(run.steps) == 4
+        assert run.experiment.prompt == "A cat on the moon"
+        assert serious(browser) == []
+
+        record("A fox in the forest", "400")
+        lived: set[str] = set()
+
+        def growing(_: Any) -> bool:
+            """Tell whether new steps have come by themselves, three times."""
+            step, text, *_ = browser.execute_script(SEEN)
+            if step is not None and str(text).startswith("recording: "):
+                lived.add(step)
+            return len(lived) > 2
+
+        wait.until(growing)
+        assert browser.execute_script(PRESS, "Stop", True)
+        wait.until(lambda _: "Stopped." in said())
+        wait.until(lambda _: str(browser.execute_script(SEEN)[1]).startswith("Interrupted after"))
+        (stopped,) = runs.glob("a-fox-*.zarr")
+        run = Run(stopped)
+        assert run.status == "interrupted" and 3 <= len(run.steps) < 400
+        assert f"--resume {stopped}" in browser.execute_script(SEEN)[1]
+        assert browser.execute_script(PRESS, "Record", False), "another can be made"
+        assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []

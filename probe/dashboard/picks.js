@@ -31,8 +31,10 @@ export default function ({ parentElement, setTriggerValue }) {
   document.addEventListener("click", press);
   document.addEventListener("pointerdown", leave, true);
   document.addEventListener("focusin", leave);
+  document.body.dataset.picks = "on"; // from now on a press counts
 
   function stop() {
+    delete document.body.dataset.picks;
     drawn.disconnect();
     document.removeEventListener("click", press);
     document.removeEventListener("pointerdown", leave, true);
