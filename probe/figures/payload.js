@@ -33,8 +33,10 @@ export function shading([vmin, vmax]) {
 
 /** The colours of bytes of which 255 is `most`. @param {Uint32Array} colours @param {number} most @param {number[]} range */
 export function ranged(colours, most, range) {
-  const shade = shading(range);
-  return Uint32Array.from(colours, (_, byte) => colours[shade((byte * most) / 255)]);
+  if (range[0] === 0 && range[1] === most) return colours;
+  const [shade, list] = [shading(range), new Uint32Array(256)];
+  for (let byte = 0; byte < 256; byte++) list[byte] = colours[shade((byte * most) / 255)]; // a loop: drawn at every step
+  return list;
 }
 
 /** A range of colours that may be locked: from 0 or more up to more than that; else nothing. @param {unknown} vmin @param {unknown} vmax */

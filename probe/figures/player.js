@@ -59,13 +59,13 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   if (!offers.branches.length) state.per = "words";
   if (state.scale === "locked" && !lockable(state.vmin, state.vmax)) state.scale = "words";
   const views = []; // drawn again at every change
-  const asked = new Map();
+  const [asked, here] = [new Map(), new WeakMap()]; // what was asked for, and what of that has come
   const tops = new Map(); // the greatest values, found once
   const means = new WeakMap(); // of each channel over places, by step
   const eyes = [];
   const square = { row: 0, row_to: 0, column: 0, column_to: 0 }; // whose self-attention is shown
   let [paper, wanted] = ["", ""]; // the page's colour; which maps are shown, in words
-  let playing = false, frame = 0, then = 0, settled = 0, wide = 0, dead = false;
+  let [playing, dead, frame, then, settled, wide] = [false, false, 0, 0, 0, 0];
 
   const label = () => names[state.channel]?.label ?? "";
   const title = () => ASKS[state.reading][1](label());
@@ -135,7 +135,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     const key = JSON.stringify([runs.indexOf(run), what]);
     const ready = asked.get(key) ?? Promise.resolve(ask?.(runs.indexOf(run), what)).then((bytes) => (bytes ? open(bytes) : Promise.reject(Error("Nothing more is here."))));
     asked.set(key, ready);
-    ready.catch(() => asked.delete(key));
+    ready.then((found) => here.set(ready, found), () => asked.delete(key));
     return ready;
   }
 
@@ -371,7 +371,6 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   const range = make("span", "", "", key);
   const lock = make("button", "lock", "Lock range", key, { type: "button", title: "Keep this range whatever else is chosen" });
   let [present, before] = [[0, 1], "words"]; // the range that is shown; the scale without the lock
-  /** What locks the range that is shown. */
   const locking = () => ({ scale: "locked", ...(lockable(0, present[1]) ?? { vmin: 0, vmax: 1 }) });
   lock.onclick = () => choose(locked() ? { scale: before } : locking());
   lowest.onchange = highest.onchange = () => {
@@ -531,10 +530,11 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
         const channel = channelOf(run);
         delete run.heads;
         if (channel < 0 || !run.parts.maps) return;
-        headsOf(run, channel).then((found) => {
+        const coming = headsOf(run, channel);
+        if (here.has(coming)) return arrived(run, here.get(coming));
+        coming.then((found) => {
           if (key !== next || dead) return;
-          run.heads = found;
-          if (run === lead) arrived(found);
+          arrived(run, found);
           draw();
           ahead();
         }, (error) => { about.textContent = String(error.message ?? error); });
@@ -561,8 +561,10 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
         if (!dead && !section.hidden) prepare(next).then(ahead);
       });
     }
-    /** Name the parts of the network, the heads, and those that give most. @param {Run} found */
-    const arrived = ({ meta, parts: { maps } }) => {
+    /** Take the maps of a run's heads. Of the first run, name the parts of the network, the heads, and those that give most. @param {Run} run @param {Run} found */
+    const arrived = (run, found, { meta, parts: { maps } } = found) => {
+      run.heads = found;
+      if (run !== lead) return;
       const parts = meta.layers.map((/** @type {string} */ layer) => layer.split("_")[0]);
       across.replaceChildren(...[...new Set(parts)].map((part) => {
         const name = make("span", "", part);
@@ -604,8 +606,9 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
       choose({ layer: Math.max(0, Math.min(layers - 1, state.layer + right)), head: Math.max(0, Math.min(heads - 1, state.head + low)), against: -1 });
       tell(state.layer, `, head ${state.head}`);
     });
+    const relevant = () => names.length > 0 && state.reading === "attention";
+    views.unshift(seen(section, () => { if (relevant()) load(); })); // before all that shows one head alone
     const paint = seen(section, () => {
-      load();
       heading.textContent = `“${label()}” in every layer and head, ${locked() ? "all on the locked scale" : "each on its own scale"}`;
       all.hidden = state.layer < 0;
       best.hidden = layered.hidden = !lead.heads;
@@ -649,7 +652,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
       values.forEach((value, i) => { pixels[(head * (values.length / width) + Math.floor(i / width)) * maps.shape[0] * width + layer * width + (i % width)] = colours[shade(value)]; });
     }
     views.push(() => {
-      section.hidden = !names.length || state.reading !== "attention";
+      section.hidden = !relevant();
       if (!section.hidden) paint();
     });
   }
@@ -795,6 +798,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     thumbs = state.reading === "self-attention" ? [] : names.map(thumbOf);
     less.replaceChildren();
     for (const [value, text] of [["-1", "nothing"], ...names.map((channel, i) => [String(i), `“${channel.label}”`])]) make("option", "", text, less, { value });
+    less.value = String(state.against in names ? state.against : -1);
     less.parentElement.hidden = names.length < 2;
   }
   /** Show another reading of the run, and the words that it has. @param {Partial<State>} change */
