@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,29 @@ def test_noise_from_a_file_is_that_noise(tmp_path: Path) -> None:
     np.save(tmp_path / "noise.npy", np.zeros((4, 8, 8), np.float32))
     with pytest.raises(ExperimentError, match="has shape"):
         edited(tmp_path / "runs", edit)
+    (tmp_path / "noise.npy").write_bytes((tmp_path / "noise.npy").read_bytes() + b"x")
+    with pytest.raises(ExperimentError, match="has shape"):
+        edited(tmp_path / "runs", edit)
+    np.save(tmp_path / "noise.npy", noise.numpy())
+    whole = (tmp_path / "noise.npy").read_bytes()
+    for data, says in (
+        (whole[:-1], "cut short"),
+        (whole + b"x", "cut short"),
+        (b"x" * 200, "no .npy"),
+    ):
+        (tmp_path / "noise.npy").write_bytes(data)
+        with pytest.raises(ExperimentError, match=r"cut short|no \.npy"):
+            edited(tmp_path / "runs", edit)
+    np.save(tmp_path / "noise.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(ExperimentError, match="type object"):
+        edited(tmp_path / "runs", edit)
+    (tmp_path / "noise.npy").unlink()
+    os.mkfifo(tmp_path / "noise.npy")
+    with pytest.raises(ExperimentError, match="is a pipe"):
+        edited(tmp_path / "runs", edit)
+    (tmp_path / "noise.npy").unlink()
+    np.save(tmp_path / "noise.npy", np.asfortranarray(noise.numpy()))
+    assert not differing(edited(tmp_path / "runs", edit), run)
 
 
 def test_several_images_have_each_their_own_donor(tmp_path: Path) -> None:

@@ -305,6 +305,10 @@ def test_a_random_control_has_the_norm_of_the_change() -> None:
         ([{"kind": "skip", "modules": ["mid_block"], "how": "zero"}], "matches no skip|up_blocks"),
         ([{"kind": "map", "donor": {"prompt": "zzz", "guidance_scale": 1}}], "other branches|abo"),
         ([{"kind": "map", "donor": {"run": "none.zarr"}}], "no recording|"),
+        (
+            [{"kind": "prompt", "text": "a cat"}, {"kind": "prompt", "text": "a hat"}],
+            "determines the text cond at step 0, as edits[0] does|",
+        ),
         ([{"kind": "noise", "file": "none.npy"}], "there is no none.npy|numpy.save"),
         (
             [{"kind": "guidance", "scale": 1}, {"kind": "guidance", "scale": 2, "steps": "1:"}],
@@ -336,6 +340,12 @@ def test_what_matches_nothing_or_contradicts_is_refused(edits: Any, says: str) -
     cause, remedy = says.split("|")
     assert cause in error.value.cause and error.value.cause.startswith("edits["), error.value.cause
     assert remedy in error.value.remedy
+
+
+def test_a_text_that_no_branch_reads_is_not_edited_in_silence() -> None:
+    edit = {"kind": "prompt", "text": "a cat", "branch": "uncond"}
+    with pytest.raises(ExperimentError, match="there is no uncond branch at guidance_scale 1"):
+        steps_of(asked(edit, guidance_scale=1.0))
 
 
 # --- the same for Stable Diffusion XL ---

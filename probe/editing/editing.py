@@ -30,7 +30,7 @@ from probe.editing.attention import AttentionEdits, InLayers
 from probe.editing.donors import Beside
 from probe.editing.modules import InModules, ModuleEdits
 from probe.editing.noise import mixed_noise, noise_of
-from probe.editing.targets import naming
+from probe.editing.targets import naming, rows_of
 from probe.editing.text import Texts, refuse_texts
 from probe.editing.values import blended
 from probe.errors import CaptureError, ExperimentError
@@ -45,12 +45,12 @@ from probe.settings.edits import (
     Noise,
     OtherPrompt,
     Output,
+    Remove,
     Reweight,
     Skip,
     Steer,
     Value,
     guidance_by_step,
-    whole_text,
 )
 from probe.watching.hooks import EditingHooks
 from probe.watching.interface import Plan
@@ -133,8 +133,10 @@ class Editing:
                 )
             noise_of(edit, plan.latent_shape, self._model.dtype)
             self._refuse_contradiction(number, edit, (0,), [("the first noise",)])
-        elif isinstance(edit, OtherPrompt) and not whole_text(edit):
-            self._refuse_contradiction(number, edit, steps, [("the text", edit.branch)])
+        elif isinstance(edit, Remove | OtherPrompt):
+            rows_of(plan, edit.branch)
+            text = [("the text", edit.branch)] if isinstance(edit, OtherPrompt) else []
+            self._refuse_contradiction(number, edit, steps, text)
 
     def _refuse_contradiction(
         self, number: int, edit: Edit, steps: tuple[int, ...], sets: list[tuple[Any, ...]]
