@@ -209,11 +209,7 @@ def test_noise_from_a_file_is_that_noise(tmp_path: Path) -> None:
         edited(tmp_path / "runs", edit)
     np.save(tmp_path / "noise.npy", noise.numpy())
     whole = (tmp_path / "noise.npy").read_bytes()
-    for data, says in (
-        (whole[:-1], "cut short"),
-        (whole + b"x", "cut short"),
-        (b"x" * 200, "no .npy"),
-    ):
+    for data in (whole[:-1], whole + b"x", b"x" * 200):
         (tmp_path / "noise.npy").write_bytes(data)
         with pytest.raises(ExperimentError, match=r"cut short|no \.npy"):
             edited(tmp_path / "runs", edit)
