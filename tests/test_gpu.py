@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from edited import EACH, asked, same, steps_of
 from tiny_runs import ask, assert_neutral, assert_no_hooks, bare
 from transformers import CLIPTextConfig, CLIPTextModel
 from true_maps import assert_maps, scores
@@ -136,3 +137,13 @@ def test_an_offloaded_model_is_refused_by_name_and_the_remedy_works(
 def test_a_recording_made_on_cuda_verifies_on_the_cpu(pipe: Any, tmp_path: Path) -> None:
     found = {check.name: check for check in verify(record(ask(tmp_path), pipe, progress=False))}
     assert {check.verdict for check in found.values()} <= {"exact", "within tolerance"}, found
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_on_cuda_too_an_edit_at_amount_0_changes_no_bit(kind: str) -> None:
+    small = tiny.pipeline().to("cuda", torch.float16)
+    own = steps_of(asked(), small)
+    edit = {"kind": kind, **EACH[kind]}
+    assert same(steps_of(asked({**edit, "amount": 0.0}), small), own)
+    edited = steps_of(asked(edit), small)
+    assert not torch.equal(edited[-1].next_latents, own[-1].next_latents)
