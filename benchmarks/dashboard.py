@@ -5,7 +5,7 @@
 
 First paint and many sessions at once are measured too. `large` is filled with random probabilities
 (see `benchmarks.store`), which hardly compress. `real` is drawn by the bundled model at 512 x 512:
-trained attention on a grid of 64 x 64, 50 steps, 15 words. It takes a minute to record. Times in
+trained attention on a grid of 64 x 64, 50 steps, 16 words. It takes a minute to record. Times in
 the browser are JavaScript's own, headless; a frame is painted by software here.
 """
 
@@ -36,7 +36,7 @@ from probe.reading.recording import Run, open_run
 from probe.running.recorder import record
 from probe.writing.store import RunWriter
 
-REAL = "A fox next to a penguin and an owl in the snow forest above a car"  # 15 words
+REAL = "A fox next to a penguin and an owl in the snow forest above a car"  # 16 words
 SCRUB = """
 const done = arguments[0];
 const box = document.querySelector('.probe') ?? [...document.querySelectorAll('*')]
