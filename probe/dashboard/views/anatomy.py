@@ -22,6 +22,10 @@ LESSON = (
     "These are the parts with the numbers of this run. Press a block of the UNet for what it gives "
     "over the steps, or a layer of the text encoder for its attention."
 )
+NOISINGS = (
+    "Noisings are not offered here: their noise levels are tried one by one, no scheduler takes "
+    "part, and no picture is painted. The page How diffusion works shows them."
+)
 CAUSAL = (
     "Each row adds up to 1, padding left out. Right of the diagonal all is 0: a token sees itself "
     "and what stands before it, so the last ones know of the whole prompt."
@@ -40,6 +44,7 @@ def show() -> None:
         body(run, key)
     except ProbeError as error:
         st.code(str(error), language=None)
+    st.text(NOISINGS)
 
 
 def body(run: Run, key: str) -> None:
