@@ -67,7 +67,6 @@ from probe.text import shorten
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from probe.reading.compare import Comparison
     from probe.reading.recording import Run
 
 
@@ -124,6 +123,7 @@ def rerun(arguments: list[str]) -> int:
 
     Exit code 0: the same bits; 1: something differs.
     """
+    from probe.diff import say_difference
     from probe.reading.compare import compare
     from probe.reading.recording import open_run
 
@@ -143,45 +143,7 @@ def rerun(arguments: list[str]) -> int:
 
     after = record_again(before, output=options.output, progress=not options.quiet)
     say(f"Recorded {without_home(str(after.path))}")
-    return _say_difference(compare(before, after), before.name, after.name)
-
-
-def diff(arguments: list[str]) -> int:
-    """Say what differs between two recordings: what was asked, the conditions, the values.
-
-    With --pair: where an edited run parts from its parent, and by how much latents, pictures,
-    words, heads and modules changed. Exit code 0: the same bits; 1: something differs.
-    """
-    from probe.reading.compare import compare
-    from probe.reading.recording import open_run
-
-    parser = Parser(prog="probe diff", description=diff.__doc__)
-    parser.add_argument("a", help=RECORDING)
-    parser.add_argument("b", nargs="?", help="another [with --pair: the parent of the first]")
-    parser.add_argument("--pair", action="store_true", help="compare an edited run and its parent")
-    parser.add_argument("--json", action="store_true", help="print JSON (with --pair)")
-    add_runs(parser)
-    options = parser.parse_args(arguments)
-    if options.json and not options.pair:
-        raise ExperimentError("--json prints a pair.", "Add --pair, or leave out --json.")
-    if options.b is None and not options.pair:
-        parser.error("the following arguments are required: b")
-    a = open_run(options.a, options.runs)
-    b = None if options.b is None else open_run(options.b, options.runs)
-    if not options.pair:
-        assert b is not None
-        return _say_difference(compare(a, b), a.name, b.name)
-    pair = a.against_parent(b)
-    if options.json:
-        output.say_json(pair.as_json())
-    else:
-        say(*pair.lines())
-    return 0 if pair.same else 1
-
-
-def _say_difference(comparison: Comparison, a: str, b: str) -> int:
-    say(f"{a}  and  {b}", *comparison.lines())
-    return 0 if comparison.same else 1
+    return say_difference(compare(before, after), before.name, after.name)
 
 
 def gc(arguments: list[str]) -> int:
@@ -262,13 +224,18 @@ def ls(arguments: list[str]) -> int:
         say(f"No recording in {where} yet. Make one: python -m probe.run", packaged)
         return 0
     table, troubles = [], []
+    parents = {
+        str(row.attributes.get("identity")): row.path.name.removesuffix(".zarr")
+        for row in reversed(recordings)
+        if row.attributes is not None
+    }
     for row in recordings:
         if row.attributes is None:
             cells = _of_an_embedding(row.path) or (_trouble(row.error), "", "", "", "")
             if cells[0] != "embedding" and row.error is not None and cells[0] != "damaged":
                 troubles.append(f"{row.error.cause} {row.error.remedy}")
         else:
-            cells = _in_short(row.attributes)
+            cells = _in_short(row.attributes, parents)
         table.append((row.path.name.removesuffix(".zarr"), *cells))
     say(*rows(table, ("recording", "status", "model", "sampling", "prompt", "created (UTC)")))
     if troubles:
@@ -296,10 +263,16 @@ def _of_an_embedding(path: Path) -> tuple[str, str, str, str, str] | None:
     return "embedding", "", about, "", maps.created[:16].replace("T", " ")
 
 
-def _in_short(attributes: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
-    """Return a recording's status, model, sampling, prompt and time, as the list shows them."""
+def _in_short(
+    attributes: Mapping[str, Any], parents: Mapping[str, str]
+) -> tuple[str, str, str, str, str]:
+    """Return a recording's status, model, sampling, prompt and time, as the list shows them.
+
+    `parents` are names of recordings by identity: an edited one says whose child it is.
+    """
     from probe.format.attributes import kind_of
     from probe.format.schema import counted
+    from probe.reading.edited import edits_in_short
 
     if kind_of(attributes) == "noising":
         recipe = attributes["noising"]
@@ -310,7 +283,9 @@ def _in_short(attributes: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
         prompt = recipe["prompt"]
         sampling = f"{counted(recipe['steps'], 'step')}, guidance {recipe['guidance_scale']:g}"
     model, prompt = (shorten(" ".join(text.split()), 40) for text in (recipe["model"], prompt))
-    sampling = f"{sampling}, seed {recipe['seed']}"
+    parent = parents.get(str(attributes.get("parent_identity")), "")
+    edits = edits_in_short(attributes, parent)
+    sampling = f"{sampling}, seed {recipe['seed']}{', ' * bool(edits)}{edits}"
     created = attributes.get("created", "")[:16].replace("T", " ")
     return attributes["status"], model, sampling, prompt, created
 
@@ -341,7 +316,7 @@ def show(arguments: list[str]) -> int:
         if not run.words:
             say("The prompt has no words: there is no map to draw.")
         return 0
-    say(*f"{run!r}".split("\n"), "")
+    say(*f"{run!r}".split("\n"), *_parent_line(run), "")
     table = []
     for group in run.tree.subtree:
         for name, variable in group.to_dataset(inherit=False).data_vars.items():
@@ -356,6 +331,19 @@ def show(arguments: list[str]) -> int:
         say(*_cost_table(cost), "")
     say(*map(str, sorted(run.path.glob("*.png"))))
     return 0
+
+
+def _parent_line(run: Run) -> list[str]:
+    """Return the line that names the parent of an edited run; none of another run."""
+    from probe.reading.edited import edits_in
+    from probe.reading.pair import find_parent
+
+    if not edits_in(run.attributes.recipe):
+        return []
+    try:
+        return [f"  {'parent':16}{find_parent(run).name}"]
+    except ProbeError:
+        return [f"  {'parent':16}not in this folder"]
 
 
 def _cost_table(cost: Any) -> list[str]:
@@ -447,7 +435,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "show": show,
     "ask": ask,
     "rerun": rerun,
-    "diff": diff,
+    "diff": _door("probe.diff", "probe diff"),
     "upgrade": _door("probe.upgrade"),
     "rm": rm,
     "gc": gc,

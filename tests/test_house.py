@@ -87,6 +87,7 @@ LAYERS = [
         "probe.reading.limits",
         "probe.reading.listing",
         "probe.reading.choice",
+        "probe.reading.edited",
     ),
     (
         "probe.reading.lazy",
@@ -202,7 +203,7 @@ LAYERS = [
     ("probe.studies.study",),
     # ================= the doors: torch only inside functions =================
     ("probe.proof.verdict",),
-    ("probe.run", "probe.verify", "probe.view", "probe.export", "probe.embed"),
+    ("probe.run", "probe.verify", "probe.view", "probe.export", "probe.embed", "probe.diff"),
     ("probe.upgrade", "probe.testing.conformance"),
     ("probe.noising", "probe.sweep"),
     ("probe.cli",),

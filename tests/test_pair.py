@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 import xarray as xr
 from commands import Command, cause_and_remedy
+from PIL import Image
 from recordings import change_root
+from tiny_runs import take
 
 import probe
 from probe import cli
 from probe.analysis.pictures import psnr, ssim
+from probe.dashboard.views.compare import asked_differently, kinship
 from probe.errors import ExperimentError, RecordingNotFound
+from probe.figures import sheets
+from probe.figures.bundle import facts
 from probe.reading.apart import (
     first_difference,
     heads_apart,
@@ -26,6 +31,8 @@ from probe.reading.apart import (
     steps_apart,
     words_apart,
 )
+from probe.reading.compare import compare
+from probe.reading.edited import edit_sentences, edits_in_short
 from probe.reading.pair import compare_pair, find_parent
 from probe.reading.recording import Run
 from probe.testing.synthetic import synthetic_recording
@@ -216,9 +223,65 @@ def test_diff_pair_prints_it(call: Command, tmp_path: Path) -> None:
     [
         (["diff", "sample"], "the following arguments are required: b"),
         (["diff", "sample", "sample", "--json"], "--json prints a pair."),
-        (["diff", "--pair", "sample"], "sample-b3112ab7 has no parent"),
+        (["diff", "--pair", "sample"], " has no parent: it was"),
     ],
 )
 def test_what_is_no_pair_is_refused(call: Command, arguments: list[str], cause: str) -> None:
     code, out, err = call(cli.dispatch, *arguments)
-    assert code == 2 and not out and cause_and_remedy(err)[0].startswith(cause)
+    assert code == 2 and not out and cause in cause_and_remedy(err)[0]
+
+
+# --- a run that says what was changed in it -------------------------------------------------------
+
+LESS_OF_THE_CAT = {"kind": "mask", "words": ["cat"], "amount": 0.5}
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """A run with an edit, and its parent."""
+    folder = tmp_path_factory.mktemp("edited")
+    parent = take(folder, prompt="a red cat", steps=2)
+    return take(folder, prompt="a red cat", steps=2, edits=[LESS_OF_THE_CAT]), parent
+
+
+def test_an_edited_run_is_held_against_its_parent(edited: tuple[Run, Run]) -> None:
+    run, parent = edited
+    pair = run.against_parent()
+    (sentence,) = edit_sentences(run.attributes.recipe)
+    assert "cat" in sentence and "amount 0.5" in sentence
+    assert pair.parent == parent.name and pair.asked == [f"edited, the first alone: {sentence}"]
+    assert pair.differs_at == 1 and float(pair.steps["latents"][0]) == 0
+    assert float(pair.steps["prediction_cond"][0]) > 0 == float(pair.steps["prediction_uncond"][0])
+    assert compare(parent, run).asked == [f"edited, the second alone: {sentence}"]
+    assert compare(run, run).asked == []
+
+
+def test_it_says_everywhere_that_it_is_edited(call: Command, edited: tuple[Run, Run]) -> None:
+    run, parent = edited
+    short = f"1 edit of {parent.attributes.identity}"
+    (sentence,) = edit_sentences(run.attributes.recipe)
+    assert edits_in_short(dict(run.attributes)) == short and not edits_in_short(parent.attributes)
+    assert run.summary()["edited"] == short and run.summary()["edits"] == sentence
+    assert "edited" not in parent.summary() and facts(run).endswith(f", {short}: {sentence}")
+    assert sheets._subtitle(run, Image.new("RGB", (8, 8))).endswith(short)
+    _, shown, _ = call(cli.dispatch, "show", run.path)
+    assert f"  parent          {parent.name}\n" in shown and sentence in shown
+    _, listed, _ = call(cli.dispatch, "ls", run.path.parent)
+    assert f", 1 edit of {parent.name}" in listed and listed.count(" edit of ") == 1
+
+
+def test_the_page_compare_lists_edits_first(edited: tuple[Run, Run]) -> None:
+    run, parent = edited
+    runs = {"edited": run, "parent": parent}
+    (sentence,) = edit_sentences(run.attributes.recipe)
+    assert asked_differently(runs)[0] == {"setting": "edits", "edited": sentence, "parent": "none"}
+    assert kinship(runs) == ["edited: 1 edit of parent."]
+    alone = kinship({"edited": run})
+    assert alone == [f"edited: 1 edit of {parent.attributes.identity}, which is not shown here."]
+
+
+def test_an_edit_that_nobody_knows_is_named_as_such(edited: tuple[Run, Run]) -> None:
+    recipe = {"edits": [{"kind": "magic"}, 7, LESS_OF_THE_CAT]}
+    assert edit_sentences(recipe)[:2] == ["an edit that this version does not know"] * 2
+    assert edit_sentences({"edits": "x"}) == [] == edit_sentences({})
+    assert edits_in_short({"experiment": recipe}) == "3 edits of a run that it does not name"

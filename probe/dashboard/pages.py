@@ -7,6 +7,7 @@ import streamlit as st
 from probe.dashboard.views import (
     anatomy,
     compare,
+    grids,
     guidance,
     learn,
     record,
@@ -38,6 +39,7 @@ GROUPS = {
     },
     "Compare": {
         "compare": st.Page(compare.show, title="Compare", url_path="compare"),
+        "grids": st.Page(grids.show, title="Grids", url_path="grids"),
     },
 }
 PAGES = {key: page for group in GROUPS.values() for key, page in group.items()}

@@ -19,6 +19,7 @@ from probe.figures.channels import axis_of, offers, overview
 from probe.figures.drawing import HEAT
 from probe.figures.following import following
 from probe.figures.payload import Part, finite, pack, pictures
+from probe.reading.edited import edit_sentences, edits_in_short
 from probe.reading.recording import Run
 from probe.reading.sample import called
 
@@ -106,7 +107,9 @@ def facts(run: Run) -> str:
     scale = experiment.guidance_scale
     guidance = f"guidance {scale:g}" if scale > 1 else "no guidance"
     scheduler = run.attributes.scheduler.kind.removesuffix("Scheduler")
-    return f"{model}, {scheduler}, {experiment.steps} steps, {guidance}, seed {seed}"
+    edits = edits_in_short(dict(run.attributes))
+    edited = f", {edits}: {'; '.join(edit_sentences(run.attributes.recipe))}" if edits else ""
+    return f"{model}, {scheduler}, {experiment.steps} steps, {guidance}, seed {seed}{edited}"
 
 
 def _seen(run: Run, image: int, meta: dict[str, Any]) -> dict[str, Part]:

@@ -74,7 +74,7 @@ def heat_map(study: Study, layout: Layout, measure: str, block: int = 0) -> go.F
     hover = [[f"{down} {row}, {across} {column}" for column in columns] for row in rows]
     figure = go.Figure(
         go.Heatmap(
-            z=values,
+            z=values.tolist(),
             zmin=least,
             zmax=greatest if greatest > least else least + 1,
             colorscale=scale,

@@ -30,6 +30,7 @@ from probe.figures.drawing import (
     scale_bar,
     shorten,
 )
+from probe.reading.edited import edits_in, edits_in_short
 from probe.reading.recording import Run, with_files
 from probe.writing import files
 from probe.writing.digests import sealed
@@ -95,7 +96,9 @@ def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
     height = MARGIN + 74 + sum(34 + n * line for n in lines) + scale + MARGIN // 2
     sheet = Image.new("RGB", (2 * MARGIN + columns * CELL + (columns - 1) * GAP, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN - 6), shorten(run.attributes.recipe["prompt"], 80), INK, font(28))
+    edited = " (edited)" if edits_in(run.attributes.recipe) else ""
+    title = shorten(run.attributes.recipe["prompt"], 80 - len(edited)) + edited
+    draw.text((MARGIN, MARGIN - 6), title, INK, font(28))
     draw.text((MARGIN, MARGIN + 32), _subtitle(run, final), FAINT, font(15))
     top = MARGIN + 74
     for (title, cells), count in zip(rows, lines, strict=True):
@@ -146,7 +149,7 @@ def _subtitle(run: Run, final: Image.Image) -> str:
         f"seed {recipe['seed']}",
         f"{final.width} x {final.height} pixels",
     ]
-    return "   ".join(facts)
+    return "   ".join([*facts, *filter(None, [edits_in_short(dict(run.attributes))])])
 
 
 def _steps(run: Run, columns: int) -> list[Cell]:

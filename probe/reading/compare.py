@@ -21,6 +21,7 @@ import numpy as np
 import xarray as xr
 
 from probe.output import rows
+from probe.reading.edited import edit_sentences, edits_in
 from probe.reading.lazy import has_files, in_files
 from probe.reading.recording import Run
 
@@ -126,15 +127,29 @@ def changed_files(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str
 def differing_settings(a: Run, b: Run) -> list[str]:
     """Return the settings of two recipes that differ: ["steps: 20 and 30"].
 
-    What was captured comes last: it changes no picture.
+    Edits come first, as sentences. What was captured comes last: it changes no picture.
     """
     one, other = (dict(_flat({"kind": run.kind, **run.attributes.recipe})) for run in (a, b))
     ignored = ("name", "output", "durability", "device")
-    return [
+    return differing_edits(a, b) + [
         f"{key}: {one.get(key)} and {other.get(key)}"
         for key in sorted({**one, **other}, key=lambda key: key.startswith("capture."))
-        if key not in ignored and one.get(key) != other.get(key)
+        if key not in (*ignored, "edits") and one.get(key) != other.get(key)
     ]
+
+
+def differing_edits(a: Run, b: Run) -> list[str]:
+    """Return the edits that one of two runs has and the other has not, as sentences."""
+    first, second = (edit_sentences(run.attributes.recipe) for run in (a, b))
+    if edits_in(a.attributes.recipe) == edits_in(b.attributes.recipe):
+        return []
+    both = [sentence for sentence in first if sentence in second]
+    return [
+        f"edited, {which} alone: {sentence}"
+        for which, sentences in (("the first", first), ("the second", second))
+        for sentence in sentences
+        if sentence not in both
+    ] or ["edits: the same ones in another order"]
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

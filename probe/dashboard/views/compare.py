@@ -14,6 +14,7 @@ from probe.dashboard.views.replay import RECORD
 from probe.errors import ProbeError
 from probe.figures.distance import distances, figure, said
 from probe.reading.distances import Latents
+from probe.reading.edited import edit_sentences, edits_in_short
 from probe.reading.recording import Run
 from probe.reading.sample import called
 
@@ -24,6 +25,8 @@ UNIMPORTANT = ("name", "output", "durability", "device")
 def show() -> None:
     chosen = pick(at_least=2, record=f"{RECORD} --guidance-scale 8")
     runs = _opened(chosen)
+    for sentence in kinship(runs):
+        st.text(sentence)
     asked = asked_differently(runs)
     if asked:
         st.text("Settings that differ:")
@@ -96,18 +99,38 @@ def snippet(one: Run, two: Run, of: Latents) -> str:
 def asked_differently(runs: dict[str, Run]) -> list[dict[str, str]]:
     """Return the settings that are not the same in all runs, one row each.
 
-    What was captured comes last: it changes no picture.
+    Edits come first, in sentences. What was captured comes last: it changes no picture.
     """
-    asked = [dict(_flat(run.recipe.model_dump(mode="json"))) for run in runs.values()]
+    asked = []
+    for run in runs.values():
+        settings = dict(_flat(run.recipe.model_dump(mode="json")))
+        edits = "; ".join(edit_sentences(run.attributes.recipe)) or "none"
+        asked.append({**settings, "edits": edits})
     names = dict.fromkeys(name for settings in asked for name in settings)
     return [
         {
             "setting": name,
             **{key: str(one.get(name)) for key, one in zip(runs, asked, strict=True)},
         }
-        for name in sorted(names, key=lambda name: name.startswith(("capture", "decode")))
+        for name in sorted(names, key=_importance)
         if name not in UNIMPORTANT and any(one.get(name) != asked[0].get(name) for one in asked)
     ]
+
+
+def _importance(name: str) -> int:
+    return 0 if name == "edits" else 2 if name.startswith(("capture", "decode")) else 1
+
+
+def kinship(runs: dict[str, Run]) -> list[str]:
+    """Return which of the runs are edited, and which of the others is the parent."""
+    identities = {run.attributes.identity: key for key, run in runs.items()}
+    sentences = []
+    for key, run in runs.items():
+        parent = identities.get(run.attributes.parent_identity)
+        edits = edits_in_short(dict(run.attributes), parent or "")
+        if edits:
+            sentences.append(f"{key}: {edits}{'' if parent else ', which is not shown here'}.")
+    return sentences
 
 
 def _flat(settings: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
