@@ -150,7 +150,7 @@ LAYERS = [
     ("probe.diffusion.draws", "probe.diffusion.schedule"),
     ("probe.diffusion.family",),
     ("probe.diffusion.parts", "probe.diffusion.text"),
-    ("probe.diffusion.loras",),
+    ("probe.diffusion.loras", "probe.diffusion.embeds"),
     ("probe.diffusion.sd", "probe.diffusion.sdxl"),
     ("probe.diffusion.families",),
     ("probe.diffusion.loading", "probe.diffusion.preparing"),

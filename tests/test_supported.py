@@ -385,9 +385,10 @@ def test_a_tiny_autoencoder_is_not_asked_for_a_distribution(
 
 
 def test_arguments_of_a_pipeline_that_have_no_field_are_named(ask: dict[str, Any]) -> None:
-    error = refused(ask, tiny.pipeline(), prompt_embeds=torch.zeros(1, 77, 16))
-    assert error.cause == "prompt_embeds: this argument of diffusers' pipelines has no field here"
-    assert error.remedy == "Write the text as prompt: embeddings have no words."
+    error = refused(ask, tiny.pipeline(), pooled_prompt_embeds=torch.zeros(1, 12))
+    cause = "pooled_prompt_embeds: this argument of diffusers' pipelines has no field here"
+    assert error.cause == cause
+    assert error.remedy.startswith("Save it beside prompt_embeds in one .safetensors file")
     for name in (
         "negative_prompt_embeds",
         "ip_adapter_image",

@@ -132,7 +132,15 @@ class Family(Protocol):
 
     @property
     def files(self) -> Mapping[str, str]:
-        """The digests of what decides bits beside the model's own files, by path: its LoRAs."""
+        """The digests of what decides bits beside the model's own files, by path.
+
+        They are LoRAs, and embeddings.
+        """
+        ...
+
+    @property
+    def embeds(self) -> Mapping[str, Arguments] | None:
+        """What the denoiser is told of each branch, from a file; None: the texts are encoded."""
         ...
 
     @property

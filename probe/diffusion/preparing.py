@@ -1,6 +1,6 @@
 """A loaded model made ready for a recipe: what a recipe asks of the model beside its files.
 
-    model = prepared(load("emojiworld"), experiment)     # its LoRAs and clip_skip
+    model = prepared(load("emojiworld"), experiment)     # LoRAs, clip_skip, prompt_embeds
 
 A model is loaded once and prepared for each recipe, also for one that asks for nothing: what the
 recipe before it asked for is then undone.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from probe.diffusion.embeds import read_embeds
 from probe.diffusion.families import AnyFamily
 from probe.errors import ExperimentError
 from probe.settings.recipe import Recipe
@@ -18,7 +19,13 @@ from probe.settings.recipe import Recipe
 def prepared(model: AnyFamily, recipe: Recipe) -> AnyFamily:
     """Return the model as a recipe asks for it. Raise ExperimentError for what it cannot do."""
     _refuse_skip(model, recipe.clip_skip)
-    return replace(model.with_loras(recipe.loras), clip_skip=recipe.clip_skip)
+    embeds, files = None, {}
+    if recipe.prompt_embeds is not None:
+        embeds, digest = read_embeds(model, recipe.prompt_embeds, list(recipe.texts))
+        files = {recipe.prompt_embeds: digest}
+    model = model.with_loras(recipe.loras)
+    files = {**model.files, **files}
+    return replace(model, clip_skip=recipe.clip_skip, embeds=embeds, files=files)
 
 
 def _refuse_skip(model: AnyFamily, skip: int | None) -> None:

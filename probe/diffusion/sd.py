@@ -54,7 +54,8 @@ class StableDiffusion:
 
     `vae` is None for a model that works on pixels. `pipeline` is the one that the parts were taken
     from, which says how it reads a prompt. The prompt skips the last `clip_skip` layers of the text
-    encoder. `files` are the digests of its LoRAs, by path.
+    encoder. `embeds` are given embeddings, by branch. `files` are the digests of its LoRAs and of
+    the embeddings' file, by path.
     """
 
     name: str
@@ -66,7 +67,8 @@ class StableDiffusion:
     revision: str | None = None
     vocabulary: frozenset[str] | None = None
     clip_skip: int | None = None
-    files: Any = field(default_factory=dict, compare=False)  # digests by path
+    files: Any = field(default_factory=dict, compare=False)
+    embeds: Any = field(default=None, repr=False, compare=False)
     pipeline: Any | None = field(default=None, repr=False, compare=False)
 
     @classmethod

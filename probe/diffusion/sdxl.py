@@ -57,7 +57,8 @@ class StableDiffusionXL:
     `zeros_for_empty`: the model was trained with zeros in place of an empty negative prompt.
     `pipeline` is the one that the parts were taken from; it says how it reads a prompt. The prompt
     skips the last `clip_skip` layers of both text encoders, beside the one that is never used.
-    `files` are the digests of its LoRAs, by path.
+    `embeds` are given embeddings, by branch. `files` are the digests of its LoRAs and of the
+    embeddings' file, by path.
     """
 
     name: str
@@ -72,7 +73,8 @@ class StableDiffusionXL:
     revision: str | None = None
     vocabulary: frozenset[str] | None = None
     clip_skip: int | None = None
-    files: Any = field(default_factory=dict, compare=False)  # digests by path
+    files: Any = field(default_factory=dict, compare=False)
+    embeds: Any = field(default=None, repr=False, compare=False)
     pipeline: Any | None = field(default=None, repr=False, compare=False)
 
     @classmethod

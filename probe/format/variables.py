@@ -81,7 +81,7 @@ def _decoded(request: Request) -> bool:
 
 
 def _text(request: Request) -> bool:
-    return bool(request.recipe.capture.text)
+    return bool(request.recipe.capture.text) and request.recipe.prompt_embeds is None
 
 
 def _pooled(request: Request) -> bool:

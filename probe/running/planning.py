@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from probe.diffusion.embeds import remark, unlabelled
 from probe.diffusion.family import Family, Tokens
 from probe.diffusion.prompts import Prompt
 from probe.diffusion.schedule import Schedule, first_call
@@ -70,8 +71,11 @@ CAPTURES: tuple[tuple[Callable[..., Capture], Callable[[Plan], bool]], ...] = (
     (Source, lambda plan: plan.picture is not None and isinstance(plan.recipe, Experiment)),
     (Decoded, _always),
     (Noised, lambda plan: isinstance(plan.recipe, Noising)),
-    (TextEncoder, lambda plan: plan.recipe.capture.text),
-    (TextOutputs, lambda plan: bool(plan.recipe.capture.activations)),
+    (TextEncoder, lambda plan: plan.recipe.capture.text and not plan.recipe.prompt_embeds),
+    (
+        TextOutputs,
+        lambda plan: bool(plan.recipe.capture.activations) and not plan.recipe.prompt_embeds,
+    ),
     (GridLabels, _attends()),
     (CrossAttention, _attends("maps")),
     (HeadSummary, _attends("summary")),
@@ -164,14 +168,14 @@ def plan(
     """
     course = course_of(model, recipe, picture, masks, schedule)
     capture, texts = recipe.capture, recipe.texts
-    read = {branch: model.tokens(text, recipe.over_long, rules) for branch, text in texts.items()}
+    read = _read(model, recipe, rules)
     prompts = {branch: next(iter(tokens.values())) for branch, tokens in read.items()}
     branches = _kept_branches(recipe)
     latent_shape = model.latent_shape(recipe.count, *course.size)
     calls = len(course.schedule.timesteps)
     kept = _kept_tokens(recipe, [prompts[branch] for branch in branches])
     rehearsal = _rehearsed(model, latent_shape, len(texts), kept.tokens)
-    model.check_reading(read)
+    _check_reading(model, read)
     patterns = () if capture.attention == "off" else capture.layers
     every = recipe.decoded_every
     bare = Plan(
@@ -194,10 +198,11 @@ def plan(
         decoded=tuple(sorted({*range(0, calls, every), calls - 1})) if every else (),
         picture=course.picture,
         masks=course.masks,
-        zeroed_branches=tuple(branch for branch in texts if not model.reads(read[branch], branch)),
+        zeroed_branches=_zeroed(model, read),
         remarks=(
             *remarks(model, course.schedule, course.begin),
             *_unlike_places(read),
+            *_given(recipe),
             *course.remarks,
         ),
     )
@@ -206,6 +211,26 @@ def plan(
         recorded = tuple(step for step in bare.recorded if step not in editing.texts.steps)
         bare = replace(bare, recorded=recorded)
     return replace(bare, captures=tuple(_captures(model, bare)))
+
+
+def _read(model: Family, recipe: Recipe, rules: int) -> dict[str, Tokens]:
+    """Return each branch's text as tokens; beside embeddings from a file, no text is no tokens."""
+    texts, over_long = recipe.texts, recipe.over_long
+    read = {branch: model.tokens(text, over_long, rules) for branch, text in texts.items()}
+    return read if model.embeds is None else unlabelled(read)
+
+
+def _check_reading(model: Family, read: Mapping[str, Tokens]) -> None:
+    """Compare our reading of texts with the pipeline's, where texts are read."""
+    if model.embeds is None:
+        model.check_reading(read)
+
+
+def _zeroed(model: Family, read: Mapping[str, Tokens]) -> tuple[str, ...]:
+    """Return the branches that are given zeros: no text encoder reads them."""
+    if model.embeds is not None:
+        return ()
+    return tuple(branch for branch, tokens in read.items() if not model.reads(tokens, branch))
 
 
 def _kept_branches(recipe: Recipe) -> tuple[str, ...]:
@@ -340,6 +365,12 @@ def _unlike_places(read: Mapping[str, Tokens]) -> tuple[str, ...]:
                 "labelled as the first one reads it.",
             )
     return ()
+
+
+def _given(recipe: Recipe) -> tuple[str, ...]:
+    """Return a remark on embeddings from a file: one line, or none."""
+    path = recipe.prompt_embeds
+    return () if path is None else (remark(path, recipe.texts),)
 
 
 def replan(model: Family, run: Run, **changes: Any) -> Plan:

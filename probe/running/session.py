@@ -85,7 +85,12 @@ class Session:
         for branch in sorted(plan.computed_branches):
             for capture in readers if branch not in plan.zeroed_branches else ():
                 capture.expect(branch)
-            arguments[branch] = self._model.encode_prompt(plan.tokens[branch], branch)
+            given = self._model.embeds
+            arguments[branch] = (
+                self._model.encode_prompt(plan.tokens[branch], branch)
+                if given is None
+                else given[branch]
+            )
             count_not_finite(
                 "text_encoder: its output", arguments[branch][TEXT], plan.recipe.on_nan
             )

@@ -28,6 +28,8 @@ from probe.settings.recipe import Recipe
 from probe.settings.strict_yaml import read_yaml
 from probe.text import printable
 
+TEXT_KINDS = ("remove", "prompt", "embedding")  # edits that have another text encoded
+
 
 class Experiment(Recipe):
     """One run: the model, what to draw, how to get there, and what is recorded on the way."""
@@ -107,6 +109,23 @@ class Experiment(Recipe):
         description="What is changed inside the model: a list of edits, each of a kind; see "
         "docs/edits.md.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_text_beside_embeds(cls, data: object) -> object:
+        """Where embeddings are given, the default prompt is not theirs: it is empty."""
+        if isinstance(data, Mapping) and data.get("prompt_embeds") is not None:
+            return {"prompt": "", **data}
+        return data
+
+    @property
+    def needs_text(self) -> dict[str, bool]:
+        reads = any(
+            edit.kind in TEXT_KINDS or (donor is not None and donor.run is None)
+            for edit in self.edits
+            for donor in (getattr(edit, "donor", None),)
+        )
+        return {**super().needs_text, "edits of texts, or with a donor beside": reads}
 
     @model_validator(mode="after")
     def _edits_fit(self) -> Experiment:

@@ -43,7 +43,7 @@ def load_settings(
         settings = validate(kind, read_yaml(read_text(path), str(path)), printable(str(path)))
     if not overrides:
         return settings
-    return validate(kind, merge(settings.model_dump(mode="json"), overrides))
+    return validate(kind, merge(settings.model_dump(mode="json", exclude_unset=True), overrides))
 
 
 def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,13 +102,10 @@ OTHER_NAMES = {
 # Arguments of a diffusers pipeline that no experiment has, and what to do instead.
 NOT_HERE = {
     **dict.fromkeys(
-        ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds"),
-        "Write the text as prompt: embeddings have no words.",
+        ("pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds"),
+        "Save it beside prompt_embeds in one .safetensors file, and name that: prompt_embeds.",
     ),
-    **dict.fromkeys(
-        ("negative_prompt_embeds", "negative_pooled_prompt_embeds"),
-        "Write the text as negative_prompt: embeddings have no words.",
-    ),
+    "prompt_attention_mask": "Leave it out: it is not supported.",
     **dict.fromkeys(("latents", "generator"), "Set seed: the noise is drawn from it."),
     **dict.fromkeys(
         ("ip_adapter_image", "ip_adapter_image_embeds"),

@@ -7,16 +7,21 @@ import json
 import re
 import unicodedata
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 from pydantic.fields import FieldInfo
 
+from probe.errors import ExperimentError
 from probe.settings.capture import CaptureOptions
 from probe.settings.fields import Line, Loras, Place, Revision, Strict
 from probe.settings.strict_yaml import LARGEST
 
-LATER = ("loras", "clip_skip")  # fields that were added after recordings had been made
+LATER = (
+    "loras",
+    "clip_skip",
+    "prompt_embeds",
+)  # fields that were added after recordings had been made
 
 
 class Recipe(Strict):
@@ -70,6 +75,11 @@ class Recipe(Strict):
         description="How many of the text encoder's last layers the prompt skips; the negative "
         "prompt skips none, as in diffusers; none, or 0: all are used.",
     )
+    prompt_embeds: Place | None = Field(
+        default=None,
+        description="A .safetensors file of text embeddings in place of the encoded text, by "
+        "diffusers' names; the text then only labels them, and none is written by default.",
+    )
     over_long: Literal["error", "cut"] = Field(
         default="error",
         description="A text with more tokens than the model reads: error, or cut what does not "
@@ -108,6 +118,28 @@ class Recipe(Strict):
         "complete recording; none, what the system wrote by then.",
     )
     output: Place = Field(default="runs", description="Folder that recordings are written to.")
+
+    @model_validator(mode="after")
+    def _embeds_fit(self) -> Self:
+        """Raise ExperimentError for what needs a text encoder, where none reads the text."""
+        if self.prompt_embeds is not None:
+            for name, asked in self.needs_text.items():
+                if asked:
+                    raise ExperimentError(
+                        f"{name}: prompt_embeds are given, so no text encoder reads the text.",
+                        f"Leave out {name}, or prompt_embeds.",
+                    )
+        return self
+
+    @property
+    def needs_text(self) -> dict[str, bool]:
+        """The settings that need a text encoder to read the text, and whether they are set."""
+        inside = any(glob.startswith("text_encoder") for glob in self.capture.activations)
+        return {
+            "clip_skip": bool(self.clip_skip),
+            "capture.counterfactual": bool(self.capture.counterfactual),
+            "capture.activations of a text encoder": inside,
+        }
 
     @property
     @abstractmethod
