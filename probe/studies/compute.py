@@ -99,7 +99,7 @@ def _computed(job: Job, results: Results) -> str:
     if job.parent is not None:
         _computed(job.parent, results)
     with _one_at_a_time, results.locked(address):
-        if results.has(job.cell, job.keep, job.measures):
+        if results.found(job.cell, job.keep, job.measures) is not None:
             return address
         began = time.monotonic()
         before = results.begin_try(address, job.launch)
@@ -215,10 +215,8 @@ class _Computing:
         experiment = job.cell.experiment.model_copy(
             update={"output": from_home(str(self.results.root))}
         )
-        # With LoRAs the weights are others.
-        known = None if getattr(experiment, "loras", ()) else weights
         began = time.monotonic()
-        run = record_as(model, experiment, job.cell.run_name, weights=known, in_files=in_files)
+        run = record_as(model, experiment, job.cell.run_name, weights=weights, in_files=in_files)
         self.seconds = time.monotonic() - began
         return run
 

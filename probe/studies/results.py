@@ -66,18 +66,17 @@ class Results:
         with storing(path):
             replace(path, [json.dumps(record, allow_nan=False).encode()], False)
 
-    def has(self, cell: Cell, keep: Keep, measures: Sequence[str]) -> bool:
-        """Return whether nothing of a cell is missing, as a grid wants it."""
+    def found(self, cell: Cell, keep: Keep, measures: Sequence[str]) -> dict[str, Any] | None:
+        """Return what a cell says of itself if nothing is missing of it that a grid wants."""
         record = self.record(cell.address)
         if record is None or record.get("status") != "complete":
-            return False
+            return None
         if unmeasured(measures, record.get("measures") or {}):
-            return False
-        if keep == "metrics":
-            return True
-        if record.get("run") and exists(self.run_path(cell)):
-            return True
-        return keep == "summary" and exists(self.file(cell.address, ".npz"))
+            return None
+        there = keep == "metrics"
+        there = there or (bool(record.get("run")) and exists(self.run_path(cell)))
+        there = there or (keep == "summary" and exists(self.file(cell.address, ".npz")))
+        return record if there else None
 
     @contextlib.contextmanager
     def locked(self, address: str) -> Iterator[None]:

@@ -139,11 +139,11 @@ def plan_study(grid: Grid, workers: Workers, shard: tuple[int, int] = WHOLE) -> 
     )
     missing, seconds = [], {}
     for cell in _part(in_order(whole), *shard):
-        if plan.results.has(cell, plan.keep_of(cell), plan.measures_of(cell)):
-            record = plan.results.record(cell.address) or {}
-            seconds[cell.address] = record.get("seconds", 0.0) / by_address[cell.address].calls
-        else:
+        record = plan.results.found(cell, plan.keep_of(cell), plan.measures_of(cell))
+        if record is None:
             missing.append(cell)
+        else:
+            seconds[cell.address] = record.get("seconds", 0.0) / by_address[cell.address].calls
     return replace(plan, missing=tuple(missing), seconds=seconds)
 
 

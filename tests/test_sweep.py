@@ -1,0 +1,100 @@
+"""`probe sweep`: what would run, what ran, what failed, and options that cannot be met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Command, refused
+
+import probe
+from probe import cli, sweep
+from probe.sweep import changes, parser
+
+GRID = """
+name: cats
+model: {model}
+prompt: a cat on the hat
+steps: 2
+durability: none
+capture: {{attention: "off", text: false, statistics: false}}
+axes:
+  guidance_scale: [1, 3]
+  seed: 0-1(1)
+quick: {{axes: {{guidance_scale: [3]}}}}
+"""
+
+
+@pytest.fixture
+def grid(saved: Path, tmp_path: Path, own_folder: None) -> str:
+    (tmp_path / "grid.yaml").write_text(GRID.format(model=saved))
+    return "grid.yaml"
+
+
+def test_a_grid_from_its_plan_to_its_study(grid: str, call: Command, tmp_path: Path) -> None:
+    code, out, err = call(sweep.main, grid, "--dry-run")
+    assert code == 0 and not (tmp_path / "runs").exists()
+    assert "guidance_scale  2       1, 3" in out and "seed" in out
+    assert "4 cells. 0 are there, 4 are to be computed: 12 model calls" in out
+    assert "A model call takes" in out
+    code, out, err = call(sweep.main, grid, "--quick", "--shard", "1/2")
+    assert code == 0 and "1 cells computed, 0 failed, 0 were there" in out
+    code, out, err = call(lambda words: cli.dispatch(["sweep", *words]), grid)
+    assert code == 0 and "3 cells computed, 0 failed, 1 were there" in out
+    assert err.count("left") == 2 and "[3/3] guidance_scale=3, seed=1: " in err
+    code, out, err = call(sweep.main, grid, "--quiet")
+    assert (code, err) == (0, "")
+    study = probe.open_study(out.strip())
+    assert study.counts() == {"complete": 4} and study.shape == (2, 2)
+    assert study.open(guidance_scale=3, seed=1).experiment.guidance_scale == 3
+    assert study.dataset["status"].sel(seed=0).values.tolist() == ["complete", "complete"]
+    code, out, _ = call(sweep.main, grid, "--dry-run")
+    assert "4 are there, 0 are to be computed: 0 model calls" in out
+
+
+def test_a_cell_that_fails_is_said_and_the_exit_code_is_1(
+    grid: str, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from probe.studies import compute
+
+    record_as: Callable[..., Any] = compute.record_as
+
+    def broken(model: Any, experiment: Any, *rest: Any, **options: Any) -> Any:
+        if experiment.seed == 1:
+            raise ValueError("seven")
+        return record_as(model, experiment, *rest, **options)
+
+    monkeypatch.setattr(compute, "record_as", broken)
+    code, out, err = call(sweep.main, grid, "--set", "name=dogs", "--keep", "metrics")
+    assert code == 1 and "2 cells computed, 2 failed" in out and "dogs-" in out
+    assert err.count("error: guidance_scale=") == 2 and "seed=1: ValueError: seven" in err
+
+
+def test_options_that_cannot_be_met(grid: str, call: Command, tmp_path: Path) -> None:
+    for words, what in (
+        (("--set", "stepz=3"), "stepz: unknown field"),
+        (("--set", "steps"), "sets nothing"),
+        (("--set", "seed=3"), "it is an axis"),
+        (("--set", "axes.seed=0-3"), "not a range"),
+        (("--set", "steps=0"), "steps: 0 is less than 1"),
+        (("--shard", "3/2"), "shard"),
+        (("--workers", "0"), "workers"),
+        (("--workers", "2", "--cluster", "tcp://127.0.0.1:1"), "both given"),
+        (("--cluster", "tcp://192.0.2.1:1"), "another machine"),
+        (("--max-bytes", "1kB"), "more than --max-bytes"),
+    ):
+        cause, remedy = refused(call, grid, "--quiet", *words, main=sweep.main)
+        assert what in cause and remedy, words
+    cause, _ = refused(call, "gird.yaml", main=sweep.main)
+    assert "does not exist" in cause
+    assert not (tmp_path / "runs").exists()
+
+
+def test_values_on_the_command_line_are_read_as_yaml() -> None:
+    options = parser().parse_args(
+        ["g.yaml", "--set", "axes.seed=[0, 1]", "--set", "prompt=a = b", "--set", "image=none"]
+    )
+    assert changes(options) == {"axes.seed": [0, 1], "prompt": "a = b", "image": "none"}
+    assert changes(parser().parse_args(["g.yaml", "--keep", "summary"])) == {"keep": "summary"}
