@@ -95,6 +95,40 @@ def test_each_picture_stands_in_its_place(tmp_path: Path) -> None:
     assert thumbnail(study, study.cells[2, 0]) == "failed"
 
 
+def test_the_unedited_run_of_a_row_stands_before_it(tmp_path: Path) -> None:
+    path = write_study(tmp_path, parent={"guidance_scale": 4.0})
+    bare = open_study(path)
+    assert bare.parent_outside((0, 0)) is None  # no parent is listed
+    lone = sheet(bare, lay_out(bare, rows="seed", columns="guidance_scale"), width=64)
+
+    def list_parents(study: dict[str, Any]) -> None:
+        for cell in study["cells"][:2]:  # one of each seed
+            address = cell["parent"]
+            record = json.loads((tmp_path / ".cells" / f"{cell['address']}.json").read_text())
+            own = {"address": address, "run": f"run-{address}.zarr"}
+            (tmp_path / ".cells" / f"{address}.json").write_text(json.dumps({**record, **own}))
+            study["parents"].append({**cell, "index": None, "parent": None, **own})
+
+    study = open_study(change_study(path, list_parents))
+    parent = study.parent_outside((0, 1))
+    assert parent is not None and study.run_of(parent).experiment.guidance_scale == 4.0
+    drawn = sheet(study, lay_out(study, rows="seed", columns="guidance_scale"), width=64)
+    assert drawn.width > lone.width + 64
+    picture = thumbnail(study, parent, 64)
+    assert isinstance(picture, Image.Image)
+    wanted, pixels = np.asarray(picture), np.asarray(drawn)
+    left, added = [np.asarray(one).shape[1] for one in (lone, drawn)]
+    places = [
+        (y, x)
+        for y in range(pixels.shape[0] - 63)
+        for x in range(added - left)
+        if (pixels[y : y + 64, x : x + 64] == wanted).all()
+    ]
+    assert len(places) == 1  # before the second row
+    turned = [sheet(one, lay_out(one, "guidance_scale", "seed"), 64) for one in (bare, study)]
+    assert turned[0].size == turned[1].size  # rows of several parents have no such column
+
+
 def test_zipped_axes_are_named_together(tmp_path: Path) -> None:
     zipped = [{"name": "steps", "labels": ["10", "20"], "values": [10, 20], "zipped": []}]
     path = change_study(

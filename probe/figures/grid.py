@@ -166,6 +166,7 @@ def sheet(study: Study, layout: Layout, width: int = CELL) -> Image.Image:
     height = max(
         (one.height for one in pictures.values() if isinstance(one, Image.Image)), default=width
     )
+    unedited = _unedited(study, layout, width)
     rows, columns = (labels_of(study, axis) for axis in layout.axes)
     rows, columns = ([shorten(label, LETTERS) for label in labels] for labels in (rows, columns))
     letters = font(LABEL)
@@ -173,6 +174,8 @@ def sheet(study: Study, layout: Layout, width: int = CELL) -> Image.Image:
         int(letters.getlength(label)) for label in [*rows, name_of(study, layout.rows)]
     )
     left += GAP * any(rows)
+    first = left  # of the column that shows the unedited runs
+    left += (width + GAP + MARGIN) * bool(unedited)
     block_height = TITLE + 3 * GAP + 2 * LABEL + down * (height + GAP)
     right = left + across * (width + GAP) + MARGIN
     page = Image.new("RGB", (right, MARGIN * 3 + block_height * len(layout.blocks)), PAPER)
@@ -181,18 +184,42 @@ def sheet(study: Study, layout: Layout, width: int = CELL) -> Image.Image:
     for number, block in enumerate(layout.blocks):
         top = MARGIN * 2 + number * block_height
         _block(draw, study, layout, block, (left, top), (width, height), rows, columns)
-        for row, column in itertools.product(range(down), range(across)):
+        begin = top + TITLE + 3 * GAP + 2 * LABEL
+        if unedited:
+            draw.text((first, begin - LABEL - 3 * GAP // 2), "unedited", INK, letters)
+        for row, column in itertools.product(range(down), range(-bool(unedited), across)):
             at = (
-                left + column * (width + GAP),
-                top + TITLE + 3 * GAP + 2 * LABEL + row * (height + GAP),
+                (first if column < 0 else left + column * (width + GAP)),
+                begin + row * (height + GAP),
             )
-            picture = pictures[layout.place(block, row, column)]
+            picture = (
+                unedited.get((number, row), "several")
+                if column < 0
+                else pictures[layout.place(block, row, column)]
+            )
             if isinstance(picture, Image.Image):
                 page.paste(picture, at)
             else:
                 draw.rectangle((*at, at[0] + width, at[1] + height), EMPTY)
                 draw.text((at[0] + 8, at[1] + 8), picture, FAINT, letters)
     return page
+
+
+def _unedited(study: Study, layout: Layout, width: int) -> dict[tuple[int, int], Any]:
+    """Return by block and row the unedited run that all cells of the row are compared with.
+
+    Only runs that are in no cell are shown: the others have a place of their own.
+    """
+    found: dict[tuple[int, int], Any] = {}
+    down, across = layout.size
+    for number, block in enumerate(layout.blocks):
+        for row in range(down):
+            places = [layout.place(block, row, column) for column in range(across)]
+            parents = [study.parent_outside(index) for index in places if index in study.planned]
+            addresses = {None if one is None else one.planned.address for one in parents}
+            if len(addresses) == 1 and (parent := parents[0]) is not None:
+                found[number, row] = thumbnail(study, parent, width)
+    return found
 
 
 def _block(

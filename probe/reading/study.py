@@ -113,12 +113,23 @@ class Study:
 
     def cell(self, index: Index) -> Cell:
         """Return one cell as it is now."""
-        planned = self.planned[index]
         labels = {
             one.name: one.labels[at]
             for axis, at in zip(self.file.axes, index, strict=True)
             for one in (axis, *axis.zipped)
         }
+        return self._now(index, labels, self.planned[index])
+
+    def parent_outside(self, index: Index) -> Cell | None:
+        """Return the unedited run that a cell is compared with, if it is no cell of the study."""
+        planned = self._outside.get(self.planned[index].parent or "")
+        return None if planned is None else self._now((), {}, planned)
+
+    @functools.cached_property
+    def _outside(self) -> dict[str, CellFile]:
+        return {cell.address: cell for cell in self.file.parents}
+
+    def _now(self, index: Index, labels: dict[str, str], planned: CellFile) -> Cell:
         record: CellRecord | None = None
         try:
             record = self._record(planned.address)
