@@ -46,7 +46,7 @@ def write_study(
     """
     cells = folder / ".cells"
     cells.mkdir(parents=True, exist_ok=True)
-    planned = []
+    planned, parents = [], {}
 
     def recorded(settings: Mapping[str, Any]) -> tuple[str, Run]:
         settings = {"prompt": prompt, "steps": steps, "size": size, **settings}
@@ -61,6 +61,8 @@ def write_study(
         settings = {name: values[position] for (name, values), position in at}
         address, run = recorded(settings)
         its_parent = None if parent is None else recorded({**settings, **parent})
+        if its_parent is not None:
+            parents[its_parent[0]] = _parent(cells, *its_parent)
         planned.append(
             {
                 "index": list(index),
@@ -76,12 +78,19 @@ def write_study(
             (cells / f"{address}.json").write_text(json.dumps(record, allow_nan=False))
             if keep == "summary":
                 Image.fromarray(run.images.values[0]).save(cells / f"{address}.png")
-    study = {"format": 1, "name": name, "grid": {"name": name}, "parents": [], "cells": planned}
+    study = {"format": 1, "name": name, "grid": {"name": name}, "cells": planned}
+    study |= {"parents": [*parents.values()]}
     study |= {"axes": _axes(axes, labels or {}), "created": "2026-01-02T03:04:05.678+00:00"}
     path = folder / f"{name}-{address_of(study)[:8]}.study"
     path.mkdir()
     (path / "study.json").write_text(json.dumps(study))
     return path
+
+
+def _parent(cells: Path, address: str, run: Run) -> dict[str, Any]:
+    """Write what a parent says of itself, and return what the study says of it."""
+    (cells / f"{address}.json").write_text(json.dumps(_record(run, address, "all", {}, False)))
+    return {"index": None, "run": run.path.name, "address": address, "experiment": {}}
 
 
 def _record(

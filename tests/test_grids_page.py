@@ -105,7 +105,10 @@ def test_picked_cells_go_on_to_their_runs(study: Study) -> None:
     app = page()
     assert not app.button and "Pick one cell" in texts(app)
     app.multiselect("cells").set_value(["0-0-0"]).run()
-    assert [button.label for button in app.button] == ["Replay"]
+    assert [button.label for button in app.button] == [
+        "Replay",
+        "Compare with the run without edits",
+    ]
     app.multiselect("cells").set_value(["0-0-0", "0-0-1"]).run()
     assert [button.label for button in app.button] == ["Replay the last", "Compare"]
     (measures,) = [frame.value for frame in app.dataframe if "measure" in frame.value]

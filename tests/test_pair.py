@@ -14,10 +14,13 @@ from commands import Command, cause_and_remedy
 from PIL import Image
 from recordings import change_root
 from tiny_runs import take
+from views import open_view
 
 import probe
 from probe import cli
 from probe.analysis.pictures import psnr, ssim
+from probe.dashboard import library as libraries
+from probe.dashboard.library import Library, configure
 from probe.dashboard.views.compare import asked_differently, kinship
 from probe.errors import ExperimentError, RecordingNotFound
 from probe.figures import sheets
@@ -275,9 +278,24 @@ def test_the_page_compare_lists_edits_first(edited: tuple[Run, Run]) -> None:
     runs = {"edited": run, "parent": parent}
     (sentence,) = edit_sentences(run.attributes.recipe)
     assert asked_differently(runs)[0] == {"setting": "edits", "edited": sentence, "parent": "none"}
-    assert kinship(runs) == ["edited: 1 edit of parent."]
-    alone = kinship({"edited": run})
+    assert kinship(runs, {}) == ["edited: 1 edit of parent."]
+    alone = kinship({"edited": run}, {})
     assert alone == [f"edited: 1 edit of {parent.attributes.identity}, which is not shown here."]
+    named = kinship({"edited": run}, {parent.attributes.identity: "it"})
+    assert named == ["edited: 1 edit of it, which is not shown here."]
+
+
+def test_the_page_compare_shows_the_pair(edited: tuple[Run, Run]) -> None:
+    run, parent = edited
+    configure(Library(run.path.parent))
+    try:
+        app = open_view("compare", runs=[run.name, parent.name])
+        assert f"{run.name}: 1 edit of {parent.name}." in [text.value for text in app.text]
+        app.toggle("pair").set_value(True).run()
+        assert not app.exception
+        assert str(run.against_parent()) in [code.value for code in app.code]
+    finally:
+        libraries._library.clear()
 
 
 def test_an_edit_that_nobody_knows_is_named_as_such(edited: tuple[Run, Run]) -> None:

@@ -128,7 +128,7 @@ class Pair:
             words = [
                 (
                     shorten(str(word), 40),
-                    f"{values['change']:.0%}",
+                    f"{values['change']:.2%}",
                     f"{values['parent_mass']:.2%}",
                     f"{values['mass']:.2%}",
                 )

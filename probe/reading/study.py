@@ -111,6 +111,16 @@ class Study:
         """Return every cell as it is now, by its place on the axes."""
         return {index: self.cell(index) for index in sorted(self.planned)}
 
+    def parent_of(self, cell: Cell) -> Cell | None:
+        """Return the run without edits that a cell is compared with, or None if it has no edits.
+
+        It may be a cell of the grid. If not, its `index` is empty.
+        """
+        for planned in (*self.file.cells, *self.file.parents):
+            if planned.address == cell.planned.parent:
+                return self._now(tuple(planned.index or ()), {}, planned)
+        return None
+
     def cell(self, index: Index) -> Cell:
         """Return one cell as it is now."""
         labels = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import streamlit as st
@@ -25,7 +25,8 @@ UNIMPORTANT = ("name", "output", "durability", "device")
 def show() -> None:
     chosen = pick(at_least=2, record=f"{RECORD} --guidance-scale 8")
     runs = _opened(chosen)
-    for sentence in kinship(runs):
+    there = {row.attributes.get("identity"): key for key, row in recordings() if row.attributes}
+    for sentence in kinship(runs, there):
         st.text(sentence)
     asked = asked_differently(runs)
     if asked:
@@ -34,6 +35,7 @@ def show() -> None:
     else:
         st.text("All of them have the same settings.")
     where = st.container()  # the sentence comes first, what it is made of last
+    _pair(runs)
     player(chosen, key="compare")
     _distances(runs, where)
 
@@ -121,16 +123,35 @@ def _importance(name: str) -> int:
     return 0 if name == "edits" else 2 if name.startswith(("capture", "decode")) else 1
 
 
-def kinship(runs: dict[str, Run]) -> list[str]:
-    """Return which of the runs are edited, and which of the others is the parent."""
+def kinship(runs: dict[str, Run], there: Mapping[Any, str]) -> list[str]:
+    """Return which of the runs are edited, and which run is the parent.
+
+    `there` gives the names of other recordings by identity.
+    """
     identities = {run.attributes.identity: key for key, run in runs.items()}
     sentences = []
     for key, run in runs.items():
-        parent = identities.get(run.attributes.parent_identity)
-        edits = edits_in_short(dict(run.attributes), parent or "")
+        identity = run.attributes.parent_identity
+        parent = identities.get(identity)
+        edits = edits_in_short(dict(run.attributes), parent or there.get(identity, ""))
         if edits:
             sentences.append(f"{key}: {edits}{'' if parent else ', which is not shown here'}.")
     return sentences
+
+
+def _pair(runs: dict[str, Run]) -> None:
+    """Show, if the reader asks for it, how the first edited run differs from its parent."""
+    identities = {run.attributes.identity: run for run in runs.values()}
+    pairs = [
+        (run, identities[run.attributes.parent_identity])
+        for run in runs.values()
+        if run.attributes.parent_identity in identities
+    ]
+    if pairs and st.toggle("The edited run and its parent in numbers", key="pair"):
+        try:
+            st.code(str(pairs[0][0].against_parent(pairs[0][1])), language=None)
+        except ProbeError as error:
+            st.code(str(error), language=None)
 
 
 def _flat(settings: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

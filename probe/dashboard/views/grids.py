@@ -27,6 +27,7 @@ from probe.reading.study_dataset import table_of
 from probe.text import encodable
 
 PICTURES = "pictures"
+SWEEP = "python -m probe.sweep experiments/guidance-grid.yaml"
 A_PAGE = 200  # pictures that are sent at once
 MANY = 1000  # cells that a list of all names no more
 ROW, TALLEST = 116, 640  # pixels of a row of pictures, and of a table
@@ -38,7 +39,7 @@ def show() -> None:
     st.text(f"{len(study.cells)} cells: {counted}.")
     layout, what = _layout(study)
     if what != PICTURES:
-        st.plotly_chart(heat_map(study, layout, what), key="heat", theme=None, config=CONFIG)
+        st.plotly_chart(heat_map(study, layout, what), key="heat", config=CONFIG)
     _table(study, layout, what)
     _picked(study)
     with st.expander("Numbers and code"):
@@ -53,7 +54,8 @@ def _chosen() -> Study:
     try:
         paths = {encodable(path.name): path for path in studies_in(library().folder)}
         if not paths:
-            st.info("There is no study in this folder yet: nobody has run a grid.")
+            st.info("There is no study in this folder yet. This makes one:")
+            st.code(SWEEP, language=None)
             st.stop()
         name = _one("Study", list(paths), "study")
         return _opened(paths[name], _state(paths[name]))
@@ -173,9 +175,12 @@ def _table(study: Study, layout: Layout, what: str) -> None:
         width="content",
         height=min(TALLEST, 40 + (ROW if drawn else 36) * len(rows)),
         row_height=ROW if drawn else None,
-        column_config=dict.fromkeys(columns, st.column_config.ImageColumn(width=ROW + 20))
-        if drawn
-        else None,
+        column_config=dict.fromkeys(
+            columns,
+            st.column_config.ImageColumn(width=ROW + 20)
+            if drawn
+            else st.column_config.NumberColumn(format="%.4g"),
+        ),
         selection_mode="multi-cell",
         on_select=take,
     )
@@ -253,8 +258,10 @@ def _picked(study: Study) -> None:
     label = "Replay" if len(runs) < 2 else "Replay the last"
     if runs and left.button(label, key="to_replay", type="primary"):
         st.switch_page(st.session_state["pages"]["replay"], query_params={"runs": runs[-1:]})
-    if len(runs) > 1 and right.button("Compare", key="to_compare"):
-        st.switch_page(st.session_state["pages"]["compare"], query_params={"runs": runs})
+    compared = runs if len(runs) > 1 else with_parent(study, kept)
+    label = "Compare" if len(runs) > 1 else "Compare with the run without edits"
+    if len(compared) > 1 and right.button(label, key="to_compare"):
+        st.switch_page(st.session_state["pages"]["compare"], query_params={"runs": compared})
     for cell in cells:
         if cell.status != "complete":
             st.code(f"{cell.title} is {cell.status}: {cell.cause}\n{cell.remedy}", language=None)
@@ -267,6 +274,15 @@ def _picked(study: Study) -> None:
     ]
     if table:
         st.dataframe(table, key="measures", hide_index=True)
+
+
+def with_parent(study: Study, cells: Sequence[Cell]) -> list[str]:
+    """Return the ids of one cell's recording and of its parent's; none where one is missing."""
+    chosen = [*cells, *(study.parent_of(cell) for cell in cells)]
+    names = [cell.run_name for cell in chosen if cell is not None]
+    if len(names) != 2 or not all(names):
+        return []
+    return [library().add(study.folder / str(name)) for name in names]
 
 
 def _shown(value: float | str | None) -> str:
