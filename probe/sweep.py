@@ -34,11 +34,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import ExperimentError
+from probe.format.schema import counted
 from probe.output import rows, say, tell
 from probe.run import add_talk, size
 from probe.settings.grid import load_grid
 from probe.settings.strict_yaml import read_yaml
-from probe.terminal import Parser, before_torch, described, fail, guarded, without_home
+from probe.terminal import (
+    Parser,
+    before_torch,
+    called,
+    described,
+    fail,
+    guarded,
+    shell_path,
+    without_home,
+)
 
 if TYPE_CHECKING:
     from probe.studies.study import Outcome, StudyPlan
@@ -122,7 +132,7 @@ def main(arguments: list[str], prog: str = "python -m probe.sweep") -> int:
     part = read_shard(options.shard)
     with workers_for(options.workers, options.cluster, options.insecure) as workers:
         if not options.quiet:
-            tell(f"Looking at {len(grid.axes)} axes, {grid.count} cells ...")
+            tell(f"Looking at {counted(grid.count, 'cell')} ...")
         plan = plan_study(grid, workers, part)
         if options.dry_run:
             say(*forecast(plan, measured(plan, workers)))
@@ -133,7 +143,11 @@ def main(arguments: list[str], prog: str = "python -m probe.sweep") -> int:
         if not options.quiet:
             say(*forecast(plan, None), "")
         progress = (lambda _: None) if options.quiet else (lambda line: tell(without_home(line)))
-        outcome = carry_out(plan, workers, progress, options.retries)
+        try:
+            outcome = carry_out(plan, workers, progress, options.retries)
+        except KeyboardInterrupt:
+            tell("", "Cells that were complete stay; the same command goes on from there.")
+            raise
     return say_outcome(plan, outcome, path, options.quiet)
 
 
@@ -176,9 +190,9 @@ def forecast(plan: StudyPlan, seconds: float | None) -> list[str]:
     lines = [
         *(rows(table, ("axis", "values", "")) if table else ["No axes: one cell."]),
         "",
-        f"{plan.grid.count} cells{more}. {plan.own - len(plan.missing)} are there, "
-        f"{len(plan.missing)} are to be computed: {plan.calls} model calls, "
-        f"{size_text(plan.bytes)}.",
+        f"{counted(plan.grid.count, 'cell')}{more}. There already: "
+        f"{plan.own - len(plan.missing)}. To be computed: {len(plan.missing)}, with "
+        f"{counted(plan.calls, 'model call')} and {size_text(plan.bytes)}.",
     ]
     if seconds is None and plan.seconds:
         seconds = sum(plan.seconds.values()) / len(plan.seconds)
@@ -200,14 +214,18 @@ def say_outcome(plan: StudyPlan, outcome: Outcome, path: Path, quiet: bool) -> i
         fail(f"{cell}: {cause}", remedy)
     if len(outcome.failed) > SHOWN:
         tell(f"and {len(outcome.failed) - SHOWN} more that failed: study.json lists every cell.")
+    probe, _ = called()
     if quiet:
         say(without_home(str(path)))
     else:
         say(
             "",
-            f"{outcome.computed} cells computed, {len(outcome.failed)} failed, "
-            f"{plan.own - len(plan.missing)} were there.",
-            f"Study  {without_home(str(path))}",
+            f"{counted(outcome.computed, 'cell')} computed, {len(outcome.failed)} failed, "
+            f"{plan.own - len(plan.missing)} there already.",
+            "",
+            f"Study    {without_home(str(path))}",
+            f"Pictures {probe} export {shell_path(path)} --html grid.html",
+            f"Look     {probe} view --runs {shell_path(path.parent)}",
         )
     return 1 if outcome.failed else 0
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lora_files
 import numpy as np
 import pytest
+import tiny
 
 import probe
 from probe.errors import ExperimentError, ModelError, PromptError, TooLarge
@@ -236,6 +238,42 @@ def test_a_model_is_loaded_once_and_its_scheduler_switched(
         alone = probe.record(cell.experiment, output=None, progress=False)
         assert np.array_equal(run.images.values, alone.images.values), cell.title
         assert run.attributes["scheduler"]["class"] == alone.attributes["scheduler"]["class"]
+
+
+def test_loras_are_switched_and_not_loaded_with_the_model(
+    grid: Callable[..., dict[str, Any]], loads: list[str], tmp_path: Path
+) -> None:
+    ink = {"path": str(lora_files.save_peft(tiny.pipeline(), tmp_path / "ink.safetensors"))}
+    axes = {"loras": [[], [{**ink, "scale": 0}], [ink]], "seed": [0, 1]}
+    plan, outcome = carried(grid(axes=axes, keep="metrics"))
+    assert outcome.computed == 6 and len(loads) == 1
+    assert [cell.title[-6:] for cell in plan.missing] == ["seed=0", "seed=1"] * 3  # LoRAs outermost
+    kept, _ = carried(grid(axes=axes))
+    images = [Run(kept.results.run_path(cell)).images.values for cell in kept.missing]
+    assert np.array_equal(images[0], images[2]) and not np.array_equal(images[0], images[4])
+    before = [cell.address for cell in kept.cells]
+    Path(ink["path"]).unlink()
+    lora_files.save_peft(tiny.pipeline(), Path(ink["path"]), seed=6)  # another file of this name
+    after = [cell.address for cell in plan_study(load_grid(grid(axes=axes)), Here()).cells]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True] * 2 + [
+        False
+    ] * 4
+
+
+def test_an_axis_over_how_much_of_an_edit(grid: Callable[..., dict[str, Any]]) -> None:
+    written = grid(
+        edits=MASK,
+        axes={"edits.0.amount": [0, 0.5, 1], "edits.0.words": [["cat"], ["hat"]]},
+        measures=["l2"],
+        keep="metrics",
+    )
+    plan, outcome = carried(written)
+    assert outcome.failed == [] and outcome.computed == 6 + 1
+    study = json.loads((plan.path / "study.json").read_text())
+    l2 = [records(plan)[cell["address"]]["measures"]["l2"] for cell in study["cells"]]
+    assert l2[:2] == [0, 0] and 0 < l2[2] < l2[4] and 0 < l2[3] < l2[5]
+    with pytest.raises(ExperimentError, match=r"edits.0.words=dog.*dog"):
+        plan_study(load_grid({**written, "axes": {"edits.0.words": [["cat"], ["dog"]]}}), Here())
 
 
 @pytest.mark.parametrize("keep", ["summary", "metrics"])

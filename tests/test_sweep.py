@@ -37,12 +37,12 @@ def test_a_grid_from_its_plan_to_its_study(grid: str, call: Command, tmp_path: P
     code, out, err = call(sweep.main, grid, "--dry-run")
     assert code == 0 and not (tmp_path / "runs").exists()
     assert "guidance_scale  2       1, 3" in out and "seed" in out
-    assert "4 cells. 0 are there, 4 are to be computed: 12 model calls" in out
+    assert "4 cells. There already: 0. To be computed: 4, with 12 model calls" in out
     assert "A model call takes" in out
     code, out, err = call(sweep.main, grid, "--quick", "--shard", "1/2")
-    assert code == 0 and "1 cells computed, 0 failed, 0 were there" in out
+    assert code == 0 and "1 cell computed, 0 failed, 0 there already" in out
     code, out, err = call(lambda words: cli.dispatch(["sweep", *words]), grid)
-    assert code == 0 and "3 cells computed, 0 failed, 1 were there" in out
+    assert code == 0 and "3 cells computed, 0 failed, 1 there already" in out
     assert err.count("left") == 2 and "[3/3] guidance_scale=3, seed=1: " in err
     code, out, err = call(sweep.main, grid, "--quiet")
     assert (code, err) == (0, "")
@@ -51,7 +51,7 @@ def test_a_grid_from_its_plan_to_its_study(grid: str, call: Command, tmp_path: P
     assert study.open(guidance_scale=3, seed=1).experiment.guidance_scale == 3
     assert study.dataset["status"].sel(seed=0).values.tolist() == ["complete", "complete"]
     code, out, _ = call(sweep.main, grid, "--dry-run")
-    assert "4 are there, 0 are to be computed: 0 model calls" in out
+    assert "There already: 4. To be computed: 0, with 0 model calls" in out
 
 
 def test_a_cell_that_fails_is_said_and_the_exit_code_is_1(
