@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def test_a_recording_gives_what_a_live_run_beside_gives(
     prompt = parents["cat"].experiment.prompt
     for edit in (
         {"kind": "head", "layers": ["*"], "heads": [0]},
-        {"kind": "map"},
+        {"kind": "map", "method": "refine"},
         {"kind": "output", "modules": ["mid_block"], "steps": "1:3"},
         {"kind": "latents", "steps": "2"},
     ):
@@ -238,3 +239,43 @@ def test_recorded_in_memory_it_is_the_same(tmp_path: Path) -> None:
     stored = edited(tmp_path, edit)
     run = record(stored.experiment, pipeline(), progress=False, output=None)
     assert not differing(run, stored)
+
+
+# --- what must not pass in silence ---
+
+
+def test_steering_needs_recordings_of_this_model_and_of_the_steps_it_acts_at(
+    tmp_path: Path, parents: dict[str, Run]
+) -> None:
+    activations = ACTIVATIONS["capture"]
+    other = take(tmp_path, tiny.pipeline(seed=5), capture=activations)
+    few = take(tmp_path, prompt="a cat", capture={**activations, "steps": "0"})
+    euler = take(tmp_path, prompt="a cat", scheduler="Euler", steps=5, capture=activations)
+    edit = edit_of("steer", parents)
+    with pytest.raises(ModelError, match=r"toward: .* recorded with other weights"):
+        edited(tmp_path, {**edit, "toward": str(other.path)})
+    with pytest.raises(ExperimentError, match=r"toward: .* holds no outputs of step 1"):
+        edited(tmp_path, {**edit, "toward": str(few.path)})
+    with pytest.raises(ExperimentError, match=r"toward: .* has other noise levels"):
+        edited(tmp_path, {**edit, "toward": str(euler.path)})
+    assert edited(tmp_path, {**edit, "toward": str(few.path), "steps": "0"}).status == "complete"
+
+
+def test_a_recording_that_read_its_text_otherwise_donates_latents_alone(tmp_path: Path) -> None:
+    skipped = {"run": str(take(tmp_path, seed=8, clip_skip=1).path)}
+    with pytest.raises(ExperimentError, match="clip_skip 1, and this run None"):
+        edited(tmp_path, {"kind": "output", "modules": ["mid_block"], "donor": skipped})
+    assert edited(tmp_path, {"kind": "latents", "donor": skipped}).status == "complete"
+
+
+def test_latents_of_another_donor_than_is_written_are_found_with_the_model(tmp_path: Path) -> None:
+    for amount in (1.0, 0.5):
+        edit = {"kind": "latents", "donor": {"seed": 9}, "steps": "2", "amount": amount}
+        run = edited(tmp_path, edit)
+        assert not verify(run, model=pipeline()).failed
+        root = run.path / "zarr.json"
+        attributes = json.loads(root.read_text())
+        attributes["attributes"]["experiment"]["edits"][0]["donor"]["seed"] = 10
+        root.write_text(json.dumps(attributes))
+        failed = {check.name for check in verify(open_run(run.path), model=pipeline()).failed}
+        assert "predictions" in failed

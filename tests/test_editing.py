@@ -203,6 +203,13 @@ def test_maps_replaced_with_their_own_change_no_bit(attention: str) -> None:
     assert same(steps_of(asked(refine)), unedited("default", 3.0))
 
 
+def test_maps_are_paired_with_the_text_of_their_step() -> None:
+    text, donor = "a diving astronaut in a hat", {"prompt": "a cat in the hat"}
+    edit = {"kind": "map", "method": "refine", "donor": donor}
+    switched = steps_of(asked({"kind": "prompt", "text": text, "steps": "0:"}, edit))
+    assert same(switched, steps_of(asked(edit, prompt=text)))
+
+
 def test_attention_reweighted_by_1_changes_no_bit_and_by_2_then_a_half_nearly_none() -> None:
     word = {"kind": "reweight", "words": ["astronaut"]}
     own = unedited("default", 3.0)
@@ -331,6 +338,18 @@ def test_a_random_control_has_the_norm_of_the_change() -> None:
         (
             [{"kind": "head", "layers": ["*"], "how": "zero", "control": "other_head"}],
             "too few for|control: random",
+        ),
+        (
+            [{"kind": "output", "modules": ["time_embedding"], "how": "mean"}],
+            "no places to take a mean over|zero or resample",
+        ),
+        ([{"kind": "noise", "seed": 3, "amount": 0.5}], "3 is this run's own|another seed"),
+        (
+            [
+                {"kind": "prompt", "text": "a hat", "steps": "1:"},
+                {"kind": "map", "donor": {"prompt": "a cat scuba diving"}},
+            ],
+            "replace pairs words, and 'a hat' has 2 of them|as many words",
         ),
     ],
 )

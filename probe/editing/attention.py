@@ -38,7 +38,7 @@ class InLayers:
     heads: HeadsOf
     places: Places = field(default_factory=dict)
     donor: Beside | None = None
-    shared: list[Share] = field(default_factory=list)
+    shared: dict[int, list[Share]] = field(default_factory=dict)  # by step
 
     @property
     def kind(self) -> str:
@@ -64,14 +64,16 @@ def found(
         places = {step: tokens_of(texts.prompt(step, edit.branch), edit.words) for step in steps}
     if isinstance(edit, Head) and edit.control == "other_head":
         heads = _others(model, plan, edit, heads)
-    shared = _shared(plan, edit, kind, donor) if isinstance(edit, Map) else []
+    shared: dict[int, list[Share]] = {}
+    if isinstance(edit, Map):
+        shared = {step: _shared(plan, edit, donor, texts, step) for step in steps}
     return InLayers(edit, steps, rows, heads, places, donor, shared)
 
 
-def _shared(plan: Plan, edit: Map, kind: str, donor: Beside | None) -> list[Share]:
-    """Return which tokens get which of the donor's maps; none for self-attention."""
+def _shared(plan: Plan, edit: Map, donor: Beside | None, texts: Texts, step: int) -> list[Share]:
+    """Return which tokens get which of the donor's maps at a step; none for self-attention."""
     assert donor is not None
-    if kind == "self":
+    if edit.attention == "self":
         if edit.method == "refine":
             raise ExperimentError(
                 "method: refine is of tokens, and self-attention has none.", "Write replace."
@@ -80,7 +82,8 @@ def _shared(plan: Plan, edit: Map, kind: str, donor: Beside | None) -> list[Shar
     pair = replaced_places if edit.method == "replace" else shared_places
     branches = plan.computed_branches if edit.branch == "both" else (edit.branch,)
     every = [
-        pair(plan.prompts[branch], next(iter(donor.tokens[branch].values()))) for branch in branches
+        pair(texts.prompt(step, branch), next(iter(donor.tokens[branch].values())))
+        for branch in branches
     ]
     if any(places != every[0] for places in every):
         raise ExperimentError(
@@ -262,9 +265,10 @@ def _edited_map(
     other = other[:, list(one.heads[path])]
     if one.kind == "self":
         return other
-    edited, alone = own.clone(), [pair for pair in one.shared if len(pair[1]) == pair[2] == 1]
+    shared = one.shared[step]
+    edited, alone = own.clone(), [pair for pair in shared if len(pair[1]) == pair[2] == 1]
     edited[..., [here for here, _, _ in alone]] = other[..., [there[0] for _, there, _ in alone]]
-    for here, there, parts in one.shared:
+    for here, there, parts in shared:
         if not len(there) == parts == 1:
             edited[..., here] = other[..., there].sum(-1) / parts
     return edited

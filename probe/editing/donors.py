@@ -46,7 +46,7 @@ class Beside:
         self._run = opened_donor(donor, model, plan, latents_alone) if donor.run else None
         self.experiment = self._run.experiment if self._run else _changed(own, donor)
         self.tokens: dict[str, Tokens] = {
-            branch: model.tokens(text, own.over_long)
+            branch: model.tokens(text, self.experiment.over_long)
             for branch, text in self.experiment.texts.items()
         }
         if tuple(self.tokens) != plan.computed_branches:
@@ -144,36 +144,54 @@ def opened_donor(donor: Donor, model: Family, plan: Plan, latents_alone: bool) -
     """
     own = plan.experiment
     run = open_run(expand_home(str(donor.run)), expand_home(own.output))
-    if run.kind != "generation":
-        raise ExperimentError(f"donor: {run.name} is a {run.kind}.", "Name a run of a picture.")
-    calls, other = len(plan.schedule.sigmas), run.experiment
-    if run.status != "complete" or len(run.steps) != calls:
-        raise ExperimentError(
-            f"donor: {run.name} has {len(run.steps)} steps, and this run has {calls}.",
-            "Take a complete recording with the same steps and scheduler.",
-        )
+    refuse_other_run("donor", run, model, plan)
+    other = run.experiment
     if run.latents.isel(step=0).shape != plan.latent_shape:
         raise ExperimentError(
             f"donor: the latents of {run.name} have shape {run.latents.isel(step=0).shape}, and "
             f"those of this run {plan.latent_shape}.",
             "Take a recording with the same size and number of images.",
         )
-    sigmas = np.asarray(plan.schedule.sigmas)
-    if not np.allclose(run.variable("sigma").values, sigmas, rtol=1e-4):
-        raise ExperimentError(
-            f"donor: {run.name} has other noise levels than this run.",
-            "Take a recording with the same scheduler and its options.",
-        )
-    if other.edits and not latents_alone:
+    if latents_alone:
+        return run
+    if other.edits:
         raise ExperimentError(
             f"donor: {run.name} was edited itself, and its insides would be computed without that.",
             f"Take its parent, {run.attributes.parent_run or 'the run without edits'}.",
         )
+    for field in ("clip_skip", "prompt_embeds"):  # its text is read again, as this run reads it
+        theirs, ours = (getattr(one, field) or None for one in (other, own))
+        if theirs != ours or (field == "prompt_embeds" and theirs):
+            raise ExperimentError(
+                f"donor: {run.name} has {field} {theirs}, and this run {ours}: its insides would "
+                "be those of another text.",
+                "Take a recording that reads its text as this run does, or its latents alone.",
+            )
+    return run
+
+
+def refuse_other_run(field: str, run: Run, model: Family, plan: Plan) -> None:
+    """Raise ExperimentError for a recording whose steps are not those of this run.
+
+    Raise ModelError for one of another model.
+    """
+    if run.kind != "generation":
+        raise ExperimentError(f"{field}: {run.name} is a {run.kind}.", "Name a run of a picture.")
+    calls, sigmas = len(plan.schedule.sigmas), np.asarray(plan.schedule.sigmas)
+    if run.status != "complete" or len(run.steps) != calls:
+        raise ExperimentError(
+            f"{field}: {run.name} has {len(run.steps)} steps, and this run has {calls}.",
+            "Take a complete recording with the same steps and scheduler.",
+        )
+    if not np.allclose(run.variable("sigma").values, sigmas, rtol=1e-4):
+        raise ExperimentError(
+            f"{field}: {run.name} has other noise levels than this run.",
+            "Take a recording with the same scheduler and its options.",
+        )
     weights, here = run.attributes["model"].get("weights"), model.digest()
     if weights != here:
         raise ModelError(
-            f"donor: {run.name} was recorded with other weights (digest {weights}) than "
+            f"{field}: {run.name} was recorded with other weights (digest {weights}) than "
             f"{model.name} has here ({here}).",
             "Take a recording of the same model.",
         )
-    return run

@@ -131,6 +131,12 @@ class Editing:
                     "a run that begins from a picture has no first noise of its own to edit yet.",
                     "Leave image out.",
                 )
+            if edit.seed == plan.experiment.seed and edit.method == "mix" and 0 < edit.amount < 1:
+                raise ExperimentError(
+                    f"seed: {edit.seed} is this run's own, and mixed with itself noise gains "
+                    "variance.",
+                    "Write another seed, or method: add.",
+                )
             noise_of(edit, plan.latent_shape, self._model.dtype)
             self._refuse_contradiction(number, edit, (0,), [("the first noise",)])
         elif isinstance(edit, Remove | OtherPrompt):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from probe.diffusion.family import Family
-from probe.editing.donors import Beside
+from probe.editing.donors import Beside, refuse_other_run
 from probe.editing.targets import chosen_skips, modules_of, rows_of
 from probe.editing.values import ablated, blended, random_like
-from probe.errors import ExperimentError, RecordingNotFound
+from probe.errors import CaptureError, ExperimentError, RecordingNotFound
 from probe.reading.recording import Run, open_run
 from probe.settings.edits import Output, Skip, Steer
 from probe.settings.fields import expand_home
@@ -49,20 +49,33 @@ def found(model: Family, plan: Plan, edit: ModuleEdit, donor: Beside | None) -> 
         return InModules(edit, steps, rows, chosen_skips(model, plan, edit.modules), donor)
     modules = dict.fromkeys(modules_of(plan, edit.modules), 0)
     if isinstance(edit, Output):
+        _refuse_mean(plan, edit, modules)
         return InModules(edit, steps, rows, modules, donor)
-    runs = [_steering(edit, name, plan, modules) for name in ("toward", "away")]
+    runs = [_steering(model, edit, name, plan, modules) for name in ("toward", "away")]
     return InModules(edit, steps, rows, modules, None, *runs)
 
 
-def _steering(edit: Steer, field: str, plan: Plan, modules: dict[str, int]) -> Run:
+def _refuse_mean(plan: Plan, edit: Output, modules: Iterable[str]) -> None:
+    """Raise ExperimentError for the mean over the places of an output that has none."""
+    for path in modules:
+        shape = plan.rehearsal.outputs[f"unet.{path}"]
+        if edit.how == "mean" and len(shape) < 3:
+            raise ExperimentError(
+                f"how: the output of {path} has shape {shape}: no places to take a mean over.",
+                "Write how: zero or resample, or name another module.",
+            )
+
+
+def _steering(model: Family, edit: Steer, field: str, plan: Plan, modules: dict[str, int]) -> Run:
     """Open a recording that steers. Raise ExperimentError if it has not what is needed."""
     path = expand_home(str(getattr(edit, field)))
     run = open_run(path, expand_home(plan.recipe.output))
-    if len(run.steps) != len(plan.schedule.sigmas):
+    refuse_other_run(field, run, model, plan)
+    captured = run.recipe.capture.steps_of(len(run.steps))
+    if lacking := set(edit.steps_of(plan.schedule.sigmas)) - set(captured):
         raise ExperimentError(
-            f"{field}: {run.name} has {len(run.steps)} steps, and this run has "
-            f"{len(plan.schedule.sigmas)}.",
-            "Take a complete recording with the same steps and scheduler.",
+            f"{field}: {run.name} holds no outputs of step {min(lacking)}.",
+            "Let the edit act at steps that it holds, or record it with capture.steps: all.",
         )
     for module in modules:
         try:
@@ -144,6 +157,11 @@ class ModuleEdits:
         # The mean over images: (branch, ...), the same for every image of this run.
         toward, away = (side.mean("image", dtype=np.float32).values for side in sides)
         direction = torch.from_numpy(toward - away)
+        if not direction.isfinite().all():
+            raise CaptureError(
+                f"steer: what the recordings hold of {path} at step {step} is not finite.",
+                "Take recordings that hold the outputs of this step.",
+            )
         images = self._plan.rows.images
 
         def change(output: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,8 @@ class Call:
 
     `replayed` are the latents that the scheduler made of everything before, `latents` those that
     were recorded. `model_input` is scaled and has one row an image. After the last call of a
-    complete run comes one more, for the final latents, without `model_input`.
+    complete run comes one more, for the final latents, without `model_input`. Where a donor's
+    latents went in, `replayed` are those recorded, and `made` what the scheduler had made.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Call:
     latents: torch.Tensor
     stored: np.ndarray
     model_input: torch.Tensor | None
+    made: torch.Tensor | None = None
 
 
 def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
@@ -90,13 +92,13 @@ def replayed(run: Run, device: torch.device | str = "cpu") -> Iterator[Call]:
         replayed_latents, generators = started(scheduler, start, begin), start.generators
     options, entered = step_options(scheduler, experiment.eta, generators), entered_steps(run)
     for index, t in enumerate(scheduler.timesteps[begin:][: len(run.steps)]):
-        values = stored.isel(step=index).values
+        values, made = stored.isel(step=index).values, None
         if index in entered:  # a donor's latents went in, which the recording cannot tell
-            replayed_latents = tensor(run, values).to(device)
+            made, replayed_latents = replayed_latents, tensor(run, values).to(device)
         latents = arranged(tensor(run, values).to(device), memory_format(replayed_latents))
         with torch.no_grad():
             model_input = scheduler.scale_model_input(latents, t)
-        yield Call(index, t, replayed_latents, latents, values, model_input)
+        yield Call(index, t, replayed_latents, latents, values, model_input, made)
         with torch.no_grad():
             prediction = prediction_of(run, index).to(device)
             replayed_latents = scheduler.step(prediction, t, latents, **options, return_dict=False)[

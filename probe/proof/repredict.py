@@ -30,7 +30,7 @@ from probe.diffusion.loading import load, pick_device
 from probe.diffusion.loras import borrowed
 from probe.diffusion.preparing import prepared
 from probe.diffusion.sampling import Step
-from probe.editing.editing import edited
+from probe.editing.editing import Editing, edited
 from probe.proof.attention_witness import AttentionWitness
 from probe.proof.checks import Check, Tally, variables
 from probe.proof.compared_store import ComparedStore
@@ -43,7 +43,7 @@ from probe.proof.map_checks import (
     relative,
     rounding,
 )
-from probe.proof.replay import Call, prediction_of, replayed, run_dtype, threads_of
+from probe.proof.replay import Call, numbers, prediction_of, replayed, run_dtype, threads_of
 from probe.reading.compare import changed_files, differing_conditions
 from probe.reading.recording import Run
 from probe.running.continuing import said_of_model
@@ -290,6 +290,7 @@ class ModelCheck:
                     recorded = call.index in plan.recorded
                     if editing is not None:
                         session.prepare(editing, call.index)
+                        self._compare_entered(editing, call)
                     with (
                         session.watching(call.index),
                         Hooks(witness.watches() if recorded else ()),
@@ -310,6 +311,13 @@ class ModelCheck:
         )
         if run.source is not None:
             yield self.encode.check()
+
+    def _compare_entered(self, editing: Editing, call: Call) -> None:
+        """Compare the latents that a donor gave with those that it gives now."""
+        if call.made is not None:
+            entered = numbers(editing.enter(call.index, call.made))
+            off = relative(entered, numbers(call.latents))
+            self.predictions.add(off, f"the donor's latents, step {call.index}")
 
     def _compare_maps(self, witness: AttentionWitness, step: int) -> None:
         plan, maps, attention = self._plan, self.maps, self.attention
