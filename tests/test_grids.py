@@ -57,6 +57,11 @@ def test_a_range(text: str, expected: list[float]) -> None:
         *((text, "10-1(-1)") for text in ("1-10(0)", "1-10(-1)", "10-1(1)")),
         ("1-10[1]", "2 or more"),
         ("0-100000(1)", "larger step"),
+        *(
+            (text, "1-10(1)")
+            for text in ("1e999999999-2(1)", "1-2(1e-999999999)", "1e308-2e308[3]")
+        ),
+        *((text, "1-10(1)") for text in (f"1-2[{'9' * 5000}]", f"{'9' * 5000}-2(1)")),
     ],
 )
 def test_what_is_no_range_says_how_one_is_written(text: str, remedy: str) -> None:
@@ -77,6 +82,8 @@ def test_axes_may_be_labelled_and_no_two_labels_are_the_same() -> None:
     assert "'cat'" in edits.labels[1] and len(set(edits.labels)) == 4
     twice = axis("edits", [{"label": "a", "value": []}, {"label": "a", "value": [MASK]}], [])
     assert twice.labels == ("a", "a (2)")
+    named = [{"label": label, "value": at} for at, label in enumerate(("a (2)", "a", "a"))]
+    assert axis("seed", named, 0).labels == ("a (2)", "a", "a (3)")
     assert "not a value with a label" in refused(axes={"steps": [{"label": "few", "values": 8}]})[0]
 
 
@@ -109,6 +116,7 @@ def test_other_prompts_of_one_prompt(tmp_path: Path) -> None:
         ({"order": "cat"}, "not a list of words"),
         ({"file": "nowhere.txt"}, "does not exist"),
         ({"swap": ["cat"]}, "how the text varies"),
+        ({"replace": {word: ["x"] * 10**4 for word in ("cat", "hat")}}, "100000000 values"),
         ({}, "how the text varies"),
     ],
 )
@@ -167,6 +175,10 @@ def test_axes_reach_into_fields() -> None:
         }
     )
     assert "there is no edits[0]" in refused(axes={"edits.0.amount": [0, 1]})[0]
+    for number in ("00", "\u0660"):  # two names of one field would be two axes
+        assert "there is no" in refused(edits=[MASK], axes={f"edits.{number}.amount": [0]})[0]
+    inside = refused(edits=[MASK], axes={"edits.0.words.0.x": ["hat"]})[0]
+    assert "nothing inside of words[0]" in inside
     assert whole.cells()[-1].experiment.edits[0].amount == 1
     captures = load_grid({"capture": {"text": False}, "axes": {"capture": [{"steps": "0"}]}})
     assert captures.cells()[0].experiment.capture.text is False
@@ -213,6 +225,9 @@ def test_cells_that_cannot_be_are_named_with_their_cause() -> None:
         ({"keep": "everything"}, "keep", "Write one of them"),
         ({"measures": ["L2!"]}, "measures[0]", ""),
         ({"name": "My Grid"}, "name", "a-z"),
+        ({"axes": {"guidance_scale": [float("nan")]}}, "not finite", "a number"),
+        ({"axes": {"seed": [{"label": "x" * 20_001, "value": 1}]}}, "20001 letters", "label: TEXT"),
+        ({"axes": {"seed": [1]}, "zip": [[]]}, "a group has no axis", "zip: [[seed, steps]]"),
         ({"base": 3}, "base: 3 is not a file", "Name another"),
         ({"base": "nowhere.yaml"}, "does not exist", ""),
     ],
@@ -242,6 +257,10 @@ def test_a_base_may_be_an_experiment_or_a_grid(tmp_path: Path) -> None:
     assert quick.name == "two" and quick.shape == (1, 2) and quick.experiment.steps == 2
     with pytest.raises(ExperimentError, match="quick"):
         load_grid(tmp_path / "one.yaml", quick=True)
+    for number in range(30):
+        (tmp_path / f"{number}.yaml").write_text(f"base: {number + 1}.yaml\n")
+    with pytest.raises(ExperimentError, match="20 files below one another"):
+        load_grid(tmp_path / "0.yaml")
     (tmp_path / "one.yaml").write_text("base: two.yaml\n")
     with pytest.raises(ExperimentError, match="based on this very file"):
         load_grid(tmp_path / "two.yaml")

@@ -482,3 +482,16 @@ def test_results_that_are_damaged_count_as_missing(tmp_path: Path) -> None:
     assert (results.tries("a", "x"), results.tries("a", "y")) == (1, 0)
     results.end_try("a")
     assert results.tries("a", "x") == 0
+
+
+def test_a_cell_that_cannot_be_is_found_behind_one_that_can(
+    grid: Callable[..., dict[str, Any]],
+) -> None:
+    """An amount of 0 may be where a part of an edit may not, and noise where it is the own."""
+    other = {"kind": "prompt", "text": "a cat", "steps": "0:"}
+    amounts = grid(edits=[other], axes={"edits.0.amount": [0, 0.5]}, capture={})
+    with pytest.raises(ExperimentError, match=r"edits\.0\.amount=0\.5: .*no map would have"):
+        plan_study(load_grid(amounts), Here())
+    noise = {"kind": "noise", "seed": 1, "amount": 0.5}
+    with pytest.raises(ExperimentError, match=r"seed=1: .*this run's own"):
+        plan_study(load_grid(grid(edits=[noise])), Here())

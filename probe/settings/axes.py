@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -33,7 +34,10 @@ from probe.text import printable, shorten, shown
 
 MOST_VALUES = 10_000
 MOST_ORDERED = 5  # 120 orders
-NUMBER = r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+MOST_OF_A_LABEL = 20_000  # letters, as in study.json
+# Ranges are computed as fractions, and those of a number without bounds have no end.
+MOST_OF_A_RANGE = 200  # letters
+NUMBER = r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,2})?"
 RANGE = re.compile(
     rf"\s*({NUMBER})\s*-\s*({NUMBER})\s*(?:\(\s*({NUMBER})\s*\)|\[\s*([0-9]+)\s*\])\s*"
 )
@@ -91,15 +95,21 @@ def axis(name: str, written: object, current: object, folder: Path = Path()) -> 
 
 
 def _check(name: str, pairs: Sequence[tuple[str, Any]]) -> None:
-    """Raise ExperimentError for too many values, and for one that is there twice."""
-    if len(pairs) > MOST_VALUES:
-        raise ExperimentError(
-            f"axes.{name}: it has {len(pairs)} values, and {MOST_VALUES} is the most",
-            "Write fewer, or several grids.",
-        )
+    """Raise ExperimentError for too many values, one that is there twice, and what is no value."""
+    _check_count(name, len(pairs))
     seen: set[str] = set()
-    for _, value in pairs:
-        text = json.dumps(value, sort_keys=True, default=str)
+    for label, value in pairs:
+        if len(label) > MOST_OF_A_LABEL:
+            raise ExperimentError(
+                f"axes.{name}: a label has {len(label)} letters, and {MOST_OF_A_LABEL} is the most",
+                "Write label: TEXT and value: VALUE.",
+            )
+        try:
+            text = json.dumps(value, sort_keys=True, default=str, allow_nan=False)
+        except ValueError:
+            raise ExperimentError(
+                f"axes.{name}: {shown(value)} is not finite", "Write a number."
+            ) from None
         if text in seen:
             raise ExperimentError(
                 f"axes.{name}: {shown(value)} is written twice", "Keep one of the two."
@@ -107,9 +117,17 @@ def _check(name: str, pairs: Sequence[tuple[str, Any]]) -> None:
         seen.add(text)
 
 
+def _check_count(name: str, count: int) -> None:
+    if count > MOST_VALUES:
+        raise ExperimentError(
+            f"axes.{name}: it has {count} values, and {MOST_VALUES} is the most",
+            "Write fewer, or several grids.",
+        )
+
+
 def _range(name: str, text: str) -> list[int | float]:
     """Return the numbers of a range, exact where decimals are."""
-    if not (parts := RANGE.fullmatch(text)):
+    if len(text) > MOST_OF_A_RANGE or not (parts := RANGE.fullmatch(text)):
         raise ExperimentError(f"axes.{name}: {shown(text)} is not a range", HOW)
     first, last = Fraction(parts[1]), Fraction(parts[2])
     whole = all("." not in part and "e" not in part.lower() for part in (parts[1], parts[2]))
@@ -181,10 +199,13 @@ def _label(value: Any) -> str:
 def _distinct(labels: Sequence[str]) -> list[str]:
     """Return labels of which no two are the same: a second one ends in (2)."""
     counts: dict[str, int] = {}
-    distinct = []
+    written, distinct = set(labels), []
     for label in labels:
         counts[label] = counts.get(label, 0) + 1
-        distinct.append(label if counts[label] == 1 else f"{label} ({counts[label]})")
+        own = label
+        while counts[label] > 1 and (own := f"{label} ({counts[label]})") in written:
+            counts[label] += 1
+        distinct.append(own)
     return distinct
 
 
@@ -237,6 +258,7 @@ def _replaced(name: str, words: object, text: str) -> list[tuple[str, Any]]:
             "Write replace: {astronaut: [astronaut, fox]}; the first word may be one of the list.",
         )
     assert isinstance(words, Mapping)
+    _check_count(name, math.prod(map(len, words.values())))
     places = [_place(name, str(word), text) for word in words]
     _check_apart(name, list(words), sorted(place for of_word in places for place in of_word))
     return [

@@ -40,6 +40,7 @@ from probe.text import did_you_mean, printable, shorten, shown
 MOST_CELLS = 25_000
 OWN = ("base", "name", "axes", "zip", "keep", "measures", "quick")
 NOT_AXES = ("name", "output", "durability")  # they change nothing that is recorded
+MOST_BASES = 20  # files, each the base of another
 SHOWN_CELLS = 3  # in a message
 
 Keep: TypeAlias = Literal["all", "summary", "metrics"]
@@ -206,14 +207,18 @@ def _set(fields: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
         return {**fields, first: {**inside, **value} if both else value}  # type: ignore[dict-item]
     if isinstance(inside, list):
         number, more, below = rest.partition(".")
-        if not number.isdecimal() or int(number) >= len(inside):
+        if not number.isdecimal() or number != str(int(number)) or int(number) >= len(inside):
             raise ExperimentError(
                 f"{path}: there is no {first}[{shorten(printable(number))}]; {first} has "
                 f"{len(inside)}",
                 f"Count from 0, and write the {first} that the axis varies.",
             )
         at = int(number)
-        item = _set(inside[at], below, value) if more and isinstance(inside[at], Mapping) else value
+        if more and not isinstance(inside[at], Mapping):
+            raise ExperimentError(
+                f"{path}: there is nothing inside of {first}[{at}]", f"Write {first}.{at}."
+            )
+        item = _set(inside[at], below, value) if more else value
         return {**fields, first: [*inside[:at], item, *inside[at + 1 :]]}
     below_it = inside if isinstance(inside, Mapping) else {}
     # An option of a scheduler may have any name.
@@ -292,6 +297,11 @@ def _with_base(
             f"{where}: base: {shown(base)} is not a file", "Name another YAML file beside this one."
         )
     path = folder / expand_home(base)
+    if len(seen) > MOST_BASES:
+        raise ExperimentError(
+            f"{where}: base: there are {MOST_BASES} files below one another, and more",
+            "Name a file with fewer below it.",
+        )
     if path.absolute() in seen:
         raise ExperimentError(
             f"{where}: base: {shown(base)} is based on this very file", "Name another file."
@@ -403,6 +413,8 @@ def _check_zip(grid: Grid) -> None:
     by_name = {axis.name: axis for axis in grid.axes}
     seen: set[str] = set()
     for names in grid.zip:
+        if not names:
+            raise ExperimentError("zip: a group has no axis", "Name axes: zip: [[seed, steps]].")
         for name in names:
             if name not in by_name:
                 raise ExperimentError(

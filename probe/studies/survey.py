@@ -65,10 +65,13 @@ def survey(experiments: Sequence[dict[str, Any]], measures: Sequence[str] = ()) 
 def _shape_key(fields: dict[str, Any]) -> str:
     kept = {name: value for name, value in fields.items() if name not in SHAPELESS}
     kept["guidance_scale"] = kept["guidance_scale"] > 1
+    # No edit, a whole one and a part of one are refused for different reasons.
     kept["edits"] = [
-        {name: value for name, value in edit.items() if name not in ("amount", "label")}
+        {**edit, "label": "", "amount": edit["amount"] if edit["amount"] in (0, 1) else None}
         for edit in kept.get("edits", ())
     ]
+    if any(edit["kind"] == "noise" for edit in kept["edits"]):
+        kept["seed"] = fields["seed"]  # which the noise is not to be
     return json.dumps(kept, sort_keys=True)
 
 
