@@ -272,7 +272,7 @@ def _in_short(
     """
     from probe.format.attributes import kind_of
     from probe.format.schema import counted
-    from probe.reading.edited import edits_in_short
+    from probe.reading.edited import additions, edits_in_short
 
     if kind_of(attributes) == "noising":
         recipe = attributes["noising"]
@@ -285,7 +285,8 @@ def _in_short(
     model, prompt = (shorten(" ".join(text.split()), 40) for text in (recipe["model"], prompt))
     parent = parents.get(str(attributes.get("parent_identity")), "")
     edits = edits_in_short(attributes, parent)
-    sampling = f"{sampling}, seed {recipe['seed']}{', ' * bool(edits)}{edits}"
+    said = [sampling, f"seed {recipe['seed']}", additions(recipe), edits]
+    sampling = ", ".join(part for part in said if part)
     created = attributes.get("created", "")[:16].replace("T", " ")
     return attributes["status"], model, sampling, prompt, created
 

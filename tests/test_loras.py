@@ -20,10 +20,13 @@ from parity import assert_bits
 from recordings import cut
 from safetensors.torch import load_file, save_file
 
+from probe import cli
 from probe.diffusion.families import family_of
 from probe.diffusion.preparing import prepared
 from probe.errors import ExperimentError, ModelError
+from probe.figures.bundle import facts
 from probe.proof.verdict import verify
+from probe.reading.edited import additions
 from probe.reading.recording import Run
 from probe.run import say_forecast
 from probe.running.ask import ask
@@ -401,3 +404,17 @@ def test_they_count_in_the_identity_where_they_are_set() -> None:
     plain, one = Experiment(), Experiment(loras=(Lora(path="a", scale=0.0),))
     assert load_experiment(plain, loras=[]).identity() == plain.identity() != one.identity()
     assert load_experiment(one.resolved()) == one
+
+
+def test_what_is_added_is_said_wherever_a_run_is_named(
+    files: dict[tuple[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = Lora(path=str(files["sd", "peft"]), scale=0.5)
+    run = take(tmp_path, tiny.pipeline(), lora, clip_skip=1, steps=1)
+    said = "LoRA sd-peft at 0.5, clip_skip 1"
+    assert run.summary()["with"] == said == additions(run.attributes.recipe)
+    assert said in facts(run)
+    assert cli.ls([str(tmp_path)]) == 0
+    assert said in capsys.readouterr().out
+    odd = {"loras": ["x", {"path": None}], "clip_skip": "\n", "prompt_embeds": ["\x1b[2J"]}
+    assert additions(odd).isprintable() and additions({}) == ""

@@ -19,7 +19,7 @@ from probe.figures.channels import axis_of, offers, overview
 from probe.figures.drawing import HEAT
 from probe.figures.following import following
 from probe.figures.payload import Part, finite, pack, pictures
-from probe.reading.edited import edit_sentences, edits_in_short
+from probe.reading.edited import additions, edit_sentences, edits_in_short
 from probe.reading.recording import Run
 from probe.reading.sample import called
 
@@ -109,6 +109,8 @@ def facts(run: Run) -> str:
     scheduler = run.attributes.scheduler.kind.removesuffix("Scheduler")
     edits = edits_in_short(dict(run.attributes))
     edited = f", {edits}: {'; '.join(edit_sentences(run.attributes.recipe))}" if edits else ""
+    added = additions(run.attributes.recipe)
+    edited = f"{', ' * bool(added)}{added}{edited}"
     return f"{model}, {scheduler}, {experiment.steps} steps, {guidance}, seed {seed}{edited}"
 
 

@@ -30,7 +30,7 @@ from probe.figures.drawing import (
     scale_bar,
     shorten,
 )
-from probe.reading.edited import edits_in, edits_in_short
+from probe.reading.edited import additions, edits_in, edits_in_short
 from probe.reading.recording import Run, with_files
 from probe.writing import files
 from probe.writing.digests import sealed
@@ -149,7 +149,8 @@ def _subtitle(run: Run, final: Image.Image) -> str:
         f"seed {recipe['seed']}",
         f"{final.width} x {final.height} pixels",
     ]
-    return "   ".join([*facts, *filter(None, [edits_in_short(dict(run.attributes))])])
+    more = additions(run.attributes.recipe), edits_in_short(dict(run.attributes))
+    return "   ".join([*facts, *filter(None, more)])
 
 
 def _steps(run: Run, columns: int) -> list[Cell]:

@@ -30,7 +30,7 @@ from probe.format.schema import near
 from probe.public import warn_renamed
 from probe.reading.attention import Attention
 from probe.reading.choice import Indices
-from probe.reading.edited import edit_sentences, edits_in_short
+from probe.reading.edited import additions, edit_sentences, edits_in_short
 from probe.reading.files import read_file, refuse
 from probe.reading.finding import find_run
 from probe.reading.latents import Latents
@@ -316,6 +316,7 @@ class Run(Attention, Latents):
             "model": f"{model.name} ({model.dtype}, {attributes.environment.device})",
             "picture": picture,
             "sampling": sampling,
+            "with": additions(attributes.recipe),
             "edited": edits_in_short(dict(attributes)),
             "edits": "; ".join(edit_sentences(attributes.recipe)),
             "status": f"{self.status}, {len(self.steps)} of {self.variable('committed').size} "
