@@ -157,13 +157,14 @@ def gc(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     options.runs = options.folder or options.runs
     from probe.format.embedding import FOLDER
+    from probe.format.study import CELLS
     from probe.writing.upkeep import clear_orphans
 
     with stopping.cleanly():
         orphans = [
             orphan
-            for place in (Path(options.runs), Path(options.runs) / FOLDER)
-            for orphan in clear_orphans(place, options.dry_run)
+            for place in ("", FOLDER, CELLS)
+            for orphan in clear_orphans(Path(options.runs) / place, options.dry_run)
         ]
     say(*map(str, orphans))
     done = "Would remove" if options.dry_run else "Removed"

@@ -36,6 +36,7 @@ from probe.studies.study import (
 )
 from probe.studies.survey import seconds_a_call, survey
 from probe.studies.workers import Here, Processes
+from probe.writing.upkeep import clear_orphans
 
 CAT = "a cat on the hat"
 LEAN = {"attention": "off", "text": False, "statistics": False}
@@ -495,3 +496,20 @@ def test_a_cell_that_cannot_be_is_found_behind_one_that_can(
     noise = {"kind": "noise", "seed": 1, "amount": 0.5}
     with pytest.raises(ExperimentError, match=r"seed=1: .*this run's own"):
         plan_study(load_grid(grid(edits=[noise])), Here())
+
+
+def test_what_dead_workers_left_is_cleared_and_what_lives_stays(tmp_path: Path) -> None:
+    results, name = Results(tmp_path), "0123456789abcdef"
+    results.prepare()
+    results.write({"address": name})
+    results.begin_try(name, "x")
+    left = [results.cells / f".{name}.json.lock", results.cells / f"{name}.json.0a1b2c3d.partial"]
+    for path in left:
+        path.touch()
+    with results.locked(name):
+        assert clear_orphans(results.cells) == []
+    left[0].touch()
+    left.append(results.file(name, ".tries"))
+    assert clear_orphans(results.cells, dry_run=True) == sorted(left) and left[2].exists()
+    assert clear_orphans(results.cells) == sorted(left)
+    assert [path.name for path in results.cells.iterdir()] == [f"{name}.json"]

@@ -18,6 +18,10 @@ from probe.writing import files
 from probe.writing.files import storing
 from probe.writing.locks import Lock
 
+# Of a cell of a grid: what it says of itself is as a recording to its lock.
+OF_A_CELL = re.compile(
+    r"\.?([0-9a-f]{16}\.)(?:json\.lock|tries|(?:json|png|npz|tries)\.[0-9a-f]+\.partial)"
+)
 LEFT = re.compile(r"\.(.+\.zarr)\.(?:lock|[0-9a-f]+\.partial)", re.DOTALL)
 
 
@@ -95,7 +99,8 @@ def remove(recording: Path) -> None:
 def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
     """Remove what dead writers left in a folder of recordings, and return it.
 
-    These are half-made hidden folders, lock files and parts of files. What belongs to a living
+    These are half-made hidden folders, lock files and parts of files, also of the cells of grids
+    if it is the folder of these. What belongs to a living
     writer holds its lock, and stays. A link or a pipe among them is removed; what a link leads to
     stays. A recording that is itself a link is passed over. With `dry_run` nothing is removed. What
     cannot be removed keeps nothing else from being removed; its StoreError is raised at the end.
@@ -107,6 +112,8 @@ def clear_orphans(folder: Path, dry_run: bool = False) -> list[Path]:
             if name := LEFT.fullmatch(path.name):
                 if not (own_folder and path.name.endswith(".lock")):  # a folder is no lock of ours
                     left.setdefault(name[1], []).append(path)
+            elif (cell := OF_A_CELL.fullmatch(path.name)) and not own_folder:
+                left.setdefault(f"{cell[1]}json", []).append(path)
             elif own_folder and path.name.endswith(".zarr") and not path.name.startswith("."):
                 left[path.name] = [*left.get(path.name, []), *files.partials(path)]
     removed: list[Path] = []
