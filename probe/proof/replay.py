@@ -128,6 +128,20 @@ def edited_noise(pure: torch.Tensor, experiment: Experiment) -> tuple[torch.Tens
     return pure, True
 
 
+def noise_is_here(run: Run) -> bool:
+    """Return whether every file that an edit of the first noise names is here, and fits."""
+    files = [edit for edit in run.experiment.edits if isinstance(edit, Noise) and edit.file]
+    if not files or not len(run.steps):
+        return True
+    shape = run.latents.isel(step=0).values.shape  # read first: sizes are claimed
+    try:
+        for edit in files:
+            noise_of(edit, shape, torch.float32)
+    except ExperimentError:
+        return False
+    return True
+
+
 def entered_steps(run: Run) -> set[int]:
     """Return the steps of a run into which another run's latents went."""
     sigmas = run.variable("sigma").values.tolist()
@@ -364,7 +378,7 @@ def check_scheduler(run: Run) -> Check:
             how += (
                 f"; a donor gave the latents of {len(entered)} steps, which are taken as recorded"
             )
-        if not edited_noise(torch.zeros(run.latents.shape[1:]), run.recipe)[1]:
+        if not noise_is_here(run):
             how += "; the file of its first noise is not here, so that is taken as recorded"
     else:
         how = "the seeds' noise in the picture's latents, at every timestep; nothing is denoised"
