@@ -18,7 +18,7 @@ from probe.settings.edits import EDIT_KINDS
 from probe.settings.fields import SCHEDULERS
 from probe.watching.hooks import EditingHooks, count
 
-PLAIN = ("DDIM", "EulerAncestral", "Heun")
+PLAIN = ("EulerAncestral", "Heun")
 OTHERS = [name for name in SCHEDULERS if name not in PLAIN]
 HOWS = [
     ("head", {"how": "zero"}),
@@ -375,7 +375,7 @@ def xl() -> Any:
     return family_of(tiny.xl_pipeline())
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 @pytest.mark.parametrize("kind", EACH)
 def test_of_sdxl_too_nothing_changes_at_0_and_something_at_1(kind: str, scale: float) -> None:
     if kind == "guidance" and scale <= 1:
@@ -394,7 +394,9 @@ def test_of_sdxl_the_pooled_text_is_edited_with_the_prompt() -> None:
     assert same(switched, steps_of(asked(prompt="a cat"), model=xl()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", EACH)
 def test_in_half_precision_nothing_changes_at_0(kind: str, dtype: torch.dtype) -> None:
     pipe = pipeline(dtype)
