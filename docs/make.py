@@ -18,6 +18,7 @@ from probe.format import attributes, dimensions
 from probe.settings import experiment, noising
 from probe.settings.edits import EDIT_KINDS, Donor, Edit
 from probe.settings.fields import Strict
+from probe.studies import measures
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = (
@@ -69,6 +70,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"attention_truth": short_truth},
     "docs/experiment.md": {"fields": experiment.table, "noising": noising.table},
     "docs/edits.md": {"kinds": edits_table, "edit_fields": edit_fields_table},
+    "docs/grids.md": {"measures": measures.table},
     "docs/format.md": {
         "schema": dimensions.schema_table,
         "dimensions": dimensions.dimensions_table,

@@ -181,3 +181,9 @@ def _number(value: Any) -> Number:
     if math.isnan(number):
         return None
     return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
+
+
+def table() -> str:
+    """Return the measures that ship as a Markdown table."""
+    rows = [f"| `{name}` | {text} |" for name, (_, text) in MEASURES.items()]
+    return "\n".join(["| measure | what it is |", "|---|---|", *rows])
