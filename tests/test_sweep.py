@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Command, refused
+from commands import Command, process, refused
 
 import probe
 from probe import cli, sweep
@@ -70,6 +73,30 @@ def test_a_cell_that_fails_is_said_and_the_exit_code_is_1(
     code, out, err = call(sweep.main, grid, "--set", "name=dogs", "--keep", "metrics")
     assert code == 1 and "2 cells computed, 2 failed" in out and "dogs-" in out
     assert err.count("error: guidance_scale=") == 2 and "seed=1: ValueError: seven" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_ends_a_grid_and_the_same_command_goes_on(
+    grid: str, tmp_path: Path, workers: str
+) -> None:
+    words = "probe.sweep", tmp_path / grid, "--set", "steps=40", "--workers", workers
+    started = process(*words, cwd=tmp_path, start_new_session=True)
+    assert started.stderr is not None
+    lines = [next(started.stderr) for _ in range(2)]
+    assert lines[1].startswith("[1/4] ")
+    os.killpg(started.pid, signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 130 and "the same command goes on from there" in err
+    assert "Traceback" not in err and err.endswith("Stopped.\n")
+    again = process(*words, cwd=tmp_path)
+    out, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    there = re.search(r"([0-9]) cells? computed, 0 failed, ([0-9]) there already", out)
+    assert there and int(there[1]) + int(there[2]) == 4 and int(there[2]) >= 1
+    study = next((tmp_path / "runs").glob("*.study"))
+    assert probe.open_study(study).counts() == {"complete": 4}
+    assert len(list((tmp_path / "runs").glob("*.zarr"))) == 4
 
 
 def test_options_that_cannot_be_met(grid: str, call: Command, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from probe.errors import ExperimentError, ModelError, PromptError, TooLarge
+from probe.errors import UserError
 from probe.running.planning import plan
 from probe.running.recorder import model_for, record_as
 from probe.settings.experiment import Experiment
@@ -79,7 +79,7 @@ def _size(experiment: Experiment) -> dict[str, Any]:
     model, _ = held(experiment)
     try:
         planned = plan(model_for(experiment, model, lambda _: None), experiment)
-    except (ExperimentError, PromptError, ModelError, TooLarge) as error:
+    except UserError as error:
         return {"error": [type(error).__name__, error.cause, error.remedy]}
     sizes = planned.forecast()
     return {
