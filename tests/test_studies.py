@@ -161,7 +161,7 @@ def test_every_cell_is_looked_at_before_the_first_one_runs(
     assert "cat" in error.value.cause and error.value.remedy
     with pytest.raises(PromptError, match="prompt=cat cat"):
         run_study(grid(axes={"prompt": [CAT, "cat " * 99]}), progress=False)
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=r"^model=.*: model: "):
         run_study(grid(axes={"model": [str(tmp_path / "nothing")]}), progress=False)
     with pytest.raises(ExperimentError, match="there is no measure 'l3'"):
         run_study(grid(measures=["l3"]), progress=False)

@@ -44,8 +44,8 @@ def survey(experiments: Sequence[dict[str, Any]], measures: Sequence[str] = ()) 
 
     `sizes` are those of `Size`, in the order of the experiments; `conditions` decide bits, by
     model.
-    For an experiment that cannot be, its size is the error's kind, cause and remedy. Raise as
-    `load` does for a model that cannot be had, ExperimentError for a measure that is none.
+    For an experiment that cannot be, also for want of its model, its size is the error's kind,
+    cause and remedy. Raise ExperimentError for a measure that is none.
     """
     check_measures(measures)
     keys = [_shape_key(fields) for fields in experiments]
@@ -55,10 +55,15 @@ def survey(experiments: Sequence[dict[str, Any]], measures: Sequence[str] = ()) 
             first[key] = Experiment.model_validate(fields)
     sizes: dict[str, Any] = {}
     found: dict[str, Any] = {}
+    refused: dict[str, Any] = {}  # a model that cannot be had is asked for once
     for key, experiment in sorted(first.items(), key=lambda item: model_key(item[1])):
-        sizes[key] = _size(experiment)
-        if (model := model_key(experiment)) not in found:
-            found[model] = conditions(experiment)
+        model = model_key(experiment)
+        try:
+            if model not in found and model not in refused:
+                found[model] = conditions(experiment)
+        except UserError as error:
+            refused[model] = _refusal(error)
+        sizes[key] = refused.get(model) or _size(experiment)
     return {"sizes": [sizes[key] for key in keys], "conditions": found}
 
 
@@ -80,7 +85,7 @@ def _size(experiment: Experiment) -> dict[str, Any]:
     try:
         planned = plan(model_for(experiment, model, lambda _: None), experiment)
     except UserError as error:
-        return {"error": [type(error).__name__, error.cause, error.remedy]}
+        return _refusal(error)
     sizes = planned.forecast()
     return {
         "calls": planned.calls,
@@ -88,6 +93,10 @@ def _size(experiment: Experiment) -> dict[str, Any]:
         "summary": _summary(planned, sizes) + OF_RECORD,
         "largest": max(sizes, key=lambda path: sizes[path]),
     }
+
+
+def _refusal(error: UserError) -> dict[str, Any]:
+    return {"error": [type(error).__name__, error.cause, error.remedy]}
 
 
 def _summary(planned: Plan, sizes: dict[str, int]) -> int:
