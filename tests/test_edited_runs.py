@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from edited import EACH
+from lora_files import save_peft
 from tiny_runs import at_call, pipeline, throw
 from tiny_runs import take as taken
 
@@ -217,6 +218,11 @@ def test_noise_from_a_file_is_that_noise(tmp_path: Path) -> None:
     np.save(tmp_path / "noise.npy", np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(ExperimentError, match="type object"):
         edited(tmp_path / "runs", edit)
+    for header in (b"{'descr': '<f4', (", b"{'descr': (('<f4', (2,)),), 'shape': (1,)}", b"((("):
+        start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        (tmp_path / "noise.npy").write_bytes(start + bytes(2000))
+        with pytest.raises(ExperimentError, match=r"no \.npy"):
+            edited(tmp_path / "runs", edit)
     (tmp_path / "noise.npy").unlink()
     os.mkfifo(tmp_path / "noise.npy")
     with pytest.raises(ExperimentError, match="is a pipe"):
@@ -263,9 +269,13 @@ def test_steering_needs_recordings_of_this_model_and_of_the_steps_it_acts_at(
 
 def test_a_recording_that_read_its_text_otherwise_donates_latents_alone(tmp_path: Path) -> None:
     skipped = {"run": str(take(tmp_path, seed=8, clip_skip=1).path)}
-    with pytest.raises(ExperimentError, match="clip_skip 1, and this run None"):
+    with pytest.raises(ExperimentError, match="differ in clip_skip"):
         edited(tmp_path, {"kind": "output", "modules": ["mid_block"], "donor": skipped})
     assert edited(tmp_path, {"kind": "latents", "donor": skipped}).status == "complete"
+    lora = [{"path": str(save_peft(tiny.pipeline(), tmp_path / "ink.safetensors"))}]
+    other = {"run": str(take(tmp_path, tiny.pipeline(), seed=8, loras=lora).path)}
+    with pytest.raises(ExperimentError, match="differ in loras"):
+        edited(tmp_path, {"kind": "output", "modules": ["mid_block"], "donor": other})
 
 
 def test_latents_of_another_donor_than_is_written_are_found_with_the_model(tmp_path: Path) -> None:

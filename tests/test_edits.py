@@ -71,6 +71,10 @@ def test_every_kind_is_read_told_in_a_sentence_and_comes_back_from_json(kind: st
         ({"kind": "noise", "seed": 1, "amount": 2.0}, "amount: 2 cannot be mixed|method: add"),
         ({"kind": "noise", "seed": 1, "steps": "1:"}, "before all steps|Leave them out"),
         ({"kind": "guidance"}, "it changes nothing|Write a scale"),
+        (
+            {"kind": "guidance", "rescale": 0.5, "amount": -5},
+            "less than none|Write 0 to 1",
+        ),
         ({"kind": "remove", "words": ["astronat"]}, "'astronat' is not a word|mean astronaut?"),
     ],
 )

@@ -13,7 +13,14 @@ import pytest
 import tiny
 
 import probe
-from probe.errors import ExperimentError, ModelError, PromptError, TooLarge
+from probe.errors import (
+    ExperimentError,
+    ModelError,
+    PromptError,
+    RecordingUnreadable,
+    StoreError,
+    TooLarge,
+)
 from probe.reading.recording import Run
 from probe.settings.experiment import Experiment
 from probe.settings.grid import load_grid
@@ -513,3 +520,42 @@ def test_what_dead_workers_left_is_cleared_and_what_lives_stays(tmp_path: Path) 
     assert clear_orphans(results.cells, dry_run=True) == sorted(left) and left[2].exists()
     assert clear_orphans(results.cells) == sorted(left)
     assert [path.name for path in results.cells.iterdir()] == [f"{name}.json"]
+
+
+def test_a_record_that_is_none_is_made_again_and_a_folder_without_its_root_is_no_recording(
+    grid: Callable[..., dict[str, Any]],
+) -> None:
+    first, _ = carried(grid(measures=["l2"]))
+    cell = first.missing[0]
+    record, run = first.results.file(cell.address, ".json"), first.results.run_path(cell)
+    whole = json.loads(record.read_text())
+    for wrong in ({"measures": ["l2"]}, {"seconds": "long"}, {"run": "../x.zarr"}):
+        record.write_text(json.dumps({**whole, **wrong}))
+        assert first.results.record(cell.address) is None
+    record.write_text(json.dumps({**whole, "seconds": None}))
+    assert plan_study(load_grid(grid(measures=["l2"])), Here()).missing == ()
+    (run / "zarr.json").unlink()
+    assert carried(grid(measures=["l2"]))[1].computed == 1
+    assert Run(run).status == "complete"
+
+
+def test_a_recording_that_the_system_does_not_read_or_write_is_not_removed(
+    grid: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = carried(grid(axes={"seed": [0]}))
+    run, record = (first.results.run_path(first.missing[0]), first.missing[0].address)
+    first.results.file(record, ".json").unlink()
+    full = StoreError("it could not be written: no space left on device.", "Make room.")
+    full.__cause__ = OSError(28, "No space left on device")
+    for error in (RecordingUnreadable("The system does not read it.", ""), full):
+
+        def fail(_: Path, error: Exception = error) -> Run:
+            raise error
+
+        monkeypatch.setattr(computing, "Run", fail)
+        assert carried(grid(axes={"seed": [0]}))[1].failed[0][1] == error.cause
+        assert (run / "zarr.json").is_file()
+    monkeypatch.undo()
+    before = (run / "zarr.json").stat().st_mtime_ns
+    assert carried(grid(axes={"seed": [0]}))[1].failed == []
+    assert (run / "zarr.json").stat().st_mtime_ns == before

@@ -18,6 +18,7 @@ from probe.diffusion.sampling import Step, arranged, denoise
 from probe.diffusion.start import memory_formats
 from probe.editing.text import told
 from probe.errors import ExperimentError, ModelError
+from probe.reading.compare import changed_files
 from probe.reading.recording import Run, open_run
 from probe.settings.edits import Donor
 from probe.settings.experiment import Experiment
@@ -159,14 +160,20 @@ def opened_donor(donor: Donor, model: Family, plan: Plan, latents_alone: bool) -
             f"donor: {run.name} was edited itself, and its insides would be computed without that.",
             f"Take its parent, {run.attributes.parent_run or 'the run without edits'}.",
         )
-    for field in ("clip_skip", "prompt_embeds"):  # its text is read again, as this run reads it
+    # Its insides are computed with the model as it is here, from its text.
+    for field in ("loras", "clip_skip", "prompt_embeds"):
         theirs, ours = (getattr(one, field) or None for one in (other, own))
         if theirs != ours or (field == "prompt_embeds" and theirs):
             raise ExperimentError(
-                f"donor: {run.name} has {field} {theirs}, and this run {ours}: its insides would "
-                "be those of another text.",
-                "Take a recording that reads its text as this run does, or its latents alone.",
+                f"donor: {run.name} and this run differ in {field}, so its insides would not be "
+                "those that it had.",
+                f"Take a recording with the same {field}, or its latents alone.",
             )
+    if changed := changed_files(run.attributes, {"model": {"files": dict(model.files)}}):
+        raise ModelError(
+            f"donor: {run.name} was recorded with another {changed[0]} than is there now.",
+            "Bring that file back, or take another recording.",
+        )
     return run
 
 

@@ -55,9 +55,9 @@ def read_noise(file: str, shape: tuple[int, ...]) -> torch.Tensor:
         )(data)
     except FileNotFoundError:
         raise ExperimentError(f"file: there is no {file}.", fitting) from None
-    except (OSError, ValueError) as problem:
-        if isinstance(problem, ExperimentError):
-            raise
+    except ExperimentError:
+        raise
+    except Exception as problem:  # numpy raises what it likes of a header that is none
         raise ExperimentError(f"file: {file} is no .npy file of numbers.", fitting) from problem
     if found != shape or dtype.kind != "f":
         raise ExperimentError(f"file: {file} has shape {found} and type {dtype}.", fitting)

@@ -297,6 +297,11 @@ class Guidance(Edit):
     def _something(self) -> Guidance:
         if self.scale is None and (self.rescale is None or self.to is not None):
             raise ExperimentError("it changes nothing", "Write a scale, or a rescale.")
+        if self.rescale is not None and not 0 <= self.amount <= 1:
+            raise ExperimentError(
+                f"amount: {self.amount:g} of a rescale would be less than none, or more than all",
+                "Write 0 to 1.",
+            )
         return self
 
 

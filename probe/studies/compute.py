@@ -20,7 +20,14 @@ import numpy as np
 from PIL import Image
 from pydantic import JsonValue
 
-from probe.errors import ProbeError, RecordingNotFound, RunFailed
+from probe.errors import (
+    ModelError,
+    ProbeError,
+    RecordingDamaged,
+    RecordingNotFound,
+    RunFailed,
+    StoreError,
+)
 from probe.reading.recording import Run
 from probe.running.recorder import record_as, resume
 from probe.settings.experiment import Experiment
@@ -36,6 +43,8 @@ from probe.writing.files import replace, storing
 from probe.writing.upkeep import held as held_recording
 from probe.writing.upkeep import remove
 
+# A recording of which one of these is said is made again. What the system does not read is whole.
+LOST = (RecordingDamaged, RecordingNotFound, ModelError, StoreError)
 RETRIES = 3  # after a worker died, before its cell counts as failed
 
 _one_at_a_time = threading.RLock()  # a worker with several threads has one model
@@ -194,16 +203,18 @@ class _Computing:
         path = self.results.run_path(self.job.cell)
         if not exists(path):
             return None
+        model, _ = self._model()
         try:
             run = Run(path)
             if run.status == "complete":
                 return run
-            model, _ = self._model()
             began = time.monotonic()
             run = resume(run, model, progress=False)
             self.seconds = time.monotonic() - began
             return run
-        except ProbeError:  # what a killed worker left, and what cannot go on
+        except LOST as error:  # what a killed worker left, and what cannot go on
+            if isinstance(error.__cause__, OSError) and isinstance(error, StoreError):
+                raise  # a full disk: what is recorded can go on when there is room
             with held_recording(path):
                 remove(path)
             return None

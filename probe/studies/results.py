@@ -20,8 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from probe.errors import ProbeError, RecordingBusy
-from probe.format.study import CELLS
+from probe.format.study import CELLS, CellRecord
 from probe.reading.files import read_json
 from probe.settings.fields import expand_home
 from probe.settings.grid import Keep
@@ -30,6 +32,7 @@ from probe.system import exists
 from probe.writing.files import check_output_folder, make_folders, remove, replace, storing
 from probe.writing.locks import Lock
 
+ROOT = "zarr.json"  # without it a folder is no recording
 PATIENCE = 0.1  # seconds between two looks at a cell that somebody else computes
 MAX_RECORD = 10**7  # bytes of what a cell says of itself
 
@@ -58,7 +61,11 @@ class Results:
     def record(self, address: str) -> dict[str, Any] | None:
         """Return what a finished cell says of itself, or None if there is nothing to be read."""
         record = self._read(address, ".json")
-        return record if record.get("address") == address else None
+        try:
+            CellRecord.model_validate(record)
+        except ValidationError:
+            return None
+        return record if record["address"] == address else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write what a cell says of itself. Raise StoreError."""
@@ -74,7 +81,7 @@ class Results:
         if unmeasured(measures, record.get("measures") or {}):
             return None
         there = keep == "metrics"
-        there = there or (bool(record.get("run")) and exists(self.run_path(cell)))
+        there = there or (bool(record.get("run")) and exists(self.run_path(cell) / ROOT))
         there = there or (keep == "summary" and exists(self.file(cell.address, ".npz")))
         return record if there else None
 

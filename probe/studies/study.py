@@ -143,7 +143,7 @@ def plan_study(grid: Grid, workers: Workers, shard: tuple[int, int] = WHOLE) -> 
         if record is None:
             missing.append(cell)
         else:
-            seconds[cell.address] = record.get("seconds", 0.0) / by_address[cell.address].calls
+            seconds[cell.address] = (record.get("seconds") or 0.0) / by_address[cell.address].calls
     return replace(plan, missing=tuple(missing), seconds=seconds)
 
 
