@@ -25,6 +25,7 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 from recordings import cut, finish, grow, growing, replace
+from studies import change_cell, change_study, write_study
 
 import probe
 from probe.dashboard.library import Library
@@ -32,6 +33,7 @@ from probe.export import main as export
 from probe.figures.bundle import facts
 from probe.reading.recording import Run
 from probe.reading.sample import unpacked
+from probe.reading.study import open_study
 from probe.testing import synthetic
 from probe.testing.synthetic import synthetic_recording
 from probe.text import UNCLEAN
@@ -265,6 +267,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(runs: Path) -> Iterator[str]:
     synthetic_recording(runs / "hostile.zarr", prompt=HOSTILE, size=(16, 16))
+    write_study(runs, {"seed": [0, 1], "guidance_scale": [1.5, 3]}, parent={"guidance_scale": 2})
     with serving(runs) as address:
         yield address
 
@@ -537,6 +540,7 @@ EVERY = {
     "/guidance?runs=sample": "Size of the predictions",
     "/trajectories?runs=sample": "Is that more than chance?",
     "/compare?runs=sample&runs=sample-guidance-8": "parts from sample at step 4",
+    "/grids": "Pick one cell",
 }
 
 
@@ -777,6 +781,53 @@ def test_no_caption_of_a_noising_is_more_than_text(browser: Any, tmp_path: Path)
     harmless(browser, [caption])
     browser.switch_to.default_content()
     assert asked(browser) == {""}
+
+
+def hostile_study(folder: Path, texts: Sequence[str]) -> Path:
+    """Make a study with texts as its name, axes, labels, causes and measures by label."""
+    clean = [text for text in texts if not UNCLEAN.search(text)]
+    path = write_study(folder, {"prompt": ["a cat", "a fox"], "seed": [0, 1]}, parent={"seed": 5})
+
+    def rename(study: dict[str, Any]) -> None:
+        study["name"] = study["axes"][1]["name"] = clean[0]
+        study["axes"][0] |= {"name": clean[-1][:200], "labels": [" ".join(clean[:4]), clean[4]]}
+        for number, cell in enumerate(study["cells"][:2]):
+            why = {"status": "failed", "cause": " ".join(clean), "remedy": clean[1]}
+            own = {"l2": 1.0 + number, "word_change": dict.fromkeys(clean, 0.5)}
+            change_cell(path, cell["address"], measures=own, **(why if number else {}))
+
+    change_study(path, rename)
+    return path
+
+
+def test_no_text_of_a_study_is_more_than_text(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    texts = [*SOME, *REST]
+    path = hostile_study(tmp_path, texts)
+    study = open_study(path)
+    titles = [study.cells[0, seed].title for seed in (0, 1)]
+    look(browser)
+    with serving(tmp_path) as server:
+        for show in ("pictures", "l2"):
+            asked(browser)
+            query = urlencode({"cells": titles, "show": show}, doseq=True)
+            browser.get(f"{server}/grids?{query}")
+            wait = "document.querySelectorAll('[data-testid=stDataFrame]').length > 1"
+            WebDriverWait(browser, 40).until(partial(_is_there, wait))
+            time.sleep(0.5)
+            harmless(browser, study.cells[0, 1].cause.splitlines())
+            assert asked(browser) == {"127.0.0.1"} and complaints(browser) == [], show
+        browser.get("about:blank")  # else the last page asks for its server, which ends
+    for kind in ("html", "plot"):
+        export([str(path), f"--{kind}", str(tmp_path / f"{kind}.html")])
+        asked(browser)
+        browser.get((tmp_path / f"{kind}.html").as_uri())
+        WebDriverWait(browser, 40).until(
+            partial(_is_there, "document.querySelector('td, .main-svg')")
+        )
+        harmless(browser, [study.name])
+        assert asked(browser) == {""} and complaints(browser) == []
 
 
 def is_caught(browser: Any, text: str) -> bool:
