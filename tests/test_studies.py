@@ -478,18 +478,18 @@ def test_a_call_is_timed_without_a_file(model: str, tmp_path: Path) -> None:
 
 
 def test_results_that_are_damaged_count_as_missing(tmp_path: Path) -> None:
-    results = Results(tmp_path)
+    results, one, other = Results(tmp_path), 16 * "a", 16 * "b"
     results.prepare()
-    for text in ("", "[]", "{", '{"address": "b"}'):
-        results.file("a", ".json").write_text(text)
-        assert results.record("a") is None
-    results.write({"address": "a", "status": "complete"})
-    assert results.record("a") == {"address": "a", "status": "complete"}
-    assert results.tries("a", "x") == 0
-    results.begin_try("a", "x")
-    assert (results.tries("a", "x"), results.tries("a", "y")) == (1, 0)
-    results.end_try("a")
-    assert results.tries("a", "x") == 0
+    for text in ("", "[]", "{", f'{{"address": "{other}", "status": "complete"}}'):
+        results.file(one, ".json").write_text(text)
+        assert results.record(one) is None
+    results.write({"address": one, "status": "complete"})
+    assert results.record(one) == {"address": one, "status": "complete"}
+    assert results.tries(one, "x") == 0
+    results.begin_try(one, "x")
+    assert (results.tries(one, "x"), results.tries(one, "y")) == (1, 0)
+    results.end_try(one)
+    assert results.tries(one, "x") == 0
 
 
 def test_a_cell_that_cannot_be_is_found_behind_one_that_can(
