@@ -29,6 +29,10 @@ def test_noise_levels_are_matched_by_their_logarithm() -> None:
     assert matched(ten, np.array([0.11, 0.9])).tolist() == [-1, 1, 0], "10 is in one run alone"
     assert matched(np.array([np.inf, 2.0, 0.0]), np.array([0.0, 2.1, np.inf])).tolist() == [2, 1, 0]
     assert matched(np.array([3.0]), np.array([])).tolist() == [-1]
+    twice, once = np.array([4.0, 2.0, 2.0, 1.0, 1.0]), np.array([4.0, 2.0, 1.0])
+    assert matched(twice, twice).tolist() == [0, 1, 2, 3, 4], "Heun calls twice at a level"
+    assert matched(twice, once).tolist() == [0, 1, 1, 2, 2]
+    assert matched(once, twice).tolist() == [0, 1, 3]
 
 
 def test_a_distance_is_the_root_mean_square(pair: dict[str, Run]) -> None:

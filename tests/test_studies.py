@@ -11,6 +11,7 @@ import lora_files
 import numpy as np
 import pytest
 import tiny
+import torch
 
 import probe
 from probe.errors import (
@@ -559,3 +560,20 @@ def test_a_recording_that_the_system_does_not_read_or_write_is_not_removed(
     before = (run / "zarr.json").stat().st_mtime_ns
     assert carried(grid(axes={"seed": [0]}))[1].failed == []
     assert (run / "zarr.json").stat().st_mtime_ns == before
+
+
+def test_an_edited_cell_has_the_threads_of_its_parent(grid: Callable[..., dict[str, Any]]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        plain, _ = carried(grid(axes={"seed": [0]}, height=64, width=64))
+        torch.set_num_threads(1)
+        nothing = [{**MASK[0], "amount": 0}]
+        same = grid(edits=nothing, axes={"seed": [0]}, height=64, width=64, measures=["differs_at"])
+        plan, outcome = carried(same)
+        assert outcome.computed == 1 and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    parent, child = (Run(one.results.run_path(one.missing[0])) for one in (plain, plan))
+    assert child.attributes["environment"]["threads"] == parent.attributes["environment"]["threads"]
+    assert records(plan)[plan.missing[0].address]["measures"] == {"differs_at": None}

@@ -26,13 +26,15 @@ def matched(sigmas: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return for each noise level the index of the nearest of `others`, by its logarithm.
 
     It is -1 where the nearest is farther than half of the way to the next of `sigmas`: the other
-    run has no such level. A level of 0, or one that is not finite, is matched by itself alone.
+    run has no such level. A level of 0, or one that is not finite, is matched by itself alone. A
+    scheduler may call the model twice at a level (Heun, PNDM): the second is that of the second.
     """
     found = np.full(len(sigmas), -1)
     for index, sigma in enumerate(sigmas):
+        before = np.count_nonzero(sigmas[:index] == sigma)
         if not (np.isfinite(sigma) and sigma > 0):
             same = np.flatnonzero(others == sigma)
-            found[index] = same[0] if len(same) else -1
+            found[index] = same[min(before, len(same) - 1)] if len(same) else -1
             continue
         with np.errstate(divide="ignore", invalid="ignore"):
             gaps = np.abs(np.log(others) - np.log(sigma))
@@ -41,7 +43,8 @@ def matched(sigmas: np.ndarray, others: np.ndarray) -> np.ndarray:
         reach = max(np.min(own[np.isfinite(own)], initial=np.inf) / 2, 1e-6)
         nearest = int(np.argmin(gaps)) if len(gaps) else 0
         if len(gaps) and gaps[nearest] <= reach:
-            found[index] = nearest
+            same = np.flatnonzero(others == others[nearest])
+            found[index] = same[min(before, len(same) - 1)]
     return found
 
 

@@ -8,6 +8,7 @@ and what it returns are plain values, so that any kind of worker can be given on
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import time
@@ -28,6 +29,7 @@ from probe.errors import (
     RunFailed,
     StoreError,
 )
+from probe.proof.replay import threads_of
 from probe.reading.recording import Run
 from probe.running.recorder import record_as, resume
 from probe.settings.experiment import Experiment
@@ -171,7 +173,7 @@ class _Computing:
         known = results.record(address) or {}
         measured = dict(known.get("measures") or {}) if known.get("status") == "complete" else {}
         parent = self._parent()
-        run = self._kept() or self._made()
+        run = self._kept() or self._made(parent)
         kept = exists(results.run_path(job.cell))
         measured |= measure(run, parent, unmeasured(job.measures, measured))
         if job.keep == "summary":
@@ -209,7 +211,8 @@ class _Computing:
             if run.status == "complete":
                 return run
             began = time.monotonic()
-            run = resume(run, model, progress=False)
+            with threads_of(run):
+                run = resume(run, model, progress=False)
             self.seconds = time.monotonic() - began
             return run
         except LOST as error:  # what a killed worker left, and what cannot go on
@@ -219,15 +222,21 @@ class _Computing:
                 remove(path)
             return None
 
-    def _made(self) -> Run:
-        """Record the cell: into files if it is kept, else in memory."""
+    def _made(self, parent: Run | None) -> Run:
+        """Record the cell: into files if it is kept, else in memory.
+
+        It has as many threads as its parent had, with which it is compared: bits depend on them.
+        """
         job, in_files = self.job, self.job.keep == "all"
         model, weights = self._model()
         experiment = job.cell.experiment.model_copy(
             update={"output": from_home(str(self.results.root))}
         )
         began = time.monotonic()
-        run = record_as(model, experiment, job.cell.run_name, weights=weights, in_files=in_files)
+        with contextlib.nullcontext() if parent is None else threads_of(parent):
+            run = record_as(
+                model, experiment, job.cell.run_name, weights=weights, in_files=in_files
+            )
         self.seconds = time.monotonic() - began
         return run
 
