@@ -31,7 +31,7 @@ def matched(sigmas: np.ndarray, others: np.ndarray) -> np.ndarray:
     """
     found = np.full(len(sigmas), -1)
     for index, sigma in enumerate(sigmas):
-        before = np.count_nonzero(sigmas[:index] == sigma)
+        before = int(np.count_nonzero(sigmas[:index] == sigma))
         if not (np.isfinite(sigma) and sigma > 0):
             same = np.flatnonzero(others == sigma)
             found[index] = same[min(before, len(same) - 1)] if len(same) else -1
