@@ -62,8 +62,20 @@ def edit_fields_table() -> str:
             seen.add(prefix + name)
             default = "" if field.is_required() else field.get_default(call_default_factory=True)
             text = "" if field.is_required() or name == "donor" else f"`{json.dumps(default)}`"
+            if text and prefix == "":
+                text += _required_by(name)
             lines.append(f"| `{prefix}{name}` | {text} | {field.description} |")
     return "\n".join(lines)
+
+
+def _required_by(name: str) -> str:
+    """Return which kinds of edit have no default of a field that others have one of."""
+    kinds = [f"`{kind}`" for kind, of in EDIT_KINDS.items() if _is_required(of, name)]
+    return f"; none of {', '.join(kinds)}" if kinds else ""
+
+
+def _is_required(kind: type[Strict], name: str) -> bool:
+    return name in kind.model_fields and kind.model_fields[name].is_required()
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {

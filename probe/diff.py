@@ -4,8 +4,14 @@ probe diff A B                 # bit for bit, over the steps that both have
 probe diff --pair RUN          # where an edited run parts from its parent, and by how much
 probe diff --pair RUN PARENT   # another run in the place of the parent; --json prints JSON
 
-A pair is compared in its latents, pictures, words, heads and modules. Exit code 0: the same; 1:
-something differs.
+A pair is compared in its latents, pictures, words, heads and modules:
+
+step     root mean square difference of latents and predictions
+word     absolute difference of its mean map, as a share of the parent's, and its share of attention
+head     share of its attention that goes to other tokens
+module   relative change of its output's standard deviation
+
+Exit code 0: the same; 1: something differs.
 """
 
 from __future__ import annotations

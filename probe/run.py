@@ -6,7 +6,10 @@ command line:
     python -m probe.run experiments/astronaut.yaml
     python -m probe.run experiments/astronaut.yaml --guidance-scale 2 --seed 7
     python -m probe.run experiments/astronaut.yaml --prompt "A cat on the moon" --dry-run
+    python -m probe.run edited.yaml --unedited    # the parent of an edited run, to compare with
     python -m probe.run --resume latest    # go on with a run, to the same bits
+
+Only edits, loras and scheduler_options stand in the file alone: see docs/edits.md.
 """
 
 from __future__ import annotations
@@ -50,6 +53,9 @@ def parser(prog: str = "python -m probe.run") -> argparse.ArgumentParser:
     parser.add_argument(
         "experiment", nargs="?", type=Path, help="a YAML file; without one, the default experiment"
     )
+    parser.add_argument(
+        "--unedited", action="store_true", help="leave the edits of the file out: the parent run"
+    )
     add_limits(parser)
     parser.add_argument(
         "--resume",
@@ -90,7 +96,7 @@ def main(arguments: list[str], prog: str = "python -m probe.run") -> int:
     if options.resume is not None:
         return _resume(options)
     experiment = load_experiment(options.experiment or Experiment())
-    if changes := overrides(options):
+    if changes := overrides(options) | ({"edits": []} if options.unedited else {}):
         experiment = load_experiment(experiment, **changes)
     before_torch(options.quiet)
     if options.dry_run:
@@ -104,7 +110,8 @@ def main(arguments: list[str], prog: str = "python -m probe.run") -> int:
 def _resume(options: argparse.Namespace) -> int:
     changes = overrides(options)
     folder = changes.pop("output", "runs")
-    if options.experiment or changes or options.dry_run or options.max_bytes is not None:
+    more = options.experiment or options.unedited or options.dry_run
+    if more or changes or options.max_bytes is not None:
         raise ExperimentError(
             "A resumed run goes on as it was asked: no experiment, no other option.",
             "Give --resume RUN alone (and --output FOLDER, if it is not in runs).",
@@ -137,6 +144,8 @@ def say_where(run: Run, quiet: bool) -> int:
     )
     say(f"Look       {probe} show {run.name}{where}")
     say(f"Check      {probe} verify {run.name}{where}")
+    if dict(run.attributes).get("parent_identity"):
+        say(f"Compare    {probe} diff --pair {run.name}{where}  # its parent: probe run --unedited")
     code = "import probe, sys; print(probe.open_run(sys.argv[1]).tree)"  # a shell expands ~
     say(f"Read       {python} -c '{code}' {path}")
     return 0

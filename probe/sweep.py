@@ -194,6 +194,8 @@ def forecast(plan: StudyPlan, seconds: float | None) -> list[str]:
         f"{plan.own - len(plan.missing)}. To be computed: {len(plan.missing)}, with "
         f"{counted(plan.calls, 'model call')} and {size_text(plan.bytes)}.",
     ]
+    if remark := _unmeasured(plan):
+        lines.append(remark)
     if seconds is None and plan.seconds:
         seconds = sum(plan.seconds.values()) / len(plan.seconds)
     if seconds and plan.missing:
@@ -202,6 +204,16 @@ def forecast(plan: StudyPlan, seconds: float | None) -> list[str]:
             "one worker."
         )
     return [without_home(line) for line in (*lines, f"Study  {plan.path}")]
+
+
+def _unmeasured(plan: StudyPlan) -> str:
+    """Return a remark on measures that stay empty: they need a parent, and no cell has one."""
+    from probe.studies.measures import MEASURES
+
+    empty = [name for name in plan.grid.measures if name in MEASURES]
+    if not empty or any(cell.parent is not None for cell in plan.cells):
+        return ""
+    return f"Empty will be {', '.join(empty)}: they compare an edited cell with the run unedited."
 
 
 def _few(labels: tuple[str, ...]) -> str:

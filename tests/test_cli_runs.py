@@ -59,6 +59,22 @@ def test_a_run_says_where_things_are(call: Command, model: Path, tmp_path: Path)
     assert len(list((tmp_path / "out").iterdir())) == 2, "nothing is overwritten"
 
 
+def test_an_edited_run_and_its_parent_are_recorded_and_compared(
+    call: Command, model: Path, tmp_path: Path
+) -> None:
+    edits = "edits: [{kind: mask, words: [cat]}]"
+    (tmp_path / "cat.yaml").write_text(f"model: {model}\nprompt: a cat\nsteps: 2\n{edits}\n")
+    code, out, _ = call(run.main, "cat.yaml")
+    edited = open_run("latest")
+    assert code == 0 and f"diff --pair {edited.name}  # its parent: probe run --unedited" in out
+    remedy = refused(call, "diff", "--pair", edited.name, main=cli.dispatch)[1]
+    assert remedy.startswith("Record it there: probe run EXPERIMENT.yaml --unedited.")
+    code, out, _ = call(run.main, "cat.yaml", "--unedited")
+    assert code == 0 and "Compare" not in out
+    assert edited.against_parent().parent == open_run("latest").name
+    assert call(cli.dispatch, "diff", "--pair", edited.name)[0] == 1
+
+
 @pytest.mark.parametrize("on_path", [True, False])
 def test_what_is_said_to_be_called_is_there(
     on_path: bool, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -101,8 +101,11 @@ def test_steps_and_sigmas_choose_together() -> None:
         {"edits": [{"kind": "guidance", "scale": 5, "steps": "1:", "sigmas": [8, 1]}]}
     ).edits
     assert edits[0].steps_of([14.0, 8.0, 3.0, 0.5]) == (1, 2)
-    with pytest.raises(ExperimentError, match="no step of the run"):
+    with pytest.raises(ExperimentError, match=r'^steps "1:" and sigmas \[8, 1\]: no step of'):
         edits[0].steps_of([14.0, 0.5])
+    late = load_experiment({"edits": [{"kind": "guidance", "scale": 5, "steps": "9:"}]}).edits
+    with pytest.raises(ExperimentError, match=r'^steps "9:": no step of the run is among'):
+        late[0].steps_of([14.0, 0.5])
 
 
 def test_guidance_by_step_is_a_line_and_exact_at_both_ends() -> None:

@@ -57,6 +57,14 @@ def test_a_grid_from_its_plan_to_its_study(grid: str, call: Command, tmp_path: P
     assert "There already: 4. To be computed: 0, with 0 model calls" in out
 
 
+def test_measures_that_stay_empty_are_said(grid: str, call: Command) -> None:
+    said = "Empty will be l2, psnr: they compare an edited cell with the run unedited."
+    measured = [grid, "--dry-run", "--set", "measures=[l2, psnr]"]
+    assert said in call(sweep.main, *measured)[1].splitlines()
+    edited = ["--set", "edits=[{kind: mask, words: [cat]}]"]
+    assert "Empty will be" not in call(sweep.main, *measured, *edited)[1]
+
+
 def test_a_cell_that_fails_is_said_and_the_exit_code_is_1(
     grid: str, call: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,8 @@ class Editing:
                 raise ExperimentError(
                     "there is no guidance at guidance_scale "
                     f"{plan.experiment.guidance_scale:g}: the negative prompt is not read.",
-                    "Set the experiment's guidance_scale above 1.",
+                    "Set the experiment's guidance_scale above 1. An edit can make it 1 at some "
+                    "steps.",
                 )
             names = [name for name in ("scale", "rescale") if getattr(edit, name) is not None]
             self._refuse_contradiction(number, edit, steps, [(f"guidance {n}",) for n in names])

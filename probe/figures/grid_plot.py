@@ -115,7 +115,9 @@ def plot_page(study: Study, layout: Layout) -> str:
     count = len(measures) * len(layout.blocks)
     if not count:
         raise ExperimentError(
-            f"{study.name} has no measure with a number.", "Name measures in its grid: [l2, psnr]."
+            f"{study.name} has no measure with a number.",
+            "Name measures in its grid: [l2, psnr]. These compare an edited cell with its parent; "
+            "of cells without edits, measure with a function of your own.",
         )
     if count > MOST:
         raise ExperimentError(

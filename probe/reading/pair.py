@@ -195,7 +195,7 @@ def find_parent(run: Run) -> Run:
         raise RecordingNotFound(
             f"The parent of {run.name} is not in its folder: no complete run there has the "
             f"identity {shorten(identity, 40)}.",
-            "Record the same experiment without edits there, or name the parent.",
+            "Record it there: probe run EXPERIMENT.yaml --unedited. Or name another run.",
         )
     return Run((named or rows_there)[0].path)
 

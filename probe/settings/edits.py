@@ -83,7 +83,8 @@ class Edit(Strict):
         default=1.0,
         ge=-100,
         le=100,
-        description="0: nothing changes; 1: the whole edit; between: mixed.",
+        description="0: nothing changes; 1: the whole edit; between: mixed; above 1, below 0: "
+        "beyond it, or the other way.",
     )
     label: str = Field(default="", max_length=80, description="What a grid calls it.")
     steps: StepsChoice = Field(
@@ -114,10 +115,17 @@ class Edit(Strict):
         if not steps:
             levels = f"{max(sigmas):.4g} to {min(sigmas):.4g}"
             raise ExperimentError(
-                f"steps {self.steps}, sigmas {self.sigmas}: this is no step of the run",
+                f"{self._when()}: no step of the run is among these",
                 f"It has steps 0 to {len(sigmas) - 1}, with sigmas from {levels}.",
             )
         return steps
+
+    def _when(self) -> str:
+        """Return which of `steps` and `sigmas` were given, as they are written."""
+        named = [] if self.steps == "all" else [f'steps "{self.steps}"']
+        if self.sigmas is not None:
+            named.append(f"sigmas [{self.sigmas[0]:g}, {self.sigmas[1]:g}]")
+        return " and ".join(named)
 
 
 class _OfWords(Edit):
