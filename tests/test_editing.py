@@ -333,7 +333,7 @@ def test_a_random_control_has_the_norm_of_the_change() -> None:
                 {"kind": "prompt", "text": "a cat", "steps": "1:"},
                 {"kind": "mask", "words": ["astronaut"]},
             ],
-            "edits[1] (mask): words: 'astronaut' is not a word of 'a cat'|",
+            "edits[1] (mask): words: 'astronaut' is not a word of 'a cat'|There are: a, cat.",
         ),
         (
             [{"kind": "head", "layers": ["*"], "how": "zero", "control": "other_head"}],

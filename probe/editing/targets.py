@@ -13,7 +13,6 @@ from typing import Any
 from probe.diffusion.family import Family
 from probe.diffusion.prompts import Prompt
 from probe.errors import ExperimentError, ProbeError
-from probe.format.schema import near
 from probe.settings.edits import Edit
 from probe.watching.conditions import is_plain
 from probe.watching.interface import Plan
@@ -23,6 +22,7 @@ from probe.words import occurrences
 
 # A head of a layer, by the layer's dotted path.
 HeadsOf = dict[str, tuple[int, ...]]
+MOST_NAMED = 24  # words of a prompt in a remedy
 
 
 @contextlib.contextmanager
@@ -58,11 +58,19 @@ def tokens_of(prompt: Prompt, words: Sequence[str]) -> list[int]:
         places = occurrences(word, prompt.words)
         if not places:
             raise ExperimentError(
-                f"words: {word!r} is not a word of {prompt.text!r}.",
-                near(word, list(prompt.words)) if prompt.words else "This prompt has no words.",
+                f"words: {word!r} is not a word of {prompt.text!r}, the text that is read here.",
+                _words_there(prompt),
             )
         wanted.update(number for place in places for number in place)
     return [position for position, of in enumerate(prompt.word_of) if of in wanted]
+
+
+def _words_there(prompt: Prompt) -> str:
+    """Return a remedy that names the words of a prompt."""
+    if not prompt.words:
+        return "This prompt has no words."
+    more = ", ..." if len(prompt.words) > MOST_NAMED else ""
+    return f"There are: {', '.join(prompt.words[:MOST_NAMED])}{more}."
 
 
 def heads_of(
