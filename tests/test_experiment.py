@@ -18,11 +18,14 @@ from probe.errors import ExperimentError
 from probe.settings.capture import CaptureOptions
 from probe.settings.experiment import Experiment, load_experiment, parse_experiment
 from probe.settings.fields import SCHEDULERS
+from probe.settings.grid import load_grid
 from probe.settings.strict_yaml import LARGEST, read_yaml
 
 ROOT = Path(__file__).parents[1]
 NOISING = ROOT / "experiments/noising.yaml"  # tests/test_noising.py reads it
-FILES = sorted(path for path in (ROOT / "experiments").glob("*.yaml") if path != NOISING)
+SHIPPED = sorted(path for path in (ROOT / "experiments").glob("*.yaml") if path != NOISING)
+GRIDS = [path for path in SHIPPED if "\naxes:\n" in path.read_text("utf-8")]
+FILES = [path for path in SHIPPED if path not in GRIDS]
 MODELS = (Experiment, CaptureOptions)
 
 # remedies that several refusals share
@@ -68,6 +71,12 @@ def test_every_field_is_described_in_one_line(model: type[Experiment | CaptureOp
         assert re.fullmatch(r"[^\n]+\.", field.description or ""), name
 
 
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_the_grids_we_ship_are_valid_and_say_how_they_are_begun(path: Path) -> None:
+    assert 1 < load_grid(path, quick=True).count < load_grid(path).count
+    assert f"python -m probe.sweep experiments/{path.name} --quick" in path.read_text("utf-8")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_the_files_we_ship_are_valid_and_round_trip(path: Path) -> None:
     experiment = load_experiment(path)
@@ -79,6 +88,7 @@ def test_the_files_we_ship_are_valid_and_round_trip(path: Path) -> None:
 
 def test_the_files_we_ship_are_there() -> None:
     assert {"astronaut.yaml", "astronaut-sd14.yaml"} <= {path.name for path in FILES}
+    assert {"guidance-grid.yaml", "word-ablation.yaml"} <= {path.name for path in GRIDS}
 
 
 def test_round_trip_of_everything() -> None:
