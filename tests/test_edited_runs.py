@@ -289,3 +289,17 @@ def test_latents_of_another_donor_than_is_written_are_found_with_the_model(tmp_p
         root.write_text(json.dumps(attributes))
         failed = {check.name for check in verify(open_run(run.path), model=pipeline()).failed}
         assert "predictions" in failed
+
+
+def test_what_a_recording_says_of_its_edits_is_held_against_them(tmp_path: Path) -> None:
+    run = edited(tmp_path, {"kind": "remove", "words": ["astronaut"]})
+    for name, value in (("parent_identity", "00000000"), ("edited_texts", {"cond": "a cat"})):
+        root = run.path / "zarr.json"
+        before = root.read_text()
+        stored = json.loads(before)
+        stored["attributes"][name] = value
+        root.write_text(json.dumps(stored))
+        failed = {check.name: check.detail for check in verify(open_run(run.path)).failed}
+        assert name in failed["schema"]
+        root.write_text(before)
+    assert not verify(open_run(run.path)).failed

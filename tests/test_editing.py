@@ -13,8 +13,9 @@ from edited import EACH, asked, same, steps_of
 from tiny_runs import model_for, pipeline
 
 from probe.diffusion.families import family_of
+from probe.editing.attention import InLayers, edited_map
 from probe.errors import ExperimentError, ProbeError
-from probe.settings.edits import EDIT_KINDS
+from probe.settings.edits import EDIT_KINDS, Mask
 from probe.settings.fields import SCHEDULERS
 from probe.watching.hooks import EditingHooks, count
 
@@ -247,6 +248,17 @@ def test_a_mask_is_the_mask_that_torch_knows() -> None:
     )
 
 
+def test_a_mask_of_all_that_a_place_attends_to_leaves_nothing_and_no_nan() -> None:
+    shares = torch.zeros(1, 1, 2, 3)
+    shares[..., 0, 1], shares[..., 1, :] = 1, 1 / 3
+    edit = asked({"kind": "mask", "words": ["astronaut"]}).edits[0]
+    assert isinstance(edit, Mask)
+    one = InLayers(edit, (0,), [0], {"layer": (0,)}, {0: [1]})
+    masked = edited_map(None, "layer", one, 0, shares)
+    assert masked[0, 0].tolist() == [[0, 0, 0], [0.5, 0, 0.5]]
+    assert torch.equal(torch.lerp(shares, masked, 0.0), shares)
+
+
 def test_maps_swapped_twice_come_back() -> None:
     """A donor's maps, then this run's own over them: what the first put in, the second takes."""
     first = {"kind": "map", "donor": {"prompt": "a cat scuba diving"}, "amount": 0.999}
@@ -315,6 +327,13 @@ def test_a_random_control_has_the_norm_of_the_change() -> None:
         (
             [{"kind": "prompt", "text": "a cat"}, {"kind": "prompt", "text": "a hat"}],
             "determines the text cond at step 0, as edits[0] does|",
+        ),
+        (
+            [
+                {"kind": "remove", "words": ["astronaut"]},
+                {"kind": "prompt", "text": "a hat", "steps": "1:"},
+            ],
+            "determines the text cond at step 1, as edits[0] does|",
         ),
         ([{"kind": "noise", "file": "none.npy"}], "there is no none.npy|numpy.save"),
         (

@@ -201,9 +201,7 @@ class AttentionEdits:
                 at = _grid([rows.index(row) for row in one.rows], list(one.heads[path]))
                 own = edited[at]
                 edited = edited.clone()
-                edited[at] = blended(
-                    own, _edited_map(module, path, one, step, own), one.edit.amount
-                )
+                edited[at] = blended(own, edited_map(module, path, one, step, own), one.edit.amount)
             value = seen["to_v"][rows].unflatten(-1, (module.heads, -1)).transpose(1, 2).float()
             difference = ((edited - shares) @ value).transpose(1, 2).flatten(2)
             mixed = mixed.clone()
@@ -245,15 +243,15 @@ def attention_map(
     return shares
 
 
-def _edited_map(
-    module: Any, path: str, one: InLayers, step: int, own: torch.Tensor
-) -> torch.Tensor:
+def edited_map(module: Any, path: str, one: InLayers, step: int, own: torch.Tensor) -> torch.Tensor:
     """Return a map after the whole of an edit. *Shape:* (row, head, pixel, key)."""
     edit = one.edit
     if isinstance(edit, Mask):
         left = own.clone()
         left[..., one.places[step]] = 0
-        masked: torch.Tensor = left / left.sum(-1, keepdim=True)
+        # Where the words had all of it, nothing is left to share out.
+        least = torch.finfo(left.dtype).tiny
+        masked: torch.Tensor = left / left.sum(-1, keepdim=True).clamp_min(least)
         return masked
     if isinstance(edit, Reweight):
         weighted = own.clone()

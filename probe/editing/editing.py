@@ -142,8 +142,12 @@ class Editing:
             self._refuse_contradiction(number, edit, (0,), [("the first noise",)])
         elif isinstance(edit, Remove | OtherPrompt):
             rows_of(plan, edit.branch)
-            text = [("the text", edit.branch)] if isinstance(edit, OtherPrompt) else []
-            self._refuse_contradiction(number, edit, steps, text)
+            text = ("the text", edit.branch)
+            if isinstance(edit, OtherPrompt):
+                self._refuse_contradiction(number, edit, steps, [text])
+            elif edit.amount == 1:  # a later prompt would undo it; words may go one by one
+                for step in steps:
+                    self._set.setdefault((step, *text), number)
 
     def _refuse_contradiction(
         self, number: int, edit: Edit, steps: tuple[int, ...], sets: list[tuple[Any, ...]]

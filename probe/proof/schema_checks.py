@@ -18,6 +18,8 @@ from probe.format.variables import SCHEMA, Request
 from probe.proof.checks import Check, variables
 from probe.reading.recording import Run
 from probe.settings.experiment import Experiment, load_experiment
+from probe.settings.recipe import Recipe
+from probe.text import shown
 
 COMPONENT = re.compile(
     r"text_encoder(_[1-9])?|unet|vae"
@@ -101,6 +103,7 @@ def check_schema(run: Run) -> Check:
             f"the experiment is not the one that was recorded: its identity is {identity}, not "
             f"{run.attributes['identity']}"
         )
+    problems += _unlike_edits(run, recipe) if written == recipe.resolved() else []
     empty = (
         ["uncond"]
         if run.attributes.family in ZEROED and run.recipe.texts.get("uncond") == ""
@@ -123,6 +126,24 @@ def check_schema(run: Run) -> Check:
         f"{len(recorded)} variables with the dimensions, types and units of the schema, all that "
         "was asked for",
     )
+
+
+def _unlike_edits(run: Run, recipe: Recipe) -> list[str]:
+    """Return what the attributes say of edits that the recorded experiment does not."""
+    if not isinstance(recipe, Experiment):
+        return []
+    parent = recipe.unedited.identity() if recipe.edits else None
+    typed = recipe.unedited.texts
+    texts = {branch: text for branch, text in recipe.texts.items() if text != typed[branch]}
+    pairs = (
+        ("parent_identity", run.attributes.parent_identity, parent),
+        ("edited_texts", run.attributes.edited_texts, texts),
+    )
+    return [
+        f"{name} is {shown(recorded)}, and the experiment's edits make it {shown(expected)}"
+        for name, recorded, expected in pairs
+        if recorded != expected
+    ]
 
 
 def _unlike_schema(run: Run, path: str, variable: xr.Variable) -> Iterator[str]:

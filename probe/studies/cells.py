@@ -12,12 +12,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
 
 from probe.errors import ExperimentError
+from probe.reading.finding import find_run
 from probe.settings.experiment import Experiment
 from probe.settings.fields import expand_home
 from probe.settings.grid import GridCell
@@ -82,7 +82,8 @@ def _files(experiment: Experiment) -> Iterator[tuple[str, str]]:
         runs = (donor, getattr(edit, "toward", None), getattr(edit, "away", None))
         for at, run in enumerate(runs):
             if run:
-                yield f"edits.{number}.run.{at}", str(Path(run) / "zarr.json")
+                path = find_run(expand_home(run), expand_home(experiment.output))
+                yield f"edits.{number}.run.{at}", str(path / "zarr.json")
 
 
 _digests: dict[tuple[str, int, int], str] = {}  # by path, time and size: a file is read once
