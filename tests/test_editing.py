@@ -326,14 +326,14 @@ def test_a_random_control_has_the_norm_of_the_change() -> None:
         ([{"kind": "map", "donor": {"run": "none.zarr"}}], "no recording|"),
         (
             [{"kind": "prompt", "text": "a cat"}, {"kind": "prompt", "text": "a hat"}],
-            "determines the text cond at step 0, as edits[0] does|",
+            "determines the text of cond at step 0, as edits[0] does|",
         ),
         (
             [
                 {"kind": "remove", "words": ["astronaut"]},
                 {"kind": "prompt", "text": "a hat", "steps": "1:"},
             ],
-            "determines the text cond at step 1, as edits[0] does|",
+            "determines the text of cond at step 1, as edits[0] does|",
         ),
         ([{"kind": "noise", "file": "none.npy"}], "there is no none.npy|numpy.save"),
         (
@@ -345,7 +345,7 @@ def test_a_random_control_has_the_norm_of_the_change() -> None:
                 {"kind": "head", "layers": ["*"], "heads": [0], "how": "zero"},
                 {"kind": "head", "layers": ["*"], "how": "mean"},
             ],
-            "edits[1] (head): it determines head|amount below 1",
+            "edits[1] (head): it determines head 0 of down_blocks|amount below 1",
         ),
         (
             [

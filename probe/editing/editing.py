@@ -159,9 +159,8 @@ class Editing:
             for what in sets:
                 before = self._set.setdefault((step, *what), number)
                 if before != number:
-                    name = " ".join(str(part) for part in what[:2])
                     raise ExperimentError(
-                        f"it determines {name} at step {step}, as edits[{before}] does.",
+                        f"it determines {_named(what)} at step {step}, as edits[{before}] does.",
                         "Give one of them other steps, or an amount below 1.",
                     )
 
@@ -237,6 +236,16 @@ class Editing:
                     f"{name} was to be edited once in step {index}, and was {times} times.",
                     "A module that is fused, shared or re-entered cannot be edited: leave it out.",
                 )
+
+
+def _named(what: tuple[Any, ...]) -> str:
+    """Return in words what a whole edit determines."""
+    kind, *rest = what
+    if kind in ("head", "map"):
+        return f"{'' if kind == 'head' else 'the map of '}head {rest[1]} of {rest[0]}"
+    if kind in ("output", "skip"):
+        return f"the output of {rest[0]}" if kind == "output" else f"the skip into {rest[0]}"
+    return " of ".join([kind, *rest])
 
 
 def _counted(
