@@ -151,7 +151,8 @@ def arguments() -> Iterator[tuple[str, str]]:
                 yield name, argument
 
 
-ELSEWHERE = {"said", "save"}  # tests/test_memory.py gives odd paths to `save`
+# tests/test_memory.py gives odd paths to `save`, tests/test_pair.py odd parents
+ELSEWHERE = {"said", "save", "against_parent"}
 
 
 def test_every_public_method_with_arguments_is_here() -> None:
@@ -353,6 +354,8 @@ def test_analysis_of_what_is_no_array(run: Run, name: str) -> None:
         "uncond": run.latents,
         "cond": run.prediction("cond"),
         "prediction": run.prediction(),
+        "one": run.images,
+        "two": run.images,
         "guidance_scale": 3.0,
         "points": trajectories([run]),
         "position": analysis.pca(trajectories([run]))["position"].rename(component="axis"),

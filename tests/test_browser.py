@@ -958,6 +958,7 @@ def test_a_recording_that_grows_is_followed(
     finish(run, whole)
     assert seen("1", "")[2:] == ["Step", 1], "the picture has come"
     assert browser.execute_script("return window.gaps") == 0
+    time.sleep(2.5)  # the words are fetched ahead
     browser.get_log("performance")
     time.sleep(2.5)
     assert asked(browser) == set(), "nobody is asked for a complete one"

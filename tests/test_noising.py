@@ -891,7 +891,7 @@ def test_help_tells_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         noising.parser().parse_args(["--help"])
     out = capsys.readouterr().out
     for name in Noising.model_fields:
-        assert name == "capture" or f"--{name.replace('_', '-')} " in out, name
+        assert name in ("capture", "loras") or f"--{name.replace('_', '-')} " in out, name
     assert "--capture.attention" in out and "experiments/noising.yaml" in out
 
 

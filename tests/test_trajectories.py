@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import probe
@@ -269,6 +270,7 @@ def test_a_path_in_pieces_gets_more_neighbours() -> None:
 @pytest.mark.timeout(900)  # UMAP compiles itself
 def test_maps_by_umap_keep_neighbours_and_obey_their_seed(tmp_path: Path) -> None:
     pytest.importorskip("umap", reason=NO_UMAP)
+    threads = torch.get_num_threads()
     draw = np.random.default_rng(2)
     steps = draw.standard_normal((3, 12, 64)) * 0.5
     far_apart = 20 * draw.standard_normal((3, 1, 64)) + steps.cumsum(axis=1)
@@ -281,6 +283,7 @@ def test_maps_by_umap_keep_neighbours_and_obey_their_seed(tmp_path: Path) -> Non
         assert kept["kept_within"] > 0.2 + kept["within_by_chance"], make
         np.save(tmp_path / f"{make.__name__}.npy", first.values)
     assert analysis.preservation(points, analysis.umap_map(points, 5), 5)["kept"] > 0.5
+    assert torch.get_num_threads() == threads
     (tmp_path / "points").write_bytes(pickle.dumps(points))
     again = """
 import pickle, sys, numpy as np; from pathlib import Path; from probe import analysis

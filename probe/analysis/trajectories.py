@@ -11,8 +11,10 @@ schedulers. The coordinate `run` says whose point it is, `sigma` how noisy it is
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -127,7 +129,7 @@ def umap_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr.Da
     values = _enough(_values(points))
     near = compared_neighbours(len(values), whole_number("neighbours", neighbours, 2))
     seed = whole_number("seed", seed, most=MOST_SEED)
-    with _quiet():
+    with _quiet(), threads_kept():
         umap = umap_library()
         # umap-learn counts each point among its own neighbours
         layout = umap.UMAP(n_neighbors=near + 1, random_state=seed, n_jobs=1, init="random")
@@ -159,7 +161,7 @@ def aligned_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr
         for one, other in itertools.pairwise(runs)
     ]
     seed = whole_number("seed", seed, most=MOST_SEED)
-    with _quiet():
+    with _quiet(), threads_kept():
         umap = umap_library()  # it draws by the second of these seeds alone
         layout = umap.AlignedUMAP(n_neighbors=near + 1, random_state=seed, transform_seed=seed)
         layout.fit([values[rows] for rows in runs], relations=relations)
@@ -167,6 +169,21 @@ def aligned_map(points: xr.DataArray, neighbours: int = 15, seed: int = 0) -> xr
     for rows, of_run in zip(runs, layout.embeddings_, strict=True):
         position[rows] = of_run
     return _map(points, position)
+
+
+@contextlib.contextmanager
+def threads_kept() -> Iterator[None]:
+    """Give torch its number of threads back, if it is in use: numba sets another for all.
+
+    The bits of a run that is recorded afterwards depend on it.
+    """
+    torch = sys.modules.get("torch")
+    threads = None if torch is None else torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch is not None:
+            torch.set_num_threads(threads)
 
 
 def umap_library() -> Any:

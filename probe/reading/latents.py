@@ -153,12 +153,13 @@ class Latents:
                 f"latents has {latents.sizes['channel']} channels.",
                 f"Give latents of {slope.sizes['channel']} channels.",
             )
-        colour: xr.DataArray = xr.dot(
-            latents.astype("float32"), slope, dim="channel", optimize=True
-        )
+        with np.errstate(invalid="ignore"):  # on_nan: record leaves NaN and infinities
+            colour: xr.DataArray = xr.dot(
+                latents.astype("float32"), slope, dim="channel", optimize=True
+            )
         colour = colour + bias
         order = [d for d in latents.dims if d not in ("channel", "y", "x")]
-        colour = colour.fillna(0).clip(0, 1) * 255  # on_nan: record leaves NaN
+        colour = colour.fillna(0).clip(0, 1) * 255
         return colour.round().astype("uint8").transpose(*order, "y", "x", "rgb")
 
     # --- inside ---
