@@ -331,7 +331,14 @@ CHECKED = (
 )
 
 
-@pytest.mark.parametrize("name", analysis.__all__)
+UMAPS = ("umap_map", "aligned_map")  # which compile themselves
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in UMAPS else name
+    for name in analysis.__all__
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_analysis_of_what_is_no_array(run: Run, name: str) -> None:
     """In place of each argument, the others being right."""
     maps = run.attention().sel(branch="cond")
@@ -373,7 +380,7 @@ def test_analysis_of_what_is_no_array(run: Run, name: str) -> None:
     if name == "by_sigma":
         right["sigma"] = run.variable("sigma")
     # one run is aligned with nothing, and umap-learn need not be there
-    with contextlib.suppress(*((UserError,) if name in ("umap_map", "aligned_map") else ())):
+    with contextlib.suppress(*((UserError,) if name in UMAPS else ())):
         function(**right)
     for key in (key for key in parameters if key in (*right, *CHECKED)):
         for value in ODD:

@@ -749,6 +749,7 @@ def test_no_text_of_a_recording_is_more_than_text(
             assert asked(browser) == {""}
 
 
+@pytest.mark.slow
 def test_no_caption_of_a_noising_is_more_than_text(browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -861,6 +862,7 @@ def test_a_page_that_puts_text_into_its_markup_is_caught(browser: Any, tmp_path:
 MARKDOWN = [SOME[4], SOME[5], *REST[13:16]]
 
 
+@pytest.mark.slow
 def test_a_page_that_shows_text_as_markdown_is_caught(browser: Any, tmp_path: Path) -> None:
     """The other control, with Streamlit's own `st.markdown` and `st.text`."""
     from selenium.common.exceptions import WebDriverException
@@ -924,6 +926,7 @@ def test_a_recording_that_grows_is_followed(
     whole = Run(synthetic_recording(tmp_path / "grows.zarr", steps=6, size=(16, 16)))
     run = growing(whole, runs, 0)
     look(browser)
+    browser.get("about:blank")  # a page of another server, which is gone, asks no longer
     browser.get_log("browser")
     browser.get(f"{server}/?runs={run.name}")
 

@@ -35,6 +35,7 @@ from probe.settings.experiment import Experiment, load_experiment
 from probe.settings.fields import Lora
 
 MODELS = {"sd": tiny.pipeline, "sdxl": tiny_xl.base.__wrapped__}
+OFTEN = ["sd", pytest.param("sdxl", marks=pytest.mark.slow)]
 FORMATS = {"peft": save_peft, "kohya": save_kohya}
 
 
@@ -97,7 +98,7 @@ def test_a_lora_of_scale_0_adds_nothing(
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", OFTEN)
 def test_several_loras_act_together_and_are_switched_on_one_model(
     family: str, files: dict[tuple[str, str], Path]
 ) -> None:
