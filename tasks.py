@@ -179,7 +179,7 @@ def side_by_side() -> list[str]:
 
     Not more than four, since every process holds a torch.
     """
-    return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def check(arguments: list[str]) -> int:
