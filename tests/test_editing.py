@@ -17,7 +17,7 @@ from probe.editing.attention import InLayers, edited_map
 from probe.errors import ExperimentError, ProbeError
 from probe.settings.edits import EDIT_KINDS, Mask
 from probe.settings.fields import SCHEDULERS
-from probe.watching.hooks import EditingHooks, count
+from probe.watching.hooks import count, editing_hooks
 
 PLAIN = ("EulerAncestral", "Heun")
 OTHERS = [name for name in SCHEDULERS if name not in PLAIN]
@@ -132,7 +132,7 @@ def test_a_head_zeroed_is_the_weight_zeroed_by_hand() -> None:
 
 def test_an_output_zeroed_is_the_module_that_puts_out_zeros() -> None:
     pipe = pipeline()
-    with EditingHooks([(pipe.unet.mid_block, "output", torch.zeros_like)]):
+    with editing_hooks([(pipe.unet.mid_block, "output", torch.zeros_like)]):
         by_hand = steps_of(asked(), pipe)
     assert same(
         steps_of(asked({"kind": "output", "modules": ["mid_block"], "how": "zero"})), by_hand
@@ -151,7 +151,7 @@ def test_a_skip_zeroed_is_zeroed_in_the_channels_that_the_down_block_gave() -> N
 
     outs: list[torch.Tensor] = []
     handle = pipe.unet.conv_in.register_forward_hook(lambda *x: outs.append(x[2]))
-    with EditingHooks([(resnet, "input", by_hand)]):
+    with editing_hooks([(resnet, "input", by_hand)]):
         expected = steps_of(asked(), pipe)
     handle.remove()
     assert torch.equal(seen[0][:, -width:], outs[0])
@@ -188,7 +188,7 @@ def test_values_of_a_word_zeroed_are_zeroed_by_hand() -> None:
         return value
 
     crossing = [m for m in pipe.unet.modules() if getattr(m, "is_cross_attention", False)]
-    with EditingHooks([(module.to_v, "output", by_hand) for module in crossing]):
+    with editing_hooks([(module.to_v, "output", by_hand) for module in crossing]):
         expected = steps_of(asked(), pipe)
     assert same(steps_of(asked({"kind": "value", "words": ["astronaut"]})), expected)
 

@@ -52,7 +52,7 @@ from probe.settings.edits import (
     Value,
     guidance_by_step,
 )
-from probe.watching.hooks import EditingHooks
+from probe.watching.hooks import editing_hooks
 from probe.watching.interface import Plan
 
 
@@ -228,7 +228,7 @@ class Editing:
             (module, when, _counted(change, made, number))
             for number, (_, (module, when, change)) in enumerate(named)
         ]
-        with EditingHooks(changes):
+        with editing_hooks(changes):
             yield
         for (name, _), times in zip(named, made, strict=True):
             if times != 1:

@@ -19,7 +19,7 @@ from PIL import Image
 from probe.errors import ExperimentError
 from probe.figures.drawing import HEAT
 from probe.figures.grid import CELL, Layout, block_title, labels_of, name_of, thumbnail
-from probe.figures.page import POLICY, STYLE, asset
+from probe.figures.page import STYLE, asset, head
 from probe.format.study import Failure
 from probe.reading.study import Cell, Study
 from probe.text import encodable
@@ -62,13 +62,7 @@ def grid_page(study: Study, layout: Layout, width: int = CELL) -> str:
     facts = html.escape("  ·  ".join(filter(None, parts)))
     name = html.escape(encodable(study.name))
     code = asset("grid.js").replace("</", "<\\/")
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title>
-<style>{STYLE}{asset("grid.css")}</style>
+    return f"""{head(name, STYLE + asset("grid.css"))}
 <body>
 <main>
 <h1>{name}</h1>

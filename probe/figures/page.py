@@ -55,6 +55,17 @@ def asset(name: str) -> str:
     return resources.files("probe.figures").joinpath(name).read_text(encoding="utf-8")
 
 
+def head(title: str, style: str) -> str:
+    """Return the head of a page that fetches nothing. `title` is escaped already."""
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>"""
+
+
 def script() -> str:
     """Return the player as one module: its three files without their imports of each other."""
     lines = "".join(asset(f"{name}.js") for name in ("payload", "drawing", "player")).splitlines()
@@ -80,13 +91,7 @@ def page(
     beside = f'<section class="notes">\n{text}</section>\n' if text else ""
     made = html.escape("  ·  ".join(facts(run) for run in runs))
     code = script().replace("</", "<\\/")
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{heading}</title>
-<style>{STYLE}{asset("player.css")}</style>
+    return f"""{head(heading, STYLE + asset("player.css"))}
 <body data-runs="{len(runs)}">
 <main>
 <h1>{heading}</h1>

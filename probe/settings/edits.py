@@ -209,28 +209,26 @@ class Head(_OfValues):
     control_seed: int = Field(default=0, ge=0, le=LARGEST, description="Seed of the control.")
 
 
-class Output(_OfValues):
+class _OfModules(_OfValues):
+    part: ClassVar[str] = "module"
+    control: Literal["none", "random"] = Field(
+        default="none", description="A control to pair with: a random change of the same norm."
+    )
+    control_seed: int = Field(default=0, ge=0, le=LARGEST, description="Seed of the control.")
+
+
+class Output(_OfModules):
     """Outputs of modules of the UNet, such as mid_block or up_blocks.1.attentions.0."""
 
-    part: ClassVar[str] = "module"
     kind: Literal["output"]
     modules: Modules = Field(description="Which modules of the UNet: globs of dotted paths.")
-    control: Literal["none", "random"] = Field(
-        default="none", description="A control to pair with: a random change of the same norm."
-    )
-    control_seed: int = Field(default=0, ge=0, le=LARGEST, description="Seed of the control.")
 
 
-class Skip(_OfValues):
+class Skip(_OfModules):
     """Skip connections of the UNet, named by the resnet that takes them: up_blocks.1.resnets.0."""
 
-    part: ClassVar[str] = "module"
     kind: Literal["skip"]
     modules: Modules = Field(description="The skips into which resnets of the up blocks: globs.")
-    control: Literal["none", "random"] = Field(
-        default="none", description="A control to pair with: a random change of the same norm."
-    )
-    control_seed: int = Field(default=0, ge=0, le=LARGEST, description="Seed of the control.")
 
 
 class Map(Edit):

@@ -1,14 +1,14 @@
 """The one place where hooks are put on modules, and are surely taken off again.
 
 There are two doors. `Hooks` observe: what a callback returns is dropped, so that a module's output
-stays the same, bit for bit. `EditingHooks` use what it returns; they come before all that observe.
+stays the same, bit for bit. `editing_hooks` use what it returns; they come before all that observe.
 All hooks are registered on entering and removed on leaving, after success, an exception or Ctrl-C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -50,33 +50,19 @@ class Hooks:
         self._stack.close()
 
 
-class EditingHooks:
+@contextmanager
+def editing_hooks(changes: Iterable[Change]) -> Iterator[None]:
     """Change what goes through modules while a `with` block lasts.
 
     `(module, "output", f)` puts f(x) in place of the module's output x, or of the first tensor of
     several; `"input"` in place of its first argument. Changes of one module are made in their
     order, and whoever watches sees the changed value.
     """
-
-    def __init__(self, changes: Iterable[Change]):
-        self._changes = list(changes)
-        self._stack = ExitStack()
-
-    def __enter__(self) -> EditingHooks:
-        with ExitStack() as stack:
-            for module, when, change in reversed(self._changes):  # each is put before the others
-                register = _before if when == "input" else _after
-                stack.callback(register(module, change).remove)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+    with ExitStack() as stack:
+        for module, when, change in reversed(list(changes)):  # each is put before the others
+            register = _before if when == "input" else _after
+            stack.callback(register(module, change).remove)
+        yield
 
 
 def _before(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
