@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from probe.format import attributes, dimensions
-from probe.settings import experiment, noising
+from probe.settings import cost, experiment, noising
 from probe.settings.edits import EDIT_KINDS, Donor, Edit
 from probe.settings.fields import Strict
 from probe.studies import measures
@@ -80,7 +80,7 @@ def _is_required(kind: type[Strict], name: str) -> bool:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"attention_truth": short_truth},
-    "docs/experiment.md": {"fields": experiment.table, "noising": noising.table},
+    "docs/experiment.md": {"fields": experiment.table, "noising": noising.table, "cost": cost.table},
     "docs/edits.md": {"kinds": edits_table, "edit_fields": edit_fields_table},
     "docs/grids.md": {"measures": measures.table},
     "docs/format.md": {

@@ -3,6 +3,7 @@
     probe run EXPERIMENT.yaml     record a run (the same as python -m probe.run)
     probe noising NOISING.yaml    noise a real picture, and record what the model makes of it
     probe sweep GRID.yaml         run a grid of experiments, and only what is missing of it
+    probe cost COST.yaml          count what a model costs on pixels and on latents, or measure it
     probe ls                      list recordings
     probe show [RUN]              show what a recording holds, and where its pictures are
     probe view [RUN ...]          look at recordings in a browser, on this machine alone
@@ -431,7 +432,7 @@ def rm(arguments: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     **{
         verb: _door(f"probe.{verb}", f"probe {verb}")
-        for verb in ("run", "noising", "sweep", "view", "export", "embed", "verify")
+        for verb in ("run", "noising", "sweep", "cost", "view", "export", "embed", "verify")
     },
     "ls": ls,
     "show": show,

@@ -203,6 +203,27 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def free_memory() -> int:
+    """Return how many bytes a process can still be given; 0 if nobody can tell.
+
+    A container's own limit counts.
+    """
+    free = 0
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return 0
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        left = int(most) - int(used)
+    except (OSError, ValueError):  # no limit, or none that is told
+        return free
+    return min(free, max(left, 0)) if free else max(left, 0)
+
+
 def _peak_on_windows() -> int:
     class Counters(ctypes.Structure):
         """PROCESS_MEMORY_COUNTERS of psapi.h."""

@@ -34,7 +34,8 @@ def test_the_help_of_a_verb(verb: str, said: object) -> None:
     assert head.startswith("usage: ") and re.match(r"[A-Z`p]", options), (
         "it says what the command does, before its options"
     )
-    if verb not in ("run", "noising", "sweep"):  # those write into their `output`
+    # those write into their `output`, and cost reads no recording
+    if verb not in ("run", "noising", "sweep", "cost"):
         assert re.search(r"folder of recordings \[runs\]", re.sub(r"\s+", " ", out)), (
             "where it looks if nothing is said"
         )

@@ -17,6 +17,7 @@ import pytest
 from probe import cli, errors
 from probe.settings import experiment
 from probe.settings.capture import CaptureOptions
+from probe.settings.cost import Cost
 from probe.settings.edits import EDIT_KINDS
 from probe.settings.experiment import Experiment
 from probe.settings.noising import Noising
@@ -34,7 +35,13 @@ ERRORS = {
     if issubclass(kind, errors.ProbeError)
 }
 OF_EDITS = {name for kind in EDIT_KINDS.values() for name in kind.model_fields}
-FIELDS = {*Experiment.model_fields, *Noising.model_fields, *CaptureOptions.model_fields, *OF_EDITS}
+FIELDS = {
+    *Experiment.model_fields,
+    *Noising.model_fields,
+    *Cost.model_fields,
+    *CaptureOptions.model_fields,
+    *OF_EDITS,
+}
 VALUES = (
     "cut|fp16|cond|queries|maps|summary|off|sqrt_u8|float16|float32|none|true|false|record|default"
     "|auto|cpu|fixed"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from probe.diffusion.families import FAMILIES, AnyFamily
+from probe.diffusion.known_configs import KNOWN, OTHER_NAMES
 from probe.diffusion.model_configs import (
     MOST_PARAMETERS,
     class_of,
@@ -45,7 +46,7 @@ from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
 from probe.settings.fields import expand_home, from_home
 from probe.system import check_here
-from probe.text import first_line, printable, shorten, shown
+from probe.text import did_you_mean, first_line, printable, shorten, shown
 
 WHOLE_MODEL = "Is it a whole diffusers directory?"
 BUNDLED = {"emojiworld": Path(__file__).parent.parent / "emojiworld"}
@@ -120,6 +121,34 @@ def load(
     check_settings(f"{name}: scheduler/scheduler_config.json", what.settings)
     another = another_scheduler(name, scheduler, what.settings, shown(own), options or {}, forced)
     return replace(model, scheduler=another).checked()
+
+
+def blueprint(name: str) -> AnyFamily:
+    """Return a model on the meta device, from configs alone: no weights, no download.
+
+    It has neither tokenizer nor scheduler. `name` is one of `KNOWN`, a bundled model or a local
+    diffusers directory. Raise ModelError.
+    """
+    check_here()
+    if name in KNOWN:
+        kind, configs = KNOWN[name]
+        folder = ModelFolder(Path(name), name)  # nothing is read from it
+        index: Mapping[str, Any] = {"_class_name": kind}
+    elif name in BUNDLED or expand_home(name).is_dir():
+        folder = ModelFolder(BUNDLED.get(name, expand_home(name)), name)
+        index, configs, _ = _configs(folder)
+    else:
+        names = (*KNOWN, *BUNDLED)
+        raise ModelError(
+            f"model: {shown(name)} is no config that is known, and no local diffusers folder.",
+            did_you_mean(name, {known: known for known in names} | OTHER_NAMES)
+            or f"Write {', '.join(names)}, or the path of a folder.",
+        )
+    what = _Description(folder, index, configs, {}, {}, None, lambda _: {})
+    parts = {part: _part(what, part, torch.float32, torch.device("meta")) for part in configs}
+    none = {part.replace("text_encoder", "tokenizer"): None for part in configs if part in TEXT}
+    family = FAMILIES.get(what.kind, FAMILIES[ORDINARY])
+    return family(name=from_home(name), scheduler=None, **parts, **none)
 
 
 @dataclass(frozen=True)
