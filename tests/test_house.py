@@ -531,7 +531,7 @@ def words_beside_the_door(root: Path) -> list[str]:
 
 def shapeless_modules(root: Path) -> list[str]:
     findings = []
-    for path in sources(root, "probe", "experiments", "benchmarks", "tests"):
+    for path in sources(root, "probe", "experiments", "benchmarks", "tests", "web"):
         inside = path.relative_to(root)
         rooms = {"common", "utils", "helpers"} & set(inside.parts[:-1])
         if rooms or path.stem in ("utils", "util", "helpers", "misc"):
@@ -548,7 +548,7 @@ def long_functions(root: Path) -> list[str]:
     """A function is seen whole on one screen, from its name to its end."""
     findings = []
     scripts = [path for path in (root / "tasks.py",) if path.exists()]
-    for path in [*sources(root, "probe", "experiments", "benchmarks", "tests"), *scripts]:
+    for path in [*sources(root, "probe", "experiments", "benchmarks", "tests", "web"), *scripts]:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -603,7 +603,7 @@ MACHINE = re.compile(
 )
 REGISTRY = re.compile(r"py" + r"pi\.org|python" + r"hosted\.org|download\." + r"pytorch\.org")
 CACHES = (".git .venv __pycache__ .pytest_cache .mypy_cache .ruff_cache .hypothesis").split()
-NOT_OURS = frozenset({*CACHES, "build", "dist", "runs", "training"})
+NOT_OURS = frozenset({*CACHES, "build", "dist", "node_modules", "runs", "training"})
 
 
 def text_files(root: Path) -> Iterator[Path]:
