@@ -56,7 +56,7 @@ LAYERS = [
     ("probe.format.schema",),
     ("probe.format.dimensions", "probe.format.embedding", "probe.format.study"),
     ("probe.settings.fields",),
-    ("probe.settings.pictures", "probe.arguments"),
+    ("probe.settings.pictures", "probe.settings.bundled", "probe.arguments"),
     ("probe.settings.capture", "probe.settings.edits"),
     ("probe.settings.edit_sentences",),
     ("probe.settings.recipe", "probe.settings.loading"),

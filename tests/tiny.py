@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -67,12 +68,12 @@ def tokenizer(**special: str) -> CLIPTokenizer:
         return CLIPTokenizer(str(files[0]), str(files[1]), model_max_length=77, **special)
 
 
-def autoencoder() -> AutoencoderKL:
+def autoencoder(blocks: int = 3, channels: int = 4) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
+        block_out_channels=(8, 8, 16)[-blocks:],
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=channels,
         norm_num_groups=8,
         sample_size=32,
         scaling_factor=0.3,
@@ -127,6 +128,57 @@ def pipeline(
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def pixel_pipeline(
+    prediction_type: str = "v_prediction", seed: int = 0, size: int = 16
+) -> StableDiffusionPipeline:
+    """A random Stable Diffusion without a VAE: it draws `size` x `size` pixels of three colours.
+
+    Its betas are listed, as those of a schedule that was shifted for its size.
+    """
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=size,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    words = tokenizer()
+    scheduler = DDIMScheduler(
+        trained_betas=shifted_betas(4.0),
+        prediction_type=prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    made = StableDiffusionPipeline(
+        None,
+        CLIPTextModel(text_config(words)),
+        words,
+        unet,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def shifted_betas(shift: float, timesteps: int = 1000) -> list[float]:
+    """The betas of Stable Diffusion's schedule with every sigma `shift` times as large."""
+    own = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    alpha_bar = own.alphas_cumprod[:timesteps].double()
+    alpha_bar = alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return [float(beta) for beta in 1 - alpha_bar / before]
 
 
 def xl_pipeline(

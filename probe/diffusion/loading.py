@@ -41,15 +41,22 @@ from probe.diffusion.single_file import (
     refuse_larger,
     split,
 )
-from probe.diffusion.support import KINDS_OF, ORDINARY, XL, refuse_other_kinds, refuse_unet
+from probe.diffusion.support import (
+    KINDS_OF,
+    ORDINARY,
+    SAME_PARTS,
+    XL,
+    refuse_other_kinds,
+    refuse_unet,
+)
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
+from probe.settings.bundled import BUNDLED, bundled_folder
 from probe.settings.fields import expand_home, from_home
 from probe.system import check_here
 from probe.text import did_you_mean, first_line, printable, shorten, shown
 
 WHOLE_MODEL = "Is it a whole diffusers directory?"
-BUNDLED = {"emojiworld": Path(__file__).parent.parent / "emojiworld"}
 
 
 def pick_device(name: str) -> torch.device:
@@ -109,7 +116,10 @@ def load(
         vocabulary=words(what.folder.json("words.json"), what.folder.refuse)
         if (what.folder.path / "words.json").exists()
         else None,
-        **{part: _part(what, part, kind, target) for part in what.configs},
+        **{
+            part: _part(what, part, kind, target) if part in what.configs else None
+            for part in KINDS_OF[what.kind]
+        },
         **what.settings_of_pipeline,
     )
     forced = {} if what.kind == XL else FORCED
@@ -234,8 +244,14 @@ def _configs(
     index = folder.json_object("model_index.json")
     kind = str(index.get("_class_name"))
     refuse_other_kinds(kind)
-    configs = {part: folder.json_object(f"{part}/config.json") for part in KINDS_OF[kind]}
+    parts = [part for part in KINDS_OF[kind] if part != "vae" or not _on_pixels(index)]
+    configs = {part: folder.json_object(f"{part}/config.json") for part in parts}
     return index, configs, folder.json_object("scheduler/scheduler_config.json")
+
+
+def _on_pixels(index: Mapping[str, Any]) -> bool:
+    """Tell whether model_index.json says that an ordinary model has no VAE: [null, null]."""
+    return index["_class_name"] in SAME_PARTS and index.get("vae", "") in (None, [None, None])
 
 
 def _tokenizers(
@@ -289,7 +305,7 @@ def _part(what: _Description, part: str, kind: torch.dtype, target: torch.device
 def _folder(name: str, revision: str | None, variant: str | None) -> tuple[Path, str | None]:
     """Return a model's local directory, and its commit if it came from the hub."""
     if name in BUNDLED:
-        return BUNDLED[name], None
+        return bundled_folder(name), None
     if expand_home(name).is_dir():
         return expand_home(name), None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):

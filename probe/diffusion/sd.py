@@ -269,9 +269,7 @@ class StableDiffusion:
 
     def checked(self) -> StableDiffusion:
         """Return the model itself. Raise ModelError if it, or its scheduler, is not supported."""
-        refuse_unsupported(
-            self.name, {part: getattr(self, part) for part in PARTS}, pixels=self.vae is None
-        )
+        refuse_unsupported(self.name, {part: getattr(self, part) for part in PARTS})
         check_own(self.name, self.scheduler)
         return self
 

@@ -40,6 +40,7 @@ XL_KINDS = {**KINDS, "vae": ("AutoencoderKL",), "text_encoder_2": ("CLIPTextMode
 # The modules of a folder, and their classes, by the class of the pipeline that it names.
 KINDS_OF = {**dict.fromkeys(SAME_PARTS, KINDS), XL: XL_KINDS}
 Kinds = Mapping[str, tuple[str, ...]]
+COLOURS = 3  # the channels of a UNet that works on pixels
 PIPELINE = "Load the pipeline whole: StableDiffusionPipeline.from_pretrained(...)."
 NEWEST_TESTED = "0.42.1"  # of diffusers: the one in constraints.txt
 
@@ -93,15 +94,13 @@ def refuse_other_kinds(kind: str) -> None:
     raise ModelError(f"{named} ({kind}) is not supported yet.", SUPPORTED)
 
 
-def refuse_unsupported(
-    name: str, parts: Mapping[str, Any], *, kinds: Kinds = KINDS, pixels: bool = False
-) -> None:
+def refuse_unsupported(name: str, parts: Mapping[str, Any], *, kinds: Kinds = KINDS) -> None:
     """Raise ModelError for parts that are missing, of another kind, or do not fit together.
 
-    `kinds` are the classes of each module of the family. A model of `pixels` has no VAE.
+    `kinds` are the classes of each module of the family. Only a model of pixels has no VAE.
     """
     for part, value in parts.items():
-        if value is None and not (pixels and part == "vae"):
+        if value is None and not (part == "vae" and kinds is KINDS and _colours(parts["unet"])):
             raise ModelError(f"{name}: the pipeline has no {part}.", PIPELINE)
     modules = {part: parts[part] for part in kinds if parts[part] is not None}
     encoders = [part for part in modules if part.startswith("text_encoder")]
@@ -123,6 +122,11 @@ def refuse_unsupported(
                 f"{name}: {part} is in training mode and drops values at random.",
                 f"Call pipeline.{part}.eval().",
             )
+
+
+def _colours(unet: Any) -> bool:
+    """Tell whether a UNet takes red, green and blue, so that it may work on pixels."""
+    return unet is not None and int(unet.config.in_channels) == COLOURS
 
 
 def _refuse_kinds(name: str, modules: Mapping[str, Any], kinds: Kinds) -> None:
@@ -201,6 +205,12 @@ def _refuse_widths(name: str, modules: Mapping[str, Any], encoders: Sequence[Any
             f"{unet.in_channels}."
         )
         raise ModelError(cause, "Bring the two that belong together.")
+    if vae is not None and len(vae.block_out_channels) == 1:
+        # f = 1 is how a recording says that its latents are pixels
+        raise ModelError(
+            f"{name}: its VAE has one block, so it compresses nothing (f = 1).",
+            "Use a VAE of two blocks or more, or a model without one.",
+        )
 
 
 def xl_without_pictures(model: Any) -> ModelError:

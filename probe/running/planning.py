@@ -57,6 +57,10 @@ def _measures_modules(plan: Plan) -> bool:
     return plan.recipe.capture.statistics or bool(plan.recipe.capture.activations)
 
 
+def _measures_vae(plan: Plan) -> bool:
+    return "vae" in plan.rehearsal.flops and _measures_modules(plan)
+
+
 def _attends(*modes: str) -> Callable[[Plan], bool]:
     return lambda plan: (
         bool(plan.layers)
@@ -83,7 +87,7 @@ CAPTURES: tuple[tuple[Callable[..., Capture], Callable[[Plan], bool]], ...] = (
     (TextSide, _attends()),
     (SelfAttention, lambda plan: bool(plan.self_layers)),
     (UnetOutputs, _measures_modules),
-    (VaeOutputs, _measures_modules),
+    (VaeOutputs, _measures_vae),
     (Counterfactual, lambda plan: bool(plan.words)),
     (Sums, _attends()),
     (Cost, _always),

@@ -41,8 +41,8 @@ class Recipe(Strict):
     )
     model: Place = Field(
         default="emojiworld",
-        description="The model: emojiworld (bundled), a Hugging Face id, a diffusers directory, "
-        "or one .safetensors file.",
+        description="The model: emojiworld, emojiworld-pixels or emojiworld-latents (bundled), a "
+        "Hugging Face id, a diffusers directory, or one .safetensors file.",
     )
     revision: Revision = Field(
         default=None,

@@ -1,0 +1,214 @@
+"""A model of pixels is a model like any other, without a VAE: its latents are its picture."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from recordings import assert_same, cut
+from tiny_runs import FULL, OFF, assert_neutral, bare, take
+
+from probe.diffusion.loading import load
+from probe.diffusion.parts import to_uint8
+from probe.diffusion.sampling import denoise
+from probe.diffusion.sd import StableDiffusion
+from probe.errors import ExperimentError, ModelError
+from probe.proof.verdict import verify
+from probe.reading.recording import Run
+from probe.running.recorder import record_noising, rerun, resume
+from probe.settings.bundled import BUNDLED, models_there, words_of
+
+PROMPT = "a cat on the hat"
+EVERYTHING: dict[str, Any] = {
+    **FULL,
+    "activations": ("unet.mid_block", "text_encoder.encoder.layers.0"),
+    "self_attention": ("*",),
+    "counterfactual": ("cat",),
+}
+
+
+@functools.cache
+def pixels() -> Any:
+    return tiny.pixel_pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model of pixels as a diffusers directory. Not to be changed: take a copy."""
+    path = tmp_path_factory.mktemp("pixels") / "model"
+    pixels().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A recording of it with everything on. Not to be changed."""
+    where = tmp_path_factory.mktemp("full")
+    return take(where, pixels(), guidance_scale=3.0, decode_every=1, capture=EVERYTHING)
+
+
+def picture(side: int = 16) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def test_it_is_loaded_from_a_folder_without_a_vae(folder: Path) -> None:
+    assert not (folder / "vae").exists()
+    for weights in (True, False):
+        model = load(str(folder), device="cpu", weights=weights)
+        assert model.vae is None and (model.f, model.scaling_factor) == (1, 1.0)
+        assert model.latent_shape(2, 24, 32) == (2, 3, 24, 32)
+        assert list(model.components()) == ["unet", "text_encoder"]
+        assert len(model.scheduler.config.trained_betas) == 1000
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("scheduler", ["default", "DPM++2M", "Euler"])
+def test_the_bits_are_those_of_diffusers(folder: Path, guidance: float, scheduler: str) -> None:
+    """Its pipeline draws without a VAE if it is asked for latents."""
+    model = load(str(folder), device="cpu").with_scheduler(scheduler, {})
+    pipeline = pixels().from_pipe(pixels(), scheduler=model.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        PROMPT,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(5),
+        output_type="latent",
+    ).images
+    conditioning = model.condition(PROMPT, "", guided=guidance > 1)
+    *_, last = denoise(model, conditioning, steps=4, guidance_scale=guidance, seed=5)
+    assert torch.equal(last.next_latents, theirs)
+
+
+def test_a_latent_model_without_its_vae_is_refused() -> None:
+    for made in (tiny.pipeline(), tiny.xl_pipeline()):
+        made.vae = None
+        with pytest.raises(ModelError, match="the pipeline has no vae"):
+            take(Path("runs"), made)
+
+
+def test_a_vae_that_compresses_nothing_is_refused() -> None:
+    """f = 1 in a recording means pixels."""
+    made = pixels().from_pipe(pixels())
+    made.vae = tiny.autoencoder(blocks=1, channels=3)
+    with pytest.raises(ModelError, match="compresses nothing") as refused:
+        StableDiffusion.of(made)
+    assert refused.value.remedy == "Use a VAE of two blocks or more, or a model without one."
+
+
+# --- its recordings -------------------------------------------------------------------------------
+
+
+def test_recording_changes_no_bit(full: Run) -> None:
+    assert_neutral(full, bare(pixels(), full.experiment))
+
+
+def test_its_latents_are_its_picture(full: Run) -> None:
+    final = full.variable("latents/final_latents")
+    assert_same(full.images.values, to_uint8(torch.from_numpy(final.values)).numpy(), "picture")
+    assert_same(full.preview(final).values, full.images.values, "the preview")
+    denoised = torch.from_numpy(full.denoised().values[:, 0])
+    decoded = full.variable("decoded/picture").isel(image=0).values
+    assert_same(decoded, to_uint8(denoised).numpy(), "the predicted pictures")
+
+
+def test_it_says_that_it_is_of_pixels(full: Run) -> None:
+    assert full.attributes.model.f == 1 and full.attributes.family == "sd"
+    assert "vae" not in full.tree.children
+    assert list(full.tree["cost"]["component"].values) == ["text_encoder", "unet"]
+
+
+def test_every_check_proves_it(full: Run) -> None:
+    checks = {check.name: check.verdict for check in verify(full, pixels()).checks}
+    assert set(checks.values()) <= {"exact", "within tolerance"}
+    assert {"schema", "scheduler", "predictions", "decode", "inside"} <= checks.keys()
+
+
+def test_the_inside_of_a_vae_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"'vae\.decoder\.\*' .*: this model has no VAE"):
+        take(tmp_path, pixels(), capture={"activations": ["vae.decoder.*"]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_goes_on_and_is_recorded_again_to_the_same_bits(tmp_path: Path) -> None:
+    whole = take(tmp_path / "whole", pixels(), guidance_scale=3.0)
+    begun = cut(whole, tmp_path / "cut", 2)
+    gone_on = resume(begun, pixels(), progress=False)
+    again = rerun(whole, pixels(), output=tmp_path / "again", progress=False)
+    assert gone_on.diff(whole).same and again.diff(whole).same
+
+
+def test_it_begins_from_a_picture(tmp_path: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "from.png")
+    run = take(tmp_path, pixels(), image=str(tmp_path / "from.png"), strength=0.5, capture=OFF)
+    assert_same(run.source.values, picture(), "the pixels that it began from")
+    assert verify(run, pixels()).verdict != "failed"
+
+
+def test_noise_is_put_into_pixels(tmp_path: Path) -> None:
+    run = record_noising(
+        picture(),
+        "a cat",
+        pipeline=pixels(),
+        timesteps=(900, 100),
+        output=str(tmp_path),
+        progress=False,
+    )
+    assert_same(run.images.values[0], picture(), "the picture, which no VAE changed")
+    assert verify(run, pixels()).verdict != "failed"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"kind": "mask", "words": ["cat"]},
+        {"kind": "output", "modules": ["unet.mid_block"], "how": "zero"},
+        {"kind": "latents", "steps": "1:", "donor": {"seed": 9}},
+    ],
+    ids=lambda edit: edit["kind"],
+)
+def test_it_is_edited(tmp_path: Path, edit: dict[str, Any]) -> None:
+    settings = {"guidance_scale": 3.0, "steps": 2, "capture": OFF}
+    parent = take(tmp_path, pixels(), **settings)
+    run = take(tmp_path, pixels(), **settings, edits=[edit])
+    assert verify(run, pixels()).verdict != "failed"
+    assert run.against_parent().parent == parent.name
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["emojiworld-pixels", "emojiworld-latents"])
+def test_a_model_that_ships_is_found_by_its_name(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BUNDLED, name, folder)
+    assert load(name, device="cpu").name == name and name in models_there()
+    monkeypatch.setitem(BUNDLED, name, tmp_path)
+    assert name not in models_there()
+    with pytest.raises(ModelError) as absent:
+        load(name)
+    assert absent.value.cause.endswith(f"its folder probe/{name} is not there.")
+    assert absent.value.remedy.startswith("Train it as experiments/pixels says.")
+
+
+@pytest.mark.parametrize("name", list(BUNDLED))
+def test_each_bundled_model_is_what_its_name_says(name: str) -> None:
+    """Of those that are there: the two small ones are trained apart from this code."""
+    if name not in models_there():
+        pytest.skip(f"probe/{name} is not there")
+    model = load(name, weights=False)
+    assert model.f == {"emojiworld": 8, "emojiworld-pixels": 1, "emojiworld-latents": 4}[name]
+    assert model.vocabulary == set(words_of(name))
+    _, channels, y, x = model.latent_shape(1)
+    assert channels == (3 if model.f == 1 else 4)
+    assert (y * model.f, x * model.f) == ((128, 128) if name == "emojiworld" else (64, 64))
