@@ -10,6 +10,9 @@ probe export STUDY --html grid.html        # every cell as a picture, in a page 
 probe export STUDY --png grid.png --rows guidance_scale --columns seed
 probe export STUDY --plot measures.html    # heat maps of the measures
 probe export STUDY --table study.csv       # a row a cell; also .parquet and .zarr
+
+probe export --pixels pixels.html          # pixels against latents: counted, measured, trained
+probe export A B --pixels pixels.html      # with two runs in it, one on pixels, one on latents
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ if __name__ == "__main__":
     stopping.begin()  # before the slow imports
 
 import argparse
+import contextlib
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe import stopping
-from probe.errors import ExperimentError, StoreError
+from probe.errors import ExperimentError, ProbeError, StoreError
 from probe.output import say
 from probe.terminal import RECORDING, Parser, add_runs, described, guarded, without_home
 from probe.writing import files
@@ -45,6 +49,7 @@ KINDS = {
     "png": (".png",),
     "plot": (".html", ".htm"),
     "table": (".csv", ".parquet", ".zarr"),
+    "pixels": (".html", ".htm"),
 }
 OF_STUDIES = ("html", "png", "plot", "table")
 
@@ -52,7 +57,7 @@ OF_STUDIES = ("html", "png", "plot", "table")
 def parser(prog: str = "probe export") -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(prog=prog, description=described(__doc__, "probe export", prog))
-    parser.add_argument("names", nargs="+", metavar="RUN", help=RECORDING)
+    parser.add_argument("names", nargs="*", metavar="RUN", help=RECORDING)
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--html", type=Path, metavar="FILE", help="one self-contained page with the player"
@@ -80,6 +85,12 @@ def parser(prog: str = "probe export") -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="of a study: its numbers, .csv, .parquet or .zarr",
+    )
+    where.add_argument(
+        "--pixels",
+        type=Path,
+        metavar="FILE",
+        help="a page about pixels against latents: needs no recording, plays those that are named",
     )
     parser.add_argument("--rows", metavar="AXIS", help="of a study: the axis that runs down")
     parser.add_argument("--columns", metavar="AXIS", help="of a study: the axis that runs across")
@@ -113,6 +124,12 @@ def main(arguments: list[str], prog: str = "probe export") -> int:
         raise ExperimentError(
             f"--{kind}: {target} has another ending.",
             f"Name a file like {target.with_suffix(KINDS[kind][0])}",
+        )
+    if kind == "pixels":
+        return _write(target, _pixels(options).encode())
+    if not options.names:
+        raise ExperimentError(
+            "No recording is named.", f"Name one: probe export sample --{kind} {target}"
         )
     if (study := _study_of(options)) is not None:
         return _export_study(study, kind, target, options)
@@ -149,6 +166,27 @@ def _write(target: Path, content: bytes) -> int:
         ) from error
     say(f"{without_home(str(target))} ({len(content) / 1000:.0f} kB)")
     return 0
+
+
+def _pixels(options: argparse.Namespace) -> str:
+    """Return the page about pixels against latents. Raise ExperimentError without plotly."""
+    from probe.reading.pixels import counts, shares_of, trained
+    from probe.reading.recording import open_run
+
+    if len(options.names) > MOST:
+        raise ExperimentError(f"--pixels takes {MOST} recordings at most.", "Name fewer.")
+    runs = [open_run(name, options.runs) for name in options.names]
+    try:
+        from probe.figures.pixels_page import measured_here, pixels_page
+    except ModuleNotFoundError as error:
+        raise ExperimentError(
+            "Figures need plotly.", "pip install 'diffusion-probe[dashboard]'"
+        ) from error
+    recorded = {}
+    for run in runs or [open_run("sample")]:
+        with contextlib.suppress(ProbeError):  # one that does not say how long its parts took
+            recorded[run.name] = shares_of(run)
+    return pixels_page(counts(), measured_here(), trained(), recorded, runs)
 
 
 def _study_of(options: argparse.Namespace) -> Study | None:

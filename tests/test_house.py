@@ -121,7 +121,11 @@ LAYERS = [
         "probe.figures.trajectories",
         "probe.figures.distance",
         "probe.figures.grid_plot",
+        "probe.figures.pixels_looks",
     ),
+    ("probe.figures.pixels", "probe.figures.pixels_trained"),
+    ("probe.figures.pixels_tables",),
+    ("probe.figures.pixels_page",),
     (
         "probe.figures.notebook",
         "probe.figures.noising_sheet",

@@ -10,6 +10,7 @@ from probe.dashboard.views import (
     grids,
     guidance,
     learn,
+    pixels,
     record,
     replay,
     runs,
@@ -29,6 +30,7 @@ GROUPS = {
     "Learn": {
         "learn": st.Page(learn.show, title="How diffusion works", url_path="learn"),
         "anatomy": st.Page(anatomy.show, title="Anatomy", url_path="anatomy"),
+        "pixels": st.Page(pixels.show, title="Pixel vs latent", url_path="pixels"),
     },
     "Explore": {
         "runs": st.Page(runs.show, title="Runs", url_path="runs"),

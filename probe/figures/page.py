@@ -81,16 +81,10 @@ def page(
     unless another is given. `notes` are paragraphs above the player. Both are shown as plain text.
     Raise RecordingDamaged, RecordingUnreadable.
     """
-    data = "".join(
-        _held(f"run{index}{name}", content)
-        for index, run in enumerate(runs)
-        for name, content in _payloads(run, everything)
-    )
     heading = html.escape(title or prompt_of(runs[0]) or runs[0].name)
     text = "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
     beside = f'<section class="notes">\n{text}</section>\n' if text else ""
     made = html.escape("  ·  ".join(facts(run) for run in runs))
-    code = script().replace("</", "<\\/")
     return f"""{head(heading, STYLE + asset("player.css"))}
 <body data-runs="{len(runs)}">
 <main>
@@ -98,11 +92,22 @@ def page(
 <p class="facts">{made}</p>
 {beside}<div id="player"></div>
 </main>
-{data}<script type="module">
+{player_script(runs, everything)}</body>
+</html>
+"""
+
+
+def player_script(runs: Sequence[Run], everything: bool = True) -> str:
+    """Return what plays runs in the element `player` of a page whose body has `data-runs`."""
+    data = "".join(
+        _held(f"run{index}{name}", content)
+        for index, run in enumerate(runs)
+        for name, content in _payloads(run, everything)
+    )
+    code = script().replace("</", "<\\/")
+    return f"""{data}<script type="module">
 {code}
 {START}</script>
-</body>
-</html>
 """
 
 

@@ -1,0 +1,172 @@
+"""Pixel vs latent: what a compressed space saves, counted, measured, trained, and published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import streamlit as st
+
+from probe.dashboard.library import library
+from probe.dashboard.player import player
+from probe.dashboard.views.pick import is_noising, recordings
+from probe.errors import ProbeError
+from probe.figures import pixels as figures
+from probe.figures import pixels_trained as of_training
+from probe.figures.pixels_looks import Shown, name_of, size_text, space_text
+from probe.figures.pixels_page import (
+    LESSON,
+    OF_ROUND_TRIPS,
+    OF_RUNS,
+    RECORD,
+    ROUND_TRIPS,
+    measured_here,
+)
+from probe.figures.pixels_tables import Table, beside_paper, table_html, trained_table
+from probe.figures.plots import CONFIG
+from probe.reading.pixels import counts, paper, shares_of, trained
+from probe.reading.sample import NAMES
+
+EXPORT = "probe export --pixels pixels.html"
+
+
+def show() -> None:
+    st.text(LESSON)
+    _costs()
+    _times()
+    _two_runs()
+    found = trained()
+    st.subheader("Quality against cost")
+    if found is None:
+        st.info(of_training.MISSING)
+        st.code(of_training.TRAIN, language=None)
+    else:
+        _quality(found)
+        _lost(found)
+    table = beside_paper(counts(), measured_here(), paper(), found)
+    st.subheader(table.title)
+    _table(table)
+    st.text("All of this as one page that others can open:")
+    st.code(EXPORT, language=None)
+
+
+@st.fragment
+def _costs() -> None:
+    """Show what was counted, of the model, f and size that the reader chooses."""
+    st.subheader("What a call costs")
+    left, middle, right = st.columns(3)
+    model = _one("Model", counts().models, "cost_model", name_of, left)
+    spaces = [f for f in counts().factors_of(model) if f > 1]
+    f = _one("Latents", spaces, "cost_f", space_text, middle, default=8)
+    usual = figures.usual_size(counts(), model)
+    sizes = figures.squares(counts(), model)
+    size = _one("Pixels", sizes, "cost_size", size_text, right, default=usual)
+    _chart(figures.factors(counts(), model, f, size))
+    left, right = st.columns(2)
+    _chart(figures.cost_by_size(counts(), model), left)
+    _chart(figures.cost_by_f(counts(), model, size), right)
+    st.subheader("What it is spent on")
+    space = _one("Space", counts().factors_of(model), "kinds_f", space_text, default=1)
+    left, right = st.columns(2)
+    _chart(figures.shares_by_size(counts(), model, space), left)
+    _chart(figures.attention_bytes(counts(), model), right)
+
+
+@st.fragment
+def _times() -> None:
+    """Show what was measured, and the parts of a whole run."""
+    st.subheader("Time and memory")
+    measured = measured_here()
+    if measured is not None:
+        models = list(dict.fromkeys(cell.model for cell in measured.cells))
+        model = _one("Measured model", models, "time_model", name_of)
+        left, right = st.columns(2)
+        _chart(figures.law(measured, model, "seconds"), left)
+        _chart(figures.law(measured, model, "call_bytes"), right)
+    _chart(figures.shares(_recorded(), counts()))
+
+
+def _recorded() -> dict[str, dict[str, float]]:
+    """Return the seconds of the parts of the sample, and of the runs that the view was opened with.
+
+    A recording without times is left out.
+    """
+    found = {}
+    for key in dict.fromkeys([*NAMES[:1], *st.query_params.get_all("runs")]):
+        try:
+            found[key] = shares_of(library().run(key))
+        except ProbeError:
+            continue
+    return found
+
+
+def _two_runs() -> None:
+    """Play a run on pixels beside one on latents, or say how to record them."""
+    st.subheader("Two runs in step")
+    st.text(OF_RUNS)
+    by_f: dict[bool, list[str]] = {True: [], False: []}
+    for key, row in recordings():
+        f = ((row.attributes or {}).get("model") or {}).get("f")
+        if isinstance(f, int) and row.attributes and not is_noising(row):
+            by_f[f == 1].append(key)
+    if not all(by_f.values()):
+        st.info("There is no recording on pixels yet. These two are alike in all but the space:")
+        st.code(RECORD, language=None)
+        return
+    left, right = st.columns(2)
+    one = _one("On pixels", by_f[True], "pixel_run", str, left)
+    two = _one("On latents", by_f[False], "latent_run", str, right)
+    player([one, two], key="pixels")
+
+
+@st.fragment
+def _quality(found: Mapping[str, Any]) -> None:
+    """Show quality against cost, what may be said of it, and what was trained."""
+    left, middle, right = st.columns(3)
+    y = _one("Quality", list(of_training.QUALITIES), "quality", of_training.QUALITIES.get, left)
+    x = _one("Against", list(of_training.AXES), "against", of_training.AXES.get, middle)
+    charge = "free"
+    if x in of_training.COSTLY:
+        charges = list(of_training.CHARGES)
+        charge = _one(
+            "The autoencoder", charges, "charge", lambda one: of_training.CHARGES[one][0], right
+        )
+    _chart(of_training.quality(found, y, x, charge))
+    for sentence in of_training.said(found, y, x, charge):
+        st.text(sentence)
+    _table(trained_table(found))
+    left, right = st.columns(2)
+    _chart(of_training.by_count(found, "kid"), left)
+    _chart(of_training.by_count(found, "fd"), right)
+
+
+def _lost(found: Mapping[str, Any]) -> None:
+    st.subheader("What is lost")
+    left, right = st.columns(2)
+    _chart(of_training.distortion(found, "psnr"), left)
+    _chart(of_training.distortion(found, "ssim"), right)
+    if ROUND_TRIPS.is_file():
+        st.image(str(ROUND_TRIPS))
+        st.text(OF_ROUND_TRIPS)
+
+
+def _one(
+    label: str, options: list[Any], key: str, text: Any, where: Any = st, default: Any = None
+) -> Any:
+    """Ask for one of some options, kept in the address. Anything else falls to the default."""
+    if key in st.session_state and st.session_state[key] not in options:
+        del st.session_state[key]
+    at = options.index(default) if default in options else 0
+    return where.selectbox(label, options, index=at, key=key, bind="query-params", format_func=text)
+
+
+def _chart(shown: Shown, where: Any = st) -> None:
+    where.plotly_chart(shown.figure, key=f"chart_{shown.name}", config=CONFIG)
+    where.text(shown.caption)
+    where.code(shown.command, language=None)
+
+
+def _table(table: Table) -> None:
+    st.html(table_html(table))
+    st.text(table.caption)
+    st.code(table.command, language=None)
