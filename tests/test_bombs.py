@@ -479,7 +479,6 @@ BOMBS: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 QUICK = {
     "huge claim",
-    "huge claim unknown",
     "fat nodes",
     "many labels",
     "large numbers",

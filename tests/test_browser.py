@@ -290,7 +290,13 @@ def serving(runs: Path, *options: str) -> Iterator[str]:
             assert child.wait(5) == 130
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1920, True)], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        pytest.param(1280, False, id="light"),
+        pytest.param(1920, True, id="dark", marks=pytest.mark.slow),
+    ],
+)
 def test_replay_in_the_dashboard(
     width: int, dark: bool, server: str, browser: Any, tmp_path: Path
 ) -> None:

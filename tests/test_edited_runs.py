@@ -70,6 +70,14 @@ def differing(one: Run, other: Run) -> list[str]:
     return [name for name in ours if not np.array_equal(ours[name], theirs[name], equal_nan=True)]
 
 
+OFTEN = ("prompt", "head", "latents", "steer")
+
+
+def seldom(*kinds: str) -> list[Any]:
+    """Return kinds of edits as parameters that the slow tests alone have."""
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
 @pytest.mark.parametrize("kind", [*EACH, "steer"])
 def test_an_edited_run_is_recorded_proved_and_says_so(
     kind: str, tmp_path: Path, parents: dict[str, Run]
@@ -82,7 +90,8 @@ def test_an_edited_run_is_recorded_proved_and_says_so(
     assert not found.failed, found.failed
 
 
-@pytest.mark.parametrize("kind", [*EACH, "steer"])
+# That the loop's bits stay at amount 0 is held of every kind in test_editing.py.
+@pytest.mark.parametrize("kind", [*OFTEN, *seldom(*sorted({*EACH} - {*OFTEN}))])
 def test_recorded_at_amount_0_it_has_the_bits_of_its_parent(
     kind: str, tmp_path: Path, parents: dict[str, Run]
 ) -> None:
@@ -90,7 +99,10 @@ def test_recorded_at_amount_0_it_has_the_bits_of_its_parent(
     assert not differing(run, parents["bare"])
 
 
-@pytest.mark.parametrize("kind", ["prompt", "head", "map", "latents", "guidance", "noise", "steer"])
+# One of a donor that runs beside, of a schedule, of random numbers, and of recordings.
+@pytest.mark.parametrize(
+    "kind", ["latents", "guidance", "noise", "steer", *seldom("prompt", "head", "map")]
+)
 def test_an_interrupted_edited_run_goes_on_to_the_same_bits(
     kind: str, tmp_path: Path, parents: dict[str, Run]
 ) -> None:

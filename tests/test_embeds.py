@@ -82,8 +82,14 @@ def latents(run: Run) -> np.ndarray:
     return np.asarray(run.variable("latents/final_latents").values)
 
 
-@pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    ("family", "images"),
+    [
+        ("sd", 1),
+        ("sdxl", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sd", 2), ("sdxl", 1))),
+    ],
+)
 def test_the_latents_are_those_of_the_pipeline(
     family: str, images: int, files: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -70,9 +71,15 @@ def ours(model: Any, *loras: Lora) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-@pytest.mark.parametrize("scale", [1.0, 0.6, -1.5])
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    ("family", "name", "scale"),
+    [  # a scale is one number in what is added: all of them for one model and format
+        case
+        if case[2] == -1.5 or case[:2] == ("sd", "peft")
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(MODELS, FORMATS, (1.0, 0.6, -1.5))
+    ],
+)
 def test_a_lora_gives_the_bits_of_the_pipeline(
     family: str, name: str, scale: float, files: dict[tuple[str, str], Path]
 ) -> None:
@@ -152,7 +159,7 @@ def take(folder: Path, pipe: Any, *loras: Lora, **changes: Any) -> Run:
     return record(asked, pipe, progress=False)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", OFTEN)
 def test_what_is_recorded_is_what_the_pipeline_with_the_lora_does(
     family: str, files: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:

@@ -877,6 +877,7 @@ def test_the_command_loads_the_model_itself(
     )
 
 
+@pytest.mark.slow  # test_odd_places.py starts a process that finds damage, too
 def test_the_exit_code_of_the_process(copy: Run) -> None:
     flip(copy.path / CHUNK, 7)
     failed = subprocess.run(
