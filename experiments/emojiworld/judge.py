@@ -12,7 +12,8 @@ They are to judge what a picture shows and not how sharp it is. A third of what 
 through the VAE (some with noise on its latent). All of it is blurred, shifted, recoloured and made
 noisy at random. One picture in eight shows emoji that are no subject of the world ("strangers"), so
 that a shape in the right colours is not yet a subject. An answer less sure than 99 of 100 true ones
-on separate scenes is "unsure". Everything goes to `training/judges/`, resumes, and ships nowhere.
+on separate scenes is "unsure". Everything goes to `training/judges/` and resumes. The two that
+score `experiments.pixels` lie in `judges/` beside this file, in half precision.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -34,6 +36,7 @@ from probe.diffusion.loading import load
 from probe.diffusion.sd import StableDiffusion
 
 FOLDER = Path("training/judges")
+SHIPPED = Path(__file__).with_name("judges")
 SUBJECTS, SETTINGS = list(world.SUBJECTS), [*world.SETTINGS, None]  # None: a plain backdrop
 # The model's training uses seeds from 0, its report from 10,000,000.
 FIRST_SEED = {"tuning": 20_000_000, "report": 30_000_000}
@@ -413,18 +416,20 @@ def thresholds(judge: Judge, model: StableDiffusion) -> tuple[float, float]:
 
 
 def load_judge(name: str, folder: Path = FOLDER) -> Judge:
-    """Return a trained judge, ready for use.
+    """Return a trained judge, ready for use: the one in `folder`, else the one that ships.
 
     Exit with the command that trains it if there is none.
     """
-    path = folder / f"{name}-judge.pt"
-    if not path.exists():
+    path, shipped = folder / f"{name}-judge.pt", SHIPPED / f"{name}.safetensors"
+    if not path.exists() and not shipped.exists():
         raise SystemExit(
             f"There is no judge at {path}.\nTrain it: python -m experiments.emojiworld.judge "
             f"--only {name}"
         )
     judge = Judge(name)
-    judge.load_state_dict(torch.load(path, weights_only=True))
+    judge.load_state_dict(
+        torch.load(path, weights_only=True) if path.exists() else load_file(shipped)
+    )
     judge.requires_grad_(False)
     return judge.eval()
 

@@ -163,7 +163,8 @@ def build_scheduler() -> DDIMScheduler:
 class Trainer:
     """AdamW with a one-cycle rate, a moving average of the weights, and checkpoints.
 
-    The average is exponential. Checkpoints are replaced whole.
+    The average is exponential. Checkpoints are replaced whole. Without a `cycle` the rate stays at
+    its top once it is warm. `seconds` is the time of all steps so far, see `clock`.
     """
 
     def __init__(
@@ -174,8 +175,10 @@ class Trainer:
         rate: float,
         folder: Path,
         ema: float,
+        cycle: bool = True,
     ):
         self.name, self.modules, self.steps, self.rate, self.decay = name, modules, steps, rate, ema
+        self.cycle, self.seconds = cycle, 0.0
         self.path = folder / f"{name}.pt"
         self.average = {
             key: value.detach().clone().float() for key, value in modules.state_dict().items()
@@ -191,12 +194,15 @@ class Trainer:
             modules.load_state_dict(saved["modules"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.average, self.step = saved["average"], saved["step"]
+            self.seconds = saved.get("seconds", 0.0)
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step: up over the first 5%, then a cosine to 1% of the top rate."""
-        warm = max(1, self.steps // 20)
+        warm = max(1, self.steps // 20) if self.cycle else 40
         if step < warm:
             return self.rate * (step + 1) / warm
+        if not self.cycle:
+            return self.rate
         return self.rate * (
             0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
         )
@@ -208,21 +214,27 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
             "step": self.step,
+            "seconds": self.seconds,
         }
         torch.save(state, partial)
         partial.replace(self.path)
 
-    def run(self, loss_of: Callable[[int], torch.Tensor], every: int = 250) -> None:
-        """Train to the last step.
+    def run(
+        self, loss_of: Callable[[int], torch.Tensor], every: int = 250, until: int | None = None
+    ) -> None:
+        """Train to the last step, or to step `until`.
 
         `loss_of(step)` draws the batch of that step and returns its loss.
         """
-        if self.step >= self.steps:
+        last = self.steps if until is None else until
+        if self.step >= last:
             return
         self.modules.train()
         running: float | None = None
-        with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
-            while self.step < self.steps:
+        device = next(self.modules.parameters()).device.type
+        began = clock(device) - self.seconds
+        with tqdm(total=last, initial=self.step, desc=self.name, mininterval=5) as bar:
+            while self.step < last:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate(self.step)
                 loss = loss_of(self.step)
@@ -239,7 +251,8 @@ class Trainer:
                 running = value if running is None else 0.98 * running + 0.02 * value
                 bar.set_postfix(loss=f"{running:.4f}", refresh=False)
                 bar.update()
-                if self.step % every == 0 or self.step == self.steps:
+                if self.step % every == 0 or self.step == last:
+                    self.seconds = clock(device) - began
                     self.save()
 
     def averaged(self) -> torch.nn.ModuleDict:
@@ -251,6 +264,14 @@ class Trainer:
             }
         )
         return self.modules.eval().requires_grad_(False)
+
+
+def clock(device: str) -> float:
+    """Return seconds: of this process's processor time on a CPU, of the clock on a GPU."""
+    if torch.device(device).type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def generator(seed: int, step: int) -> torch.Generator:
@@ -271,7 +292,8 @@ def draw_training_set(count: int) -> tuple[torch.Tensor, list[str]]:
     return images, captions
 
 
-def _gradient_l1(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def gradient_l1(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the mean absolute difference of the gradients of two pictures."""
     return (a.diff(dim=-1) - b.diff(dim=-1)).abs().mean() + (
         a.diff(dim=-2) - b.diff(dim=-2)
     ).abs().mean()
@@ -302,7 +324,7 @@ def train_vae(options: argparse.Namespace, images: torch.Tensor) -> AutoencoderK
         return (
             F.l1_loss(decoded, target)
             + F.mse_loss(decoded, target)
-            + 0.5 * _gradient_l1(decoded, target)
+            + 0.5 * gradient_l1(decoded, target)
             + 1e-4 * kl
         )
 
@@ -449,7 +471,7 @@ def train_decoder(
         return (
             F.l1_loss(decoded, target)
             + 2 * F.mse_loss(decoded, target)
-            + 0.5 * _gradient_l1(decoded, target)
+            + 0.5 * gradient_l1(decoded, target)
         )
 
     trainer.run(loss_of)
