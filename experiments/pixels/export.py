@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.pixels.score import PAIRS, Painter, fresh_scenes, kept_steps, photograph_crops
+from experiments.pixels.score import Painter, fresh_scenes, kept_steps, photograph_crops
 from experiments.pixels.spaces import SPACES, Space, build_autoencoder, build_scheduler, build_unet
 from experiments.pixels.train import FOLDER, ready
 from probe.diffusion.loading import BUNDLED
@@ -26,7 +26,7 @@ NAMES = {1: "emojiworld-pixels", 4: "emojiworld-latents"}
 SHIPPED = Path("probe")
 ROUND_TRIPS = Path("probe/pixels/round-trips.webp")
 DRAWN = Path("experiments/pixels/drawn.webp")
-SHOWN_PAIRS = ("fox", "forest"), ("astronaut", "moon"), ("pizza", "beach"), ("car", "city")
+SHOWN_PROMPTS, SHOWN_SCENES = [0, 1], 4
 SHOWN_CROPS = (3, 30, 62)  # of the photographs
 ZOOM, LINE = 2, 16
 
@@ -89,7 +89,7 @@ def page(rows: list[tuple[str, torch.Tensor]], columns: list[str]) -> Image.Imag
 
 def round_trips(folder: Path, device: str) -> Image.Image:
     """Return scenes and photographs beside what each autoencoder gives back of them."""
-    scenes = fresh_scenes(66_000_000, 1)[[PAIRS.index(pair) for pair in SHOWN_PAIRS]]
+    scenes, _ = fresh_scenes(66_000_000, SHOWN_SCENES)
     shown = torch.cat([scenes, photograph_crops()[list(SHOWN_CROPS)]])
     rows = [("as it is", shown)]
     for f, space in SPACES.items():
@@ -106,7 +106,6 @@ def drawn(folder: Path, seed: int) -> Image.Image:
 
     Two prompts a step.
     """
-    wanted = [PAIRS.index(pair) for pair in SHOWN_PAIRS]
     columns: list[int] = []
     rows = []
     for f, space in SPACES.items():
@@ -114,7 +113,7 @@ def drawn(folder: Path, seed: int) -> Image.Image:
         for step in space.steps[2:]:
             path = folder / f"pictures-denoiser-f{f}-seed{seed}-{step}.pt"
             if path.exists():
-                pictures.append(torch.load(path, weights_only=True)[wanted[:2]])
+                pictures.append(torch.load(path, weights_only=True)[SHOWN_PROMPTS])
                 columns = max(columns, [*space.steps[2:]][: len(pictures)], key=len)
         if pictures:
             heading = f"f = {f}\n{space.channels} x {space.side} x {space.side}"

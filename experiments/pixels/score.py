@@ -3,12 +3,12 @@
     python -m experiments.pixels.score                # writes probe/pixels/trained.json
     python -m experiments.pixels.score --folder training/pixels --out trained.json
 
-Of each kept checkpoint 192 pictures are drawn: one of each emoji in each setting, the same prompts,
-seeds and number of calls in every space. Two networks look at them (`experiments.emojiworld.judge`,
-trained on other scenes, of different architecture): `report` says whether it recognises what was
-asked for, `tuning` gives the features in which the pictures are held against 1,920 fresh scenes:
-KID (Binkowski et al. 2018) and the Frechet distance (Heusel et al. 2017). What the autoencoder
-alone loses is scored in the same way: fresh scenes after a round trip.
+Of each kept checkpoint 192 pictures are drawn, each of one emoji in one setting, taken at random;
+prompts, seeds and the number of calls are the same in every space. Two networks look at them
+(`experiments.emojiworld.judge`, trained on other scenes, of different architecture): `report` says
+whether it recognises what was asked for, `tuning` gives the features in which the pictures are held
+against 1,920 fresh scenes: KID (Binkowski et al. 2018) and the Frechet distance (Heusel et al.
+2017). What the autoencoder alone loses is scored in the same way: fresh scenes after a round trip.
 
 What was scored is kept beside the checkpoint; a second call scores only what is new.
 """
@@ -49,23 +49,33 @@ from probe.analysis.pictures import psnr, ssim
 
 OUT = Path("probe/pixels/trained.json")
 CALLS, GUIDANCE = 20, 3.0
-FIRST_FRESH, FIRST_TRIP, SCENES_A_PAIR = 60_000_000, 65_000_000, 10
-COUNTS = (48, 96, 192, 384, 768)
-PAIRS = [(subject, setting) for subject in world.SUBJECTS for setting in world.SETTINGS]
-SEEN = torch.tensor([pair not in world.HELD_OUT for pair in PAIRS])
+FIRST_FRESH, FIRST_TRIP, FRESH, MOST = 60_000_000, 65_000_000, 1920, 768
+COUNTS = (48, 96, 192, 384, MOST)
+PICTURES = 192  # of each checkpoint
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image; they come with it
 
 
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def fresh_scenes(first: int, each: int) -> torch.Tensor:
-    """Return `each` fresh scenes of every pair, (picture, rgb, 64, 64) uint8, pair by pair."""
+def pairs_at_random(seed: int, count: int) -> list[tuple[str, str]]:
+    """Return pairs of a subject and a setting, all equally likely, also those left out."""
+    rng = np.random.default_rng([6, seed])
+    subjects, settings = list(world.SUBJECTS), list(world.SETTINGS)
+    return [(str(rng.choice(subjects)), str(rng.choice(settings))) for _ in range(count)]
+
+
+ASKED = pairs_at_random(0, MOST)
+
+
+def fresh_scenes(first: int, count: int) -> tuple[torch.Tensor, list[tuple[str, str]]]:
+    """Return fresh scenes, (picture, rgb, 64, 64) uint8, and the pair that each shows."""
+    pairs = pairs_at_random(first, count)
     scenes = [
         world.draw_scene(first + i, (subject,), setting, allow_held_out=True)
-        for i, (subject, setting) in enumerate(pair for pair in PAIRS for _ in range(each))
+        for i, (subject, setting) in enumerate(pairs)
     ]
-    return pictures_of(scenes)
+    return pictures_of(scenes), pairs
 
 
 class Painter:
@@ -172,26 +182,25 @@ class Scorer:
 
     def __init__(self, judges: Path):
         self.recogniser, self.eye = load_judge("report", judges), load_judge("tuning", judges)
-        self.true = features(self.eye, fresh_scenes(FIRST_FRESH, SCENES_A_PAIR))
+        self.true = features(self.eye, fresh_scenes(FIRST_FRESH, FRESH)[0])
 
-    def score(self, pictures: torch.Tensor) -> dict[str, Any]:
-        """Return the scores of one picture a pair, or of several, pair by pair."""
-        answer, each = self.recogniser.judge(pictures), len(pictures) // len(PAIRS)
-        subject = answer.shows([(subject,) for subject, _ in PAIRS for _ in range(each)])
-        setting = answer.set_in([setting for _, setting in PAIRS for _ in range(each)])
+    def score(self, pictures: torch.Tensor, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+        """Return the scores of pictures of which these pairs were asked."""
+        answer = self.recogniser.judge(pictures)
+        subject = answer.shows([(subject,) for subject, _ in pairs])
+        setting = answer.set_in([setting for _, setting in pairs])
+        seen = torch.tensor([pair not in world.HELD_OUT for pair in pairs])
         right = {"subject": subject, "setting": setting, "both": subject & setting}
         scores: dict[str, Any] = {"pictures": len(pictures)}
         for name, hits in right.items():
-            of_pairs = hits.float().reshape(len(PAIRS), each)
-            scores[name] = rounded(interval(of_pairs[SEEN]))
-            scores[f"{name}_left_out"] = rounded(interval(of_pairs[~SEEN]))
+            scores[name] = rounded(interval(hits[seen].float()[:, None]))
+            scores[f"{name}_left_out"] = rounded(interval(hits[~seen].float()[:, None]))
         scores["kid"] = rounded(kid(features(self.eye, pictures), self.true))
         return scores
 
     def by_count(self, pictures: torch.Tensor) -> dict[str, list[float]]:
-        """Return FD and KID of the first n pictures, drawn from all pairs alike, by n."""
-        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
-        seen = features(self.eye, pictures)[order]
+        """Return FD and KID of the first n pictures, by n."""
+        seen = features(self.eye, pictures)
         found: dict[str, list[float]] = {"count": [], "fd": [], "kid": []}
         for count in COUNTS:
             if count <= len(seen):
@@ -210,7 +219,7 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 def score_checkpoints(options: argparse.Namespace, scorer: Scorer) -> list[dict[str, Any]]:
     """Return a record for every denoiser, with a point for each of its kept checkpoints."""
-    prompts = [world.caption_of((subject,), setting, None) for subject, setting in PAIRS]
+    prompts = [world.caption_of((subject,), setting, None) for subject, setting in ASKED]
     texts, empty = embeddings(prompts).to(options.device), embeddings([""]).to(options.device)
     noted, runs = notes(options.folder), []
     for f, space in SPACES.items():
@@ -220,7 +229,7 @@ def score_checkpoints(options: argparse.Namespace, scorer: Scorer) -> list[dict[
             steps = kept_steps(options.folder, f, seed)
             for step in steps:
                 name = f"denoiser-f{f}-seed{seed}-{step}"
-                more = options.seeds_a_pair if step == space.steps[-1] and seed == 0 else 1
+                more = options.most if step == space.steps[-1] and seed == 0 else PICTURES
                 scores = scored(options, scorer, space, name, texts, empty, more)
                 training = {"step": step, "seconds": round(noted[name]["seconds"], 1)}
                 points.append({**training, "flops": step * of_step, **scores})
@@ -256,28 +265,27 @@ def scored(
     name: str,
     texts: torch.Tensor,
     empty: torch.Tensor,
-    seeds: int,
+    count: int,
 ) -> dict[str, Any]:
     """Return the scores of a checkpoint, and draw its pictures if that was not done before."""
     path = options.folder / f"score-{name}.json"
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
-        if "by_count" in known or seeds == 1:
+        if "by_count" in known or count <= PICTURES:
             return known  # type: ignore[no-any-return]
     unet = ready(build_unet(space), options.folder / f"{name}.safetensors").to(options.device)
     unet.to(memory_format=torch.channels_last)
     painter = Painter(options.folder, space, options.device)
     drawn, started = [], time.process_time()
-    for seed in tqdm(range(seeds), desc=name, unit=f"x {len(PAIRS)} pictures"):
-        for start in range(0, len(PAIRS), 48):
-            part = texts[start : start + 48]
-            first = seed * len(PAIRS) + start
-            drawn.append(painter.paint(draw(unet, space, part, empty, first)))
-    seconds = (time.process_time() - started) / (seeds * len(PAIRS))
-    pictures = torch.cat(drawn)  # seed by seed
-    torch.save(pictures[: len(PAIRS)], options.folder / f"pictures-{name}.pt")
-    scores = {**scorer.score(pictures[: len(PAIRS)]), "sampling_seconds": float(f"{seconds:.3g}")}
-    if seeds > 1:
+    for start in tqdm(range(0, count, 48), desc=name, unit="x 48 pictures"):
+        part = texts[start : min(start + 48, count)]
+        drawn.append(painter.paint(draw(unet, space, part, empty, start)))
+    seconds = (time.process_time() - started) / count
+    pictures = torch.cat(drawn)
+    torch.save(pictures[:PICTURES], options.folder / f"pictures-{name}.pt")
+    scores = scorer.score(pictures[:PICTURES], ASKED[:PICTURES])
+    scores["sampling_seconds"] = float(f"{seconds:.3g}")
+    if count > PICTURES:
         scores["by_count"] = scorer.by_count(pictures)
     path.write_text(json.dumps(scores) + "\n", encoding="utf-8")
     return scores
@@ -286,18 +294,14 @@ def scored(
 def score_autoencoders(options: argparse.Namespace, scorer: Scorer) -> list[dict[str, Any]]:
     """Return what each autoencoder costs and loses; f = 1 stands for the scenes themselves."""
     noted, found = notes(options.folder), []
-    scenes, photographs = fresh_scenes(FIRST_TRIP, 4), photograph_crops()
+    (scenes, pairs), photographs = fresh_scenes(FIRST_TRIP, MOST), photograph_crops()
     for f, space in SPACES.items():
         if f > 1 and not (options.folder / f"latents-f{f}.pt").exists():
             continue
         painter = Painter(options.folder, space, options.device)
         back = painter.round_trip(scenes)
-        by_seed = back.reshape(len(PAIRS), 4, *back.shape[1:]).transpose(0, 1).flatten(0, 1)
-        record: dict[str, Any] = {
-            "f": f,
-            **scorer.score(back),
-            "by_count": scorer.by_count(by_seed),
-        }
+        scores = scorer.score(back[:PICTURES], pairs[:PICTURES])
+        record: dict[str, Any] = {"f": f, **scores, "by_count": scorer.by_count(back)}
         if painter.vae is not None:
             trip = painter.round_trip(photographs)
             training, encoding = noted[f"autoencoder-f{f}"], noted[f"latents-f{f}"]
@@ -356,7 +360,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--scenes", type=int, default=20_000, help="that were trained on")
     parser.add_argument(
-        "--seeds-a-pair", type=int, default=4, help="pictures a prompt for FD against their number"
+        "--most",
+        type=int,
+        default=MOST,
+        help="pictures of a finished denoiser, for FD and KID against their number",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
