@@ -1,0 +1,117 @@
+// @ts-check
+/**
+ * The model's four parts, as onnxruntime computes them: text encoder, UNet, decoder and encoder.
+ *
+ * @typedef {{layers: string[], shapes: Record<string, number[]>, graphs: Record<string, {weights: string, sha256: string}>}} Manifest manifest.json
+ * @typedef {{layer: string, shape: number[], values: Float32Array}} LayerMap attention after its softmax, (row, head, pixel, token)
+ * @typedef {{eps: Float32Array[], maps: LayerMap[]}} Prediction of each row; and of each layer, in the order they run
+ * @typedef {(name: string) => Promise<Uint8Array>} ReadFile a graph, "unet.onnx", or weights, "unet/diffusion_pytorch_model.safetensors"
+ */
+
+/** The parts of the model, in the order in which a page needs them. */
+const PARTS = ["text", "unet", "decoder", "encoder"];
+
+/**
+ * Open the model. `ort` is the module onnxruntime-web or one of the same interface.
+ *
+ * @param {any} ort
+ * @param {Manifest} manifest
+ * @param {ReadFile} read
+ * @param {{executionProviders?: string[], ready?: (part: string) => void}} [options]
+ */
+export async function openModel(ort, manifest, read, { executionProviders = ["wasm"], ready = () => {} } = {}) {
+  /** @type {Record<string, any>} */
+  const sessions = {};
+  for (const part of PARTS) {
+    const path = manifest.graphs[part].weights;
+    const [graph, data] = await Promise.all([read(`${part}.onnx`), read(path)]);
+    sessions[part] = await ort.InferenceSession.create(graph, { executionProviders, externalData: [{ path, data }] });
+    ready(part);
+  }
+  return new Model(ort, manifest, sessions);
+}
+
+/** The model, opened. Latents are of one picture, (channel, y, x). */
+export class Model {
+  /** @param {any} ort @param {Manifest} manifest @param {Record<string, any>} sessions */
+  constructor(ort, manifest, sessions) {
+    this.ort = ort;
+    this.sessions = sessions;
+    this.layers = manifest.layers;
+    this.shapes = manifest.shapes;
+    this.latentSize = this.shapes.latents.reduce((product, side) => product * side, 1);
+  }
+
+  /** What the UNet is told of prompts. @param {number[][]} rows the tokens of each @returns {Promise<Float32Array[]>} */
+  async encodeText(rows) {
+    const ids = new this.ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
+    const { text } = await this.sessions.text.run({ ids });
+    return rowsOf(text);
+  }
+
+  /**
+   * The noise that the UNet sees in latents, once for each text.
+   *
+   * @param {Float32Array} latents
+   * @param {number} timestep
+   * @param {Float32Array[]} texts
+   * @param {Float32Array} [valueScale] how much counts what each head reads from each token, (layer, row, head, token); else 1
+   * @returns {Promise<Prediction>}
+   */
+  async predict(latents, timestep, texts, valueScale) {
+    const rows = texts.length;
+    const [layers, ...perRow] = this.shapes.value_scale;
+    const outputs = await this.sessions.unet.run({
+      latents: this.stacked(Array(rows).fill(latents), this.shapes.latents),
+      timestep: new this.ort.Tensor("int64", BigInt64Array.of(BigInt(timestep)), [1]),
+      text: this.stacked(texts, this.shapes.text),
+      value_scale: this.tensor(valueScale ?? new Float32Array(layers * rows * perRow[0] * perRow[1]).fill(1), [layers, rows, ...perRow]),
+    });
+    const maps = this.layers.map((layer) => ({ layer, shape: outputs[layer].dims, values: outputs[layer].data }));
+    return { eps: rowsOf(outputs.eps), maps };
+  }
+
+  /** The picture of latents, RGBA. @param {Float32Array} latents @returns {Promise<{width: number, height: number, data: Uint8ClampedArray}>} */
+  async decode(latents) {
+    const { pixels } = await this.sessions.decoder.run({ latents: this.stacked([latents], this.shapes.latents) });
+    const [, , height, width] = pixels.dims;
+    const data = new Uint8ClampedArray(4 * height * width).fill(255);
+    for (let channel = 0; channel < 3; channel++) {
+      for (let i = 0; i < height * width; i++) data[4 * i + channel] = level(pixels.data[channel * height * width + i]);
+    }
+    return { width, height, data };
+  }
+
+  /** Mean and deviation of the latents of an RGBA picture, of the size that the model draws. @param {Uint8ClampedArray} picture */
+  async encode(picture) {
+    const places = picture.length / 4;
+    const pixels = new Float32Array(3 * places);
+    for (let channel = 0; channel < 3; channel++) {
+      for (let i = 0; i < places; i++) pixels[channel * places + i] = 2 * Math.fround(picture[4 * i + channel] / 255) - 1;
+    }
+    const { mean, deviation } = await this.sessions.encoder.run({ pixels: this.stacked([pixels], this.shapes.pixels) });
+    return { mean: rowsOf(mean)[0], deviation: rowsOf(deviation)[0] };
+  }
+
+  /** @param {Float32Array[]} rows @param {number[]} shape of each */
+  stacked(rows, shape) {
+    const size = rows[0].length;
+    const values = new Float32Array(rows.length * size);
+    rows.forEach((row, i) => values.set(row, i * size));
+    return this.tensor(values, [rows.length, ...shape]);
+  }
+
+  /** @param {Float32Array} values @param {number[]} shape */
+  tensor(values, shape) {
+    return new this.ort.Tensor("float32", values, shape);
+  }
+}
+
+/** A tensor's rows, each with numbers of its own. @param {{data: Float32Array, dims: readonly number[]}} tensor */
+function rowsOf({ data, dims }) {
+  const size = data.length / dims[0];
+  return Array.from({ length: dims[0] }, (_, row) => data.slice(row * size, (row + 1) * size));
+}
+
+/** The level, 0 to 255, of a pixel's value from -1 to 1; a half is rounded to the even level when it is stored. @param {number} value */
+const level = (value) => Math.fround(Math.fround(value * 0.5 + 0.5) * 255);
