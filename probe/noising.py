@@ -68,7 +68,10 @@ def main(arguments: list[str], prog: str = "python -m probe.noising") -> int:
 
 
 def losses(run: Run) -> list[str]:
-    """Return a noising's losses as the lines of a table, and how well the VAE kept its picture."""
+    """Return a noising's losses as the lines of a table, and how well the VAE kept its picture.
+
+    A model of pixels has no VAE, and keeps all of it.
+    """
     root, forward = run.tree.to_dataset(), run.tree["forward"].dataset
     columns = ["timestep", "sigma", "loss", "spread"]
     values = [
@@ -82,8 +85,10 @@ def losses(run: Run) -> list[str]:
         (f"{t:.0f}", f"{sigma:.3g}", f"{mean:.4f}", f"{spread:.4f}")[:shown]
         for t, sigma, mean, spread in zip(*values, strict=True)
     ]
-    round_trip = float(run.variable("source/psnr"))
-    return [*rows(table, columns[:shown]), "", f"The VAE's round trip: {round_trip:.1f} dB"]
+    round_trip = f"The VAE's round trip: {float(run.variable('source/psnr')):.1f} dB"
+    if run.attributes.model.on_pixels:
+        round_trip = "The model works on pixels: no VAE changed the picture."
+    return [*rows(table, columns[:shown]), "", round_trip]
 
 
 if __name__ == "__main__":

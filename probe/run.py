@@ -192,9 +192,10 @@ def _say_sizes(plan: Plan, limit: int | None) -> None:
             small += sizes[spec.path]
     if plainly := read_plainly([prompt.text for prompt in plan.prompts.values()]):
         tell(plainly)
-    latents = " x ".join(map(str, plan.latent_shape))
+    of = "latents" if plan.rehearsal.has_vae else "pixels"
+    latents = f"{of} {' x '.join(map(str, plan.latent_shape))}"
     branches = ", ".join(plan.computed_branches)
-    say("", f"{plan.calls} model calls, latents {latents}, branches: {branches}", "")
+    say("", f"{plan.calls} model calls, {latents}, branches: {branches}", "")
     say(*rows(table, ("variable", "type", "shape", "size")), "")
     say(
         f"and {len(sizes) - len(table)} smaller ones, {size_text(small)}. Together "

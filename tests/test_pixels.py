@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,20 @@ import torch
 from PIL import Image
 from recordings import assert_same, cut
 from tiny_runs import FULL, OFF, assert_neutral, bare, take
+from views import open_view
 
+from probe.dashboard.library import Library, configure
 from probe.diffusion.loading import load
 from probe.diffusion.parts import to_uint8
 from probe.diffusion.sampling import denoise
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, ModelError
+from probe.figures.anatomy_page import drawing, sentences
+from probe.figures.bundle import latent_channel, payload
+from probe.figures.page import page
+from probe.noising import losses
 from probe.proof.verdict import verify
+from probe.reading.distances import distance
 from probe.reading.recording import Run
 from probe.running.recorder import record_noising, rerun, resume
 from probe.settings.bundled import BUNDLED, models_there, words_of
@@ -212,3 +221,78 @@ def test_each_bundled_model_is_what_its_name_says(name: str) -> None:
     _, channels, y, x = model.latent_shape(1)
     assert channels == (3 if model.f == 1 else 4)
     assert (y * model.f, x * model.f) == ((128, 128) if name == "emojiworld" else (64, 64))
+
+
+# --- how it is shown ------------------------------------------------------------------------------
+
+
+def meta_of(run: Run) -> dict[str, Any]:
+    """The header of what the player is given of a run."""
+    content = payload(run)
+    length = int.from_bytes(content[4:8], "little")
+    return json.loads(content[8 : 8 + length])["meta"]
+
+
+def open_page(view: str, *runs: Run) -> Any:
+    """A page of the dashboard that shows these runs."""
+    for run in runs:
+        target = runs[0].path.parent / run.path.name
+        if not target.exists():
+            shutil.copytree(run.path, target)
+    configure(Library(runs[0].path.parent))
+    return open_view(view, runs=[run.name for run in runs])
+
+
+def test_the_player_names_pixels_and_their_colours(full: Run, tmp_path: Path) -> None:
+    meta = meta_of(full)
+    notes = {panel["part"]: (panel["title"], panel["note"]) for panel in meta["panels"]}
+    assert notes["latents"] == ("Noisy picture going in", "3 numbers a pixel, shown as colour")
+    assert meta["latent_names"] == ["red", "green", "blue"] and "(on pixels)" in meta["facts"]
+    assert "decoded_steps" not in meta, "the guess is a picture already"
+    assert b"green, from -" in latent_channel(full, 1)
+    other = meta_of(take(tmp_path, tiny.pipeline(), steps=2, capture=OFF))
+    notes = {panel["part"]: panel["note"] for panel in other["panels"]}
+    assert notes["latents"] == "4 numbers a square, shown as colour"
+    assert other["latent_names"] == [f"channel {number}" for number in range(4)]
+
+
+def test_the_anatomy_has_no_decoder(full: Run) -> None:
+    drawn = drawing(full)
+    assert "No VAE" in drawn and "VAE decoder" not in drawn and "works on pixels" in drawn
+    assert "no decoder: what the last step leaves is the picture" in drawn
+    said = " ".join(sentences(full))
+    assert "all 3 x 16 x 16 = 768 numbers of the picture" in said and "Why latents" not in said
+
+
+def test_a_summary_and_the_dashboard_say_so(full: Run) -> None:
+    assert full.summary()["model"].endswith(", on pixels: without a VAE")
+    app = open_page("anatomy", full)
+    assert any("it has no VAE" in text.value for text in app.text)
+    app = open_page("guidance", full)
+    assert any("Each pixel is a square of" in part.proto.body for part in app.get("html"))
+
+
+def test_a_noising_shows_no_round_trip(tmp_path: Path) -> None:
+    run = record_noising(
+        picture(),
+        "a cat",
+        pipeline=pixels(),
+        timesteps=(500,),
+        output=str(tmp_path),
+        progress=False,
+    )
+    assert losses(run)[-1] == "The model works on pixels: no VAE changed the picture."
+    parts = [panel["part"] for panel in meta_of(run)["panels"]]
+    assert "source" in parts and "decoded" not in parts
+    assert (run.path / "contact-sheet.png").is_file()
+
+
+def test_it_is_replayed_beside_a_latent_run_by_noise_level(full: Run, tmp_path: Path) -> None:
+    """Other grids, other channels, another schedule: only sigma is common."""
+    other = take(tmp_path, tiny.pipeline(), guidance_scale=3.0)
+    assert "on pixels" in page([full, other])
+    assert not full.diff(other).same
+    with pytest.raises(ExperimentError, match=r"3 x 16 x 16, those of .* 4 x 8 x 8"):
+        distance(full, other)
+    app = open_page("compare", full, other)
+    assert any("3 x 16 x 16" in text.value for text in app.text)

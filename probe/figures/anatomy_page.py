@@ -29,6 +29,12 @@ from probe.reading.recording import Run
 ABSENT = "not recorded"
 LONGEST = 300  # characters of a prompt
 MOST_TOKENS = 40
+ON_LATENTS = "A latent is a small grid with a few numbers a place, which stands for the picture."
+ON_PIXELS = "Each pixel is three numbers: red, green and blue, from -1 to 1."
+NO_VAE = (
+    "This model works on the picture's own pixels (f = 1). It has nothing to decode: -1 becomes "
+    "black, 1 becomes full colour."
+)
 SIDE = 112  # pixels of the small pictures
 STYLE = f"<style>{asset('anatomy.css')}</style>"
 
@@ -46,16 +52,19 @@ class Shown:
 def drawing(run: Run, shown: Shown = Shown()) -> str:
     """Return the pipeline as HTML, from prompt to picture, and small pictures of what is shown."""
     found = {part.name: part for part in anatomy.parts(run)}
-    calls = len(run.steps)
+    calls, on_pixels = len(run.steps), run.attributes.model.on_pixels
+    last = ("Image decoder", "paints the picture, once, at the end")
+    if on_pixels:
+        last = ("Picture", "no decoder: what the last step leaves is the picture")
     columns = [
         ("Text understander", "reads the prompt, once", _text(run, found, shown), ""),
         (
             "Image-information creator",
-            f"works on latents, {counted(calls, 'step')}",
+            f"works on {'pixels' if on_pixels else 'latents'}, {counted(calls, 'step')}",
             _creator(run, found, shown),
             "wide",
         ),
-        ("Image decoder", "paints the picture, once, at the end", _decoder(run, found), ""),
+        (*last, _decoder(run, found), ""),
     ]
     sections = "".join(
         f"<section class='part{number} {width}'><h2>{number}. {title}</h2>"
@@ -77,7 +86,12 @@ def sentences(run: Run) -> list[str]:
             f"vectors of {features} numbers."
         )
     latent, picture = anatomy.latent_shape(run), anatomy.picture_shape(run)
-    if latent and picture:
+    if latent and picture and run.attributes.model.on_pixels:
+        said.append(
+            f"No latents: this model has no VAE. Every step works on all {_shape(picture)} = "
+            f"{math.prod(picture):,} numbers of the picture."
+        )
+    elif latent and picture:
         few, many = math.prod(latent), math.prod(picture)
         said.append(
             f"Why latents: a latent has {_shape(latent)} = {few:,} numbers, the picture "
@@ -193,9 +207,10 @@ def _chips(run: Run) -> str:
 
 
 def _creator(run: Run, found: Mapping[str, Part], shown: Shown) -> str:
-    latent = anatomy.latent_shape(run)
+    latent, on_pixels = anatomy.latent_shape(run), run.attributes.model.on_pixels
+    of = "pixels" if on_pixels else "latents"
     rows: dict[str, str | None] = {
-        "takes": None if latent is None else f"latents {_shape(latent)}, t, embeddings",
+        "takes": None if latent is None else f"{of} {_shape(latent)}, t, embeddings",
         "gives": None if latent is None else f"{_predicts(run)}, {_shape(latent)}, {_dtype(run)}",
     }
     unet = _card(
@@ -203,9 +218,8 @@ def _creator(run: Run, found: Mapping[str, Part], shown: Shown) -> str:
         _u(anatomy.blocks(run), shown.module)
         + _curve(run, shown)
         + _table(rows | _costs(found.get("unet"))),
-        "It looks at the noisy latents, coarser and coarser and back, and says how much of them "
-        "is noise. A latent is a small grid with a few numbers a place, which stands for the "
-        "picture.",
+        f"It looks at the noisy {of}, coarser and coarser and back, and says how much of them "
+        f"is noise. {ON_PIXELS if on_pixels else ON_LATENTS}",
     )
     sigma = run.variable("sigma").values
     steps = {
@@ -320,6 +334,19 @@ def _skips(blocks: list[Block], sizes: list[anatomy.Grid]) -> list[str]:
 
 
 def _decoder(run: Run, found: Mapping[str, Part]) -> str:
+    picture, vae = anatomy.picture_shape(run), _vae(run, found.get("vae"))
+    if picture is None or run.status != "complete":
+        return vae + _card("Picture", f"<p class='absent'>{ABSENT} yet</p>", "")
+    painted = run.images.isel(image=0).values
+    shown = _figure(painted, "The finished picture", smooth=True)
+    table = _table({"shape": f"{_shape(picture)}, uint8", "images": str(len(run.images))})
+    return vae + _card("Picture", shown + table, "")
+
+
+def _vae(run: Run, part: Part | None) -> str:
+    """Return what is said of the VAE; of a model without one, that there is none."""
+    if run.attributes.model.on_pixels:
+        return _card("No VAE", "", NO_VAE)
     latent, picture = anatomy.latent_shape(run), anatomy.picture_shape(run)
     rows: dict[str, str | None] = {
         "takes": None if latent is None else f"latents {_shape(latent)}",
@@ -330,32 +357,28 @@ def _decoder(run: Run, found: Mapping[str, Part]) -> str:
         if run.source is None
         else "Its encoder made latents of the picture that this run began from."
     )
-    vae = _card(
+    return _card(
         "VAE decoder",
-        _table(rows | _costs(found.get("vae"))),
+        _table(rows | _costs(part)),
         "The VAE was trained to squeeze pictures into latents and to paint them again. "
         f"Parameters are those of both halves. {began}",
     )
-    if picture is None or run.status != "complete":
-        return vae + _card("Picture", f"<p class='absent'>{ABSENT} yet</p>", "")
-    painted = run.images.isel(image=0).values
-    shown = _figure(painted, "The finished picture", smooth=True)
-    table = _table({"shape": f"{_shape(picture)}, uint8", "images": str(len(run.images))})
-    return vae + _card("Picture", shown + table, "")
 
 
 def _pictures(run: Run) -> str:
-    """Return the first and the last latents as colour."""
+    """Return the first and the last latents as colour; of a model on pixels, the pixels."""
     if not has_preview(run) or not len(run.steps) or not anatomy.latent_shape(run):
         return ""
     first = run.latents.isel(step=0, image=0).astype("float32").load()
-    figures = [_figure(run.preview(first / max(float(first.std()), 1e-6)).values, "First latents")]
+    of = "pixels" if run.attributes.model.on_pixels else "latents"
+    coloured = run.preview(first / max(float(first.std()), 1e-6)).values
+    figures = [_figure(coloured, f"First {of}")]
     if run.status == "complete" and anatomy.holds(run, "latents/final_latents"):
         last = run.variable("latents/final_latents").isel(image=0)
-        figures.append(_figure(run.preview(last).values, "Last latents"))
+        figures.append(_figure(run.preview(last).values, f"Last {of}"))
     side = max(1, SIDE // max(first.shape[-2:]))
-    note = f"As colour, each latent a square of {side} x {side} pixels."
-    return _card("Latents", f"<div class='pictures'>{''.join(figures)}</div>", note)
+    note = f"As colour, each {of[:-1]} a square of {side} x {side} pixels."
+    return _card(of.capitalize(), f"<div class='pictures'>{''.join(figures)}</div>", note)
 
 
 # --- small pieces --------------------------------------------------------------------------------

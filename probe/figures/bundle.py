@@ -24,7 +24,7 @@ from probe.reading.recording import Run
 from probe.reading.sample import called
 
 PANELS = {  # of a generation: title, and what is said below it
-    "latents": ("Noisy latents going in", "4 numbers a square, shown as colour"),
+    "latents": ("Noisy latents going in", "{channels} numbers a square, shown as colour"),
     "denoised": ("Its guess of the clean picture", "at this step, after guidance"),
     "maps": ("Places that attend", ""),
     "final": ("Finished picture", "after the last step"),
@@ -39,6 +39,15 @@ NOISED = {  # of a noising
     "maps": ("Places that attend", ""),
     "decoded": ("The guess, decoded by the VAE", "at this step alone"),
 }
+ON_PIXELS = {  # what is said otherwise of a model that works on pixels, by kind of recording
+    "generation": {"latents": ("Noisy picture going in", "3 numbers a pixel, shown as colour")},
+    "noising": {
+        "source": ("The picture", "as the model gets it: no VAE"),
+        "latents": ("With this much noise", "what goes into the model"),
+    },
+}
+EXACT = 64  # the longest side of a picture that is kept without loss
+RGB = ("red", "green", "blue")  # the channels of such a model
 LESS, EVEN, MORE = (33, 102, 172), (247, 247, 247), (179, 88, 6)  # colours of a signed number
 
 
@@ -53,7 +62,6 @@ def payload(run: Run, image: int = 0) -> bytes:
     if image >= (count := pictures_of(run)):
         raise RecordingNotFound(f"{run.name} has no {axis} {image}.", f"It has 0 to {count - 1}.")
     steps = run.steps
-    panels = PANELS if run.kind == "generation" else NOISED
     shown = f"run.preview(run.denoised()).sel(step={{step}}).isel({axis}={image}){{mean}}"
     meta: dict[str, Any] = {
         "name": run.name if called(run.path) == str(run.path) else called(run.path),
@@ -67,9 +75,8 @@ def payload(run: Run, image: int = 0) -> bytes:
         "sigma": finite(run.variable("sigma").values[steps]),
         "timestep": finite(run.variable("timestep").values[steps]),
         "colours": HEAT.astype(int).tolist(),
-        "panels": [
-            {"part": part, "title": title, "note": note} for part, (title, note) in panels.items()
-        ],
+        "panels": _panels(run),
+        "latent_names": _latent_names(run),
         "offers": offers(run),
         "opened": f"import probe\n\nrun = probe.open_run({called(run.path)!r})\n",
         "snippets": {"picture": shown},
@@ -88,6 +95,26 @@ def payload(run: Run, image: int = 0) -> bytes:
     return pack(meta, parts)
 
 
+def _panels(run: Run) -> list[dict[str, str]]:
+    """Return part, title and note of each picture that stands side by side."""
+    panels = PANELS if run.kind == "generation" else NOISED
+    if run.attributes.model.on_pixels:
+        panels = panels | ON_PIXELS[run.kind]
+    channels = len(_latent_names(run)) or "Some"
+    return [
+        {"part": part, "title": title, "note": note.format(channels=channels)}
+        for part, (title, note) in panels.items()
+    ]
+
+
+def _latent_names(run: Run) -> list[str]:
+    """Return a name for each channel of the latents; of pixels they are colours."""
+    channels = run.latents.sizes["channel"] if "latents" in run.tree.children else 0
+    if run.attributes.model.on_pixels and channels == len(RGB):
+        return list(RGB)
+    return [f"channel {number}" for number in range(channels)]
+
+
 def pictures_of(run: Run) -> int:
     """Return how many pictures, or draws of noise, a run has."""
     return run.experiment.images if run.kind == "generation" else run.noising.noises
@@ -101,6 +128,7 @@ def prompt_of(run: Run) -> str:
 def facts(run: Run) -> str:
     """Return in a line how a run was made."""
     model, seed = run.attributes.model.name, run.recipe.seed
+    model += " (on pixels)" * run.attributes.model.on_pixels
     if run.kind == "noising":
         return f"{model}, noised at {len(run.noising.timesteps)} timesteps, seed {seed}"
     experiment = run.experiment
@@ -126,19 +154,24 @@ def _seen(run: Run, image: int, meta: dict[str, Any]) -> dict[str, Part]:
             missing["latents"] = missing["denoised"] = (
                 "Not recorded. Its model came without a preview of latents."
             )
-    if "decoded" in groups:
+    if "decoded" in groups and not run.attributes.model.on_pixels:  # of pixels it is `denoised`
         decoded = run.variable("decoded/picture").isel(one)
         there = np.isin(decoded["decoded_step"].values, run.steps)
         if there.any():
             meta["decoded_steps"] = decoded["decoded_step"].values[there].tolist()
             parts["decoded"] = pictures(decoded.values[there], lossless=False)
     if run.source is not None:
-        parts["source"] = pictures(run.source.values[None], lossless=False)
+        parts["source"] = _painted(run.source.values)
     if "images" in groups and run.status == "complete":
-        parts["final"] = pictures(run.images.isel(one).values[None], lossless=False)
+        parts["final"] = _painted(run.images.isel(one).values)
     else:
         missing["final"] = "Not yet: the picture is painted after the last step."
     return parts
+
+
+def _painted(picture: np.ndarray) -> Part:
+    """Return a picture (y, x, rgb) uint8 as it is sent: a small one without loss."""
+    return pictures(picture[None], lossless=max(picture.shape[:2]) <= EXACT)
 
 
 def _previews(run: Run, one: dict[str, int]) -> dict[str, Part]:
@@ -217,5 +250,5 @@ def latent_channel(run: Run, channel: int, image: int = 0) -> bytes:
     share = shown[..., None] / (reach or 1)
     ends = np.where(share < 0, np.array(LESS, np.float32), np.array(MORE, np.float32))
     colours = np.array(EVEN, np.float32) * (1 - np.abs(share)) + ends * np.abs(share)
-    note = f"channel {channel}, from -{reach:.3g} (blue) to {reach:.3g} (orange)"
+    note = f"{_latent_names(run)[channel]}, from -{reach:.3g} (blue) to {reach:.3g} (orange)"
     return pack({"note": note}, {"latents": pictures(colours.round().astype(np.uint8))})

@@ -131,11 +131,17 @@ def png(picture: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def strip(pictures: np.ndarray, scales: Sequence[float], recorded: float, side: int = SMALL) -> str:
+def strip(
+    pictures: np.ndarray,
+    scales: Sequence[float],
+    recorded: float,
+    side: int = SMALL,
+    of: str = "latent",
+) -> str:
     """Return pictures with their scales as HTML, the recorded scale framed.
 
-    Each latent is a square of whole pixels, and the magnification is said. Shape of `pictures`:
-    (scale, y, x, rgb) uint8.
+    Each latent is a square of whole pixels, and the magnification is said; `of` is "pixel" for a
+    model of pixels. Shape of `pictures`: (scale, y, x, rgb) uint8.
     """
     times = magnification(pictures[0], side)
     height, width = pictures.shape[1:3]
@@ -157,6 +163,6 @@ def strip(pictures: np.ndarray, scales: Sequence[float], recorded: float, side: 
         )
     return (
         "<div style='display:flex;flex-wrap:wrap;gap:.4rem'>" + "".join(cells) + "</div>"
-        f"<p style='font-size:.8rem;opacity:.8;margin:.4rem 0 0'>Each latent is a square of "
+        f"<p style='font-size:.8rem;opacity:.8;margin:.4rem 0 0'>Each {of} is a square of "
         f"{times} x {times} pixels.{COLOURS if len(scales) > 1 else ''}</p>"
     )

@@ -74,12 +74,14 @@ def _subtitle(run: Run) -> str:
 
 
 def _pictures(run: Run, picture: Image.Image, across: int) -> tuple[list[Cell], str]:
-    """Return the picture, the VAE's round trip and the masks, and a line on masks left out."""
-    loss = f"{float(run.variable('source/psnr')):.1f} dB"
-    cells: list[Cell] = [
-        (picture, "the picture", ""),
-        (Image.fromarray(run.images.values[0]), "after the VAE", loss),
-    ]
+    """Return the picture, the VAE's round trip and the masks, and a line on masks left out.
+
+    A model of pixels has no VAE.
+    """
+    cells: list[Cell] = [(picture, "the picture", "")]
+    if not run.attributes.model.on_pixels:
+        loss = f"{float(run.variable('source/psnr')):.1f} dB"
+        cells.append((Image.fromarray(run.images.values[0]), "after the VAE", loss))
     if "mask" not in run.tree["source"].dataset:
         return cells, ""
     masks = run.variable("source/mask")
@@ -125,9 +127,12 @@ def _rows(run: Run, steps: np.ndarray) -> list[tuple[str, list[Image.Image | Non
         clean = _defined(pictures, denoised)
     else:
         clean = colours(denoised, bias)
+    given = "the picture's latents with noise in them"
+    if run.attributes.model.on_pixels:
+        given = "the picture with noise in it"
     return [
         (
-            "What the model was given: the picture's latents with noise in them (x_t)",
+            f"What the model was given: {given} (x_t)",
             colours(run.latents.sel(step=steps).isel(draw=0), bias),
         ),
         ("The noise it predicts", colours(noise, 0.5, 0.25 / spread)),

@@ -150,7 +150,8 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   const panels = /** @type {Panel[]} */ (lead.meta.panels);
   const tip = make("p", "tip", "");
   for (const run of runs) {
-    if (runs.length > 1) make("h2", "who", `${run.meta.name}: ${run.meta.facts}`, box);
+    const level = runs.length > 1 && make("small", "", "", make("h2", "who", `${run.meta.name}: ${run.meta.facts}`, box));
+    if (level) views.push(() => { level.textContent = ` step ${said(run.meta.steps[at(run)], run.meta.calls)}, sigma ${short(run.meta.sigma[at(run)])}`; });
     const row = make("div", runs.length > 2 ? "row several" : "row", "", box);
     panels.forEach((panel, number) => row.append(panel.part === "maps" ? mapFigure(run, number) : pictureFigure(run, panel, number)));
   }
@@ -176,7 +177,8 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   const frameAt = (run, part) => (run.parts[part].shape[0] === 1 ? 0 : part === "decoded" ? closest(run.meta.decoded_steps, run.meta.steps[at(run)]) : at(run));
   /** @param {Run} run @param {Panel} panel @param {number} number */
   function pictureFigure(run, panel, number) {
-    const { made, caption, note, canvas, empty } = frameOf(panel.part, number, panel.title, panel.note);
+    const own = /** @type {Panel} */ (run.meta.panels.find((/** @type {Panel} */ { part }) => part === panel.part) ?? panel);
+    const { made, caption, note, canvas, empty } = frameOf(panel.part, number, own.title, own.note);
     empty.textContent = run.meta.missing[panel.part] ?? "Not recorded.";
     canvas.hidden = !(empty.hidden = panel.part in run.parts);
     if (canvas.hidden) return made;
@@ -187,16 +189,15 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
       shown = String(index);
       fit(canvas, run.parts[panel.part]);
       paintPicture(canvas, run.parts[panel.part], index);
-      canvas.setAttribute("aria-label", `${panel.title}, step ${said(run.meta.steps[at(run)], run.meta.calls)}`);
+      canvas.setAttribute("aria-label", `${own.title}, step ${said(run.meta.steps[at(run)], run.meta.calls)}`);
     });
     if (panel.part !== "latents" || !offers.latents) return made;
     const whole = run.parts.latents;
-    const options = [["", "as colour"], ...Array.from({ length: offers.latents }, (_, i) => [String(i), `channel ${i}`])];
-    const channel = choice(caption, "Which channel of the latents", /** @type {[string, string][]} */ (options), "");
+    const channel = choice(caption, "Which channel of the latents", [["", "as colour"], ...run.meta.latent_names.map((/** @type {string} */ name, /** @type {number} */ i) => [String(i), name])], "");
     channel.onchange = async () => {
       const { value } = channel;
       try {
-        const found = value === "" ? { meta: panel, parts: { latents: whole } } : await more(run, { what: "latents", channel: value });
+        const found = value === "" ? { meta: own, parts: { latents: whole } } : await more(run, { what: "latents", channel: value });
         if (dead || channel.value !== value) return;
         [note.textContent, run.parts.latents, shown] = [found.meta.note, found.parts.latents, ""];
         draw();
@@ -262,9 +263,9 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
       const [canvas, note, empty] = [make("canvas", "", "", made, { role: "img", "aria-label": `The two compared: ${panel.title}` }), make("small", "", "", made), make("p", "empty", "", made)];
       views.push(seen(made, () => {
         const [a, b] = [one, two].map((run) => run.parts[panel.part]);
-        const sizes = [a, b].map((part) => part && JSON.stringify(part.kind === "sheet" ? part.shape.slice(1) : part.shape.slice(-3, -1)));
+        const sizes = [a, b].map((part) => part && (part.kind === "sheet" ? part.shape.slice(1, 3) : part.shape.slice(-3, -1)));
         const [first, second] = [channelOf(one), channelOf(two)];
-        empty.textContent = !a || !b ? "Not recorded in both." : sizes[0] !== sizes[1] ? "Not of one size." : a.kind === "numbers" && (first < 0 || second < 0) ? "Not in both prompts." : "";
+        empty.textContent = !a || !b ? "Not recorded in both." : sizes[0].join() !== sizes[1].join() && !(how.value === "wipe" && sizes[0][0] * sizes[1][1] === sizes[0][1] * sizes[1][0]) ? `Not of one size: ${sizes.map((size) => size.join(" x ")).join(" and ")}. Pictures of one shape can be wiped.` : a.kind === "numbers" && (first < 0 || second < 0) ? "Not in both prompts." : "";
         note.textContent = "";
         canvas.hidden = !(empty.hidden = !empty.textContent);
         if (canvas.hidden) return;

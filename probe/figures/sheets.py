@@ -143,7 +143,7 @@ def _subtitle(run: Run, final: Image.Image) -> str:
     scheduler = run.attributes["scheduler"]["class"].removesuffix("Scheduler")
     scale = recipe["guidance_scale"]
     facts = [
-        run.attributes["model"]["name"],
+        run.attributes.model.name + ", on pixels" * run.attributes.model.on_pixels,
         f"{scheduler}, {recipe['steps']} steps",
         f"guidance {scale:g}" if scale > 1 else "no guidance",
         f"seed {recipe['seed']}",

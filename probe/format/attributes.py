@@ -86,10 +86,17 @@ class Model(Part):
     files: Texts = Field(
         {}, description="digest of each file that decided bits beside the model's own, by its path"
     )
-    f: Whole | None = Field(None, description="pixels per latent along one axis; 1 without a VAE")
+    f: Whole | None = Field(
+        None, description="pixels per latent along one axis; 1 without a VAE: latents are pixels"
+    )
     scaling_factor: Number | None = Field(
         None, description="the factor by which the VAE's latents are multiplied"
     )
+
+    @property
+    def on_pixels(self) -> bool:
+        """Whether it works on pixels: without a VAE, and its latents are the picture."""
+        return self.f == 1
 
 
 class Scheduler(Part):

@@ -190,7 +190,7 @@ SCHEMA: tuple[Variable, ...] = (
             "final_latents",
             _FINAL,
             "run",
-            "latents after the last step, which the VAE decodes",
+            "latents after the last step, which the VAE decodes; at f = 1 the pixels, -1 to 1",
         ),
         _var("scheduler_sigmas", "sigma_index", "float64", "the scheduler's whole sigma table"),
     ),

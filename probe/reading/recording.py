@@ -313,7 +313,8 @@ class Run(Attention, Latents):
         lines = {
             "prompt": attributes.texts["cond"],
             "negative prompt": attributes.texts["uncond"],
-            "model": f"{model.name} ({model.dtype}, {attributes.environment.device})",
+            "model": f"{model.name} ({model.dtype}, {attributes.environment.device})"
+            + ", on pixels: without a VAE" * model.on_pixels,
             "picture": picture,
             "sampling": sampling,
             "with": additions(attributes.recipe),

@@ -58,7 +58,7 @@ def _measures_modules(plan: Plan) -> bool:
 
 
 def _measures_vae(plan: Plan) -> bool:
-    return "vae" in plan.rehearsal.flops and _measures_modules(plan)
+    return plan.rehearsal.has_vae and _measures_modules(plan)
 
 
 def _attends(*modes: str) -> Callable[[Plan], bool]:

@@ -26,6 +26,7 @@ class Decoded(Capture):
     def __init__(self, model: Family, plan: Plan):
         self._model, self._plan = model, plan
         self.not_finite: Counter[str] = Counter()
+        self._whose = "The picture" if model.vae is None else "The VAE's picture"
         self.in_float32 = False
 
     def arrays(self) -> list[ArraySpec]:
@@ -52,7 +53,7 @@ class Decoded(Capture):
             return
         shown, again = self._model.pixels(step.denoised.to(self._model.dtype))
         if torch.isfinite(step.denoised).all():
-            self._count("decoded/picture", f"The VAE's picture at step {step.index}", shown)
+            self._count("decoded/picture", f"{self._whose} at step {step.index}", shown)
         store.write(
             "decoded/picture", to_uint8(shown).numpy(), at=self._plan.decoded.index(step.index)
         )
@@ -60,15 +61,15 @@ class Decoded(Capture):
 
     def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
         shown, again = self._model.pixels(latents)
-        self._count("images/final", "The VAE's picture", shown)
+        self._count("images/final", self._whose, shown)
         store.write("images/final", to_uint8(shown).numpy())
         self.in_float32 |= again
         lines = []
         if spoilt := +self.not_finite:  # those above 0
             store.annotate(decoded_not_finite=dict(spoilt))
+            made = "The picture holds" if self._model.vae is None else "The VAE made"
             lines.append(
-                f"The VAE made {spoilt.total()} values that are not finite: they are 0 in the "
-                "pictures."
+                f"{made} {spoilt.total()} values that are not finite: they are 0 in the pictures."
             )
         if self.in_float32:
             store.annotate(decoded_in_float32=True)

@@ -44,6 +44,11 @@ class Rehearsal:
     flops: dict[str, int]
     calls: dict[str, int]
 
+    @property
+    def has_vae(self) -> bool:
+        """Whether the model has a VAE; one that works on pixels has none."""
+        return "vae" in self.flops
+
 
 REMEMBERED = 8  # rehearsals, each of some hundred names and shapes
 _REHEARSED: dict[Any, Rehearsal] = {}

@@ -62,17 +62,14 @@ def activation_paths(
                     f"{field}: {matching[0]} runs {rehearsal.calls[matching[0]]} times a call.",
                     "Name the modules around it.",
                 )
-            why = ": this model has no VAE" if _of_absent_vae(pattern, rehearsal) else ""
+            absent = pattern.startswith("vae") and not rehearsal.has_vae
+            why = ": this model has no VAE" if absent else ""
             raise ExperimentError(
                 f"{field}: {pattern!r} matches no module{why}.",
                 near(pattern, list(rehearsal.outputs)),
             )
         chosen.update(dict.fromkeys(once))
     return list(chosen)
-
-
-def _of_absent_vae(pattern: str, rehearsal: Rehearsal) -> bool:
-    return pattern.startswith("vae") and "vae" not in rehearsal.flops
 
 
 def statistic_paths(model: Family, component: str, rehearsal: Rehearsal) -> list[str]:

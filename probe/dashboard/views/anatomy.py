@@ -140,6 +140,9 @@ def _block(run: Run) -> tuple[str, str, int]:
 
 
 def _vae(run: Run, image: int) -> None:
+    if run.attributes.model.on_pixels:
+        st.text("This model works on pixels: it has no VAE, so there is no inside of one.")
+        return
     st.subheader("Inside the VAE decoder")
     if not figures.holds(run, "vae/statistics"):
         st.info("The outputs of its blocks were not recorded. The setting is capture.statistics.")

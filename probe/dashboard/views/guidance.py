@@ -87,11 +87,12 @@ def _pictures(run: Run, key: str, step: int, scale: float, image: int) -> None:
     if step in run.undefined_steps:
         st.info("At this step there is no signal: predicted noise says nothing of the picture.")
         return
+    of = "pixel" if run.attributes.model.on_pixels else "latent"
     recorded, strip = float(run.recipe.guidance[0]), figures.scales_of(run)
     pictures = figures.estimates(run, step, [scale, *strip], image)
     large, small = st.columns([1, 3.2])
-    large.html(figures.strip(pictures[:1], [scale], recorded, figures.LARGE))
+    large.html(figures.strip(pictures[:1], [scale], recorded, figures.LARGE, of))
     large.download_button(
         "Picture as PNG", figures.png(pictures[0]), f"{key}-step-{step}.png", "image/png", key="png"
     )
-    small.html(figures.strip(pictures[1:], strip, recorded))
+    small.html(figures.strip(pictures[1:], strip, recorded, of=of))
