@@ -25,9 +25,9 @@ from probe.running.session import Session
 from probe.settings.experiment import Experiment
 from probe.watching import hooks, rehearsal
 from probe.watching.hooks import Hooks
+from probe.watching.kept import Tray
 from probe.watching.measures import statistics_of, to_storage
 from probe.watching.outputs import ModuleOutputs, TextOutputs, UnetOutputs, VaeOutputs
-from probe.watching.projections import Tray
 from probe.watching.rehearsal import cross_attention, rehearse
 from probe.watching.selection import activation_paths, attention_layers
 

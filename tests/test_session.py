@@ -34,7 +34,7 @@ from probe.settings.experiment import Experiment, load_experiment
 from probe.watching import hooks
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Values
-from probe.watching.projections import Tray
+from probe.watching.kept import Tray
 from probe.writing.store import RunWriter
 
 STEPS = 4

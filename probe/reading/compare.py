@@ -31,6 +31,7 @@ CONDITIONS = (
     "threads",
     "attention_backend",
     "branches_batched",
+    "measured",
     "torch",
     "diffusers",
     "transformers",

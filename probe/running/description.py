@@ -15,6 +15,7 @@ from probe.format.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.settings.experiment import Experiment
 from probe.settings.noising import Noising
 from probe.watching.interface import Plan
+from probe.watching.kept import measures_late
 from probe.words import RULES
 
 
@@ -93,6 +94,7 @@ def _environment(model: Family) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "attention_backend": type(next(iter(model.unet.attn_processors.values()))).__name__,
         "branches_batched": True,
+        **({"measured": "after the call"} if measures_late(device) else {}),
     }
 
 

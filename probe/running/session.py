@@ -27,6 +27,7 @@ from probe.diffusion.parts import count_not_finite
 from probe.diffusion.sampling import Step
 from probe.editing.editing import Editing
 from probe.errors import NotFinite, StoreError
+from probe.running.transfer import Transfer
 from probe.settings.recipe import Recipe
 from probe.watching.hooks import Hooks
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, hooked
@@ -59,6 +60,7 @@ class Session:
         self._dims = {spec.path: spec.dims for spec in plan.arrays}
         self._hooks, self._hooked = Hooks(()), tuple[Capture, ...]()
         self._wanted: list[Capture] = []
+        self._transfer = Transfer()
         self.first = store.committed  # the first step that is recorded here
 
     def __enter__(self) -> Session:
@@ -129,19 +131,20 @@ class Session:
             values |= capture.take(step)
         if step.index == 0:
             note_memory_format("prediction", step.prediction, self._store)
-        for path in [path for path in values if self._dims[path][:1] != ("step",)]:
-            self._store.write(path, as_numpy(values.pop(path)))
-        host = to_host(dict(values))
+        dtype = step.latents.dtype
+        host, nbytes = self._transfer.start(values)
 
         def ready() -> dict[str, np.ndarray]:
             arrays, recipe = host(), self._plan.recipe
             for path in arrays:
                 if path.startswith("latents/"):
                     name = path.removeprefix("latents/")
-                    check_finite(name, step.index, arrays[path], recipe, step.latents.dtype)
+                    check_finite(name, step.index, arrays[path], recipe, dtype)
+            for path in [path for path in arrays if self._dims[path][:1] != ("step",)]:
+                self._store.write(path, arrays.pop(path))
             return arrays
 
-        self._store.write_step(step.index, ready, sum(tensor.nbytes for tensor in values.values()))
+        self._store.write_step(step.index, ready, nbytes)
         for capture in self._plan.captures:
             capture.passed(step, self._store)
 
@@ -210,25 +213,3 @@ def check_finite(
             f"Try {' or '.join(tries) or 'another model'}; on_nan: record writes such values down "
             "instead of stopping.",
         )
-
-
-def to_host(tensors: Values) -> Callable[[], dict[str, np.ndarray]]:
-    """Start copying to the host, and return a function that waits and gives numpy arrays."""
-    event = None
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        pinned = {
-            name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
-            for name, t in tensors.items()
-        }
-        for name, tensor in tensors.items():
-            pinned[name].copy_(tensor, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        tensors = pinned
-
-    def arrays() -> dict[str, np.ndarray]:
-        if event is not None:
-            event.synchronize()
-        return {name: as_numpy(tensor) for name, tensor in tensors.items()}
-
-    return arrays

@@ -19,7 +19,8 @@ import torch
 from probe.diffusion.family import Family
 from probe.format.schema import MOMENTS, ArraySpec, spec
 from probe.watching.hooks import Watch
-from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
+from probe.watching.interface import Capture, Derived, Grid, Plan, Values, grid_group
+from probe.watching.kept import measures_late
 from probe.watching.labels import heads_of
 from probe.watching.measures import (
     attention_maps,
@@ -30,6 +31,7 @@ from probe.watching.measures import (
 )
 from probe.watching.projections import Projections, Shapes
 from probe.watching.rehearsal import cross_attention
+from probe.watching.together import Flat, MapsTogether, Sides, moments_from
 
 IN_CACHE = 2**18  # scores: 1 MiB
 
@@ -43,10 +45,11 @@ class CrossAttention(Capture):
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._storage = plan, plan.recipe.capture.dtype
-        modules = cross_attention(model.unet)
+        modules, late = cross_attention(model.unet), measures_late(model.device)
         self._projections = Projections(
-            modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens
+            modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens, late
         )
+        self._together = MapsTogether(self._projections.modules, plan) if late else None
         self._planes: dict[Grid, torch.Tensor] = {}
 
     def arrays(self) -> list[ArraySpec]:
@@ -68,6 +71,8 @@ class CrossAttention(Capture):
         return index in self._plan.recorded
 
     def take(self, step: Any) -> Values:
+        if self._together is not None:
+            return self._measured(self._together, self._projections.sides())
         values: Values = {}
         for grid, parts in self._projections.take().items():
             values[f"{grid_group(grid)}/cross"] = parts["cross"].unflatten(-1, grid)
@@ -81,6 +86,28 @@ class CrossAttention(Capture):
         return {
             "cross": ((*lead, grid[0] * grid[1]), storage_dtype(self._storage), 3),
             "moments": ((*lead, len(MOMENTS)), torch.float32, 3),
+        }
+
+    @torch.no_grad()
+    def _measured(self, together: MapsTogether, sides: Sides) -> Values:
+        """Return maps and moments of all layers, from queries and keys that were kept."""
+        shapes = {
+            f"{grid_group(grid)}/cross": (*self._shapes(grid)["cross"][0][:-1], *grid)
+            for grid in self._plan.grids
+        }
+        device = next(iter(sides.values()))[0].device
+        flat = Flat(shapes, storage_dtype(self._storage), device)
+        means: dict[Grid, list[torch.Tensor]] = {grid: [] for grid in self._plan.grids}
+        for group, maps in together.maps(sides):
+            means[group.grid].append(together.moments(group, maps))
+            place = flat.part(f"{grid_group(group.grid)}/cross")[:, :, :, group.layers].flatten(-2)
+            stored = to_storage(maps, self._storage) if place.dtype == torch.uint8 else maps
+            place.copy_(together.apart(group, stored))
+        return flat.values() | {
+            f"{grid_group(grid)}/moments": Derived(
+                tuple(parts), lambda *found, g=grid: moments_from(together.whole(g, found))
+            )
+            for grid, parts in means.items()
         }
 
     def _read(

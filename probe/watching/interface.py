@@ -8,7 +8,7 @@ in `probe.running.planning.CAPTURES`, and the setting that asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,8 +30,22 @@ if TYPE_CHECKING:
     from probe.watching.rehearsal import Rehearsal
 
 Grid = tuple[int, int]
-# Tensors as they are stored, by the schema's path: "attention/16x16/cross".
-Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value that `make` gives on the host, from tensors that are copied there.
+
+    `whole` tensors are large and belong to the capture alone: each is copied as it is.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    make: Callable[..., np.ndarray]
+    whole: bool = False
+
+
+# What is stored, by the schema's path: "attention/16x16/cross".
+Values = dict[str, torch.Tensor | Derived]
 
 
 class Store(Protocol):

@@ -11,6 +11,7 @@ from probe.diffusion.schedule import fresh, set_steps
 from probe.format.schema import ArraySpec, spec
 from probe.settings.experiment import Experiment
 from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
+from probe.watching.kept import measures_late
 
 
 class Levels(Capture):
@@ -46,6 +47,7 @@ class Latents(Capture):
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._dtype = plan, model.dtype
+        self._late = measures_late(model.device)  # then it is copied at once, with everything else
 
     def arrays(self) -> list[ArraySpec]:
         shape = self._plan.latent_shape
@@ -60,8 +62,9 @@ class Latents(Capture):
     def take(self, step: Step) -> Values:
         branches = {f"prediction_{branch}": output for branch, output in step.branches.items()}
         values = {"latents": step.latents, **branches, "prediction": step.prediction}
-        # Cloned, because the caller may change what the loop yielded.
-        return {f"latents/{name}": value.clone() for name, value in values.items()}
+        # The caller may change what the loop yielded.
+        kept = {name: value if self._late else value.clone() for name, value in values.items()}
+        return {f"latents/{name}": value for name, value in kept.items()}
 
     def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
         store.write("latents/final_latents", as_numpy(latents))

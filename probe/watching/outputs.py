@@ -13,18 +13,28 @@ from probe.diffusion.family import Family
 from probe.errors import ExperimentError
 from probe.format.schema import STATISTICS, ArraySpec, spec
 from probe.watching.hooks import Watch
-from probe.watching.interface import Capture, Plan, Store, Values, as_numpy, dtype_note, numpy_dtype
+from probe.watching.interface import (
+    Capture,
+    Derived,
+    Plan,
+    Store,
+    Values,
+    as_numpy,
+    dtype_note,
+    numpy_dtype,
+)
+from probe.watching.kept import Kept, Tray, measures_late
 from probe.watching.measures import statistics_of
-from probe.watching.projections import Tray
 from probe.watching.rehearsal import first_tensor
 from probe.watching.selection import activation_paths, statistic_paths
+from probe.watching.together import statistics_together
 
 
 class ModuleOutputs:
     """Outputs of modules of one component, read by hooks.
 
     `take` gives statistics, (statistic, batch, module) float32 or None, and whole outputs by path,
-    (batch, ...).
+    (batch, ...). With `late`, outputs are kept until then, and `kept` is called in its place.
     """
 
     def __init__(
@@ -34,11 +44,13 @@ class ModuleOutputs:
         statistics: Sequence[str],
         whole: Sequence[str],
         replace: bool = False,
+        late: bool = False,
     ):
         self._modules = {f"{component}.{path}": part for path, part in module.named_modules()}
         self.statistics = list(statistics)
         self.whole = [path for path in whole if path in self._modules]
         self._numbers, self._wholes = Tray(self.statistics, replace), Tray(self.whole, replace)
+        self._kept = (Kept(self.statistics), Kept(self.whole)) if late else None
 
     def watches(self) -> list[Watch]:
         watches: list[Watch] = []
@@ -58,14 +70,30 @@ class ModuleOutputs:
         return stacked, whole
 
     @torch.no_grad()
+    def kept(self, rows: tuple[int, ...]) -> tuple[Derived | None, dict[str, torch.Tensor]]:
+        """Return statistics, (statistic, *rows, module), and whole outputs, which were kept."""
+        assert self._kept is not None
+        outputs, whole = (kept.take() for kept in self._kept)
+        ordered = [outputs[path] for path in self.statistics]
+        return statistics_together(ordered, rows) if ordered else None, whole
+
+    @torch.no_grad()
     def _measure(self, path: str, output: Any) -> None:
         tensor = first_tensor(output)
-        if tensor is not None:
+        if tensor is None:
+            return
+        if self._kept is not None:
+            self._kept[0].put(path, tensor)
+        else:
             self._numbers.put(path, statistics_of(tensor))
 
     def _keep(self, path: str, output: Any) -> None:
         tensor = first_tensor(output)
-        if tensor is not None:
+        if tensor is None:
+            return
+        if self._kept is not None:
+            self._kept[1].put(path, tensor)
+        else:
             self._wholes.put(path, tensor.detach().clone())
 
 
@@ -80,8 +108,8 @@ class UnetOutputs(Capture):
     component = "unet"
 
     def __init__(self, model: Family, plan: Plan):
-        self._plan, self._dtype = plan, model.dtype
-        self._outputs = outputs_of(model, plan, self.component)
+        self._plan, self._dtype, self._late = plan, model.dtype, measures_late(model.device)
+        self._outputs = outputs_of(model, plan, self.component, late=self._late)
 
     def arrays(self) -> list[ArraySpec]:
         rows = (len(self._plan.computed_branches), self._plan.rows.images)
@@ -96,11 +124,15 @@ class UnetOutputs(Capture):
         return index in self._plan.recorded
 
     def take(self, step: Any) -> Values:
-        statistics, wholes = self._outputs.take()
         rows = (len(self._plan.computed_branches), self._plan.rows.images)
         values: Values = {}
-        if statistics is not None:
-            values["unet/statistics"] = statistics.unflatten(1, rows)
+        if self._late:
+            derived, wholes = self._outputs.kept(rows)
+            values |= {} if derived is None else {"unet/statistics": derived}
+        else:
+            statistics, wholes = self._outputs.take()
+            if statistics is not None:
+                values["unet/statistics"] = statistics.unflatten(1, rows)
         return values | {variable_of(path): v.unflatten(0, rows) for path, v in wholes.items()}
 
 
@@ -174,7 +206,9 @@ class TextOutputs(Capture):
         self._branch = ""
 
 
-def outputs_of(model: Family, plan: Plan, component: str, replace: bool = False) -> ModuleOutputs:
+def outputs_of(
+    model: Family, plan: Plan, component: str, *, replace: bool = False, late: bool = False
+) -> ModuleOutputs:
     """Return the outputs of a component's modules that the experiment asks for."""
     module, capture = model.components().get(component, nn.Module()), plan.recipe.capture
     statistics = (
@@ -188,6 +222,7 @@ def outputs_of(model: Family, plan: Plan, component: str, replace: bool = False)
         statistics,
         activation_paths(plan.rehearsal, capture.activations),
         replace,
+        late,
     )
 
 

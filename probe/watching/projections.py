@@ -7,7 +7,7 @@ unknown processors proven.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -18,37 +18,10 @@ from probe.errors import CaptureError
 from probe.watching.conditions import ProcessorWitness
 from probe.watching.hooks import Watch
 from probe.watching.interface import Grid, Rows, by_grid
+from probe.watching.kept import SHARED, Kept, Tray
 
+SIDES = ("to_q", "to_k")
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype, int]]
-
-SHARED = "A module that is shared or re-entered cannot be recorded: leave it out."
-HIDDEN = (
-    "Fused QKV projections, a compiled UNet or a replaced module hide it: undo that, or leave it "
-    "out of capture.layers."
-)
-
-
-class Tray:
-    """Values that hooks put down, by name.
-
-    `take` empties it and insists on exactly one value for every name.
-    """
-
-    def __init__(self, names: Sequence[str], replace: bool = False):
-        self._names, self._replace = tuple(names), replace
-        self._values: dict[str, Any] = {}
-
-    def put(self, name: str, value: Any) -> None:
-        if name in self._values and not self._replace:
-            raise CaptureError(f"{name} fired twice in one step.", SHARED)
-        self._values[name] = value
-
-    def take(self) -> dict[str, Any]:
-        values, self._values = self._values, {}
-        for name in self._names:
-            if name not in values:
-                raise CaptureError(f"{name} fired 0 times in a step.", HIDDEN)
-        return values
 
 
 class Projections:
@@ -58,8 +31,9 @@ class Projections:
     layer's part of each variable in `shapes`; `take` gives these variables.
 
     *Shape:* query (batch, pixel, inner), key (batch, token, inner). Without `tokens`, the keys are
-    those of the pixels: self-attention. Raise CaptureError if they are not what the layer
-    multiplies, or not of the planned shape.
+    those of the pixels: self-attention. With `late`, layers are read when the model has answered:
+    by `take`, or all together by whoever asks for their `sides`. Raise CaptureError if they are not
+    what the layer multiplies, or not of the planned shape.
     """
 
     def __init__(
@@ -70,10 +44,12 @@ class Projections:
         shapes: Callable[[Grid], Shapes],
         read: Callable[[str, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], None],
         tokens: int | None = None,
+        late: bool = False,
     ):
         self.modules = {path: modules[path] for path in layers}
         self._layers, self._rows, self._read, self._tokens = layers, rows, read, tokens
         self._buffers, self._tray = GridBuffers(layers, shapes), Tray(list(layers))
+        self._kept = Kept([f"{path}.{side}" for path in layers for side in SIDES]) if late else None
         self._queries: dict[str, torch.Tensor] = {}
         self._watched: dict[str, tuple[nn.Module, nn.Module]] = {}
         self._witness = ProcessorWitness(self.modules, rows.kept)
@@ -93,10 +69,25 @@ class Projections:
 
         Raise CaptureError if a layer was not read once since the last time.
         """
+        if self._kept is None:
+            self._check_all()
+        else:
+            for path, (query, key) in self.sides().items():
+                with torch.no_grad():
+                    self._read(path, query, key, self._buffers.of(path, query))
+        return self._buffers.take()
+
+    def sides(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return query and key of every layer that is read late. Raise as `take` does."""
+        self._check_all()
+        assert self._kept is not None
+        kept = self._kept.take()
+        return {path: (kept[f"{path}.to_q"], kept[f"{path}.to_k"]) for path in self.modules}
+
+    def _check_all(self) -> None:
         self._queries.clear()
         self._tray.take()
         self._witness.take()
-        return self._buffers.take()
 
     def _query(self, path: str) -> Callable[[Any], None]:
         def hook(output: torch.Tensor) -> None:
@@ -116,6 +107,10 @@ class Projections:
             query = self._queries.pop(path)
             self._check(path, query, key, module)
             self._tray.put(path, True)
+            if self._kept is not None:
+                self._kept.put(f"{path}.to_q", query)
+                self._kept.put(f"{path}.to_k", key)
+                return
             with torch.no_grad():
                 self._read(path, query, key, self._buffers.of(path, query))
 

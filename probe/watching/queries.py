@@ -16,9 +16,11 @@ from probe.errors import ExperimentError
 from probe.format.schema import ArraySpec, spec
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
+from probe.watching.kept import measures_late
 from probe.watching.labels import heads_of
 from probe.watching.projections import Projections, Shapes
 from probe.watching.rehearsal import cross_attention
+from probe.watching.together import Flat, Sides, by_head
 
 
 class Queries(Capture):
@@ -31,9 +33,15 @@ class Queries(Capture):
         self._plan = plan
         # A query is no probability: it has a sign and no bound, so sqrt_u8 cannot hold it.
         self._dtype = torch.float32 if plan.recipe.capture.dtype == "float32" else torch.float16
-        modules = cross_attention(model.unet)
+        self._late = measures_late(model.device)
         self._projections = Projections(
-            modules, plan.layers, plan.rows, self._shapes, self._read, plan.kept.tokens
+            cross_attention(model.unet),
+            plan.layers,
+            plan.rows,
+            self._shapes,
+            self._read,
+            plan.kept.tokens,
+            self._late,
         )
 
     def arrays(self) -> list[ArraySpec]:
@@ -51,11 +59,29 @@ class Queries(Capture):
         return index in self._plan.recorded
 
     def take(self, step: Any) -> Values:
+        if self._late:
+            return self._stacked(self._projections.sides())
         filled = self._projections.take().items()
         return {
             f"{grid_group(grid)}/query": parts["query"].unflatten(-1, grid)
             for grid, parts in filled
         }
+
+    @torch.no_grad()
+    def _stacked(self, sides: Sides) -> Values:
+        """Return the queries of all layers, which were kept."""
+        shapes = {grid: (*self._shapes(grid)["query"][0][:-1], *grid) for grid in self._plan.grids}
+        names = {grid: f"{grid_group(grid)}/query" for grid in shapes}
+        device = next(iter(sides.values()))[0].device
+        flat = Flat({names[grid]: shape for grid, shape in shapes.items()}, self._dtype, device)
+        rows, images = self._plan.rows.kept, self._plan.rows.images
+        for grid, layers in self._plan.grids.items():
+            heads = heads_of(self._plan, layers, grid)
+            stacked = torch.cat([by_head(sides[path][0], rows, heads) for path in layers])
+            apart = stacked.unflatten(0, (len(layers), -1, images))
+            place = flat.part(names[grid]).flatten(-2)
+            place.copy_(apart.permute(1, 2, 0, 3, 5, 4))
+        return flat.values()
 
     def _shapes(self, grid: Grid) -> Shapes:
         plan, layers = self._plan, self._plan.grids[grid]

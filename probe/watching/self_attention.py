@@ -13,6 +13,7 @@ from probe.diffusion.family import Family
 from probe.format.schema import ArraySpec, spec
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Grid, Plan, Values, grid_group
+from probe.watching.kept import measures_late
 from probe.watching.labels import heads_of
 from probe.watching.measures import storage_dtype, storage_note, to_storage
 from probe.watching.projections import Projections, Shapes
@@ -28,7 +29,12 @@ class SelfAttention(Capture):
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._storage = plan, plan.recipe.capture.dtype
         self._projections = Projections(
-            self_attention(model.unet), plan.self_layers, plan.rows, self._shapes, self._read
+            self_attention(model.unet),
+            plan.self_layers,
+            plan.rows,
+            self._shapes,
+            self._read,
+            late=measures_late(model.device),
         )
 
     def arrays(self) -> list[ArraySpec]:

@@ -16,8 +16,8 @@ from probe.format.schema import ArraySpec, spec
 from probe.watching.conditions import FINITE, NOT_FINITE
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Store, as_numpy, numpy_dtype
+from probe.watching.kept import Tray
 from probe.watching.labels import token_labels
-from probe.watching.projections import Tray
 from probe.watching.rehearsal import first_tensor
 
 LAYERED = ("hidden", "attention")  # variables whose first axis counts the layers

@@ -17,8 +17,8 @@ from probe.diffusion.family import Family
 from probe.format.schema import ArraySpec, spec
 from probe.watching.hooks import Watch
 from probe.watching.interface import Capture, Plan, Values, grid_group
+from probe.watching.kept import Tray
 from probe.watching.labels import heads_of
-from probe.watching.projections import Tray
 from probe.watching.queries import width_of
 from probe.watching.rehearsal import cross_attention
 
