@@ -106,7 +106,8 @@ class MapsTogether:
         *Shape:* (map, token, ...) -> (token, branch, image, layer, head, ...).
         """
         images = self._plan.rows.images
-        axes = maps.unflatten(0, (len(group.paths), -1, images, group.heads))
+        lead = (len(group.paths), -1, images, group.heads)
+        axes: torch.Tensor = maps.unflatten(0, lead)
         return axes.movedim((4, 0), (0, 3))
 
     def whole(self, grid: Grid, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -138,7 +139,8 @@ def by_head(side: torch.Tensor, rows: Sequence[int], heads: int) -> torch.Tensor
     first, last = rows[0], rows[-1]
     adjacent = list(rows) == list(range(first, last + 1))
     chosen = side[first : last + 1] if adjacent else side[list(rows)]
-    return chosen.unflatten(-1, (heads, -1)).transpose(1, 2)
+    apart: torch.Tensor = chosen.unflatten(-1, (heads, -1))
+    return apart.transpose(1, 2)
 
 
 def moments_from(means: np.ndarray) -> np.ndarray:
