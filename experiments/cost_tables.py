@@ -24,9 +24,10 @@ COUNTED: tuple[Cost, ...] = (
 )
 # The networks that a CPU runs. Stable Diffusion's own is timed on latents alone.
 MEASURED: tuple[Cost, ...] = (
-    load_cost({"model": "emojiworld", "sizes": [64, 128, 256], "f": [1, 2, 4, 8]}),
-    load_cost({"model": "small", "sizes": [128, 256, 512], "f": [1, 2, 4, 8]}),
-    load_cost({"model": "sd14", "sizes": [512], "f": [1, 2, 4, 8, 16, 32]}),
+    load_cost({"model": "emojiworld", "sizes": [128], "f": [1, 2, 4, 8]}),
+    load_cost({"model": "small", "sizes": [128], "f": [1, 2, 4, 8]}),
+    load_cost({"model": "small", "sizes": [512], "f": [1]}),
+    load_cost({"model": "sd14", "sizes": [512], "f": [1, 8, 16, 32]}),
 )
 
 

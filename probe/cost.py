@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import argparse
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,9 @@ def parser(prog: str = "python -m probe.cost") -> argparse.ArgumentParser:
     )
     timed.add_argument("--rounds", type=int, default=5, help="how often each call is timed [5]")
     timed.add_argument("--threads", type=int, default=1, help="threads of the processor [1]")
-    timed.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
+    timed.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs [auto]"
+    )
     timed.add_argument(
         "--most-seconds", type=float, default=60.0, help="leave out calls that take longer [60]"
     )
@@ -104,32 +106,44 @@ def main(arguments: list[str], prog: str = "python -m probe.cost") -> int:
         )
     before_torch(options.quiet)
     made_by = shlex.join(["python", "-m", "probe.cost", *_reproducible(options, arguments)])
-    progress = (lambda _: None) if options.quiet else tell
-    if options.measure:
-        from probe.watching.timing import measured
-
-        found: Data = measured(
-            [settings],
-            made_by=made_by,
-            rounds=options.rounds,
-            threads=options.threads,
-            device=options.device,
-            most_seconds=options.most_seconds,
-            progress=progress,
-        )
-        say(*measured_lines(found))
-    else:
-        from probe.watching.counting import count_models
-
-        layers: list[Entry] = []
-        found = count_models([settings], made_by, progress, layers.append)
-        say(*counted_lines(found, settings))
-        for count, of in layers if options.layers else ():
-            say("", *layer_lines(count, of, settings.bytes_per_number))
+    found = (_measured if options.measure else _counted)(settings, options, made_by)
     if options.output is not None:
         write(options.output, found)
         say("", without_home(str(options.output)))
     return 0
+
+
+def _counted(settings: Cost, options: argparse.Namespace, made_by: str) -> Data:
+    """Count, and print tables. Return the counts."""
+    from probe.watching.counting import count_models
+
+    entries: list[Entry] = []
+    found = count_models([settings], made_by, _progress(options), entries.append)
+    say(*counted_lines(found, settings))
+    for count, layers in entries if options.layers else ():
+        say("", *layer_lines(count, layers, settings.bytes_per_number))
+    return found
+
+
+def _measured(settings: Cost, options: argparse.Namespace, made_by: str) -> Data:
+    """Measure, and print tables. Return the measurements."""
+    from probe.watching.timing import measured
+
+    found = measured(
+        [settings],
+        made_by=made_by,
+        rounds=options.rounds,
+        threads=options.threads,
+        device=options.device,
+        most_seconds=options.most_seconds,
+        progress=_progress(options),
+    )
+    say(*measured_lines(found))
+    return found
+
+
+def _progress(options: argparse.Namespace) -> Callable[[str], None]:
+    return (lambda _: None) if options.quiet else tell
 
 
 def _reproducible(options: argparse.Namespace, arguments: list[str]) -> list[str]:
@@ -184,7 +198,23 @@ def counted_lines(counts: Counts, settings: Cost) -> list[str]:
         lines += denoiser_lines(counts, size)
         lines += ["", *factor_lines(counts, model, size)]
         lines += ["", *vae_lines(counts, model, size), "", *run_lines(counts, settings, size)]
-    return lines
+    return [*lines, *([""] if len(settings.sizes) > 1 else []), *share_lines(counts, settings)]
+
+
+def share_lines(counts: Counts, settings: Cost) -> list[str]:
+    """Return which kind of layer has how much of a call, against the size; one size has no table.
+
+    Attention is full.
+    """
+    table = []
+    for f in settings.f:
+        for size in settings.sizes if len(settings.sizes) > 1 else ():
+            row = counts.of(settings.model, "denoiser", f, size)
+            shares = (f"{row.shares[kind]:.1%}" for kind in KINDS)
+            table.append((str(f), f"{size[0]}x{size[1]}", *shares, f"{row.total / G:,.1f}"))
+    header = ("f", "size", "convolution", "linear", "self", "cross", "GFLOP")
+    title = "The denoiser's shares against the size of the picture, full attention"
+    return [title, *rows(table, header)] if table else []
 
 
 def _at(counts: Counts, size: tuple[int, int], component: str) -> list[Count]:

@@ -270,6 +270,24 @@ def test_a_local_folder_is_counted_without_weights(tmp_path: Path) -> None:
     assert counts.of(settings.model, "denoiser", 4, (32, 48)).shape == (4, 8, 12)
 
 
+def test_a_model_of_pixels_has_no_vae(tmp_path: Path) -> None:
+    tiny.pixel_pipeline().save_pretrained(tmp_path / "pixels")
+    model = blueprint(str(tmp_path / "pixels"))
+    assert (model.vae, model.f) == (None, 1)
+    settings = load_cost({"model": str(tmp_path / "pixels"), "sizes": [16], "f": [1]})
+    counts = count_models([settings], "test")
+    assert [row.component for row in counts.rows] == ["text_encoder", "denoiser"]
+    assert counts.whole_run(settings.model, 1, 16).decode == 0
+    assert "On pixels there is no VAE." in cost.counted_lines(counts, settings)
+
+
+def test_shares_stand_against_the_size(call: Any) -> None:
+    code, out, _ = call(cost.main, *SMALL[:2], "--sizes", "64,128", "--f", "8", "--quiet")
+    assert code == 0
+    table = out[out.index("The denoiser's shares against the size") :].splitlines()
+    assert [line.split()[:2] for line in table[2:4]] == [["8", "64x64"], ["8", "128x128"]]
+
+
 def test_the_file_that_ships_is_read() -> None:
     file = Path(__file__).parent.parent / "experiments" / "cost-sd14.yaml"
     assert load_cost(file) == Cost()

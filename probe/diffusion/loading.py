@@ -51,7 +51,7 @@ from probe.diffusion.support import (
 )
 from probe.diffusion.tokenizers import read_tokenizer
 from probe.errors import DeviceError, ModelError
-from probe.settings.bundled import BUNDLED, bundled_folder
+from probe.settings.bundled import BUNDLED, bundled_folder, models_there
 from probe.settings.fields import expand_home, from_home
 from probe.system import check_here
 from probe.text import did_you_mean, first_line, printable, shorten, shown
@@ -145,20 +145,21 @@ def blueprint(name: str) -> AnyFamily:
         folder = ModelFolder(Path(name), name)  # nothing is read from it
         index: Mapping[str, Any] = {"_class_name": kind}
     elif name in BUNDLED or expand_home(name).is_dir():
-        folder = ModelFolder(BUNDLED.get(name, expand_home(name)), name)
+        folder = ModelFolder(bundled_folder(name) if name in BUNDLED else expand_home(name), name)
         index, configs, _ = _configs(folder)
     else:
-        names = (*KNOWN, *BUNDLED)
+        names = (*KNOWN, *models_there())
         raise ModelError(
             f"model: {shown(name)} is no config that is known, and no local diffusers folder.",
             did_you_mean(name, {known: known for known in names} | OTHER_NAMES)
             or f"Write {', '.join(names)}, or the path of a folder.",
         )
     what = _Description(folder, index, configs, {}, {}, None, lambda _: {})
-    parts = {part: _part(what, part, torch.float32, torch.device("meta")) for part in configs}
-    none = {part.replace("text_encoder", "tokenizer"): None for part in configs if part in TEXT}
+    parts: dict[str, Any] = dict.fromkeys(KINDS_OF[what.kind])
+    parts |= {part.replace("text_encoder", "tokenizer"): None for part in configs if part in TEXT}
+    parts |= {part: _part(what, part, torch.float32, torch.device("meta")) for part in configs}
     family = FAMILIES.get(what.kind, FAMILIES[ORDINARY])
-    return family(name=from_home(name), scheduler=None, **parts, **none)
+    return family(name=from_home(name), scheduler=None, **parts)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from probe.diffusion.parts import downsampling
+from probe.diffusion.support import COLOURS
 from probe.errors import ModelError
 
 WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 MID_WITHOUT_ATTENTION = "UNetMidBlock2D"
-PIXEL_CHANNELS = 3
 Changes = dict[str, Any]
 
 
@@ -38,7 +38,7 @@ def channels_at(unet: Any, f: int) -> int:
 
     Autoencoders with another f often have more or fewer; a UNet hardly costs more for that.
     """
-    return PIXEL_CHANNELS if f == 1 else int(unet.config.in_channels)
+    return COLOURS if f == 1 else int(unet.config.in_channels)
 
 
 def unet_at(unet: Any, f: int) -> Changes:

@@ -283,6 +283,35 @@ class Measured(Data):
     laws: tuple[Law, ...]
     left_out: tuple[LeftOut, ...] = ()
 
+    def cell(self, model: str, f: int, size: Size, attention: Attention = "full") -> Cell | None:
+        """Return a measured call, or None if it was not measured.
+
+        Where no grid is too wide for coarse attention, it is the full one.
+        """
+        for kind in (attention, "full"):
+            for cell in self.cells:
+                if (cell.model, cell.f, cell.size, cell.attention) == (model, f, _pair(size), kind):
+                    return cell
+        return None
+
+    def factor(
+        self, model: str, f: int, size: Size, attention: Attention = "full"
+    ) -> tuple[float, Source] | None:
+        """Return how many times as long a call on pixels takes as one at f, and its label.
+
+        A full call on pixels that was not measured is extrapolated. None if neither is known.
+        """
+        here, pixels = self.cell(model, f, size), self.cell(model, 1, size, attention)
+        if here is None:
+            return None
+        if pixels is not None:
+            return pixels.seconds / here.seconds, "measured here"
+        law, sides = self.law(model, attention=attention), _pair(size)
+        if law is None or sides is None:
+            return None
+        places = sides[0] * sides[1]
+        return law.at(places) / here.seconds, law.source(places)
+
     def law(
         self, model: str, quantity: str = "seconds", attention: Attention = "full"
     ) -> Law | None:

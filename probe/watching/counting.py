@@ -124,7 +124,7 @@ def text_layers(model: AnyFamily) -> dict[str, list[LayerCount]]:
     counted = {}
     for name, (encoder, _) in model.text_encoders().items():
         ids = torch.zeros((1, _tokens(encoder)), dtype=torch.long, device="meta")
-        counted[name] = _checked(model, name, lambda e=encoder, i=ids: layers_of(e, lambda: e(i)))
+        counted[name] = _checked(model, name, encoder, functools.partial(encoder, ids))
     return counted
 
 
@@ -143,9 +143,7 @@ def unet_layers(model: AnyFamily, shape: Sequence[int], rows: int = 1) -> list[L
     latents = torch.zeros((rows, *shape), dtype=model.dtype, device="meta")
     t = torch.zeros((), dtype=torch.long, device="meta")
     arguments = model.blank(rows, tokens_of(model))
-    return _checked(
-        model, "unet", lambda: layers_of(model.unet, lambda: model.call(latents, t, arguments))
-    )
+    return _checked(model, "unet", model.unet, lambda: model.call(latents, t, arguments))
 
 
 def vae_layers(model: AnyFamily, vae: Any, shape: Sequence[int], way: Way) -> list[LayerCount]:
@@ -155,13 +153,16 @@ def vae_layers(model: AnyFamily, vae: Any, shape: Sequence[int], way: Way) -> li
     """
     given = torch.zeros((1, *shape), dtype=model.dtype, device="meta")
     call = getattr(vae, way)
-    layers = _checked(model, "vae", lambda: layers_of(vae, lambda: call(given, return_dict=False)))
+    layers = _checked(model, "vae", vae, lambda: call(given, return_dict=False))
     return [layer for layer in layers if layer.output]
 
 
-def _checked(model: AnyFamily, part: str, count: Callable[[], list[LayerCount]]) -> Any:
+def _checked(
+    model: AnyFamily, part: str, module: nn.Module, call: Callable[[], Any]
+) -> list[LayerCount]:
+    """Return the layers that a call runs. Raise ModelError if it does not run at this size."""
     try:
-        return count()
+        return layers_of(module, call)
     except ProbeError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
@@ -281,10 +282,12 @@ class Counter:
         """Return the denoiser's layers for an input of this shape."""
         changes = unet_at(self.model.unet, f)
         changes |= self._coarse(shape) if attention == "coarse" else {}
-        return self._once(
-            ("unet", shape, attention),
-            lambda: unet_layers(replace(self.model, unet=remade(self.model.unet, changes)), shape),
-        )
+
+        def count() -> list[LayerCount]:
+            return unet_layers(replace(self.model, unet=remade(self.model.unet, changes)), shape)
+
+        layers: list[LayerCount] = self._once(("unet", shape, attention), count)
+        return layers
 
     def _vae(self, f: int) -> Any:
         changes = vae_at(self.model.vae, f)

@@ -24,13 +24,14 @@ import torch
 
 from probe.analysis.fits import LEAST_POINTS, fit_law
 from probe.diffusion.loading import blueprint, pick_device
-from probe.diffusion.variants import coarse, unet_at
+from probe.diffusion.variants import coarse, remade, unet_at
 from probe.errors import TooLarge
 from probe.reading.pixels import Attention, Cell, Law, LeftOut, Machine, Measured
 from probe.settings.cost import Cost
 from probe.system import free_memory, peak_memory
 from probe.watching.counting import Counter, LayerCount, counted, tokens_of
 
+MOST_IN_ALL, FEWEST = 30.0, 3  # seconds of all rounds; above that, only so many are timed
 AT_ONCE = 8  # the largest outputs that a call holds at the same time, more than were ever measured
 IDLE = 700_000_000  # bytes of a process that has imported torch and diffusers
 
@@ -186,7 +187,7 @@ def _same_network(cell: Cell, call: Call) -> bool:
 
 def in_a_process(call: Call, rounds: int, threads: int) -> Taken | str:
     """Measure a call in a fresh process. Return why nothing came back if the system ended it."""
-    fresh = multiprocessing.get_context("spawn")
+    fresh = _fresh_processes()
     try:
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as pool:
             return pool.submit(take, call, rounds, threads).result()
@@ -194,6 +195,18 @@ def in_a_process(call: Call, rounds: int, threads: int) -> Taken | str:
         return "the system ended its process, probably for its memory"
     except (MemoryError, torch.OutOfMemoryError):
         return "the memory did not suffice"
+
+
+def _fresh_processes() -> Any:
+    """Return where new processes come from: a server that has imported this module and run nothing.
+
+    Windows has none; a process imports everything anew there.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__, "diffusers", "transformers"])
+    return server
 
 
 def take(call: Call, rounds: int, threads: int) -> Taken:
@@ -205,8 +218,8 @@ def take(call: Call, rounds: int, threads: int) -> Taken:
     changes = unet_at(model.unet, call.f)
     if call.attention == "coarse":
         changes |= coarse(model.unet, call.shape[1:], call.attention_up_to)
-    own = {name: value for name, value in model.unet.config.items() if not name.startswith("_")}
-    unet = type(model.unet)(**own | changes).eval().to(where, dtype)
+    unet = torch.nn.Module.to(remade(model.unet, changes), dtype).to_empty(device=where)
+    fill(unet)
     model = replace(model, unet=unet)
     latents = torch.randn((1, *call.shape), dtype=dtype, device=where)
     t, arguments = torch.tensor(500, device=where), model.blank(1, tokens_of(model))
@@ -216,13 +229,23 @@ def take(call: Call, rounds: int, threads: int) -> Taken:
 
     before = _begin_memory(where)
     with torch.no_grad():
-        once()  # the first call also plans convolutions
-        seconds = [_seconds(once, where) for _ in range(rounds)]
+        first = _seconds(once, where)  # this call also plans convolutions
+        several = rounds if first * rounds < MOST_IN_ALL else min(rounds, FEWEST)
+        seconds = [_seconds(once, where) for _ in range(several)]
     if where.type == "cuda":
         peak = int(torch.cuda.max_memory_allocated(where))
     else:
         peak = _peak()
     return Taken(seconds, peak, max(peak - before, 0) if before else 0)
+
+
+def fill(module: torch.nn.Module) -> None:
+    """Give a module's weights random values: the same million again and again."""
+    values = 0.02 * torch.randn(1 << 20)
+    for weight in module.parameters():
+        flat = weight.data.view(-1)
+        for part in flat.split(len(values)):
+            part.copy_(values[: len(part)])
 
 
 def _seconds(call: Callable[[], None], where: torch.device) -> float:
