@@ -8,44 +8,59 @@
  * @typedef {(name: string) => Promise<Uint8Array>} ReadFile a graph, "unet.onnx", or weights, "unet/diffusion_pytorch_model.safetensors"
  */
 
-/** The parts of the model, in the order in which a page needs them. */
-const PARTS = ["text", "unet", "decoder", "encoder"];
-
 /**
- * Open the model. `ort` is the module onnxruntime-web or one of the same interface.
+ * Open the model. `ort` is the module onnxruntime-web or one of the same interface. The encoder is
+ * opened when it is first asked: most runs do not begin from a picture.
  *
  * @param {any} ort
  * @param {Manifest} manifest
  * @param {ReadFile} read
- * @param {{executionProviders?: string[], ready?: (part: string) => void}} [options]
+ * @param {string[]} [executionProviders]
  */
-export async function openModel(ort, manifest, read, { executionProviders = ["wasm"], ready = () => {} } = {}) {
-  /** @type {Record<string, any>} */
-  const sessions = {};
-  for (const part of PARTS) {
+export async function openModel(ort, manifest, read, executionProviders = ["wasm"]) {
+  const open = async (/** @type {string} */ part) => {
     const path = manifest.graphs[part].weights;
     const [graph, data] = await Promise.all([read(`${part}.onnx`), read(path)]);
-    sessions[part] = await ort.InferenceSession.create(graph, { executionProviders, externalData: [{ path, data }] });
-    ready(part);
-  }
-  return new Model(ort, manifest, sessions);
+    return ort.InferenceSession.create(graph, { executionProviders, externalData: [{ path, data }] });
+  };
+  const model = new Model(ort, manifest, open);
+  for (const part of ["text", "unet", "decoder"]) await model.session(part);
+  return model;
 }
 
 /** The model, opened. Latents are of one picture, (channel, y, x). */
 export class Model {
-  /** @param {any} ort @param {Manifest} manifest @param {Record<string, any>} sessions */
-  constructor(ort, manifest, sessions) {
+  /** @param {any} ort @param {Manifest} manifest @param {(part: string) => Promise<any>} open */
+  constructor(ort, manifest, open) {
     this.ort = ort;
-    this.sessions = sessions;
+    this.open = open;
+    /** @type {Record<string, Promise<any>>} */
+    this.sessions = {};
+    this.last = Promise.resolve();
     this.layers = manifest.layers;
     this.shapes = manifest.shapes;
     this.latentSize = this.shapes.latents.reduce((product, side) => product * side, 1);
   }
 
+  /** A part of the model, opened once; one that did not open is tried again. @param {string} part */
+  session(part) {
+    return (this.sessions[part] ??= this.open(part).catch((error) => {
+      delete this.sessions[part];
+      throw error;
+    }));
+  }
+
+  /** Compute a part, after all that was asked before. @param {string} part @param {Record<string, any>} inputs @returns {Promise<any>} */
+  run(part, inputs) {
+    const outputs = this.last.then(async () => (await this.session(part)).run(inputs));
+    this.last = outputs.catch(() => {}); // whoever asked hears of it
+    return outputs;
+  }
+
   /** What the UNet is told of prompts. @param {number[][]} rows the tokens of each @returns {Promise<Float32Array[]>} */
   async encodeText(rows) {
     const ids = new this.ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
-    const { text } = await this.sessions.text.run({ ids });
+    const { text } = await this.run("text", { ids });
     return rowsOf(text);
   }
 
@@ -61,7 +76,7 @@ export class Model {
   async predict(latents, timestep, texts, valueScale) {
     const rows = texts.length;
     const [layers, ...perRow] = this.shapes.value_scale;
-    const outputs = await this.sessions.unet.run({
+    const outputs = await this.run("unet", {
       latents: this.stacked(Array(rows).fill(latents), this.shapes.latents),
       timestep: new this.ort.Tensor("int64", BigInt64Array.of(BigInt(timestep)), [1]),
       text: this.stacked(texts, this.shapes.text),
@@ -73,7 +88,7 @@ export class Model {
 
   /** The picture of latents, RGBA. @param {Float32Array} latents @returns {Promise<{width: number, height: number, data: Uint8ClampedArray}>} */
   async decode(latents) {
-    const { pixels } = await this.sessions.decoder.run({ latents: this.stacked([latents], this.shapes.latents) });
+    const { pixels } = await this.run("decoder", { latents: this.stacked([latents], this.shapes.latents) });
     const [, , height, width] = pixels.dims;
     const data = new Uint8ClampedArray(4 * height * width).fill(255);
     for (let channel = 0; channel < 3; channel++) {
@@ -89,7 +104,7 @@ export class Model {
     for (let channel = 0; channel < 3; channel++) {
       for (let i = 0; i < places; i++) pixels[channel * places + i] = 2 * Math.fround(picture[4 * i + channel] / 255) - 1;
     }
-    const { mean, deviation } = await this.sessions.encoder.run({ pixels: this.stacked([pixels], this.shapes.pixels) });
+    const { mean, deviation } = await this.run("encoder", { pixels: this.stacked([pixels], this.shapes.pixels) });
     return { mean: rowsOf(mean)[0], deviation: rowsOf(deviation)[0] };
   }
 

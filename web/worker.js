@@ -1,0 +1,77 @@
+// @ts-check
+/**
+ * The page's worker: loads the model, then answers what drawing.js answers. The first message is
+ *
+ *     {kind: "load", ort, threads, files}
+ *
+ * `ort` is the address of onnxruntime-web's module. `threads` count where the page is isolated; else
+ * there is one. `files` has, by name, an address or the bytes: those of `FILES`, and each graph of
+ * manifest.json with its weights. It answers:
+ *
+ *     {kind: "progress", name, bytes}               so many bytes of a file have come
+ *     {kind: "ready", words, layers, shapes, schedulers}
+ *     {kind: "error", message, words}
+ */
+
+import { openModel } from "./diffusion/model.js";
+import { SCHEDULERS } from "./diffusion/schedulers.js";
+import { tokenizer } from "./diffusion/tokens.js";
+import { drawing } from "./drawing.js";
+
+/** What is read beside graphs and weights. */
+export const FILES = ["ort.wasm", "manifest.json", "tokenizer.json", "words.json", "scheduler_config.json"];
+
+/** @type {(message: Record<string, any>, transfer?: ArrayBuffer[]) => void} */
+const post = (message, transfer = []) => self.postMessage(message, { transfer });
+/** @type {Promise<(message: any) => Promise<void>> | null} */
+let opened = null;
+
+/** @param {{ort: string, threads: number, files: Record<string, string | Uint8Array>}} message */
+async function load({ ort: address, threads, files }) {
+  /** @type {Map<string, Promise<Uint8Array>>} */
+  const reading = new Map();
+  const read = (/** @type {string} */ name) => {
+    const bytes = reading.get(name) ?? content(name, files[name]);
+    reading.set(name, bytes);
+    return bytes;
+  };
+  const json = async (/** @type {string} */ name) => JSON.parse(new TextDecoder().decode(await read(name)));
+  const manifest = await json("manifest.json");
+  for (const part of Object.keys(manifest.graphs)) void read(manifest.graphs[part].weights).catch(() => {}); // all at once; whoever needs it hears of a failure
+  const ort = await import(address);
+  ort.env.wasm.wasmBinary = await read("ort.wasm");
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? threads : 1;
+  const model = await openModel(ort, manifest, read);
+  const words = await json("words.json");
+  const answer = drawing(model, tokenizer(await json("tokenizer.json"), words), await json("scheduler_config.json"), post);
+  post({ kind: "ready", words, layers: model.layers, shapes: model.shapes, schedulers: SCHEDULERS });
+  return answer;
+}
+
+/** The bytes of a file, whose coming is told. @param {string} name @param {string | Uint8Array | undefined} place */
+async function content(name, place) {
+  if (place === undefined) throw new Error(`The page was built without ${name}. Build it again: python3 tasks.py web.`);
+  if (typeof place !== "string") return place;
+  const response = await fetch(place);
+  if (!response.ok || !response.body) throw new Error(`${name} did not come (${response.status}). Reload the page.`);
+  const parts = [];
+  let bytes = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    post({ kind: "progress", name, bytes: (bytes += value.length) });
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+
+self.onmessage = async ({ data }) => {
+  try {
+    if (data.kind === "load") await (opened ??= load(data));
+    else if (opened) await (await opened)(data);
+    else throw new Error("The model is not loaded. Send load first.");
+  } catch (error) {
+    if (data.kind === "load") opened = null;
+    post({ kind: "error", run: data.run, message: String(/** @type {any} */ (error)?.message ?? error), words: [] });
+  }
+};
