@@ -23,7 +23,7 @@ from probe.diffusion.schedule import Schedule, first_call
 from probe.diffusion.sd import StableDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST = ROOT / "tests" / "web.test.mjs"
+TEST = ROOT / "tests" / "web_diffusion.test.mjs"
 NODE = shutil.which("node")
 SHAPE = (1, 4, 3, 5)
 SCHEDULERS = ("DDIM", "Euler", "EulerAncestral", "DPM++2M", "PNDM")

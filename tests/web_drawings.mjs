@@ -3,13 +3,14 @@
 // Of each, FOLDER gets the picture (RGB) and the latents (float32), by its place in the table.
 import { readFile, writeFile } from "node:fs/promises";
 import path from "node:path";
+import { fileURLToPath } from "node:url";
 
 import { openModel } from "../web/diffusion/model.js";
 import { condition, denoise } from "../web/diffusion/sampling.js";
 import { tokenizer } from "../web/diffusion/tokens.js";
 import * as ort from "../web/node_modules/onnxruntime-web/dist/ort.node.min.mjs";
 
-const ROOT = path.resolve(import.meta.dirname, "..");
+const ROOT = fileURLToPath(new URL("..", import.meta.url));
 const MODEL = path.join(ROOT, "probe", "emojiworld");
 const [table, folder] = process.argv.slice(2);
 const json = async (...names) => JSON.parse(await readFile(path.join(...names), "utf8"));

@@ -3,9 +3,9 @@ import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import path from "node:path";
 import test from "node:test";
-import { pathToFileURL } from "node:url";
+import { fileURLToPath, pathToFileURL } from "node:url";
 
-const ROOT = path.resolve(import.meta.dirname, "..");
+const ROOT = fileURLToPath(new URL("..", import.meta.url));
 const MODEL = path.join(ROOT, "probe", "emojiworld");
 const WEB = path.join(ROOT, "web");
 const ORT = path.join(WEB, "node_modules", "onnxruntime-web", "dist");

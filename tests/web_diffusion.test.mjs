@@ -1,4 +1,4 @@
-// The page's own model code, web/diffusion: node --test tests/web.test.mjs
+// The page's own model code, web/diffusion: node --test tests/web_diffusion.test.mjs
 // VECTORS names a file of what Python computed: see tests/test_web_diffusion.py.
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
