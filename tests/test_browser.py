@@ -541,7 +541,7 @@ EVERY = {
     "/?runs=sample": "Which places attend to",
     "/learn?runs=sample-noising": "Where it is wrong",
     "/anatomy?runs=sample": "Inside the UNet",
-    "/pixels": "Beside the paper",
+    "/pixels": "None of these stands alone",
     "/runs": "Select one run",
     "/record": "--allow-record",
     "/guidance?runs=sample": "Size of the predictions",

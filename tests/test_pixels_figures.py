@@ -333,30 +333,41 @@ def test_the_view_without_a_demonstration_says_how_to_train_it(
 ) -> None:
     monkeypatch.setattr(view, "trained", lambda: None)
     monkeypatch.setattr(view, "measured_here", lambda: None)
-    app = open_view("pixels")
-    assert "python -m experiments.pixels.train" in texts(app)
-    assert len(charts(app)) == 6 and "Beside the paper" in [head.value for head in app.subheader]
+    app = open_view("pixels", part="Quality")
+    assert "python -m experiments.pixels.train" in texts(app) and not charts(app)
+    assert len(charts(open_view("pixels", part="Time and memory"))) == 1
+    app = open_view("pixels", part="Beside the paper")
+    assert "samples/s" in app.get("html")[0].proto.body
 
 
 def test_every_widget_of_the_view_moves_what_is_shown(trained_here: None) -> None:
-    app = open_view("pixels")
-    first = charts(app)
-    assert len(first) == 13 and "One seed" in texts(app)
-    moves = {"cost_model": "sdxl", "cost_f": 4, "cost_size": (1024, 1024), "kinds_f": 8}
-    moves |= {"quality": "kid", "against": "flops", "charge": "free"}
-    for key, value in moves.items():
-        before = charts(app)
-        app.selectbox(key).set_value(value).run()
-        assert not app.exception, key
-        assert charts(app) != before, key
+    moves: dict[str, dict[str, Any]] = {
+        "Cost": {"cost_model": "sdxl", "cost_f": 4, "cost_size": (1024, 1024), "kinds_f": 8},
+        "Quality": {"quality": "kid", "against": "flops", "charge": "free"},
+    }
+    drawn = {}
+    for part, widgets in moves.items():
+        app = open_view("pixels", part=part)
+        drawn[part] = len(charts(app))
+        for key, value in widgets.items():
+            before = charts(app)
+            app.selectbox(key).set_value(value).run()
+            assert not app.exception, key
+            assert charts(app) != before, key
+    assert drawn == {"Cost": 5, "Quality": 5} and "One seed" in texts(app)
+    app.segmented_control("part").set_value("Time and memory").run()
+    assert len(charts(app)) == 3 and app.selectbox("time_model").value == "sd14"
+    app.segmented_control("part").set_value(None).run()
+    assert len(charts(app)) == 5 and not app.exception, "none chosen is the first"
 
 
 @pytest.mark.parametrize("value", ["../x", "<img>", "9" * 400, ""])
 def test_an_address_with_nonsense_falls_to_the_defaults(value: str, trained_here: None) -> None:
-    keys = ("cost_model", "cost_f", "cost_size", "kinds_f", "time_model", "quality", "against")
+    keys = ("part", "cost_model", "cost_f", "cost_size", "kinds_f", "time_model", "quality")
     app = open_view("pixels", **dict.fromkeys(keys, value))
-    assert app.selectbox("cost_model").value == "sd14"
-    assert app.selectbox("cost_f").value == 8 and app.selectbox("quality").value == "recognised"
+    assert app.selectbox("cost_model").value == "sd14" and app.selectbox("cost_f").value == 8
+    app = open_view("pixels", **dict.fromkeys(keys, value) | {"part": "Quality"})
+    assert app.selectbox("quality").value == "recognised"
 
 
 def test_two_runs_of_another_f_are_played_in_step(
@@ -364,7 +375,7 @@ def test_two_runs_of_another_f_are_played_in_step(
 ) -> None:
     from probe.testing.synthetic import synthetic_recording
 
-    app = open_view("pixels")
+    app = open_view("pixels", part="Two runs")
     assert "emojiworld-pixels" in texts(app) and not app.get("bidi_component")
     path = synthetic_recording(tmp_path / "runs" / "pixels.zarr", steps=3)
     root = json.loads((path / "zarr.json").read_text("utf-8"))
@@ -372,7 +383,7 @@ def test_two_runs_of_another_f_are_played_in_step(
     (path / "zarr.json").write_text(json.dumps(root), "utf-8")
     configure(Library(tmp_path / "runs"))
     try:
-        app = open_view("pixels", runs=["pixels"])
+        app = open_view("pixels", part="Two runs", runs=["pixels"])
         assert app.selectbox("pixel_run").options == ["pixels"]
         assert "sample" in app.selectbox("latent_run").options
         (player,) = app.get("bidi_component")

@@ -177,16 +177,16 @@ def factors(counts: Counts, model: str, f: int, size: tuple[int, int]) -> Shown:
                 line={"color": colour, "width": 5},
                 marker={"size": 12, "symbol": symbol},
                 text=["", text],
-                textposition="middle right",
+                textposition="top center",
                 hovertemplate=f"{name}: {text}<extra></extra>",
                 showlegend=False,
             )
         )
     most = max(most for _, _, most in rows)
-    figure.update_xaxes(type="log", range=[0, float(np.log10(most)) + 0.75], dtick=1)
+    figure.update_xaxes(type="log", range=[0, float(np.log10(most)) + 0.4], dtick=1)
     figure.update_yaxes(autorange="reversed", automargin=True)
     title = f"How many times as much on pixels<br>{name_of(model)}, {size_text(size)}, f = {f}"
-    figure = laid_out(figure, title, height=300)
+    figure = laid_out(figure, title, height=320)
     figure.update_xaxes(title_text="times, log axis")
     return Shown(
         "factors", figure, f"None of these stands alone. {WHY_THEY_DIFFER}", counts.made_by

@@ -32,20 +32,8 @@ EXPORT = "probe export --pixels pixels.html"
 
 def show() -> None:
     st.text(LESSON)
-    _costs()
-    _times()
-    _two_runs()
-    found = trained()
-    st.subheader("Quality against cost")
-    if found is None:
-        st.info(of_training.MISSING)
-        st.code(of_training.TRAIN, language=None)
-    else:
-        _quality(found)
-        _lost(found)
-    table = beside_paper(counts(), measured_here(), paper(), found)
-    st.subheader(table.title)
-    _table(table)
+    name = st.segmented_control("Part", list(PARTS), default=FIRST, key="part", bind="query-params")
+    PARTS[str(name or FIRST)]()
     st.text("All of this as one page that others can open:")
     st.code(EXPORT, language=None)
 
@@ -53,7 +41,6 @@ def show() -> None:
 @st.fragment
 def _costs() -> None:
     """Show what was counted, of the model, f and size that the reader chooses."""
-    st.subheader("What a call costs")
     left, middle, right = st.columns(3)
     model = _one("Model", counts().models, "cost_model", name_of, left)
     spaces = [f for f in counts().factors_of(model) if f > 1]
@@ -75,7 +62,6 @@ def _costs() -> None:
 @st.fragment
 def _times() -> None:
     """Show what was measured, and the parts of a whole run."""
-    st.subheader("Time and memory")
     measured = measured_here()
     if measured is not None:
         models = list(dict.fromkeys(cell.model for cell in measured.cells))
@@ -102,7 +88,6 @@ def _recorded() -> dict[str, dict[str, float]]:
 
 def _two_runs() -> None:
     """Play a run on pixels beside one on latents, or say how to record them."""
-    st.subheader("Two runs in step")
     st.text(OF_RUNS)
     by_f: dict[bool, list[str]] = {True: [], False: []}
     for key, row in recordings():
@@ -117,6 +102,21 @@ def _two_runs() -> None:
     one = _one("On pixels", by_f[True], "pixel_run", str, left)
     two = _one("On latents", by_f[False], "latent_run", str, right)
     player([one, two], key="pixels")
+
+
+def _demonstration() -> None:
+    """Show what the trained demonstration gave, or how it is trained."""
+    found = trained()
+    if found is None:
+        st.info(of_training.MISSING)
+        st.code(of_training.TRAIN, language=None)
+        return
+    _quality(found)
+    _lost(found)
+
+
+def _beside() -> None:
+    _table(beside_paper(counts(), measured_here(), paper(), trained()))
 
 
 @st.fragment
@@ -170,3 +170,13 @@ def _table(table: Table) -> None:
     st.html(table_html(table))
     st.text(table.caption)
     st.code(table.command, language=None)
+
+
+FIRST = "Cost"
+PARTS = {
+    FIRST: _costs,
+    "Time and memory": _times,
+    "Two runs": _two_runs,
+    "Quality": _demonstration,
+    "Beside the paper": _beside,
+}
