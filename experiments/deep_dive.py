@@ -48,6 +48,9 @@ from probe.diffusion.draws import noise
 from probe.diffusion.guidance import guide
 from probe.diffusion.loading import BUNDLED, load
 from probe.diffusion.sampling import denoise
+from probe.reading.pixels import WHY_THEY_DIFFER
+from probe.reading.pixels import paper as published
+from probe.reading.pixels import trained as demonstration
 
 NOTEBOOK = hasattr(builtins, "get_ipython")
 parser = argparse.ArgumentParser(
@@ -655,6 +658,9 @@ print(table([*heads, "times", "places, times"], rows))
 print("  * of one self-attention layer of its finest grid (heads x places x places),")
 print("    if they were all kept at once")
 print(f"  ** the same UNet, with attention only on grids of at most {WIDEST} x {WIDEST}")
+least, most = published().speed_up
+print(f"The paper measured {least:.1f} to {most:.1f} times, in time and at a smaller f.")
+print(WHY_THEY_DIFFER)
 title = "The cost of one call of the same UNet, as area"
 parts = "on latents", "on pixels: attention", "on pixels: the rest"
 show("5-cost", areas(title, *parts, costs))
@@ -691,6 +697,39 @@ print(f"which takes {painting / in_all:.1%} of the processor time of the picture
 easy, hard = score.values()
 print(f"The price: a round trip of {easy:.1f} dB for what the decoder can paint,")
 print(f"and {hard:.1f} dB for what it never saw.")
+
+# %% [markdown]
+# Cheaper, but is it as good? Only training tells. One UNet was trained on pixels and on latents, on
+# small pictures of emoji; `python -m experiments.pixels.train` does it again. Another network says
+# in how many pictures it finds what was asked for. KID says how far they are from fresh scenes. The
+# ceiling is what the autoencoder's round trip alone has: there is nothing to compare at it. With
+# one seed, nobody knows how another training would have ended.
+
+
+# %%
+def share(score):
+    """Return a share and its interval as text."""
+    return "{:.0%} ({:.0%} to {:.0%})".format(*score)
+
+
+def trained_rows(trained):
+    """Return a row for each denoiser, at its last step. Autoencoders are charged."""
+    coders = {one["f"]: one for one in trained["autoencoders"]}
+    for denoiser in trained["runs"]:
+        f, last, grid = denoiser["f"], denoiser["points"][-1], denoiser["grid"]
+        spent = last["seconds"] + coders[f].get("seconds", 0)
+        space = f"{denoiser['channels']} x {grid} x {grid}"
+        marks = (share(last["both"]), share(coders[f]["both"]), f"{last['kid'][0]:.4f}")
+        yield (f, denoiser["seed"], space, last["step"], f"{spent:,.0f} s", *marks)
+
+
+trained = demonstration()
+if trained is None:
+    print("Nothing is trained yet: python -m experiments.pixels.train")
+else:
+    print(f"{trained['title']}, seeds {trained['seeds']}")
+    heads = ["f", "seed", "on", "steps", "trained for", "recognised", "ceiling", "KID"]
+    print(table(heads, trained_rows(trained)))
 
 # %% [markdown]
 # That is all of it. A sentence became vectors. Noise became latents, a little at a time, while

@@ -24,9 +24,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from trained import made_up
 
 import probe
 from experiments import lesson_pages
+from probe.reading.pixels import WHY_THEY_DIFFER
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = ROOT / "experiments" / "deep_dive.py"
@@ -348,6 +350,21 @@ def test_no_factor_of_the_cost_stands_alone(walk: Walk) -> None:
     ]
     assert said.splitlines()[1].startswith(
         f"({coarse} times with attention only up to 64 x 64; 64 times the places)"
+    )
+
+
+def test_what_the_paper_measured_and_what_was_trained_are_told_apart(walk: Walk) -> None:
+    assert "The paper measured 2.7 to 4.9 times" in walk.printed
+    assert WHY_THEY_DIFFER in walk.printed
+    cell = next(cell for cell in cells_of(SOURCE) if "def trained_rows" in cell.text)
+    printed = run_cell(cell.text, cell.line, walk.names | {"demonstration": lambda: made_up((0,))})
+    rows = [line.split("   ") for line in printed.splitlines() if re.match(r"  \d", line)]
+    assert printed.startswith("At 64 pixels, emoji, seeds [0]") and len(rows) == 4
+    text = "   ".join(rows[3])
+    for part in ("4 x 8 x 8", "500", "158 s", "60% (55% to 65%)", "94% (89% to 99%)"):
+        assert part in text, part
+    assert "python -m experiments.pixels.train" in run_cell(
+        cell.text, cell.line, walk.names | {"demonstration": lambda: None}
     )
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
+from PIL import Image
 from streamlit.testing.v1 import AppTest
 from trained import STEPS, made_up
 from views import open_view
 
+from experiments.pixels import figure
 from probe.dashboard import library as libraries
 from probe.dashboard.library import Library, configure
 from probe.dashboard.views import pixels as view
@@ -74,8 +78,8 @@ TIMES = Measured(
 )
 
 
-def lines(figure: go.Figure) -> dict[str, Any]:
-    return {trace.name: trace for trace in figure.data}
+def lines(drawn: go.Figure) -> dict[str, Any]:
+    return {trace.name: trace for trace in drawn.data}
 
 
 # --- counted --------------------------------------------------------------------------------------
@@ -309,6 +313,16 @@ def test_every_figure_explains_itself() -> None:
         assert len(shown.caption) > 80 and "python -m" in shown.command, shown.name
         assert shown.figure.layout.title.text and shown.figure.data
         json.loads(shown.figure.to_json())
+
+
+def test_the_figure_of_the_document_is_drawn_from_the_counts(tmp_path: Path) -> None:
+    figure.main(["--out", str(tmp_path / "pixels.webp")])
+    assert figure.OUT.stat().st_size < 150_000
+    drawn, kept = (
+        np.asarray(Image.open(path).convert("RGB"), np.float32)
+        for path in (tmp_path / "pixels.webp", figure.OUT)
+    )
+    assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 2
 
 
 # --- the view -------------------------------------------------------------------------------------

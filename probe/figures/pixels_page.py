@@ -35,10 +35,8 @@ OF_RUNS = (
     "the picture itself, and nothing is decoded."
 )
 RECORD = (
-    "python -m probe.run experiments/astronaut.yaml --model emojiworld-pixels --height 64 "
-    "--width 64\n"
-    "python -m probe.run experiments/astronaut.yaml --model emojiworld-latents --height 64 "
-    "--width 64"
+    "python -m probe.run experiments/astronaut.yaml --model emojiworld-pixels\n"
+    "python -m probe.run experiments/astronaut.yaml --model emojiworld-latents"
 )
 ROUND_TRIPS = FOLDER / "round-trips.webp"
 OF_ROUND_TRIPS = (

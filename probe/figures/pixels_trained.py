@@ -18,9 +18,8 @@ import plotly.graph_objects as go
 
 from probe.figures.pixels_looks import LOOKS, Shown, flops_text, laid_out, line, space_text
 
-DEMONSTRATION = "experiments.pixels"
-SCORE = f"python -m {DEMONSTRATION}.score"
-TRAIN = f"python -m {DEMONSTRATION}.train\n{SCORE}"
+SCORE = "python -m experiments.pixels.score"
+TRAIN = f"python -m experiments.pixels.train\n{SCORE}"
 MISSING = (
     "Nothing is trained yet. From a checkout, this trains one UNet on pixels and on latents of "
     "f = 2, 4 and 8, and scores it; it goes on where it was interrupted:"
