@@ -17,7 +17,9 @@ from recordings import assert_same, cut
 from tiny_runs import FULL, OFF, assert_neutral, bare, take
 from views import open_view
 
+from probe.dashboard import recorder
 from probe.dashboard.library import Library, configure
+from probe.dashboard.recorder import Recorder, allow, vocabulary
 from probe.diffusion.loading import load
 from probe.diffusion.parts import to_uint8
 from probe.diffusion.sampling import denoise
@@ -207,7 +209,28 @@ def test_a_model_that_ships_is_found_by_its_name(
     with pytest.raises(ModelError) as absent:
         load(name)
     assert absent.value.cause.endswith(f"its folder probe/{name} is not there.")
-    assert absent.value.remedy.startswith("Train it as experiments/pixels says.")
+    assert "python -m experiments.pixels.export" in absent.value.remedy
+
+
+def test_the_page_record_offers_what_is_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "words.json").write_text('["cat", "hat"]')
+    monkeypatch.setitem(BUNDLED, "emojiworld-pixels", tmp_path / "model")
+    monkeypatch.setitem(BUNDLED, "emojiworld-latents", tmp_path)
+    vocabulary.cache_clear()
+    allow(Recorder(tmp_path))
+    try:
+        app = open_view("record", model="emojiworld-pixels", prompt="cat hat")
+        assert app.selectbox("model").options == ["emojiworld", "emojiworld-pixels"]
+        assert any('model: "emojiworld-pixels"' in code.value for code in app.code)
+        assert not app.button("begin").disabled
+        app.text_area("prompt").input("dog").run()
+        assert any("never saw 'dog'" in code.value for code in app.code)
+    finally:
+        recorder._recorder.clear()
+        vocabulary.cache_clear()
 
 
 @pytest.mark.parametrize("name", list(BUNDLED))

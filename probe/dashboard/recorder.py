@@ -24,15 +24,16 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources, util
+from importlib import util
 from pathlib import Path
 from typing import Any, Literal
 
 from probe.errors import RecordingBusy
+from probe.settings.bundled import words_of
 from probe.settings.experiment import Experiment
 from probe.words import APOSTROPHES, word_spans
 
-FIELDS = ("prompt", "negative_prompt", "seed", "guidance_scale", "steps", "scheduler")
+FIELDS = ("prompt", "model", "negative_prompt", "seed", "guidance_scale", "steps", "scheduler")
 NAMED = re.compile(r"^Recording \d+ model calls to .*?([a-z0-9-]+)\.zarr \(about")
 LINES = 40  # of what the process says, kept
 PATIENCE = 8.0  # seconds that a process has to end in order when the server ends
@@ -177,18 +178,14 @@ def bounds(field: str) -> tuple[float, float]:
     return least, greatest
 
 
-@cache
-def vocabulary() -> tuple[str, ...]:
-    """Return the words that the bundled model knows."""
-    text = resources.files("probe.emojiworld").joinpath("words.json").read_text("utf-8")
-    return tuple(json.loads(text))
+vocabulary = cache(words_of)  # the words that a bundled model knows, by its name
 
 
-def unknown(text: str) -> list[str]:
-    """Return the words of a text that the bundled model does not know, each once."""
+def unknown(text: str, model: str = "emojiworld") -> list[str]:
+    """Return the words of a text that a bundled model does not know, each once."""
     words = [text[start:end].lower() for start, end in word_spans(text)]
     parts = [part for word in words for part in re.split(f"[{APOSTROPHES}]", word)]
-    return [word for word in dict.fromkeys(parts) if word not in vocabulary()]
+    return [word for word in dict.fromkeys(parts) if word not in vocabulary(model)]
 
 
 def missing() -> str:

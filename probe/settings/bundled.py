@@ -13,6 +13,7 @@ from probe.errors import ModelError
 
 HERE = Path(__file__).parent.parent
 BUNDLED = {name: HERE / name for name in ("emojiworld", "emojiworld-pixels", "emojiworld-latents")}
+MAKE = "python -m experiments.pixels.train, then python -m experiments.pixels.export"
 
 
 def is_there(name: str) -> bool:
@@ -32,7 +33,7 @@ def bundled_folder(name: str) -> Path:
     cause = f"model: {name} comes with probe, but its folder probe/{name} is not there."
     if name == "emojiworld":
         raise ModelError(cause, "Install probe again.")
-    raise ModelError(cause, "Train it as experiments/pixels says. Or use --model emojiworld.")
+    raise ModelError(cause, f"From a checkout: {MAKE}. Or use --model emojiworld.")
 
 
 def words_of(name: str) -> tuple[str, ...]:

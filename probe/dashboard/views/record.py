@@ -1,4 +1,4 @@
-"""Record: ask the bundled model for a picture, and watch it being drawn."""
+"""Record: ask a bundled model for a picture, and watch it being drawn."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from probe.dashboard.recorder import (
     vocabulary,
 )
 from probe.errors import ExperimentError, RecordingBusy
+from probe.settings.bundled import models_there
 from probe.settings.experiment import Experiment, load_experiment
 from probe.settings.fields import SCHEDULERS
 
 EXAMPLE = 'python -m probe.run --prompt "An astronaut scuba diving" --seed 5 --steps 30'
 PROMPT, SEED, GUIDANCE, STEPS = "An astronaut scuba diving", 5, 3.0, 30  # what the form begins with
+MODELS = "The two small ones are one UNet, trained on pixels and on latents, at 64 pixels."
 JAVASCRIPT = 2**53 - 1  # the greatest whole number of a browser
 
 
@@ -44,7 +46,7 @@ def show() -> None:
         _progress(recorder, asked, wrong)
     with same:
         st.text("The words that the bundled model knows:")
-        st.code(" ".join(vocabulary()), language=None, wrap_lines=True)
+        st.code(" ".join(vocabulary(_model())), language=None, wrap_lines=True)
         if asked is not None:
             st.text("The same from a shell, and as a file for python -m probe.run FILE:")
             st.code(command(asked, recorder.folder), language=None, wrap_lines=True)
@@ -57,6 +59,9 @@ def show() -> None:
 def _fields() -> tuple[Experiment | None, str]:
     bind: Literal["query-params"] = "query-params"
     prompt = st.text_area("Prompt", PROMPT, key="prompt", height=80, bind=bind)
+    there = models_there()
+    if len(there) > 1:
+        st.selectbox("Model", there, key="model", bind=bind, help=MODELS)
     label = "Negative prompt: what to steer away from"
     negative = st.text_input(label, key="negative", bind=bind)
     one, two, three, four = st.columns(4)
@@ -72,6 +77,7 @@ def _fields() -> tuple[Experiment | None, str]:
     scheduler = four.selectbox("Scheduler", names, key="scheduler", bind=bind)
     given = {
         "prompt": prompt,
+        "model": _model(),
         "negative_prompt": negative,
         "seed": int(seed),
         "guidance_scale": round(float(guidance), 3),
@@ -82,9 +88,14 @@ def _fields() -> tuple[Experiment | None, str]:
         asked = load_experiment(given)
     except ExperimentError as error:
         return None, str(error)
-    if strange := unknown(f"{prompt} {negative}"):
+    if strange := unknown(f"{prompt} {negative}", _model()):
         return None, f"The bundled model never saw {', '.join(map(repr, strange))}."
     return asked, ""
+
+
+def _model() -> str:
+    """Return the bundled model that was chosen, if there is a choice."""
+    return str(st.session_state.get("model", "emojiworld"))
 
 
 @st.fragment(run_every=1.0)
