@@ -28,6 +28,7 @@ MEASURED: tuple[Cost, ...] = (
     load_cost({"model": "small", "sizes": [128], "f": [1, 2, 4, 8]}),
     load_cost({"model": "small", "sizes": [512], "f": [1]}),
     load_cost({"model": "sd14", "sizes": [512], "f": [1, 8, 16, 32]}),
+    load_cost({"model": "sd14", "sizes": [768], "f": [8], "attention_up_to": 128}),
 )
 
 

@@ -334,8 +334,11 @@ def measured_lines(found: Measured) -> list[str]:
     machine = found.machine
     threads = "one thread" if machine.threads == 1 else f"{machine.threads} threads"
     what = f"{machine.clock}, {threads}, {machine.dtype}, torch {machine.torch}, random weights"
+    if machine.load:
+        what += f", load {machine.load:.1f}"
     table = [
         (
+            cell.model,
             str(cell.f),
             f"{cell.size[0]}x{cell.size[1]}",
             cell.attention,
@@ -356,16 +359,16 @@ def measured_lines(found: Measured) -> list[str]:
         seconds = "" if law is None else f"{law.at(left.places):,.1f} s"
         size = "" if memory is None else f"{memory.at(left.places) / 1e6:,.0f} MB"
         label = "not measured" if law is None else "extrapolated"
-        of = (str(left.f), f"{left.size[0]}x{left.size[1]}", left.attention, "")
+        of = (left.model, str(left.f), f"{left.size[0]}x{left.size[1]}", left.attention, "")
         table.append((*of, seconds, "", "", size, f"{label}: {left.why}"))
-    header = ("f", "size", "attention", "input", "median", "quartiles", "GFLOP/s", "memory", "")
-    lines = [f"{machine.device}: {what}", "", *rows(table, header)]
+    header = ("model", "f", "size", "attention", "input", "median", "quartiles")
+    lines = [f"{machine.device}: {what}", ""]
+    lines += [*rows(table, (*header, "GFLOP/s", "memory", "")), ""]
     for law in found.laws:
         a, b, c = law.coefficients
-        lines.append(
-            f"{law.quantity} = {a:.3g} + {b:.3g} N + {c:.3g} N^2, fitted to N = {law.least:,} to "
-            f"{law.most:,} places, off by at most {law.worst:.0%}"
-        )
+        places = f"N = {law.least:,} to {law.most:,} places, off by at most {law.worst:.0%}"
+        formula = f"{law.quantity} = {a:.3g} + {b:.3g} N + {c:.3g} N^2"
+        lines.append(f"{law.model}: {formula}, fitted to {places}")
     return lines
 
 

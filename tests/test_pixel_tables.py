@@ -140,6 +140,6 @@ def test_a_law_is_found_again() -> None:
 def test_no_part_of_a_law_is_negative() -> None:
     falling, worst = fit_law([10, 20, 30, 40], [4.0, 3.0, 2.0, 1.0])
     assert min(falling) >= 0 and worst > 0.1
-    for few in ([1, 2], [1, 2, 2]):
-        with pytest.raises(ValueError, match="three different"):
+    for few in ([1, 2, 3], [1, 2, 3, 3]):
+        with pytest.raises(ValueError, match="four different"):
             fit_law(few, [1.0] * len(few))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from commands import refused
 
 from probe import cost
 from probe.errors import TooLarge
-from probe.reading.pixels import Cell, Measured
+from probe.reading.pixels import Cell, Measured, measured
 from probe.settings.cost import Cost, load_cost
 from probe.system import free_memory
 from probe.watching import timing
@@ -116,9 +117,9 @@ def test_a_process_that_is_ended_is_a_cause(
     assert not found.cells and {left.why for left in found.left_out} == {ended}
 
 
-def test_a_law_needs_three_grids() -> None:
-    cells = [cell(places, 0.5 + places / 100) for places in (16, 64, 256)]
-    assert laws(cells[:2]) == []
+def test_a_law_needs_four_grids() -> None:
+    cells = [cell(places, 0.5 + places / 100) for places in (16, 32, 64, 256)]
+    assert laws(cells[:3]) == [], "three coefficients pass through any three points"
     seconds, memory = laws(cells)
     assert (seconds.quantity, memory.quantity) == ("seconds", "call_bytes")
     assert seconds.at(1000) == pytest.approx(10.5) and seconds.worst < 1e-6
@@ -135,12 +136,12 @@ def test_weights_are_filled(calls: list[Call]) -> None:
 def test_the_command_measures_in_processes_of_their_own(call: Any, tmp_path: Path) -> None:
     code, out, _ = call(
         cost.main,
-        *("--model", "emojiworld", "--sizes", "64", "--f", "2,4,8", "--device", "cpu"),
+        *("--model", "emojiworld", "--sizes", "64", "--f", "2,4,8,16", "--device", "cpu"),
         *("--measure", "--rounds", "2", "--output", tmp_path / "measured.json", "--quiet"),
     )
-    assert code == 0 and "fitted to N = 64 to 1,024 places" in out and "measured here" in out
+    assert code == 0 and "fitted to N = 16 to 1,024 places" in out and "measured here" in out
     found = Measured.model_validate_json((tmp_path / "measured.json").read_bytes())
-    assert [found.shape[1] for found in found.cells] == [8, 16, 32] and len(found.laws) == 2
+    assert [found.shape[1] for found in found.cells] == [4, 8, 16, 32] and len(found.laws) == 2
     for cell in found.cells:
         (fitting,) = calls_of(_settings(cell), "cpu", "float32")
         assert cell.peak_bytes < fitting.needs, "the estimate is never too small"
@@ -148,3 +149,27 @@ def test_the_command_measures_in_processes_of_their_own(call: Any, tmp_path: Pat
 
 def _settings(cell: Cell) -> Cost:
     return load_cost({"model": cell.model, "sizes": [cell.size], "f": [cell.f]})
+
+
+# --- what ships -----------------------------------------------------------------------------------
+
+
+def test_the_measurements_that_ship() -> None:
+    found = measured()
+    assert found.machine.threads == 1 and found.machine.clock == "processor time"
+    for cell in found.cells:
+        assert 0 < cell.low <= cell.seconds <= cell.high and cell.rounds >= 3
+    assert {"emojiworld", "small", "sd14"} == {cell.model for cell in found.cells}
+    factor, label = found.factor("emojiworld", 8, 128) or (0, "")
+    assert factor > 10 and label == "measured here"
+    law = found.law("small")
+    assert law is not None and law.source(512 * 512) == "extrapolated"
+    json.dumps(found.model_dump(mode="json"), allow_nan=False)
+
+
+@pytest.mark.slow
+def test_the_estimate_of_memory_was_never_too_small() -> None:
+    for cell in measured().cells:
+        asked = _settings(cell)
+        needs = {call.attention: call.needs for call in calls_of(asked, "cpu", "float32")}
+        assert cell.peak_bytes < needs[cell.attention], cell

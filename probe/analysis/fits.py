@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-LEAST_POINTS = 3
+LEAST_POINTS = 4  # three coefficients pass through any three points
 
 
 def fit_law(
@@ -16,11 +16,11 @@ def fit_law(
     """Return a, b, c of a + b N + c N^2, none negative, and the largest relative error.
 
     Relative errors are squared and added, so that small values count as much as large ones. Raise
-    ValueError for fewer than three different N, or a value that is not above zero.
+    ValueError for fewer than four different N, or a value that is not above zero.
     """
     n, y = np.asarray(places, float), np.asarray(values, float)
     if len(np.unique(n)) < LEAST_POINTS or not (y > 0).all():
-        raise ValueError("a law needs three different numbers of places, and values above zero")
+        raise ValueError("a law needs four different numbers of places, and values above zero")
     terms = np.stack([np.ones_like(n), n, n**2], axis=1) / y[:, None]
     scale = np.abs(terms).max(axis=0)
     best, least = np.zeros(3), np.inf

@@ -203,7 +203,11 @@ class Counts(Data):
 
 
 class Machine(Data):
-    """What the measurements ran on. `clock` says which time was taken."""
+    """What the measurements ran on. `clock` says which time was taken.
+
+    `load` is how many processes wanted a processor when they began: other work lengthens processor
+    time a little, as it takes caches and memory. It is 0 if unknown.
+    """
 
     device: str
     threads: int
@@ -211,6 +215,7 @@ class Machine(Data):
     diffusers: str
     dtype: str
     clock: Literal["processor time", "device events"]
+    load: float = 0.0
 
 
 class Cell(Data):

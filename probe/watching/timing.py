@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -121,7 +122,7 @@ def measured(
     import diffusers
 
     where = pick_device(device)
-    on_cuda = where.type == "cuda"
+    on_cuda, load = where.type == "cuda", _load()
     cells: list[Cell] = []
     left_out: list[LeftOut] = []
     dtype = "float32"
@@ -148,6 +149,7 @@ def measured(
             diffusers=diffusers.__version__,
             dtype=dtype,
             clock="device events" if on_cuda else "processor time",
+            load=load,
         ),
         cells=tuple(cells),
         laws=tuple(laws(cells)),
@@ -281,6 +283,10 @@ def _peak() -> int:
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration, ValueError):
         return peak_memory()
+
+
+def _load() -> float:
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def _processor() -> str:
