@@ -142,6 +142,8 @@ class Session:
                     check_finite(name, step.index, arrays[path], recipe, dtype)
             for path in [path for path in arrays if self._dims[path][:1] != ("step",)]:
                 self._store.write(path, arrays.pop(path))
+            for capture in self._plan.captures:
+                capture.arrived(step.index, arrays)
             return arrays
 
         self._store.write_step(step.index, ready, nbytes)

@@ -110,6 +110,9 @@ class Capture(Protocol):
         """
         return {}
 
+    def arrived(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """See what is written of a step, on the host and in the writing thread, in turn."""
+
     def passed(self, step: Step, store: Store) -> None:
         """Write what follows from a step and is no part of it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from probe.diffusion.family import Family
 from probe.errors import RecordingDamaged
 from probe.format.schema import ArraySpec, spec
 from probe.watching.interface import Capture, Grid, Plan, Store, grid_group
+from probe.watching.kept import measures_late
 from probe.watching.labels import heads_of
 
-AT_ONCE = 2**25  # bytes of the overview that are in memory together
+AT_ONCE = 2**25  # bytes of the overview that are in memory together, if it is read back
+GROWING = 2**30  # bytes of the host that may grow beside a GPU's loop
 
 
 class Sums(Capture):
@@ -22,12 +25,21 @@ class Sums(Capture):
 
     The first is the sum of the maps over time. `overview` (token, step, y, x) is their mean over
     layers, heads and images, on the largest grid.
+
+    Beside a GPU they grow from what is written, step by step, and nothing is read back. Those of a
+    resumed run begin with the steps that it has. On a CPU, which the model needs for itself, maps
+    are read back at the end; so are queries, and what is too large to grow.
     """
 
-    component, finishing = "", "Summing up the attention maps"
+    component = ""
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._mode = plan, plan.recipe.capture.attention
+        beside = measures_late(model.device) and self._mode != "queries"
+        self._grows = beside and self._nbytes() <= GROWING
+        self.finishing = "" if self._grows else "Summing up the attention maps"
+        self._sums: dict[Grid, np.ndarray] = {}
+        self._overview: list[np.ndarray] = []  # (token, y, x) of each recorded step
 
     def arrays(self) -> list[ArraySpec]:
         sums = [spec(grid_group(grid), "time_sum", self._shape(grid)) for grid in self._plan.grids]
@@ -41,26 +53,61 @@ class Sums(Capture):
         rows = (len(plan.kept.positions), len(plan.kept_branches), plan.rows.images)
         return (*rows, len(layers), heads, *grid)
 
-    def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
+    def _nbytes(self) -> int:
+        """Return the bytes of everything that would grow."""
         plan, largest = self._plan, next(iter(self._plan.grids))
-        sums = {grid: np.zeros(self._shape(grid), np.float32) for grid in plan.grids}
-        tokens = len(plan.kept.positions)
-        # A token's steps are one file: few writes of many steps.
-        together = max(1, AT_ONCE // (4 * tokens * math.prod(largest)))
-        for first in range(0, len(plan.recorded), together):
-            steps = list(plan.recorded[first : first + together])
-            overview = np.zeros((tokens, len(steps), *largest), np.float32)
-            for column, index in enumerate(steps):
-                for grid in plan.grids:
-                    maps = self._maps(store, grid, index)
-                    sums[grid] += maps
-                    kept = maps[:, -1]  # the last branch: cond, if it was kept
-                    overview[:, column] += resize(kept.mean(axis=(1, 3)).sum(axis=1), largest)
-            at = (slice(None), steps)
-            store.write(f"{grid_group(largest)}/overview", overview / len(plan.layers), at=at)
-        for grid, total in sums.items():
-            store.write(f"{grid_group(grid)}/time_sum", total)
+        overview = len(plan.kept.positions) * len(plan.recorded) * math.prod(largest)
+        return 4 * (overview + sum(math.prod(self._shape(grid)) for grid in plan.grids))
+
+    def begin(self, store: Store) -> None:
+        if self._grows:
+            for index in self._plan.recorded:
+                if index < store.committed:
+                    self._add({grid: self._maps(store, grid, index) for grid in self._plan.grids})
+
+    def arrived(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
+        if self._grows and index in self._plan.recorded:
+            stored = {grid: arrays[f"{grid_group(grid)}/cross"] for grid in self._plan.grids}
+            self._add({grid: probabilities(maps) for grid, maps in stored.items()})
+
+    def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
+        plan, steps = self._plan, list(self._plan.recorded)
+        if self._grows:
+            self._write_overview(store, steps)
+        else:
+            # A token's steps are one file: few writes of many steps.
+            of_a_step = 4 * len(plan.kept.positions) * math.prod(next(iter(plan.grids)))
+            together = max(1, AT_ONCE // of_a_step)
+            for first in range(0, len(steps), together):
+                for index in steps[first : first + together]:
+                    self._add({grid: self._maps(store, grid, index) for grid in plan.grids})
+                self._write_overview(store, steps[first : first + together])
+        for grid in plan.grids:
+            total = self._sums.pop(grid, None)
+            zeros = np.zeros(self._shape(grid), np.float32)
+            store.write(f"{grid_group(grid)}/time_sum", zeros if total is None else total)
         return []
+
+    def _add(self, of_a_step: Mapping[Grid, np.ndarray]) -> None:
+        """Add the maps of one step, as float32 probabilities: the steps in their order."""
+        largest = next(iter(of_a_step))
+        overview = np.zeros((len(self._plan.kept.positions), *largest), np.float32)
+        for grid, maps in of_a_step.items():
+            if grid not in self._sums:
+                self._sums[grid] = np.zeros(self._shape(grid), np.float32)
+            self._sums[grid] += maps
+            kept = maps[:, -1]  # the last branch: cond, if it was kept
+            overview += resize(kept.mean(axis=(1, 3)).sum(axis=1), largest)
+        self._overview.append(overview)
+
+    def _write_overview(self, store: Store, steps: list[int]) -> None:
+        """Write the overview of these steps, which were added last."""
+        if not steps:
+            return
+        means, self._overview = np.stack(self._overview, axis=1), []
+        means /= len(self._plan.layers)
+        largest = next(iter(self._plan.grids))
+        store.write(f"{grid_group(largest)}/overview", means, at=(slice(None), steps))
 
     def _maps(self, store: Store, grid: Grid, index: int) -> np.ndarray:
         group, stop = grid_group(grid), self._plan.recipe.on_nan == "stop"
