@@ -229,17 +229,19 @@ class ModelCheck:
             ("softmax by hand, in float32",),
             unit=OF_NORM,
         )
+        on_pixels = run.attributes.model.on_pixels
         self.inside = self._tally(
             "inside", "statistics, outputs and queries of modules, what tokens write"
         )
         self.decode = Tally(
             "decode",
-            "pictures, the VAE's inside and the preview's map",
+            "pictures" + ", the VAE's inside" * (not on_pixels) + " and the preview's map",
             PICTURE,
             because,
             unit="of its range",
         )
-        self.encode = Tally("encode", "the VAE's latents of the picture", self._allowed, because)
+        encoded = "the picture as pixels" if on_pixels else "the VAE's latents of the picture"
+        self.encode = Tally("encode", encoded, self._allowed, because)
         if not because:
             self.maps.allowed, self.maps.because, self.maps.unit = 1.0, (ROUNDED,), BOUND
         if run.recipe.capture.attention == "queries":
