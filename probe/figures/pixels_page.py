@@ -11,7 +11,7 @@ import html
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from plotly.offline import get_plotlyjs
 
@@ -77,6 +77,9 @@ def measured_here() -> Measured | None:
     return measured() if (FOLDER / "measured.json").is_file() else None
 
 
+Figures: TypeAlias = dict[tuple[str, ...], Shown]
+
+
 class Switch(NamedTuple):
     """Figures of which a reader sees one at a time: its controls, and a figure for each choice.
 
@@ -84,7 +87,7 @@ class Switch(NamedTuple):
     """
 
     controls: Sequence[tuple[str, Mapping[str, str]]]
-    figures: Mapping[tuple[str, ...], Shown]
+    figures: Figures
 
 
 def only(shown: Shown) -> Switch:
@@ -134,9 +137,9 @@ def _of_cost(counts: Counts) -> list[Switch]:
     of_model = [("Model", models)]
     spaces = {str(f): space_text(f) for f in _common_factors(counts) if f > 1}
     sizes = {model: pixels.usual_size(counts, model) for model in models}
-    by_size = {(model,): pixels.cost_by_size(counts, model) for model in models}
-    by_f = {(model,): pixels.cost_by_f(counts, model, sizes[model]) for model in models}
-    factors = {
+    by_size: Figures = {(model,): pixels.cost_by_size(counts, model) for model in models}
+    by_f: Figures = {(model,): pixels.cost_by_f(counts, model, sizes[model]) for model in models}
+    factors: Figures = {
         (model, f): pixels.factors(counts, model, int(f), sizes[model])
         for model, f in itertools.product(models, spaces)
     }
@@ -156,11 +159,11 @@ def _common_factors(counts: Counts) -> list[int]:
 def _of_kinds(counts: Counts) -> list[Switch]:
     models = {model: name_of(model) for model in counts.models}
     spaces = {str(f): space_text(f) for f in _common_factors(counts)}
-    shares = {
+    shares: Figures = {
         (model, f): pixels.shares_by_size(counts, model, int(f))
         for model, f in itertools.product(models, spaces)
     }
-    matrices = {(model,): pixels.attention_bytes(counts, model) for model in models}
+    matrices: Figures = {(model,): pixels.attention_bytes(counts, model) for model in models}
     return [
         Switch([("Model", models), ("Space", spaces)], shares),
         Switch([("Model", models)], matrices),
@@ -174,8 +177,8 @@ def _of_time(
     if times is None:
         return [shares]
     models = {cell.model: name_of(cell.model) for cell in times.cells}
-    seconds = {(model,): pixels.law(times, model, "seconds") for model in models}
-    memory = {(model,): pixels.law(times, model, "call_bytes") for model in models}
+    seconds: Figures = {(model,): pixels.law(times, model, "seconds") for model in models}
+    memory: Figures = {(model,): pixels.law(times, model, "call_bytes") for model in models}
     control = [("Model", models)]
     return [Switch(control, seconds), Switch(control, memory), shares]
 
@@ -194,7 +197,7 @@ def _of_training(trained: Trained | None) -> str:
     if trained is None:
         text, command = html.escape(pixels_trained.MISSING), html.escape(pixels_trained.TRAIN)
         return f'<p class="note">{text}</p>\n<pre>{command}</pre>\n'
-    figures: dict[tuple[str, ...], Shown] = {}
+    figures: Figures = {}
     for y, x, charge in itertools.product(QUALITIES, AXES, CHARGES):
         if x not in COSTLY and charge != "charged":  # nothing is charged in steps
             figures[y, x, charge] = figures[y, x, "charged"]
@@ -203,19 +206,23 @@ def _of_training(trained: Trained | None) -> str:
         notes = " ".join(pixels_trained.said(trained, y, x, charge))
         figures[y, x, charge] = shown._replace(caption=f"{shown.caption} {notes}")
     charges = {charge: text for charge, (text, _) in CHARGES.items()}
-    controls = [("Quality", QUALITIES), ("Against", AXES), ("The autoencoder", charges)]
+    controls: list[tuple[str, Any]] = [
+        ("Quality", QUALITIES),
+        ("Against", AXES),
+        ("The autoencoder", charges),
+    ]
     plots = [
         only(pixels_trained.by_count(trained, "kid")),
         only(pixels_trained.by_count(trained, "fd")),
     ]
     table = trained_table(trained)
-    return _plots([Switch(controls, figures)]) + _table(table) + _plots(plots)  # type: ignore[arg-type]
+    return _plots([Switch(controls, figures)]) + _table(table) + _plots(plots)
 
 
 def _of_loss(trained: Trained | None) -> str:
     parts = []
     if trained is not None:
-        plots = [only(pixels_trained.distortion(trained, what)) for what in ("psnr", "ssim")]  # type: ignore[arg-type]
+        plots = [only(pixels_trained.distortion(trained, what)) for what in ("psnr", "ssim")]
         parts.append(_plots(plots))
     if ROUND_TRIPS.is_file():
         picture = base64.b64encode(ROUND_TRIPS.read_bytes()).decode()

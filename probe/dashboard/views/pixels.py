@@ -125,7 +125,7 @@ def _quality(found: Mapping[str, Any]) -> None:
     left, middle, right = st.columns(3)
     y = _one("Quality", list(of_training.QUALITIES), "quality", of_training.QUALITIES.get, left)
     x = _one("Against", list(of_training.AXES), "against", of_training.AXES.get, middle)
-    charge = "free"
+    charge: of_training.Charge = "free"
     if x in of_training.COSTLY:
         charges = list(of_training.CHARGES)
         charge = _one(
