@@ -265,7 +265,7 @@ def test_the_paper_and_ours_are_in_the_same_rows() -> None:
     assert sampling[4] == "-", "both grids were measured"
     law = TIMES.laws[0]
     assert large[4].startswith(times_text(law.at(512**2) / law.at(128**2)))
-    assert large[3] == "not at this size" and epoch[2].startswith("x4 ")
+    assert large[3].startswith("at 256 px: x24") and epoch[2].startswith("x4 ")
     assert "KID x 1000 after 500 steps: 30 to 22" in fid[3] and fid[5].startswith("Agrees")
     assert "38 FID better (section 4.1)" in gap[1] and "8 x 8 latents" in gap[5]
     worse = beside_paper(counts(), TIMES, paper(), made_up(last={1: 0.9}))

@@ -39,6 +39,7 @@ from probe.reading.pixels import (
     Counts,
     Kind,
     Law,
+    Machine,
     Measured,
 )
 
@@ -184,7 +185,7 @@ def factors(counts: Counts, model: str, f: int, size: tuple[int, int]) -> Shown:
         )
     most = max(most for _, _, most in rows)
     figure.update_xaxes(type="log", range=[0, float(np.log10(most)) + 0.4], dtick=1)
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_yaxes(range=[3.5, -0.9], automargin=True)
     title = f"How many times as much on pixels<br>{name_of(model)}, {size_text(size)}, f = {f}"
     figure = laid_out(figure, title, height=320)
     figure.update_xaxes(title_text="times, log axis")
@@ -275,11 +276,15 @@ def law(measured: Measured, model: str, quantity: Quantity) -> Shown:
     title = f"{what} of one call, measured here<br>{name_of(model)}, {machine.dtype}"
     caption = (
         f"Points were measured: the median of several calls, with quartiles; {machine.clock} on "
-        f"{machine.device}, {_threads(machine.threads)}, random weights. Squares are pixels, "
-        "circles latents. The line is a + b N + c N^2 in N places, fitted to them. Where it is "
-        "dotted, nothing was measured: it is an extrapolation."
+        f"{machine.device}, {_threads(machine.threads)}, random weights{_loaded(machine)}. "
+        "Squares are pixels, circles latents. The line is a + b N + c N^2 in N places, fitted to "
+        "them. Where it is dotted, nothing was measured: it is an extrapolation."
     )
     return Shown(f"law_{quantity}", laid_out(figure, title), caption, measured.made_by)
+
+
+def _loaded(machine: Machine) -> str:
+    return f", beside other programs (load {machine.load:.3g})" if (machine.load or 0) > 1.5 else ""
 
 
 def _threads(count: int) -> str:

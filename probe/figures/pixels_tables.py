@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from probe.figures.pixels_looks import name_of, times_text
 from probe.figures.pixels_trained import TRAIN, Trained, score_of, trained_rows
-from probe.reading.pixels import Counts, Measured, Paper, PaperRow
+from probe.reading.pixels import Cell, Counts, Measured, Paper, PaperRow
 
 EMPTY = "-"
 STYLE = """<style>
@@ -132,22 +132,29 @@ def _measured(row: PaperRow, measured: Measured | None, trained: Trained | None)
 
 
 def _cells(row: PaperRow, measured: Measured | None) -> str:
-    """Return the ratios of measured times of calls on pixels and on latents of the same size."""
+    """Return the ratios of measured times of calls on pixels and on latents of the same size.
+
+    At another size than the paper's, the largest one, if it was not measured at that.
+    """
     if measured is None:
         return EMPTY
-    size = (row.size, row.size)
-    seconds = {
-        (cell.model, cell.attention, cell.f): cell.seconds
-        for cell in measured.cells
-        if cell.size == size
-    }
-    parts = []
-    for (model, attention, f), pixels in seconds.items():
-        latents = seconds.get((model, attention, row.f)) or seconds.get((model, "full", row.f))
+    seconds = {(cell.size[0], *_network(cell), cell.f): cell.seconds for cell in measured.cells}
+    found: dict[int, list[str]] = {}
+    for (size, model, attention, f), pixels in seconds.items():
+        same, full = (seconds.get((size, model, kind, row.f)) for kind in (attention, "full"))
+        latents = same or full
         if f == 1 and latents:
             network = "the same UNet" if attention == "full" else "coarse attention"
-            parts.append(f"{times_text(pixels / latents)} ({name_of(model)}, {network})")
-    return "; ".join(parts) or "not at this size"
+            text = f"{times_text(pixels / latents)} ({name_of(model)}, {network})"
+            found.setdefault(size, []).append(text)
+    if not found:
+        return EMPTY
+    size = row.size if row.size in found else max(found)
+    return f"at {size} px: {'; '.join(found[size])}"
+
+
+def _network(cell: Cell) -> tuple[str, str]:
+    return cell.model, cell.attention
 
 
 def _extrapolated(row: PaperRow, measured: Measured | None) -> str:
