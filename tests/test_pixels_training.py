@@ -25,6 +25,7 @@ from experiments.pixels.spaces import (
     build_unet,
     signal_levels,
 )
+from probe.reading.pixels import trained as trained_scores
 
 GRIDS = [64, 32, 16, 8]
 
@@ -235,3 +236,25 @@ def test_the_networks_that_score_ship_and_know_fresh_scenes(
     noise = torch.randint(0, 256, scenes.shape, dtype=torch.uint8)
     worse = scorer.score(noise, pairs)
     assert worse["both"][0] < 0.05 and worse["kid"][1] > high
+
+
+def test_the_scores_that_ship_are_of_this_training() -> None:
+    """Their costs follow from the networks as they are built here, and from their steps."""
+    found = trained_scores()
+    assert found is not None and found["title"] == "At 64 pixels, emoji"
+    assert found["calls"] == 2 * score.CALLS and found["guidance_scale"] == score.GUIDANCE
+    for run in found["runs"]:
+        space = SPACES[run["f"]]
+        assert (run["channels"], run["grid"]) == space.shape[:2]
+        assert run["attention_grids"] == space.attention_grids
+        assert run["learning_rate"] in train.RATES
+        steps = [point["step"] for point in run["points"]]
+        assert tuple(steps) == space.steps[: len(steps)]
+        assert all(p["flops"] == p["step"] * run["training_step_flops"] for p in run["points"])
+        assert np.all(np.diff([point["seconds"] for point in run["points"]]) > 0)
+        assert all(point["pictures"] == score.PICTURES for point in run["points"])
+    last = found["runs"][-1]
+    assert train.denoiser_flops(SPACES[last["f"]]) == (
+        last["call_flops"],
+        last["training_step_flops"],
+    )

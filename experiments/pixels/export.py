@@ -27,16 +27,17 @@ SHIPPED = Path("probe")
 ROUND_TRIPS = Path("probe/pixels/round-trips.webp")
 DRAWN = Path("experiments/pixels/drawn.webp")
 SHOWN_PROMPTS, SHOWN_SCENES = [0, 1], 4
-SHOWN_CROPS = (3, 30, 62)  # of the photographs
+SHOWN_CROPS = (16, 26, 39)  # of the photographs
 ZOOM, LINE = 2, 16
 
 
 def export(folder: Path, space: Space, seed: int, target: Path) -> None:
     """Write the last kept checkpoint of a space and seed as a diffusers directory."""
     step = kept_steps(folder, space.f, seed)[-1]
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
+    for part in target.iterdir():
+        if part.is_dir():  # a card stays
+            shutil.rmtree(part)
     emojiworld = BUNDLED["emojiworld"]
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(emojiworld / part, target / part)
