@@ -30,7 +30,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 KINDS = {
     name: kind
     for name in dir(diffusers)
-    if isinstance(kind := getattr(diffusers, name), type)
+    if isinstance(kind := getattr(diffusers, name, None), type)
     and issubclass(kind, diffusers.SchedulerMixin)
     and kind is not diffusers.SchedulerMixin
 }

@@ -68,7 +68,7 @@ def test_mistakes_in_a_file(
             "model: nowhere/nothing is not on this machine",
             "use the bundled model: --model emojiworld",
         ),
-        (["--model", "./nowhere"], "model: './nowhere' is no directory", "Bundled: emojiworld."),
+        (["--model", "./nowhere"], "model: './nowhere' is no directory", "Bundled: emojiworld,"),
         (
             [TINY, "--height", "30"],
             "height: 30 is not a multiple of f = 4",

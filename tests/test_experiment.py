@@ -22,8 +22,11 @@ from probe.settings.grid import load_grid
 from probe.settings.strict_yaml import LARGEST, read_yaml
 
 ROOT = Path(__file__).parents[1]
-NOISING = ROOT / "experiments/noising.yaml"  # tests/test_noising.py reads it
-SHIPPED = sorted(path for path in (ROOT / "experiments").glob("*.yaml") if path != NOISING)
+OTHERS = (
+    "noising.yaml",
+    "cost-sd14.yaml",
+)  # tests/test_noising.py and tests/test_cost.py read them
+SHIPPED = sorted(path for path in (ROOT / "experiments").glob("*.yaml") if path.name not in OTHERS)
 GRIDS = [path for path in SHIPPED if "\naxes:\n" in path.read_text("utf-8")]
 FILES = [path for path in SHIPPED if path not in GRIDS]
 MODELS = (Experiment, CaptureOptions)

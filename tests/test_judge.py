@@ -212,7 +212,8 @@ def test_places_follow_the_votes() -> None:
     ].tolist() == pytest.approx([6.5 / 8, 1.5 / 8], abs=1e-3)
 
 
-def test_a_missing_judge_names_the_command(tmp_path: Path) -> None:
+def test_a_missing_judge_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "SHIPPED", tmp_path)
     with pytest.raises(SystemExit, match=r"experiments\.emojiworld\.judge --only report"):
         judging.load_judge("report", tmp_path)
 

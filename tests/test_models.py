@@ -261,7 +261,8 @@ def test_a_name_that_is_nothing(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
         error.cause
         == f"model: {name!r} is no directory, no hub id (owner/name) and no bundled model."
     )
-    assert error.remedy == "Bundled: emojiworld. Try --model emojiworld."
+    bundled = "emojiworld, emojiworld-pixels, emojiworld-latents"
+    assert error.remedy == f"Bundled: {bundled}. Try --model emojiworld."
 
 
 @pytest.mark.parametrize("name", ["n" * 1000, "a\0b", "models/v1-5.safetensors", "v1-5.ckpt"])
