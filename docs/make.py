@@ -80,7 +80,11 @@ def _is_required(kind: type[Strict], name: str) -> bool:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"attention_truth": short_truth},
-    "docs/experiment.md": {"fields": experiment.table, "noising": noising.table, "cost": cost.table},
+    "docs/experiment.md": {
+        "fields": experiment.table,
+        "noising": noising.table,
+        "cost": cost.table,
+    },
     "docs/edits.md": {"kinds": edits_table, "edit_fields": edit_fields_table},
     "docs/grids.md": {"measures": measures.table},
     "docs/format.md": {

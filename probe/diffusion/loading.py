@@ -108,6 +108,10 @@ def load(
         dtype = "float16" if on_cuda else "float32"
     kind = getattr(torch, dtype)
     family = FAMILIES.get(what.kind, FAMILIES[ORDINARY])
+    parts: dict[str, Any] = {
+        part: _part(what, part, kind, target) if part in what.configs else None
+        for part in KINDS_OF[what.kind]
+    }
     model: AnyFamily = family(
         name=from_home(name),
         **what.tokenizers,
@@ -116,10 +120,7 @@ def load(
         vocabulary=words(what.folder.json("words.json"), what.folder.refuse)
         if (what.folder.path / "words.json").exists()
         else None,
-        **{
-            part: _part(what, part, kind, target) if part in what.configs else None
-            for part in KINDS_OF[what.kind]
-        },
+        **parts,
         **what.settings_of_pipeline,
     )
     forced = {} if what.kind == XL else FORCED
