@@ -389,6 +389,7 @@ def test_two_runs_of_another_f_are_played_in_step(
 ) -> None:
     from probe.testing.synthetic import synthetic_recording
 
+    configure(Library(tmp_path / "nothing"))
     app = open_view("pixels", part="Two runs")
     assert "emojiworld-pixels" in texts(app) and not app.get("bidi_component")
     path = synthetic_recording(tmp_path / "runs" / "pixels.zarr", steps=3)
