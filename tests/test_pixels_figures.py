@@ -244,7 +244,7 @@ def test_a_score_at_its_ceiling_is_no_difference() -> None:
 
 def test_distances_by_count_and_what_is_kept() -> None:
     found = lines(pixels_trained.by_count(TRAINED, "kid").figure)
-    assert list(found["pixels"].x) == [48, 96, 192] and found["pixels"].y[0] == pytest.approx(11)
+    assert list(found["pixels"].x) == [48, 96, 192] and found["pixels"].y[0] == pytest.approx(0.011)
     assert found["round trip, latents, f = 8"].line.dash == "dot"
     kept = lines(pixels_trained.distortion(TRAINED, "psnr").figure)
     assert list(kept["scenes"].x) == [2, 4, 8] and list(kept["photographs"].y) == [18, 16, 12]
@@ -266,7 +266,7 @@ def test_the_paper_and_ours_are_in_the_same_rows() -> None:
     law = TIMES.laws[0]
     assert large[4].startswith(times_text(law.at(512**2) / law.at(128**2)))
     assert large[3].startswith("at 256 px: x24") and epoch[2].startswith("x4 ")
-    assert "KID x 1000 after 500 steps: 30 to 22" in fid[3] and fid[5].startswith("Agrees")
+    assert "KID after 500 steps: 0.03 to 0.022" in fid[3] and fid[5].startswith("Agrees")
     assert "38 FID better (section 4.1)" in gap[1] and "8 x 8 latents" in gap[5]
     worse = beside_paper(counts(), TIMES, paper(), made_up(last={1: 0.9}))
     assert worse.rows[3][5].startswith("Disagrees")

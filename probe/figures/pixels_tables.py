@@ -126,7 +126,7 @@ def _measured(row: PaperRow, measured: Measured | None, trained: Trained | None)
     step, (pixels, latents) = _common(pair)
     one, two = score_of(pixels, "kid"), score_of(latents, "kid")
     return (
-        f"KID x 1000 after {step:,} steps: {one.value:.3g} to {two.value:.3g} (95 %: {one.low:.3g} "
+        f"KID after {step:,} steps: {one.value:.3g} to {two.value:.3g} (95 %: {one.low:.3g} "
         f"to {one.high:.3g}, {two.low:.3g} to {two.high:.3g})"
     )
 

@@ -31,7 +31,7 @@ Axis = Literal["steps", "pictures", "flops", "seconds"]
 Charge = Literal["charged", "amortised", "free"]
 QUALITIES: dict[Quality, str] = {
     "recognised": "recognised: subject and setting, %",
-    "kid": "KID x 1000, less is better",
+    "kid": "KID, less is better",
 }
 AXES: dict[Axis, str] = {
     "steps": "training steps",
@@ -59,8 +59,8 @@ class Score(NamedTuple):
 
 
 def score_of(record: Mapping[str, Any], quality: Quality) -> Score:
-    """Return a score of a checkpoint or of an autoencoder's round trip: per cent, or KID x 1000."""
-    name, times = ("both", 100.0) if quality == "recognised" else ("kid", 1000.0)
+    """Return a score of a checkpoint or of an autoencoder's round trip: per cent, or KID."""
+    name, times = ("both", 100.0) if quality == "recognised" else ("kid", 1.0)
     return Score(*(times * float(value) for value in record[name]))
 
 
@@ -271,7 +271,7 @@ def _difference(trained: Trained, one: int, two: int, y: Quality, x: Axis, charg
     found = paired_difference(trained, one, two, y, x, charge)
     if found is None:
         return f"{pair}: not all of them reached the same cost."
-    unit = "points" if y == "recognised" else "of KID x 1000"
+    unit = "points" if y == "recognised" else "of KID"
     better, worse = (two, one) if (found.value > 0) == (y == "recognised") else (one, two)
     verdict = (
         f"f = {better} is better than f = {worse}"
@@ -287,14 +287,13 @@ def _difference(trained: Trained, one: int, two: int, y: Quality, x: Axis, charg
 def by_count(trained: Trained, what: Literal["fd", "kid"]) -> Shown:
     """Return FD or KID against the number of pictures that it was computed from."""
     figure = go.Figure()
-    times = 1000.0 if what == "kid" else 1.0
     rows = [(run["points"][-1], int(run["f"]), "solid", "") for run in trained["runs"]]
     rows += [(one, int(one["f"]), "dot", "round trip, ") for one in trained["autoencoders"]]
     for record, f, dash, before in rows:
         found = record.get("by_count")
         if not found:
             continue
-        counts, values = found["count"], [times * float(value) for value in found[what]]
+        counts, values = found["count"], [float(value) for value in found[what]]
         name = "the scenes themselves" if before and f == 1 else before + space_text(f)
         texts = [
             f"{name}, {count} pictures: {value:.4g}"
