@@ -235,9 +235,7 @@ def test_the_page_record_offers_what_is_there(
 
 @pytest.mark.parametrize("name", list(BUNDLED))
 def test_each_bundled_model_is_what_its_name_says(name: str) -> None:
-    """Of those that are there: the two small ones are trained apart from this code."""
-    if name not in models_there():
-        pytest.skip(f"probe/{name} is not there")
+    assert name in models_there()
     model = load(name, weights=False)
     assert model.f == {"emojiworld": 8, "emojiworld-pixels": 1, "emojiworld-latents": 4}[name]
     assert model.vocabulary == set(words_of(name))

@@ -299,6 +299,21 @@ def gradient_l1(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     ).abs().mean()
 
 
+def autoencoder_loss(vae: AutoencoderKL, target: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Return the loss of a round trip: L1 + MSE + half the L1 of the gradients + a little KL."""
+    with torch.autocast(target.device.type, torch.bfloat16):
+        posterior = vae.encode(target).latent_dist
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    decoded = decoded.float()
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+    return (
+        F.l1_loss(decoded, target)
+        + F.mse_loss(decoded, target)
+        + 0.5 * gradient_l1(decoded, target)
+        + 1e-4 * kl
+    )
+
+
 def train_vae(options: argparse.Namespace, images: torch.Tensor) -> AutoencoderKL:
     device, crop, batch = options.device, 64, 16
     vae = build_vae().to(device)
@@ -315,18 +330,9 @@ def train_vae(options: argparse.Namespace, images: torch.Tensor) -> AutoencoderK
             for i, (y, x) in zip(which, corners.tolist(), strict=True)
         ]
         target = torch.stack(crops).to(device).float() / 127.5 - 1
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            posterior = vae.encode(target).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=draw).to(device)
-            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        decoded = decoded.float()
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        return (
-            F.l1_loss(decoded, target)
-            + F.mse_loss(decoded, target)
-            + 0.5 * gradient_l1(decoded, target)
-            + 1e-4 * kl
-        )
+        side = crop // 2 ** (len(vae.config.block_out_channels) - 1)
+        noise = torch.randn((batch, vae.config.latent_channels, side, side), generator=draw)
+        return autoencoder_loss(vae, target, noise.to(device))
 
     trainer.run(loss_of)
     return trainer.averaged()["vae"]  # type: ignore[return-value]

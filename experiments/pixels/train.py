@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from experiments.emojiworld import world
 from experiments.emojiworld.judge import small
-from experiments.emojiworld.train import Trainer, clock, generator, gradient_l1
+from experiments.emojiworld.train import Trainer, autoencoder_loss, clock, generator
 from experiments.pixels.spaces import (
     SIDE,
     SPACES,
@@ -112,21 +112,6 @@ def as_pixels(pictures: torch.Tensor, device: str) -> torch.Tensor:
 
 
 # --- autoencoders ---------------------------------------------------------------------------------
-
-
-def autoencoder_loss(vae: AutoencoderKL, target: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Return the loss of a round trip: L1 + MSE + half the L1 of the gradients + a little KL."""
-    with torch.autocast(target.device.type, torch.bfloat16):
-        posterior = vae.encode(target).latent_dist
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-    decoded = decoded.float()
-    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-    return (
-        F.l1_loss(decoded, target)
-        + F.mse_loss(decoded, target)
-        + 0.5 * gradient_l1(decoded, target)
-        + 1e-4 * kl
-    )
 
 
 def train_autoencoder(
