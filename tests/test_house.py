@@ -198,7 +198,7 @@ LAYERS = [
     ("probe.editing.attention", "probe.editing.modules"),
     ("probe.editing.editing",),
     ("probe.running.planning",),
-    ("probe.running.transfer",),
+    ("probe.running.graphs", "probe.running.transfer"),
     ("probe.running.session", "probe.running.description"),
     ("probe.running.perform",),
     ("probe.running.continuing",),

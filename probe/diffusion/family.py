@@ -44,6 +44,8 @@ class Predictions:
     prediction: torch.Tensor
 
 
+# (model_input, t, arguments): what `Family.call` takes and gives.
+Call = Callable[[torch.Tensor, torch.Tensor, Arguments], torch.Tensor]
 # (index, model_input, t): `model_input` is scaled already, and has one row an image.
 Predict = Callable[[int, torch.Tensor, torch.Tensor], Predictions]
 
@@ -271,10 +273,12 @@ class Family(Protocol):
         images: int,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
+        call: Call | None = None,
     ) -> Predict:
         """Return the model as a `Predict`.
 
-        It is guided, by the rule of this family, where `guidance_scale` is above 1.
+        It is guided, by the rule of this family, where `guidance_scale` is above 1. `call` is
+        asked in place of the model's own.
         """
         ...
 
@@ -360,20 +364,24 @@ def batched(
     images: int,
     guidance_scale: float,
     guidance_rescale: float,
+    call: Call | None = None,
 ) -> Predict:
-    """Return a `Predict` that asks for all branches in one batch, unconditional first."""
+    """Return a `Predict` that asks for all branches in one batch, unconditional first.
+
+    `call` is asked in place of the family's own.
+    """
     branches = (UNCOND, COND) if guidance_scale > 1.0 else (COND,)
     arguments = conditioning.rows(branches, images)
 
     def predict(_: int, model_input: torch.Tensor, t: torch.Tensor) -> Predictions:
-        said = ask_branches(family, branches, model_input, t, arguments)
+        said = ask_branches(call or family.call, branches, model_input, t, arguments)
         return Predictions(said, guided(said, guidance_scale, guidance_rescale))
 
     return predict
 
 
 def ask_branches(
-    family: Family,
+    call: Call,
     branches: Sequence[str],
     model_input: torch.Tensor,
     t: torch.Tensor,
@@ -381,5 +389,5 @@ def ask_branches(
 ) -> dict[str, torch.Tensor]:
     """Return what the denoiser says for each branch, asked in one batch: (branch x image, ...)."""
     batch = model_input if len(branches) == 1 else torch.cat([model_input] * len(branches))
-    outputs = family.call(batch, t, arguments).chunk(len(branches))
+    outputs = call(batch, t, arguments).chunk(len(branches))
     return dict(zip(branches, outputs, strict=True))

@@ -23,7 +23,7 @@ import torch
 
 from probe.conversions import denoised_from, eps_from, v_from, variance_preserving
 from probe.diffusion.draws import seeded
-from probe.diffusion.family import Conditioning, Family, Predict, Predictions, replaying
+from probe.diffusion.family import Call, Conditioning, Family, Predict, Predictions, replaying
 from probe.diffusion.schedule import Schedule, first_call
 
 
@@ -213,6 +213,7 @@ def denoise(
     known: Iterable[Predictions] = (),
     start: Start | None = None,
     editing: Editing | None = None,
+    call: Call | None = None,
 ) -> Iterator[Step]:
     """Draw `images` pictures, yielding a `Step` after every call of the model and the scheduler.
 
@@ -223,7 +224,8 @@ def denoise(
     give a fresh scheduler the history and the random numbers that the interrupted run had.
 
     With a `start`, the last steps are run, from its latents. It has the images and their size, and
-    `seed` is not used. With `editing`, that is asked in place of the model.
+    `seed` is not used. With `editing`, that is asked in place of the model; `call` is asked in
+    place of `model.call`.
     """
     if start is not None:
         height, width = (model.f * side for side in start.clean.shape[2:])
@@ -238,7 +240,8 @@ def denoise(
         generators = [generator.clone_state() for generator in start.generators]
         latents = started(scheduler, start, begin)
     if editing is None:
-        predict = model.predictor(conditioning, len(latents), guidance_scale, guidance_rescale)
+        guidance = guidance_scale, guidance_rescale
+        predict = model.predictor(conditioning, len(latents), *guidance, call)
         enter = None
     else:
         predict, enter = editing.predict, editing.enter

@@ -24,6 +24,7 @@ from probe.diffusion.family import (
     TEXT,
     UNCOND,
     Arguments,
+    Call,
     Conditioning,
     Predict,
     Tokens,
@@ -247,9 +248,10 @@ class StableDiffusion:
         images: int,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
+        call: Call | None = None,
     ) -> Predict:
         """Return the model as a `Predict`: both branches in one batch, guided."""
-        return batched(self, conditioning, images, guidance_scale, guidance_rescale)
+        return batched(self, conditioning, images, guidance_scale, guidance_rescale, call)
 
     def check_reading(self, tokens: Mapping[str, Tokens]) -> None:
         """Compare the embeddings of prompts, by branch, with those of the pipeline.

@@ -26,6 +26,7 @@ from probe.diffusion.family import (
     TEXT,
     UNCOND,
     Arguments,
+    Call,
     Conditioning,
     Predict,
     Tokens,
@@ -286,9 +287,10 @@ class StableDiffusionXL:
         images: int,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
+        call: Call | None = None,
     ) -> Predict:
         """Return the model as a `Predict`: both branches in one batch, guided."""
-        return batched(self, conditioning, images, guidance_scale, guidance_rescale)
+        return batched(self, conditioning, images, guidance_scale, guidance_rescale, call)
 
     # --- pictures ---
 

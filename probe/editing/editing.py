@@ -216,7 +216,7 @@ class Editing:
         branches = rows.computed_branches
         arguments = stacked([repeated(told[branch], rows.images) for branch in branches])
         with self._changing(index):
-            said = ask_branches(self._model, branches, model_input, t, arguments)
+            said = ask_branches(self._model.call, branches, model_input, t, arguments)
         return Predictions(said, guided(said, *self.guidance[index]))
 
     @contextlib.contextmanager

@@ -124,6 +124,15 @@ class Noising(Part):
     seed: Whole = Field(description="seed of draw 0; draw i has seed + i")
 
 
+class CudaGraphs(Part):
+    """Only of a run on CUDA whose calls of the denoiser may be replayed as CUDA graphs."""
+
+    replayed: Whole = Field(
+        description="number of calls that were; their bits are those of eager calls"
+    )
+    refusal: Text | None = Field(None, description="why no more were")
+
+
 class Upgraded(Part):
     """Only in a copy that `probe upgrade` made of a recording of an older format."""
 
@@ -211,6 +220,7 @@ class Attributes(Mapping[str, Any], Part):
     memory_format: Annotated[
         dict[Text, Literal["contiguous", "channels_last"]], Field(max_length=1000)
     ] = Field({}, description="by tensor: its layout in memory, where that decides bits")
+    cuda_graphs: CudaGraphs | None = None
     resumed: List = Field([], description="one entry for each time that it was resumed")
     upgraded: Upgraded | None = None
 

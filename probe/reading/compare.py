@@ -24,6 +24,7 @@ from probe.output import rows
 from probe.reading.edited import edit_sentences, edits_in
 from probe.reading.lazy import has_files, in_files
 from probe.reading.recording import Run
+from probe.settings.recipe import UNRECORDED
 
 CONDITIONS = (
     "device",
@@ -131,7 +132,7 @@ def differing_settings(a: Run, b: Run) -> list[str]:
     Edits come first, as sentences. What was captured comes last: it changes no picture.
     """
     one, other = (dict(_flat({"kind": run.kind, **run.attributes.recipe})) for run in (a, b))
-    ignored = ("name", "output", "durability", "device")
+    ignored = (*UNRECORDED, "device")
     return differing_edits(a, b) + [
         f"{key}: {one.get(key)} and {other.get(key)}"
         for key in sorted({**one, **other}, key=lambda key: key.startswith("capture."))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from probe.diffusion.family import Conditioning, Family, Predictions
+from probe.diffusion.family import Call, Conditioning, Family, Predictions
 from probe.diffusion.sampling import Step, arranged, denoise
 from probe.diffusion.schedule import Schedule, fresh
 from probe.diffusion.start import memory_formats
@@ -29,9 +29,9 @@ def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bo
     with Session(model, plan, writer, say) as session:
         conditioning, editing = session.begin(), edited(model, plan)
         steps = (
-            noised_steps(model, conditioning, plan)
+            noised_steps(model, conditioning, plan, session.call)
             if noising
-            else denoised_steps(model, conditioning, plan, writer, editing)
+            else denoised_steps(model, conditioning, plan, writer, editing, session.call)
         )
         title = "Predicting" if noising else "Denoising"
         with tqdm(total=plan.calls, desc=title, unit="step", disable=not progress) as bar:
@@ -58,6 +58,7 @@ def denoised_steps(
     plan: Plan,
     writer: StepStore,
     editing: Editing | None = None,
+    call: Call | None = None,
 ) -> Iterator[Step]:
     """Return the steps of a run; committed ones come from their recorded predictions."""
     how: dict[str, Any] = {name: getattr(plan.experiment, name) for name in SAMPLING}
@@ -65,13 +66,16 @@ def denoised_steps(
     known = _recorded(writer, plan, model)
     if editing is not None:
         editing.bind(conditioning)
-    return denoise(model, conditioning, **how, known=known, start=start, editing=editing)
+    where: dict[str, Any] = {"known": known, "start": start, "editing": editing, "call": call}
+    return denoise(model, conditioning, **how, **where)
 
 
-def noised_steps(model: Family, conditioning: Conditioning, plan: Plan) -> Iterator[Step]:
+def noised_steps(
+    model: Family, conditioning: Conditioning, plan: Plan, call: Call | None = None
+) -> Iterator[Step]:
     """Return the steps of a noising, from the draws of noise that its capture holds."""
     capture = next(capture for capture in plan.captures if isinstance(capture, Noised))
-    return ask_noised(model, conditioning, plan.schedule, capture.clean, capture.noise)
+    return ask_noised(model, conditioning, plan.schedule, capture.clean, capture.noise, call)
 
 
 def ask_noised(
@@ -80,14 +84,15 @@ def ask_noised(
     schedule: Schedule,
     clean: torch.Tensor,
     noise: torch.Tensor,
+    call: Call | None = None,
 ) -> Iterator[Step]:
     """Predict known noise in latents, at each timestep on its own: nothing is denoised.
 
-    The `next_latents` of every step are the clean ones. *Shape:* clean and noise (draw, channel, y,
-    x).
+    The `next_latents` of every step are the clean ones. `call` is asked in place of `model.call`.
+    *Shape:* clean and noise (draw, channel, y, x).
     """
     scheduler, images = fresh(model.scheduler), len(clean)
-    predict = model.predictor(conditioning, images)
+    predict = model.predictor(conditioning, images, call=call)
     for index, timestep in enumerate(schedule.timesteps):
         t = torch.tensor(int(timestep), device=model.device)
         with torch.no_grad():

@@ -27,6 +27,7 @@ from probe.diffusion.parts import count_not_finite
 from probe.diffusion.sampling import Step
 from probe.editing.editing import Editing
 from probe.errors import NotFinite, StoreError
+from probe.running.graphs import Graphs
 from probe.running.transfer import Transfer
 from probe.settings.recipe import Recipe
 from probe.watching.hooks import Hooks
@@ -62,6 +63,7 @@ class Session:
         self._wanted: list[Capture] = []
         self._transfer = Transfer()
         self.first = store.committed  # the first step that is recorded here
+        self._graphs = Graphs(model, plan, self.first)
 
     def __enter__(self) -> Session:
         return self
@@ -73,6 +75,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self._hook(())
+        self._graphs.close()
 
     def begin(self) -> Conditioning:
         """Read the prompts, one branch a call, and write what is known before the first step."""
@@ -116,8 +119,15 @@ class Session:
         watching = [capture for capture in self._wanted if capture.component in ("unet", "all")]
         for capture in watching:
             capture.expect(index)
+        self._graphs.expect(index)
         self._hook(watching)
         yield
+
+    def call(
+        self, model_input: torch.Tensor, t: torch.Tensor, arguments: Arguments
+    ) -> torch.Tensor:
+        """Call the denoiser for the step that is watched. It takes what `Family.call` takes."""
+        return self._graphs.call(model_input, t, arguments)
 
     def record(self, step: Step) -> None:
         """Record the step that was watched.
@@ -128,7 +138,10 @@ class Session:
         for capture in self._wanted:
             if capture.calls_model:
                 self._hook(())
-            values |= capture.take(step)
+            values |= self._graphs.take(capture, step)
+        if self._graphs.due:
+            self._hook(())
+            self._graphs.settle(step)
         if step.index == 0:
             note_memory_format("prediction", step.prediction, self._store)
         dtype = step.latents.dtype
@@ -187,12 +200,23 @@ class Session:
         self._hook(
             [capture for capture in self._plan.captures if capture.component in ("vae", "all")]
         )
+        if self._graphs.considered:
+            self._note_graphs()
         for capture in self._plan.captures:
             if capture.finishing:
                 self._say(f"{capture.finishing} ...")
             for line in capture.finish(latents, self._store):
                 self._say(line)
         self._hook(())
+
+    def _note_graphs(self) -> None:
+        """Write down how many calls were replayed and why no more; tell people of the latter."""
+        why = self._graphs.refusal
+        self._store.annotate(
+            cuda_graphs={"replayed": self._graphs.replayed, **({"refusal": why} if why else {})}
+        )
+        if why:
+            self._say(f"Ran without CUDA graphs: {why}.")
 
     def _hook(self, captures: Sequence[Capture]) -> None:
         """Have the hooks of these captures on, and no others."""

@@ -34,12 +34,12 @@ from probe.settings.capture import CaptureOptions
 from probe.settings.experiment import Experiment
 from probe.settings.fields import Line, Strict, expand_home
 from probe.settings.loading import OTHER_NAMES, load_settings, merge, validate
+from probe.settings.recipe import UNRECORDED
 from probe.settings.strict_yaml import read_text, read_yaml
 from probe.text import did_you_mean, printable, shorten, shown
 
 MOST_CELLS = 25_000
 OWN = ("base", "name", "axes", "zip", "keep", "measures", "quick")
-NOT_AXES = ("name", "output", "durability")  # they change nothing that is recorded
 MOST_BASES = 20  # files, each the base of another
 SHOWN_CELLS = 3  # in a message
 
@@ -391,7 +391,7 @@ def _check_field(name: str) -> None:
     if not known or (first == "capture" and rest and rest not in CaptureOptions.model_fields):
         captures = [f"capture.{field}" for field in CaptureOptions.model_fields]
         _refuse_unknown(name, (*Experiment.model_fields, *captures), "axes.")
-    if name in NOT_AXES:
+    if name in UNRECORDED:
         raise ExperimentError(
             f"axes.{name}: it changes nothing that is recorded", "Set it outside of axes."
         )

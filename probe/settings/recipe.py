@@ -22,6 +22,8 @@ LATER = (
     "clip_skip",
     "prompt_embeds",
 )  # fields that were added after recordings had been made
+# Fields that change nothing that is recorded.
+UNRECORDED = ("name", "output", "durability", "graphs")
 
 
 class Recipe(Strict):
@@ -117,6 +119,11 @@ class Recipe(Strict):
         description="What stays after a power cut: step, every step once it is written; run, a "
         "complete recording; none, what the system wrote by then.",
     )
+    graphs: Literal["auto", "off"] = Field(
+        default="auto",
+        description="CUDA graphs: auto, where a run on CUDA is long enough to gain by them, and "
+        "only with the same bits; or off.",
+    )
     output: Place = Field(default="runs", description="Folder that recordings are written to.")
 
     @model_validator(mode="after")
@@ -203,7 +210,7 @@ class Recipe(Strict):
         identity.
         """
         unset = tuple(name for name in LATER if not getattr(self, name))
-        return ("name", "output", "durability", *unset)
+        return (*UNRECORDED, *unset)
 
     @classmethod
     def ordered_fields(cls) -> dict[str, FieldInfo]:

@@ -18,12 +18,13 @@ from probe.errors import UserError
 from probe.running.planning import plan
 from probe.running.recorder import model_for, record_as
 from probe.settings.experiment import Experiment
+from probe.settings.recipe import UNRECORDED
 from probe.studies.measures import check_measures
 from probe.studies.models import conditions, held, model_key
 from probe.watching.interface import Plan
 
 # Fields that change no shape, and that a plan does not look at.
-SHAPELESS = ("name", "seed", "eta", "guidance_rescale", "on_nan", "output", "durability")
+SHAPELESS = ("seed", "eta", "guidance_rescale", "on_nan", *UNRECORDED)
 FEW = 2  # steps of the cell that is timed
 SUMMARY = ("latents/final_latents", "images/final")
 OF_RECORD = 2000  # bytes of what a cell says of itself

@@ -70,6 +70,9 @@ class CrossAttention(Capture):
     def wants(self, index: int, first: bool) -> bool:
         return index in self._plan.recorded
 
+    def forget(self) -> None:
+        self._projections.forget()
+
     def take(self, step: Any) -> Values:
         if self._together is not None:
             return self._measured(self._together, self._projections.sides())

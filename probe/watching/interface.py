@@ -110,6 +110,9 @@ class Capture(Protocol):
         """
         return {}
 
+    def forget(self) -> None:
+        """Forget what was seen of a call that was broken off."""
+
     def arrived(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
         """See what is written of a step, on the host and in the writing thread, in turn."""
 

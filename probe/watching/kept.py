@@ -43,6 +43,10 @@ class Tray:
             raise CaptureError(f"{name} fired twice in one step.", SHARED)
         self._values[name] = value
 
+    def forget(self) -> None:
+        """Forget what was put."""
+        self._values = {}
+
     def take(self) -> dict[str, Any]:
         values, self._values = self._values, {}
         for name in self._names:
@@ -77,6 +81,10 @@ class Kept:
             copy = output.detach().clone() if copies else None
         version = output._version if counted else 0
         self._tray.put(name, _Output(output.detach() if holds else None, version, copy))
+
+    def forget(self) -> None:
+        """Forget what was put."""
+        self._tray.forget()
 
     def take(self) -> dict[str, Any]:
         """Return every output as it was, and forget them.

@@ -69,6 +69,11 @@ class ModuleOutputs:
         )
         return stacked, whole
 
+    def forget(self) -> None:
+        """Forget what was seen of a call that was broken off."""
+        for tray in (self._numbers, self._wholes, *(self._kept or ())):
+            tray.forget()
+
     @torch.no_grad()
     def kept(self, rows: tuple[int, ...]) -> tuple[Derived | None, dict[str, torch.Tensor]]:
         """Return statistics, (statistic, *rows, module), and whole outputs, which were kept."""
@@ -122,6 +127,9 @@ class UnetOutputs(Capture):
 
     def wants(self, index: int, first: bool) -> bool:
         return index in self._plan.recorded
+
+    def forget(self) -> None:
+        self._outputs.forget()
 
     def take(self, step: Any) -> Values:
         rows = (len(self._plan.computed_branches), self._plan.rows.images)

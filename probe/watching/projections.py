@@ -84,6 +84,14 @@ class Projections:
         kept = self._kept.take()
         return {path: (kept[f"{path}.to_q"], kept[f"{path}.to_k"]) for path in self.modules}
 
+    def forget(self) -> None:
+        """Forget what was read of a call that was broken off."""
+        self._queries.clear()
+        self._tray.forget()
+        self._buffers.take()
+        if self._kept is not None:
+            self._kept.forget()
+
     def _check_all(self) -> None:
         self._queries.clear()
         self._tray.take()

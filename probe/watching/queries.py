@@ -58,6 +58,9 @@ class Queries(Capture):
     def wants(self, index: int, first: bool) -> bool:
         return index in self._plan.recorded
 
+    def forget(self) -> None:
+        self._projections.forget()
+
     def take(self, step: Any) -> Values:
         if self._late:
             return self._stacked(self._projections.sides())

@@ -55,6 +55,9 @@ class SelfAttention(Capture):
     def wants(self, index: int, first: bool) -> bool:
         return index in self._plan.recorded
 
+    def forget(self) -> None:
+        self._projections.forget()
+
     def take(self, step: Any) -> Values:
         filled = self._projections.take().items()
         return {

@@ -58,6 +58,9 @@ class TextSide(Capture):
     def wants(self, index: int, first: bool) -> bool:
         return first
 
+    def forget(self) -> None:
+        self._tray.forget()
+
     @torch.no_grad()
     def take(self, step: Any) -> Values:
         seen, values = self._tray.take(), Values()

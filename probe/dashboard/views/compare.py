@@ -17,9 +17,10 @@ from probe.reading.distances import Latents
 from probe.reading.edited import edit_sentences, edits_in_short
 from probe.reading.recording import Run
 from probe.reading.sample import called
+from probe.settings.recipe import UNRECORDED
 
 NAMES = {"denoised": "the predicted clean latents", "latents": "the latents, rescaled"}
-UNIMPORTANT = ("name", "output", "durability", "device")
+UNIMPORTANT = (*UNRECORDED, "device")
 
 
 def show() -> None:
