@@ -156,17 +156,19 @@ def _subtitle(run: Run, final: Image.Image) -> str:
 def _steps(run: Run, columns: int) -> list[Cell]:
     """Return the predicted clean picture at that many steps, spread evenly over the run."""
     sigmas = run.variable("sigma").values
-    if "decoded" in run.tree.children and run.tree["decoded"].sizes["decoded_step"] >= columns // 2:
-        steps = run.variable("decoded/decoded_step").values
-        pictures = run.variable("decoded/picture").values[:, 0]
-    else:
-        steps, pictures = run.steps, run.preview().values[:, 0]
+    whole = run.tree["decoded"] if "decoded" in run.tree.children else None
+    decoded = whole is not None and whole.sizes["decoded_step"] >= columns // 2
+    steps = run.variable("decoded/decoded_step").values if decoded else run.steps
     chosen = np.unique(np.linspace(0, len(steps) - 1, columns).round().astype(int))
-    clean = run.denoised().reindex(step=steps[chosen]).isel(image=0).values
-    finite = np.isfinite(clean).reshape(len(chosen), -1).all(axis=1)
+    clean = run.denoised().isel(image=0).reindex(step=steps[chosen])
+    if decoded:
+        pictures = run.variable("decoded/picture").values[chosen, 0]
+    else:
+        pictures = run.preview(clean).values
+    finite = np.isfinite(clean.values).reshape(len(chosen), -1).all(axis=1)
     cells = []
-    for index, defined in zip(chosen, finite, strict=True):
-        frame, step = fit(Image.fromarray(pictures[index]), CELL), steps[index]
+    for step, picture, defined in zip(steps[chosen], pictures, finite, strict=True):
+        frame = fit(Image.fromarray(picture), CELL)
         shown = frame if defined else _not_defined(frame.size)
         cells.append((shown, f"step {step}", f"sigma {sigmas[step]:.2f}"))
     return cells
