@@ -6,6 +6,7 @@ huggingface_hub, which read these variables once. Nothing here imports torch.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -29,6 +30,27 @@ from PIL import ImageFont, features
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, database=None)
 settings.load_profile("ci")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Let no collection of garbage look at what was imported: 600,000 objects, which stay.
+
+    Streamlit asks for a whole one after each run of a page.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the longest files where workers share them, so that no worker waits at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -item.path.stat().st_size)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -27,9 +27,9 @@ from probe.settings.experiment import Experiment
 STEPS = Experiment.model_fields["steps"].metadata[1].le  # the most that may be asked for
 LIMIT = 2.0  # seconds of this process
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-KINDS = {
+KINDS = {  # not of `dir(diffusers)` alone: to get each name there imports every pipeline
     name: kind
-    for name in dir(diffusers)
+    for name in sorted({*dir(diffusers)} & {*dir(diffusers.schedulers)})
     if isinstance(kind := getattr(diffusers, name, None), type)
     and issubclass(kind, diffusers.SchedulerMixin)
     and kind is not diffusers.SchedulerMixin
