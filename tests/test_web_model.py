@@ -20,6 +20,7 @@ from probe.diffusion.loading import BUNDLED, load
 from probe.diffusion.parts import posterior
 from probe.diffusion.sampling import denoise
 from probe.diffusion.sd import StableDiffusion
+from probe.watching.decoded import fit_preview
 from probe.watching.hooks import Hooks, editing_hooks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,12 @@ def test_the_graphs_are_of_these_weights(name: str) -> None:
     weights = (BUNDLED["emojiworld"] / MANIFEST["graphs"][name]["weights"]).read_bytes()
     assert exported_from(name, weights), EXPORT
     assert not exported_from(name, weights[:-2] + np.float16(3).tobytes())
+
+
+def test_latents_are_shown_in_the_colours_of_a_recording(model: StableDiffusion) -> None:
+    slope, bias = fit_preview(model)
+    assert close(np.array(MANIFEST["preview"]["slope"]), slope), EXPORT
+    assert close(np.array(MANIFEST["preview"]["bias"]), bias), EXPORT
 
 
 def test_the_graphs_are_small_and_say_nothing_of_a_machine() -> None:

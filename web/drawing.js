@@ -4,20 +4,20 @@
  *
  * It is asked by messages:
  *
- *     {kind: "draw", run, prompt, negativePrompt, decodeEvery, ...experiment}   see `Experiment` of sampling.js
+ *     {kind: "draw", run, prompt, negativePrompt, decodeEvery, edits, ...experiment}   see `Experiment` of sampling.js
  *     {kind: "decode", run, index, latents}                                     a picture of any latents
  *     {kind: "stop"}                                                            after the step that is computed now
  *
  * `run` and `index` are the page's own names, and come back. It answers:
  *
- *     {kind: "begun", run, words, end, calls}       words of the prompt, each with its tokens
- *     {kind: "step", run, index, timestep, sigma, alphaBar, latents, denoised, uncond, cond, maps, picture, seconds}
+ *     {kind: "begun", run, words, end, timesteps, sigmas}   words of the prompt, each with its tokens
+ *     {kind: "step", run, index, timestep, sigma, alphaBar, latents, input, uncond, cond, prediction, denoised, maps, picture, seconds}
  *     {kind: "picture", run, index, picture}        of "decode"
  *     {kind: "done", run, latents, picture, seconds}
  *     {kind: "stopped", run}
  *     {kind: "error", run, message, words}          words that the model never saw; none for other mistakes
  *
- * A picture is {width, height, data}, RGBA. `maps` are of the prompt alone: of each layer
+ * `edits` are those of experiment.js. A picture is {width, height, data}, RGBA. `maps` are of the prompt alone: of each layer
  * {layer, shape, values}, (head, pixel, token). A step's `picture` is that of its `denoised`, and
  * null where it was not decoded.
  *
@@ -27,24 +27,28 @@
  * @typedef {(message: Record<string, any>, transfer?: ArrayBuffer[]) => void} Post
  */
 
-import { condition, denoise } from "./diffusion/sampling.js";
+import { isGuided } from "./diffusion/guidance.js";
+import { condition, denoise, schedule } from "./diffusion/sampling.js";
 import { PromptError } from "./diffusion/tokens.js";
+import { valueScale } from "./experiment.js";
 
 /** Make the function that answers a message. @param {Model} model @param {(text: string) => Prompt} read @param {Config} config @param {Post} post */
 export function drawing(model, read, config, post) {
   let current = 0; // a run goes on as long as it is the last that was asked for
 
   /** @param {any} message */
-  async function draw({ run, prompt, negativePrompt = "", decodeEvery = 3, ...experiment }) {
+  async function draw({ run, prompt, negativePrompt = "", decodeEvery = 3, edits = [], ...experiment }) {
     const mine = ++current;
     const began = performance.now();
     const seconds = () => (performance.now() - began) / 1000;
     const asked = read(prompt);
     const conditioning = await condition(model, asked, read(negativePrompt), experiment.guidanceScale);
-    post({ kind: "begun", run, words: asked.words, end: asked.end });
+    const rows = isGuided(experiment.guidanceScale) ? 2 : 1;
+    const scale = valueScale(edits, { layers: model.layers, shape: model.shapes.value_scale, words: asked.words, rows });
+    post({ kind: "begun", run, words: asked.words, end: asked.end, ...schedule(config, experiment) });
     let latents;
-    for await (const step of denoise(model, config, conditioning, experiment)) {
-      const { maps, nextLatents, input, prediction, ...rest } = step;
+    for await (const step of denoise(model, config, conditioning, { ...experiment, valueScale: scale })) {
+      const { maps, nextLatents, ...rest } = step;
       const shown = decodeEvery > 0 && (step.index + 1) % decodeEvery === 0;
       const picture = shown ? await model.decode(step.denoised) : null;
       const own = maps.map(lastRow);

@@ -4,9 +4,11 @@
     python web/export.py
 
 Four graphs and `manifest.json` are written to web/model: text encoder, UNet, VAE decoder and VAE
-encoder. A graph has no weights. It says where each one lies in the model's files, in float16, and
-computes in float32. So they must be exported again when the model was trained again: the manifest
-holds the digests of the files, and tests/test_web_model.py compares them.
+encoder. The manifest has the linear map by which latents are shown as small pictures.
+
+A graph has no weights. It says where each one lies in the model's files, in float16, and computes
+in float32. So they must be exported again when the model was trained again: the manifest holds the
+digests of the files, and tests/test_web_model.py compares them.
 
 The UNet also puts out the attention of each cross-attention layer, after its softmax. Its input
 `value_scale` multiplies what a head reads from a token: 1 changes nothing, 0 switches it off.
@@ -26,6 +28,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
+
+from probe.diffusion.loading import load
+from probe.watching.decoded import fit_preview
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "probe" / "emojiworld"
@@ -248,10 +253,16 @@ def shape_of(name: str, example: torch.Tensor) -> list[int]:
     return [size for axis, size in enumerate(example.shape) if axis != (name == "value_scale")]
 
 
+def preview() -> dict[str, Any]:
+    """Return the linear map from latents to colours from 0 to 1, as a recording has it."""
+    slope, bias = fit_preview(load(str(MODEL), dtype="float32", device="cpu"))
+    return {"slope": slope.tolist(), "bias": bias.tolist()}
+
+
 def main() -> int:
     torch.manual_seed(0)
     OUTPUT.mkdir(exist_ok=True)
-    manifest: dict[str, Any] = {"layers": [], "shapes": {}, "graphs": {}}
+    manifest: dict[str, Any] = {"layers": [], "shapes": {}, "graphs": {}, "preview": preview()}
     for name, part in parts().items():
         model = exported(part)
         point_to_weights(model, part.weights)

@@ -4,12 +4,13 @@
  *
  *     {kind: "load", ort, threads, files}
  *
- * `ort` is the address of onnxruntime-web's module. `threads` count where the page is isolated; else
- * there is one. `files` has, by name, an address or the bytes: those of `FILES`, and each graph of
- * manifest.json with its weights. It answers:
+ * `ort` is the address of onnxruntime-web's module, or none where it was built in as `self.ort`.
+ * `threads` count where the page is isolated; else there is one. `files` has, by name, an address or
+ * the bytes, as they are or by gzip: those of `FILES`, and each graph of manifest.json with its
+ * weights. It answers:
  *
  *     {kind: "progress", name, bytes}               so many bytes of a file have come
- *     {kind: "ready", words, layers, shapes, schedulers}
+ *     {kind: "ready", words, layers, preview, schedulers}
  *     {kind: "error", message, words}
  */
 
@@ -26,7 +27,7 @@ const post = (message, transfer = []) => self.postMessage(message, { transfer })
 /** @type {Promise<(message: any) => Promise<void>> | null} */
 let opened = null;
 
-/** @param {{ort: string, threads: number, files: Record<string, string | Uint8Array>}} message */
+/** @param {{ort?: string, threads: number, files: Record<string, string | Uint8Array>}} message */
 async function load({ ort: address, threads, files }) {
   /** @type {Map<string, Promise<Uint8Array>>} */
   const reading = new Map();
@@ -38,20 +39,20 @@ async function load({ ort: address, threads, files }) {
   const json = async (/** @type {string} */ name) => JSON.parse(new TextDecoder().decode(await read(name)));
   const manifest = await json("manifest.json");
   for (const part of Object.keys(manifest.graphs)) void read(manifest.graphs[part].weights).catch(() => {}); // all at once; whoever needs it hears of a failure
-  const ort = await import(address);
+  const ort = address ? await import(address) : /** @type {any} */ (self).ort;
   ort.env.wasm.wasmBinary = await read("ort.wasm");
   ort.env.wasm.numThreads = self.crossOriginIsolated ? threads : 1;
   const model = await openModel(ort, manifest, read);
   const words = await json("words.json");
   const answer = drawing(model, tokenizer(await json("tokenizer.json"), words), await json("scheduler_config.json"), post);
-  post({ kind: "ready", words, layers: model.layers, shapes: model.shapes, schedulers: SCHEDULERS });
+  post({ kind: "ready", words, layers: model.layers, preview: model.preview, schedulers: SCHEDULERS });
   return answer;
 }
 
 /** The bytes of a file, whose coming is told. @param {string} name @param {string | Uint8Array | undefined} place */
 async function content(name, place) {
   if (place === undefined) throw new Error(`The page was built without ${name}. Build it again: python3 tasks.py web.`);
-  if (typeof place !== "string") return place;
+  if (typeof place !== "string") return unpacked(place);
   const response = await fetch(place);
   if (!response.ok || !response.body) throw new Error(`${name} did not come (${response.status}). Reload the page.`);
   const parts = [];
@@ -62,7 +63,14 @@ async function content(name, place) {
     parts.push(value);
     post({ kind: "progress", name, bytes: (bytes += value.length) });
   }
-  return new Uint8Array(await new Blob(parts).arrayBuffer());
+  return unpacked(...parts);
+}
+
+/** A file's bytes; gzip is unpacked, unless a server did it. @param {Uint8Array<any>[]} parts */
+async function unpacked(...parts) {
+  const [blob, [first, second]] = [new Blob(parts), parts[0] ?? []];
+  const stream = first === 0x1f && second === 0x8b ? blob.stream().pipeThrough(new DecompressionStream("gzip")) : blob;
+  return new Uint8Array(await (stream instanceof Blob ? stream : new Response(stream)).arrayBuffer());
 }
 
 self.onmessage = async ({ data }) => {

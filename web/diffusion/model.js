@@ -2,7 +2,8 @@
 /**
  * The model's four parts, as onnxruntime computes them: text encoder, UNet, decoder and encoder.
  *
- * @typedef {{layers: string[], shapes: Record<string, number[]>, graphs: Record<string, {weights: string, sha256: string}>}} Manifest manifest.json
+ * @typedef {{layers: string[], shapes: Record<string, number[]>, graphs: Record<string, {weights: string, sha256: string}>,
+ *            preview: {slope: number[][], bias: number[]}}} Manifest manifest.json
  * @typedef {{layer: string, shape: number[], values: Float32Array}} LayerMap attention after its softmax, (row, head, pixel, token)
  * @typedef {{eps: Float32Array[], maps: LayerMap[]}} Prediction of each row; and of each layer, in the order they run
  * @typedef {(name: string) => Promise<Uint8Array>} ReadFile a graph, "unet.onnx", or weights, "unet/diffusion_pytorch_model.safetensors"
@@ -39,6 +40,7 @@ export class Model {
     this.last = Promise.resolve();
     this.layers = manifest.layers;
     this.shapes = manifest.shapes;
+    this.preview = manifest.preview;
     this.latentSize = this.shapes.latents.reduce((product, side) => product * side, 1);
   }
 

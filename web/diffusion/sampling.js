@@ -55,6 +55,12 @@ export async function* denoise(model, config, conditioning, experiment) {
   }
 }
 
+/** The noise levels of a run's calls, before it begins. @param {Config} config @param {Experiment} experiment */
+export function schedule(config, experiment) {
+  const [{ timesteps, sigmas }, first] = [makeScheduler(experiment.scheduler, config, experiment.steps), firstCall(experiment)];
+  return { timesteps: timesteps.slice(first), sigmas: sigmas.slice(first) };
+}
+
 /** The first call of a run that does only a share of its steps. @param {Experiment} experiment */
 function firstCall({ picture, strength = 1, steps }) {
   if (!picture) return 0;

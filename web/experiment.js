@@ -1,0 +1,111 @@
+// @ts-check
+/**
+ * What is drawn, as the page asks for it: its bounds, its place in the address, and the YAML by which
+ * Python records the same. Pure: node tests it.
+ *
+ * @typedef {{kind: "value", word: string, from: number}} ValueEdit a word that is attended to and says nothing, from a step on
+ * @typedef {{kind: "head", layer: string, head: number, from: number}} HeadEdit a head that writes nothing
+ * @typedef {ValueEdit | HeadEdit} Edit
+ * @typedef {{prompt: string, seed: number, guidance: number, steps: number, scheduler: string, edits: Edit[]}} Experiment
+ */
+
+/** @type {Experiment} */
+export const FIRST = { prompt: "a fox on the moon", seed: 5, guidance: 3, steps: 30, scheduler: "DDIM", edits: [] };
+export const BOUNDS = { guidance: { min: 1, max: 15, step: 0.5 }, steps: { min: 5, max: 60, step: 1 } };
+const STEPS = "num_steps"; // in an address, where the player has `steps` of its own
+const [LONGEST, LARGEST_SEED, MOST_EDITS] = [300, 2 ** 32 - 1, 40];
+
+/** The experiment in an address; what is not possible is left out. @param {string} query @param {string[]} schedulers @param {string[]} layers @returns {Experiment} */
+export function fromAddress(query, schedulers, layers) {
+  const given = new URLSearchParams(query);
+  const number = (/** @type {string} */ name, /** @type {number} */ least, /** @type {number} */ most, /** @type {number} */ fallback, digits = 0) => {
+    const text = given.get(name) ?? "";
+    const value = /^\d{1,10}(\.\d{1,2})?$/.test(text) ? Number(Number(text).toFixed(digits)) : NaN;
+    return value >= least && value <= most ? value : fallback;
+  };
+  const scheduler = given.get("scheduler") ?? "";
+  return {
+    prompt: (given.get("prompt") ?? FIRST.prompt).replace(/[\p{Cc}\p{Cs}]+/gu, " ").slice(0, LONGEST),
+    seed: number("seed", 0, LARGEST_SEED, FIRST.seed),
+    guidance: number("guidance", BOUNDS.guidance.min, BOUNDS.guidance.max, FIRST.guidance, 2),
+    steps: number(STEPS, BOUNDS.steps.min, BOUNDS.steps.max, FIRST.steps),
+    scheduler: schedulers.includes(scheduler) ? scheduler : FIRST.scheduler,
+    edits: given.getAll("off").slice(0, MOST_EDITS).flatMap((text) => edit(text, layers)),
+  };
+}
+
+/** An edit as an address has it: "value fox 6" or "head 3.1 6", layer 3 and head 1. @param {string} text @param {string[]} layers @returns {Edit[]} */
+function edit(text, layers) {
+  const value = /^value (\p{L}{1,40}) (\d{1,3})$/u.exec(text);
+  if (value) return [{ kind: "value", word: value[1].toLowerCase(), from: Number(value[2]) }];
+  const head = /^head (\d{1,3})\.(\d{1,3}) (\d{1,3})$/.exec(text);
+  if (!head || !(Number(head[1]) in layers)) return [];
+  return [{ kind: "head", layer: layers[Number(head[1])], head: Number(head[2]), from: Number(head[3]) }];
+}
+
+/** The address of an experiment; what else is in it stays. @param {string} query @param {Experiment} experiment @param {string[]} layers */
+export function toAddress(query, { edits, ...fields }, layers) {
+  const given = new URLSearchParams(query);
+  for (const [name, value] of Object.entries(fields)) given.set(name === "steps" ? STEPS : name, String(value));
+  given.delete("off");
+  for (const one of edits) given.append("off", one.kind === "value" ? `value ${one.word} ${one.from}` : `head ${layers.indexOf(one.layer)}.${one.head} ${one.from}`);
+  return `?${given}`;
+}
+
+/** How it was made, in a line. @param {Experiment} experiment */
+export function facts({ scheduler, steps, guidance, seed, edits }) {
+  const guided = guidance > 1 ? `guidance ${guidance}` : "no guidance";
+  return [`emojiworld, ${scheduler}, ${steps} steps, ${guided}, seed ${seed}`, ...edits.map(inWords)].join(", ");
+}
+
+/** An edit in words. @param {Edit} edit */
+export function inWords(edit) {
+  const what = edit.kind === "value" ? `“${edit.word}”` : `${edit.layer.split(".transformer")[0]} head ${edit.head}`;
+  return `${what} off${edit.from ? ` from step ${edit.from}` : ""}`;
+}
+
+/** The fields that Python has for it. @param {Experiment} experiment */
+export function recipe({ prompt, seed, guidance, steps, scheduler, edits }) {
+  const made = edits.map((one) => ({
+    ...(one.kind === "value" ? { kind: "value", words: [one.word] } : { kind: "head", layers: [one.layer], heads: [one.head], how: "zero" }),
+    ...(one.from ? { steps: `${one.from}:` } : {}),
+  }));
+  return { model: "emojiworld", dtype: "float32", prompt, scheduler, steps, guidance_scale: guidance, seed, ...(made.length ? { edits: made } : {}) };
+}
+
+/** A file for `python -m probe.run FILE`. What is JSON is YAML. @param {Experiment} experiment */
+export function yaml(experiment) {
+  const { edits = [], ...fields } = recipe(experiment);
+  const quoted = (/** @type {unknown} */ value) => JSON.stringify(value).replace(/[\u007f-\u{10ffff}]/gu, (letter) => `\\U${letter.codePointAt(0)?.toString(16).padStart(8, "0")}`);
+  const lines = Object.entries(fields).map(([name, value]) => `${name}: ${quoted(value)}`);
+  if (edits.length) lines.push("edits:", ...edits.map((one) => `  - ${quoted(one)}`));
+  return `${lines.join("\n")}\n`;
+}
+
+/**
+ * What a call of the UNet is told of edits: a factor for what each head reads from each token. The
+ * words are switched off in the prompt alone, heads in both branches.
+ *
+ * @param {Edit[]} edits
+ * @param {{layers: string[], shape: number[], words: {word: string, tokens: number[]}[], rows: number}} of shape (layer, head, token)
+ * @returns {((index: number) => Float32Array | undefined) | undefined}
+ */
+export function valueScale(edits, { layers, shape: [count, heads, length], words, rows }) {
+  if (!edits.length) return undefined;
+  return (index) => {
+    const now = edits.filter(({ from }) => index >= from);
+    if (!now.length) return undefined;
+    const scale = new Float32Array(count * rows * heads * length).fill(1);
+    const off = (/** @type {number} */ layer, /** @type {number} */ row, /** @type {number} */ head, /** @type {number[]} */ tokens) => {
+      for (const token of tokens) scale[((layer * rows + row) * heads + head) * length + token] = 0;
+    };
+    for (const one of now) {
+      if (one.kind === "head") for (let row = 0; row < rows; row++) off(layers.indexOf(one.layer), row, one.head, [...Array(length).keys()]);
+      else {
+        const tokens = words.filter(({ word }) => word === one.word).flatMap((word) => word.tokens);
+        for (let layer = 0; layer < count; layer++) for (let head = 0; head < heads; head++) off(layer, rows - 1, head, tokens);
+      }
+    }
+    return scale;
+  };
+}
