@@ -13,6 +13,15 @@
  *            opacity: number, scale: "words" | "word" | "step" | "locked", vmin?: number, vmax?: number}} State
  */
 
+export const KINDS = ["start", "words", "end", "padding"];
+export const ABOUT = { start: "The start token: attended to where nothing else is", end: "The first end token", padding: "All tokens after the first end token" };
+export const ASKS = { // the question above the words, and what the map of one shows
+  attention: ["Which places attend to", (/** @type {string} */ word) => `Places that attend to “${word}”`],
+  contribution: ["Where is something written for", (/** @type {string} */ word) => `What is written for “${word}”`],
+  counterfactual: ["What changes without", (/** @type {string} */ word) => `What changes without “${word}”`],
+  "self-attention": ["Where does a place look? From", () => "Where these places look"],
+};
+
 /** A table of 256 colours as little-endian RGBA, between anchors of equal distance. @param {number[][]} anchors */
 export function table(anchors) {
   const colours = new Uint32Array(256);

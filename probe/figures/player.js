@@ -13,21 +13,13 @@
  * @typedef {import("./payload.js").Panel} Panel
  * @typedef {import("./payload.js").Run} Run
  * @typedef {import("./payload.js").State} State
- * @typedef {{state?: Partial<State>, ask?: (run: number, what: Record<string, string>) => Promise<Uint8Array>,
+ * @typedef {{state?: Partial<State>, ask?: (run: number, what: Record<string, string>) => Promise<Uint8Array | Run>,
  *            changed?: (state: State) => void, sync?: "sigma" | "step", full?: boolean}} Options
  */
 import { DASHES, LINES, SIGNED, arrows, choice, idly, keep, make, outline, page, paintLess, paintLines, paintMap, paintPicture, show, under } from "./drawing.js";
-import { clamp, closest, high, lockable, map, nearest, open, over, overlap, peak, ranged, said, shading, short, span, table, upcoming } from "./payload.js";
+import { ABOUT, ASKS, KINDS, clamp, closest, high, lockable, map, nearest, open, over, overlap, peak, ranged, said, shading, short, span, table, upcoming } from "./payload.js";
 
-const KINDS = ["start", "words", "end", "padding"];
-const ABOUT = { start: "The start token: attended to where nothing else is", end: "The first end token", padding: "All tokens after the first end token" };
 const AHEAD = 64e6; // bytes of maps that are prepared before somebody asks
-const ASKS = { // the question above the words, and what the map of one shows
-  attention: ["Which places attend to", (/** @type {string} */ word) => `Places that attend to “${word}”`],
-  contribution: ["Where is something written for", (/** @type {string} */ word) => `What is written for “${word}”`],
-  counterfactual: ["What changes without", (/** @type {string} */ word) => `What changes without “${word}”`],
-  "self-attention": ["Where does a place look? From", () => "Where these places look"],
-};
 
 /**
  * Put a player into an element.
@@ -40,7 +32,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   const steps = /** @type {number[]} */ (lead.meta.steps);
   if (!steps.length) {
     make("p", "empty", "No step of this recording is finished yet.", box);
-    return { box, state: null, go() {}, repaint() {}, destroy: () => box.remove() };
+    return { box, state: null, go() {}, repaint() {}, grown() {}, choose() {}, destroy: () => box.remove() };
   }
   const colours = table(lead.meta.colours);
   const last = steps.length - 1;
@@ -59,13 +51,12 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   if (!offers.branches.length) state.per = "words";
   if (state.scale === "locked" && !lockable(state.vmin, state.vmax)) state.scale = "words";
   const views = []; // drawn again at every change
-  const [asked, here] = [new Map(), new WeakMap()]; // what was asked for, and what of that has come
-  const tops = new Map(); // the greatest values, found once
-  const means = new WeakMap(); // of each channel over places, by step
+  const [asked, here, tops] = [new Map(), new WeakMap(), new Map()]; // what was asked for; what of that has come; the greatest values, found once
+  let means = new WeakMap(); // of each channel over places, by step
   const eyes = [];
   const square = { row: 0, row_to: 0, column: 0, column_to: 0 }; // whose self-attention is shown
   let [paper, wanted] = ["", ""]; // the page's colour; which maps are shown, in words
-  let [playing, dead, frame, then, settled, wide] = [false, false, 0, 0, 0, 0];
+  let [playing, dead, frame, then, settled, wide, fresh] = [false, false, 0, 0, 0, 0, 0]; // fresh: how often a run has grown
 
   const label = () => names[state.channel]?.label ?? "";
   const title = () => ASKS[state.reading][1](label());
@@ -133,7 +124,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   /** Ask once for more of a run; what comes is opened. @param {Run} run @param {Record<string, string>} what */
   function more(run, what) {
     const key = JSON.stringify([runs.indexOf(run), what]);
-    const ready = asked.get(key) ?? Promise.resolve(ask?.(runs.indexOf(run), what)).then((bytes) => (bytes ? open(bytes) : Promise.reject(Error("Nothing more is here."))));
+    const ready = asked.get(key) ?? Promise.resolve(ask?.(runs.indexOf(run), what)).then((more) => (more instanceof Uint8Array ? open(more) : more ?? Promise.reject(Error("Nothing more is here."))));
     asked.set(key, ready);
     ready.then((found) => here.set(ready, found), () => asked.delete(key));
     return ready;
@@ -178,15 +169,16 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   /** @param {Run} run @param {Panel} panel @param {number} number */
   function pictureFigure(run, panel, number) {
     const own = /** @type {Panel} */ (run.meta.panels.find((/** @type {Panel} */ { part }) => part === panel.part) ?? panel);
-    const { made, caption, note, canvas, empty } = frameOf(panel.part, number, own.title, own.note);
+    const { made, caption, name, note, canvas, empty } = frameOf(panel.part, number, own.title, own.note);
     empty.textContent = run.meta.missing[panel.part] ?? "Not recorded.";
     canvas.hidden = !(empty.hidden = panel.part in run.parts);
     if (canvas.hidden) return made;
     let shown = "";
     views.push(() => {
       const index = frameAt(run, panel.part);
-      if (shown === String(index)) return;
-      shown = String(index);
+      if (shown === `${index} ${fresh}`) return;
+      shown = `${index} ${fresh}`;
+      if (panel.part !== "latents") [name.textContent, note.textContent] = [own.title, own.note];
       fit(canvas, run.parts[panel.part]);
       paintPicture(canvas, run.parts[panel.part], index);
       canvas.setAttribute("aria-label", `${own.title}, step ${said(run.meta.steps[at(run)], run.meta.calls)}`);
@@ -524,7 +516,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     const [byLayer, mark] = [make("canvas", "", "", plot, { role: "img" }), make("div", "line", "", plot)];
     let key = "";
     const load = () => {
-      const next = `${state.channel} ${wanted}`;
+      const next = `${state.channel} ${wanted} ${fresh}`;
       if (key === next) return;
       key = next;
       runs.forEach((run) => {
@@ -779,7 +771,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   }
   /** @param {number} step */
   function go(step) {
-    const next = Math.max(0, Math.min(last, step));
+    const next = Math.max(0, Math.min(lead.meta.reached ?? last, step)); // a run that is drawn has no more
     if (next !== state.step) choose({ step: next });
   }
   /** Name the words anew: those of the branch, the tokens, or the places that are shown. */
@@ -889,6 +881,13 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     const given = { layer: state.layer, head: state.head, against: state.against, channel: state.channel };
     read({}).then(() => choose({ ...given, channel: clamp(given.channel, names.length, busiest()) }));
   }
+  /** Draw what has come: a run that is being drawn grows in place. @param {number} [step] */
+  function grown(step = state.step) {
+    [fresh, state.step, means] = [fresh + 1, step, new WeakMap()];
+    for (const kept of [tops, asked]) kept.clear();
+    repaint();
+    rest();
+  }
   function destroy() {
     dead = true;
     stop();
@@ -896,5 +895,5 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
     dark.removeEventListener("change", repaint);
     box.remove();
   }
-  return { box, state, go, stop, repaint, choose, destroy };
+  return { box, state, go, stop, repaint, grown, choose, destroy };
 }
