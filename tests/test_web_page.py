@@ -1,0 +1,152 @@
+"""The page shows what Python's player would show of the same numbers, and its YAML is Python's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import probe
+from probe.figures.bundle import payload
+from probe.figures.channels import layers_and_heads
+from probe.figures.payload import unpack
+from probe.reading.recording import Run
+from probe.settings.experiment import load_experiment
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST = ROOT / "tests" / "web_page.test.mjs"
+NODE = shutil.which("node")
+PARTS = ("latents", "denoised", "cond", "uncond", "prediction")
+
+pytestmark = pytest.mark.skipif(NODE is None, reason="needs node: apt install nodejs")
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return probe.open_run("sample")
+
+
+def write(folder: Path, name: str, values: Any) -> None:
+    np.asarray(values, np.float32).tofile(folder / f"{name}.f32")
+
+
+def write_layers(run: Run, folder: Path) -> dict[str, Any]:
+    """Write the maps of each layer as (step, head, pixel, token), in the order they run."""
+    layers = {}
+    for grid in run.grids:
+        maps = run.attention(grid).sel(branch="cond").isel(image=0).load()
+        for layer in maps["layer"].values:
+            layers[str(layer)] = maps.sel(layer=layer).transpose("step", "head", "y", "x", "token")
+    parts = ["down", "mid_", "up_b"]
+    order = sorted(layers, key=lambda path: ([*parts, path[:4]].index(path[:4]), path))
+    shapes = []
+    for index, name in enumerate(order):
+        maps = layers[name]
+        values = maps.values.reshape(*maps.shape[:2], -1, maps.sizes["token"])
+        write(folder, f"layer{index}", probe.analysis.probabilities(values))
+        shapes.append(values.shape[1:])
+    return {"layers": order, "shapes": shapes}
+
+
+def write_recording(run: Run, folder: Path) -> None:
+    """Write a recording as the page's worker would say it, and what Python makes of it."""
+    one = {"image": 0}
+    latents = {
+        "latents": run.latents,
+        "denoised": run.denoised(),
+        "cond": run.prediction("cond"),
+        "uncond": run.prediction("uncond"),
+        "prediction": run.prediction(),
+    }
+    for name in PARTS:
+        values = latents[name].isel(one).transpose("step", "channel", "y", "x").load()
+        write(folder, name, values.astype("float32"))
+    noisy, clean = (latents[name].isel(one).astype("float32").load() for name in PARTS[:2])
+    size = clean.std(("channel", "y", "x")) / noisy.std(("channel", "y", "x"))
+    write(folder, "latents-rgb", run.preview(noisy * size))
+    write(folder, "denoised-rgb", run.preview(clean))
+    labels = run.attention(run.grids[0]).sel(branch="cond")
+    texts, numbers = labels["token_text"].values.tolist(), labels["word_index"].values.tolist()
+    words = [
+        {"word": str(word), "tokens": [i for i, number in enumerate(numbers) if number == place]}
+        for place, word in enumerate(run.words)
+    ]
+    begun = {
+        "words": words,
+        "end": len(texts) - 2,
+        "timesteps": run.variable("timestep").values.tolist(),
+        "sigmas": run.variable("sigma").values.tolist(),
+    }
+    preview = {
+        "slope": run.variable("preview/latent_to_rgb").values.tolist(),
+        "bias": run.variable("preview/bias").values.tolist(),
+    }
+    about = {"begun": begun, "sigmas": begun["sigmas"], "preview": preview, "experiment": {}}
+    about |= write_layers(run, folder)
+    for name, content in (("payload", payload(run)), ("heads", layers_and_heads(run, 1))):
+        head, parts = unpack(content)
+        meta = head["meta"] | {"shape": head["parts"]["maps"]["shape"]}
+        (folder / f"{name}.json").write_text(json.dumps(meta), encoding="utf-8")
+        write(folder, {"payload": "maps", "heads": "heads"}[name], parts["maps"])
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def test_the_page_makes_of_a_run_what_python_makes_of_it(run: Run, tmp_path: Path) -> None:
+    write_recording(run, tmp_path)
+    environment = os.environ | {"PAYLOADS": str(tmp_path)}
+    command = [str(NODE), "--test", str(TEST)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "# fail 0" in done.stdout and "# skipped 0" in done.stdout
+
+
+def test_python_reads_the_experiment_that_the_page_writes(tmp_path: Path) -> None:
+    layer = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    edits = [
+        {"kind": "value", "word": "fox", "from": 6},
+        {"kind": "head", "layer": layer, "head": 3, "from": 0},
+    ]
+    fields = {"seed": 4294967295, "guidance": 7.5, "steps": 20, "scheduler": "DPM++2M"}
+    asked = {"prompt": 'a "fox": \\ {é} 🦊 # moon', **fields, "edits": edits}
+    code = (
+        "const { yaml } = await import(process.argv[1]);"
+        "process.stdout.write(yaml(JSON.parse(process.argv[2])));"
+    )
+    module = (ROOT / "web" / "experiment.js").as_uri()
+    command = [str(NODE), "--input-type=module", "-e", code, module, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    (tmp_path / "page.yaml").write_bytes(done.stdout)
+    read = load_experiment(tmp_path / "page.yaml")
+    assert (read.prompt, read.seed, read.steps) == (asked["prompt"], 4294967295, 20)
+    assert (read.guidance_scale, read.scheduler, read.dtype) == (7.5, "DPM++2M", "float32")
+    value, head = read.edits
+    assert value.kind == "value" and value.words == ("fox",) and value.steps == "6:"
+    assert head.kind == "head" and head.layers == (layer,) and head.heads == (3,)
+    assert head.how == "zero" and head.steps == "all"
+
+
+def test_a_picture_holds_its_experiment(tmp_path: Path) -> None:
+    picture = np.arange(128 * 128 * 3, dtype=np.uint8).reshape(128, 128, 3)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    text = 'prompt: "a fox"\nseed: 5 # é\n'
+    code = (
+        "const fs = await import('node:fs');"
+        "const { withText } = await import(process.argv[1]);"
+        "const [, , file, text] = process.argv;"
+        "fs.writeFileSync(file, withText(fs.readFileSync(file), 'experiment', text));"
+    )
+    module = (ROOT / "web" / "png.js").as_uri()
+    command = [str(NODE), "--input-type=module", "-e", code, module]
+    subprocess.run([*command, str(tmp_path / "picture.png"), text], check=True)
+    with Image.open(tmp_path / "picture.png") as read:
+        assert (np.asarray(read) == picture).all()  # with its checksums
+        assert read.text == {"experiment": text}  # type: ignore[attr-defined]

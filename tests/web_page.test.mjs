@@ -1,0 +1,146 @@
+// The page's own modules: node --test tests/web_page.test.mjs
+// PAYLOADS is a folder that tests/test_web_page.py fills: a recording, and what Python makes of it.
+import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
+import path from "node:path";
+import test from "node:test";
+
+import { kept, resized } from "../web/attention.js";
+import * as experiments from "../web/experiment.js";
+import { COLUMNS, Growing, HEAT, PANELS } from "../web/growing.js";
+import { crc32, withText } from "../web/png.js";
+import { previewed } from "../web/preview.js";
+
+const FOLDER = process.env.PAYLOADS;
+const [SCHEDULERS, LAYERS] = [["DDIM", "Euler"], ["down_blocks.0.attn2", "mid_block.attn2"]];
+const FOX = { prompt: "a fox on the moon", seed: 5, guidance: 3, steps: 30, scheduler: "DDIM", edits: [] };
+const json = async (name) => JSON.parse(await readFile(path.join(FOLDER, name), "utf8"));
+const floats = async (name) => {
+  const bytes = await readFile(path.join(FOLDER, name));
+  return new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4).slice();
+};
+
+/** A canvas as far as pictures are put on it. */
+function canvas(width, height) {
+  const data = new Uint8ClampedArray(4 * width * height);
+  const putImageData = (image, x, y) => { for (let row = 0; row < image.height; row++) data.set(image.data.subarray(4 * row * image.width, 4 * (row + 1) * image.width), 4 * ((y + row) * width + x)); };
+  const createImageData = (w, h) => ({ width: w, height: h, data: new Uint8ClampedArray(4 * w * h) });
+  return { width, height, data, getContext: () => ({ putImageData, createImageData, drawImage() {} }) };
+}
+/** The colours of one picture of a sheet. */
+function colours({ shape: [, height, width], columns, bitmap }, index) {
+  const [left, top] = [(index % columns) * width, Math.floor(index / columns) * height];
+  return Array.from({ length: height * width * 3 }, (_, i) => bitmap.data[4 * ((top + Math.floor(i / 3 / width)) * bitmap.width + left + (Math.floor(i / 3) % width)) + (i % 3)]);
+}
+const far = (one, two) => one.reduce((most, value, i) => Math.max(most, Math.abs(value - two[i])), 0);
+
+/** The recording, step by step as the worker would say it. */
+async function recorded() {
+  const about = await json("about.json");
+  const [latents, denoised, cond, uncond, prediction] = await Promise.all(["latents", "denoised", "cond", "uncond", "prediction"].map((name) => floats(`${name}.f32`)));
+  const layers = await Promise.all(about.layers.map((_, i) => floats(`layer${i}.f32`)));
+  const run = new Growing("drawing-1", { ...FOX, ...about.experiment }, about.begun, { preview: about.preview, layers: about.layers, canvas });
+  const of = (values, index, count = about.sigmas.length) => values.slice((index * values.length) / count, ((index + 1) * values.length) / count);
+  for (let index = 0; index < about.sigmas.length; index++) {
+    const maps = about.layers.map((layer, i) => ({ layer, shape: about.shapes[i], values: of(layers[i], index) }));
+    run.add({ index, latents: of(latents, index), input: of(latents, index), alphaBar: 0.5, denoised: of(denoised, index), cond: of(cond, index), uncond: of(uncond, index), prediction: of(prediction, index), maps, picture: null });
+  }
+  return { run, about };
+}
+
+test("a run is what Python's payload of the same recording is", { skip: !FOLDER }, async () => {
+  const [{ run, about }, expected, maps] = [await recorded(), await json("payload.json"), await floats("maps.f32")];
+  for (const name of ["channels", "colours", "panels", "latent_names", "unit", "note", "about", "of", "branch", "per", "map_steps", "steps"]) {
+    const panels = run.meta.panels.map((panel) => ({ ...panel, ...PANELS.find(({ part }) => part === panel.part) }));
+    assert.deepEqual(name === "panels" ? panels : run.meta[name], expected[name], name);
+  }
+  assert.deepEqual(HEAT, expected.colours);
+  assert.deepEqual(run.meta.snippets.picture, expected.snippets.picture);
+  for (const [kind, shares] of Object.entries(expected.shares)) assert.ok(far(run.meta.shares[kind], shares) < 2e-5, kind);
+  for (const [name, { title, note, values }] of Object.entries(expected.curves)) {
+    assert.deepEqual([run.meta.curves[name].title, run.meta.curves[name].note], [title, note]);
+    assert.ok(far(run.meta.curves[name].values, values) < 2e-3, name);
+  }
+  const { shape, data, high } = run.parts.maps;
+  assert.deepEqual(shape, [expected.channels.length, 16, 16, about.sigmas.length]);
+  const block = data.length / shape[0];
+  const values = Float32Array.from(data, (byte, i) => (byte * high[Math.floor(i / block)]) / 255);
+  assert.ok(far(values, maps) <= Math.max(...high) / 255 + 1e-5);
+  for (const part of ["latents", "denoised"]) {
+    const wanted = await floats(`${part}-rgb.f32`);
+    const each = wanted.length / about.sigmas.length;
+    for (let index = 0; index < about.sigmas.length; index++) assert.ok(far(colours(run.parts[part], index), wanted.subarray(index * each, (index + 1) * each)) <= 1, `${part} ${index}`);
+  }
+});
+
+test("a word in every layer and head is what Python makes of it", { skip: !FOLDER }, async () => {
+  const [{ run }, expected, maps] = [await recorded(), await json("heads.json"), await floats("heads.f32")];
+  const { meta, parts } = await run.ask({ what: "heads", channel: "1" });
+  for (const name of ["channel", "layers", "heads", "map_steps", "branch"]) assert.deepEqual(meta[name], expected[name], name);
+  assert.deepEqual(meta.snippets, expected.snippets);
+  meta.shares.forEach((shares, layer) => assert.ok(far(shares, expected.shares[layer]) < 2e-5, layer));
+  assert.deepEqual(meta.ranking.map(([layer, head]) => [layer, head]), expected.ranking.map(([layer, head]) => [layer, head]));
+  const block = parts.maps.data.length / parts.maps.high.length;
+  const values = Float32Array.from(parts.maps.data, (byte, i) => (byte * parts.maps.high[Math.floor(i / block)]) / 255);
+  assert.deepEqual(parts.maps.shape, expected.shape);
+  assert.ok(far(values, maps) <= Math.max(...parts.maps.high) / 63 + 1e-5);
+});
+
+test("a channel of the latents is signed, and what is not there is refused by name", { skip: !FOLDER }, async () => {
+  const { run } = await recorded();
+  const { meta, parts } = await run.ask({ what: "latents", channel: "2" });
+  assert.match(meta.note, /^channel 2, from -\d/);
+  const [red, , blue] = colours(parts.latents, 0);
+  assert.equal(red < blue, run.steps[0].latents[512] < 0);
+  await assert.rejects(run.ask({ what: "places" }), /no places in this page/);
+});
+
+test("the padding is one, and maps keep their sums", () => {
+  const values = Float32Array.from({ length: 2 * 4 * 77 }, (_, i) => (i % 77) / 2926);
+  const { tokens, side, values: some } = kept({ layer: "one", shape: [2, 4, 77], values }, 3);
+  assert.deepEqual([tokens, side], [5, 2]);
+  for (let row = 0; row < 8; row++) assert.ok(Math.abs(some.slice(row * 5, row * 5 + 5).reduce((a, b) => a + b) - 1) < 1e-5);
+  assert.ok(Math.abs(some[4] - (2926 - 6) / 2926) < 1e-5);
+  assert.deepEqual([...resized(Float32Array.of(0, 1, 2, 3), 2, 4)].map((value) => Number(value.toFixed(4))), [0, 0.25, 0.75, 1, 0.5, 0.75, 1.25, 1.5, 1.5, 1.75, 2.25, 2.5, 2, 2.25, 2.75, 3]);
+});
+
+test("latents without a colour are the bias", () => {
+  assert.deepEqual([...previewed(new Float32Array(2), { slope: [[1, 0, 0]], bias: [0.5, 0, 2] })], [128, 0, 255, 255, 128, 0, 255, 255]);
+  assert.equal(COLUMNS, 10);
+});
+
+test("an address holds an experiment, and gives it back", () => {
+  const edits = [{ kind: "value", word: "fox", from: 6 }, { kind: "head", layer: LAYERS[1], head: 3, from: 0 }];
+  const experiment = { prompt: "a fox & a “cat”", seed: 7, guidance: 7.5, steps: 20, scheduler: "Euler", edits };
+  const query = experiments.toAddress("?step=3&off=value+owl+1", experiment, LAYERS);
+  assert.match(query, /step=3/);
+  assert.deepEqual(experiments.fromAddress(query, SCHEDULERS, LAYERS), experiment);
+});
+
+test("an address of no sense is the first experiment", () => {
+  const hostile = "?seed=-1&guidance=1e9&num_steps=9999&scheduler=constructor&off=head+9.9+1&off=value+<b>+1&off=__proto__";
+  assert.deepEqual(experiments.fromAddress(hostile, SCHEDULERS, LAYERS), { ...experiments.FIRST });
+  assert.equal(experiments.fromAddress(`?prompt=${"a%00".repeat(900)}`, SCHEDULERS, LAYERS).prompt.length, 300);
+  assert.deepEqual(experiments.fromAddress("?seed=4294967295&guidance=1", SCHEDULERS, LAYERS), { ...experiments.FIRST, seed: 4294967295, guidance: 1 });
+});
+
+test("edits become factors: words in the prompt's row, heads in both", () => {
+  const of = { layers: LAYERS, shape: [2, 3, 5], words: [{ word: "a", tokens: [1] }, { word: "fox", tokens: [2, 3] }, { word: "a", tokens: [4] }], rows: 2 };
+  assert.equal(experiments.valueScale([], of), undefined);
+  const scale = experiments.valueScale([{ kind: "value", word: "fox", from: 2 }, { kind: "head", layer: LAYERS[1], head: 2, from: 1 }], of);
+  assert.equal(scale(0), undefined);
+  const zeros = (index) => [...scale(index)].flatMap((value, i) => (value === 0 ? [i] : []));
+  const head = [0, 1].flatMap((row) => [0, 1, 2, 3, 4].map((token) => ((1 * 2 + row) * 3 + 2) * 5 + token));
+  assert.deepEqual(zeros(1), head);
+  const fox = [0, 1].flatMap((layer) => [0, 1, 2].flatMap((head_) => [2, 3].map((token) => ((layer * 2 + 1) * 3 + head_) * 5 + token)));
+  assert.deepEqual(zeros(2), [...new Set([...head, ...fox])].sort((a, b) => a - b));
+});
+
+test("a text lies in a PNG before its end", () => {
+  assert.equal(crc32(new TextEncoder().encode("123456789")), 0xcbf43926);
+  const png = Uint8Array.from([1, 2, 3, ...Array(12).fill(9)]);
+  const whole = withText(png, "experiment", "é: 1\n");
+  assert.deepEqual([...whole.subarray(0, 3)], [1, 2, 3]);
+  assert.deepEqual([...whole.subarray(-12)], Array(12).fill(9));
+  assert.equal(whole.length, png.length + 12 + "experiment".length + 5 + 6);
+});

@@ -1,0 +1,71 @@
+// @ts-check
+/**
+ * The page's end of the worker: it starts the worker, hands it the files and says how far they are.
+ *
+ * The built page lists its files in an element `files`: {name: {bytes, address?}}. Without an address
+ * a file lies in the page itself, by gzip and base64, as the element `file:NAME`; so does the
+ * worker's code, as `worker-code`.
+ *
+ * @typedef {{bytes: number, address?: string}} Listed
+ * @typedef {{post: (message: Record<string, any>) => void}} Client
+ */
+
+/** Start the worker and load the model. @param {(message: any) => void} told what the worker answers @param {(share: number) => void} progress @returns {Client} */
+export function start(told, progress) {
+  /** @type {Record<string, Listed>} */
+  const listed = JSON.parse(element("files").textContent ?? "{}");
+  const total = Object.values(listed).reduce((sum, { bytes }) => sum + bytes, 0);
+  /** @type {Map<string, number>} */
+  const come = new Map();
+  const came = (/** @type {string} */ name, /** @type {number} */ bytes) => {
+    come.set(name, Math.min(bytes, listed[name].bytes));
+    progress([...come.values()].reduce((sum, one) => sum + one, 0) / total);
+  };
+  const worker = open();
+  worker.onmessage = ({ data }) => (data.kind === "progress" ? came(data.name, data.bytes) : told(data));
+  worker.onerror = (event) => told({ kind: "error", message: event.message || "This browser does not start the page's worker. Try a newer one.", words: [] });
+  void files(listed, came).then((contents) => worker.postMessage({ kind: "load", ort: inside() ? undefined : new URL("ort.mjs", location.href).href, threads: Math.min(4, navigator.hardwareConcurrency || 1), files: contents }));
+  return { post: (message) => worker.postMessage(message) };
+}
+
+/** Whether all lies in the page itself. */
+const inside = () => document.getElementById("worker-code") !== null;
+
+/** From a disk, browsers start workers of what the page holds alone, and only without imports. */
+function open() {
+  const code = document.getElementById("worker-code");
+  if (!code) return new Worker(new URL("worker.js", location.href), { type: "module" });
+  return new Worker(URL.createObjectURL(new Blob([code.textContent ?? ""], { type: "text/javascript" })));
+}
+
+/** The address of each file, or its bytes. @param {Record<string, Listed>} listed @param {(name: string, bytes: number) => void} came */
+async function files(listed, came) {
+  /** @type {Record<string, string | Uint8Array>} */
+  const contents = {};
+  for (const [name, { bytes, address }] of Object.entries(listed)) {
+    if (address) contents[name] = new URL(address, location.href).href;
+    else {
+      const holder = element(`file:${name}`);
+      contents[name] = decoded(holder.textContent ?? "");
+      holder.remove(); // the text need not be kept
+      came(name, bytes);
+      await new Promise((done) => setTimeout(done)); // so that the progress is painted
+    }
+  }
+  return contents;
+}
+
+/** Bytes from base64. @param {string} text */
+function decoded(text) {
+  const letters = atob(text.trim());
+  const bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
+  return bytes;
+}
+
+/** @param {string} id */
+function element(id) {
+  const found = document.getElementById(id);
+  if (!found) throw new Error(`The page was built without ${id}. Build it again: python3 tasks.py web.`);
+  return found;
+}

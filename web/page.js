@@ -1,0 +1,228 @@
+// @ts-check
+/**
+ * The page: what is asked for goes to the worker, what comes goes to the player.
+ *
+ * @typedef {import("./experiment.js").Experiment} Experiment
+ * @typedef {{words: string[], layers: string[], preview: import("./preview.js").Preview, schedulers: string[]}} Ready
+ */
+
+import { make } from "../probe/figures/drawing.js";
+import * as payload from "../probe/figures/payload.js";
+import { mount } from "../probe/figures/player.js";
+import { start } from "./client.js";
+import { controls } from "./controls.js";
+import * as experiments from "./experiment.js";
+import { Growing } from "./growing.js";
+import { promptIn, wordsOf } from "./prompt.js";
+import { shelf } from "./shelf.js";
+import { touch } from "./touch.js";
+
+const DECODE_EVERY = 3; // a decode costs as much as two or three steps; the others are decoded when they are looked at
+const GUESS = "guess"; // a picture that belongs to no run
+const element = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
+const [form, said, bar, mistake, pictures] = ["form", "said", "progress", "mistake", "pictures"].map(element);
+
+/** @type {Ready | null} */
+let model = null;
+/** @type {Growing | null} the run that is looked at */
+let looked = null;
+/** @type {Growing | null} the one beside it */
+let beside = null;
+/** @type {Growing | null} the one that is drawn */
+let drawing = null;
+/** @type {ReturnType<typeof mount> | null} */
+let player = null;
+/** @type {{number: number, experiment: Experiment, beside: Growing | null, opening: boolean} | null} */
+let asked = null;
+/** @type {Experiment | null} what is drawn next, beside what is drawn now */
+let next = null;
+let number = 0;
+/** @type {string[]} */
+const known = JSON.parse(element("known").textContent);
+const opened = performance.now();
+const given = location.search; // what the reader came with
+
+const prompt = promptIn(element("prompt"), element("words"), () => check());
+const fields = controls(form);
+const drawn = shelf(element("drawn"), look);
+const change = touch(element("touch"), {
+  draw: (experiment, other) => {
+    draw(experiment, other);
+    pictures.scrollIntoView({ behavior: "instant", block: "start" });
+  },
+  decode: (latents) => client.post({ kind: "decode", run: GUESS, index: 0, latents }),
+});
+const client = start(told, (share) => {
+  bar.value = share;
+  say(share < 1 ? `Loading the model: ${Math.round(share * 100)}%` : "Opening the model …");
+});
+
+/** @param {string} text */
+function say(text) {
+  if (said.textContent !== text) said.textContent = text;
+}
+
+/** What the controls ask for. @returns {Experiment} */
+const wanted = () => ({ prompt: prompt.words().join(" "), edits: [], ...fields.values() });
+
+/** Say which words the model never saw. */
+function check() {
+  const strange = prompt.strange();
+  mistake.hidden = !strange.length;
+  mistake.textContent = strange.length ? `The model never saw ${strange.map((word) => `“${word}”`).join(", ")} in its training. It knows the ${known.length} words below: take out what it does not know.` : "";
+  element("draw").disabled = strange.length > 0;
+  return !strange.length;
+}
+
+/** Draw. @param {Experiment} experiment @param {Growing | null} [other] is shown beside it @param {boolean} [opening] whether the address says where to look */
+function draw(experiment, other = null, opening = false) {
+  asked = { number: ++number, experiment, beside: other, opening };
+  if (!model) return say("It is drawn as soon as the model is here.");
+  const { guidance, ...rest } = experiment;
+  client.post({ kind: "draw", run: number, decodeEvery: DECODE_EVERY, guidanceScale: guidance, ...rest });
+  busy(true);
+}
+
+/** @param {boolean} is */
+function busy(is) {
+  element("stop").hidden = !is;
+  element("draw").hidden = is;
+  document.body.classList.toggle("busy", is);
+}
+
+/** Look at a run, and at another beside it. @param {Growing} run @param {Growing | null} other @param {Record<string, any>} [state] */
+function look(run, other, state = player?.state ?? {}) {
+  const kept = looked && state.channel !== undefined ? { ...state, channel: channelIn(run, looked, state.channel) } : state;
+  [looked, beside] = [run, other];
+  player?.destroy();
+  element("waiting")?.remove();
+  const runs = other ? [run, other] : [run];
+  player = mount(pictures, runs.map((one) => one.mounted()), { state: kept, ask: (index, what) => runs[index].ask(what), changed });
+  drawn.mark(run, other);
+}
+
+/** The same word in another run. @param {Growing} run @param {Growing | null} before @param {number} channel */
+function channelIn(run, before, channel) {
+  const label = before?.channels[channel]?.label;
+  const same = run.channels.findIndex((one) => one.label === label);
+  return same >= 0 ? same : undefined;
+}
+
+/** The reader rests: the address says where, and what is looked at is decoded. @param {any} state */
+function changed(state) {
+  if (!looked || drawing) return;
+  change.show(looked, state);
+  const query = new URLSearchParams(payload.toAddress(experiments.toAddress(location.search, looked.experiment, looked.layers), state, looked.meta.steps));
+  if (beside) query.set("beside", experiments.toAddress("", beside.experiment, looked.layers).slice(1));
+  else query.delete("beside");
+  history.replaceState(null, "", `?${query}`);
+  for (const run of beside ? [looked, beside] : [looked]) {
+    const index = run === looked ? state.step : payload.nearest(run.meta.sigma, looked.meta.sigma[state.step]);
+    if (run.steps[index] && !run.pictures.has(index)) client.post({ kind: "decode", run: run.name, index, latents: run.steps[index].denoised });
+  }
+}
+
+/** Take what the worker says. @param {any} message */
+function told(message) {
+  if (message.kind === "ready") return ready(message);
+  if (message.kind === "picture") return decoded(message);
+  if (message.kind === "error") return failed(message);
+  if (message.run !== number || !model || !asked) return; // of a run that is not waited for
+  if (message.kind === "begun") {
+    drawing = new Growing([...message.words.map((/** @type {{word: string}} */ { word }) => word), number].join("-"), asked.experiment, message, model);
+  } else if (message.kind === "step" && drawing) step(drawing, message);
+  else if (message.kind === "done" && drawing) done(drawing, message);
+  else if (message.kind === "stopped" && drawing) ended(drawing, `Stopped after ${drawing.steps.length} of ${drawing.calls} steps.`);
+}
+
+/** @param {Growing} run @param {any} message */
+function step(run, message) {
+  run.add(message);
+  const reached = run.steps.length - 1;
+  if (reached === 0) {
+    look(run, asked?.beside ?? null, { ...player?.state, ...(asked?.opening ? payload.fromAddress(given, run.meta.steps) : {}), step: 0 });
+  } else if (looked === run) player?.grown(player.state?.step === reached - 1 ? reached : undefined);
+  bar.value = (reached + 1) / run.calls;
+  say(`Drawing: step ${reached + 1} of ${run.calls}`);
+}
+
+/** @param {Growing} run @param {any} message */
+function done(run, { latents, picture, seconds }) {
+  run.finish(latents, picture);
+  ended(run, `Drawn in ${seconds.toFixed(1)} s: ${run.calls} steps. Move through them with the arrow keys.`);
+  document.body.dataset.seconds = seconds.toFixed(2);
+}
+
+/** @param {Growing} run @param {string} text */
+function ended(run, text) {
+  if (run.meta.status === "running") run.end("stopped");
+  drawing = null;
+  busy(false);
+  bar.value = 1;
+  say(text);
+  drawn.add(run);
+  drawn.mark(/** @type {Growing} */ (looked), beside);
+  if (next) {
+    draw(next, run, true);
+    next = null;
+    return;
+  }
+  if (looked !== run) return;
+  const wished = asked?.opening ? payload.fromAddress(given, run.meta.steps).step : undefined;
+  player?.grown(run.steps[wished ?? -1] ? wished : undefined);
+}
+
+/** @param {any} message a picture that was asked for */
+function decoded({ run: name, index, picture }) {
+  if (name === GUESS) return change.decoded(picture);
+  for (const run of drawn.runs()) if (run.name === name) run.decoded(index, picture);
+  if ([looked?.name, beside?.name].includes(name)) player?.grown();
+}
+
+/** @param {{message: string, words: string[], run?: number}} message */
+function failed({ message, words, run }) {
+  if (run !== undefined && run !== number) return;
+  if (drawing) drawing = null;
+  busy(false);
+  mistake.hidden = false;
+  mistake.textContent = message;
+  next = null;
+  if (!words.length) say("It did not work.");
+}
+
+/** The model is here: draw what was asked for, or what the address asks for. @param {Ready} message */
+function ready(message) {
+  model = message;
+  document.body.dataset.ready = ((performance.now() - opened) / 1000).toFixed(2);
+  fields.offer(model.schedulers);
+  if (asked) return void (check() && draw(asked.experiment));
+  const experiment = experiments.fromAddress(given, model.schedulers, model.layers);
+  fields.set(experiment);
+  if (!check()) return say("Ready.");
+  const wished = { ...experiment, prompt: prompt.words().join(" ") };
+  const other = new URLSearchParams(given).get("beside");
+  if (other === null) return draw(wished, null, true);
+  next = wished;
+  draw(experiments.fromAddress(other, model.schedulers, model.layers));
+}
+
+form.onsubmit = (/** @type {Event} */ event) => {
+  event.preventDefault();
+  prompt.set(prompt.words()); // with what is still being typed
+  if (check()) draw(wanted(), drawn.comparing() ? looked : null);
+};
+element("stop").onclick = () => {
+  next = null;
+  client.post({ kind: "stop" });
+};
+element("another").onclick = () => {
+  fields.set({ seed: Math.floor(Math.random() * 10000) });
+  if (check()) draw(wanted(), drawn.comparing() ? looked : null);
+};
+
+{
+  const experiment = experiments.fromAddress(given, [], []);
+  prompt.know(known);
+  prompt.set(wordsOf(experiment.prompt));
+  fields.set(experiment);
+}

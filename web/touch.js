@@ -1,0 +1,135 @@
+// @ts-check
+/**
+ * What a reader changes inside a run: a word taken out, a word or a head switched off from a step on,
+ * another guidance at one step; and the experiment to take away.
+ *
+ * @typedef {import("./growing.js").Growing} Growing
+ * @typedef {import("./experiment.js").Experiment} Experiment
+ * @typedef {import("./experiment.js").Edit} Edit
+ * @typedef {{step: number, layer: number, head: number}} State of the player
+ * @typedef {{draw: (experiment: Experiment, beside: Growing) => void, decode: (latents: Float32Array) => void}} Doing
+ */
+
+import { keep, make } from "../probe/figures/drawing.js";
+import { short } from "../probe/figures/payload.js";
+import { guide } from "./diffusion/guidance.js";
+import { denoised } from "./diffusion/schedulers.js";
+import { BOUNDS, yaml } from "./experiment.js";
+import { withText } from "./png.js";
+import { previewed } from "./preview.js";
+
+/** Bring the section to life. @param {HTMLElement} section @param {Doing} doing */
+export function touch(section, { draw, decode }) {
+  /** @type {Growing | null} */
+  let run = null;
+  /** @type {State} */
+  let at = { step: 0, layer: -1, head: -1 };
+  make("h2", "", "Change something inside", section);
+  const cards = make("div", "touches", "", section);
+  const card = (/** @type {string} */ title, /** @type {string} */ about) => {
+    const made = make("div", "touch", "", cards);
+    make("h3", "", title, made);
+    return { made, about: make("p", "", about, made) };
+  };
+
+  const without = card("Take a word out", "The same noise is drawn without it, beside this picture.");
+  const words = make("div", "chips", "", without.made, { role: "group", "aria-label": "Which word to take out" });
+  const off = card("Switch it off on the way", "");
+  const values = make("div", "chips", "", off.made, { role: "group", "aria-label": "Which word to switch off" });
+  const head = make("button", "", "", off.made, { type: "button" });
+  const other = card("Other guidance at this step", "");
+  const dial = make("label", "dial", "guidance ", other.made);
+  const scale = make("input", "", "", dial, { type: "range", id: "other-guidance" });
+  Object.assign(scale, BOUNDS.guidance, { value: "8" });
+  const number = make("output", "", "", dial, { for: "other-guidance" });
+  const pair = make("div", "pair", "", other.made);
+  const [asDrawn, asAsked] = ["as drawn", "with this guidance"].map((text) => {
+    const figure = make("figure", "", "", pair);
+    return { canvas: make("canvas", "", "", figure, { width: "128", height: "128", role: "img", "aria-label": `The guess ${text}` }), note: make("figcaption", "", text, figure) };
+  });
+  const away = card("Take it with you", "python -m probe.run records the same in Python, from this file.");
+  const code = make("pre", "", "", away.made, { tabindex: "0", "aria-label": "The experiment as YAML" });
+  const buttons = make("div", "chips", "", away.made);
+  const copy = make("button", "", "Copy as experiment", buttons, { type: "button" });
+  const save = make("button", "", "Picture (PNG)", buttons, { type: "button", title: "The experiment is inside" });
+
+  /** From which step on something is switched off: where the reader is, but for the last. */
+  const from = () => (run && at.step === run.calls - 1 ? Math.round(at.step / 3) : at.step);
+  /** @param {Edit} edit */
+  const edited = (edit) => run && draw({ ...run.experiment, edits: [...run.experiment.edits, edit] }, run);
+  /** @param {Element} box @param {(word: string, index: number) => void} chosen @param {string} what */
+  function chips(box, chosen, what) {
+    const list = (run?.begun.words ?? []).map(({ word }) => word);
+    box.replaceChildren(...list.map((word, index) => {
+      const chip = make("button", "", word, undefined, { type: "button", "aria-label": `${what} “${word}”` });
+      chip.onclick = () => chosen(word, index);
+      return chip;
+    }));
+  }
+  copy.onclick = () => navigator.clipboard?.writeText(code.textContent).then(() => {
+    copy.textContent = "Copied";
+    setTimeout(() => { copy.textContent = "Copy as experiment"; }, 1500);
+  });
+  save.onclick = () => {
+    const { name } = /** @type {Growing} */ (run);
+    const canvas = make("canvas", "", "", undefined, { width: "128", height: "128" });
+    canvas.getContext("2d").drawImage(run?.parts.final.bitmap, 0, 0);
+    canvas.toBlob(async (/** @type {Blob} */ blob) => keep(new Blob([withText(new Uint8Array(await blob.arrayBuffer()), "experiment", code.textContent)], { type: "image/png" }), `${name}.png`));
+  };
+  head.onclick = () => run && edited({ kind: "head", layer: run.layers[at.layer], head: at.head, from: from() });
+  scale.oninput = () => guess(false);
+  scale.onchange = () => guess(true);
+
+  /** The guess at this step as another guidance would have it: nothing is computed but a sum. @param {boolean} whole whether it is decoded as well */
+  function guess(whole) {
+    number.textContent = scale.value;
+    const step = run?.steps[at.step];
+    if (!run || !step?.uncond) return;
+    const latents = denoised(step.input, guide(step.uncond, step.cond, Number(scale.value)), step.alphaBar);
+    paintSmall(asAsked.canvas, previewed(latents, run.preview));
+    asAsked.note.textContent = `with ${scale.value}`;
+    if (whole) decode(latents);
+  }
+
+  /** Show what can be changed in a run, at a step. @param {Growing} next @param {State} state */
+  function show(next, state) {
+    const same = run === next && at.step === state.step;
+    if (run !== next) {
+      run = next;
+      chips(words, (_, index) => run && draw({ ...run.experiment, prompt: run.begun.words.filter((__, i) => i !== index).map(({ word }) => word).join(" ") }, run), "Draw without");
+      chips(values, (word) => edited({ kind: "value", word, from: from() }), "Switch off");
+      code.textContent = yaml(next.experiment);
+    }
+    at = { step: state.step, layer: state.layer, head: state.head };
+    section.hidden = false;
+    const when = from() ? `From step ${from()} on` : "From the first step on";
+    off.about.textContent = `${when} a word is still attended to and says nothing. Move to another step to begin there.`;
+    head.disabled = at.layer < 0;
+    head.textContent = at.layer < 0 ? "Or a head: choose one in the grid above" : `Or switch off ${next.layers[at.layer].split(".transformer")[0]}, head ${at.head}`;
+    const step = next.steps[at.step];
+    dial.hidden = pair.hidden = !step?.uncond;
+    other.about.textContent = step?.uncond ? `Both predictions of step ${at.step} are kept: any guidance can be tried after the fact. Sigma is ${short(next.meta.sigma[at.step])}.` : "This run had no guidance: there is one prediction alone.";
+    if (!step || pair.hidden) return;
+    const picture = next.pictures.get(at.step);
+    asDrawn.note.textContent = `as drawn, with ${next.experiment.guidance}`;
+    if (picture) paint(asDrawn.canvas, picture);
+    else paintSmall(asDrawn.canvas, previewed(step.denoised, next.preview));
+    if (!same) guess(true);
+  }
+  return { show, decoded: (/** @type {import("./growing.js").Picture} */ picture) => paint(asAsked.canvas, picture) };
+}
+
+/** @param {HTMLCanvasElement} canvas @param {import("./growing.js").Picture} picture */
+function paint(canvas, { width, height, data }) {
+  canvas.getContext("2d")?.putImageData(new ImageData(Uint8ClampedArray.from(data), width, height), 0, 0);
+}
+
+/** A picture of 16 x 16 over a whole canvas. @param {HTMLCanvasElement} canvas @param {Uint8ClampedArray} data */
+function paintSmall(canvas, data) {
+  const side = Math.sqrt(data.length / 4);
+  const small = new OffscreenCanvas(side, side);
+  small.getContext("2d")?.putImageData(new ImageData(Uint8ClampedArray.from(data), side, side), 0, 0);
+  const pen = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(small, 0, 0, canvas.width, canvas.height);
+}
