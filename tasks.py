@@ -9,6 +9,9 @@ installed first.
     python3 tasks.py check                                format, lint, types and the quick tests
     python3 tasks.py check --all                          the slow tests too; no gpu tests
     python3 tasks.py check --no-tests                     format, lint and types alone
+    python3 tasks.py web [FOLDER]                         build the page in which the bundled model
+                                                          draws by itself: a folder for any static
+                                                          host, and one file that works from a disk
     python3 tasks.py release --check                      build wheel and sdist, and use them on
                                                           every Python that is here (see --help)
 
@@ -182,6 +185,47 @@ def side_by_side() -> list[str]:
     return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
+def web(arguments: list[str]) -> int:
+    """Build the page with node alone: nothing is installed in Python."""
+    if len(arguments) > 1 or (arguments and arguments[0].startswith("-")):
+        stop("web takes a folder or nothing.", "python3 tasks.py web build/web", code=2)
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if not (node and npm and node_version(node) >= 20):
+        stop(
+            "The page is built by node 20 or newer and its npm.",
+            "On Debian or Ubuntu: apt install nodejs npm. Then call again.",
+        )
+    source, folder = ROOT / "web", Path(arguments[0] if arguments else ROOT / "build" / "web")
+    if folder.exists() and not ((folder / "site").is_dir() or not any(folder.iterdir())):
+        stop(f"{folder} has other things in it.", "Name a new folder, or an empty one.", code=2)
+    if not modules_are_there(source):
+        say("Fetching onnxruntime-web and esbuild, in the versions of web/package-lock.json.")
+        if subprocess.call([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=source):
+            stop(
+                "npm could not fetch them.",
+                "Check the network and npm's registry (npm config get registry), then call again.",
+            )
+    return subprocess.call([node, str(source / "build.mjs"), str(folder.resolve())])
+
+
+def node_version(node: str) -> int:
+    """Like 20; 0 if it does not say."""
+    asked = subprocess.run([node, "--version"], stdout=subprocess.PIPE, text=True, check=False)
+    major = asked.stdout.strip().lstrip("v").partition(".")[0]
+    return int(major) if major.isdigit() else 0
+
+
+def modules_are_there(source: Path) -> bool:
+    """Whether npm has fetched what the lock names."""
+    lock, own = source / "package-lock.json", source / "node_modules" / ".package-lock.json"
+    if not own.exists():
+        return False
+    wanted, there = (
+        json.loads(path.read_text(encoding="utf-8"))["packages"] for path in (lock, own)
+    )
+    return all(wanted.get(name, {}).get("version") == one["version"] for name, one in there.items())
+
+
 def check(arguments: list[str]) -> int:
     if arguments not in ([], ["--all"], ["--no-tests"]):
         stop(
@@ -217,7 +261,14 @@ def release(arguments: list[str]) -> int:
     hand_over([install("record", "test"), str(ROOT / ".ci" / "release.py"), *arguments[1:]])
 
 
-COMMANDS = {"record": record, "view": view, "test": test, "check": check, "release": release}
+COMMANDS = {
+    "record": record,
+    "view": view,
+    "test": test,
+    "check": check,
+    "web": web,
+    "release": release,
+}
 
 
 def install(*extras: str) -> str:

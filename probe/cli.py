@@ -7,6 +7,7 @@
     probe ls                      list recordings
     probe show [RUN]              show what a recording holds, and where its pictures are
     probe view [RUN ...]          look at recordings in a browser, on this machine alone
+    probe web [FOLDER]            serve the page in which the bundled model draws by itself
     probe export RUN --html FILE  write a recording as a page that plays by itself, or an animation
     probe embed RUN [RUN ...]     map where the latents go, step by step: PCA, UMAP
     probe ask RUN WORD            show where the picture would have looked at any word
@@ -432,7 +433,7 @@ def rm(arguments: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     **{
         verb: _door(f"probe.{verb}", f"probe {verb}")
-        for verb in ("run", "noising", "sweep", "cost", "view", "export", "embed", "verify")
+        for verb in ("run", "noising", "sweep", "cost", "view", "web", "export", "embed", "verify")
     },
     "ls": ls,
     "show": show,

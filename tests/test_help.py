@@ -34,8 +34,8 @@ def test_the_help_of_a_verb(verb: str, said: object) -> None:
     assert head.startswith("usage: ") and re.match(r"[A-Z`p]", options), (
         "it says what the command does, before its options"
     )
-    # those write into their `output`, and cost reads no recording
-    if verb not in ("run", "noising", "sweep", "cost"):
+    # those write into their `output`; cost and web read no recording
+    if verb not in ("run", "noising", "sweep", "cost", "web"):
         assert re.search(r"folder of recordings \[runs\]", re.sub(r"\s+", " ", out)), (
             "where it looks if nothing is said"
         )

@@ -217,6 +217,7 @@ LAYERS = [
     # ================= the doors: torch only inside functions =================
     ("probe.proof.verdict",),
     ("probe.run", "probe.verify", "probe.view", "probe.export", "probe.embed", "probe.diff"),
+    ("probe.web",),
     ("probe.upgrade", "probe.testing.conformance"),
     ("probe.noising", "probe.sweep", "probe.cost"),
     ("probe.cli",),
