@@ -1,0 +1,140 @@
+"""The page in a real browser: it draws, shows, compares, and asks nobody."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import pytest
+from browsers import MISSING, asked, complaints, ink, look, press, serious, started
+
+from probe.web import server, site
+
+ROOT = Path(__file__).resolve().parent.parent
+NODE, NPM = shutil.which("node"), shutil.which("npm")
+HOSTILE = '<img src=x onerror="window.pwned=1"></script><script>window.pwned=2</script>'
+SAID = "return document.getElementById('said').textContent"
+FEW = "seed=5&guidance=3&num_steps=5&scheduler=DDIM"
+
+# A draw computes the model in the browser: seconds on two free cores.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(MISSING), reason=f"needs a browser: {' and '.join(MISSING)}"),
+    pytest.mark.skipif(not (NODE and NPM), reason="needs node and npm: apt install nodejs npm"),
+]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("web")
+    command = [sys.executable, str(ROOT / "tasks.py"), "web", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "npm could not fetch" in done.stderr:
+        pytest.skip("needs a registry of npm: cd web && npm ci --ignore-scripts")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(built: Path) -> Iterator[str]:
+    with server(site(str(built / "site"))) as pages:
+        thread = threading.Thread(target=pages.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{pages.server_address[1]}/"
+        pages.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    made = started()
+    yield made
+    made.quit()
+
+
+def until(browser: Any, code: str, seconds: float = 300) -> Any:
+    """Wait until JavaScript gives something true, and return it."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, seconds).until(lambda one: one.execute_script(f"return {code}"))
+
+
+def opened(browser: Any, address: str) -> Any:
+    """Open the page, wait for its first picture and return the player."""
+    browser.get_log("performance")
+    browser.get_log("browser")
+    browser.get(address)
+    return drawn(browser, 1)
+
+
+def drawn(browser: Any, number: int) -> Any:
+    """Wait until so many pictures are on the shelf, and return the player."""
+    until(browser, f"document.querySelectorAll('.card').length >= {number}")
+    return browser.execute_script("return document.querySelector('.probe')")
+
+
+def test_a_picture_is_drawn_looked_at_and_compared(browser: Any, address: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    look(browser, 1280)
+    player = opened(browser, f"{address}?prompt=a+fox+on+the+moon&{FEW}&step=2&word=1")
+    assert "Drawn in" in browser.execute_script(SAID)
+    assert browser.execute_script("return self.crossOriginIsolated")
+    assert player.get_attribute("data-step") == "2"
+    assert "Places that attend to “fox”" in player.text and "Finished picture" in player.text
+    parts = [f".{part} canvas" for part in ("latents", "denoised", "maps", "final")]
+    before = [ink(browser, player, part) for part in parts]
+    browser.execute_script("arguments[0].focus()", player)
+    press(browser, Keys.ARROW_RIGHT)
+    assert player.get_attribute("data-step") == "3"
+    after = [ink(browser, player, part) for part in parts]
+    assert [one != other for one, other in zip(before, after, strict=True)] == [True] * 3 + [False]
+    until(browser, "document.querySelector('.heads canvas').height > 1")
+    until(browser, "location.search.includes('step=3')")
+    assert serious(browser) == []
+
+    browser.find_element("id", "keep").click()
+    box = browser.find_element("css selector", "#prompt input")
+    box.send_keys(Keys.BACKSPACE, "beach")
+    browser.find_element("id", "draw").click()
+    player = drawn(browser, 2)
+    rows = player.find_elements("css selector", ".row")
+    assert len(rows) == 3, "two runs and their difference"
+    until(browser, "location.search.includes('beach')")
+    query = parse_qs(urlsplit(browser.current_url).query)
+    assert (query["prompt"], query["num_steps"]) == (["a fox on the beach"], ["5"])
+    assert serious(browser) == []
+    assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
+
+
+def test_one_file_draws_from_a_disk(browser: Any, built: Path) -> None:
+    file = built / "diffusion.html"
+    assert file.stat().st_size <= 36 * 2**20
+    for width, dark in ((1280, False), (320, True)):
+        look(browser, width, dark=dark)
+        if width == 1280:
+            player = opened(browser, f"{file.as_uri()}?prompt=an+owl&{FEW}")
+        until(browser, f"document.documentElement.scrollWidth <= {width}")
+        assert serious(browser) == []
+    assert player.get_attribute("data-step") == "4"
+    assert asked(browser) == {""} and complaints(browser) == []
+
+
+def test_a_hostile_prompt_and_address_are_text(browser: Any, address: str) -> None:
+    look(browser)
+    browser.get(f"{address}?prompt={quote(HOSTILE)}&seed=-1&num_steps=1e9&off=head+9.9+1&word=99")
+    until(browser, "document.body.dataset.ready")
+    mistake = browser.find_element("id", "mistake")
+    assert "The model never saw “<img”, “src=x”" in mistake.text and "pwned=2" in mistake.text
+    assert not browser.find_element("id", "draw").is_enabled()
+    pwned = "return [window.pwned ?? 0, document.images.length]"
+    assert browser.execute_script(pwned) == [0, 0]
+    assert browser.execute_script("return document.getElementById('seed').value") == "5"
+    assert asked(browser) == {"127.0.0.1"}
