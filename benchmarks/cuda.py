@@ -1,113 +1,275 @@
 """What recording costs on a GPU: P4.
 
-    python -m benchmarks.cuda --model sd1 --dtype float16 --steps 50
+    python -m benchmarks.cuda                                # Stable Diffusion v1's size, float16
+    python -m benchmarks.cuda --rounds 5 --steps 50
+    python -m benchmarks.cuda --device cpu --rounds 1        # the same code, to try it: `small`
 
-The loop is timed by device events: bare against recorded (default capture, to disk), in turn, every
-other round in reversed order. In a run of its own, the times are counted at which the host waits
-for the device. Needs CUDA.
+Every way is timed beside the bare loop, in turn, every other round in reversed order. `bare` is our
+own loop with eager calls and nobody watching, `bare again` is the control. The columns:
+
+    time      of the loop against the bare one: median, least and greatest round; by device events
+    waits     at which the host waited for the device, and those of the bare loop
+    launches  a step, by the profiler: kernels, copies and graphs; on a CPU, operations
+    device    milliseconds a step that the device works
+    around    seconds of the whole `record` without its loop; weights in memory
+
+Waits, launches and device time are taken in a round of their own, which also warms up.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import models
 from benchmarks.loop import Took, stopwatch
 from probe.diffusion.sampling import denoise
 from probe.diffusion.sd import StableDiffusion
+from probe.running import graphs
+from probe.running.planning import plan
 from probe.running.recorder import record
+from probe.settings.experiment import load_experiment
+from probe.watching import kept
+
+LAUNCHES = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
+VIEWS = ("aten::_unsafe_view", "aten::detach")
+NOTHING = {"attention": "off", "statistics": False, "text": False}
+RECORDED: dict[str, tuple[str, dict[str, Any]]] = {  # graphs, capture
+    "recorded": ("off", {}),
+    "recorded, graphs": ("auto", {}),
+    "statistics alone": ("auto", {"attention": "off", "text": False}),
+    "maps alone": ("auto", {"statistics": False, "text": False}),
+    "queries": ("auto", {"attention": "queries"}),
+    "summary": ("auto", {"attention": "summary"}),
+    "both branches, all tokens": ("auto", {"branches": "both", "tokens": "all"}),
+}
+PEER = "attention-map-diffusers"
 
 
-class Events:
-    """Device seconds between `begin` and `end`, or the number of times that the host waited."""
+class Counted(TorchDispatchMode):
+    """How often each operation was called; views compute nothing, and are left out."""
 
-    def __init__(self, counting: bool):
-        self._counting, self._waits = counting, warnings.catch_warnings(record=True)
-        self.found = 0.0
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not (func.is_view or func._schema.name in VIEWS):
+            self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Found:
+    """What was found of one loop: its seconds, or what was counted in it."""
+
+    seconds: float = 0.0
+    whole: float = 0.0
+    waits: int = 0
+    launches: int = 0
+    device_seconds: float = 0.0
+
+
+class Watch:
+    """Between `begin` and `end`: a stopwatch, or everything that is counted."""
+
+    def __init__(self, on_cuda: bool, counting: bool):
+        self._on_cuda, self._counting = on_cuda, counting
+        self._until_end = contextlib.ExitStack()
+        self.found = Found()
 
     def begin(self) -> None:
-        torch.cuda.synchronize()
+        self._synchronize()
         if self._counting:
-            self._log: list[Any] = self._waits.__enter__() or []
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-        self._start = torch.cuda.Event(enable_timing=True)
-        self._start.record()
+            self._until_end.enter_context(self._counted())
+        self._start = self._now()
 
     def end(self) -> None:
-        stop = torch.cuda.Event(enable_timing=True)
-        stop.record()
-        if self._counting:
+        stop = self._now()
+        self._until_end.close()
+        self._synchronize()
+        elapsed = self._start.elapsed_time(stop) / 1000 if self._on_cuda else stop - self._start
+        self.found.seconds = elapsed
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _synchronize(self) -> None:
+        if self._on_cuda:
+            torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        if not self._on_cuda:
+            with Counted() as counted:
+                yield
+            self.found.launches = counted.calls.total()
+            return
+        with (
+            warnings.catch_warnings(record=True) as log,
+            profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler,
+        ):
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            yield
             torch.cuda.set_sync_debug_mode("default")
-            self._waits.__exit__(None, None, None)
-            self.found = sum("synchroniz" in str(warning.message) for warning in self._log)
-        torch.cuda.synchronize()
-        if not self._counting:
-            self.found = self._start.elapsed_time(stop) / 1000
+            torch.cuda.synchronize()
+        self.found.waits = sum("synchroniz" in str(warning.message) for warning in log)
+        for event in profiler.key_averages():
+            self.found.device_seconds += event.self_device_time_total / 1e6
+            if any(name in event.key for name in LAUNCHES):
+                self.found.launches += event.count
 
 
-def main() -> int:
-    parser = models.parser(__doc__, rounds=10)
-    parser.add_argument("--steps", type=int, default=50)
-    asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("P4 was not measured: there is no CUDA device here.")
-        return 1
-    pipe = models.pipeline(asked.model, getattr(torch, asked.dtype), "cuda")
-    model = StableDiffusion.of(pipe).with_scheduler("DDIM", {})
-    print(
-        f"P4 {asked.model}, {asked.dtype}, {asked.steps} steps on {torch.cuda.get_device_name()}; "
-        f"{models.machine()}",
-        flush=True,
-    )
+class Bench:
+    """The ways, on one model."""
 
-    def bare(events: Events) -> None:
-        conditioning = model.condition(models.PROMPT)
-        events.begin()
-        for _ in denoise(model, conditioning, steps=asked.steps, guidance_scale=7.5):
-            pass
-        events.end()
-
-    def recorded(events: Events) -> None:
-        request = {
+    def __init__(self, asked: argparse.Namespace):
+        dtype = getattr(torch, asked.dtype)
+        self.pipe = models.pipeline(asked.model, dtype, asked.device)
+        self.model = StableDiffusion.of(self.pipe).with_scheduler("DDIM", {})
+        self.request: dict[str, Any] = {
             "prompt": models.PROMPT,
             "steps": asked.steps,
             "guidance_scale": 7.5,
             "scheduler": "DDIM",
+            "seed": 0,
         }
-        with tempfile.TemporaryDirectory() as output, stopwatch(Took(), events.begin, events.end):
-            record({**request, "output": output}, pipe, progress=False)
+        self.ways: dict[str, Callable[[Watch], None]] = {
+            "bare": self.bare,
+            "bare again": self.bare,
+            "bare, graphs": self.bare_graphs,
+            **{name: self._recorded(name) for name in RECORDED},
+        }
+        with contextlib.suppress(ImportError):
+            import attention_map_diffusers  # noqa: F401
 
-    ways: dict[str, Callable[[Events], None]] = {
-        "bare": bare,
-        "bare again": bare,
-        "recorded": recorded,
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    waits = {}
-    for index in range(asked.rounds + 1):
-        for name in list(ways)[:: 1 if index % 2 == 0 else -1]:
-            events = Events(counting=index == 0)  # the warm-up counts
-            ways[name](events)
-            if index:
-                times[name].append(events.found)
-            else:
-                waits[name] = int(events.found)
-    for name in ("bare again", "recorded"):
-        ratios = sorted(a / b for a, b in zip(times[name], times["bare"], strict=True))
-        print(
-            f"   {name:10} {statistics.median(ratios):.3f}x ({ratios[0]:.3f}, {ratios[-1]:.3f}), "
-            f"goal 1.03; {waits[name]} waits, bare {waits['bare']}"
+            self.ways[PEER] = self.peer
+
+    def bare(self, watch: Watch) -> None:
+        conditioning = self.model.condition(models.PROMPT)
+        watch.begin()
+        for _ in denoise(self.model, conditioning, steps=self.request["steps"], guidance_scale=7.5):
+            pass
+        watch.end()
+
+    def bare_graphs(self, watch: Watch) -> None:
+        conditioning = self.model.condition(models.PROMPT)
+        planned = plan(self.model, load_experiment({**self.request, "capture": NOTHING}))
+        replayed = graphs.Graphs(self.model, planned, 0)
+        steps = denoise(
+            self.model,
+            conditioning,
+            steps=self.request["steps"],
+            guidance_scale=7.5,
+            call=replayed.call,
         )
-    print(f"   bare: {1000 * statistics.median(times['bare']) / asked.steps:.1f} ms a step")
+        watch.begin()
+        for index in range(planned.calls):
+            replayed.expect(index)
+            replayed.settle(next(steps))
+        watch.end()
+        replayed.close()
+
+    def _recorded(self, name: str) -> Callable[[Watch], None]:
+        how, capture = RECORDED[name]
+
+        def recorded(watch: Watch) -> None:
+            with tempfile.TemporaryDirectory() as output:
+                request = {**self.request, "graphs": how, "capture": capture, "output": output}
+                started = time.perf_counter()
+                with stopwatch(Took(), watch.begin, watch.end):
+                    record(request, self.pipe, progress=False)
+                watch.found.whole = time.perf_counter() - started
+
+        return recorded
+
+    def peer(self, watch: Watch) -> None:
+        from attention_map_diffusers import AttentionCapture
+
+        how = {"relations": "image->text", "timesteps": "all", "heads": "all", "offload": None}
+        with AttentionCapture(self.pipe, **how, dtype="float32") as capture:
+            conditioning = self.model.condition(models.PROMPT)
+            watch.begin()
+            for _ in denoise(
+                self.model, conditioning, steps=self.request["steps"], guidance_scale=7.5
+            ):
+                pass
+            capture.compute()
+            watch.end()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = models.parser(__doc__, rounds=3)
+    parser.set_defaults(model=None, dtype=None, device="cuda")
+    parser.add_argument("--steps", type=int, default=None, help="30 on a GPU, 2 on a CPU")
+    asked = parser.parse_args(argv)
+    on_cuda = asked.device == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        print("P4 was not measured: there is no CUDA device here. Try it with --device cpu.")
+        return 1
+    asked.model = asked.model or ("sd1" if on_cuda else "small")
+    asked.dtype = asked.dtype or ("float16" if on_cuda else "float32")
+    asked.steps = asked.steps or (30 if on_cuda else 2)
+    bench, where = Bench(asked), torch.cuda.get_device_name() if on_cuda else "a CPU"
+    print(f"P4 {asked.model}, {asked.dtype}, {asked.steps} steps on {where}; {models.machine()}")
+    if not on_cuda:
+        kept.LAUNCH_BOUND = ("cuda", "cpu")
+        print("   A CPU has no graphs: every call is eager. It is recorded as on a GPU, operations")
+        print("   are counted, and its times say nothing of a GPU's.")
+    print(f"   {PEER} is not installed, and left out." * (PEER not in bench.ways), flush=True)
+    counted: dict[str, Found] = {}
+    times: dict[str, list[Found]] = {name: [] for name in bench.ways}
+    for index in range(asked.rounds + 1):
+        for name in list(bench.ways)[:: 1 if index % 2 == 0 else -1]:
+            watch = Watch(on_cuda, counting=index == 0)
+            bench.ways[name](watch)
+            if index:
+                times[name].append(watch.found)
+            else:
+                counted[name] = watch.found
+    print(*table(times, counted, asked.steps), sep="\n")
     return 0
+
+
+def table(times: dict[str, list[Found]], counted: dict[str, Found], steps: int) -> Iterator[str]:
+    """Return the lines of the table, in Markdown."""
+    yield "| way | time | waits | launches a step | device, ms a step | around, s |"
+    yield "|---|---|---|---|---|---|"
+    for name, found in times.items():
+        pairs = zip(found, times["bare"], strict=True)
+        ratios = sorted(one.seconds / bare.seconds for one, bare in pairs)
+        median = statistics.median(one.seconds for one in found)
+        time_text = (
+            f"{1000 * median / steps:.1f} ms a step"
+            if name == "bare"
+            else f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f}, {ratios[-1]:.2f})"
+        )
+        around = statistics.median(max(one.whole - one.seconds, 0) for one in found)
+        one = counted[name]
+        yield (
+            f"| {name} | {time_text} | {one.waits} | {one.launches / steps:.0f} | "
+            f"{1000 * one.device_seconds / steps:.1f} | {f'{around:.2f}' if around else ''} |"
+        )
 
 
 if __name__ == "__main__":

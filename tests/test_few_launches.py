@@ -15,9 +15,9 @@ import pytest
 import tiny
 import torch
 from tiny_runs import FULL, ask, assert_neutral, at_call, bare, loop, pipeline, take, throw
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import models
+from benchmarks.cuda import Counted
 from probe.errors import CaptureError
 from probe.proof.checks import variables
 from probe.proof.verdict import verify
@@ -34,7 +34,6 @@ from probe.watching.measures import statistics_of
 
 BOTH = ("cuda", "cpu")
 ALL = {**FULL, "dtype": "float32"}
-VIEWS = ("aten::_unsafe_view", "aten::detach")
 
 
 @pytest.fixture
@@ -44,21 +43,6 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- how many ------------------------------------------------------------------------------------
-
-
-class Counted(TorchDispatchMode):
-    """How often each operation was called; views compute nothing, and are left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if not (func.is_view or func._schema.name in VIEWS):
-            self.calls[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")

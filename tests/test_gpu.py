@@ -15,14 +15,19 @@ import tiny
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from edited import EACH, asked, same, steps_of
-from tiny_runs import ask, assert_neutral, assert_no_hooks, bare
+from tiny_runs import ask, assert_neutral, assert_no_hooks, at_call, bare, throw
 from transformers import CLIPTextConfig, CLIPTextModel
 from true_maps import assert_maps, scores
 
+from benchmarks import models
 from probe.diffusion.draws import noise
 from probe.errors import ModelError
 from probe.proof.verdict import verify
-from probe.running.recorder import record
+from probe.reading.compare import compare
+from probe.reading.recording import Run
+from probe.running import graphs
+from probe.running.recorder import record, rerun, resume
+from probe.watching.hooks import Hooks
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +65,9 @@ def stable_diffusion_v1() -> Any:
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     assert torch.cuda.is_available(), "tests marked gpu need a CUDA device"
-    return stable_diffusion_v1().to("cuda", torch.float16)
+    with torch.device("cuda"):  # made where it runs: seconds, not minutes
+        made = stable_diffusion_v1()
+    return made.to("cuda", torch.float16)
 
 
 def test_the_loop_has_the_bits_of_the_pipeline(pipe: Any, tmp_path: Path) -> None:
@@ -104,17 +111,16 @@ def test_maps_are_diffusers_own(pipe: Any, tmp_path: Path) -> None:
     assert_maps(run, scores(pipe, run.experiment), 1e-5)
 
 
-def test_an_offloaded_model_is_refused_by_name_and_the_remedy_works(
-    pipe: Any, tmp_path: Path
-) -> None:
+def test_an_offloaded_model_is_refused_by_name_and_the_remedy_works(tmp_path: Path) -> None:
     """`enable_model_cpu_offload` leaves the weights on the CPU until a part is called: a run cannot
     tell where they will be.
     """
     asked = ask(
         tmp_path, steps=2, capture={"branches": "both", "tokens": "all", "dtype": "float32"}
     )
-    moved = stable_diffusion_v1().to(torch.float16)
-    moved.enable_model_cpu_offload()
+    moved = models.pipeline("small", torch.float16, "cuda")
+    stays = record(asked, moved, progress=False)
+    moved.to("cpu").enable_model_cpu_offload()
     with pytest.raises(
         ModelError, match=r"^unet is off-loaded: accelerate moves its weights to cuda"
     ) as caught:
@@ -123,15 +129,56 @@ def test_an_offloaded_model_is_refused_by_name_and_the_remedy_works(
         caught.value.remedy
         == "Call pipeline.remove_all_hooks(), then pipeline.to(device), if the model fits there."
     )
-    assert list(tmp_path.glob("*.zarr")) == []
+    assert len(list(tmp_path.glob("*.zarr"))) == 1
     moved.remove_all_hooks()
-    run, stays = (
-        record(asked, moved.to("cuda"), progress=False),
-        record(asked, pipe, progress=False),
-    )
+    run = record(asked, moved.to("cuda"), progress=False)
     for grid in stays.grids:
         np.testing.assert_array_equal(run.attention(grid).values, stays.attention(grid).values)
     assert_no_hooks(moved)
+
+
+EVERYTHING = {"branches": "both", "tokens": "all", "activations": ("unet.mid_block",)}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"capture": EVERYTHING, "images": 2},
+        {"capture": {"attention": "queries"}, "scheduler": "DDIM"},
+        {"capture": {"attention": "summary"}, "guidance_scale": 1.0},
+        {"capture": {"counterfactual": ("cat",), "steps": "::2"}, "steps": 10},
+    ],
+    ids=["default", "everything", "queries", "without guidance", "two sets of captures"],
+)
+def test_calls_replayed_as_a_graph_have_the_bits_of_eager_ones(
+    asked: dict[str, Any], pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "LEAST_CALLS", 1)
+    asked = {"steps": 7, "guidance_scale": 7.5, **asked}
+    run, eager = (
+        record(ask(tmp_path, graphs=how, **asked), pipe, progress=False) for how in ("auto", "off")
+    )
+    noted = run.attributes["cuda_graphs"]
+    assert "refusal" not in noted and noted["replayed"] >= 3, noted
+    assert "cuda_graphs" not in eager.attributes
+    assert compare(run, eager).same
+    assert_neutral(run, bare(pipe, run.experiment))
+    assert "failed" not in {check.verdict for check in verify(run, pipe)}
+    assert compare(run, rerun(run, pipe, progress=False)).same
+
+
+def test_a_run_with_graphs_resumes_to_its_own_bits(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "LEAST_CALLS", 1)
+    whole = record(ask(tmp_path, steps=7), pipe, progress=False)
+    stop = at_call(2, throw(KeyboardInterrupt()))
+    with Hooks([(pipe.unet, "input", stop)]), pytest.raises(KeyboardInterrupt):
+        record(ask(tmp_path, steps=7, name="stopped"), pipe, progress=False)
+    run = resume(next(map(Run, tmp_path.glob("stopped*.zarr"))), pipe, progress=False)
+    assert run.attributes["cuda_graphs"]["replayed"] > 0
+    assert compare(whole, run).same
 
 
 def test_a_recording_made_on_cuda_verifies_on_the_cpu(pipe: Any, tmp_path: Path) -> None:
