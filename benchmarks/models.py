@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from probe.diffusion.known_configs import KNOWN
 from probe.diffusion.loading import BUNDLED
 
 NAMES = ("small", "bundled", "sd1")
@@ -30,7 +31,9 @@ SCHEDULE = {
     "clip_sample": False,
     "steps_offset": 1,
 }
-CHANNELS = {"small": (64, 128, 256, 256), "sd1": (320, 640, 1280, 1280)}
+KNOWN_AS = {"small": "small", "sd1": "sd14"}
+THIN_VAE = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+THIN_TEXT = {"num_hidden_layers": 2}
 PARAMETERS = {"small": 37_522_628, "sd1": 859_520_964}
 
 
@@ -49,29 +52,12 @@ def pipeline(
         return _quiet(loaded.to(device))
     torch.manual_seed(0)
     words = CLIPTokenizer.from_pretrained(BUNDLED["emojiworld"] / "tokenizer")
-    text = (
-        {"num_hidden_layers": 12, "num_attention_heads": 12}
-        if whole
-        else {"num_hidden_layers": 2, "num_attention_heads": 12}
-    )
+    _, configs = KNOWN[KNOWN_AS[name]]
     with torch.device("meta" if device == "meta" else "cpu"):
-        unet = UNet2DConditionModel(
-            sample_size=64,
-            block_out_channels=CHANNELS[name],
-            cross_attention_dim=768,
-            attention_head_dim=8,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512) if whole else (32, 32, 32, 32),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2 if whole else 1,
-            sample_size=512,
-            scaling_factor=0.18215,
-        )
-        encoder = CLIPTextModel(
-            CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, **text)
-        )
+        unet = UNet2DConditionModel(**configs["unet"])
+        vae = AutoencoderKL(**configs["vae"] | ({} if whole else THIN_VAE))
+        text = configs["text_encoder"] | ({} if whole else THIN_TEXT)
+        encoder = CLIPTextModel(CLIPTextConfig(**text))
     assert sum(parameter.numel() for parameter in unet.parameters()) == PARAMETERS[name]
     made = StableDiffusionPipeline(
         vae,

@@ -16,17 +16,16 @@
 import argparse
 import builtins
 import copy
+import math
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from torch.nn.functional import cosine_similarity, mse_loss
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import probe
 from experiments.drawing import (
@@ -46,11 +45,14 @@ from probe.analysis.maps import word_maps
 from probe.conversions import denoised_from
 from probe.diffusion.draws import noise
 from probe.diffusion.guidance import guide
-from probe.diffusion.loading import BUNDLED, load
+from probe.diffusion.loading import BUNDLED, blueprint, load
 from probe.diffusion.sampling import denoise
+from probe.diffusion.variants import unet_at
 from probe.reading.pixels import WHY_THEY_DIFFER
 from probe.reading.pixels import paper as published
 from probe.reading.pixels import trained as demonstration
+from probe.settings.cost import load_cost
+from probe.watching.counting import Counter
 
 NOTEBOOK = hasattr(builtins, "get_ipython")
 parser = argparse.ArgumentParser(
@@ -150,26 +152,12 @@ print("by hand and by one line agree in every bit.")
 # "meta" device, where tensors have a shape and no content. That takes no weights.
 
 # %%
-with torch.device("meta"):
-    text_config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    blocks = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }
-    sd1 = {
-        "text encoder": CLIPTextModel(text_config),
-        "UNet": UNet2DConditionModel(
-            sample_size=64,
-            block_out_channels=(320, 640, 1280, 1280),
-            cross_attention_dim=768,
-            attention_head_dim=8,
-        ),
-        "VAE": AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks
-        ),
-    }
+published_model = blueprint("sd14")
+sd1 = {
+    "text encoder": published_model.text_encoder,
+    "UNet": published_model.unet,
+    "VAE": published_model.vae,
+}
 ours = {"text encoder": model.text_encoder, "UNet": model.unet, "VAE": model.vae}
 
 
@@ -585,74 +573,36 @@ show("4-attention", sheet(title, note, list(spans), rows, cell=160))
 WIDEST = sd1["UNet"].config.sample_size
 
 
-def coarse(unet, side):
-    """Return this UNet's blocks without attention on grids wider than `WIDEST`.
-
-    Its inputs are (side, side). Return also the widest grid that is left.
-    """
-    levels = [side // 2**level for level in range(len(unet.config.down_block_types))]
-    down, up = list(unet.config.down_block_types), list(unet.config.up_block_types)
-    for level, wide in enumerate(levels):
-        if wide > WIDEST:
-            down[level], up[-1 - level] = "DownBlock2D", "UpBlock2D"
-    blocks = {"down_block_types": down, "up_block_types": up}
-    return blocks, max(wide for wide in levels if wide <= WIDEST)
-
-
-def same_unet(unet, channels, side, **other):
-    """Return the same UNet for inputs of (channels, side, side), with weights drawn at random.
-
-    `other` settings replace those of its config.
-    """
-    own = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
-    return UNet2DConditionModel(**own | sizes | other).eval()
-
-
-def operations(unet, channels, side, **other):
-    """Return the FLOPs of one call of this UNet, and which share of them attention's products have.
-
-    Its input is (channels, side, side).
-    """
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tokens = torch.zeros(1, len(read.tokens), unet.config.cross_attention_dim)
-        x = torch.zeros(1, channels, side, side)
-        same_unet(unet, channels, side, **other)(x, 500, encoder_hidden_states=tokens)
-    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    total = sum(counts.values())
-    # On the meta device attention falls into its two products, the only batched ones in a UNet.
-    products = [name for name in counts if "bmm" in name or "attention" in name]
-    attention = sum(counts[name] for name in products)
+def operations(layers):
+    """Return the FLOPs of these layers, attention's share of them, and its largest matrix."""
+    total = sum(layer.flops for layer in layers)
+    attention = sum(layer.flops for layer in layers if layer.kind.endswith("attention"))
     assert 0 < attention < total, "the counter does not see attention"
-    return total, attention / total
+    return total, attention / total, max(layer.matrix for layer in layers)
 
 
 rows, costs = [], []
-for name, unet, f in (
-    ("emojiworld", ours["UNet"], model.f),
-    ("Stable Diffusion v1", sd1["UNet"], 2 ** (len(sd1["VAE"].config.block_out_channels) - 1)),
-):
-    channels, side = unet.config.in_channels, unet.config.sample_size
-    blocks, widest = coarse(unet, side * f)
-    cheap = operations(unet, channels, side)
-    dear = operations(unet, 3, side * f)
-    fair = operations(unet, 3, side * f, **blocks)
-    times = [f"{total / cheap[0]:.0f}" for total, _ in (cheap, dear, fair)]
+for name, known in (("emojiworld", "emojiworld"), ("Stable Diffusion v1", "sd14")):
+    counter = Counter(blueprint(known), load_cost({"model": known, "attention_up_to": WIDEST}))
+    f, side = counter.model.f, counter.model.unet.config.sample_size
+    on_latents, on_pixels = (counter.shape(space, (side * f, side * f)) for space in (f, 1))
+    cheap = operations(counter.unet(f, on_latents))
+    dear = operations(counter.unet(1, on_pixels))
+    fair = operations(counter.unet(1, on_pixels, "coarse"))
+    times = [f"{total / cheap[0]:.0f}" for total, *_ in (cheap, dear, fair)]
     sizes = f"{cheap[0] / 1e9:,.1f} against {dear[0] / 1e9:,.1f} GFLOP"
     beside = f"{times[2]} times with attention only up to {WIDEST} x {WIDEST}"
     note = f"{sizes}\n{beside}; {f**2} times the places"
     costs.append(Cost(f"{name}: {times[1]} times", note, cheap[0], dear[0], dear[1]))
     kinds = (
-        ("latents", channels, side, side, cheap, times[0], 1),
-        ("pixels", 3, side * f, side * f, dear, times[1], f**2),
-        ("pixels**", 3, side * f, widest, fair, times[2], f**2),
+        ("latents", on_latents, cheap, times[0], 1),
+        ("pixels", on_pixels, dear, times[1], f**2),
+        ("pixels**", on_pixels, fair, times[2], f**2),
     )
-    for kind, depth, width, grid, (total, part), often, places in kinds:
-        # heads x places x places, four bytes each
-        scores = unet.config.attention_head_dim * grid**4 * 4 / 1e9
-        size = f"{depth * width**2 * 4 / 1e3:,.0f} kB"
-        figures = (f"{scores:,.3f} GB", f"{total / 1e9:,.1f}", f"{part:.0%}", often, places)
-        rows.append((name, kind, f"{depth} x {width} x {width}", size, *figures))
+    for kind, shape, (total, part, matrix), often, places in kinds:
+        size = f"{math.prod(shape) * 4 / 1e3:,.0f} kB"
+        figures = (f"{matrix * 4 / 1e9:,.3f} GB", f"{total / 1e9:,.1f}", f"{part:.0%}")
+        rows.append((name, kind, " x ".join(map(str, shape)), size, *figures, often, places))
 heads = ["model", "on", "input", "its size", "scores*", "GFLOP a call", "attention"]
 print(table([*heads, "times", "places, times"], rows))
 print("  * of one self-attention layer of its finest grid (heads x places x places),")
@@ -684,7 +634,8 @@ def seconds(call, repeats):
 
 
 side = one_line.width
-on_pixels = same_unet(model.unet, 3, side)
+own = {name: value for name, value in model.unet.config.items() if not name.startswith("_")}
+on_pixels = UNet2DConditionModel(**own | unet_at(model.unet, 1)).eval()
 fast = seconds(lambda: model.unet(x0, 500, encoder_hidden_states=text), 7)
 slow = seconds(lambda: on_pixels(torch.zeros(1, 3, side, side), 500, encoder_hidden_states=text), 1)
 painting, calls = seconds(lambda: model.decode(latents), 3), 2 * len(steps)
@@ -727,9 +678,15 @@ trained = demonstration()
 if trained is None:
     print("Nothing is trained yet: python -m experiments.pixels.train")
 else:
-    print(f"{trained['title']}, seeds {trained['seeds']}")
+    seeds = trained["seeds"]
+    print(
+        f"{trained['title']}, {'one seed' if len(seeds) == 1 else f'{len(seeds)} seeds'}: {seeds}"
+    )
     heads = ["f", "seed", "on", "steps", "trained for", "recognised", "ceiling", "KID"]
     print(table(heads, trained_rows(trained)))
+    if left := [run["grid"] for run in trained["runs"] if run["f"] == published_model.f]:
+        print(f"f = {published_model.f} leaves {left[0]} x {left[0]} latents of these pictures,")
+        print(f"and {WIDEST} x {WIDEST} of those of Stable Diffusion: there it has more room.")
 
 # %% [markdown]
 # That is all of it. A sentence became vectors. Noise became latents, a little at a time, while

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     stopping.begin()  # before the slow imports
 
 import argparse
+import os
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -96,14 +97,7 @@ def main(arguments: list[str], prog: str = "python -m probe.cost") -> int:
     """Count, or measure, what the command line asks for. Return the exit code."""
     options = parser(prog).parse_args(arguments)
     settings = load_cost(options.settings or Cost(), **changes_of(options))
-    if options.rounds < 1 or options.threads < 1 or not options.most_seconds > 0:
-        raise ExperimentError(
-            "--rounds, --threads and --most-seconds are counted from 1 up.", "Give larger numbers."
-        )
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        raise ExperimentError(
-            f"--output: the folder of {options.output} does not exist.", "Make it, or name another."
-        )
+    _check(options)
     before_torch(options.quiet)
     made_by = shlex.join(["python", "-m", "probe.cost", *_reproducible(options, arguments)])
     found = (_measured if options.measure else _counted)(settings, options, made_by)
@@ -111,6 +105,33 @@ def main(arguments: list[str], prog: str = "python -m probe.cost") -> int:
         write(options.output, found)
         say("", without_home(str(options.output)))
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ExperimentError for options that cannot be followed."""
+    if options.rounds < 1 or options.threads < 1 or not options.most_seconds > 0:
+        raise ExperimentError(
+            "--rounds, --threads and --most-seconds are counted from 1 up.", "Give larger numbers."
+        )
+    if options.threads > (cores := os.cpu_count() or 1):
+        raise ExperimentError(
+            f"--threads {options.threads}: this machine has {cores} cores.",
+            f"Write a number from 1 to {cores}.",
+        )
+    if options.layers and options.measure:
+        raise ExperimentError(
+            "--layers lists counts, and --measure takes times.", "Give one of the two."
+        )
+    if (output := options.output) is None:
+        return
+    if not output.absolute().parent.is_dir():
+        raise ExperimentError(
+            f"--output: the folder of {output} does not exist.", "Make it, or name another."
+        )
+    if output.exists() and not output.is_file():
+        raise ExperimentError(
+            f"--output: {output} is no plain file, and would be replaced.", "Name another."
+        )
 
 
 def _counted(settings: Cost, options: argparse.Namespace, made_by: str) -> Data:
@@ -147,12 +168,11 @@ def _progress(options: argparse.Namespace) -> Callable[[str], None]:
 
 
 def _reproducible(options: argparse.Namespace, arguments: list[str]) -> list[str]:
-    """Return the arguments without where the result was written."""
-    if options.output is None:
-        return arguments
+    """Return the arguments without where the result was written, and without a home's name."""
     given = str(options.output)
-    kept = [word for word in arguments if word not in ("--output", f"--output={given}")]
-    return [word for word in kept if word != given]
+    left_out = (given, "--output", f"--output={given}")
+    kept = arguments if options.output is None else [x for x in arguments if x not in left_out]
+    return list(map(without_home, kept))
 
 
 def write(path: Path, found: Data) -> None:

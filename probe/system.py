@@ -203,6 +203,14 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory is used up: Python's, torch's or CUDA's."""
+    messages = ("not enough memory", "can't allocate", "can't start new thread")
+    by_message = isinstance(error, RuntimeError) and any(x in str(error) for x in messages)
+    by_name = type(error).__name__ == "OutOfMemoryError"  # of torch, which is not imported here
+    return by_message or by_name or isinstance(error, MemoryError)
+
+
 def free_memory() -> int:
     """Return how many bytes a process can still be given; 0 if nobody can tell.
 

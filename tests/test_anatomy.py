@@ -87,6 +87,25 @@ def test_shapes_and_shares_are_those_of_the_run(sample: Run) -> None:
     assert anatomy.unet_share_painted_once(sample) == pytest.approx(once)
 
 
+def test_the_grid_of_a_block_without_attention_follows() -> None:
+    names = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block"]
+    names += ["up_blocks.0", "up_blocks.1", "up_blocks.2"]
+    known = [None, None, (16, 12), (16, 12), (16, 12), None, None]
+    grids = dict(zip(names, known, strict=True))
+    anatomy._fill(grids, (3, 64, 48))
+    assert [grid and grid[0] for grid in grids.values()] == [64, 32, 16, 16, 16, 32, 64]
+    assert grids["up_blocks.1"] == (32, 24)
+    other = dict(zip(names, known, strict=True))
+    anatomy._fill(other, (3, 80, 80))
+    assert list(other.values()) == known, "a network that is built otherwise is not guessed at"
+    alone = dict(zip(names, known, strict=True))
+    anatomy._fill(alone, None)
+    assert list(alone.values()) == known
+    alone["down_blocks.2"] = None
+    anatomy._fill(alone, None)
+    assert alone["down_blocks.2"] == (16, 12)
+
+
 def test_the_unets_blocks_stand_in_order_with_their_grids(sample: Run, synthetic: Run) -> None:
     blocks = anatomy.blocks(sample)
     names = ["down 0", "down 1", "down 2", "mid", "up 0", "up 1", "up 2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -281,6 +282,44 @@ def test_a_model_of_pixels_has_no_vae(tmp_path: Path) -> None:
     assert "On pixels there is no VAE." in cost.counted_lines(counts, settings)
 
 
+def test_latents_of_a_model_of_pixels_are_refused(call: Any) -> None:
+    got = refused(call, "--model", "emojiworld-pixels", "--sizes", "64", "--quiet", main=cost.main)
+    assert got[0] == "f: emojiworld-pixels has no VAE, of which one with f = 2 could be derived"
+    assert got[1] == "It works on pixels: take f: [1]."
+
+
+def test_a_config_that_makes_no_call_is_refused(call: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    tiny.pipeline().save_pretrained(folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config["cross_attention_dim"] = [1] * len(config["block_out_channels"])
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    got = refused(call, "--model", folder, "--sizes", "32", "--f", "1", main=cost.main)
+    assert ": its unet does not run at this size: " in got[0]
+
+
+def test_what_stands_in_the_place_of_the_output_is_left_alone(call: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        got = refused(call, *SMALL, "--output", place, main=cost.main)
+        assert got[0] == f"--output: {place} is no plain file, and would be replaced."
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_name_of_a_home_is_not_written(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.pixel_pipeline().save_pretrained(tmp_path / "mine")
+    file = tmp_path / "cost.json"
+    code, out, _ = call(
+        *(cost.main, "--model", tmp_path / "mine", "--sizes", "16"),
+        *("--f", "1", "--output", file, "--quiet"),
+    )
+    assert code == 0 and out.startswith("~/mine: one call")
+    assert str(tmp_path) not in file.read_text() and "~/mine" in file.read_text()
+
+
 def test_shares_stand_against_the_size(call: Any) -> None:
     code, out, _ = call(cost.main, *SMALL[:2], "--sizes", "64,128", "--f", "8", "--quiet")
     assert code == 0
@@ -319,6 +358,8 @@ WRONG: list[tuple[tuple[str, ...], str, str]] = [
     (("--dtype", "int8"), "dtype: 'int8' is not one of float16, bfloat16, float32", "Write one"),
     (("--rounds", "0"), "--rounds, --threads and --most-seconds are counted from 1 up.", "Give"),
     (("--output", "none/such.json"), "--output: the folder of none/such.json", "Make it"),
+    (("--threads", "9999999"), "--threads 9999999: this machine has ", "Write a number from 1"),
+    (("--layers", "--measure"), "--layers lists counts, and --measure takes times.", "Give one"),
 ]
 
 

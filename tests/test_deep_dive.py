@@ -185,8 +185,8 @@ FAULTS = {
     ),
     "another recording": ('"seed": SEED', '"seed": SEED + 1', "recording changed the picture"),
     "attention uncounted": (
-        '"bmm" in name',
-        '"bmmm" in name',
+        'layer.kind.endswith("attention")',
+        'layer.kind.endswith("attentive")',
         "does not see attention",
     ),
 }
@@ -314,8 +314,12 @@ def test_what_it_prints_is_true_of_the_model(walk: Walk) -> None:
     ):  # Stable Diffusion v1, from its paper and card
         assert shape in walk.printed
     for channels, side in ((unet.in_channels, unet.sample_size), (3, unet.sample_size * model.f)):
-        total, part = walk.names["operations"](model.unet, channels, side)
+        layers = walk.names["Counter"](
+            walk.names["blueprint"]("emojiworld"), walk.names["load_cost"]({})
+        ).unet(unet.sample_size * model.f // side, (channels, side, side))
+        total, part, matrix = walk.names["operations"](layers)
         assert round(total * part) == attention_products(model, side)
+        assert matrix == unet.attention_head_dim * side**4, "heads x places x places"
 
 
 def test_no_factor_of_the_cost_stands_alone(walk: Walk) -> None:
@@ -359,7 +363,8 @@ def test_what_the_paper_measured_and_what_was_trained_are_told_apart(walk: Walk)
     cell = next(cell for cell in cells_of(SOURCE) if "def trained_rows" in cell.text)
     printed = run_cell(cell.text, cell.line, walk.names | {"demonstration": lambda: made_up((0,))})
     rows = [line.split("   ") for line in printed.splitlines() if re.match(r"  \d", line)]
-    assert printed.startswith("At 64 pixels, emoji, seeds [0]") and len(rows) == 4
+    assert printed.startswith("At 64 pixels, emoji, one seed: [0]") and len(rows) == 4
+    assert "f = 8 leaves 8 x 8 latents of these pictures,\nand 64 x 64 of those of" in printed
     text = "   ".join(rows[3])
     for part in ("4 x 8 x 8", "500", "158 s", "60% (55% to 65%)", "94% (89% to 99%)"):
         assert part in text, part

@@ -218,6 +218,28 @@ def test_without_decoded_steps_the_preview_is_shown(tmp_path: Path) -> None:
         np.testing.assert_array_equal(cell(sheet, index, HEAD + 28), pixels(wanted))
 
 
+def test_the_heading_says_whether_pictures_or_latents_are_shown(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    text = ImageDraw.ImageDraw.text
+
+    def noted(self: ImageDraw.ImageDraw, at: Any, said: str, *more: Any, **options: Any) -> None:
+        written.append(said)
+        text(self, at, said, *more, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    for one, what in (
+        (run, "clean picture at"),
+        (drawn(tmp_path), "clean latents, as colours, at"),
+    ):
+        written.clear()
+        contact_sheet(one)
+        assert any(
+            said.startswith(f"From noise to picture: the predicted {what}") for said in written
+        )
+
+
 def test_a_run_without_attention_has_one_row(tmp_path: Path) -> None:
     run = drawn(tmp_path, capture={"attention": "off"})
     sheet = contact_sheet(run)

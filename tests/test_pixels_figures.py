@@ -117,6 +117,20 @@ def test_no_factor_stands_alone(model: str) -> None:
         ]
 
 
+def test_both_networks_of_a_factor_attend_on_the_same_grids() -> None:
+    found = counts().factors("sd14", 2, 512)
+    one, two = (counts().of("sd14", "denoiser", f, 512, "coarse").total for f in (1, 2))
+    assert found.coarse == one / two and 3 < found.coarse < 4, "not less than latents"
+
+
+def test_the_names_of_factors_leave_a_narrow_page_its_room() -> None:
+    figure = pixels.factors(counts(), "sd14", 8, (512, 512)).figure
+    assert not figure.layout.yaxis.showticklabels
+    assert [note.text for note in figure.layout.annotations] == [
+        trace.y[0] for trace in figure.data
+    ]
+
+
 def test_shares_add_up_and_matrices_are_bytes() -> None:
     figure = pixels.shares_by_size(counts(), "sd14", 8).figure
     for column in zip(*(trace.y for trace in figure.data), strict=True):
@@ -138,6 +152,7 @@ def test_what_was_not_measured_is_dotted_and_called_so() -> None:
     assert list(found["latents, the same UNet"].x) == [64 * 64, 32 * 32]
     assert found["pixels, the same UNet"].error_y.array[0] == pytest.approx(12 * 0.2)
     assert "one thread" in shown.caption and shown.command == TIMES.made_by
+    assert "a blue square is a UNet for pixels" in shown.caption
 
 
 def test_shares_of_a_run_beside_those_counted() -> None:
@@ -266,14 +281,33 @@ def test_the_paper_and_ours_are_in_the_same_rows() -> None:
     law = TIMES.laws[0]
     assert large[4].startswith(times_text(law.at(512**2) / law.at(128**2)))
     assert large[3].startswith("at 256 px: x24") and epoch[2].startswith("x4 ")
-    assert "KID after 500 steps: 0.03 to 0.022" in fid[3] and fid[5].startswith("Agrees")
+    assert "KID after 500 steps, one seed: 0.03 to 0.022" in fid[3]
+    assert fid[5].startswith("Agrees, in the one seed that was trained: latents are better")
+    assert sampling[5].startswith("Disagrees: ours is more. The paper timed other networks")
     assert "38 FID better (section 4.1)" in gap[1] and "8 x 8 latents" in gap[5]
     worse = beside_paper(counts(), TIMES, paper(), made_up(last={1: 0.9}))
     assert worse.rows[3][5].startswith("Disagrees")
     same = beside_paper(counts(), TIMES, paper(), made_up(last={4: 0.3}))
-    assert same.rows[3][5].startswith("Not told apart")
+    assert same.rows[3][5].startswith("Not told apart here, in the one seed")
+    slow = beside_paper(
+        counts(), TIMES.model_copy(update={"cells": TIMES.cells[1:]}), paper(), None
+    )
+    assert slow.rows[0][5].startswith("Disagrees: ours is more.")
+    less = [cell(1, 0.6), cell(4, 0.5)], [cell(1, 0.6), cell(1, 6.0, "coarse"), cell(4, 0.5)]
+    for cells, said in zip(less, ("Disagrees: ours is less.", "Theirs lies between"), strict=True):
+        times = TIMES.model_copy(update={"cells": tuple(cells)})
+        assert beside_paper(counts(), times, paper(), None).rows[0][5].startswith(said)
     bare = beside_paper(counts(), None, paper(), None)
     assert {row[3] for row in bare.rows} == {"-"} == {row[4] for row in bare.rows}
+
+
+def test_beside_the_paper_three_seeds_are_shown_and_more_are_ranked() -> None:
+    three, five = (beside_paper(counts(), TIMES, paper(), made_up(range(n))) for n in (3, 5))
+    assert ", 3 seeds: 0.03 to 0.022; " in three.rows[3][3] and three.rows[3][3].count(";") == 2
+    assert three.rows[3][5].startswith("3 seeds: too few to rank.")
+    assert five.rows[3][5].startswith("Agrees, over 5 seeds: latents are better")
+    other = beside_paper(counts(), TIMES, paper(), made_up(range(5), last={1: 0.9}))
+    assert other.rows[3][5].startswith("Disagrees, over 5 seeds: pixels are better")
 
 
 def test_a_table_is_html_with_its_texts_escaped() -> None:
@@ -403,5 +437,7 @@ def test_two_runs_of_another_f_are_played_in_step(
         assert "sample" in app.selectbox("latent_run").options
         (player,) = app.get("bidi_component")
         assert "pixels sample" in player.proto.json
+        bars = charts(open_view("pixels", part="Time and memory"))[-1]["data"]
+        assert [bar.split(" (")[0] for bar in bars[0]["y"][:2]] == ["sample", "pixels"]
     finally:
         libraries._library.clear()

@@ -15,7 +15,7 @@ from probe import cost
 from probe.errors import TooLarge
 from probe.reading.pixels import Cell, Measured, measured
 from probe.settings.cost import Cost, load_cost
-from probe.system import free_memory
+from probe.system import free_memory, is_out_of_memory
 from probe.watching import timing
 from probe.watching.timing import Call, Taken, calls_of, fill, laws, take, too_long, too_much
 
@@ -115,6 +115,37 @@ def test_a_process_that_is_ended_is_a_cause(
     monkeypatch.setattr(timing, "in_a_process", lambda *_: ended)
     found = timing.measured([load_cost(SMALL)], made_by="test", device="cpu")
     assert not found.cells and {left.why for left in found.left_out} == {ended}
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."), True),
+        (torch.OutOfMemoryError("CUDA"), True),
+        (RuntimeError("the grids do not fit"), False),
+        (ValueError("not enough memory"), False),
+    ],
+)
+def test_memory_that_does_not_suffice_is_a_cause(
+    calls: list[Call], monkeypatch: pytest.MonkeyPatch, error: Exception, is_memory: bool
+) -> None:
+    class Pool:
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def submit(self, *_: object) -> Any:
+            raise error
+
+    monkeypatch.setattr(timing.concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: Pool())
+    assert is_out_of_memory(error) == is_memory
+    if is_memory:
+        assert timing.in_a_process(calls[0], 1, 1) == "the memory did not suffice"
+    else:
+        with pytest.raises(type(error)):
+            timing.in_a_process(calls[0], 1, 1)
 
 
 def test_a_law_needs_four_grids() -> None:

@@ -213,8 +213,9 @@ def _shares(values: Mapping[str, float | None]) -> dict[str, float | None]:
 def blocks(run: Run) -> list[Block]:
     """Return the UNet's blocks, from the recorded attention layers and statistics.
 
-    A grid is that of the block's attention layers. Without any, the outermost blocks work on the
-    latents' grid and the innermost on that of the middle: so the UNets of diffusers are built.
+    A grid is that of the block's attention layers. Without any, it follows from the latents' grid:
+    each block on the way down halves it, and each on the way up doubles it again. So the UNets of
+    diffusers are built.
     """
     modules = _modules(run)
     layers = _attention_layers(run)
@@ -250,13 +251,25 @@ def _place(path: str) -> tuple[int, int]:
 
 
 def _fill(grids: dict[str, Grid | None], latent: tuple[int, int, int] | None) -> None:
-    down = [path for path in grids if path.startswith("down")]
-    up = [path for path in grids if path.startswith("up")]
-    middle = grids.get("mid_block")
-    for path in (*down[-1:], *up[:1]):
-        grids[path] = grids[path] or middle
-    for path in (*down[:1], *up[-1:]):
-        grids[path] = grids[path] or (None if latent is None else (latent[1], latent[2]))
+    """Give each block without attention the grid that follows, if those that are known agree."""
+    last = max((_place(path)[1] for path in grids), default=0)
+    depths = {
+        path: _place(path)[1] if path.startswith("down") else last - _place(path)[1]
+        for path in grids
+        if path != "mid_block"
+    }
+    depths |= {path: last for path in grids if path == "mid_block"}
+    if latent is None:
+        same = {depths[path]: grid for path, grid in grids.items() if grid is not None}
+        following = {path: same.get(depth) for path, depth in depths.items()}
+    else:
+        y, x = latent[1:]
+        following = {
+            path: (math.ceil(y / 2**depth), math.ceil(x / 2**depth))
+            for path, depth in depths.items()
+        }
+    if all(grid in (None, following[path]) for path, grid in grids.items()):
+        grids |= following
 
 
 def _modules(run: Run) -> list[str]:

@@ -163,7 +163,7 @@ def factors(counts: Counts, model: str, f: int, size: tuple[int, int]) -> Shown:
     side = counts.attention_up_to
     rows = [
         ("the same UNet (counted)", found.full, found.full),
-        (f"attention up to {side} x {side} alone (counted)", found.coarse, found.coarse),
+        (f"attention up to {side} x {side} on both (counted)", found.coarse, found.coarse),
         ("convolution alone (counted)", found.convolution, found.convolution),
         ("the paper's time, at f = 4 (measured there)", *found.paper),
     ]
@@ -178,14 +178,17 @@ def factors(counts: Counts, model: str, f: int, size: tuple[int, int]) -> Shown:
                 line={"color": colour, "width": 5},
                 marker={"size": 12, "symbol": symbol},
                 text=["", text],
-                textposition="top center",
+                textposition="middle right",
                 hovertemplate=f"{name}: {text}<extra></extra>",
                 showlegend=False,
             )
         )
+        figure.add_annotation(  # an axis of names would leave a narrow page no room
+            x=0, xref="x domain", xanchor="left", y=name, yshift=17, text=name, showarrow=False
+        )
     most = max(most for _, _, most in rows)
-    figure.update_xaxes(type="log", range=[0, float(np.log10(most)) + 0.4], dtick=1)
-    figure.update_yaxes(range=[3.5, -0.9], automargin=True)
+    figure.update_xaxes(type="log", range=[0, float(np.log10(most)) + 0.6], dtick=1)
+    figure.update_yaxes(range=[3.5, -0.9], showticklabels=False)
     title = f"How many times as much on pixels<br>{name_of(model)}, {size_text(size)}, f = {f}"
     figure = laid_out(figure, title, height=320)
     figure.update_xaxes(title_text="times, log axis")
@@ -211,7 +214,7 @@ def shares_by_size(counts: Counts, model: str, f: int) -> Shown:
                 hovertemplate=f"%{{x}}, {name}: %{{y:.1f}} % (%{{customdata}})<extra></extra>",
             )
         )
-    figure.update_layout(barmode="stack")
+    figure.update_layout(barmode="stack", legend_traceorder="normal")
     figure.update_xaxes(title_text="size in pixels", type="category")
     figure.update_yaxes(title_text="% of the FLOPs of one call", range=[0, 100])
     title = f"What a call spends its FLOPs on<br>{name_of(model)}, {space_text(f)}"
@@ -277,8 +280,9 @@ def law(measured: Measured, model: str, quantity: Quantity) -> Shown:
     caption = (
         f"Points were measured: the median of several calls, with quartiles; {machine.clock} on "
         f"{machine.device}, {_threads(machine.threads)}, random weights{_loaded(machine)}. "
-        "Squares are pixels, circles latents. The line is a + b N + c N^2 in N places, fitted to "
-        "them. Where it is dotted, nothing was measured: it is an extrapolation."
+        "Squares are pixels, circles latents; a blue square is a UNet for pixels that attends on "
+        "coarse grids alone. The line is a + b N + c N^2 in N places, fitted to the others. Where "
+        "it is dotted, nothing was measured: it is an extrapolation."
     )
     return Shown(f"law_{quantity}", laid_out(figure, title), caption, measured.made_by)
 
@@ -368,7 +372,7 @@ def shares(recorded: Mapping[str, Mapping[str, float]], counts: Counts) -> Shown
                 hovertemplate=f"%{{y}}, {part}: %{{x:.3g}} %<extra></extra>",
             )
         )
-    figure.update_layout(barmode="stack")
+    figure.update_layout(barmode="stack", legend_traceorder="normal")
     figure.update_xaxes(title_text="% of the run", range=[0, 100])
     figure.update_yaxes(autorange="reversed", automargin=True)
     caption = (
@@ -377,4 +381,4 @@ def shares(recorded: Mapping[str, Mapping[str, float]], counts: Counts) -> Shown
         "Stable Diffusion 1.x counted FLOPs of 50 guided steps at 512 x 512 pixels."
     )
     title = "A whole run: text, steps and decoding"
-    return Shown("shares", laid_out(figure, title, height=290), caption, RUN)
+    return Shown("shares", laid_out(figure, title, height=170 + 40 * len(rows)), caption, RUN)

@@ -7,11 +7,19 @@ table_html(table)                          # every text escaped; it looks right 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from probe.figures.pixels_looks import name_of, times_text
-from probe.figures.pixels_trained import TRAIN, Trained, score_of, trained_rows
+from probe.figures.pixels_trained import (
+    TO_RANK,
+    TRAIN,
+    Trained,
+    paired_difference,
+    score_of,
+    seeds_of,
+    trained_rows,
+)
 from probe.reading.pixels import Cell, Counts, Measured, Paper, PaperRow
 
 EMPTY = "-"
@@ -77,7 +85,7 @@ def beside_paper(
             _counted(row, counts, trained),
             _measured(row, measured, trained),
             _extrapolated(row, measured),
-            _why(row, trained),
+            _why(row, measured, trained),
         ]
         for row in paper.rows
     ]
@@ -107,50 +115,59 @@ def _counted(row: PaperRow, counts: Counts, trained: Trained | None) -> str:
             f"to {counts.attention_up_to} x {counts.attention_up_to} alone, "
             f"{times_text(found.convolution)} convolution (a call of SD 1.x)"
         )
-    pair = _pair(trained, row.f) if row.name == "epoch" else None
-    if pair is None:
+    pairs = _pairs(trained, row.f) if row.name == "epoch" else []
+    if not pairs:
         return EMPTY
-    times = pair[0]["training_step_flops"] / pair[1]["training_step_flops"]
+    pixels, latents = (run["training_step_flops"] for run in pairs[0])
+    times = pixels / latents
     return f"{times_text(times)} (a training step at 64 pixels)"
 
 
 def _measured(row: PaperRow, measured: Measured | None, trained: Trained | None) -> str:
     if row.size is not None and row.of_time:
         return _cells(row, measured)
-    pair = _pair(trained, row.f)
-    if pair is None:
+    pairs = _pairs(trained, row.f)
+    if not pairs:
         return EMPTY
     if row.of_time:
-        seconds = [run["points"][-1]["seconds"] / run["points"][-1]["step"] for run in pair]
-        return f"{times_text(seconds[0] / seconds[1])} (seconds of a training step at 64 pixels)"
-    step, (pixels, latents) = _common(pair)
-    one, two = score_of(pixels, "kid"), score_of(latents, "kid")
+        return f"{times_text(_step_times(pairs[0]))} (seconds of a training step at 64 pixels)"
+    step = _common_step(pairs)
+    scores = [[score_of(_at(run, step), "kid") for run in pair] for pair in pairs]
+    values = "; ".join(f"{one.value:.3g} to {two.value:.3g}" for one, two in scores)
+    if len(pairs) > 1:
+        return f"KID after {step:,} steps, {len(pairs)} seeds: {values}"
+    ((one, two),) = scores
     return (
-        f"KID after {step:,} steps: {one.value:.3g} to {two.value:.3g} (95 %: {one.low:.3g} "
+        f"KID after {step:,} steps, one seed: {values} (95 % over pictures: {one.low:.3g} "
         f"to {one.high:.3g}, {two.low:.3g} to {two.high:.3g})"
     )
 
 
 def _cells(row: PaperRow, measured: Measured | None) -> str:
-    """Return the ratios of measured times of calls on pixels and on latents of the same size.
-
-    At another size than the paper's, the largest one, if it was not measured at that.
-    """
-    if measured is None:
+    size, ratios = _ratios(row, measured)
+    if not ratios:
         return EMPTY
-    seconds = {(cell.size[0], *_network(cell), cell.f): cell.seconds for cell in measured.cells}
-    found: dict[int, list[str]] = {}
+    texts = (f"{times_text(times)} ({network})" for network, times in ratios)
+    return f"at {size} px: {'; '.join(texts)}"
+
+
+def _ratios(row: PaperRow, measured: Measured | None) -> tuple[int, list[tuple[str, float]]]:
+    """Return the ratios of measured times of calls on pixels and on latents, by network.
+
+    Both are of the paper's size, or of the largest one that was measured.
+    """
+    cells = () if measured is None else measured.cells
+    seconds = {(cell.size[0], *_network(cell), cell.f): cell.seconds for cell in cells}
+    found: dict[int, list[tuple[str, float]]] = {}
     for (size, model, attention, f), pixels in seconds.items():
         same, full = (seconds.get((size, model, kind, row.f)) for kind in (attention, "full"))
         latents = same or full
         if f == 1 and latents:
             network = "the same UNet" if attention == "full" else "coarse attention"
-            text = f"{times_text(pixels / latents)} ({name_of(model)}, {network})"
-            found.setdefault(size, []).append(text)
-    if not found:
-        return EMPTY
-    size = row.size if row.size in found else max(found)
-    return f"at {size} px: {'; '.join(found[size])}"
+            times = pixels / latents
+            found.setdefault(size, []).append((f"{name_of(model)}, {network}", times))
+    size = row.size if row.size in found else max(found, default=0)
+    return size, found.get(size, [])
 
 
 def _network(cell: Cell) -> tuple[str, str]:
@@ -172,37 +189,77 @@ def _extrapolated(row: PaperRow, measured: Measured | None) -> str:
     return "; ".join(parts) or EMPTY
 
 
-def _why(row: PaperRow, trained: Trained | None) -> str:
+def _why(row: PaperRow, measured: Measured | None, trained: Trained | None) -> str:
+    """Return where ours disagrees with the paper, and why the set-ups differ."""
+    pairs = _pairs(trained, row.f)
     if row.of_time:
-        return NETWORKS if row.size is not None else f"{NETWORKS} {SMALL}"
-    pair = _pair(trained, row.f)
-    if pair is None:
+        if row.size is not None:
+            times = [times for _, times in _ratios(row, measured)[1]]
+            return f"{_beside_theirs(row, times)}{NETWORKS}"
+        verdict = _beside_theirs(row, [_step_times(pair) for pair in pairs])
+        return f"{verdict}{NETWORKS} {SMALL}"
+    if not pairs or trained is None:
         return "Ours is not trained yet."
-    _, (pixels, latents) = _common(pair)
-    one, two = score_of(pixels, "kid"), score_of(latents, "kid")
-    if two.high < one.low:
-        verdict = "Agrees: latents are better after as many steps."
-    elif one.high < two.low:
-        verdict = "Disagrees: here pixels are better after as many steps."
-    else:
-        verdict = "Not told apart here."
     room = " f = 8 leaves 8 x 8 latents." if row.f == 8 else ""
-    return f"{verdict} {SMALL}{room} KID and FID are different numbers: only the sign compares."
+    which = "KID and FID are different numbers: only the sign compares."
+    return f"{_verdict(trained, row.f, pairs)} {SMALL}{room} {which}"
 
 
-def _pair(trained: Trained | None, f: int) -> tuple[Any, Any] | None:
-    """Return the pixel denoiser and that of an f, both of the first seed; None without both."""
-    if trained is None or not trained["seeds"]:
-        return None
-    runs = {run["f"]: run for run in trained["runs"] if run["seed"] == trained["seeds"][0]}
-    return (runs[1], runs[f]) if 1 in runs and f in runs else None
+def _beside_theirs(row: PaperRow, ours: Sequence[float]) -> str:
+    """Return whether the paper's factor is more or less than ours, which were measured."""
+    if row.times is None or not ours:
+        return ""
+    if min(ours) > row.times:
+        return "Disagrees: ours is more. "
+    return "Disagrees: ours is less. " if max(ours) < row.times else "Theirs lies between ours. "
 
 
-def _common(pair: tuple[Any, Any]) -> tuple[int, tuple[Any, Any]]:
-    """Return the last step at which both denoisers were scored, and their points there."""
-    points = [{point["step"]: point for point in run["points"]} for run in pair]
-    step = max(points[0].keys() & points[1].keys())
-    return step, (points[0][step], points[1][step])
+def _verdict(trained: Trained, f: int, pairs: Sequence[Pair]) -> str:
+    """Return which space has the better KID after as many steps, and of how many seeds."""
+    if len(pairs) == 1:
+        step = _common_step(pairs)
+        one, two = (score_of(_at(run, step), "kid") for run in pairs[0])
+        latents, pixels = two.high < one.low, one.high < two.low
+        where = "in the one seed that was trained"
+    elif len(pairs) < TO_RANK:
+        return f"{len(pairs)} seeds: too few to rank."
+    else:
+        found = paired_difference(trained, 1, f, "kid", "steps", "free")
+        latents, pixels = found is not None and found.high < 0, found is not None and found.low > 0
+        where = f"over {len(pairs)} seeds"
+    if not latents and not pixels:
+        return f"Not told apart here, {where}."
+    better = "latents" if latents else "pixels"
+    start = "Agrees" if latents else "Disagrees"
+    return f"{start}, {where}: {better} are better after as many steps."
+
+
+Pair: TypeAlias = tuple[Trained, Trained]
+
+
+def _pairs(trained: Trained | None, f: int) -> list[Pair]:
+    """Return the pixel denoiser and that of an f, of each seed that has both."""
+    if trained is None:
+        return []
+    runs = {(run["f"], run["seed"]): run for run in trained["runs"]}
+    pairs = [((1, seed), (f, seed)) for seed in seeds_of(trained)]
+    return [(runs[one], runs[two]) for one, two in pairs if one in runs and two in runs]
+
+
+def _common_step(pairs: Sequence[Pair]) -> int:
+    """Return the last step at which all these denoisers were scored."""
+    steps = [{point["step"] for point in run["points"]} for pair in pairs for run in pair]
+    return int(max(set.intersection(*steps)))
+
+
+def _at(run: Trained, step: int) -> Mapping[str, Any]:
+    return next(point for point in run["points"] if point["step"] == step)
+
+
+def _step_times(pair: Pair) -> float:
+    """Return how many times as long a training step on pixels takes."""
+    one, two = (run["points"][-1]["seconds"] / run["points"][-1]["step"] for run in pair)
+    return float(one / two)
 
 
 # --- what was trained -----------------------------------------------------------------------------

@@ -33,6 +33,7 @@ QUALITIES: dict[Quality, str] = {
     "recognised": "recognised: subject and setting, %",
     "kid": "KID, less is better",
 }
+SHORT: dict[Quality, str] = {"recognised": "% recognised", "kid": "KID"}  # room on a narrow page
 AXES: dict[Axis, str] = {
     "steps": "training steps",
     "pictures": "pictures seen in training",
@@ -126,8 +127,8 @@ def quality(trained: Trained, y: Quality, x: Axis, charge: Charge) -> Shown:
             )
         )
     figure.update_xaxes(type="log", title_text=AXES[x], exponentformat="power")
-    figure.update_yaxes(title_text=QUALITIES[y])
-    charged = CHARGES[charge][0] if x in COSTLY else "an autoencoder takes none of these"
+    figure.update_yaxes(title_text=SHORT[y])
+    charged = CHARGES[charge][0] if x in COSTLY else "the denoiser's own, without the autoencoder's"
     title = f"{trained['title']}: quality against {AXES[x]}<br>{charged}"
     return Shown("quality", laid_out(figure, title, height=460), _caption(trained, y), TRAIN)
 
@@ -308,7 +309,8 @@ def by_count(trained: Trained, what: Literal["fd", "kid"]) -> Shown:
         "The Frechet distance (FD) falls with the number of pictures, also of the scenes "
         "themselves: two numbers of different counts cannot be held against each other."
         if what == "fd"
-        else "KID is unbiased: it does not fall with the number of pictures, it only becomes surer."
+        else "KID is unbiased: with more pictures it does not fall, it only becomes surer. Near "
+        "zero it may also lie below."
     )
     title = f"{trained['title']}: {'FD' if what == 'fd' else 'KID'} by the number of pictures"
     return Shown(f"by_count_{what}", laid_out(figure, title), caption, SCORE)
@@ -335,7 +337,7 @@ def distortion(trained: Trained, what: Literal["psnr", "ssim"]) -> Shown:
         type="log",
         title_text="f: pixels per latent along one side",
         tickvals=ticks,
-        ticktext=[f"{f}: {_rate(trained, f)}" for f in ticks],
+        ticktext=[f"{f}<br>{_rate(trained, f)}" for f in ticks],
     )
     figure.update_yaxes(title_text="PSNR in dB, median" if what == "psnr" else "SSIM, median")
     caption = (

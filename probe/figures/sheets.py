@@ -120,8 +120,10 @@ def contact_sheet(run: Run, columns: int = 8) -> Image.Image:
 def _rows(run: Run, final: Image.Image, columns: int) -> list[tuple[str, list[Cell]]]:
     """Return title and cells of each row: the steps, and the words if maps were recorded."""
     steps = [*_steps(run, columns - 1), (fit(final, CELL), "result", "")]
+    pictures = run.attributes.model.on_pixels or _are_decoded(run, columns - 1)
+    what = "predicted clean picture" if pictures else "predicted clean latents, as colours,"
     title = (
-        f"From noise to picture: the predicted clean picture at {len(steps) - 1} of "
+        f"From noise to picture: the {what} at {len(steps) - 1} of "
         f"{run.tree.sizes['step']} model calls, and the result"
     )
     rows = [(title, steps)]
@@ -156,8 +158,7 @@ def _subtitle(run: Run, final: Image.Image) -> str:
 def _steps(run: Run, columns: int) -> list[Cell]:
     """Return the predicted clean picture at that many steps, spread evenly over the run."""
     sigmas = run.variable("sigma").values
-    whole = run.tree["decoded"] if "decoded" in run.tree.children else None
-    decoded = whole is not None and whole.sizes["decoded_step"] >= columns // 2
+    decoded = _are_decoded(run, columns)
     steps = run.variable("decoded/decoded_step").values if decoded else run.steps
     chosen = np.unique(np.linspace(0, len(steps) - 1, columns).round().astype(int))
     clean = run.denoised().isel(image=0).reindex(step=steps[chosen])
@@ -172,6 +173,12 @@ def _steps(run: Run, columns: int) -> list[Cell]:
         shown = frame if defined else _not_defined(frame.size)
         cells.append((shown, f"step {step}", f"sigma {sigmas[step]:.2f}"))
     return cells
+
+
+def _are_decoded(run: Run, columns: int) -> bool:
+    """Return whether enough steps were decoded for that many columns."""
+    decoded = run.tree["decoded"].sizes["decoded_step"] if "decoded" in run.tree.children else -1
+    return decoded >= columns // 2
 
 
 def _not_defined(size: tuple[int, int]) -> Image.Image:

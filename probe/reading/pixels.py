@@ -100,8 +100,9 @@ class WholeRun(NamedTuple):
 class Factors(NamedTuple):
     """How many times the FLOPs of a call at f a call on pixels has.
 
-    `full` is the same network. `coarse` attends on coarse grids alone. `convolution` counts that
-    kind alone. `paper` is the least and the most that the paper measured, at f = 4, of time.
+    `full` is the same network. `coarse` is one that attends on coarse grids alone, on pixels and
+    on latents. `convolution` counts that kind alone. `paper` is the least and the most that the
+    paper measured, at f = 4, of time.
     """
 
     full: float
@@ -193,10 +194,10 @@ class Counts(Data):
         """Return what a call on pixels costs beside a call at `f`."""
         here = self.of(model, "denoiser", f, size)
         pixels = self.of(model, "denoiser", 1, size)
-        coarse = self.of(model, "denoiser", 1, size, "coarse")
+        coarse = [self.of(model, "denoiser", space, size, "coarse").total for space in (1, f)]
         return Factors(
             pixels.total / here.total,
-            coarse.total / here.total,
+            coarse[0] / coarse[1],
             pixels.flops["convolution"] / here.flops["convolution"],
             paper().speed_up,
         )

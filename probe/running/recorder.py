@@ -47,6 +47,7 @@ from probe.settings.fields import expand_home
 from probe.settings.noising import Noising, load_noising, load_recipe
 from probe.settings.recipe import Recipe
 from probe.stopping import breakable, cleanly
+from probe.system import is_out_of_memory
 from probe.terminal import shell_path, without_home
 from probe.text import first_line, shown
 from probe.watching.interface import Plan
@@ -432,9 +433,7 @@ def out_of_memory(recipe: Recipe) -> Iterator[None]:
     except ProbeError:
         raise
     except (MemoryError, RuntimeError) as error:
-        messages = ("not enough memory", "can't allocate", "can't start new thread")
-        by_message = any(message in str(error) for message in messages)
-        if by_message or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if is_out_of_memory(error):
             raise OutOfMemory(
                 f"Out of memory on {pick_device(recipe.device)}: {first_line(error)[:120]}",
                 "Fewer images, a smaller height and width, --dtype float16, or fewer "

@@ -142,8 +142,12 @@ def unet_layers(model: AnyFamily, shape: Sequence[int], rows: int = 1) -> list[L
     """Return the layers of the denoiser for an input of (channel, y, x)."""
     latents = torch.zeros((rows, *shape), dtype=model.dtype, device="meta")
     t = torch.zeros((), dtype=torch.long, device="meta")
-    arguments = model.blank(rows, tokens_of(model))
-    return _checked(model, "unet", model.unet, lambda: model.call(latents, t, arguments))
+    tokens = tokens_of(model)
+
+    def call() -> Any:
+        return model.call(latents, t, model.blank(rows, tokens))
+
+    return _checked(model, "unet", model.unet, call)
 
 
 def vae_layers(model: AnyFamily, vae: Any, shape: Sequence[int], way: Way) -> list[LayerCount]:
@@ -257,7 +261,15 @@ class Counter:
         return entries
 
     def shape(self, f: int, size: tuple[int, int]) -> tuple[int, int, int]:
-        """Return (channel, y, x) of what the denoiser reads. Raise ExperimentError if too small."""
+        """Return (channel, y, x) of what the denoiser reads.
+
+        Raise ExperimentError for a grid that is too small, or latents without a VAE.
+        """
+        if f != 1 and self.model.vae is None:
+            raise ExperimentError(
+                f"f: {self.model.name} has no VAE, of which one with f = {f} could be derived",
+                "It works on pixels: take f: [1].",
+            )
         y, x = size[0] // f, size[1] // f
         least = 2 ** (levels(self.model.unet) - 1)
         if min(y, x) < least:

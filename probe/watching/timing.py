@@ -29,7 +29,7 @@ from probe.diffusion.variants import coarse, remade, unet_at
 from probe.errors import TooLarge
 from probe.reading.pixels import Attention, Cell, Law, LeftOut, Machine, Measured
 from probe.settings.cost import Cost
-from probe.system import free_memory, peak_memory
+from probe.system import free_memory, is_out_of_memory, peak_memory
 from probe.watching.counting import Counter, LayerCount, counted, tokens_of
 
 MOST_IN_ALL, FEWEST = 30.0, 3  # seconds of all rounds; above that, only so many are timed
@@ -195,8 +195,10 @@ def in_a_process(call: Call, rounds: int, threads: int) -> Taken | str:
             return pool.submit(take, call, rounds, threads).result()
     except BrokenProcessPool:
         return "the system ended its process, probably for its memory"
-    except (MemoryError, torch.OutOfMemoryError):
-        return "the memory did not suffice"
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return "the memory did not suffice"
+        raise
 
 
 def _fresh_processes() -> Any:

@@ -73,12 +73,14 @@ def _times() -> None:
 
 
 def _recorded() -> dict[str, dict[str, float]]:
-    """Return the seconds of the parts of the sample, and of the runs that the view was opened with.
+    """Return the seconds of the parts of the sample, and of runs in the library.
 
-    A recording without times is left out.
+    These are the first on pixels and on latents, and those that the view was opened with. A
+    recording without times is left out.
     """
     found = {}
-    for key in dict.fromkeys([*NAMES[:1], *st.query_params.get_all("runs")]):
+    first = [keys[0] for keys in _by_space().values() if keys]
+    for key in dict.fromkeys([*NAMES[:1], *first, *st.query_params.get_all("runs")]):
         try:
             found[key] = shares_of(library().run(key))
         except ProbeError:
@@ -86,21 +88,28 @@ def _recorded() -> dict[str, dict[str, float]]:
     return found
 
 
+def _by_space() -> dict[str, list[str]]:
+    """Return the runs in the library that are on pixels, and those on latents."""
+    found: dict[str, list[str]] = {"pixels": [], "latents": []}
+    for key, row in recordings():
+        model = (row.attributes or {}).get("model")
+        f = model.get("f") if isinstance(model, Mapping) else None
+        if isinstance(f, int) and not is_noising(row):
+            found["pixels" if f == 1 else "latents"].append(key)
+    return found
+
+
 def _two_runs() -> None:
     """Play a run on pixels beside one on latents, or say how to record them."""
     st.text(OF_RUNS)
-    by_f: dict[bool, list[str]] = {True: [], False: []}
-    for key, row in recordings():
-        f = ((row.attributes or {}).get("model") or {}).get("f")
-        if isinstance(f, int) and row.attributes and not is_noising(row):
-            by_f[f == 1].append(key)
-    if not all(by_f.values()):
+    found = _by_space()
+    if not all(found.values()):
         st.info("There is no recording on pixels yet. These two are alike in all but the space:")
         st.code(RECORD, language=None)
         return
     left, right = st.columns(2)
-    one = _one("On pixels", by_f[True], "pixel_run", str, left)
-    two = _one("On latents", by_f[False], "latent_run", str, right)
+    one = _one("On pixels", found["pixels"], "pixel_run", str, left)
+    two = _one("On latents", found["latents"], "latent_run", str, right)
     player([one, two], key="pixels")
 
 
