@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from probe.diffusion.family import Family
@@ -26,12 +27,21 @@ def pairwise(*factors: tuple[Any, ...]) -> list[Case]:
 
     Greedy: always the first case that covers the most pairs not yet covered.
     """
-    product = list(itertools.product(*factors))
-    missing, rows = set().union(*map(pairs, product)), []
+    cases = list(itertools.product(*factors))
+    missing, rows = set().union(*map(pairs, cases)), []
     while missing:
-        rows.append(max(product, key=lambda case: len(pairs(case) & missing)))
+        rows.append(max(cases, key=lambda case: len(pairs(case) & missing)))
         missing -= pairs(rows[-1])
     return rows
+
+
+def product(*factors: tuple[Any, ...]) -> list[Any]:
+    """Return every combination for `parametrize`; those that `pairwise` leaves out are slow."""
+    quick = pairwise(*factors)
+    return [
+        case if case in quick else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(*factors)
+    ]
 
 
 def assert_every_pair_is_covered(*factors: tuple[Any, ...]) -> None:

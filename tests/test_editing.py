@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from edited import EACH, asked, same, steps_of
+from parity import product
 from tiny_runs import model_for, pipeline
 
 from probe.diffusion.families import family_of
@@ -57,9 +58,7 @@ def check_zero(kind: str, fields: dict[str, Any], scheduler: str, scale: float) 
     assert same(steps_of(experiment), unedited(scheduler, scale))
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize("scheduler", PLAIN)
-@pytest.mark.parametrize("kind", EACH)
+@pytest.mark.parametrize(("kind", "scheduler", "scale"), product(tuple(EACH), PLAIN, (1.0, 3.0)))
 def test_at_amount_0_every_kind_changes_no_bit(kind: str, scheduler: str, scale: float) -> None:
     check_zero(kind, {}, scheduler, scale)
 

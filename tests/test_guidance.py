@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pytest
 import tiny
 import torch
 import xarray as xr
+from parity import product
 from PIL import Image
 from recordings import recording
 from tiny_runs import take
@@ -57,18 +56,9 @@ def bound(run: Run, unit: float) -> xr.DataArray:
     return 1.01 * lever * apart + 4 * UNIT[torch.float32] * (1 + np.abs(run.denoised())) * 16
 
 
-def half(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Return cases of which every second is slow: the others still hold each pair of settings."""
-    even = [sum(places) % 2 == 0 for places in itertools.product(range(2), repeat=3)]
-    return [
-        case if quick else pytest.param(*case, marks=pytest.mark.slow)
-        for case, quick in zip(cases, itertools.cycle(even), strict=False)
-    ]
-
-
 @pytest.mark.parametrize(
     ("dtype", "prediction", "scheduler", "rescale"),
-    half(itertools.product(UNIT, ("epsilon", "v_prediction"), ("DDIM", "Euler"), (0.0, 0.7))),
+    product(tuple(UNIT), ("epsilon", "v_prediction"), ("DDIM", "Euler"), (0.0, 0.7)),
 )
 def test_at_the_recorded_scale_it_is_the_recorded_estimate(
     dtype: torch.dtype, prediction: str, scheduler: str, rescale: float, tmp_path: Path

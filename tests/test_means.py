@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 import xarray as xr
+from parity import product
 from torch.nn.functional import interpolate
 
 from probe.analysis import combined
@@ -192,9 +193,7 @@ WAYS: dict[str, tuple[Callable[[Run], xr.DataArray], Callable[[np.ndarray], np.n
 }
 
 
-@pytest.mark.parametrize("stop", [False, True], ids=["finished", "interrupted"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "mode", "stop"), product(tuple(WAYS), tuple(MODES), (False, True)))
 def test_there_is_one_mean_over_layers_and_heads(
     way: str,
     mode: str,
