@@ -6,6 +6,7 @@ What is recorded is the same, up to the last bits, and the model's bits are the 
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,14 @@ def operations(pipe: Any, capture: dict[str, Any] | None, folder: Path) -> colle
     )
     at: list[collections.Counter[str]] = []
     counted = Counted()
-    with Hooks([(pipe.unet, "input", lambda _: at.append(counted.calls.copy()))]), counted:
+    stop = at_call(2, throw(KeyboardInterrupt()))  # what comes after it is not counted
+
+    def called(latents: Any) -> None:
+        at.append(counted.calls.copy())
+        stop(latents)
+
+    watched = Hooks([(pipe.unet, "input", called)])
+    with watched, counted, contextlib.suppress(KeyboardInterrupt):
         if capture is None:
             collections.deque(loop(pipe, asked), maxlen=0)
         else:

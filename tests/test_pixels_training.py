@@ -75,10 +75,10 @@ def test_it_is_one_unet_in_every_space() -> None:
 
 def test_a_training_step_costs_three_calls() -> None:
     """Forwards once and backwards twice, but for what needs no gradient: the input, the text."""
-    for space in (SPACES[1], SPACES[8]):
-        call, step = train.denoiser_flops(space)
+    flops = {f: train.denoiser_flops(SPACES[f]) for f in (1, 4, 8)}
+    for call, step in (flops[1], flops[8]):
         assert 2.7 * call * train.BATCH < step < 3 * call * train.BATCH
-    small, large = (train.denoiser_flops(SPACES[f])[0] for f in (4, 1))
+    small, large = (flops[f][0] for f in (4, 1))
     assert 15 < large / small < 17  # sixteen times the places; its attention is on coarse grids
 
 
