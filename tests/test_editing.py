@@ -393,13 +393,18 @@ def xl() -> Any:
     return family_of(tiny.xl_pipeline())
 
 
+@functools.cache
+def unedited_xl(scale: float) -> Any:
+    return steps_of(asked(guidance_scale=scale), model=xl())
+
+
 @pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 @pytest.mark.parametrize("kind", EACH)
 def test_of_sdxl_too_nothing_changes_at_0_and_something_at_1(kind: str, scale: float) -> None:
     if kind == "guidance" and scale <= 1:
         return  # refused, as shown above
     edit = {"kind": kind, **EACH[kind]}
-    own = steps_of(asked(guidance_scale=scale), model=xl())
+    own = unedited_xl(scale)
     assert same(steps_of(asked({**edit, "amount": 0.0}, guidance_scale=scale), model=xl()), own)
     edited = steps_of(asked(edit, guidance_scale=scale), model=xl())
     assert not torch.equal(edited[-1].next_latents, own[-1].next_latents)
@@ -412,11 +417,15 @@ def test_of_sdxl_the_pooled_text_is_edited_with_the_prompt() -> None:
     assert same(switched, steps_of(asked(prompt="a cat"), model=xl()))
 
 
+@functools.cache
+def unedited_in(dtype: torch.dtype) -> Any:
+    return steps_of(asked(), pipeline(dtype))
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("kind", EACH)
 def test_in_half_precision_nothing_changes_at_0(kind: str, dtype: torch.dtype) -> None:
-    pipe = pipeline(dtype)
     edit = {"kind": kind, **EACH[kind], "amount": 0.0}
-    assert same(steps_of(asked(edit), pipe), steps_of(asked(), pipe))
+    assert same(steps_of(asked(edit), pipeline(dtype)), unedited_in(dtype))
