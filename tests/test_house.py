@@ -154,7 +154,7 @@ LAYERS = [
     ),
     ("probe.diffusion.draws", "probe.diffusion.schedule"),
     ("probe.diffusion.family",),
-    ("probe.diffusion.parts", "probe.diffusion.text"),
+    ("probe.diffusion.parts", "probe.diffusion.text", "probe.diffusion.weights"),
     ("probe.diffusion.loras", "probe.diffusion.embeds"),
     ("probe.diffusion.sd", "probe.diffusion.sdxl"),
     ("probe.diffusion.families", "probe.diffusion.known_configs", "probe.diffusion.variants"),

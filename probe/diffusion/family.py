@@ -22,6 +22,7 @@ import torch
 from probe.diffusion.guidance import guided
 from probe.diffusion.prompts import OverLong, Prompt
 from probe.diffusion.schedule import Schedule
+from probe.format.attributes import MIXED
 from probe.words import RULES
 
 # What the denoiser is given beside latents and t, by the names of its arguments.
@@ -187,8 +188,11 @@ class Family(Protocol):
         """Return the same model on the meta device: shapes without weights or work."""
         ...
 
-    def digest(self) -> str:
-        """Return the SHA-256 of every weight and buffer, 16 hex characters."""
+    def digest(self, how: str = MIXED) -> str:
+        """Return the digest of every weight and buffer, 16 hex characters.
+
+        `how` names the algorithm, as a recording does. Raise ModelError for an unknown one.
+        """
         ...
 
     def with_loras(self, wanted: Sequence[Any]) -> Self:

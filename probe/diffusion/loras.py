@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 from probe.diffusion.family import Family
-from probe.diffusion.parts import ON
 from probe.diffusion.tensor_file import TensorFile, read_tensors
 from probe.diffusion.text import hushed
+from probe.diffusion.weights import ON
 from probe.errors import ModelError
 from probe.text import first_line, printable, shorten, shown
 

@@ -1,11 +1,10 @@
-"""What follows from a model's parts alone: device, sizes, digest, skeleton, pictures.
+"""What follows from a model's parts alone: device, sizes, skeleton, pictures.
 
 A family takes these functions as its methods.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +19,6 @@ from probe.diffusion.schedule import Schedule, fresh, set_steps
 from probe.errors import ExperimentError, NotFinite
 
 Model = TypeVar("Model", bound=Family)
-ON = "loras_of_a_recipe"  # the attribute of a module that has them, of `probe.diffusion.loras`
 
 
 def device(model: Family) -> torch.device:
@@ -135,31 +133,6 @@ def encode_picture(
         else draw(generators, shape, model.dtype)
     )
     return model.scaling_factor * (mean + deviation * sample.to(model.device))
-
-
-def digest(model: Family) -> str:
-    """Return the SHA-256 of every weight and buffer, 16 hex characters.
-
-    It is that of the model alone, also while LoRAs of a recipe are on it.
-    """
-    sha = hashlib.sha256()
-    for part, module in model.components().items():
-        for name, tensor in _own_weights(module).items():
-            sha.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()[:16]
-
-
-def _own_weights(module: torch.nn.Module) -> dict[str, Any]:
-    """Return a module's state dict, as it is without the LoRAs of a recipe."""
-    state = module.state_dict()
-    if ON not in vars(module):
-        return state
-    return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in state.items()
-        if ".lora_" not in name
-    }
 
 
 def skeleton(model: Model) -> Model:

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from probe.diffusion import parts
+from probe.diffusion import parts, weights
 from probe.diffusion.family import (
     COND,
     TEXT,
@@ -146,7 +146,7 @@ class StableDiffusion:
 
     latent_shape = parts.latent_shape
     attention_layers = parts.attention_layers
-    digest = parts.digest
+    digest = weights.digest
     with_loras = with_loras
     skeleton = parts.skeleton
     decode = parts.decode

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from probe.diffusion import parts
+from probe.diffusion import parts, weights
 from probe.diffusion.family import (
     COND,
     TEXT,
@@ -157,7 +157,7 @@ class StableDiffusionXL:
 
     latent_shape = parts.latent_shape
     attention_layers = parts.attention_layers
-    digest = parts.digest
+    digest = weights.digest
     with_loras = with_loras
     skeleton = parts.skeleton
     decode = parts.decode

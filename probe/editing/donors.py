@@ -195,7 +195,8 @@ def refuse_other_run(field: str, run: Run, model: Family, plan: Plan) -> None:
             f"{field}: {run.name} has other noise levels than this run.",
             "Take a recording with the same scheduler and its options.",
         )
-    weights, here = run.attributes["model"].get("weights"), model.digest()
+    said = run.attributes.model
+    weights, here = said.weights, model.digest(said.weights_digest)
     if weights != here:
         raise ModelError(
             f"{field}: {run.name} was recorded with other weights (digest {weights}) than "

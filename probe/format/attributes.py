@@ -42,6 +42,10 @@ Texts = Annotated[dict[Text, Text], Field(max_length=1000)]
 List = Annotated[list[Any], Field(max_length=100_000)]
 
 
+# How the digest of a model's weights is computed: docs/format.md.
+MIXED, SHA256 = "mixed-rows", "sha256"
+
+
 class Part(BaseModel):
     """Attributes that belong together. Their types are strict; unknown attributes are ignored."""
 
@@ -82,7 +86,14 @@ class Model(Part):
         description="number format of the weights; bfloat16 is stored as float32, which is exact"
     )
     revision: Text | None = Field(None, description="commit on the hub")
-    weights: Text = Field("unknown", description="digest of the weights, without LoRAs")
+    weights: Text = Field(
+        "unknown",
+        description="digest of the weights, without LoRAs; it is there when a step is committed",
+    )
+    weights_digest: Text = Field(
+        SHA256,
+        description=f"how `weights` was computed: {MIXED}, or {SHA256} as in older recordings",
+    )
     files: Texts = Field(
         {}, description="digest of each file that decided bits beside the model's own, by its path"
     )

@@ -31,6 +31,7 @@ from probe.diffusion.loras import borrowed
 from probe.diffusion.preparing import prepared
 from probe.diffusion.sampling import Step
 from probe.editing.editing import Editing, edited
+from probe.format.attributes import MIXED, SHA256
 from probe.proof.attention_witness import AttentionWitness
 from probe.proof.checks import Check, Tally, variables
 from probe.proof.compared_store import ComparedStore
@@ -92,12 +93,14 @@ def model_of(run: Run, pipeline: Any | None = None) -> Family:
 def check_model(run: Run, model: Family, steps: Sequence[int]) -> Iterator[Check]:
     """Yield all checks that need the model. The UNet predicts again at `steps`."""
     with threads_of(run), borrowed(model):
-        weights = model.digest()
-        yield _check_files(
-            run, model, check_weights(run.attributes["model"].get("weights"), weights)
-        )
+        how = run.attributes.model.weights_digest
+        own = how if how in (MIXED, SHA256) else MIXED
+        weights = model.digest(own)
+        recorded = run.attributes["model"].get("weights")
+        checked = check_weights(recorded, weights) if own == how else _unknown_digest(how)
+        yield _check_files(run, model, checked)
         plan = replan(model, run, on_nan="record")  # whatever is not finite is compared
-        here = describe(model, plan, weights)
+        here = describe(model, plan, weights, own)
         because = tuple(differing_conditions(run.attributes, here))
         yield check_plan(run, plan, because, _unlike_attributes(run, model, here, because))
         yield from ModelCheck(run, model, plan, because).checks(steps)
@@ -107,7 +110,7 @@ def check_weights(recorded: str | None, here: str) -> Check:
     """Compare the digest of every weight and buffer."""
     if recorded is None:
         return Check(
-            "weights", "not checked", "it was recorded by a version that took no digest of them"
+            "weights", "not checked", "it has no digest of them: none was taken, or not in time"
         )
     if recorded == here:
         return Check("weights", "exact", f"digest {recorded}")
@@ -115,6 +118,12 @@ def check_weights(recorded: str | None, here: str) -> Check:
         "weights",
         "failed",
         f"recorded with weights of digest {recorded}, these have {here}: bring those back",
+    )
+
+
+def _unknown_digest(how: str) -> Check:
+    return Check(
+        "weights", "not checked", f"its digest is by {shown(how)}, which a newer version knows"
     )
 
 

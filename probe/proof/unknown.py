@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from probe.format.attributes import Attributes
+from probe.format.attributes import MIXED, SHA256, Attributes
 from probe.format.dimensions import FAMILIES, GUIDANCE_RULES
 from probe.format.schema import spec
 from probe.proof.checks import Check, variables
@@ -18,7 +18,7 @@ NOTES = {"writer", "digests", "decoded_in_float32", "scheduler_clips", "denoised
 
 
 def check_unknown(run: Run) -> Check:
-    """Name the variables, attributes, family and guidance rule that this version does not know."""
+    """Name the variables, attributes and rules that this version does not know."""
     unknown = [*_variables(run), *_attributes(run)]
     if not unknown:
         return Check(
@@ -46,6 +46,9 @@ def _attributes(run: Run) -> Iterator[str]:
             yield f"the attribute {name}"
     if run.attributes.family not in FAMILIES:
         yield f"the family {run.attributes.family}"
+    how = run.attributes.model.weights_digest
+    if how not in (MIXED, SHA256):
+        yield f"the digest of weights {how}"
     rule = run.attributes.guidance_rule
     if rule is not None and rule not in GUIDANCE_RULES:
         yield f"the guidance rule {rule}"

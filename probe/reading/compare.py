@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from probe.format.attributes import SHA256
 from probe.output import rows
 from probe.reading.edited import edit_sentences, edits_in
 from probe.reading.lazy import has_files, in_files
@@ -113,11 +114,20 @@ def differing_conditions(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
         for name in CONDITIONS
         if there["environment"].get(name) != here["environment"].get(name)
     ]
+    if not comparable_weights(there, here):
+        differing.append("weights: digests by two algorithms, which cannot be compared")
     return differing + [
         f"{name}: {there['model'].get(name)} and {here['model'].get(name)}"
         for name in ("dtype", "weights", "files")
         if there["model"].get(name) != here["model"].get(name)
+        and (name != "weights" or comparable_weights(there, here))
     ]
+
+
+def comparable_weights(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Return whether the digests of the weights of two recordings are by one algorithm."""
+    one, other = (side["model"].get("weights_digest", SHA256) for side in (there, here))
+    return bool(one == other)
 
 
 def changed_files(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

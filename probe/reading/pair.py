@@ -31,7 +31,11 @@ from probe.reading.apart import (
     steps_apart,
     words_apart,
 )
-from probe.reading.compare import differing_conditions, differing_settings
+from probe.reading.compare import (
+    comparable_weights,
+    differing_conditions,
+    differing_settings,
+)
 from probe.reading.listing import Listed, listing
 from probe.reading.recording import Run
 from probe.text import shorten
@@ -186,7 +190,10 @@ def find_parent(run: Run) -> Run:
         return (
             there.get("identity") == identity
             and there.get("status") == "complete"
-            and there["model"].get("weights") == said["model"].get("weights")
+            and (
+                there["model"].get("weights") == said["model"].get("weights")
+                or not comparable_weights(there, said)
+            )
         )
 
     rows_there = [row for row in listing(run.path.parent) if fits(row)]

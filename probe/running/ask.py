@@ -119,7 +119,8 @@ def _read(run: Run, context: str, pipeline: Any | None) -> tuple[Family, Tokens]
         model = load(recipe.model, **where, scheduler=scheduler, options=options)
     model = prepared(model, recipe)
     here = {"model": {"files": dict(model.files)}}
-    other = model.digest() != run.attributes["model"]["weights"]
+    said = run.attributes.model
+    other = model.digest(said.weights_digest) != said.weights
     if other or changed_files(run.attributes, here):
         raise ModelError(
             f"{run.name} was recorded with other weights of {model.name}, or other LoRAs.",

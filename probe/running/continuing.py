@@ -51,7 +51,8 @@ def check_continuable(run: Run, model: Family, planned: Plan, here: Mapping[str,
             "Bring the model in that number format, or leave the model out: probe run "
             "--resume loads it so.",
         )
-    if here["model"]["weights"] != weights:
+    not_yet = weights == "unknown" and not len(run.steps)  # killed before anybody knew it
+    if here["model"]["weights"] != weights and not not_yet:
         raise ModelError(
             f"{run.name} was begun with other weights of {model.name}.",
             "Bring those back, or record it again: probe rerun.",

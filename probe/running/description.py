@@ -11,6 +11,7 @@ import torch
 
 from probe.conversions import clipping, clipping_text
 from probe.diffusion.family import Family
+from probe.format.attributes import MIXED
 from probe.format.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.settings.experiment import Experiment
 from probe.settings.noising import Noising
@@ -19,11 +20,15 @@ from probe.watching.kept import measures_late
 from probe.words import RULES
 
 
-def describe(model: Family, plan: Plan, weights: str | None = None) -> dict[str, Any]:
+def describe(
+    model: Family, plan: Plan, weights: str | None = None, how: str = MIXED
+) -> dict[str, Any]:
     """Return a recording's attributes: its recipe, its model, and where it ran.
 
-    `weights` is the digest of the weights, if it is known.
+    `weights` is the digest of the weights, if it is known; empty, it is left out. `how` names its
+    algorithm.
     """
+    weights = model.digest(how) if weights is None else weights
     exploding = plan.schedule.variance_exploding
     prompts = plan.prompts.items()
     read_as = {branch: p.read_as for branch, p in prompts if p.read_as != p.text}
@@ -43,7 +48,8 @@ def describe(model: Family, plan: Plan, weights: str | None = None) -> dict[str,
             "f": model.f,
             "scaling_factor": model.scaling_factor,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": weights or model.digest(),
+            **({"weights": weights} if weights else {}),
+            "weights_digest": how,
             **({"files": dict(model.files)} if model.files else {}),
         },
         "scheduler": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +23,20 @@ from probe.watching.sums import read_step
 SAMPLING = "steps guidance_scale guidance_rescale eta seed images height width".split()
 
 
-def perform(model: Family, plan: Plan, writer: StepStore, say: Say, progress: bool) -> None:
-    """Run a plan and record it. Steps that `writer` has already are replayed without the model."""
+def perform(
+    model: Family,
+    plan: Plan,
+    writer: StepStore,
+    say: Say,
+    progress: bool,
+    weights: Callable[[], str] | None = None,
+) -> None:
+    """Run a plan and record it. Steps that `writer` has already are replayed without the model.
+
+    `weights` gives the digest of the weights, if the recording has none yet.
+    """
     noising, final = isinstance(plan.recipe, Noising), None
-    with Session(model, plan, writer, say) as session:
+    with Session(model, plan, writer, say, weights) as session:
         conditioning, editing = session.begin(), edited(model, plan)
         steps = (
             noised_steps(model, conditioning, plan, session.call)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from probe.diffusion.loading import load, pick_device
 from probe.diffusion.loras import borrowed
 from probe.diffusion.preparing import prepared
 from probe.diffusion.support import remarks_on_version
+from probe.diffusion.weights import DigestBeside
 from probe.errors import ExperimentError, OutOfMemory, ProbeError
 from probe.figures import sheets
 from probe.figures.noising_sheet import save_sheet
+from probe.format.attributes import MIXED
 from probe.output import tell
 from probe.reading.compare import changed_files
 from probe.reading.memory import Memory, nowhere
@@ -104,9 +106,10 @@ def record_as(
     room, say = free_room(expand_home(recipe.output)) if in_files else None, sayer(False)
     with out_of_memory(recipe):
         own = model_for(recipe, model, say)
-        planned = plan(own, recipe)
-        check_size(planned, None, room)
-        return _record(own, planned, say, False, weights=weights, in_files=in_files, name=name)
+        with _digested(own, weights) as digest:
+            planned = plan(own, recipe)
+            check_size(planned, None, room)
+            return _record(own, planned, say, False, weights=digest, in_files=in_files, name=name)
 
 
 def record_noising(
@@ -194,6 +197,8 @@ def _carried_out(
         if parent is not None:
             weights = compare_weights(model, parent, say)
             elsewhere = weights != parent.attributes.model.weights
+            if parent.attributes.model.weights_digest != MIXED:
+                weights = None
             if elsewhere and pipeline is not None:
                 recipe = load_recipe(
                     recipe, model=model.name, revision=model.revision, variant=None
@@ -206,10 +211,16 @@ def _carried_out(
                     "and is recorded as that."
                 )
             recipe = load_recipe(recipe, model=model.name)
+        digest = until_done.enter_context(_digested(model, weights))
         planned = plan(model, recipe, picture, masks)
         check_size(planned, max_bytes, room)
         name = None if parent is None else parent.name
-        return _record(model, planned, say, progress, sheet, name, weights, in_files)
+        return _record(model, planned, say, progress, sheet, name, digest, in_files)
+
+
+def _digested(model: Family, weights: str | None) -> DigestBeside | contextlib.nullcontext[str]:
+    """Return a block in which the digest of the weights is known, or computed beside the run."""
+    return DigestBeside(model) if weights is None else contextlib.nullcontext(weights)
 
 
 def opened(run: object) -> Run:
@@ -223,8 +234,11 @@ def opened(run: object) -> Run:
 
 
 def compare_weights(model: Family, run: Run, say: Say) -> str:
-    """Return the digest of a model's weights, and say so if the recording has another."""
-    weights = model.digest()
+    """Return the digest of a model's weights, and say so if the recording has another.
+
+    It is computed as that of the recording was.
+    """
+    weights = model.digest(run.attributes.model.weights_digest)
     if weights != (recorded := run.attributes["model"].get("weights", "unknown")):
         say(
             f"{run.name} was recorded with other weights (digest {recorded}) than {model.name} has "
@@ -245,17 +259,18 @@ def _record(
     progress: bool,
     sheet: bool = True,
     parent: str | None = None,
-    weights: str | None = None,
+    weights: str | DigestBeside = "",
     in_files: bool = True,
     name: str = "",
 ) -> Run:
+    known, later = (weights, None) if isinstance(weights, str) else ("", weights.result)
     recipe, created = plan.recipe, datetime.now(UTC).isoformat(timespec="milliseconds")
     content = json.dumps([recipe.resolved(), created]).encode() + (
         b"" if plan.picture is None else plan.picture.tobytes()
     )
     name = name or f"{recipe.run_name}-{hashlib.sha256(content).hexdigest()[:8]}"
     path = expand_home(recipe.output) / f"{name}.zarr"
-    attributes = {**describe(model, plan, weights), "created": created, "parent_run": parent}
+    attributes = {**describe(model, plan, known), "created": created, "parent_run": parent}
     if plainly := read_plainly([prompt.text for prompt in plan.prompts.values()]):
         say(plainly)
     where = path if in_files else "memory"
@@ -267,11 +282,11 @@ def _record(
         say(remark)
     if not in_files:
         memory = Memory(plan.arrays, attributes)
-        perform(model, plan, memory, say, progress)
+        perform(model, plan, memory, say, progress, later)
         memory.complete()
         return Run(nowhere(name), memory)
     with cleanly(), RunWriter(path, plan.arrays, attributes, recipe.durability) as writer:
-        _see_through(path, model, plan, writer, say, progress, sheet)
+        _see_through(path, model, plan, writer, say, progress, sheet, later)
     return Run(path)
 
 
@@ -307,7 +322,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
         model = model_for(experiment, pipeline, say, run)
         until_done.enter_context(borrowed(model))
         planned = replan(model, run)
-        here = describe(model, planned)
+        here = describe(model, planned, how=run.attributes.model.weights_digest)
         changed = check_continuable(run, model, planned, here)
         for remark in remarks_on_version():
             say(remark)
@@ -318,7 +333,10 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
             )
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         resumption = {"at": now, "environment": here["environment"], "changed": changed}
-        attributes = {"resumed": [*run.attributes.get("resumed", []), resumption]}
+        attributes = {
+            "resumed": [*run.attributes.get("resumed", []), resumption],
+            "model": {"weights": here["model"]["weights"]},
+        }
         durability = experiment.durability
         with (
             cleanly(),
@@ -410,11 +428,12 @@ def _see_through(
     say: Say,
     progress: bool,
     sheet: bool = True,
+    weights: Callable[[], str] | None = None,
 ) -> None:
     noising = isinstance(plan.recipe, Noising)
     try:
         with breakable():
-            perform(model, plan, writer, say, progress)
+            perform(model, plan, writer, say, progress, weights)
             if sheet:
                 with storing(path):
                     save_sheet(Run(path)) if noising else sheets.save(Run(path))

@@ -53,10 +53,19 @@ class StepStore(Store, Protocol):
 class Session:
     """A recording of `plan` into `store`.
 
-    Pass steps that the store has already to `replay`, all others to `record`.
+    Pass steps that the store has already to `replay`, all others to `record`. `weights` gives the
+    digest of the weights, if the store's attributes have none: no step is committed before.
     """
 
-    def __init__(self, model: Family, plan: Plan, store: StepStore, say: Say = lambda _: None):
+    def __init__(
+        self,
+        model: Family,
+        plan: Plan,
+        store: StepStore,
+        say: Say = lambda _: None,
+        weights: Callable[[], str] | None = None,
+    ):
+        self._weights = weights
         self._model, self._plan, self._store, self._say = model, plan, store, say
         self._dims = {spec.path: spec.dims for spec in plan.arrays}
         self._hooks, self._hooked = Hooks(()), tuple[Capture, ...]()
@@ -157,6 +166,9 @@ class Session:
                 self._store.write(path, arrays.pop(path))
             for capture in self._plan.captures:
                 capture.arrived(step.index, arrays)
+            if self._weights is not None:
+                self._store.annotate(model={"weights": self._weights()})
+                self._weights = None
             return arrays
 
         self._store.write_step(step.index, ready, nbytes)

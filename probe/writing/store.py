@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ class RunWriter:
         self.path = Path(path)
         self._at_end, self._at_once = durability != "none", durability == "step"
         self._lock = Lock(self.path)
+        self._annotating = threading.Lock()  # the writing thread sets attributes too
         with storing(self.path):
             files.make_folders(self.path.parent, self._at_end)
             self._lock.acquire(
@@ -306,7 +308,7 @@ class RunWriter:
 
         A mapping is merged into the one that is there.
         """
-        with storing(self.path):
+        with storing(self.path), self._annotating:
             files.check_folders(self.path, [str(self.path)])
             file = self.path / "zarr.json"
             root = json.loads(file.read_text())
