@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import xarray as xr
-from stored import ATTRIBUTES, CALLS, check_prefix, contents, layout, recorded
+from stored import ATTRIBUTES, CALLS, check_prefix, contents, layout, put, recorded
 
 from probe.proof.checks import files_of
+from probe.writing import layout as laid_out
 from probe.writing.store import MANIFEST, RunWriter, manifest
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -109,3 +113,61 @@ def test_a_flipped_bit_in_a_chunk_is_an_error_when_it_is_read(tmp_path: Path) ->
         content[5] ^= 4
         chunk.write_bytes(content)
     assert check_prefix(path) == CALLS
+
+
+def test_files_may_be_hashed_while_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then no step's file is read back, and the manifest is the same."""
+    path, read, own = tmp_path / "a.zarr", list[str](), Path.read_bytes
+
+    def seen(self: Path) -> bytes:
+        read.append(self.as_posix())
+        return own(self)
+
+    with RunWriter(path, layout(), ATTRIBUTES, hashing=True) as writer:
+        for step in range(CALLS):
+            put(writer, step)
+        for value in (3.0, 0.0, 5.0):  # written again, removed, and written again
+            writer.write("latents/final_latents", np.full((1, 4, 8, 8), value))
+        writer.write("cost/peak_memory", np.float32(np.nan))  # its fill value: no file
+        monkeypatch.setattr(Path, "read_bytes", seen)
+        writer.complete()
+        monkeypatch.undo()
+    assert not [name for name in read if "/c." in name and "latents" in name], read
+    listed = json.loads((path / MANIFEST).read_text())
+    assert listed == manifest(path) and list(listed) == list(manifest(path))
+    assert set(listed) == {name for name in contents(path) if name != MANIFEST}
+
+
+def test_what_changed_after_it_was_written_is_found_where_files_are_hashed(tmp_path: Path) -> None:
+    path, name = tmp_path / "a.zarr", "latents/latents/c.1.0.0.0.0"
+    with RunWriter(path, layout(), ATTRIBUTES, hashing=True) as writer:
+        for step in range(CALLS):
+            put(writer, step)
+        writer.flush()
+        (path / name).write_bytes((path / name).read_bytes()[::-1])
+        writer.complete()
+    listed = json.loads((path / MANIFEST).read_text())
+    assert {each for each in listed if listed[each] != manifest(path)[each]} == {name}
+
+
+def test_the_root_lists_every_node_as_json_does(tmp_path: Path) -> None:
+    """Each node is made into text once, and put into the root's."""
+    attributes: dict[str, Any] = {**ATTRIBUTES, "odd": {'"metadata": {}': "a\n b"}}
+    (tmp_path / "b").mkdir()
+    laid_out.create(tmp_path / "b", layout(), attributes)
+    text = (tmp_path / "b" / "zarr.json").read_text()
+    root = json.loads(text)
+    assert text == json.dumps(root, indent=2) and root["attributes"] == attributes
+    nodes = root["consolidated_metadata"]["metadata"]
+    below = {file.parent for file in (tmp_path / "b").rglob("zarr.json")} - {tmp_path / "b"}
+    assert set(nodes) == {os.path.relpath(folder, tmp_path / "b") for folder in below}
+    for name, node in nodes.items():
+        own = json.loads((tmp_path / "b" / name / "zarr.json").read_text())
+        node.pop("consolidated_metadata", None)
+        assert own == node, name
+    (tmp_path / "c").mkdir()
+    laid_out.create(tmp_path / "c", [], {})
+    text = (tmp_path / "c" / "zarr.json").read_text()
+    assert text == json.dumps(laid_out.group({}, {}), indent=2)

@@ -53,6 +53,7 @@ from probe.system import is_out_of_memory
 from probe.terminal import shell_path, without_home
 from probe.text import first_line, shown
 from probe.watching.interface import Plan
+from probe.watching.kept import measures_late
 from probe.words import read_plainly
 from probe.writing.files import storing
 from probe.writing.store import RunWriter
@@ -285,7 +286,11 @@ def _record(
         perform(model, plan, memory, say, progress, later)
         memory.complete()
         return Run(nowhere(name), memory)
-    with cleanly(), RunWriter(path, plan.arrays, attributes, recipe.durability) as writer:
+    hashing = measures_late(model.device)  # on a CPU the model needs the time itself
+    with (
+        cleanly(),
+        RunWriter(path, plan.arrays, attributes, recipe.durability, hashing=hashing) as writer,
+    ):
         _see_through(path, model, plan, writer, say, progress, sheet, later)
     return Run(path)
 

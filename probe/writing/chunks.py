@@ -8,7 +8,8 @@ then the offset and length of each, then the CRC-32C of those (zarr v3 specifica
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -41,11 +42,21 @@ class StepFiles:
     """The files of a stored array, written step by step.
 
     `array` is its Layout, or its zarr.Array. With `sync`, a call returns when the disk has what was
-    written.
+    written. `hidden`: nobody sees the folder yet, and it holds no such file. `hashes` takes the
+    SHA-256 of each file that is written, by its path below `root`.
     """
 
-    def __init__(self, root: Path, array: Any, sync: bool = False):
-        self.path, self._sync = str(array.path), sync
+    def __init__(
+        self,
+        root: Path,
+        array: Any,
+        sync: bool = False,
+        *,
+        hidden: bool = False,
+        hashes: dict[str, str] | None = None,
+    ):
+        self.path, self._sync, self._hashes = str(array.path), sync, hashes
+        self._replace = files.put_new if hidden else None
         self._start = str(root / self.path / "c")  # of the name of each of its files
         self._dtype = np.dtype(array.dtype).newbyteorder("<")
         self._shape, self._chunk = tuple(array.shape), tuple(array.chunks)
@@ -111,10 +122,20 @@ class StepFiles:
         """Write one file with these chunks, of which None are empty. Return their marks."""
         marked: list[bytes] = []
         if any(part is not None for part in parts):
-            files.replace(self._at(index), self._content(parts, marked), self._sync)
+            self._write(index, self._content(parts, marked))
             return b"".join(marked)
-        files.remove(self._at(index), self._sync)
+        if self._replace is None:
+            files.remove(self._at(index), self._sync)
         return EMPTY * len(parts)
+
+    def _write(self, index: Sequence[int], content: Iterator[bytes | memoryview]) -> None:
+        file, replace = self._at(index), self._replace or files.replace
+        if self._hashes is None:
+            replace(file, content, self._sync)
+            return
+        sha = hashlib.sha256()
+        replace(file, _hashed(content, sha), self._sync)
+        self._hashes[f"{self.path}/{file[len(self._start) - 1 :]}"] = sha.hexdigest()
 
     def _content(
         self,
@@ -147,6 +168,15 @@ class StepFiles:
         rows = np.full((len(there), 2), NOWHERE, "<u8")
         rows[there] = [(number * length, length) for number in range(sum(there))]
         return checked(rows.tobytes())
+
+
+def _hashed(
+    content: Iterable[bytes | memoryview], sha: hashlib._Hash
+) -> Iterator[bytes | memoryview]:
+    """Yield parts of a file, and hash each after it was written."""
+    for part in content:
+        yield part
+        sha.update(part)
 
 
 def checked(content: bytes) -> bytes:

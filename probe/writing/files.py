@@ -94,6 +94,20 @@ def replace(file: str | Path, parts: Iterable[bytes | memoryview], sync: bool) -
         sync_folder(Path(file).parent)
 
 
+def put_new(file: str | Path, parts: Iterable[bytes | memoryview], sync: bool) -> None:
+    """Write a file that nobody can see yet: in a hidden folder, which is renamed as a whole.
+
+    Raise OSError, also if it is there already.
+    """
+    handle = os.open(file, NEW, 0o666)
+    try:
+        _write(handle, parts)
+        if sync:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _write(handle: int, parts: Iterable[bytes | memoryview]) -> None:
     """Write parts one after the other, small ones together.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -31,18 +32,35 @@ def create(folder: Path, arrays: Sequence[ArraySpec], attributes: dict[str, Any]
             nodes.setdefault("/".join(parts[:depth]), group({}))
         nodes[a.path] = metadata(a, described)
     nodes = dict(sorted(nodes.items(), key=lambda node: (node[0].count("/"), node[0])))
-    for path, node in nodes.items():
-        (folder / path).mkdir()
-        _write_json(folder / path, node)
-    _write_json(folder, group(attributes, nodes))
+    texts = {path: json.dumps(node, indent=2) for path, node in nodes.items()}
+    for path, text in texts.items():
+        os.mkdir(f"{folder}/{path}")  # noqa: PTH102
+        files.put_new(f"{folder}/{path}/zarr.json", [text.encode()], False)
+    consolidated = _consolidated(attributes, nodes, texts)
+    files.put_new(folder / "zarr.json", [consolidated.encode()], False)
     known = [a for a in arrays if a.value is not None]
     digests = [line(a.path, {a.path: _write_value(folder, a)}) for a in known]
     for a in arrays:
         if a.path == "committed" and a.value is None:
             # Not as zarr would write it, for zeros are its fill value: a missing file is damage.
             flags = checked(bytes(a.shape[0]))
-            files.replace(folder / a.path / "c.0", [flags], False)
-    files.replace(folder / DIGESTS, digests, False)
+            files.put_new(folder / a.path / "c.0", [flags], False)
+    files.put_new(folder / DIGESTS, digests, False)
+
+
+def _consolidated(
+    attributes: dict[str, Any], nodes: Mapping[str, dict[str, Any]], texts: Mapping[str, str]
+) -> str:
+    """Return `group(attributes, nodes)` as JSON. `texts` are the nodes as JSON, made once."""
+    before, empty, after = json.dumps(group(attributes, {}), indent=2).rpartition('"metadata": {}')
+    inside = []
+    for path, node in nodes.items():
+        is_group = node["node_type"] == "group"
+        text = json.dumps(group(node["attributes"], {}), indent=2) if is_group else texts[path]
+        inside.append(f"{json.dumps(path)}: {text}".replace("\n", "\n      "))
+    listed = ",\n      ".join(inside)
+    block = f'"metadata": {{\n      {listed}\n    }}' if inside else empty
+    return f"{before}{block}{after}"
 
 
 def group(
@@ -106,16 +124,12 @@ def _write_value(folder: Path, a: ArraySpec) -> bytes:
     """Write a variable whose value is known; return what its digest takes of it."""
     how = layout(a)
     if how.dtype is not None:
-        return StepFiles(folder, how).write_all(a.value)
+        return StepFiles(folder, how, hidden=True).write_all(a.value)
     text = np.asarray(a.value, object).reshape(-1)
     if any(text):  # like zarr: nothing but empty text has no file
         name = ".".join(["c", *["0"] * len(a.shape)])
-        files.replace(folder / a.path / name, [checked(bytes(VLenUTF8().encode(text)))], False)
+        files.put_new(folder / a.path / name, [checked(bytes(VLenUTF8().encode(text)))], False)
     return marks(np.asarray(a.value), how.chunks, how.fill_value)
-
-
-def _write_json(folder: Path, node: Mapping[str, Any]) -> None:
-    files.replace(folder / "zarr.json", [json.dumps(node, indent=2).encode()], False)
 
 
 def open_array(path: Path, a: ArraySpec) -> Any:

@@ -65,8 +65,9 @@ class RunWriter:
     Leaving it without `complete()` marks the recording interrupted or failed.
 
     `arrays` are all variables that it will ever have; those with a value are written at once. With
-    `resume`, an unfinished recording is taken over where its last committed step ended. Raise
-    RecordingBusy if another writer holds the path, StoreError if the disk does not take it.
+    `resume`, an unfinished recording is taken over where its last committed step ended. With
+    `hashing`, files are hashed for the manifest while they are written, in place of at the end.
+    Raise RecordingBusy if another writer holds the path, StoreError if the disk does not take it.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class RunWriter:
         durability: str = "run",
         *,
         resume: bool = False,
+        hashing: bool = False,
     ):
         self.path = Path(path)
+        self._hashes: dict[str, str] | None = {} if hashing else None
         self._at_end, self._at_once = durability != "none", durability == "step"
         self._lock = Lock(self.path)
         self._annotating = threading.Lock()  # the writing thread sets attributes too
@@ -98,7 +101,10 @@ class RunWriter:
                 self._arrays: dict[str, zarr.Array[Any]] = {}  # those that were read
                 self._files = {
                     a.path: StepFiles(
-                        self.path, self._array(a.path) if resume else layout(a), self._at_once
+                        self.path,
+                        self._array(a.path) if resume else layout(a),
+                        self._at_once,
+                        hashes=self._hashes,
                     )
                     for a in arrays
                     if a.dtype != "str"
@@ -106,9 +112,7 @@ class RunWriter:
                 entries = files.entries(self.path)
                 inside = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
                 self._folders = [str(self.path), *inside]
-                self._committed = (
-                    self.read("committed") if "committed" in self._specs else np.zeros(0, np.uint8)
-                )
+                self._committed = self._flags(resume)
                 self._ledger: Ledger | None = None if resume else Ledger(self.path)
                 if resume:
                     self._take_over(arrays, attributes)
@@ -117,6 +121,15 @@ class RunWriter:
                 raise
         self._queue = Queue(self._write_step, QUEUE_BYTES)
         self._status = "interrupted"
+
+    def _flags(self, resume: bool) -> np.ndarray:
+        """Return which steps are committed."""
+        if "committed" not in self._specs:
+            return np.zeros(0, np.uint8)
+        if resume:
+            return self.read("committed")
+        spec = self._specs["committed"]
+        return np.array(np.zeros(spec.shape) if spec.value is None else spec.value, np.uint8)
 
     def _begin(self, arrays: Sequence[ArraySpec], attributes: dict[str, Any]) -> None:
         if os.path.lexists(self.path):
@@ -326,7 +339,7 @@ class RunWriter:
                 files.sync_all(self.path)
             files.replace(
                 self.path / MANIFEST,
-                [json.dumps(manifest(self.path), indent=0).encode()],
+                [json.dumps(manifest(self.path, self._hashes or {}), indent=0).encode()],
                 self._at_end,
             )
         self.annotate(status="complete")
@@ -350,6 +363,8 @@ class RunWriter:
             self._flag()
 
     def _flag(self) -> None:
+        if self._hashes:
+            self._hashes.pop("committed/c.0", None)
         files.replace(
             self.path / "committed" / "c.0", [checked(self._committed.tobytes())], self._at_once
         )
@@ -358,16 +373,19 @@ class RunWriter:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def manifest(path: Path) -> dict[str, str]:
+def manifest(path: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the SHA-256 of every file of a recording, by relative path.
 
-    The root's attributes that change at the end are left out.
+    `known` are those that were taken while the files were written. The root's attributes that
+    change at the end are left out.
     """
-    digests = {}
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if file.is_file() and is_hashed(name):
-            content = file.read_bytes()
+    digests, taken, start = {}, known or {}, len(str(path)) + 1
+    names = [entry.path[start:] for entry in files.entries(path) if entry.is_file()]
+    for name in sorted((name.replace(os.sep, "/") for name in names), key=lambda n: n.split("/")):
+        if name in taken:
+            digests[name] = taken[name]
+        elif is_hashed(name):
+            content = (path / name).read_bytes()
             if name == "zarr.json":
                 root = json.loads(content)
                 root["attributes"].pop("status", None)
