@@ -89,7 +89,47 @@ def test_on_a_cpu_maps_are_read_back(tmp_path: Path, read: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("late")
-def test_sums_of_queries_are_read_back(tmp_path: Path, read: list[str]) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_sums_of_queries_grow_where_they_are_computed(
+    dtype: str, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the queries as they are stored; a few layers at once give the same."""
+    capture = {**CAPTURE, "attention": "queries", "dtype": dtype}
+    grown = take(tmp_path, capture=capture, images=2)
+    assert not any(path.endswith(("/query", "/key")) for path in read), read
+    checks = {check.name: check for check in verify(grown)}
+    assert checks["sums"].verdict in ("exact", "within tolerance"), checks["sums"]
+    assert "failed" not in {check.verdict for check in checks.values()}
+    monkeypatch.setattr(sums, "GROWING_THERE", 0)
+    again = take(tmp_path, capture=capture, images=2)
+    assert any(path.endswith("/query") for path in read), "too large to grow, and not read back"
+    monkeypatch.setattr(sums, "GROWING_THERE", 2**28)
+    monkeypatch.setattr(sums, "SCORES", 1)
+    alone = take(tmp_path, capture=capture, images=2)
+    for name, value in sums_of(again).items():
+        for other in (grown, alone):
+            np.testing.assert_allclose(sums_of(other)[name], value, rtol=1e-5, atol=1e-6)
+    moved = sums_of(grown)["overview"].copy()
+    moved[0] += 1e-3
+    assert not np.allclose(moved, sums_of(again)["overview"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("late")
+def test_sums_of_queries_of_a_resumed_run_begin_with_the_steps_that_it_has(tmp_path: Path) -> None:
+    pipe, capture = tiny.pipeline(), {**CAPTURE, "attention": "queries"}
+    whole = take(tmp_path, pipe, capture=capture)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Hooks([(pipe.unet, "input", at_call(3, throw(KeyboardInterrupt())))]),
+    ):
+        take(tmp_path, pipe, capture=capture)
+    cut = next(Run(path) for path in tmp_path.glob("*.zarr") if Run(path).status == "interrupted")
+    assert 0 < len(cut.steps) < len(whole.steps)
+    finished = resume(cut, pipe, progress=False)
+    assert compare(whole, finished).same
+
+
+def test_on_a_cpu_queries_are_read_back(tmp_path: Path, read: list[str]) -> None:
     run = take(tmp_path, pipeline(), steps=2, capture={"attention": "queries"})
     assert any(path.endswith("/query") for path in read)
     assert run.overview().notnull().all()

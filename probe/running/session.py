@@ -151,6 +151,8 @@ class Session:
         if self._graphs.due:
             self._hook(())
             self._graphs.settle(step)
+        for capture in self._plan.captures:
+            capture.seen(step.index, values)
         if step.index == 0:
             note_memory_format("prediction", step.prediction, self._store)
         dtype = step.latents.dtype

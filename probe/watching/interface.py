@@ -74,7 +74,7 @@ class Capture(Protocol):
 
     The order of calls: `arrays` when the run is planned; `expect` before each text that is read;
     `begin`; then for each step `expect`, if it `wants` that step the model's call with hooks on
-    `watches`, and `take`; after each step `passed`; last `finish`.
+    `watches`, `take` and `seen`; after each step `passed`; last `finish`.
     """
 
     # the part of the model that it watches: also "vae", "text_encoder", "all", or "" for none
@@ -112,6 +112,9 @@ class Capture(Protocol):
 
     def forget(self) -> None:
         """Forget what was seen of a call that was broken off."""
+
+    def seen(self, index: int, values: Values) -> None:
+        """See all that a step showed, on the device, before it is copied to the host."""
 
     def arrived(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
         """See what is written of a step, on the host and in the writing thread, in turn."""

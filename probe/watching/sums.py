@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +13,14 @@ from probe.analysis.maps import maps_of, probabilities, resize
 from probe.diffusion.family import Family
 from probe.errors import RecordingDamaged
 from probe.format.schema import ArraySpec, spec
-from probe.watching.interface import Capture, Grid, Plan, Store, grid_group
+from probe.watching.interface import Capture, Derived, Grid, Plan, Store, Values, grid_group
 from probe.watching.kept import measures_late
 from probe.watching.labels import heads_of
+from probe.watching.together import SCORES
 
 AT_ONCE = 2**25  # bytes of the overview that are in memory together, if it is read back
 GROWING = 2**30  # bytes of the host that may grow beside a GPU's loop
+GROWING_THERE = 2**28  # bytes of the GPU, for each image
 
 
 class Sums(Capture):
@@ -26,18 +29,22 @@ class Sums(Capture):
     The first is the sum of the maps over time. `overview` (token, step, y, x) is their mean over
     layers, heads and images, on the largest grid.
 
-    Beside a GPU they grow from what is written, step by step, and nothing is read back. Those of a
-    resumed run begin with the steps that it has. On a CPU, which the model needs for itself, maps
-    are read back at the end; so are queries, and what is too large to grow.
+    Beside a GPU they grow from what is written, step by step, and nothing is read back; those of
+    queries grow on the GPU, where maps are computed from them. Those of a resumed run begin with
+    the steps that it has. On a CPU, which the model needs for itself, maps and queries are read
+    back at the end; so is what is too large to grow.
     """
 
     component = ""
 
     def __init__(self, model: Family, plan: Plan):
         self._plan, self._mode = plan, plan.recipe.capture.attention
-        beside = measures_late(model.device) and self._mode != "queries"
-        self._grows = beside and self._nbytes() <= GROWING
-        self.finishing = "" if self._grows else "Summing up the attention maps"
+        late, nbytes = measures_late(model.device), self._nbytes()
+        self._grows = late and self._mode != "queries" and nbytes <= GROWING
+        there = late and self._mode == "queries" and nbytes <= GROWING_THERE * plan.rows.images
+        self._there = SumsOfQueries(plan, model.device) if there else None
+        grows = self._grows or self._there is not None
+        self.finishing = "" if grows else "Summing up the attention maps"
         self._sums: dict[Grid, np.ndarray] = {}
         self._overview: list[np.ndarray] = []  # (token, y, x) of each recorded step
 
@@ -60,10 +67,27 @@ class Sums(Capture):
         return 4 * (overview + sum(math.prod(self._shape(grid)) for grid in plan.grids))
 
     def begin(self, store: Store) -> None:
-        if self._grows:
-            for index in self._plan.recorded:
-                if index < store.committed:
-                    self._add({grid: self._maps(store, grid, index) for grid in self._plan.grids})
+        stop = self._plan.recipe.on_nan == "stop"
+        for index in self._plan.recorded if self._grows or self._there else ():
+            if index >= store.committed:
+                break
+            if self._there is None:
+                self._add({grid: self._maps(store, grid, index) for grid in self._plan.grids})
+                continue
+            groups = {grid: grid_group(grid) for grid in self._plan.grids}
+            self._there.add(
+                {grid: read_step(store, f"{g}/query", index, stop) for grid, g in groups.items()},
+                {grid: store.read(f"{g}/key") for grid, g in groups.items()},
+            )
+
+    def seen(self, index: int, values: Values) -> None:
+        if self._there is not None and index in self._plan.recorded:
+            sides: list[dict[Grid, torch.Tensor]] = [{}, {}]
+            for side, name in zip(sides, ("query", "key"), strict=True):
+                for grid in self._plan.grids:
+                    if (value := values.get(f"{grid_group(grid)}/{name}")) is not None:
+                        side[grid] = _on_the_device(value)
+            self._there.add(*sides)
 
     def arrived(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
         if self._grows and index in self._plan.recorded:
@@ -72,7 +96,9 @@ class Sums(Capture):
 
     def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
         plan, steps = self._plan, list(self._plan.recorded)
-        if self._grows:
+        if self._there is not None:
+            self._sums, self._overview = self._there.take()
+        if self._grows or self._there is not None:
             self._write_overview(store, steps)
         else:
             # A token's steps are one file: few writes of many steps.
@@ -115,6 +141,83 @@ class Sums(Capture):
             queries = read_step(store, f"{group}/query", index, stop)
             return maps_of(queries, store.read(f"{group}/key"))
         return probabilities(read_step(store, f"{group}/cross", index, stop))
+
+
+class SumsOfQueries:
+    """Sums of maps that grow where queries are: on a GPU.
+
+    The maps are those of the queries as they are stored, in float32, a few layers at once.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device):
+        self._plan, self._device = plan, device
+        self._keys: dict[Grid, torch.Tensor] = {}
+        self._sums: dict[Grid, torch.Tensor] = {}
+        self._overview: list[torch.Tensor] = []
+        largest = next(iter(plan.grids))
+        smaller = [grid for grid in plan.grids if grid != largest]
+        self._resized = {grid: _resizing(grid, largest, device) for grid in smaller}
+
+    @torch.no_grad()
+    def add(self, queries: Mapping[Grid, Any], keys: Mapping[Grid, Any]) -> None:
+        """Add the maps of one step. `keys` may be left out after the first time.
+
+        *Shape:* queries (branch, image, layer, head, key_feature, y, x), keys (branch, token,
+        layer, head, key_feature).
+        """
+        for grid, given in keys.items():
+            key = torch.as_tensor(given, device=self._device)
+            self._keys[grid] = key.permute(0, 2, 3, 1, 4).clone(
+                memory_format=torch.contiguous_format
+            )
+        means = []
+        for grid, given in queries.items():
+            mean = self._add(grid, torch.as_tensor(given, device=self._device).flatten(-2))
+            mean = mean.unflatten(-1, grid)
+            if grid in self._resized:
+                rows, columns = self._resized[grid]
+                mean = rows @ mean @ columns
+            means.append(mean)
+        self._overview.append(torch.stack(means).sum(0))
+
+    def _add(self, grid: Grid, queries: torch.Tensor) -> torch.Tensor:
+        """Add the maps of a grid. Return their sum over layers of means: (token, pixel)."""
+        keys = self._keys[grid]
+        branches, images, layers, heads, _, pixels = queries.shape
+        lead, tokens = (branches, images, layers, heads), keys.shape[-2]
+        if grid not in self._sums:
+            self._sums[grid] = torch.zeros((*lead, tokens, pixels), device=self._device)
+        most = max(1, SCORES // (4 * branches * images * heads * tokens * pixels))
+        means = []
+        for first in range(0, layers, most):
+            part = slice(first, first + most)
+            maps = (keys[:, None, part] @ queries[:, :, part].float()).softmax(-2)
+            self._sums[grid][:, :, part] += maps
+            means.append(maps[-1].mean(dim=(0, 2)).sum(0))  # the last branch: cond, if it was kept
+        return torch.stack(means).sum(0)
+
+    def take(self) -> tuple[dict[Grid, np.ndarray], list[np.ndarray]]:
+        """Return the sum of each grid, as it is stored, and (token, y, x) of each step."""
+        sums = {
+            grid: total.movedim(4, 0).unflatten(-1, grid).cpu().numpy()
+            for grid, total in self._sums.items()
+        }
+        overview = list(torch.stack(self._overview).cpu().numpy()) if self._overview else []
+        return sums, overview
+
+
+def _on_the_device(value: torch.Tensor | Derived) -> Any:
+    """Return a value where it was computed: its tensor, or its part of one."""
+    return value.make(*value.tensors) if isinstance(value, Derived) else value
+
+
+def _resizing(grid: Grid, to: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the matrices between which a map is put to have another size, as `resize` does it."""
+    rows, columns = (
+        torch.from_numpy(resize(np.eye(n, dtype=np.float32)[..., None], (m, 1))[..., 0]).to(device)
+        for n, m in zip(grid, to, strict=True)
+    )
+    return rows.mT.contiguous(), columns
 
 
 def read_step(store: Store, path: str, index: int, stop: bool) -> np.ndarray:
