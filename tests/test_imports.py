@@ -30,9 +30,9 @@ recorder.record({"prompt": "a cat", "steps": 1, "output": sys.argv[1]}, pipe, pr
 # What the recording is written and read with, and what these import themselves; more of torch and
 # diffusers.
 PACKAGES = set(
-    """torch diffusers xarray pandas pyarrow dateutil pytz six tzdata zarr numcodecs donfig yaml msgpack
-    google_crc32c crc32c pydantic pydantic_core annotated_types typing_inspection typing_extensions
-    PIL filelock packaging cloudpickle""".split()
+    """torch diffusers xarray pandas pyarrow dateutil pytz six tzdata zarr numcodecs donfig yaml
+    msgpack google_crc32c crc32c pydantic pydantic_core annotated_types typing_inspection
+    typing_extensions PIL filelock packaging cloudpickle""".split()
 )
 # Rooms and modules that other commands have.
 OTHERS = ("dashboard", "studies", "proof", "testing", "cost", "sweep", "view", "embed", "export")
