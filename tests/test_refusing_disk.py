@@ -26,13 +26,15 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.count, self.at, self.forever, self.number = 0, 0, False, errno.ENOSPC
         self._lock = threading.Lock()
-        real_write = files.replace
+        for name in ("replace", "put_new"):
+            monkeypatch.setattr(files, name, self._counted(getattr(files, name)))
 
-        def write(*arguments: Any) -> None:
+    def _counted(self, write: Any) -> Any:
+        def counted(*arguments: Any) -> None:
             self.operation()
-            real_write(*arguments)
+            write(*arguments)
 
-        monkeypatch.setattr(files, "replace", write)
+        return counted
 
     def operation(self) -> None:
         with self._lock:

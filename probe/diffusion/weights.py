@@ -70,7 +70,7 @@ def digest(model: Family, how: str = MIXED) -> str:
     sha = hashlib.sha256()
     for name, tensor in weights.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:16]
 
 
@@ -108,7 +108,7 @@ def mixed(weights: Mapping[str, torch.Tensor], going: Going = lambda: True) -> s
     if together:
         sums.append(_row_sums(together, going))
     for of_a_device in sums:
-        sha.update(of_a_device.cpu().numpy().astype("<i8", copy=False))
+        sha.update(of_a_device.cpu().numpy().astype("<i8", copy=False).data)
     return sha.hexdigest()[:16]
 
 
