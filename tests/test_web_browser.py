@@ -6,14 +6,19 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
+import yaml
 from browsers import MISSING, asked, complaints, ink, look, press, serious, started
+from PIL import Image
 
+import probe
+from probe.settings.experiment import load_experiment
 from probe.web import server, site
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +117,39 @@ def test_a_picture_is_drawn_looked_at_and_compared(browser: Any, address: str) -
     assert (query["prompt"], query["num_steps"]) == (["a fox on the beach"], ["5"])
     assert serious(browser) == []
     assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
+
+
+def test_a_run_is_changed_and_saved(browser: Any, address: str, tmp_path: Path) -> None:
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    look(browser)
+    opened(browser, f"{address}?prompt=a+fox&{FEW}&off=value+fox+2")
+    assert "“fox” off from step 2" in browser.execute_script(
+        "return document.querySelector('.card small').textContent"
+    )
+    touch = browser.find_element("id", "touch")
+    until(browser, "!document.getElementById('touch').hidden")
+    assert '"words":["fox"],"steps":"2:"' in touch.find_element("css selector", "pre").text
+    touch.find_element("css selector", "[aria-label='Draw without “a”']").click()
+    player = drawn(browser, 2)
+    until(browser, "location.search.includes('beside=')")
+    assert "not in this prompt" not in player.text
+    opened(browser, f"{address}?prompt=a+fox&{FEW}")
+    until(browser, "!document.getElementById('touch').hidden")
+    for button in browser.find_elements("css selector", "#touch button"):
+        if button.text.startswith(("Recording", "Picture")):
+            button.click()
+    files = [tmp_path / "a-fox-1.zarr.zip", tmp_path / "a-fox-1.png"]
+    while not all(file.exists() for file in files):
+        time.sleep(0.2)
+    with Image.open(files[1]) as picture:
+        read = load_experiment(yaml.safe_load(picture.text["experiment"]))
+    run = probe.open_run(files[0])
+    assert (run.experiment.prompt, read.prompt, read.steps) == ("a fox", "a fox", 5)
+    checks = run.verify(model=True).checks
+    assert not [check for check in checks if check.verdict == "failed"], checks
+    proven = {check.name for check in checks if check.verdict in ("exact", "within tolerance")}
+    assert {"manifest", "digests", "schedule", "scheduler", "predictions", "decode"} <= proven
 
 
 def test_one_file_draws_from_a_disk(browser: Any, built: Path) -> None:

@@ -105,6 +105,12 @@ def test_latents_are_shown_in_the_colours_of_a_recording(model: StableDiffusion)
     assert close(np.array(MANIFEST["preview"]["bias"]), bias), EXPORT
 
 
+def test_the_pages_recordings_are_of_this_model(model: StableDiffusion) -> None:
+    recording = json.loads((GRAPHS / "recording.json").read_text(encoding="utf-8"))
+    assert recording["attributes"]["model"]["name"] == "emojiworld"
+    assert recording["attributes"]["model"]["weights"] == model.digest(), EXPORT
+
+
 def test_the_graphs_are_small_and_say_nothing_of_a_machine() -> None:
     content = b"".join(path.read_bytes() for path in sorted(GRAPHS.glob("*.onnx")))
     assert len(list(GRAPHS.glob("*.onnx"))) == len(MANIFEST["graphs"]) == 4

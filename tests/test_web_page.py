@@ -88,8 +88,25 @@ def write_recording(run: Run, folder: Path) -> None:
         "slope": run.variable("preview/latent_to_rgb").values.tolist(),
         "bias": run.variable("preview/bias").values.tolist(),
     }
-    about = {"begun": begun, "sigmas": begun["sigmas"], "preview": preview, "experiment": {}}
-    about |= write_layers(run, folder)
+    write(folder, "final", run.variable("latents/final_latents").isel(one))
+    write(folder, "picture", run.images.isel(one))
+    asked = run.experiment
+    experiment = {
+        "prompt": asked.prompt,
+        "seed": asked.seed,
+        "steps": asked.steps,
+        "guidance": asked.guidance_scale,
+        "scheduler": "DDIM",
+    }
+    about = {
+        "begun": begun,
+        "sigmas": begun["sigmas"],
+        "alpha_bars": run.variable("alpha_bar").values.tolist(),
+        "created": "2026-01-02T03:04:05.678+00:00",
+        "preview": preview,
+        "experiment": experiment,
+        **write_layers(run, folder),
+    }
     for name, content in (("payload", payload(run)), ("heads", layers_and_heads(run, 1))):
         head, parts = unpack(content)
         meta = head["meta"] | {"shape": head["parts"]["maps"]["shape"]}
@@ -107,6 +124,20 @@ def test_the_page_makes_of_a_run_what_python_makes_of_it(run: Run, tmp_path: Pat
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "# fail 0" in done.stdout and "# skipped 0" in done.stdout
+    check_recording(run, tmp_path / "page.zarr.zip")
+
+
+def check_recording(run: Run, packed: Path) -> None:
+    """The page's recording of the same run holds the same numbers, and Python proves it."""
+    page = probe.open_run(packed)
+    assert (page.experiment.prompt, page.status) == (run.experiment.prompt, "complete")
+    for path in ("latents/latents", "latents/prediction_uncond", "images/final"):
+        assert (page.variable(path).values == run.variable(path).values).all()
+    verdicts = {check.name: check.verdict for check in page.verify().checks}
+    assert "failed" not in verdicts.values(), page.verify()
+    assert [verdicts[name] for name in ("manifest", "digests", "committed")] == ["exact"] * 3
+    for name in ("schema", "schedule", "guidance", "scheduler"):
+        assert verdicts[name] in ("exact", "within tolerance"), name
 
 
 def test_python_reads_the_experiment_that_the_page_writes(tmp_path: Path) -> None:

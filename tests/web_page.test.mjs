@@ -1,7 +1,7 @@
 // The page's own modules: node --test tests/web_page.test.mjs
 // PAYLOADS is a folder that tests/test_web_page.py fills: a recording, and what Python makes of it.
 import assert from "node:assert/strict";
-import { readFile } from "node:fs/promises";
+import { readFile, writeFile } from "node:fs/promises";
 import path from "node:path";
 import test from "node:test";
 
@@ -10,6 +10,7 @@ import * as experiments from "../web/experiment.js";
 import { COLUMNS, Growing, HEAT, PANELS } from "../web/growing.js";
 import { crc32, withText } from "../web/png.js";
 import { previewed } from "../web/preview.js";
+import { crc32c, recording } from "../web/recording.js";
 
 const FOLDER = process.env.PAYLOADS;
 const [SCHEDULERS, LAYERS] = [["DDIM", "Euler"], ["down_blocks.0.attn2", "mid_block.attn2"]];
@@ -43,7 +44,7 @@ async function recorded() {
   const of = (values, index, count = about.sigmas.length) => values.slice((index * values.length) / count, ((index + 1) * values.length) / count);
   for (let index = 0; index < about.sigmas.length; index++) {
     const maps = about.layers.map((layer, i) => ({ layer, shape: about.shapes[i], values: of(layers[i], index) }));
-    run.add({ index, latents: of(latents, index), input: of(latents, index), alphaBar: 0.5, denoised: of(denoised, index), cond: of(cond, index), uncond: of(uncond, index), prediction: of(prediction, index), maps, picture: null });
+    run.add({ index, latents: of(latents, index), input: of(latents, index), alphaBar: about.alpha_bars[index], seconds: index, denoised: of(denoised, index), cond: of(cond, index), uncond: of(uncond, index), prediction: of(prediction, index), maps, picture: null });
   }
   return { run, about };
 }
@@ -143,4 +144,17 @@ test("a text lies in a PNG before its end", () => {
   assert.deepEqual([...whole.subarray(0, 3)], [1, 2, 3]);
   assert.deepEqual([...whole.subarray(-12)], Array(12).fill(9));
   assert.equal(whole.length, png.length + 12 + "experiment".length + 5 + 6);
+});
+
+test("a run is packed as a recording, for Python to prove", { skip: !FOLDER }, async () => {
+  assert.equal(crc32c(new TextEncoder().encode("123456789")), 0xe3069283);
+  const template = JSON.parse(await readFile(new URL("../web/model/recording.json", import.meta.url), "utf8"));
+  const { run, about } = await recorded();
+  await assert.rejects(recording(run, template, {}), /made of a finished run/);
+  const [latents, picture] = [await floats("final.f32"), await floats("picture.f32")];
+  const data = Uint8ClampedArray.from({ length: 4 * 128 * 128 }, (_, i) => (i % 4 < 3 ? picture[3 * Math.floor(i / 4) + (i % 4)] : 255));
+  run.finish(latents, { width: 128, height: 128, data });
+  await writeFile(path.join(FOLDER, "page.zarr.zip"), await recording(run, template, { software: "a test", created: about.created }));
+  run.experiment.edits = [{ kind: "value", word: "fox", from: 0 }];
+  await assert.rejects(recording(run, template, {}), /copy the experiment/);
 });

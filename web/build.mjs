@@ -47,6 +47,7 @@ const packed = new Map();
 for (const [name, place] of Object.entries(FILES)) packed.set(name, gzipSync(await readFile(place), { level: 9 }));
 const [html, pageStyle, playerStyle] = [await text(WEB, "index.html"), await text(WEB, "page.css"), await text(ROOT, "probe", "figures", "player.css")];
 
+const template = JSON.stringify({ ...JSON.parse(await text(WEB, "model", "recording.json")), software: `onnxruntime-web ${JSON.parse(await text(WEB, "package.json")).dependencies["onnxruntime-web"]}` });
 const known = JSON.stringify(JSON.parse(await text(MODEL, "words.json")));
 await rm(out, { recursive: true, force: true });
 await folder(path.join(out, "site"));
@@ -69,7 +70,7 @@ async function folder(site) {
   await cp(ORT_MODULE, path.join(site, "ort.mjs"));
   await writeFile(path.join(site, "page.css"), pageStyle);
   await writeFile(path.join(site, "player.css"), playerStyle);
-  await writeFile(path.join(site, "index.html"), html.replace("POLICY", policy("'self'", "'self'", "'self'")).replace("FILES", () => JSON.stringify(listed)).replace("WORDS", known));
+  await writeFile(path.join(site, "index.html"), html.replace("POLICY", policy("'self'", "'self'", "'self'")).replace("FILES", () => JSON.stringify(listed)).replace("WORDS", known).replace("RECORDING", () => template));
   await cp(path.join(WEB, "licences"), path.join(site, "licences"), { recursive: true });
   await cp(path.join(WEB, "NOTICES.md"), path.join(site, "NOTICES.md"));
 }
@@ -89,6 +90,7 @@ async function oneFile(file) {
     .replace("POLICY", policy(`${digest(code)} blob:`, digest(style), "data:"))
     .replace("FILES", () => JSON.stringify(listed))
     .replace("WORDS", known)
+    .replace("RECORDING", () => template)
     .replace('<link rel="stylesheet" href="player.css">\n', () => `<style>${style}</style>\n`)
     .replace('<link rel="stylesheet" href="page.css">\n', "")
     .replace('<script type="module" src="page.js"></script>', () => `${block("notices", "text/plain", closed(notices))}${blocks}${block("worker-code", "text/plain", closed(worker))}<script type="module">${code}</script>`);

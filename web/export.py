@@ -16,10 +16,12 @@ The UNet also puts out the attention of each cross-attention layer, after its so
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import struct
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+import probe
 from probe.diffusion.loading import load
+from probe.settings.experiment import load_experiment
 from probe.watching.decoded import fit_preview
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +41,16 @@ MODEL = ROOT / "probe" / "emojiworld"
 OUTPUT = ROOT / "web" / "model"
 SMALL = 32  # values of a constant that is no weight: the frequencies of the timestep's embedding
 OPSET = 18
+SCHEDULERS = ("DDIM", "Euler", "EulerAncestral", "DPM++2M", "PNDM")
+STEPS = 7  # of the recordings that the template is made of
+CONSTANTS = (
+    "cost/component",
+    "cost/flops",
+    "cost/parameters",
+    "cost/weight_bytes",
+    "preview/latent_to_rgb",
+    "preview/bias",
+)  # variables whose values are the model's
 
 
 class CrossAttention:
@@ -255,8 +269,47 @@ def shape_of(name: str, example: torch.Tensor) -> list[int]:
 
 def preview() -> dict[str, Any]:
     """Return the linear map from latents to colours from 0 to 1, as a recording has it."""
-    slope, bias = fit_preview(load(str(MODEL), dtype="float32", device="cpu"))
+    slope, bias = fit_preview(load("emojiworld", dtype="float32", device="cpu"))
     return {"slope": slope.tolist(), "bias": bias.tolist()}
+
+
+def template() -> dict[str, Any]:
+    """Return what recordings of the page have in common: attributes, variables, constants.
+
+    They are those of tiny recordings: one of each scheduler, and one without guidance.
+    """
+    model = load("emojiworld", dtype="float32", device="cpu")
+    capture = {"attention": "off", "text": False, "statistics": False}
+    asked = {"model": "emojiworld", "dtype": "float32", "prompt": "PROMPT", "capture": capture}
+    asked |= {"seed": 5, "steps": STEPS, "guidance_scale": 3.0}
+    made: dict[str, Any] = {"schedulers": {}, "conventions": {}, "ends": {}, "constants": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, scale in [*((name, 3.0) for name in SCHEDULERS), ("DDIM", 1.0)]:
+            recipe = asked | {"scheduler": name, "guidance_scale": scale, "prompt": "a fox"}
+            run = probe.record(recipe, model, output=folder, progress=False)
+            root = json.loads((run.path / "zarr.json").read_text(encoding="utf-8"))
+            metadata = root["consolidated_metadata"]["metadata"]
+            if scale == 1:
+                made["unguided"] = sorted(metadata)
+                continue
+            made["schedulers"][name] = root["attributes"]["scheduler"]
+            made["conventions"][name] = root["attributes"]["latent_convention"]
+            table, calls = (
+                metadata[path]["shape"][0] for path in ("latents/scheduler_sigmas", "step")
+            )
+            made["ends"][name] = table - calls  # 1: its table of sigmas ends with 0
+            made["metadata"], made["attributes"] = metadata, root["attributes"]
+            for path in CONSTANTS:
+                (chunk,) = (run.path / path).glob("c*")
+                made["constants"][path] = base64.b64encode(chunk.read_bytes()).decode()
+    experiment = load_experiment(asked)
+    fields = experiment.resolved()
+    relevant = {name: fields[name] for name in fields if name not in experiment.not_asked}
+    made["identity"] = json.dumps(relevant, sort_keys=True, separators=(",", ":"))
+    made["attributes"] |= {"experiment": fields}
+    for name in ("identity", "created", "writer", "environment", "status"):
+        del made["attributes"][name]
+    return made
 
 
 def main() -> int:
@@ -275,6 +328,8 @@ def main() -> int:
         if isinstance(part.module, UNet):
             manifest["layers"] = part.module.layers
         print(f"{name}: {len(content):,} bytes, {len(model.graph.node)} nodes")
+    recording = json.dumps(template(), indent=1, sort_keys=True) + "\n"
+    (OUTPUT / "recording.json").write_text(recording, encoding="utf-8")
     text = json.dumps(manifest, indent=1) + "\n"
     (OUTPUT / "manifest.json").write_text(text, encoding="utf-8")
     return 0

@@ -7,7 +7,7 @@
  * @typedef {import("./preview.js").Preview} Preview
  * @typedef {{width: number, height: number, data: Uint8ClampedArray}} Picture RGBA
  * @typedef {{index: number, alphaBar: number, latents: Float32Array, input: Float32Array, denoised: Float32Array, uncond: Float32Array | null, cond: Float32Array,
- *            prediction: Float32Array, maps: import("./diffusion/model.js").LayerMap[], picture: Picture | null}} Step
+ *            prediction: Float32Array, seconds: number, maps: import("./diffusion/model.js").LayerMap[], picture: Picture | null}} Step
  * @typedef {{words: {word: string, tokens: number[]}[], end: number, timesteps: number[], sigmas: number[]}} Begun
  * @typedef {{data: Uint8Array, high: number[], shape: number[], scales: number[], kind: "numbers"}} Numbers
  * @typedef {{width: number, height: number, getContext: (kind: "2d") => any}} Canvas
@@ -53,7 +53,7 @@ export class Growing {
     this.channels = channelsOf(begun.words, begun.end);
     this.calls = begun.timesteps.length;
     /** @type {{latents: Float32Array, input: Float32Array, alphaBar: number, denoised: Float32Array, uncond: Float32Array | null, cond: Float32Array,
-     *         layers: Kept[], maps: Float32Array[]}[]} */
+     *         prediction: Float32Array, seconds: number, layers: Kept[], maps: Float32Array[]}[]} */
     this.steps = [];
     /** @type {Map<number, Picture>} the guesses that were decoded, by step */
     this.pictures = new Map();
@@ -114,7 +114,7 @@ export class Growing {
     const { meta, parts } = this;
     const layers = step.maps.map((map) => kept(map, this.begun.end));
     const { maps } = meanMaps(layers);
-    this.steps.push({ latents: step.latents, input: step.input, alphaBar: step.alphaBar, denoised: step.denoised, uncond: step.uncond, cond: step.cond, layers, maps: this.channels.map(({ tokens }) => sumOf(maps, tokens)) });
+    this.steps.push({ latents: step.latents, input: step.input, alphaBar: step.alphaBar, denoised: step.denoised, uncond: step.uncond, cond: step.cond, prediction: step.prediction, seconds: step.seconds, layers, maps: this.channels.map(({ tokens }) => sumOf(maps, tokens)) });
     const index = this.steps.length - 1;
     write(parts.maps, this.steps.map((one) => one.maps));
     const share = (/** @type {string[]} */ kinds) => this.channels.reduce((sum, { kind }, i) => sum + (kinds.includes(kind) ? mean(this.steps[index].maps[i]) : 0), 0);

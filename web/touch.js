@@ -17,6 +17,7 @@ import { denoised } from "./diffusion/schedulers.js";
 import { BOUNDS, yaml } from "./experiment.js";
 import { withText } from "./png.js";
 import { previewed } from "./preview.js";
+import { recording } from "./recording.js";
 
 /** Bring the section to life. @param {HTMLElement} section @param {Doing} doing */
 export function touch(section, { draw, decode }) {
@@ -52,6 +53,8 @@ export function touch(section, { draw, decode }) {
   const buttons = make("div", "chips", "", away.made);
   const copy = make("button", "", "Copy as experiment", buttons, { type: "button" });
   const save = make("button", "", "Picture (PNG)", buttons, { type: "button", title: "The experiment is inside" });
+  const pack = make("button", "", "Recording (.zarr.zip)", buttons, { type: "button", title: "probe verify proves it, probe view shows it" });
+  const told = make("p", "", "", away.made, { role: "status" });
 
   /** From which step on something is switched off: where the reader is, but for the last. */
   const from = () => (run && at.step === run.calls - 1 ? Math.round(at.step / 3) : at.step);
@@ -76,6 +79,17 @@ export function touch(section, { draw, decode }) {
     canvas.getContext("2d").drawImage(run?.parts.final.bitmap, 0, 0);
     canvas.toBlob(async (/** @type {Blob} */ blob) => keep(new Blob([withText(new Uint8Array(await blob.arrayBuffer()), "experiment", code.textContent)], { type: "image/png" }), `${name}.png`));
   };
+  pack.onclick = async () => {
+    try {
+      const template = JSON.parse(/** @type {HTMLElement} */ (document.getElementById("recording")).textContent ?? "");
+      const one = /** @type {Growing} */ (run);
+      const packed = await recording(one, template, { software: template.software, created: new Date().toISOString().replace("Z", "+00:00") });
+      keep(new Blob([packed], { type: "application/zip" }), `${one.name}.zarr.zip`);
+      told.textContent = `Then: probe verify ${one.name}.zarr.zip`;
+    } catch (error) {
+      told.textContent = String(/** @type {any} */ (error).message ?? error);
+    }
+  };
   head.onclick = () => run && edited({ kind: "head", layer: run.layers[at.layer], head: at.head, from: from() });
   scale.oninput = () => guess(false);
   scale.onchange = () => guess(true);
@@ -99,6 +113,7 @@ export function touch(section, { draw, decode }) {
       chips(words, (_, index) => run && draw({ ...run.experiment, prompt: run.begun.words.filter((__, i) => i !== index).map(({ word }) => word).join(" ") }, run), "Draw without");
       chips(values, (word) => edited({ kind: "value", word, from: from() }), "Switch off");
       code.textContent = yaml(next.experiment);
+      told.textContent = "";
     }
     at = { step: state.step, layer: state.layer, head: state.head };
     section.hidden = false;
