@@ -189,15 +189,16 @@ def web(arguments: list[str]) -> int:
     """Build the page with node alone: nothing is installed in Python."""
     if len(arguments) > 1 or (arguments and arguments[0].startswith("-")):
         stop("web takes a folder or nothing.", "python3 tasks.py web build/web", code=2)
+    source, folder = ROOT / "web", Path(arguments[0] if arguments else ROOT / "build" / "web")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if there - {"site", "diffusion.html"} or (folder.exists() and not folder.is_dir()):
+        stop(f"{folder} has other things in it.", "Name a new folder, or an empty one.", code=2)
     node, npm = shutil.which("node"), shutil.which("npm")
     if not (node and npm and node_version(node) >= 20):
         stop(
             "The page is built by node 20 or newer and its npm.",
             "On Debian or Ubuntu: apt install nodejs npm. Then call again.",
         )
-    source, folder = ROOT / "web", Path(arguments[0] if arguments else ROOT / "build" / "web")
-    if folder.exists() and not ((folder / "site").is_dir() or not any(folder.iterdir())):
-        stop(f"{folder} has other things in it.", "Name a new folder, or an empty one.", code=2)
     if not modules_are_there(source):
         say("Fetching onnxruntime-web and esbuild, in the versions of web/package-lock.json.")
         if subprocess.call([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=source):

@@ -201,6 +201,20 @@ def test_a_mistake_in_the_call_is_said_before_anything_is_made(
     )
 
 
+def test_the_page_is_built_into_a_folder_of_its_own_and_needs_node(tmp_path: Path) -> None:
+    def web(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(TASKS), "web", *arguments]
+        nowhere = {"PATH": str(tmp_path)}
+        return subprocess.run(command, env=nowhere, capture_output=True, text=True, check=False)
+
+    (tmp_path / "mine").write_text("kept")
+    mistake, other, missing = web("--open"), web(str(tmp_path)), web(str(tmp_path / "new"))
+    assert mistake.returncode == 2 and "takes a folder or nothing" in mistake.stderr
+    assert other.returncode == 2 and "has other things in it" in other.stderr
+    assert missing.returncode == 1 and "apt install nodejs npm" in missing.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_the_smoke_tier_is_of_every_kind() -> None:
     """One test of each promise that a newcomer meets; the marker says which, tasks.py finds their
     files.

@@ -49,7 +49,7 @@ const [html, pageStyle, playerStyle] = [await text(WEB, "index.html"), await tex
 
 const template = JSON.stringify({ ...JSON.parse(await text(WEB, "model", "recording.json")), software: `onnxruntime-web ${JSON.parse(await text(WEB, "package.json")).dependencies["onnxruntime-web"]}` });
 const known = JSON.stringify(JSON.parse(await text(MODEL, "words.json")));
-await rm(out, { recursive: true, force: true });
+for (const product of ["site", "diffusion.html"]) await rm(path.join(out, product), { recursive: true, force: true });
 await folder(path.join(out, "site"));
 const size = await oneFile(path.join(out, "diffusion.html"));
 console.log(`${path.join(out, "site")}: a folder for any static host`);

@@ -54,12 +54,13 @@ const change = touch(element("touch"), {
 });
 const client = start(told, (share) => {
   bar.value = share;
-  say(share < 1 ? `Loading the model: ${Math.round(share * 100)}%` : "Opening the model …");
+  say(share < 1 ? `Loading the model: ${Math.round(share * 100)}%` : "Opening the model …", share >= 1);
 });
 
-/** @param {string} text */
-function say(text) {
+/** Say how far it is; what is worth hearing goes to screen readers as well. @param {string} text @param {boolean} [aloud] */
+function say(text, aloud = true) {
   if (said.textContent !== text) said.textContent = text;
+  if (aloud) element("heard").textContent = text;
 }
 
 /** What the controls ask for. @returns {Experiment} */
@@ -143,7 +144,7 @@ function step(run, message) {
     look(run, asked?.beside ?? null, { ...player?.state, ...(asked?.opening ? payload.fromAddress(given, run.meta.steps) : {}), step: 0 });
   } else if (looked === run) player?.grown(player.state?.step === reached - 1 ? reached : undefined);
   bar.value = (reached + 1) / run.calls;
-  say(`Drawing: step ${reached + 1} of ${run.calls}`);
+  say(`Drawing: step ${reached + 1} of ${run.calls}`, reached === 0);
 }
 
 /** @param {Growing} run @param {any} message */
@@ -160,6 +161,7 @@ function ended(run, text) {
   busy(false);
   bar.value = 1;
   say(text);
+  if (!run.steps.length) return; // stopped before there was anything to see
   drawn.add(run);
   drawn.mark(/** @type {Growing} */ (looked), beside);
   if (next) {
