@@ -73,6 +73,13 @@ def complaints(browser: Any) -> list[str]:
     return [row for row in rows if not own.search(row)]
 
 
+def waiting(browser: Any, seconds: float, *ignored: type[Exception]) -> Any:
+    """Return what waits until a condition holds; it looks ten times a second."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, seconds, 0.1, ignored or None)
+
+
 def ink(browser: Any, player: Any, which: str) -> int:
     """Return a number that changes with the pixels of a canvas."""
     canvas = browser.execute_script(

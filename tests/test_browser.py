@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from browsers import MISSING, asked, complaints, ink, look, press, serious, started
+from browsers import MISSING, asked, complaints, ink, look, press, serious, started, waiting
 from recordings import cut, finish, grow, growing, replace
 from studies import change_cell, change_study, write_study
 
@@ -61,14 +61,12 @@ def browser() -> Iterator[Any]:
 
 def opened(browser: Any, address: str, framed: bool = False) -> Any:
     """Open a page and return the player in it, or in its first frame, once it has drawn."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
     browser.get_log("performance")
     browser.get_log("browser")
     browser.get(address)
     if framed:
         browser.switch_to.frame(0)
-    return WebDriverWait(browser, 40).until(
+    return waiting(browser, 40).until(
         lambda driver: driver.execute_script(
             f"const b = {BOX}; return b && b.dataset.step !== undefined ? b : null"
         )
@@ -244,8 +242,6 @@ PICK = (
 
 
 def test_other_readings_in_the_dashboard(server: str, browser: Any) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     look(browser, 1280)
     player = opened(browser, f"{server}/?runs=sample")
     text = "return [...arguments[0].querySelectorAll(arguments[1])].map(e => e.textContent)"
@@ -256,7 +252,7 @@ def test_other_readings_in_the_dashboard(server: str, browser: Any) -> None:
     def changed(name: str, value: str, which: str, before: object) -> int:
         """Choose, and return the new picture once it is no longer the one before."""
         browser.execute_script(PICK, player, name, value)
-        WebDriverWait(browser, 20).until(lambda driver: ink(driver, player, which) != before)
+        waiting(browser, 20).until(lambda driver: ink(driver, player, which) != before)
         return ink(browser, player, which)
 
     maps, latents = "figure.maps canvas", "figure.latents canvas"
@@ -268,7 +264,7 @@ def test_other_readings_in_the_dashboard(server: str, browser: Any) -> None:
     now = changed("What is shown", "contribution", maps, now)
     assert shown(".question .ask")[0] == "Where is something written for"
     browser.execute_script(PICK, player, "Words or single tokens", "tokens")
-    WebDriverWait(browser, 20).until(lambda _: shown(".chip")[0] == "start")
+    waiting(browser, 20).until(lambda _: shown(".chip")[0] == "start")
     assert "overlap" in "".join(shown(".thumb small"))
     changed("Which channel of the latents", "3", latents, ink(browser, player, latents))
     assert "channel 3, from -" in shown("figure.latents small")[0]
@@ -276,14 +272,12 @@ def test_other_readings_in_the_dashboard(server: str, browser: Any) -> None:
     kept = browser.current_url
     assert "reading=contribution" in kept and "per=tokens" in kept and "steps=all" in kept
     player = opened(browser, kept)
-    WebDriverWait(browser, 20).until(lambda _: shown(".chip")[0] == "start")
+    waiting(browser, 20).until(lambda _: shown(".chip")[0] == "start")
     assert serious(browser) == []
     assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
 
 
 def test_words_are_there_before_they_are_asked_for(server: str, browser: Any) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     look(browser, 1280, 2400)
     browser.get("about:blank")
     player = opened(browser, f"{server}/?runs=sample")
@@ -291,14 +285,14 @@ def test_words_are_there_before_they_are_asked_for(server: str, browser: Any) ->
         "return performance.getEntriesByType('resource').map(e => e.name)"
         ".filter(e => e.includes('/probe/heads'))"
     )
-    WebDriverWait(browser, 20).until(lambda driver: len(driver.execute_script(requests)) == 7)
+    waiting(browser, 20).until(lambda driver: len(driver.execute_script(requests)) == 7)
     label = "return arguments[0].querySelector('.heads canvas').getAttribute('aria-label')"
     for word in ("diving", "An"):
         click = (
             "[...arguments[0].querySelectorAll('.chip')].find(c => c.textContent === arguments[1])"
         )
         browser.execute_script(f"{click}.click()", player, word)
-        WebDriverWait(browser, 5).until(
+        waiting(browser, 5).until(
             lambda driver, word=word: f"“{word}”" in driver.execute_script(label, player)
         )
     assert len(set(browser.execute_script(requests))) == 7, "no word is asked for twice"
@@ -308,7 +302,6 @@ def test_words_are_there_before_they_are_asked_for(server: str, browser: Any) ->
 def test_a_locked_range_stays(server: str, browser: Any) -> None:
     """It stays for words, steps, heads, a reload, another run; keys alone lock and set it."""
     from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
 
     def key(player: Any) -> str:
         return str(player.find_element("css selector", ".key").text)
@@ -339,7 +332,7 @@ def test_a_locked_range_stays(server: str, browser: Any) -> None:
     assert "scale=locked" in kept and "vmin=0" in kept and "vmax=0.95" in kept
     player = opened(browser, kept.replace("runs=sample", "runs=hostile") + "&layer=1&head=1")
     assert "%, locked" in key(player)
-    WebDriverWait(browser, 20).until(
+    waiting(browser, 20).until(
         lambda _: "alone" in player.find_element("css selector", "figure.maps small").text
     )
     assert "%, locked" in key(player)
@@ -388,13 +381,11 @@ def test_hostile_recordings_run_nothing_in_the_dashboard(server: str, browser: A
 def test_a_page_of_figures_is_whole_and_shows_text_as_it_is(
     page: str, server: str, browser: Any
 ) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     look(browser, 1280)
     for run in ("hostile", "sample"):
         asked(browser), complaints(browser)
         browser.get(f"{server}/{page}?runs={run}")
-        WebDriverWait(browser, 40).until(
+        waiting(browser, 40).until(
             lambda driver: driver.execute_script(
                 "return document.querySelectorAll('.js-plotly-plot .main-svg').length"
             )
@@ -413,12 +404,11 @@ def test_a_page_of_figures_is_whole_and_shows_text_as_it_is(
 
 def test_blocks_and_layers_of_the_drawing_are_pressed(server: str, browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
 
     look(browser, 1280)
     asked(browser), complaints(browser)
     browser.get(f"{server}/anatomy?runs=sample")
-    wait, button = WebDriverWait(browser, 40, 0.1), ".anatomy [data-value='{}']"
+    wait, button = waiting(browser, 40), ".anatomy [data-value='{}']"
     seen = (
         "const b = document.querySelector(arguments[0]), f = b?.closest('.part')"
         "?.querySelector('figure'); return [b?.getAttribute('aria-pressed'), "
@@ -474,15 +464,13 @@ EVERY = {
 def test_every_page_in_every_look(
     width: int, dark: bool, server: str, browser: Any, tmp_path: Path
 ) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     look(browser, width, dark=dark)
     for number, (page, wanted) in enumerate(EVERY.items()):
         browser.get_log("performance")
         browser.get_log("browser")
         browser.get(server + page)
         text = f"return document.body.innerText + ({BOX}?.innerText ?? '')"
-        WebDriverWait(browser, 40).until(
+        waiting(browser, 40).until(
             lambda driver, text=text, wanted=wanted: wanted in driver.execute_script(text)
         )
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width, page
@@ -611,8 +599,6 @@ def hostile_noising(folder: Path, texts: Sequence[str]) -> tuple[Path, str]:
 
 def said_by_the_pages(browser: Any, server: str, run: Run, key: str, words: list[str]) -> None:
     """Open every page with a recording, and check each."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
     query, prompt = urlencode({"runs": key}), run.experiment.prompt
     both = f"{query}&runs=sample"
     pages = {  # what is waited for there, and what is shown there as it is
@@ -631,7 +617,7 @@ def said_by_the_pages(browser: Any, server: str, run: Run, key: str, words: list
     for page, (wait, shown) in pages.items():
         asked(browser)
         browser.get(f"{server}/{page}")
-        WebDriverWait(browser, 40).until(partial(_is_there, wait))
+        waiting(browser, 40).until(partial(_is_there, wait))
         if not page or page.startswith("?"):
             browser.execute_script(f"{BOX}.querySelector('summary').click()")
             code = browser.execute_script(f"return {BOX}.querySelector('.code').textContent")
@@ -674,8 +660,6 @@ def test_no_text_of_a_recording_is_more_than_text(
 
 @pytest.mark.slow
 def test_no_caption_of_a_noising_is_more_than_text(browser: Any, tmp_path: Path) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     (tmp_path / "runs").mkdir()
     path, caption = hostile_noising(tmp_path / "runs", [*SOME, *REST])
     look(browser)
@@ -690,7 +674,7 @@ def test_no_caption_of_a_noising_is_more_than_text(browser: Any, tmp_path: Path)
         for page, (wait, shown) in pages.items():
             asked(browser)
             browser.get(f"{server}/{page}")
-            WebDriverWait(browser, 40).until(partial(_is_there, wait))
+            waiting(browser, 40).until(partial(_is_there, wait))
             time.sleep(0.2)
             harmless(browser, shown)
             assert asked(browser) == {"127.0.0.1"}, page
@@ -725,8 +709,6 @@ def hostile_study(folder: Path, texts: Sequence[str]) -> Path:
 
 
 def test_no_text_of_a_study_is_more_than_text(browser: Any, tmp_path: Path) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     texts = [*SOME, *REST]
     path = hostile_study(tmp_path, texts)
     study = open_study(path)
@@ -738,7 +720,7 @@ def test_no_text_of_a_study_is_more_than_text(browser: Any, tmp_path: Path) -> N
             query = urlencode({"cells": titles, "show": show}, doseq=True)
             browser.get(f"{server}/grids?{query}")
             wait = "document.querySelectorAll('[data-testid=stDataFrame]').length > 1"
-            WebDriverWait(browser, 40).until(partial(_is_there, wait))
+            waiting(browser, 40).until(partial(_is_there, wait))
             time.sleep(0.5)
             harmless(browser, study.cells[0, 1].cause.splitlines())
             assert asked(browser) == {"127.0.0.1"} and complaints(browser) == [], show
@@ -747,9 +729,7 @@ def test_no_text_of_a_study_is_more_than_text(browser: Any, tmp_path: Path) -> N
         export([str(path), f"--{kind}", str(tmp_path / f"{kind}.html")])
         asked(browser)
         browser.get((tmp_path / f"{kind}.html").as_uri())
-        WebDriverWait(browser, 40).until(
-            partial(_is_there, "document.querySelector('td, .main-svg')")
-        )
+        waiting(browser, 40).until(partial(_is_there, "document.querySelector('td, .main-svg')"))
         harmless(browser, [study.name])
         assert asked(browser) == {""} and complaints(browser) == []
 
@@ -789,7 +769,6 @@ MARKDOWN = [SOME[4], SOME[5], *REST[13:16]]
 def test_a_page_that_shows_text_as_markdown_is_caught(browser: Any, tmp_path: Path) -> None:
     """The other control, with Streamlit's own `st.markdown` and `st.text`."""
     from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.support.ui import WebDriverWait
 
     (tmp_path / "app.py").write_text(
         "import json, streamlit as st\n"
@@ -812,7 +791,7 @@ def test_a_page_that_shows_text_as_markdown_is_caught(browser: Any, tmp_path: Pa
         try:
             for kind in ("text", "markdown"):
                 for number, text in enumerate(MARKDOWN):
-                    wait = WebDriverWait(browser, 40, 0.3, [WebDriverException])
+                    wait = waiting(browser, 40, WebDriverException)
                     address = f"http://127.0.0.1:{port}/?as={kind}&of={number}"
                     wait.until(lambda _, address=address: browser.get(address) is None)
                     wait.until(partial(_is_there, "document.querySelector('#end')"))
@@ -844,8 +823,6 @@ WATCH = (
 def test_a_recording_that_grows_is_followed(
     server: str, runs: Path, browser: Any, tmp_path: Path
 ) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     whole = Run(synthetic_recording(tmp_path / "grows.zarr", steps=6, size=(16, 16)))
     run = growing(whole, runs, 0)
     look(browser)
@@ -855,7 +832,7 @@ def test_a_recording_that_grows_is_followed(
 
     def seen(step: str | None, said: str) -> list[Any]:
         """Wait for a step and for what is said, and return what is seen then."""
-        wait = WebDriverWait(browser, 40)
+        wait = waiting(browser, 40)
         wait.until(lambda _: browser.execute_script(SEEN)[:2] == [step, said])
         return list(browser.execute_script(SEEN))
 
@@ -877,7 +854,7 @@ def test_a_recording_that_grows_is_followed(
     assert browser.execute_script(kept) == "2"
     zarr = (run.path / "zarr.json").read_bytes()
     (run.path / "zarr.json").write_bytes(b"{")
-    WebDriverWait(browser, 40).until(lambda _: "zarr.json" in browser.execute_script(SEEN)[1])
+    waiting(browser, 40).until(lambda _: "zarr.json" in browser.execute_script(SEEN)[1])
     assert browser.execute_script(SEEN)[0] == "1", "an error is told above the player"
     replace(run.path / "zarr.json", zarr)
     seen("1", finishing)
@@ -926,12 +903,10 @@ PRESS = (
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_is_recorded_and_another_is_stopped(browser: Any, tmp_path: Path) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     runs = tmp_path / "runs"
     look(browser, 1280, 1600)
     with serving(runs, "--allow-record") as server:
-        wait = WebDriverWait(browser, 120, 0.1)
+        wait = waiting(browser, 120)
 
         def said() -> str:
             return str(browser.execute_script("return document.body.innerText"))
