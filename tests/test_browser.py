@@ -448,6 +448,8 @@ EVERY = {
     "/learn?runs=sample-noising": "Where it is wrong",
     "/anatomy?runs=sample": "Inside the UNet",
     "/pixels": "None of these stands alone",
+    "/pixels?part=Quality": "What is lost, as pictures",
+    "/pixels?part=Beside+the+paper": "inpainting",
     "/runs": "Select one run",
     "/record": "--allow-record",
     "/guidance?runs=sample": "Size of the predictions",

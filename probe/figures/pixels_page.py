@@ -227,16 +227,20 @@ def _of_loss(trained: Trained | None) -> str:
         plots = [only(pixels_trained.distortion(trained, what)) for what in ("psnr", "ssim")]
         parts.append(_plots(plots))
     if ROUND_TRIPS.is_file():
-        picture = base64.b64encode(ROUND_TRIPS.read_bytes()).decode()
         text = html.escape(OF_ROUND_TRIPS)
         parts.append(
             f'<figure><div class="scroll" tabindex="0" role="region" aria-label="What is lost">'
-            f'<img src="data:image/webp;base64,{picture}" alt="{text}"></div>'
-            f"<figcaption>{text}</figcaption></figure>\n"
+            f"{round_trips()}</div><figcaption>{text}</figcaption></figure>\n"
         )
     if not parts:
         return f'<p class="note">{html.escape(pixels_trained.MISSING)}</p>\n'
     return "".join(parts)
+
+
+def round_trips() -> str:
+    """Return the picture of what is lost as an element, with its text for who does not see it."""
+    picture = base64.b64encode(ROUND_TRIPS.read_bytes()).decode()
+    return f'<img src="data:image/webp;base64,{picture}" alt="{html.escape(OF_ROUND_TRIPS)}">'
 
 
 # --- HTML -----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from probe.figures.pixels_page import (
     RECORD,
     ROUND_TRIPS,
     measured_here,
+    round_trips,
 )
 from probe.figures.pixels_tables import Table, beside_paper, table_html, trained_table
 from probe.figures.plots import CONFIG
@@ -32,8 +33,9 @@ EXPORT = "probe export --pixels pixels.html"
 
 def show() -> None:
     st.text(LESSON)
-    name = st.segmented_control("Part", list(PARTS), default=FIRST, key="part", bind="query-params")
-    PARTS[str(name or FIRST)]()
+    if st.session_state.get("part") not in PARTS:
+        st.session_state.pop("part", None)
+    PARTS[st.radio("Part", list(PARTS), horizontal=True, key="part", bind="query-params")]()
     st.text("All of this as one page that others can open:")
     st.code(EXPORT, language=None)
 
@@ -155,7 +157,7 @@ def _lost(found: Mapping[str, Any]) -> None:
     _chart(of_training.distortion(found, "psnr"), left)
     _chart(of_training.distortion(found, "ssim"), right)
     if ROUND_TRIPS.is_file():
-        st.image(str(ROUND_TRIPS))
+        st.html(round_trips())
         st.text(OF_ROUND_TRIPS)
 
 
@@ -181,9 +183,8 @@ def _table(table: Table) -> None:
     st.code(table.command, language=None)
 
 
-FIRST = "Cost"
 PARTS = {
-    FIRST: _costs,
+    "Cost": _costs,
     "Time and memory": _times,
     "Two runs": _two_runs,
     "Quality": _demonstration,
