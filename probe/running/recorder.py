@@ -219,7 +219,9 @@ def _carried_out(
         return _record(model, planned, say, progress, sheet, name, digest, in_files)
 
 
-def _digested(model: Family, weights: str | None) -> DigestBeside | contextlib.nullcontext[str]:
+def _digested(
+    model: Family, weights: str | None
+) -> contextlib.AbstractContextManager[str | DigestBeside]:
     """Return a block in which the digest of the weights is known, or computed beside the run."""
     return DigestBeside(model) if weights is None else contextlib.nullcontext(weights)
 
