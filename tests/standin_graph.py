@@ -2,7 +2,7 @@
 
 Operations are noted while it records, and what they put out is spoilt afterwards, for a real graph
 computes nothing then. `replay` computes them all again into the same buffers. As in a real one, a
-value that is read on the host while it records is refused.
+value that goes to the host or comes from there while it records is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+# What reads a value on the host, or brings one from there.
+HOST = ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh")
 
 
 class StandIn:
@@ -59,7 +62,7 @@ class _Noting(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero"):
+        if func._schema.name in HOST:
             raise RuntimeError("operation not permitted when stream is capturing")
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)

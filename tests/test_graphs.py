@@ -111,6 +111,13 @@ def test_half_precision_too(tmp_path: Path) -> None:
     assert_same_bits(run, take(tmp_path, pipe, graphs="off"))
 
 
+def test_of_sdxl_too(tmp_path: Path) -> None:
+    pipe = tiny.xl_pipeline()
+    run = take(tmp_path, pipe)
+    assert replayed(run) == STEPS - 3
+    assert_same_bits(run, take(tmp_path, pipe, graphs="off"))
+
+
 def test_each_set_of_captures_has_a_graph_of_its_own(tmp_path: Path) -> None:
     asked = {"steps": 10, "capture": {"steps": "::2"}}
     made = StandIn.made

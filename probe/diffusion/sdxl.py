@@ -276,7 +276,7 @@ class StableDiffusionXL:
         return output
 
     def _sizes(self, size_ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([list(size_ids)], dtype=self.dtype, device=self.device)
+        return _on_device(tuple(size_ids), self.dtype, self.device)
 
     def guidance_rule(self, guidance_scale: float) -> str:
         return rule_of(guidance_scale)
@@ -325,6 +325,12 @@ class StableDiffusionXL:
         refuse_unsupported(self.name, {part: getattr(self, part) for part in PARTS}, kinds=XL_KINDS)
         check_own(self.name, self.scheduler)
         return self
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a row of numbers, copied to a device once: a CUDA graph cannot hold such a copy."""
+    return torch.tensor([numbers], dtype=dtype, device=device)
 
 
 def _theirs(
