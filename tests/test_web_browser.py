@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
@@ -165,8 +167,32 @@ def test_one_file_draws_from_a_disk(browser: Any, built: Path) -> None:
     assert asked(browser) == {""} and complaints(browser) == []
 
 
+class Plain(SimpleHTTPRequestHandler):
+    """A host that sends no headers of its own."""
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing of requests."""
+
+
+def test_the_page_draws_when_its_server_is_gone(browser: Any, built: Path) -> None:
+    handler = partial(Plain, directory=str(built / "site"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as host:
+        thread = threading.Thread(target=host.serve_forever, args=(0.05,))
+        thread.start()
+        look(browser)
+        opened(browser, f"http://127.0.0.1:{host.server_address[1]}/?prompt=an+owl&{FEW}")
+        assert not browser.execute_script("return self.crossOriginIsolated")
+        until(browser, "document.body.dataset.offline === 'kept'")
+        host.shutdown()
+        thread.join()
+    browser.refresh()
+    drawn(browser, 1)
+    assert browser.execute_script("return self.crossOriginIsolated"), "now it has threads"
+
+
 def test_a_hostile_prompt_and_address_are_text(browser: Any, address: str) -> None:
     look(browser)
+    browser.get_log("performance")
     browser.get(f"{address}?prompt={quote(HOSTILE)}&seed=-1&num_steps=1e9&off=head+9.9+1&word=99")
     until(browser, "document.body.dataset.ready")
     mistake = browser.find_element("id", "mistake")

@@ -1,8 +1,8 @@
 // @ts-check
 // Build the page: node web/build.mjs FOLDER
 //
-// FOLDER/site is for any static host: index.html, page.js, worker.js, ort.mjs, styles, and files by
-// gzip. FOLDER/diffusion.html is all of it in one file, which works from a disk.
+// FOLDER/site is for any static host: index.html, page.js, worker.js, ort.mjs, styles, files by gzip,
+// and offline.js, by which it works without a network after the first visit. FOLDER/diffusion.html is all of it in one file, which works from a disk.
 import { build } from "esbuild";
 import { createHash } from "node:crypto";
 import { cp, mkdir, readFile, rm, writeFile } from "node:fs/promises";
@@ -71,6 +71,11 @@ async function folder(site) {
   await writeFile(path.join(site, "page.css"), pageStyle);
   await writeFile(path.join(site, "player.css"), playerStyle);
   await writeFile(path.join(site, "index.html"), html.replace("POLICY", policy("'self'", "'self'", "'self'")).replace("FILES", () => JSON.stringify(listed)).replace("WORDS", known).replace("RECORDING", () => template));
+  const files = ["./", "page.js", "worker.js", "ort.mjs", "page.css", "player.css", ...Object.values(listed).map(({ address }) => address)];
+  const name = createHash("sha256");
+  for (const file of files) name.update(await readFile(path.join(site, file === "./" ? "index.html" : file)));
+  const built = JSON.stringify({ name: name.digest("hex").slice(0, 16), files });
+  await writeFile(path.join(site, "offline.js"), `self.BUILT = ${built};\n${await bundled({ entryPoints: [path.join(WEB, "offline.js")], format: "iife" })}`);
   await cp(path.join(WEB, "licences"), path.join(site, "licences"), { recursive: true });
   await cp(path.join(WEB, "NOTICES.md"), path.join(site, "NOTICES.md"));
 }

@@ -28,6 +28,18 @@ export function start(told, progress) {
   return { post: (message) => worker.postMessage(message) };
 }
 
+/**
+ * Keep the page for use without a network, and for threads at the next visit. A page that is isolated
+ * by its own host, as `probe web` does it, needs neither on this machine.
+ */
+export async function keepOffline() {
+  const near = ["127.0.0.1", "localhost"].includes(location.hostname) && self.crossOriginIsolated;
+  if (inside() || near || !("serviceWorker" in navigator)) return;
+  await navigator.serviceWorker.register("offline.js").catch(() => {}); // the page works without
+  await navigator.serviceWorker.ready;
+  document.body.dataset.offline = "kept";
+}
+
 /** Whether all lies in the page itself. */
 const inside = () => document.getElementById("worker-code") !== null;
 

@@ -9,7 +9,7 @@
 import { make } from "../probe/figures/drawing.js";
 import * as payload from "../probe/figures/payload.js";
 import { mount } from "../probe/figures/player.js";
-import { start } from "./client.js";
+import { keepOffline, start } from "./client.js";
 import { controls } from "./controls.js";
 import * as experiments from "./experiment.js";
 import { Growing } from "./growing.js";
@@ -152,6 +152,7 @@ function done(run, { latents, picture, seconds }) {
   run.finish(latents, picture);
   ended(run, `Drawn in ${seconds.toFixed(1)} s: ${run.calls} steps. Move through them with the arrow keys.`);
   document.body.dataset.seconds = seconds.toFixed(2);
+  void keepOffline(); // after the first picture, which it would delay
 }
 
 /** @param {Growing} run @param {string} text */
