@@ -136,6 +136,9 @@ def test_a_run_is_changed_and_saved(browser: Any, address: str, tmp_path: Path) 
     player = drawn(browser, 2)
     until(browser, "location.search.includes('beside=')")
     assert "not in this prompt" not in player.text
+    opened(browser, browser.current_url)
+    player = drawn(browser, 2)
+    assert len(player.find_elements("css selector", ".row")) == 3, "the address holds both"
     opened(browser, f"{address}?prompt=a+fox&{FEW}")
     until(browser, "!document.getElementById('touch').hidden")
     for button in browser.find_elements("css selector", "#touch button"):

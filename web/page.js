@@ -54,7 +54,7 @@ const change = touch(element("touch"), {
 });
 const client = start(told, (share) => {
   bar.value = share;
-  say(share < 1 ? `Loading the model: ${Math.round(share * 100)}%` : "Opening the model …", share >= 1);
+  say(share < 1 ? `Loading the model: ${Math.floor(share * 100)}%` : "Opening the model …", share >= 1);
 });
 
 /** Say how far it is; what is worth hearing goes to screen readers as well. @param {string} text @param {boolean} [aloud] */
