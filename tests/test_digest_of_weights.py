@@ -64,6 +64,15 @@ def test_it_is_what_the_document_says(dtype: torch.dtype) -> None:
     assert mixed(tensors(dtype)) == as_written_down(tensors(dtype))
 
 
+def test_a_gpus_way_gives_the_same_on_a_cpu() -> None:
+    drawn = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, (5, weights.WORDS))
+    drawn[0, :4] = 0, -1, -(2**63), 2**63 - 1
+    rows = torch.from_numpy(drawn)
+    by_torch = weights._by_torch(8, torch.device("cpu"))
+    assert torch.equal(by_torch(rows), weights._by_numpy(8)(rows))
+    assert torch.equal(rows, torch.from_numpy(drawn)), "what is summed stays as it is"
+
+
 def test_it_stays_what_it_is() -> None:
     """A recording says it; a later version computes it again."""
     assert mixed({"a": torch.arange(2000)}) == "9a302e21a8c851ed"

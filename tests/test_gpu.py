@@ -21,6 +21,8 @@ from true_maps import assert_maps, scores
 
 from benchmarks import models
 from probe.diffusion.draws import noise
+from probe.diffusion.families import family_of
+from probe.diffusion.weights import mixed, own_weights
 from probe.errors import ModelError
 from probe.proof.verdict import verify
 from probe.reading.compare import compare
@@ -81,6 +83,12 @@ def test_the_loop_has_the_bits_of_the_pipeline(pipe: Any, tmp_path: Path) -> Non
         output_type="latent",
     ).images
     assert torch.equal(bare(pipe, asked)[-1].next_latents, one_line)
+
+
+def test_the_digest_of_weights_is_that_of_a_cpu(pipe: Any) -> None:
+    there = own_weights(family_of(pipe))
+    assert {tensor.device.type for tensor in there.values()} == {"cuda"}
+    assert mixed(there) == mixed({name: tensor.cpu() for name, tensor in there.items()})
 
 
 def test_recording_changes_no_bit(pipe: Any, tmp_path: Path) -> None:
