@@ -15,8 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What reads a value on the host, or brings one from there.
-HOST = ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh")
+READS = ("aten::_local_scalar_dense", "aten::nonzero")  # a value, on the host
+BRINGS = "aten::lift_fresh"  # numbers from there; a single one is an argument of a kernel
 
 
 class StandIn:
@@ -62,7 +62,8 @@ class _Noting(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func._schema.name in HOST:
+        name = func._schema.name
+        if name in READS or (name == BRINGS and args[0].ndim):
             raise RuntimeError("operation not permitted when stream is capturing")
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)

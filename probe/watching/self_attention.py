@@ -18,6 +18,7 @@ from probe.watching.labels import heads_of
 from probe.watching.measures import storage_dtype, storage_note, to_storage
 from probe.watching.projections import Projections, Shapes
 from probe.watching.rehearsal import self_attention
+from probe.watching.together import rows_of
 
 
 class SelfAttention(Capture):
@@ -75,7 +76,7 @@ class SelfAttention(Capture):
         self, path: str, query: torch.Tensor, key: torch.Tensor, parts: dict[str, torch.Tensor]
     ) -> None:
         module, rows = self._projections.modules[path], self._plan.rows
-        q = query[rows.kept].float().unflatten(-1, (module.heads, -1)).transpose(1, 2)
-        k = key[rows.kept].float().unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1)
+        q = rows_of(query, rows.kept).float().unflatten(-1, (module.heads, -1)).transpose(1, 2)
+        k = rows_of(key, rows.kept).float().unflatten(-1, (module.heads, -1)).permute(0, 2, 3, 1)
         maps = to_storage(torch.matmul(q * module.scale, k).softmax(dim=-1), self._storage)
         parts["self"].copy_(maps.unflatten(0, (-1, rows.images)))

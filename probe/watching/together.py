@@ -136,11 +136,15 @@ def by_head(side: torch.Tensor, rows: Sequence[int], heads: int) -> torch.Tensor
 
     *Shape:* (batch, any, inner) -> (row, head, any, feature).
     """
+    apart: torch.Tensor = rows_of(side, rows).unflatten(-1, (heads, -1))
+    return apart.transpose(1, 2)
+
+
+def rows_of(side: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Return some rows, a view where they follow one another: no index goes to the device."""
     first, last = rows[0], rows[-1]
     adjacent = list(rows) == list(range(first, last + 1))
-    chosen = side[first : last + 1] if adjacent else side[list(rows)]
-    apart: torch.Tensor = chosen.unflatten(-1, (heads, -1))
-    return apart.transpose(1, 2)
+    return side[first : last + 1] if adjacent else side[list(rows)]
 
 
 def moments_from(means: np.ndarray) -> np.ndarray:
