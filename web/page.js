@@ -160,7 +160,7 @@ function ended(run, text) {
   if (run.meta.status === "running") run.end("stopped");
   drawing = null;
   busy(false);
-  bar.value = 1;
+  bar.value = run.steps.length / run.calls;
   say(text);
   if (!run.steps.length) return; // stopped before there was anything to see
   drawn.add(run);

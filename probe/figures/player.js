@@ -657,7 +657,7 @@ export function mount(root, runs, { state: wished = {}, ask, changed = () => {},
   }));
   const plain = { meta: lead.meta, maps: lead.parts.maps }; // attention, whatever else is shown
   if (plain.maps && plain.meta.map_steps.length > 1) plots.push(plotOf("Attention that each word gets", "mean over places, layers and heads", () => channelsOf(/** @type {any} */ (plain)).flatMap((channel, i) => (channel.kind !== "word" ? [] : [{
-    values: Array.from(means_of(plain.maps, i)), colour: LINES[i % LINES.length], dash: DASHES[Math.floor(i / LINES.length) % DASHES.length], label: channel.label,
+    values: Array.from(means_of(plain.maps, i), (value, step) => (step > (lead.meta.reached ?? last) ? null : value)), colour: LINES[i % LINES.length], dash: DASHES[Math.floor(i / LINES.length) % DASHES.length], label: channel.label,
   }])), () => {
     const same = channelsOf(/** @type {any} */ (plain)).findIndex((channel) => channel.label === label());
     return same < 0 ? "" : `“${label()}” ${short(100 * over(means_of(plain.maps, same), span(state, last).map((step) => closest(plain.meta.map_steps, steps[step]))))}%`;
