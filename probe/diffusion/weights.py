@@ -108,8 +108,21 @@ def mixed(weights: Mapping[str, torch.Tensor], going: Going = lambda: True) -> s
     if together:
         sums.append(_row_sums(together, going))
     for of_a_device in sums:
-        sha.update(of_a_device.cpu().numpy().astype("<i8", copy=False).data)
+        sha.update(_on_the_host(of_a_device).numpy().astype("<i8", copy=False).data)
     return sha.hexdigest()[:16]
+
+
+def _on_the_host(sums: torch.Tensor) -> torch.Tensor:
+    """Return numbers on the host. Wait for their own stream alone, as no other copy here waits."""
+    if sums.device.type != "cuda":
+        return sums.cpu()
+    with torch.cuda.device(sums.device):
+        host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+        host.copy_(sums, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        arrived.synchronize()
+    return host
 
 
 @torch.no_grad()
@@ -130,7 +143,8 @@ def _row_sums(tensors: Sequence[torch.Tensor], going: Going) -> torch.Tensor:
 
 def _by_torch(most: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that mixes and sums `most` rows, (row, word) int64, or fewer."""
-    keys = torch.from_numpy(KEYS.astype(np.uint64).view(np.int64)).to(device)
+    keys = torch.from_numpy(KEYS.astype(np.uint64).view(np.int64))
+    keys = keys.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else keys
     scratch = torch.empty((most, WORDS), dtype=torch.int64, device=device)
 
     def summed(rows: torch.Tensor) -> torch.Tensor:
