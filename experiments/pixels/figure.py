@@ -54,7 +54,7 @@ def factors(draw: ImageDraw.ImageDraw) -> None:
     side = counts().attention_up_to
     rows = [
         ("the same UNet, counted", found.full, found.full, 1),
-        (f"attention up to {side} x {side} alone, counted", found.coarse, found.coarse, 2),
+        (f"attention up to {side} x {side} on both, counted", found.coarse, found.coarse, 2),
         ("convolution alone, counted", found.convolution, found.convolution, 4),
         ("time, at f = 4, measured in the paper", *found.paper, 8),
     ]

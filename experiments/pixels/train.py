@@ -1,6 +1,6 @@
 """Train one UNet in four spaces: pixels, and latents of f = 2, 4 and 8, at 64 pixels, on emoji.
 
-    python -m experiments.pixels.train                 # everything; about 2 hours of one CPU core
+    python -m experiments.pixels.train                 # everything; about 3 hours of one CPU core
     python -m experiments.pixels.train --only 1 4 --seeds 0 1 2
     python -m experiments.pixels.score                 # scores what is trained so far
 
