@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from probe.format import attributes, dimensions
+from probe.reading.pixels import trained
 from probe.settings import cost, experiment, noising
 from probe.settings.edits import EDIT_KINDS, Donor, Edit
 from probe.settings.fields import Strict
@@ -78,6 +79,30 @@ def _is_required(kind: type[Strict], name: str) -> bool:
     return name in kind.model_fields and kind.model_fields[name].is_required()
 
 
+def pixels_table() -> str:
+    """Return what was trained on pixels and latents, and how well it draws."""
+    shown = trained()
+    assert shown is not None
+    autoencoders = {of["f"]: of for of in shown["autoencoders"]}
+    lines = [
+        "| | steps | PFLOP | its autoencoder's | recognised | KID |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in shown["runs"]:
+        own = autoencoders.get(run["f"], {}).get("flops")
+        extra = "" if own is None else f"{own / 1e15:.2f}"
+        for point in run["points"]:
+            if point["step"] >= 1000:
+                share, low, high = (100 * number for number in point["both"])
+                kid, least, most = point["kid"]
+                lines.append(
+                    f"| f = {run['f']} | {point['step']:,} | {point['flops'] / 1e15:.2f} | {extra} "
+                    f"| {share:.0f}% ({low:.0f} to {high:.0f}) | {kid:.1f} ({least:.1f} to "
+                    f"{most:.1f}) |"
+                )
+    return "\n".join(lines)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"attention_truth": short_truth},
     "docs/experiment.md": {
@@ -87,6 +112,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/edits.md": {"kinds": edits_table, "edit_fields": edit_fields_table},
     "docs/grids.md": {"measures": measures.table},
+    "docs/pixels.md": {"trained": pixels_table},
     "docs/format.md": {
         "schema": dimensions.schema_table,
         "dimensions": dimensions.dimensions_table,
