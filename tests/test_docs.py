@@ -28,9 +28,10 @@ def docs_make() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "docs/edits.md", "docs/experiment.md", "docs/format.md"]
-)
+NAMES = ("edits", "experiment", "format", "grids", "pixels")
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{name}.md" for name in NAMES)])
 def test_generated_parts_of_a_document_are_those_of_the_code(document: str) -> None:
     make = docs_make()
     text = (ROOT / document).read_text()
