@@ -299,6 +299,7 @@ def test_the_sets_have_scenes_of_their_own() -> None:
     assert apart.min() >= 1_000_000
 
 
+@pytest.mark.slow
 def test_thresholds_do_not_see_what_is_scored() -> None:
     sets = {
         "ranking": [shown(0)],
@@ -385,6 +386,7 @@ def test_a_folder_is_read_as_it_lies(tmp_path: Path, suffix: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_folder_with_any_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,6 +549,7 @@ def sees_only(subject: str) -> segmenter.Segmenter:
     return made
 
 
+@pytest.mark.slow
 def test_of_generated_pictures_those_count_in_which_every_subject_is_seen() -> None:
     asked = [
         Asked("", ("cat",), "snow"),
@@ -567,6 +570,7 @@ def test_of_generated_pictures_those_count_in_which_every_subject_is_seen() -> N
     assert np.allclose(precision(maps, truth), 1)  # where all is true, every map is right
 
 
+@pytest.mark.slow
 def test_the_segmenter_trains_and_is_taken_from_its_folder_afterwards(tmp_path: Path) -> None:
     bundled = load("emojiworld", dtype="float32", device="cpu")
     made = segmenter.train(bundled, scenes=24, steps=2, folder=tmp_path)

@@ -299,6 +299,7 @@ def test_words_are_there_before_they_are_asked_for(server: str, browser: Any) ->
     assert len(browser.execute_script(requests)) == 7
 
 
+@pytest.mark.slow
 def test_a_locked_range_stays(server: str, browser: Any) -> None:
     """It stays for words, steps, heads, a reload, another run; keys alone lock and set it."""
     from selenium.webdriver.common.keys import Keys
@@ -710,6 +711,7 @@ def hostile_study(folder: Path, texts: Sequence[str]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_no_text_of_a_study_is_more_than_text(browser: Any, tmp_path: Path) -> None:
     texts = [*SOME, *REST]
     path = hostile_study(tmp_path, texts)

@@ -60,6 +60,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "decode_every": ("5", 5),
     "on_nan": ("record", "record"),
     "durability": ("none", "none"),
+    "graphs": ("off", "off"),
     "output": ("/tmp/else where", "/tmp/else where"),
     "capture.attention": ("off", "off"),
     "capture.self_attention": ("8x8,mid_block.*", ("8x8", "mid_block.*")),

@@ -153,6 +153,7 @@ def test_no_path_of_a_home_is_in_a_log(
         assert without_home(text) == text.replace(str(home), "~")
 
 
+@pytest.mark.slow
 def test_the_same_from_a_shell(model: Path, tmp_path: Path) -> None:
     running = process(
         "probe.cli",
@@ -326,6 +327,7 @@ def test_ctrl_c_in_the_middle_keeps_what_was_recorded(tmp_path: Path, durability
 
 
 @needs_the_bundled_model
+@pytest.mark.slow
 def test_ctrl_c_pressed_again_and_again(tmp_path: Path) -> None:
     """No traceback of how Python ends, and the recording is there."""
     running = process(

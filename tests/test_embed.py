@@ -127,7 +127,7 @@ def test_a_failure_leaves_nothing_and_what_was_there_before(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("probe.writing.files.replace", full)
+    monkeypatch.setattr("probe.writing.files.put_new", full)
     for words in (["cat-1", "cat-2"], ["cat-1"]):
         with pytest.raises(ProbeError, match="No space left"):
             run(folder, *words)

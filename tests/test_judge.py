@@ -168,6 +168,7 @@ def test_judges_see_scenes_of_their_own_and_all_pairs() -> None:
     assert not met & new and not (met | new) & set(world.SUBJECTS.values())
 
 
+@pytest.mark.slow
 def test_round_trips_come_first_and_stay_recognisable() -> None:
     plain = judging.draw(7, 80).pictures.float()
     through = judging.draw(

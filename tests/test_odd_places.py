@@ -479,7 +479,7 @@ def test_nobody_listens(command: str, code: int, said: str, tmp_path: Path) -> N
         ("show nope", 2),
         ("show sample", 0),
         ("run --help", 0),
-        ("verify damaged", 1),
+        pytest.param("verify damaged", 1, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_script_notes_what_each_stage_took(trained: Path) -> None:
     noted = train.notes(trained)
     assert {"autoencoder-f8", "latents-f8", "rate-f8", "denoiser-f8-seed0-20"} == set(noted)
@@ -107,6 +108,7 @@ def test_the_script_notes_what_each_stage_took(trained: Path) -> None:
     assert kept.keys() == build_unet(SPACES[8]).state_dict().keys()
 
 
+@pytest.mark.slow
 def test_latents_have_mean_0_and_spread_1(trained: Path) -> None:
     saved = torch.load(trained / "latents-f8.pt", weights_only=True)
     assert saved["mean"].mean(dim=(0, 2, 3)).abs().max() < 1e-5
@@ -123,6 +125,7 @@ def batches_of(folder: Path, f: int) -> train.Batches:
     return train.Batches(options, SPACES[f], clean, captions)
 
 
+@pytest.mark.slow
 def test_every_space_is_shown_the_same_at_a_step(trained: Path) -> None:
     on_pixels, on_latents = batches_of(trained, 1), batches_of(trained, 8)
     clean, _, t, text = on_pixels.draw(0, 7)
@@ -132,6 +135,7 @@ def test_every_space_is_shown_the_same_at_a_step(trained: Path) -> None:
     assert not torch.equal(t, on_pixels.draw(0, 8)[2])
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_as_if_nothing_was(trained: Path, tmp_path: Path) -> None:
     batches = batches_of(trained, 8)
     whole, parts = options_of(tmp_path / "whole"), options_of(tmp_path / "parts")
@@ -143,6 +147,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_was(trained: Path, tmp_pa
     assert {path.name for path in whole.folder.glob("*.safetensors")} == {"denoiser-4.safetensors"}
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(trained: Path) -> None:
     batches = batches_of(trained, 8)
     unet = build_unet(SPACES[8]).eval()
@@ -151,6 +156,7 @@ def test_training_lowers_the_loss(trained: Path) -> None:
     assert train.checked_loss(unet, batches) < before
 
 
+@pytest.mark.slow
 def test_on_pixels_the_picture_itself_is_noised(trained: Path) -> None:
     """v is what noise and picture say: a denoiser that says it has no loss."""
     batches = batches_of(trained, 1)
@@ -167,6 +173,7 @@ def test_on_pixels_the_picture_itself_is_noised(trained: Path) -> None:
     assert train.v_loss(Knowing(), batches.levels, clean, noise, t, text) < 1e-12
 
 
+@pytest.mark.slow
 def test_what_is_exported_draws_what_was_scored(trained: Path, tmp_path: Path) -> None:
     """The centre and scale of the latents lie in the VAE: decoding does not change."""
     export.export(trained, SPACES[8], 0, tmp_path / "model")
