@@ -378,7 +378,7 @@ def test_hostile_recordings_run_nothing_in_the_dashboard(server: str, browser: A
     assert asked(browser) == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("page", ["guidance", "anatomy"])
+@pytest.mark.parametrize("page", [pytest.param("guidance", marks=pytest.mark.slow), "anatomy"])
 def test_a_page_of_figures_is_whole_and_shows_text_as_it_is(
     page: str, server: str, browser: Any
 ) -> None:
@@ -403,6 +403,7 @@ def test_a_page_of_figures_is_whole_and_shows_text_as_it_is(
         assert browser.execute_script("return document.documentElement.scrollWidth") == width
 
 
+@pytest.mark.slow
 def test_blocks_and_layers_of_the_drawing_are_pressed(server: str, browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 

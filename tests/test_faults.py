@@ -293,6 +293,7 @@ def refuse(number: int, whole: Run, folder: Path, forever: bool, **changes: Any)
     return ended.marks[0]
 
 
+@pytest.mark.slow
 def test_a_disk_that_refuses_an_operation(whole: Run, unharmed: Ended, tmp_path: Path) -> None:
     """Moments of the whole life, the last ones among them; from then on, or only once."""
     rng, last = random.Random(1), len(unharmed.operations)

@@ -494,6 +494,7 @@ def test_a_reader_that_left_early_changes_no_exit_code(
     assert left_early(command, streams, tmp_path).returncode == code
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_watches_is_complete(tmp_path: Path) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "tiny")
     done = left_early(
