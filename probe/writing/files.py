@@ -78,13 +78,7 @@ def replace(file: str | Path, parts: Iterable[bytes | memoryview], sync: bool) -
     file = os.fspath(file)  # a step has many small files, and a Path takes as long as a system call
     partial = f"{file}.{os.urandom(4).hex()}{PARTIAL}"
     try:
-        handle = os.open(partial, NEW, 0o666)
-        try:
-            _write(handle, parts)
-            if sync:
-                os.fsync(handle)
-        finally:
-            os.close(handle)
+        _put(partial, parts, sync)
         os.replace(partial, file)  # noqa: PTH105
     except BaseException:
         with contextlib.suppress(OSError):
@@ -99,6 +93,10 @@ def put_new(file: str | Path, parts: Iterable[bytes | memoryview], sync: bool) -
 
     Raise OSError, also if it is there already.
     """
+    _put(file, parts, sync)
+
+
+def _put(file: str | Path, parts: Iterable[bytes | memoryview], sync: bool) -> None:
     handle = os.open(file, NEW, 0o666)
     try:
         _write(handle, parts)
