@@ -9,6 +9,8 @@ from importlib import resources, util
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = [
     *(["apt install chromium chromium-driver"] if not (CHROMIUM and DRIVER) else []),
@@ -17,6 +19,11 @@ MISSING = [
         if not (util.find_spec("selenium") and util.find_spec("axe_core_python"))
         else []
     ),
+]
+# What a module of tests carries that drives a browser: `pytest -m browser` runs them all.
+MARKS = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(MISSING), reason=f"needs a browser: {' and '.join(MISSING)}"),
 ]
 FLAGS = (
     "--headless=new --no-sandbox --disable-dev-shm-usage --disable-gpu --no-first-run "

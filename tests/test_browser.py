@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from browsers import MISSING, asked, complaints, ink, look, press, serious, started, waiting
+from browsers import MARKS, asked, complaints, ink, look, press, serious, started, waiting
 from recordings import cut, finish, grow, growing, replace
 from studies import change_cell, change_study, write_study
 
@@ -38,9 +38,7 @@ from probe.testing import synthetic
 from probe.testing.synthetic import synthetic_recording
 from probe.text import UNCLEAN
 
-pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"needs a browser: {' and '.join(MISSING)}"),
-]
+pytestmark = MARKS
 HOSTILE = (
     '<img src=x onerror="window.pwned=1">![a](http://evil.invalid/p.png) :red[red] $x^2$ **b** '
     '<a href="http://evil.invalid">L</a> </script><script>window.pwned=2</script>'

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 import yaml
-from browsers import MISSING, asked, complaints, ink, look, press, serious, started
+from browsers import MARKS, asked, complaints, ink, look, press, serious, started
 from PIL import Image
 
 import probe
@@ -33,7 +33,7 @@ FEW = "seed=5&guidance=3&num_steps=5&scheduler=DDIM"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(MISSING), reason=f"needs a browser: {' and '.join(MISSING)}"),
+    *MARKS,
     pytest.mark.skipif(not (NODE and NPM), reason="needs node and npm: apt install nodejs npm"),
 ]
 
