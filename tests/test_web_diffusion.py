@@ -54,7 +54,7 @@ def prompts(model: StableDiffusion) -> list[dict[str, Any]]:
     """Random prompts of the words that the model knows, as Python reads them."""
     words = sorted(model.vocabulary or ())
     drawn = random.Random(0)
-    texts = ["", " ", "a fox on the moon", "A FOX, on the Moon!", "fox-fox_moon...", "'the turtle'"]
+    texts = ["", " ", "a fox on the moon", "A FOX, on the Moon!", "fox-fox_moon...", "'the turtle'", "a fox\u2019"]
     for _ in range(400):
         some = drawn.choices(words, k=drawn.randint(1, 20))
         cased = [drawn.choice([str.lower, str.upper, str.title])(word) for word in some]
@@ -66,7 +66,7 @@ def prompts(model: StableDiffusion) -> list[dict[str, Any]]:
         ids, spans = prompt.ids[0].tolist(), list(prompt.spans.values())
         words_read = list(prompt.words)
         row = {"text": text, "ids": ids, "words": words_read, "spans": spans, "end": prompt.end}
-        rows.append(row)
+        rows.append({**row, "tokens": prompt.tokens})
     return rows
 
 

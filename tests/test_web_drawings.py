@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -124,9 +125,55 @@ def test_a_picture_to_begin_from_and_a_word_that_nobody_reads(
     assert abs(without_fox[0].astype(int) - as_ever[0].astype(int)).max() > 30
 
 
+def flat(values: Any) -> list[float]:
+    return [float(value) for value in np.asarray(values).flatten()]
+
+
+def noisings(model: StableDiffusion, picture: np.ndarray, caption: str) -> dict[str, Any]:
+    """What a noising records of two draws of noise at three timesteps, and of its caption."""
+    capture = {"attention": "off", "text": False, "statistics": False}
+    how: dict[str, Any] = {"timesteps": [900, 400, 0], "noises": 2, "seed": 2**32 - 2}
+    how |= {"dtype": "float32", "device": "cpu", "capture": capture}
+    run = probe.record_noising(picture, caption, output=None, progress=False, **how)
+    names = {"noisy": "latents/latents", "prediction": "latents/prediction"}
+    names |= {"denoised": "forward/denoised", "loss": "forward/loss"}
+    values = {name: run.variable(path).transpose("step", ...) for name, path in names.items()}
+    asked = model.read(caption)
+    return {
+        "prompt": caption,
+        "picture": flat(np.dstack([picture, np.full((128, 128), 255, np.uint8)])),
+        "tokens": list(asked.tokens),
+        "ids": asked.ids[0].tolist(),
+        "end": asked.end,
+        "cond": flat(model.condition(caption).cond_embedding),
+        "clean": flat(run.variable("forward/clean").values[0]),
+        "rows": [
+            {
+                "timestep": int(run.variable("timestep").values[step]),
+                "seed": how["seed"] + draw,
+                "alphaBar": float(run.variable("alpha_bar").values[step]),
+                "noise": flat(run.variable("forward/noise").values[draw]),
+                **{name: flat(value.values[step, draw]) for name, value in values.items()},
+                "picture": flat(run.variable("decoded/picture").values[step, draw]),
+            }
+            for step in range(3)
+            for draw in range(2)
+        ],
+    }
+
+
 @pytest.mark.timeout(900)
-def test_the_worker() -> None:
-    command = [str(NODE), "--test", str(ROOT / "tests" / "web_worker.test.mjs")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+def test_the_worker(model: StableDiffusion, tmp_path: Path) -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+    vectors = noisings(model, picture.repeat(16, 0).repeat(16, 1), "a fox, on the moon \u2019")
+    (tmp_path / "vectors").write_text(json.dumps(vectors), encoding="utf-8")
+    done = subprocess.run(
+        [str(NODE), "--test", str(ROOT / "tests" / "web_worker.test.mjs")],
+        env={**os.environ, "VECTORS": str(tmp_path / "vectors")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "# fail 0" in done.stdout and "# skipped 0" in done.stdout

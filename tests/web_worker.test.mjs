@@ -1,4 +1,5 @@
 // The page's worker, with onnxruntime-web and the model itself: node --test tests/web_worker.test.mjs
+// VECTORS names a file of what Python computed: see tests/test_web_drawings.py.
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import path from "node:path";
@@ -30,6 +31,16 @@ async function until(kind) {
   }
 }
 const ask = (message) => self.onmessage({ data: message });
+const { VECTORS } = process.env;
+const vectors = VECTORS ? JSON.parse(await readFile(VECTORS, "utf8")) : null;
+const given = { skip: vectors ? false : "needs what Python computed" };
+
+/** Throw unless numbers agree to 1e-5 of the greatest, or of 1. */
+function close(got, wanted, what) {
+  const most = wanted.reduce((sum, value) => Math.max(sum, Math.abs(value)), 1);
+  const off = wanted.reduce((sum, value, i) => Math.max(sum, Math.abs(value - got[i])), 0);
+  assert.ok(got.length === wanted.length && off <= 1e-5 * most, `${what}: ${off} of ${most}`);
+}
 
 async function files() {
   const manifest = JSON.parse(await readFile(path.join(WEB, "model", "manifest.json"), "utf8"));
@@ -102,4 +113,63 @@ test("a mistake is told, and the next run goes on", async () => {
   assert.match((await until("error")).message.message, /Fast is not a scheduler here/);
   ask({ kind: "paint", run: 7 });
   assert.match((await until("error")).message.message, /paint is no message/);
+});
+
+test("a prompt is read, a picture encoded and noised as Python does it", given, async () => {
+  const { prompt, picture, rows, clean } = vectors;
+  ask({ kind: "read", id: "words", prompt });
+  const { message: text } = await until("text");
+  for (const name of ["tokens", "ids", "end"]) assert.deepEqual(text[name], vectors[name], name);
+  assert.deepEqual([text.id, text.words[1]], ["words", { word: "fox", tokens: [2] }]);
+  close(text.cond, vectors.cond, "cond");
+  ask({ kind: "encode", id: "picture", picture: Uint8ClampedArray.from(picture) });
+  const { message: encoded } = await until("encoded");
+  assert.equal(encoded.id, "picture");
+  close(encoded.latents, clean, "clean");
+  for (const [id, { timestep, seed, picture: wanted, ...row }] of rows.entries()) {
+    ask({ kind: "noise", id, latents: Float32Array.from(clean), timestep, seed, prompt, decode: true });
+    const { message } = await until("noised");
+    assert.deepEqual([message.id, message.timestep], [id, timestep]);
+    close([message.alphaBar, message.loss], [row.alphaBar, row.loss], `timestep ${timestep}: ${message.alphaBar}, ${message.loss}`);
+    for (const name of ["noise", "noisy", "prediction", "denoised"]) close(message[name], row[name], `timestep ${timestep}, ${name}`);
+    const colours = message.picture.data.filter((_, i) => i % 4 < 3);
+    assert.ok(wanted.every((level, i) => Math.abs(level - colours[i]) <= 1), `timestep ${timestep}, picture`);
+  }
+});
+
+test("questions come back in their order, and let a draw go first", async () => {
+  const latents = new Float32Array(1024);
+  for (let id = 0; id < 40; id++) ask({ kind: "noise", id, latents, timestep: 25 * id, seed: 0, prompt: "a fox", decode: id === 39 });
+  ask({ ...DRAW, run: 8, decodeEvery: 0 });
+  const { before } = await until("done");
+  assert.ok(before.filter(({ kind }) => kind === "noised").length <= 1, `${before.map(({ kind }) => kind)}`);
+  ask({ ...DRAW, run: 9, steps: 30, decodeEvery: 0 });
+  await until("begun");
+  ask({ kind: "stop" });
+  const { before: both } = await until("stopped");
+  assert.ok(both.filter(({ kind }) => kind === "noised").length <= 1);
+  const answers = [...before, ...both].filter(({ kind }) => kind === "noised");
+  while (answers.length < 40) answers.push((await until("noised")).message);
+  assert.deepEqual(answers.map(({ id }) => id), [...Array(40).keys()]);
+  assert.deepEqual(answers.map(({ picture }) => picture !== null), answers.map(({ id }) => id === 39));
+});
+
+test("a question that has no answer says why, with its id", async () => {
+  const latents = new Float32Array(1024);
+  const wrong = {
+    "has 3 numbers\\. Give 128 x 128": { kind: "encode", picture: new Uint8ClampedArray(3) },
+    "has no numbers": { kind: "encode" },
+    "1000 is no timestep\\. Take a whole number from 0 to 999": { kind: "noise", latents, timestep: 1000, seed: 0, prompt: "" },
+    "0\\.5 is no timestep": { kind: "noise", latents, timestep: 0.5, seed: 0, prompt: "" },
+    "have 5 numbers\\. Give 1024": { kind: "noise", latents: new Float32Array(5), timestep: 1, seed: 0, prompt: "" },
+    "never saw 'zebra'": { kind: "read", prompt: "a zebra" },
+  };
+  for (const [why, message] of Object.entries(wrong)) {
+    ask({ ...message, id: why });
+    const { message: told } = await until("error");
+    assert.deepEqual([told.id, told.run], [why, undefined]);
+    assert.match(told.message, new RegExp(why));
+  }
+  ask({ kind: "read", id: 1, prompt: "" });
+  assert.equal((await until("text")).message.end, 1);
 });

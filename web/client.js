@@ -7,7 +7,9 @@
  * worker's code, as `worker-code`.
  *
  * @typedef {{bytes: number, address?: string}} Listed
- * @typedef {{post: (message: Record<string, any>) => void}} Client
+ * @typedef {{post: (message: Record<string, any>) => void, ask: (question: Record<string, any>) => Promise<any>}} Client
+ *          `ask` sends a question of drawing.js, without its id, once the model is there; its promise has the answer, or an
+ *          error whose `words` the model never saw
  */
 
 /** Start the worker and load the model. @param {(message: any) => void} told what the worker answers @param {(share: number) => void} progress @returns {Client} */
@@ -22,10 +24,32 @@ export function start(told, progress) {
     progress([...come.values()].reduce((sum, one) => sum + one, 0) / total);
   };
   const worker = open();
-  worker.onmessage = ({ data }) => (data.kind === "progress" ? came(data.name, data.bytes) : told(data));
+  /** @type {Map<number, {resolve: (answer: any) => void, reject: (error: Error) => void}>} */
+  const waiting = new Map();
+  /** @type {() => void} */
+  let opened;
+  const ready = new Promise((resolve) => { opened = () => resolve(null); });
+  let questions = 0;
+  worker.onmessage = ({ data }) => {
+    const asker = waiting.get(data.id);
+    waiting.delete(data.id);
+    if (data.kind === "progress") came(data.name, data.bytes);
+    else if (!asker) told(data);
+    else if (data.kind === "error") asker.reject(Object.assign(new Error(data.message), { words: data.words }));
+    else asker.resolve(data);
+    if (data.kind === "ready") opened();
+  };
   worker.onerror = (event) => told({ kind: "error", message: event.message || "This browser does not start the page's worker. Try a newer one.", words: [] });
   void files(listed, came).then((contents) => worker.postMessage({ kind: "load", ort: inside() ? undefined : new URL("ort.mjs", location.href).href, threads: Math.min(4, navigator.hardwareConcurrency || 1), files: contents }));
-  return { post: (message) => worker.postMessage(message) };
+  return {
+    post: (message) => worker.postMessage(message),
+    ask: async (question) => {
+      await ready;
+      const id = ++questions;
+      worker.postMessage({ ...question, id });
+      return new Promise((resolve, reject) => waiting.set(id, { resolve, reject }));
+    },
+  };
 }
 
 /**

@@ -1,6 +1,6 @@
 // @ts-check
 /**
- * What the page's worker does: it draws, decodes and stops, and says what comes of it.
+ * What the page's worker does: it draws, decodes and stops, answers questions, and says what comes of it.
  *
  * It is asked by messages:
  *
@@ -15,7 +15,20 @@
  *     {kind: "picture", run, index, picture}        of "decode"
  *     {kind: "done", run, latents, picture, seconds}
  *     {kind: "stopped", run}
- *     {kind: "error", run, message, words}          words that the model never saw; none for other mistakes
+ *     {kind: "error", run, id, message, words}      words that the model never saw; none for other mistakes
+ *
+ * Questions have an `id`, which comes back, with an error as well:
+ *
+ *     {kind: "read", id, prompt}                    what the UNet is told of a prompt
+ *     {kind: "encode", id, picture}                 the latents of a picture, RGBA of 128 x 128
+ *     {kind: "noise", id, latents, timestep, seed, prompt, decode}              the forward process: see `Noised` of noising.js
+ *
+ *     {kind: "text", id, tokens, ids, words, end, cond}     the texts of all 77 tokens; `cond` is (token, feature), (77, 128)
+ *     {kind: "encoded", id, latents}                the mean of the encoder's posterior, as the UNet knows latents
+ *     {kind: "noised", id, timestep, alphaBar, noise, noisy, prediction, denoised, loss, picture}
+ *
+ * They are answered one at a time, in their order, while nothing is drawn: a draw or a stop waits for one of them at most. The
+ * `latents` of "noise" are clean, (channel, y, x); its `picture` is that of `denoised`, null unless `decode`.
  *
  * `edits` are those of experiment.js. A picture is {width, height, data}, RGBA. `maps` are of the prompt alone: of each layer
  * {layer, shape, values}, (head, pixel, token). A step's `picture` is that of its `denoised`, and
@@ -28,6 +41,7 @@
  */
 
 import { isGuided } from "./diffusion/guidance.js";
+import { noised } from "./diffusion/noising.js";
 import { condition, denoise, schedule } from "./diffusion/sampling.js";
 import { PromptError } from "./diffusion/tokens.js";
 import { valueScale } from "./experiment.js";
@@ -35,6 +49,9 @@ import { valueScale } from "./experiment.js";
 /** Make the function that answers a message. @param {Model} model @param {(text: string) => Prompt} read @param {Config} config @param {Post} post */
 export function drawing(model, read, config, post) {
   let current = 0; // a run goes on as long as it is the last that was asked for
+  /** @type {Set<Promise<void>>} */
+  const drawn = new Set(); // that is not yet ended
+  let answered = Promise.resolve();
 
   /** @param {any} message */
   async function draw({ run, prompt, negativePrompt = "", decodeEvery = 3, edits = [], ...experiment }) {
@@ -65,14 +82,51 @@ export function drawing(model, read, config, post) {
     post({ kind: "picture", run, index, picture: await model.decode(latents) });
   }
 
+  /** The answers to questions. @type {Record<string, (message: any) => Promise<Record<string, any>>>} */
+  const questions = {
+    async read({ prompt }) {
+      const asked = read(prompt);
+      const [cond] = await model.encodeText([asked.ids]);
+      return { kind: "text", ...asked, cond };
+    },
+    async encode({ picture }) {
+      return { kind: "encoded", latents: (await model.encode(picture)).mean };
+    },
+    async noise({ prompt, decode: wanted, ...of }) {
+      const [text] = await model.encodeText([read(prompt).ids]);
+      const answer = await noised(model, config, text, of);
+      return { kind: "noised", ...answer, picture: wanted ? await model.decode(answer.denoised) : null };
+    },
+  };
+
+  /** Answer a question after those before it, when nothing is drawn. @param {any} message */
+  function answer(message) {
+    const mine = answered.then(async () => {
+      await pause(); // a draw or a stop may have come
+      while (drawn.size) await Promise.allSettled(drawn);
+      post({ ...(await questions[message.kind](message)), id: message.id });
+    });
+    answered = mine.catch(() => {}); // whoever asked hears of it
+    return mine;
+  }
+
+  /** Draw, and let questions wait. @param {any} message */
+  function drawFirst(message) {
+    const mine = draw(message);
+    drawn.add(mine);
+    return mine.finally(() => drawn.delete(mine));
+  }
+
   return async (/** @type {any} */ message) => {
     try {
-      if (message.kind === "draw") await draw(message);
+      if (message.kind === "draw") await drawFirst(message);
       else if (message.kind === "decode") await decode(message);
       else if (message.kind === "stop") current += 1;
-      else throw new RangeError(`${message.kind} is no message. Send draw, decode or stop.`);
+      else if (Object.hasOwn(questions, message.kind)) await answer(message);
+      else throw new RangeError(`${message.kind} is no message. Send draw, decode, stop, ${Object.keys(questions).join(" or ")}.`);
     } catch (error) {
-      post({ kind: "error", run: message.run, message: String(/** @type {any} */ (error)?.message ?? error), words: error instanceof PromptError ? error.words : [] });
+      const { run, id } = message;
+      post({ kind: "error", run, id, message: String(/** @type {any} */ (error)?.message ?? error), words: error instanceof PromptError ? error.words : [] });
     }
   };
 }

@@ -11,7 +11,7 @@
  *
  *     {kind: "progress", name, bytes}               so many bytes of a file have come
  *     {kind: "ready", words, layers, preview, schedulers}
- *     {kind: "error", message, words}
+ *     {kind: "error", run, id, message, words}
  */
 
 import { openModel } from "./diffusion/model.js";
@@ -80,6 +80,6 @@ self.onmessage = async ({ data }) => {
     else throw new Error("The model is not loaded. Send load first.");
   } catch (error) {
     if (data.kind === "load") opened = null;
-    post({ kind: "error", run: data.run, message: String(/** @type {any} */ (error)?.message ?? error), words: [] });
+    post({ kind: "error", run: data.run, id: data.id, message: String(/** @type {any} */ (error)?.message ?? error), words: [] });
   }
 };

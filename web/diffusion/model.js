@@ -101,9 +101,11 @@ export class Model {
 
   /** Mean and deviation of the latents of an RGBA picture, of the size that the model draws. @param {Uint8ClampedArray} picture */
   async encode(picture) {
-    const places = picture.length / 4;
-    const pixels = new Float32Array(3 * places);
-    for (let channel = 0; channel < 3; channel++) {
+    const [colours, height, width] = this.shapes.pixels;
+    const places = height * width;
+    if (picture?.length !== 4 * places) throw new RangeError(`The picture has ${picture?.length ?? "no"} numbers. Give ${width} x ${height} pixels, RGBA.`);
+    const pixels = new Float32Array(colours * places);
+    for (let channel = 0; channel < colours; channel++) {
       for (let i = 0; i < places; i++) pixels[channel * places + i] = 2 * Math.fround(picture[4 * i + channel] / 255) - 1;
     }
     const { mean, deviation } = await this.run("encoder", { pixels: this.stacked([pixels], this.shapes.pixels) });

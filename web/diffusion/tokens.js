@@ -3,7 +3,7 @@
  * A prompt as the model reads it: CLIP's byte-level byte pairs, from the model's tokenizer.json.
  *
  * @typedef {{word: string, tokens: number[]}} Word a word as it was typed, and the positions of its tokens
- * @typedef {{ids: number[], words: Word[], end: number}} Prompt `end` is the position of the token that ends the prompt
+ * @typedef {{ids: number[], tokens: string[], words: Word[], end: number}} Prompt `tokens` are the texts of all 77; `end` is the position of the one that ends the prompt
  * @typedef {{model: {vocab: Record<string, number>, merges: (string | string[])[]}}} TokenizerFile
  */
 
@@ -29,31 +29,42 @@ export function tokenizer({ model }, known) {
   const letters = byteLetters();
   const vocabulary = new Map(Object.entries(model.vocab));
   const id = (/** @type {string} */ piece) => /** @type {number} */ (vocabulary.get(piece));
-  const [start, end] = [id("<|startoftext|>"), id("<|endoftext|>")];
+  const [START, END] = ["<|startoftext|>", "<|endoftext|>"];
 
   return (text) => {
     const small = text.normalize("NFC").toLowerCase();
     const words = [...small.matchAll(WORD)].map((match) => ({ word: match[0], from: match.index, to: match.index + match[0].length, tokens: /** @type {number[]} */ ([]) }));
     refuse(words.map(({ word }) => word), known);
-    const ids = [start];
+    const pieces = [START];
     for (const match of small.matchAll(PIECE)) {
       const bytes = bytesOf(match[0], match.index);
       let at = 0;
       for (const piece of merged(bytes.map(({ byte }) => letters[byte]), ranks)) {
         const [from, last] = [bytes[at], bytes[(at += piece.replace(LAST, "").length) - 1]];
-        for (const word of words) if (from.place < word.to && last.place >= word.from) word.tokens.push(ids.length);
-        ids.push(id(piece));
+        for (const word of words) if (from.place < word.to && last.place >= word.from) word.tokens.push(pieces.length);
+        pieces.push(piece);
       }
     }
-    if (ids.length >= LENGTH) throw new PromptError(`The prompt has ${ids.length + 1} tokens. Write at most ${LENGTH}.`);
-    const padding = Array(LENGTH - ids.length).fill(end); // the first of them ends the prompt
-    return { ids: [...ids, ...padding], words: words.map(({ word, tokens }) => ({ word, tokens })), end: ids.length };
+    const end = pieces.length;
+    if (end >= LENGTH) throw new PromptError(`The prompt has ${end + 1} tokens. Write at most ${LENGTH}.`);
+    const every = [...pieces, ...Array(LENGTH - end).fill(END)]; // the first of them ends the prompt
+    return { ids: every.map(id), tokens: every.map((piece) => textOf(piece, letters)), words: words.map(({ word, tokens }) => ({ word, tokens })), end };
   };
 }
 
 /** The bytes of a text in UTF-8, each with the place of its character. @param {string} text @param {number} from */
 function bytesOf(text, from) {
   return [...text.matchAll(/./gsu)].flatMap(({ 0: character, index }) => [...new TextEncoder().encode(character)].map((byte) => ({ byte, place: from + index })));
+}
+
+/** The text of a piece; bytes that are a part of a character alone are shown as \xe2. @param {string} piece @param {string[]} letters */
+function textOf(piece, letters) {
+  const bytes = Uint8Array.from(piece.replace(LAST, ""), (letter) => letters.indexOf(letter));
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch {
+    return Array.from(bytes, (byte) => (byte < 128 ? String.fromCharCode(byte) : `\\x${byte.toString(16)}`)).join("");
+  }
 }
 
 /** Throw for words that the model never saw, each named once. @param {string[]} words @param {string[]} known */
