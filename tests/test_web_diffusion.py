@@ -54,7 +54,8 @@ def prompts(model: StableDiffusion) -> list[dict[str, Any]]:
     """Random prompts of the words that the model knows, as Python reads them."""
     words = sorted(model.vocabulary or ())
     drawn = random.Random(0)
-    texts = ["", " ", "a fox on the moon", "A FOX, on the Moon!", "fox-fox_moon...", "'the turtle'", "a fox\u2019"]
+    texts = ["", " ", "a fox on the moon", "A FOX, on the Moon!", "fox-fox_moon...", "'the turtle'"]
+    texts.append("a fox\u2019")
     for _ in range(400):
         some = drawn.choices(words, k=drawn.randint(1, 20))
         cased = [drawn.choice([str.lower, str.upper, str.title])(word) for word in some]
