@@ -493,6 +493,17 @@ def test_asking_for_the_schedule_changes_no_scheduler() -> None:
         assert str(vars(scheduler)) == state
 
 
+def test_what_is_done_to_a_fresh_scheduler_is_not_seen_in_the_next() -> None:
+    scheduler = model_of("KDPM2", "epsilon").scheduler
+    first = fresh(scheduler)
+    untouched = str(vars(fresh(scheduler)))
+    first.set_timesteps(3)
+    first.alphas_cumprod.zero_()
+    first.sigmas.zero_()
+    assert str(vars(fresh(scheduler))) == untouched
+    assert type(fresh(scheduler)) is type(scheduler) and fresh(scheduler).config == first.config
+
+
 def test_another_class_takes_what_was_set_but_not_this_classs_defaults() -> None:
     """As diffusers' `from_config`: Euler keeps its own linspace although PNDM's default is
     leading.

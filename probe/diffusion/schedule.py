@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +100,13 @@ def fresh(scheduler: Any, **changes: Any) -> Any:
     # changed them (clip_sample).
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     known = {key: value for key, value in changes.items() if key in config}
-    return type(scheduler).from_config({**config, **known})
+    return copy.deepcopy(_built(type(scheduler).from_config, pickle.dumps({**config, **known})))
+
+
+@functools.lru_cache(maxsize=32)
+def _built(make: Any, config: bytes) -> Any:
+    """Return a scheduler that nobody has touched, to be copied: KDPM2 takes 0.2 s to be made."""
+    return make(pickle.loads(config))
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = None) -> None:
