@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests" / "web_drawings.mjs"
 NODE, NPM = shutil.which("node"), shutil.which("npm")
 DDIM: dict[str, Any] = {"scheduler": "DDIM", "steps": 30, "guidance_scale": 5.0}
+SHARE, WHOLE = {"seed": 7, "amount": 0.3}, {"seed": 9, "amount": 1.0}  # of another seed's noise
 TABLE: list[dict[str, Any]] = [
     {**DDIM, "prompt": "An astronaut scuba diving", "seed": 5},
     {**DDIM, "prompt": "a fox on the moon", "seed": 0, "guidance_scale": 8.0},
@@ -32,6 +33,13 @@ TABLE: list[dict[str, Any]] = [
     {**DDIM, "prompt": "a pizza party", "seed": 7, "scheduler": "EulerAncestral"},
     {**DDIM, "prompt": "a robot in the desert", "seed": 8, "scheduler": "DPM++2M", "steps": 20},
     {**DDIM, "prompt": "a penguin on the snow", "seed": 9, "scheduler": "PNDM", "steps": 20},
+    {**DDIM, "prompt": "a fox on the moon", "seed": 3, "noises": [SHARE]},
+    {**DDIM, "prompt": "a lion", "seed": 2, "scheduler": "Euler", "noises": [WHOLE]},
+]
+FROM_A_PICTURE: list[dict[str, Any]] = [
+    {**DDIM, "prompt": "a fox on the moon", "seed": 3, "strength": 0.6},
+    {**DDIM, "prompt": "a cat", "seed": 2, "scheduler": "Euler", "steps": 20, "strength": 0.35},
+    {**DDIM, "prompt": "", "seed": 1, "guidance_scale": 1.0, "scheduler": "PNDM", "strength": 1.0},
 ]
 KEYS = {
     "negative_prompt": "negativePrompt",
@@ -90,7 +98,9 @@ def check_same(run: probe.Run, picture: np.ndarray, latents: np.ndarray) -> None
 
 def recorded(model: StableDiffusion, row: dict[str, Any]) -> probe.Run:
     capture = {"attention": "off", "text": False, "statistics": False}
-    recipe = {**row, "model": "emojiworld", "dtype": "float32", "capture": capture}
+    edits = [{"kind": "noise", **noise} for noise in row.get("noises", ())]
+    recipe = {"edits": edits, **row, "model": "emojiworld", "dtype": "float32", "capture": capture}
+    recipe.pop("noises", None)
     return probe.record(recipe, model, output=None, progress=False)
 
 
@@ -105,7 +115,6 @@ def test_prompts_seeds_and_schedulers(model: StableDiffusion, tmp_path: Path) ->
 def test_a_picture_to_begin_from_and_a_word_that_nobody_reads(
     model: StableDiffusion, tmp_path: Path
 ) -> None:
-    begun = {**DDIM, "prompt": "a fox on the moon", "seed": 3, "strength": 0.6}
     edited = {**DDIM, "prompt": "a fox on the moon", "seed": 3}
     picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     picture = picture.repeat(16, 0).repeat(16, 1)
@@ -114,12 +123,13 @@ def test_a_picture_to_begin_from_and_a_word_that_nobody_reads(
     np.concatenate([picture, opaque], 2).tofile(tmp_path / "picture.rgba")
     off = {"token": 2, "from": 6}
     table = [
-        {**the_pages(begun), "picture": "picture.rgba"},
         {**the_pages(edited), "off": off},
         the_pages(edited),
+        *({**the_pages(row), "picture": "picture.rgba"} for row in FROM_A_PICTURE),
     ]
-    from_picture, without_fox, as_ever = drawn(table, tmp_path)
-    check_same(recorded(model, {**begun, "image": str(tmp_path / "picture.png")}), *from_picture)
+    without_fox, as_ever, *from_picture = drawn(table, tmp_path)
+    for row, page in zip(FROM_A_PICTURE, from_picture, strict=True):
+        check_same(recorded(model, {**row, "image": str(tmp_path / "picture.png")}), *page)
     edits = [{"kind": "value", "words": ["fox"], "steps": "6:"}]
     check_same(recorded(model, {**edited, "edits": edits}), *without_fox)
     assert abs(without_fox[0].astype(int) - as_ever[0].astype(int)).max() > 30

@@ -145,9 +145,11 @@ def test_python_reads_the_experiment_that_the_page_writes(tmp_path: Path) -> Non
     edits = [
         {"kind": "value", "word": "fox", "from": 6},
         {"kind": "head", "layer": layer, "head": 3, "from": 0},
+        {"kind": "noise", "seed": 7, "amount": 0.3},
     ]
     fields = {"seed": 4294967295, "guidance": 7.5, "steps": 20, "scheduler": "DPM++2M"}
-    asked = {"prompt": 'a "fox": \\ {é} 🦊 # moon', **fields, "edits": edits}
+    start = {"name": "a-fox-1.png", "strength": 0.65}
+    asked = {"prompt": 'a "fox": \\ {é} 🦊 # moon', **fields, "edits": edits, "start": start}
     code = (
         "const { yaml } = await import(process.argv[1]);"
         "process.stdout.write(yaml(JSON.parse(process.argv[2])));"
@@ -159,10 +161,12 @@ def test_python_reads_the_experiment_that_the_page_writes(tmp_path: Path) -> Non
     read = load_experiment(tmp_path / "page.yaml")
     assert (read.prompt, read.seed, read.steps) == (asked["prompt"], 4294967295, 20)
     assert (read.guidance_scale, read.scheduler, read.dtype) == (7.5, "DPM++2M", "float32")
-    value, head = read.edits
+    assert (str(read.image), read.strength) == ("a-fox-1.png", 0.65)
+    value, head, noise = read.edits
     assert value.kind == "value" and value.words == ("fox",) and value.steps == "6:"
     assert head.kind == "head" and head.layers == (layer,) and head.heads == (3,)
     assert head.how == "zero" and head.steps == "all"
+    assert noise.kind == "noise" and (noise.seed, noise.amount) == (7, 0.3)
 
 
 def test_a_picture_holds_its_experiment(tmp_path: Path) -> None:

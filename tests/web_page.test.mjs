@@ -118,9 +118,24 @@ test("an address holds an experiment, and gives it back", () => {
   assert.deepEqual(experiments.fromAddress(query, SCHEDULERS, LAYERS), experiment);
 });
 
+test("an address holds a nudge, and a picture that the page can draw, or its name", () => {
+  const drawn = { ...FOX, prompt: "an owl", edits: [{ kind: "noise", seed: 7, amount: 0.35 }] };
+  const begun = (start, edits = []) => ({ ...FOX, edits, start: { strength: 0.65, picture: null, ...start } });
+  const there = (experiment) => experiments.fromAddress(experiments.toAddress("?start=old&noise=1+1", experiment, LAYERS), SCHEDULERS, LAYERS);
+  assert.deepEqual(there(drawn), drawn);
+  const from = begun({ name: "an-owl-1.png", of: drawn }, [{ kind: "value", word: "fox", from: 6 }]);
+  assert.deepEqual(there(from), { ...from, start: { ...from.start, name: "picture.png" } }); // it gets its name when it is drawn
+  const brushed = begun({ name: "drawing-1f.png", of: null });
+  assert.deepEqual(there(brushed), brushed);
+  assert.deepEqual(there(begun({ name: "copy.png", of: brushed })).start.of, null, "one picture of a picture is not held");
+  assert.match(experiments.facts(from), /from a picture at strength 0\.65, “fox” off from step 6$/);
+  assert.match(experiments.facts(drawn), /0\.35 of the noise of seed 7$/);
+});
+
 test("an address of no sense is the first experiment", () => {
-  const hostile = "?seed=-1&guidance=1e9&num_steps=9999&scheduler=constructor&off=head+9.9+1&off=value+<b>+1&off=__proto__";
+  const hostile = "?seed=-1&guidance=1e9&num_steps=9999&scheduler=constructor&off=head+9.9+1&off=value+<b>+1&off=__proto__&noise=7+2&noise=99999999999+1&noise=5+0.5&noise=&strength=9";
   assert.deepEqual(experiments.fromAddress(hostile, SCHEDULERS, LAYERS), { ...experiments.FIRST });
+  assert.deepEqual(experiments.fromAddress("?start=../../etc/passwd<b>&strength=9&noise=7+1", SCHEDULERS, LAYERS), { ...experiments.FIRST, start: { name: "picture.png", strength: 0.6, picture: null, of: null } });
   assert.equal(experiments.fromAddress(`?prompt=${"a%00".repeat(900)}`, SCHEDULERS, LAYERS).prompt.length, 300);
   assert.deepEqual(experiments.fromAddress("?seed=4294967295&guidance=1", SCHEDULERS, LAYERS), { ...experiments.FIRST, seed: 4294967295, guidance: 1 });
 });
@@ -128,6 +143,7 @@ test("an address of no sense is the first experiment", () => {
 test("edits become factors: words in the prompt's row, heads in both", () => {
   const of = { layers: LAYERS, shape: [2, 3, 5], words: [{ word: "a", tokens: [1] }, { word: "fox", tokens: [2, 3] }, { word: "a", tokens: [4] }], rows: 2 };
   assert.equal(experiments.valueScale([], of), undefined);
+  assert.equal(experiments.valueScale([{ kind: "noise", seed: 7, amount: 0.3 }], of), undefined);
   const scale = experiments.valueScale([{ kind: "value", word: "fox", from: 2 }, { kind: "head", layer: LAYERS[1], head: 2, from: 1 }], of);
   assert.equal(scale(0), undefined);
   const zeros = (index) => [...scale(index)].flatMap((value, i) => (value === 0 ? [i] : []));
@@ -157,4 +173,6 @@ test("a run is packed as a recording, for Python to prove", { skip: !FOLDER }, a
   await writeFile(path.join(FOLDER, "page.zarr.zip"), await recording(run, template, { software: "a test", created: about.created }));
   run.experiment.edits = [{ kind: "value", word: "fox", from: 0 }];
   await assert.rejects(recording(run, template, {}), /copy the experiment/);
+  Object.assign(run.experiment, { edits: [], start: { name: "fox.png", strength: 0.5, picture: null, of: null } });
+  await assert.rejects(recording(run, template, {}), /from noise/);
 });

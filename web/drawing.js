@@ -61,10 +61,11 @@ export function drawing(model, read, config, post) {
     const asked = read(prompt);
     const conditioning = await condition(model, asked, read(negativePrompt), experiment.guidanceScale);
     const rows = isGuided(experiment.guidanceScale) ? 2 : 1;
+    const noises = edits.filter((/** @type {import("./experiment.js").Edit} */ { kind }) => kind === "noise");
     const scale = valueScale(edits, { layers: model.layers, shape: model.shapes.value_scale, words: asked.words, rows });
     post({ kind: "begun", run, words: asked.words, end: asked.end, ...schedule(config, experiment) });
     let latents;
-    for await (const step of denoise(model, config, conditioning, { ...experiment, valueScale: scale })) {
+    for await (const step of denoise(model, config, conditioning, { ...experiment, noises, valueScale: scale })) {
       const { maps, nextLatents, ...rest } = step;
       const shown = decodeEvery > 0 && (step.index + 1) % decodeEvery === 0;
       const picture = shown ? await model.decode(step.denoised) : null;

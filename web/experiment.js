@@ -5,13 +5,18 @@
  *
  * @typedef {{kind: "value", word: string, from: number}} ValueEdit a word that is attended to and says nothing, from a step on
  * @typedef {{kind: "head", layer: string, head: number, from: number}} HeadEdit a head that writes nothing
- * @typedef {ValueEdit | HeadEdit} Edit
- * @typedef {{prompt: string, seed: number, guidance: number, steps: number, scheduler: string, edits: Edit[]}} Experiment
+ * @typedef {{kind: "noise", seed: number, amount: number}} NoiseEdit another seed's noise mixed into the first
+ * @typedef {ValueEdit | HeadEdit | NoiseEdit} Edit
+ * @typedef {{name: string, strength: number, picture: Uint8ClampedArray | null, of: Experiment | null}} Start a picture to begin from, RGBA, under the
+ *          name that it is saved by; `of` draws it, where that is known, and `picture` is null where it is not here
+ * @typedef {{prompt: string, seed: number, guidance: number, steps: number, scheduler: string, edits: Edit[], start?: Start}} Experiment
  */
 
 /** @type {Experiment} */
 export const FIRST = { prompt: "a fox on the moon", seed: 5, guidance: 3, steps: 30, scheduler: "DDIM", edits: [] };
 export const BOUNDS = { guidance: { min: 1, max: 15, step: 0.5 }, steps: { min: 5, max: 60, step: 1 } };
+export const STRENGTH = { min: 0.2, max: 1, step: 0.05 }; // at the least one of five steps
+export const AMOUNT = { min: 0.05, max: 1, step: 0.05 };
 const STEPS = "num_steps"; // in an address, where the player has `steps` of its own
 const [LONGEST, LARGEST_SEED, MOST_EDITS] = [300, 2 ** 32 - 1, 40];
 
@@ -24,14 +29,33 @@ export function fromAddress(query, schedulers, layers) {
     return value >= least && value <= most ? value : fallback;
   };
   const scheduler = given.get("scheduler") ?? "";
+  const seed = number("seed", 0, LARGEST_SEED, FIRST.seed);
+  const start = startIn(given, number("strength", STRENGTH.min, STRENGTH.max, 0.6, 2), schedulers, layers);
+  const noises = start ? [] : given.getAll("noise").slice(0, MOST_EDITS).flatMap(noise).filter((one) => one.seed !== seed);
   return {
     prompt: (given.get("prompt") ?? FIRST.prompt).replace(/[\p{Cc}\p{Cs}]+/gu, " ").slice(0, LONGEST),
-    seed: number("seed", 0, LARGEST_SEED, FIRST.seed),
+    seed,
     guidance: number("guidance", BOUNDS.guidance.min, BOUNDS.guidance.max, FIRST.guidance, 2),
     steps: number(STEPS, BOUNDS.steps.min, BOUNDS.steps.max, FIRST.steps),
     scheduler: schedulers.includes(scheduler) ? scheduler : FIRST.scheduler,
-    edits: given.getAll("off").slice(0, MOST_EDITS).flatMap((text) => edit(text, layers)),
+    edits: [...given.getAll("off").slice(0, MOST_EDITS).flatMap((text) => edit(text, layers)), ...noises],
+    ...(start ? { start } : {}),
   };
+}
+
+/** The picture that an address begins from: an experiment that draws it, or its name alone. @param {URLSearchParams} given @param {number} strength @param {string[]} schedulers @param {string[]} layers @returns {Start | null} */
+function startIn(given, strength, schedulers, layers) {
+  const text = given.get("start");
+  if (text === null) return null;
+  const drawn = text.includes("prompt=") && !new URLSearchParams(text).has("start");
+  return { name: /^[a-z0-9-]{1,60}\.png$/.test(text) ? text : "picture.png", strength, picture: null, of: drawn ? fromAddress(text, schedulers, layers) : null };
+}
+
+/** A nudge as an address has it: "7 0.3" mixes in 0.3 of the noise of seed 7. @param {string} text @returns {NoiseEdit[]} */
+function noise(text) {
+  const found = /^(\d{1,10}) ([01](?:\.\d{1,2})?)$/.exec(text);
+  const [seed, amount] = found ? [Number(found[1]), Number(found[2])] : [-1, 0];
+  return seed >= 0 && seed <= LARGEST_SEED && amount > 0 && amount <= 1 ? [{ kind: "noise", seed, amount }] : [];
 }
 
 /** An edit as an address has it: "value fox 6" or "head 3.1 6", layer 3 and head 1. @param {string} text @param {string[]} layers @returns {Edit[]} */
@@ -44,38 +68,49 @@ function edit(text, layers) {
 }
 
 /** The address of an experiment; what else is in it stays. @param {string} query @param {Experiment} experiment @param {string[]} layers */
-export function toAddress(query, { edits, ...fields }, layers) {
+export function toAddress(query, { edits, start, ...fields }, layers) {
   const given = new URLSearchParams(query);
   for (const [name, value] of Object.entries(fields)) given.set(name === "steps" ? STEPS : name, String(value));
-  given.delete("off");
-  for (const one of edits) given.append("off", one.kind === "value" ? `value ${one.word} ${one.from}` : `head ${layers.indexOf(one.layer)}.${one.head} ${one.from}`);
+  for (const name of ["off", "noise", "start", "strength"]) given.delete(name);
+  for (const one of edits) {
+    if (one.kind === "noise") given.append("noise", `${one.seed} ${one.amount}`);
+    else given.append("off", one.kind === "value" ? `value ${one.word} ${one.from}` : `head ${layers.indexOf(one.layer)}.${one.head} ${one.from}`);
+  }
+  if (start) {
+    given.set("start", start.of && !start.of.start ? toAddress("", start.of, layers).slice(1) : start.name);
+    given.set("strength", String(start.strength));
+  }
   return `?${given}`;
 }
 
 /** How it was made, in a line. @param {Experiment} experiment */
-export function facts({ scheduler, steps, guidance, seed, edits }) {
+export function facts({ scheduler, steps, guidance, seed, edits, start }) {
   const guided = guidance > 1 ? `guidance ${guidance}` : "no guidance";
-  return [`emojiworld, ${scheduler}, ${steps} steps, ${guided}, seed ${seed}`, ...edits.map(inWords)].join(", ");
+  return [`emojiworld, ${scheduler}, ${steps} steps, ${guided}, seed ${seed}`, ...(start ? [`from a picture at strength ${start.strength}`] : []), ...edits.map(inWords)].join(", ");
 }
 
 /** An edit in words. @param {Edit} edit */
 export function inWords(edit) {
+  if (edit.kind === "noise") return `${edit.amount} of the noise of seed ${edit.seed}`;
   const what = edit.kind === "value" ? `“${edit.word}”` : `${edit.layer.split(".transformer")[0]} head ${edit.head}`;
   return `${what} off${edit.from ? ` from step ${edit.from}` : ""}`;
 }
 
 /** The fields that Python has for it. @param {Experiment} experiment */
-export function recipe({ prompt, seed, guidance, steps, scheduler, edits }) {
-  const made = edits.map((one) => ({
+export function recipe({ prompt, seed, guidance, steps, scheduler, edits, start }) {
+  const begun = start ? { image: start.name, strength: start.strength } : {};
+  const made = edits.map((one) => one.kind === "noise" ? one : {
     ...(one.kind === "value" ? { kind: "value", words: [one.word] } : { kind: "head", layers: [one.layer], heads: [one.head], how: "zero" }),
     ...(one.from ? { steps: `${one.from}:` } : {}),
-  }));
-  return { model: "emojiworld", dtype: "float32", prompt, scheduler, steps, guidance_scale: guidance, seed, ...(made.length ? { edits: made } : {}) };
+  });
+  return { model: "emojiworld", dtype: "float32", prompt, ...begun, scheduler, steps, guidance_scale: guidance, seed, ...(made.length ? { edits: made } : {}) };
 }
 
-/** A file for `python -m probe.run FILE`. What is JSON is YAML. @param {Experiment} experiment */
-export function yaml(experiment) {
-  const { edits = [], ...fields } = recipe(experiment);
+/** A file for `python -m probe.run FILE`. @param {Experiment} experiment */
+export const yaml = (experiment) => written(recipe(experiment));
+
+/** Fields as YAML; what is JSON is YAML. @param {Record<string, any>} recipe */
+export function written({ edits = [], ...fields }) {
   const quoted = (/** @type {unknown} */ value) => JSON.stringify(value).replace(/[\u007f-\u{10ffff}]/gu, (letter) => `\\U${letter.codePointAt(0)?.toString(16).padStart(8, "0")}`);
   const lines = Object.entries(fields).map(([name, value]) => `${name}: ${quoted(value)}`);
   if (edits.length) lines.push("edits:", ...edits.map((one) => `  - ${quoted(one)}`));
@@ -91,9 +126,10 @@ export function yaml(experiment) {
  * @returns {((index: number) => Float32Array | undefined) | undefined}
  */
 export function valueScale(edits, { layers, shape: [count, heads, length], words, rows }) {
-  if (!edits.length) return undefined;
+  const inside = edits.filter((one) => one.kind !== "noise");
+  if (!inside.length) return undefined;
   return (index) => {
-    const now = edits.filter(({ from }) => index >= from);
+    const now = inside.filter(({ from }) => index >= from);
     if (!now.length) return undefined;
     const scale = new Float32Array(count * rows * heads * length).fill(1);
     const off = (/** @type {number} */ layer, /** @type {number} */ row, /** @type {number} */ head, /** @type {number[]} */ tokens) => {

@@ -22,7 +22,7 @@ const encoder = new TextEncoder();
 /** Pack a finished run. @param {Growing} run @param {Template} template @param {{software: string, created: string}} here @returns {Promise<Uint8Array<ArrayBuffer>>} */
 export async function recording(run, template, here) {
   const { experiment } = run;
-  if (!run.picture || experiment.edits.length) throw new Error("A recording is made of a finished run in which nothing was switched off. Python records the others: copy the experiment.");
+  if (!run.picture || experiment.edits.length || experiment.start) throw new Error("A recording is made of a finished run from noise, in which nothing was changed. Python records the others: copy the experiment.");
   /** @type {Map<string, Uint8Array>} */
   const files = new Map();
   /** @type {string[]} */

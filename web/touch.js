@@ -1,7 +1,7 @@
 // @ts-check
 /**
  * What a reader changes inside a run: a word taken out, a word or a head switched off from a step on,
- * another guidance at one step; and the experiment to take away.
+ * its first noise nudged, another guidance at one step; and the experiment to take away.
  *
  * @typedef {import("./growing.js").Growing} Growing
  * @typedef {import("./experiment.js").Experiment} Experiment
@@ -15,6 +15,8 @@ import { short } from "../probe/figures/payload.js";
 import { guide } from "./diffusion/guidance.js";
 import { denoised } from "./diffusion/schedulers.js";
 import { BOUNDS, yaml } from "./experiment.js";
+import { nudge } from "./nudge.js";
+import { paint, paintSmall, pngOf } from "./painting.js";
 import { withText } from "./png.js";
 import { previewed } from "./preview.js";
 import { recording } from "./recording.js";
@@ -38,6 +40,7 @@ export function touch(section, { draw, decode }) {
   const off = card("Switch it off on the way", "");
   const values = make("div", "chips", "", off.made, { role: "group", "aria-label": "Which word to switch off" });
   const head = make("button", "", "", off.made, { type: "button" });
+  const noise = nudge(card("Nudge the noise", ""), (edit) => run && draw({ ...run.experiment, edits: [...run.experiment.edits.filter(({ kind }) => kind !== "noise"), edit] }, run));
   const other = card("Other guidance at this step", "");
   const dial = make("label", "dial", "guidance ", other.made);
   const scale = make("input", "", "", dial, { type: "range", id: "other-guidance" });
@@ -48,13 +51,16 @@ export function touch(section, { draw, decode }) {
     const figure = make("figure", "", "", pair);
     return { canvas: make("canvas", "", "", figure, { width: "128", height: "128", role: "img", "aria-label": `The guess ${text}` }), note: make("figcaption", "", text, figure) };
   });
-  const away = card("Take it with you", "python -m probe.run records the same in Python, from this file.");
-  const code = make("pre", "", "", away.made, { tabindex: "0", "aria-label": "The experiment as YAML" });
-  const buttons = make("div", "chips", "", away.made);
+  const away = make("div", "touch away", "", section);
+  make("h3", "", "Take it with you", away);
+  const about = make("p", "", "", away);
+  const code = make("pre", "", "", away, { tabindex: "0", "aria-label": "The experiment as YAML" });
+  const buttons = make("div", "chips", "", away);
   const copy = make("button", "", "Copy as experiment", buttons, { type: "button" });
   const save = make("button", "", "Picture (PNG)", buttons, { type: "button", title: "The experiment is inside" });
+  const begun = make("button", "", "The picture it began from (PNG)", buttons, { type: "button" });
   const pack = make("button", "", "Recording (.zarr.zip)", buttons, { type: "button", title: "probe verify proves it, probe view shows it" });
-  const told = make("p", "", "", away.made, { role: "status" });
+  const told = make("p", "", "", away, { role: "status" });
 
   /** From which step on something is switched off: where the reader is, but for the last. */
   const from = () => (run && at.step === run.calls - 1 ? Math.round(at.step / 3) : at.step);
@@ -73,12 +79,13 @@ export function touch(section, { draw, decode }) {
     copy.textContent = "Copied";
     setTimeout(() => { copy.textContent = "Copy as experiment"; }, 1500);
   });
-  save.onclick = () => {
-    const { name } = /** @type {Growing} */ (run);
-    const canvas = make("canvas", "", "", undefined, { width: "128", height: "128" });
-    canvas.getContext("2d").drawImage(run?.parts.final.bitmap, 0, 0);
-    canvas.toBlob(async (/** @type {Blob} */ blob) => keep(new Blob([withText(new Uint8Array(await blob.arrayBuffer()), "experiment", code.textContent)], { type: "image/png" }), `${name}.png`));
+  /** Save a picture as a file. @param {string} name @param {Uint8ClampedArray} data @param {string} [experiment] goes with it */
+  const saved = async (name, data, experiment) => {
+    const png = await pngOf(data);
+    keep(new Blob([experiment ? withText(png, "experiment", experiment) : png], { type: "image/png" }), name);
   };
+  save.onclick = () => run?.picture && saved(`${run.name}.png`, run.picture.data, code.textContent);
+  begun.onclick = () => run?.experiment.start?.picture && saved(run.experiment.start.name, run.experiment.start.picture);
   pack.onclick = async () => {
     try {
       const template = JSON.parse(/** @type {HTMLElement} */ (document.getElementById("recording")).textContent ?? "");
@@ -113,9 +120,14 @@ export function touch(section, { draw, decode }) {
       chips(words, (_, index) => run && draw({ ...run.experiment, prompt: run.begun.words.filter((__, i) => i !== index).map(({ word }) => word).join(" ") }, run), "Draw without");
       chips(values, (word) => edited({ kind: "value", word, from: from() }), "Switch off");
       code.textContent = yaml(next.experiment);
+      const { start } = next.experiment;
+      about.textContent = `python -m probe.run records the same in Python, from this file.${start ? ` It names ${start.name}: save that picture beside it. The address holds ${start.of ? "how that picture was drawn." : "all but the picture."}` : ""}`;
+      begun.hidden = !start;
       told.textContent = "";
     }
     at = { step: state.step, layer: state.layer, head: state.head };
+    save.disabled = !next.picture;
+    noise(next);
     section.hidden = false;
     const when = from() ? `From step ${from()} on` : "From the first step on";
     off.about.textContent = `${when} a word is still attended to and says nothing. Move to another step to begin there.`;
@@ -132,19 +144,4 @@ export function touch(section, { draw, decode }) {
     if (!same) guess(true);
   }
   return { show, decoded: (/** @type {import("./growing.js").Picture} */ picture) => paint(asAsked.canvas, picture) };
-}
-
-/** @param {HTMLCanvasElement} canvas @param {import("./growing.js").Picture} picture */
-function paint(canvas, { width, height, data }) {
-  canvas.getContext("2d")?.putImageData(new ImageData(Uint8ClampedArray.from(data), width, height), 0, 0);
-}
-
-/** A picture of 16 x 16 over a whole canvas. @param {HTMLCanvasElement} canvas @param {Uint8ClampedArray} data */
-function paintSmall(canvas, data) {
-  const side = Math.sqrt(data.length / 4);
-  const small = new OffscreenCanvas(side, side);
-  small.getContext("2d")?.putImageData(new ImageData(Uint8ClampedArray.from(data), side, side), 0, 0);
-  const pen = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
-  pen.imageSmoothingEnabled = false;
-  pen.drawImage(small, 0, 0, canvas.width, canvas.height);
 }

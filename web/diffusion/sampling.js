@@ -8,8 +8,8 @@
  * @typedef {import("./schedulers.js").Config} Config
  * @typedef {{cond: Float32Array, uncond: Float32Array | null}} Conditioning what the UNet is told of each branch
  * @typedef {{scheduler: string, steps: number, seed: number | bigint, guidanceScale: number, guidanceRescale?: number,
- *            picture?: Uint8ClampedArray, strength?: number, valueScale?: (index: number) => Float32Array | undefined}} Experiment
- *          With a `picture`, RGBA, only the share `strength` of the steps is run. `valueScale` is that of `Model.predict`, by step.
+ *            picture?: Uint8ClampedArray, strength?: number, noises?: import("./noise.js").NoiseEdit[], valueScale?: (index: number) => Float32Array | undefined}} Experiment
+ *          With a `picture`, RGBA, only the share `strength` of the steps is run. `noises` are edits of the first noise. `valueScale` is that of `Model.predict`, by step.
  * @typedef {{index: number, timestep: number, sigma: number, alphaBar: number, latents: Float32Array, input: Float32Array,
  *            uncond: Float32Array | null, cond: Float32Array, prediction: Float32Array, denoised: Float32Array,
  *            nextLatents: Float32Array, maps: LayerMap[]}} Step
@@ -17,6 +17,7 @@
  */
 
 import { guide, isGuided } from "./guidance.js";
+import { nudged } from "./noise.js";
 import { generator } from "./randn.js";
 import { denoised, makeScheduler } from "./schedulers.js";
 
@@ -78,8 +79,9 @@ function firstCall({ picture, strength = 1, steps }) {
  * @param {Experiment} experiment
  * @param {number} first
  */
-async function begin(model, scheduler, draw, { picture }, first) {
-  if (!picture) return draw().map((value) => value * scheduler.initSigma);
+async function begin(model, scheduler, draw, { picture, noises = [] }, first) {
+  if (!picture) return nudged(draw(), noises).map((value) => value * scheduler.initSigma);
+  if (noises.length) throw new RangeError("A run that begins from a picture has no first noise of its own to edit. Begin from noise.");
   const { mean, deviation } = await model.encode(picture);
   const sample = draw(); // of the encoder's posterior, before the noise
   const clean = mean.map((value, i) => value + Math.fround(deviation[i] * sample[i]));
