@@ -115,8 +115,25 @@ def write_recording(run: Run, folder: Path) -> None:
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
+def write_pictures(folder: Path) -> None:
+    """Write pictures of many kinds, each named by its size."""
+    folder.mkdir()
+    for size in ((300, 200), (129, 70_000 // 129)):
+        picture, where = Image.new("RGBA", size, (250, 120, 10, 200)), f"{size[0]}x{size[1]}"
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010E] = 6, "a camera" * 500
+        picture.save(folder / f"{where}-.png")
+        picture.save(folder / f"{where}-alpha.webp")
+        picture.save(folder / f"{where}-lossless.webp", lossless=True)
+        opaque = picture.convert("RGB")
+        opaque.save(folder / f"{where}-lossy.webp")
+        opaque.save(folder / f"{where}-exif.jpg", exif=exif)
+        opaque.save(folder / f"{where}-progressive.jpg", progressive=True, comment=b"\xff\xc0" * 50)
+
+
 def test_the_page_makes_of_a_run_what_python_makes_of_it(run: Run, tmp_path: Path) -> None:
     write_recording(run, tmp_path)
+    write_pictures(tmp_path / "pictures")
     environment = os.environ | {"PAYLOADS": str(tmp_path)}
     command = [str(NODE), "--test", str(TEST)]
     done = subprocess.run(

@@ -1,7 +1,7 @@
 // The page's own modules: node --test tests/web_page.test.mjs
 // PAYLOADS is a folder that tests/test_web_page.py fills: a recording, and what Python makes of it.
 import assert from "node:assert/strict";
-import { readFile, writeFile } from "node:fs/promises";
+import { readFile, readdir, writeFile } from "node:fs/promises";
 import path from "node:path";
 import test from "node:test";
 
@@ -9,8 +9,10 @@ import { kept, resized } from "../web/attention.js";
 import * as experiments from "../web/experiment.js";
 import { COLUMNS, Growing, HEAT, PANELS } from "../web/growing.js";
 import { crc32, withText } from "../web/png.js";
+import { sizeOf } from "../web/photo.js";
 import { previewed } from "../web/preview.js";
 import { crc32c, recording } from "../web/recording.js";
+import { begun, wishes } from "../web/wishes.js";
 
 const FOLDER = process.env.PAYLOADS;
 const [SCHEDULERS, LAYERS] = [["DDIM", "Euler"], ["down_blocks.0.attn2", "mid_block.attn2"]];
@@ -130,6 +132,34 @@ test("an address holds a nudge, and a picture that the page can draw, or its nam
   assert.deepEqual(there(begun({ name: "copy.png", of: brushed })).start.of, null, "one picture of a picture is not held");
   assert.match(experiments.facts(from), /from a picture at strength 0\.65, “fox” off from step 6$/);
   assert.match(experiments.facts(drawn), /0\.35 of the noise of seed 7$/);
+});
+
+test("an address is drawn in an order in which pictures to begin from, and the run beside, are there", () => {
+  const owl = { ...FOX, prompt: "an owl" };
+  const from = (of) => ({ ...FOX, start: { name: "picture.png", strength: 0.5, picture: null, of } });
+  const order = (experiment, beside) => {
+    const query = experiments.toAddress(beside ? `?beside=${encodeURIComponent(experiments.toAddress("", beside, LAYERS).slice(1))}` : "", experiment, LAYERS);
+    return wishes(query, experiments.fromAddress(query, SCHEDULERS, LAYERS), SCHEDULERS, LAYERS).map(({ experiment: one, beside: both, last }) => [one.prompt, one.start?.of?.prompt ?? "", both, last]);
+  };
+  assert.deepEqual(order(FOX), [[FOX.prompt, "", false, true]]);
+  assert.deepEqual(order(from(owl)), [["an owl", "", false, false], [FOX.prompt, "an owl", false, true]]);
+  assert.deepEqual(order(from(owl), owl), [["an owl", "", false, false], [FOX.prompt, "an owl", true, true]], "once");
+  assert.deepEqual(order(owl, from({ ...FOX, prompt: "a cat" })), [["a cat", "", false, false], [FOX.prompt, "a cat", false, false], ["an owl", "", true, true]]);
+  const run = { name: "an-owl-1", experiment: owl, picture: { data: Uint8ClampedArray.of(1) } };
+  assert.deepEqual(begun(from(owl), [{ ...run, experiment: FOX }, run], LAYERS).start, { name: "an-owl-1.png", strength: 0.5, picture: run.picture.data, of: owl });
+  for (const runs of [[], [{ ...run, picture: null }]]) assert.deepEqual(begun(from(owl), runs, LAYERS), FOX, "else from noise");
+});
+
+test("pictures say their size, and what is none is refused", { skip: !FOLDER }, async () => {
+  const names = await readdir(path.join(FOLDER, "pictures"));
+  assert.ok(names.length >= 7);
+  for (const name of names) {
+    const bytes = await readFile(path.join(FOLDER, "pictures", name));
+    assert.deepEqual(sizeOf(bytes).join("x"), name.split("-")[0], name);
+    for (const cut of [0, 2, 9, 13]) assert.throws(() => sizeOf(bytes.subarray(0, cut)), /no PNG, JPEG or WebP picture\. Save it as one/, `${name}, ${cut} bytes`);
+  }
+  const none = ['<svg xmlns="http://www.w3.org/2000/svg"/>', "GIF89a", "just text", "RIFF1234WEBPVP9 ................", "\xff\xd8\xff\xe0\0\x04\0\0text instead of a marker"];
+  for (const text of none) assert.throws(() => sizeOf(Buffer.from(text, "latin1")), /no PNG, JPEG or WebP/, text);
 });
 
 test("an address of no sense is the first experiment", () => {

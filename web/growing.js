@@ -10,6 +10,7 @@
  *            prediction: Float32Array, seconds: number, maps: import("./diffusion/model.js").LayerMap[], picture: Picture | null}} Step
  * @typedef {{words: {word: string, tokens: number[]}[], end: number, timesteps: number[], sigmas: number[]}} Begun
  * @typedef {{data: Uint8Array, high: number[], shape: number[], scales: number[], kind: "numbers"}} Numbers
+ * @typedef {{data: Uint8ClampedArray, name: string, of: import("./experiment.js").Experiment | null}} Held a picture to begin from: see `Start` of experiment.js
  * @typedef {{width: number, height: number, getContext: (kind: "2d") => any}} Canvas
  */
 
@@ -196,6 +197,9 @@ export class Growing {
     return { meta: { note: `channel ${channel}, from -${far} (blue) to ${far} (orange)` }, parts: { latents } };
   }
 }
+
+/** The picture of a finished run, to begin from. @param {Growing} run @returns {Held | null} */
+export const pictureOf = (run) => run.picture && { data: run.picture.data, name: `${run.name}.png`, of: run.experiment.start ? null : run.experiment };
 
 /** The Python that gives a channel's map, of all layers or of one layer and head. @param {boolean} [layer] */
 function snippets(layer = false) {

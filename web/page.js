@@ -13,9 +13,11 @@ import { keepOffline, start } from "./client.js";
 import { controls } from "./controls.js";
 import * as experiments from "./experiment.js";
 import { Growing } from "./growing.js";
+import { pictureIn } from "./picture.js";
 import { promptIn, wordsOf } from "./prompt.js";
 import { shelf } from "./shelf.js";
 import { touch } from "./touch.js";
+import { begun, wishes } from "./wishes.js";
 
 const DECODE_EVERY = 3; // a decode costs as much as two or three steps; the others are decoded when they are looked at
 const GUESS = "guess"; // a picture that belongs to no run
@@ -34,8 +36,8 @@ let drawing = null;
 let player = null;
 /** @type {{number: number, experiment: Experiment, beside: Growing | null, opening: boolean} | null} */
 let asked = null;
-/** @type {Experiment | null} what is drawn next, beside what is drawn now */
-let next = null;
+/** @type {import("./wishes.js").Wish[]} what is drawn next */
+let next = [];
 let number = 0;
 /** @type {string[]} */
 const known = JSON.parse(element("known").textContent);
@@ -45,6 +47,7 @@ const given = location.search; // what the reader came with
 const prompt = promptIn(element("prompt"), element("words"), () => check());
 const fields = controls(form);
 const drawn = shelf(element("drawn"), look);
+const beginning = pictureIn(element("start"), { looked: () => looked, steps: () => Number(element("steps").value) });
 const change = touch(element("touch"), {
   draw: (experiment, other) => {
     draw(experiment, other);
@@ -64,7 +67,7 @@ function say(text, aloud = true) {
 }
 
 /** What the controls ask for. @returns {Experiment} */
-const wanted = () => ({ prompt: prompt.words().join(" "), edits: [], ...fields.values() });
+const wanted = () => ({ prompt: prompt.words().join(" "), edits: [], ...fields.values(), ...beginning.start() });
 
 /** Say which words the model never saw. */
 function check() {
@@ -79,8 +82,8 @@ function check() {
 function draw(experiment, other = null, opening = false) {
   asked = { number: ++number, experiment, beside: other, opening };
   if (!model) return say("It is drawn as soon as the model is here.");
-  const { guidance, ...rest } = experiment;
-  client.post({ kind: "draw", run: number, decodeEvery: DECODE_EVERY, guidanceScale: guidance, ...rest });
+  const { guidance, start, ...rest } = experiment;
+  client.post({ kind: "draw", run: number, decodeEvery: DECODE_EVERY, guidanceScale: guidance, picture: start?.picture, strength: start?.strength, ...rest });
   busy(true);
 }
 
@@ -111,6 +114,7 @@ function channelIn(run, before, channel) {
 
 /** The reader rests: the address says where, and what is looked at is decoded. @param {any} state */
 function changed(state) {
+  beginning.show();
   if (!looked || drawing) return;
   change.show(looked, state);
   const query = new URLSearchParams(payload.toAddress(experiments.toAddress(location.search, looked.experiment, looked.layers), state, looked.meta.steps));
@@ -165,14 +169,18 @@ function ended(run, text) {
   if (!run.steps.length) return; // stopped before there was anything to see
   drawn.add(run);
   drawn.mark(/** @type {Growing} */ (looked), beside);
-  if (next) {
-    draw(next, run, true);
-    next = null;
-    return;
-  }
+  if (next.length) return follow(run);
   if (looked !== run) return;
   const wished = asked?.opening ? payload.fromAddress(given, run.meta.steps).step : undefined;
   player?.grown(run.steps[wished ?? -1] ? wished : undefined);
+}
+
+/** Draw what comes next. @param {Growing | null} before what was drawn before it */
+function follow(before) {
+  const { experiment, beside: both, last } = /** @type {import("./wishes.js").Wish} */ (next.shift());
+  const whole = begun(experiment, drawn.runs(), model?.layers ?? []);
+  if (last && experiment.start) beginning.set(whole.start ?? experiment.start);
+  draw(whole, both ? before : null, last);
 }
 
 /** @param {any} message a picture that was asked for */
@@ -189,7 +197,7 @@ function failed({ message, words, run }) {
   busy(false);
   mistake.hidden = false;
   mistake.textContent = message;
-  next = null;
+  next = [];
   if (!words.length) say("It did not work.");
 }
 
@@ -202,20 +210,18 @@ function ready(message) {
   const experiment = experiments.fromAddress(given, model.schedulers, model.layers);
   fields.set(experiment);
   if (!check()) return say("Ready.");
-  const wished = { ...experiment, prompt: prompt.words().join(" ") };
-  const other = new URLSearchParams(given).get("beside");
-  if (other === null) return draw(wished, null, true);
-  next = wished;
-  draw(experiments.fromAddress(other, model.schedulers, model.layers));
+  next = wishes(given, { ...experiment, prompt: prompt.words().join(" ") }, model.schedulers, model.layers);
+  follow(null);
 }
 
+form.addEventListener("input", beginning.show);
 form.onsubmit = (/** @type {Event} */ event) => {
   event.preventDefault();
   prompt.set(prompt.words()); // with what is still being typed
   if (check()) draw(wanted(), drawn.comparing() ? looked : null);
 };
 element("stop").onclick = () => {
-  next = null;
+  next = [];
   client.post({ kind: "stop" });
 };
 element("another").onclick = () => {
