@@ -19,6 +19,7 @@ from probe.figures.channels import layers_and_heads
 from probe.figures.payload import unpack
 from probe.reading.recording import Run
 from probe.settings.experiment import load_experiment
+from probe.settings.noising import load_noising
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST = ROOT / "tests" / "web_page.test.mjs"
@@ -184,6 +185,21 @@ def test_python_reads_the_experiment_that_the_page_writes(tmp_path: Path) -> Non
     assert head.kind == "head" and head.layers == (layer,) and head.heads == (3,)
     assert head.how == "zero" and head.steps == "all"
     assert noise.kind == "noise" and (noise.seed, noise.amount) == (7, 0.3)
+
+
+def test_python_reads_the_noising_that_the_page_writes(tmp_path: Path) -> None:
+    asked = {"picture": "a-fox-1.png", "caption": "a fox: #", "timesteps": [999, 50, 0], "seed": 7}
+    code = (
+        "const { noisingYaml } = await import(process.argv[1]);"
+        "process.stdout.write(noisingYaml(JSON.parse(process.argv[2])));"
+    )
+    module = (ROOT / "web" / "experiment.js").as_uri()
+    command = [str(NODE), "--input-type=module", "-e", code, module, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    (tmp_path / "page.yaml").write_bytes(done.stdout)
+    read = load_noising(tmp_path / "page.yaml")
+    assert (str(read.picture), read.caption, read.seed) == ("a-fox-1.png", "a fox: #", 7)
+    assert (read.timesteps, read.noises, read.model) == ((999, 50, 0), 1, "emojiworld")
 
 
 def test_a_picture_holds_its_experiment(tmp_path: Path) -> None:

@@ -26,13 +26,15 @@ export function start(told, progress) {
   const worker = open();
   /** @type {Map<number, {resolve: (answer: any) => void, reject: (error: Error) => void}>} */
   const waiting = new Map();
+  let isReady = false;
   /** @type {() => void} */
   let opened;
-  const ready = new Promise((resolve) => { opened = () => resolve(null); });
+  const ready = new Promise((resolve) => { opened = () => resolve((isReady = true)); });
   let questions = 0;
   worker.onmessage = ({ data }) => {
     const asker = waiting.get(data.id);
     waiting.delete(data.id);
+    if (data.kind === "progress" && isReady) return; // the encoder is fetched when it is asked
     if (data.kind === "progress") came(data.name, data.bytes);
     else if (!asker) told(data);
     else if (data.kind === "error") asker.reject(Object.assign(new Error(data.message), { words: data.words }));

@@ -109,6 +109,9 @@ export function recipe({ prompt, seed, guidance, steps, scheduler, edits, start 
 /** A file for `python -m probe.run FILE`. @param {Experiment} experiment */
 export const yaml = (experiment) => written(recipe(experiment));
 
+/** A file for `python -m probe.noising FILE`, one draw of noise. @param {{picture: string, caption: string, timesteps: number[], seed: number}} fields */
+export const noisingYaml = ({ picture, caption, timesteps, seed }) => written({ model: "emojiworld", dtype: "float32", picture, caption, timesteps, noises: 1, seed });
+
 /** Fields as YAML; what is JSON is YAML. @param {Record<string, any>} recipe */
 export function written({ edits = [], ...fields }) {
   const quoted = (/** @type {unknown} */ value) => JSON.stringify(value).replace(/[\u007f-\u{10ffff}]/gu, (letter) => `\\U${letter.codePointAt(0)?.toString(16).padStart(8, "0")}`);

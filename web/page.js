@@ -14,6 +14,7 @@ import { controls } from "./controls.js";
 import * as experiments from "./experiment.js";
 import { Growing } from "./growing.js";
 import { pictureIn } from "./picture.js";
+import { noising } from "./noising.js";
 import { promptIn, wordsOf } from "./prompt.js";
 import { shelf } from "./shelf.js";
 import { touch } from "./touch.js";
@@ -59,6 +60,8 @@ const client = start(told, (share) => {
   bar.value = share;
   say(share < 1 ? `Loading the model: ${Math.floor(share * 100)}%` : "Opening the model …", share >= 1);
 });
+
+const noise = noising(element("noising"), { ask: client.ask, begun: () => beginning.held() });
 
 /** Say how far it is; what is worth hearing goes to screen readers as well. @param {string} text @param {boolean} [aloud] */
 function say(text, aloud = true) {
@@ -117,6 +120,7 @@ function changed(state) {
   beginning.show();
   if (!looked || drawing) return;
   change.show(looked, state);
+  noise(looked);
   const query = new URLSearchParams(payload.toAddress(experiments.toAddress(location.search, looked.experiment, looked.layers), state, looked.meta.steps));
   if (beside) query.set("beside", experiments.toAddress("", beside.experiment, looked.layers).slice(1));
   else query.delete("beside");

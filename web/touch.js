@@ -16,10 +16,10 @@ import { guide } from "./diffusion/guidance.js";
 import { denoised } from "./diffusion/schedulers.js";
 import { BOUNDS, yaml } from "./experiment.js";
 import { nudge } from "./nudge.js";
-import { paint, paintSmall, pngOf } from "./painting.js";
-import { withText } from "./png.js";
+import { paint, paintSmall } from "./painting.js";
 import { previewed } from "./preview.js";
 import { recording } from "./recording.js";
+import { copying, savePicture } from "./taking.js";
 
 /** Bring the section to life. @param {HTMLElement} section @param {Doing} doing */
 export function touch(section, { draw, decode }) {
@@ -75,17 +75,9 @@ export function touch(section, { draw, decode }) {
       return chip;
     }));
   }
-  copy.onclick = () => navigator.clipboard?.writeText(code.textContent).then(() => {
-    copy.textContent = "Copied";
-    setTimeout(() => { copy.textContent = "Copy as experiment"; }, 1500);
-  });
-  /** Save a picture as a file. @param {string} name @param {Uint8ClampedArray} data @param {string} [experiment] goes with it */
-  const saved = async (name, data, experiment) => {
-    const png = await pngOf(data);
-    keep(new Blob([experiment ? withText(png, "experiment", experiment) : png], { type: "image/png" }), name);
-  };
-  save.onclick = () => run?.picture && saved(`${run.name}.png`, run.picture.data, code.textContent);
-  begun.onclick = () => run?.experiment.start?.picture && saved(run.experiment.start.name, run.experiment.start.picture);
+  copying(copy, code);
+  save.onclick = () => run?.picture && savePicture(`${run.name}.png`, run.picture.data, code.textContent);
+  begun.onclick = () => run?.experiment.start?.picture && savePicture(run.experiment.start.name, run.experiment.start.picture);
   pack.onclick = async () => {
     try {
       const template = JSON.parse(/** @type {HTMLElement} */ (document.getElementById("recording")).textContent ?? "");
