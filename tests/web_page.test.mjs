@@ -7,7 +7,8 @@ import test from "node:test";
 
 import { kept, resized } from "../web/attention.js";
 import * as experiments from "../web/experiment.js";
-import { COLUMNS, Growing, HEAT, PANELS } from "../web/growing.js";
+import { Growing } from "../web/growing.js";
+import { COLUMNS, HEAT, PANELS } from "../web/parts.js";
 import { crc32, withText } from "../web/png.js";
 import { sizeOf } from "../web/photo.js";
 import { previewed } from "../web/preview.js";

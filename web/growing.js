@@ -5,36 +5,20 @@
  *
  * @typedef {import("./attention.js").Kept} Kept
  * @typedef {import("./preview.js").Preview} Preview
- * @typedef {{width: number, height: number, data: Uint8ClampedArray}} Picture RGBA
+ * @typedef {import("./parts.js").Picture} Picture
  * @typedef {{index: number, alphaBar: number, latents: Float32Array, input: Float32Array, denoised: Float32Array, uncond: Float32Array | null, cond: Float32Array,
  *            prediction: Float32Array, seconds: number, maps: import("./diffusion/model.js").LayerMap[], picture: Picture | null}} Step
  * @typedef {{words: {word: string, tokens: number[]}[], end: number, timesteps: number[], sigmas: number[]}} Begun
- * @typedef {{data: Uint8Array, high: number[], shape: number[], scales: number[], kind: "numbers"}} Numbers
  * @typedef {{data: Uint8ClampedArray, name: string, of: import("./experiment.js").Experiment | null}} Held a picture to begin from: see `Start` of experiment.js
- * @typedef {{width: number, height: number, getContext: (kind: "2d") => any}} Canvas
  */
 
 import { THUMBNAIL, channelsOf, everyHead, kept, meanMaps, ranking, sumOf } from "./attention.js";
 import { facts, recipe } from "./experiment.js";
+import { ATTENTION, CURVES, HEAT, PANELS, mean, numbers, place, sheet, snippets, write } from "./parts.js";
 import { asColourful, previewed, signed, size } from "./preview.js";
 
-export const HEAT = [[0, 0, 4], [60, 9, 101], [140, 41, 99], [212, 72, 66], [250, 142, 9], [252, 255, 164]];
-export const PANELS = [
-  { part: "latents", title: "Noisy latents going in", note: "4 numbers a square, shown as colour" },
-  { part: "denoised", title: "Its guess of the clean picture", note: "at this step, after guidance" },
-  { part: "maps", title: "Places that attend", note: "" },
-  { part: "final", title: "Finished picture", note: "after the last step" },
-];
 const FORMING = { title: "The picture as it forms", note: "its latest guess, decoded by the VAE" }; // until then
-export const COLUMNS = 10; // pictures in a row of a sheet
-const CURVES = {
-  guidance: { title: "What the prompt changes in the prediction", note: "root mean square of prediction with the prompt less prediction without it" },
-  prediction: { title: "Size of the prediction", note: "root mean square of what the scheduler gets" },
-};
-const ATTENTION = {
-  unit: "% of a place's attention", note: "mean over layers and heads", of: "attention", branch: "cond", per: "words",
-  about: "Where it looked: of each place's attention, the share that this word got.",
-};
+const [SIDE, PICTURE] = [16, 128]; // of latents and of pictures of the model in this page
 
 /** A run in progress, or one that is finished. `run` is what the player mounts. */
 export class Growing {
@@ -95,19 +79,17 @@ export class Growing {
 
   /** @returns {Record<string, any>} */
   emptyParts() {
-    const side = 16;
     return {
-      maps: numbers([this.channels.length, side, side, this.calls], 1),
-      latents: this.sheet(this.calls, side),
-      denoised: this.sheet(this.calls, side),
-      final: this.sheet(1, 128),
+      maps: numbers([this.channels.length, SIDE, SIDE, this.calls], 1),
+      latents: this.sheet(this.calls, SIDE),
+      denoised: this.sheet(this.calls, SIDE),
+      final: this.sheet(1, PICTURE),
     };
   }
 
   /** @param {number} count @param {number} side */
   sheet(count, side) {
-    const columns = Math.min(COLUMNS, count);
-    return { kind: "sheet", shape: [count, side, side, 3], columns, bitmap: this.canvas(columns * side, Math.ceil(count / columns) * side) };
+    return sheet(this.canvas, count, side, side);
   }
 
   /** Take a step that has come. @param {Step} step */
@@ -134,7 +116,7 @@ export class Growing {
     const { denoised, final } = this.parts;
     const pen = final.bitmap.getContext("2d");
     pen.imageSmoothingEnabled = false;
-    pen.drawImage(denoised.bitmap, (index % denoised.columns) * 16, Math.floor(index / denoised.columns) * 16, 16, 16, 0, 0, final.bitmap.width, final.bitmap.height);
+    pen.drawImage(denoised.bitmap, (index % denoised.columns) * SIDE, Math.floor(index / denoised.columns) * SIDE, SIDE, SIDE, 0, 0, final.bitmap.width, final.bitmap.height);
   }
 
   /** Take the picture of a step's guess. @param {number} index @param {Picture} picture */
@@ -181,7 +163,7 @@ export class Growing {
     const meta = {
       channel, layers: this.layers, heads: this.layers.map(() => count),
       shares: this.layers.map((_, layer) => [...every.map(({ shares }) => mean(shares[layer])), ...rest]),
-      snippets: snippets(true), map_steps: this.meta.map_steps, branch: "cond",
+      snippets: snippets({ layer: true }), map_steps: this.meta.map_steps, branch: "cond",
       ranking: ranking(this.layers.map((_, layer) => Array.from({ length: count }, (_, head) => over(layer, head)))),
     };
     return { meta, parts: { maps } };
@@ -191,7 +173,7 @@ export class Growing {
   latentChannel(channel) {
     const values = this.steps.map(({ latents }) => latents.subarray(channel * 256, (channel + 1) * 256));
     const reach = Math.max(...values.flatMap((one) => [...one].map(Math.abs)), 0);
-    const latents = this.sheet(this.calls, 16);
+    const latents = this.sheet(this.calls, SIDE);
     values.forEach((one, index) => place(latents, index, signed(one, reach)));
     const far = Number(reach.toPrecision(3));
     return { meta: { note: `channel ${channel}, from -${far} (blue) to ${far} (orange)` }, parts: { latents } };
@@ -200,46 +182,3 @@ export class Growing {
 
 /** The picture of a finished run, to begin from. @param {Growing} run @returns {Held | null} */
 export const pictureOf = (run) => run.picture && { data: run.picture.data, name: `${run.name}.png`, of: run.experiment.start ? null : run.experiment };
-
-/** The Python that gives a channel's map, of all layers or of one layer and head. @param {boolean} [layer] */
-function snippets(layer = false) {
-  const given = layer ? "layers='{layer}', over=()" : "";
-  const end = `.isel(image=0)${layer ? ".isel(layer=0, head={head})" : ""}{mean}`;
-  return {
-    word: `run.word_maps(${given}).sel(step={step}).isel(word={word})${end}`,
-    kind: `probe.analysis.by_kind(run.token_maps(${given})).sel(step={step}, kind='{kind}')${end}`,
-  };
-}
-
-/** Numbers from 0 up as bytes, (..., y, x, step); each index along the first axes has a scale of its own. @param {number[]} shape @param {number} apart @returns {Numbers} */
-function numbers(shape, apart) {
-  const blocks = shape.slice(0, apart).reduce((a, b) => a * b, 1);
-  return { kind: "numbers", shape, scales: shape.map((size, axis) => (axis < apart ? size : 1)), high: Array(blocks).fill(0), data: new Uint8Array(shape.reduce((a, b) => a * b, 1)) };
-}
-
-/** Write the maps of the steps that there are. @param {Numbers} part @param {Float32Array[][]} steps of each, a map for each block */
-function write(part, steps) {
-  const count = part.shape[part.shape.length - 1];
-  part.high.forEach((_, block) => {
-    let high = 0;
-    for (const maps of steps) for (const value of maps[block]) if (value > high) high = value;
-    part.high[block] = high;
-    const gain = high > 1e-30 ? 255 / high : 0;
-    steps.forEach((maps, step) => maps[block].forEach((value, i) => { part.data[(block * maps[block].length + i) * count + step] = value * gain + 0.5; }));
-  });
-}
-
-/** Put a picture, RGBA, on a sheet. @param {{shape: number[], columns: number, bitmap: Canvas}} sheet @param {number} index @param {Uint8ClampedArray} data */
-function place({ shape: [, height, width], columns, bitmap }, index, data) {
-  const pen = bitmap.getContext("2d");
-  const image = pen.createImageData(width, height);
-  image.data.set(data);
-  pen.putImageData(image, (index % columns) * width, Math.floor(index / columns) * height);
-}
-
-/** @param {ArrayLike<number>} values */
-function mean(values) {
-  let sum = 0;
-  for (let i = 0; i < values.length; i++) sum += values[i];
-  return sum / values.length;
-}
