@@ -105,7 +105,7 @@ test("the padding is one, and maps keep their sums", () => {
   assert.deepEqual([tokens, side], [5, 2]);
   for (let row = 0; row < 8; row++) assert.ok(Math.abs(some.slice(row * 5, row * 5 + 5).reduce((a, b) => a + b) - 1) < 1e-5);
   assert.ok(Math.abs(some[4] - (2926 - 6) / 2926) < 1e-5);
-  assert.deepEqual([...resized(Float32Array.of(0, 1, 2, 3), 2, 4)].map((value) => Number(value.toFixed(4))), [0, 0.25, 0.75, 1, 0.5, 0.75, 1.25, 1.5, 1.5, 1.75, 2.25, 2.5, 2, 2.25, 2.75, 3]);
+  assert.deepEqual([...resized(Float32Array.of(0, 1, 2, 3), [2, 2], [4, 4])].map((value) => Number(value.toFixed(4))), [0, 0.25, 0.75, 1, 0.5, 0.75, 1.25, 1.5, 1.5, 1.75, 2.25, 2.5, 2, 2.25, 2.75, 3]);
 });
 
 test("latents without a colour are the bias", () => {

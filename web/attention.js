@@ -41,7 +41,7 @@ export function meanMaps(layers) {
     maps.forEach((map, token) => {
       const sum = new Float32Array(layer.side ** 2);
       for (let head = 0; head < layer.heads; head++) for (let i = 0; i < sum.length; i++) sum[i] += layer.values[(head * sum.length + i) * layer.tokens + token];
-      resized(sum, layer.side, side).forEach((value, i) => { map[i] += value / layer.heads / layers.length; });
+      resized(sum, [layer.side, layer.side], [side, side]).forEach((value, i) => { map[i] += value / layer.heads / layers.length; });
     });
   }
   return { side, maps };
@@ -54,19 +54,37 @@ export function sumOf(maps, tokens) {
   return sum;
 }
 
-/** A square map of another side, interpolated between the centres of its places. @param {Float32Array} map @param {number} from @param {number} to */
+/** A map of another size, interpolated between the centres of its places. @param {Float32Array} map @param {number[]} from (y, x) @param {number[]} to (y, x) */
 export function resized(map, from, to) {
-  if (from === to) return map;
-  const places = Array.from({ length: to }, (_, i) => {
-    const at = Math.min(Math.max(((i + 0.5) * from) / to - 0.5, 0), from - 1);
+  if (from[0] === to[0] && from[1] === to[1]) return map;
+  const [rows, columns] = from.map((size, axis) => Array.from({ length: to[axis] }, (_, i) => {
+    const at = Math.min(Math.max(((i + 0.5) * size) / to[axis] - 0.5, 0), size - 1);
     const low = Math.floor(at);
-    return { low, high: Math.min(low + 1, from - 1), part: at - low };
-  });
-  return Float32Array.from({ length: to * to }, (_, i) => {
-    const [y, x] = [places[Math.floor(i / to)], places[i % to]];
-    const across = (/** @type {number} */ row) => map[row * from + x.low] * (1 - x.part) + map[row * from + x.high] * x.part;
+    return { low, high: Math.min(low + 1, size - 1), part: at - low };
+  }));
+  return Float32Array.from({ length: to[0] * to[1] }, (_, i) => {
+    const [y, x] = [rows[Math.floor(i / to[1])], columns[i % to[1]]];
+    const across = (/** @type {number} */ row) => map[row * from[1] + x.low] * (1 - x.part) + map[row * from[1] + x.high] * x.part;
     return across(y.low) * (1 - y.part) + across(y.high) * y.part;
   });
+}
+
+/** A map as a square of THUMBNAIL: the mean over what a place covers, or its places repeated. @param {Float32Array} map @param {number[]} size (y, x) */
+export function thumbnail(map, [height, width]) {
+  const means = height > THUMBNAIL || width > THUMBNAIL;
+  const [rows, columns] = [height, width].map((size) => Array.from({ length: THUMBNAIL }, (_, i) => (means ? covered(i, size) : [[Math.floor((i * size) / THUMBNAIL), 1]])));
+  return Float32Array.from({ length: THUMBNAIL ** 2 }, (_, i) => {
+    let sum = 0;
+    for (const [y, of] of rows[Math.floor(i / THUMBNAIL)]) for (const [x, share] of columns[i % THUMBNAIL]) sum += of * share * map[y * width + x];
+    return sum;
+  });
+}
+
+/** The places that a place of a thumbnail covers, each with its share. @param {number} i @param {number} size @returns {number[][]} */
+function covered(i, size) {
+  const [low, high] = [(i * size) / THUMBNAIL, ((i + 1) * size) / THUMBNAIL];
+  return Array.from({ length: Math.ceil(high) - Math.floor(low) }, (_, k) => Math.floor(low) + k).filter((place) => place < size)
+    .map((place) => [place, ((Math.min(high, place + 1) - Math.max(low, place)) * THUMBNAIL) / size]);
 }
 
 /**
@@ -83,8 +101,7 @@ export function everyHead(layers, tokens) {
     const pixels = layer.side ** 2;
     const map = new Float32Array(pixels);
     for (let i = 0; i < pixels; i++) for (const token of tokens) map[i] += layer.values[(head * pixels + i) * layer.tokens + token];
-    const repeated = (/** @type {number} */ i) => Math.floor((i * layer.side) / THUMBNAIL);
-    for (let i = 0; i < size; i++) small[(index * heads + head) * size + i] = map[repeated(Math.floor(i / THUMBNAIL)) * layer.side + repeated(i % THUMBNAIL)];
+    small.set(thumbnail(map, [layer.side, layer.side]), (index * heads + head) * size);
     return map.reduce((sum, value) => sum + value, 0) / pixels;
   }));
   return { small, shares };

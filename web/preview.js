@@ -33,8 +33,8 @@ export function signed(values, reach) {
 /** The root of the mean square. @param {Float32Array} values */
 export const size = (values) => Math.sqrt(values.reduce((sum, value) => sum + value ** 2, 0) / values.length);
 
-/** @param {Float32Array} values */
-function deviation(values) {
+/** The standard deviation. @param {Float32Array} values */
+export function deviation(values) {
   const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
   return size(values.map((value) => value - mean));
 }

@@ -13,7 +13,7 @@
  */
 
 import { recipe } from "./experiment.js";
-import { crc32 } from "./png.js";
+import { joined, littleEndian, zipped } from "./zip.js";
 
 const TEXT = "cost/component"; // the one variable of text: its mark is of its JSON
 const STEPS = ["latents/latents", "latents/prediction", "latents/prediction_cond", "latents/prediction_uncond"];
@@ -158,17 +158,6 @@ async function line(what, marks) {
   return `${await sha256(joined(parts))} ${what}\n`;
 }
 
-/** @param {Uint8Array[]} parts */
-function joined(parts) {
-  const whole = new Uint8Array(parts.reduce((sum, { length }) => sum + length, 0));
-  let at = 0;
-  for (const part of parts) {
-    whole.set(part, at);
-    at += part.length;
-  }
-  return whole;
-}
-
 /** JSON as Python writes it with sorted keys. @param {any} value @returns {string} */
 function pythons(value) {
   if (Array.isArray(value)) return `[${value.map(pythons).join(", ")}]`;
@@ -182,8 +171,6 @@ const ascii = (value) => JSON.stringify(value).replace(/[\u0080-\uffff]/g, (lett
 const json = (value) => encoder.encode(JSON.stringify(value, null, 1));
 /** @param {Uint8Array} bytes */
 const sha256 = async (bytes) => [...new Uint8Array(await crypto.subtle.digest("SHA-256", Uint8Array.from(bytes)))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-/** @param {number} value */
-const littleEndian = (value) => [0, 8, 16, 24].map((shift) => (value >>> shift) & 255);
 
 const CASTAGNOLI = Uint32Array.from({ length: 256 }, (_, byte) => {
   let crc = byte;
@@ -195,24 +182,4 @@ export function crc32c(bytes) {
   let crc = -1;
   for (const byte of bytes) crc = CASTAGNOLI[(crc ^ byte) & 255] ^ (crc >>> 8);
   return ~crc >>> 0;
-}
-
-/** Files in a zip, stored as they are. @param {Map<string, Uint8Array>} files @param {string} folder */
-function zipped(files, folder) {
-  /** @type {Uint8Array[]} */
-  const bodies = [];
-  /** @type {Uint8Array[]} */
-  const list = [];
-  let offset = 0;
-  for (const [path, content] of files) {
-    const name = encoder.encode(folder + path);
-    const shared = [20, 0, 0, 8, 0, 0, 0, 0, 0x21, 0, ...littleEndian(crc32(content)), ...littleEndian(content.length), ...littleEndian(content.length), name.length & 255, name.length >> 8, 0, 0]; // UTF-8; 1980-01-01
-    const head = Uint8Array.of(0x50, 0x4b, 3, 4, ...shared);
-    list.push(Uint8Array.of(0x50, 0x4b, 1, 2, 20, 0, ...shared, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, ...littleEndian(offset)), name);
-    bodies.push(head, name, content);
-    offset += head.length + name.length + content.length;
-  }
-  const size = list.reduce((sum, { length }) => sum + length, 0);
-  const count = [files.size & 255, files.size >> 8];
-  return joined([...bodies, ...list, Uint8Array.of(0x50, 0x4b, 5, 6, 0, 0, 0, 0, ...count, ...count, ...littleEndian(size), ...littleEndian(offset), 0, 0)]);
 }
