@@ -15,6 +15,7 @@ const ROOT = path.dirname(WEB);
 const MODEL = path.join(ROOT, "probe", "emojiworld");
 const ORT = path.join(WEB, "node_modules", "onnxruntime-web", "dist");
 const ORT_MODULE = path.join(ORT, "ort.wasm.bundle.min.mjs");
+const SAMPLE = path.join(ROOT, "probe", "sample.zip"); // in the folder alone: one file has no room for it
 const LARGEST = 36 * 2 ** 20; // bytes of the one file
 const MINIFY = { minifySyntax: false, minifyWhitespace: true, minifyIdentifiers: false };
 
@@ -32,9 +33,13 @@ const FILES = {
   ...Object.fromEntries(graphs.map(([, { weights }]) => [weights, path.join(MODEL, weights)])),
 };
 
+/** What opens recordings is a file of its own, which the page loads when it is wanted. @type {import("esbuild").Plugin} */
+const later = { name: "later", setup: ({ onResolve }) => onResolve({ filter: /^\.\/stored\.js$/ }, ({ path: name, kind }) => (kind === "dynamic-import" ? { path: name, external: true } : null)) };
+const UNUSED = ["numcodecs/*"]; // codecs of zarrita that no recording has: opening.js refuses them before
+
 /** One module or script of several. @param {import("esbuild").BuildOptions} options */
 async function bundled(options) {
-  const { outputFiles } = await build({ bundle: true, write: false, target: "es2022", charset: "utf8", legalComments: "none", ...MINIFY, ...options });
+  const { outputFiles } = await build({ bundle: true, write: false, external: UNUSED, target: "es2022", charset: "utf8", legalComments: "none", ...MINIFY, ...options });
   return outputFiles?.[0].text ?? "";
 }
 
@@ -65,13 +70,15 @@ async function folder(site) {
     listed[name] = { bytes: bytes.length, address };
     await writeFile(path.join(site, address), bytes);
   }
-  await writeFile(path.join(site, "page.js"), await bundled({ entryPoints: [path.join(WEB, "page.js")], format: "esm" }));
+  await writeFile(path.join(site, "page.js"), await bundled({ entryPoints: [path.join(WEB, "page.js")], format: "esm", plugins: [later] }));
+  await writeFile(path.join(site, "stored.js"), await bundled({ entryPoints: [path.join(WEB, "stored.js")], format: "esm" }));
   await writeFile(path.join(site, "worker.js"), await bundled({ entryPoints: [path.join(WEB, "worker.js")], format: "esm" }));
   await cp(ORT_MODULE, path.join(site, "ort.mjs"));
+  await cp(SAMPLE, path.join(site, "sample.zarr.zip"));
   await writeFile(path.join(site, "page.css"), pageStyle);
   await writeFile(path.join(site, "player.css"), playerStyle);
   await writeFile(path.join(site, "index.html"), html.replace("POLICY", policy("'self'", "'self'", "'self'")).replace("FILES", () => JSON.stringify(listed)).replace("WORDS", known).replace("RECORDING", () => template));
-  const files = ["./", "page.js", "worker.js", "ort.mjs", "page.css", "player.css", ...Object.values(listed).map(({ address }) => address)];
+  const files = ["./", "page.js", "stored.js", "sample.zarr.zip", "worker.js", "ort.mjs", "page.css", "player.css", ...Object.values(listed).map(({ address }) => address)];
   const name = createHash("sha256");
   for (const file of files) name.update(await readFile(path.join(site, file === "./" ? "index.html" : file)));
   const built = JSON.stringify({ name: name.digest("hex").slice(0, 16), files });
@@ -84,12 +91,13 @@ async function folder(site) {
 async function oneFile(file) {
   const page = await bundled({ entryPoints: [path.join(WEB, "page.js")], format: "esm" });
   const contents = `import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";\nself.ort = ort;\nimport "./worker.js";\n`;
-  const worker = await bundled({ stdin: { contents, resolveDir: WEB }, format: "iife", define: { "import.meta.url": "self.location.href" }, external: ["module", "worker_threads"] });
+  const worker = await bundled({ stdin: { contents, resolveDir: WEB }, format: "iife", define: { "import.meta.url": "self.location.href" }, external: ["module", "worker_threads", ...UNUSED] });
   const listed = Object.fromEntries([...packed].map(([name, bytes]) => [name, { bytes: bytes.length }]));
   const block = (/** @type {string} */ id, /** @type {string} */ kind, /** @type {string} */ content) => `<script type="${kind}" id="${id}">${content}</script>\n`;
   const closed = (/** @type {string} */ code) => code.replaceAll("</script", "<\\/script").replaceAll("<!--", "<\\!--");
   const [style, code] = [`${playerStyle}\n${pageStyle}`, closed(`${page}`)];
-  const notices = [await text(WEB, "NOTICES.md"), await text(WEB, "licences", "onnxruntime", "LICENSE"), await text(WEB, "licences", "onnxruntime", "ThirdPartyNotices.txt")].join("\n\n");
+  const licences = [["onnxruntime", "LICENSE"], ["onnxruntime", "ThirdPartyNotices.txt"], ["zarrita", "LICENSE"]];
+  const notices = (await Promise.all([text(WEB, "NOTICES.md"), ...licences.map((names) => text(WEB, "licences", ...names))])).join("\n\n");
   const blocks = [...packed].map(([name, bytes]) => block(`file:${name}`, "application/octet-stream", bytes.toString("base64"))).join("");
   const whole = html
     .replace("POLICY", policy(`${digest(code)} blob:`, digest(style), "data:"))

@@ -67,7 +67,7 @@ export async function keepOffline() {
 }
 
 /** Whether all lies in the page itself. */
-const inside = () => document.getElementById("worker-code") !== null;
+export const inside = () => document.getElementById("worker-code") !== null;
 
 /** From a disk, browsers start workers of what the page holds alone, and only without imports. */
 function open() {

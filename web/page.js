@@ -3,6 +3,7 @@
  * The page: what is asked for goes to the worker, what comes goes to the player.
  *
  * @typedef {import("./experiment.js").Experiment} Experiment
+ * @typedef {Growing | import("./stored.js").Stored} Run drawn here, or opened: that one has no experiment of this page
  * @typedef {{words: string[], layers: string[], preview: import("./preview.js").Preview, schedulers: string[]}} Ready
  */
 
@@ -13,6 +14,7 @@ import { keepOffline, start } from "./client.js";
 import { controls } from "./controls.js";
 import * as experiments from "./experiment.js";
 import { Growing } from "./growing.js";
+import { opener } from "./opener.js";
 import { pictureIn } from "./picture.js";
 import { noising } from "./noising.js";
 import { promptIn, wordsOf } from "./prompt.js";
@@ -27,15 +29,15 @@ const [form, said, bar, mistake, pictures] = ["form", "said", "progress", "mista
 
 /** @type {Ready | null} */
 let model = null;
-/** @type {Growing | null} the run that is looked at */
+/** @type {Run | null} the run that is looked at */
 let looked = null;
-/** @type {Growing | null} the one beside it */
+/** @type {Run | null} the one beside it */
 let beside = null;
 /** @type {Growing | null} the one that is drawn */
 let drawing = null;
 /** @type {ReturnType<typeof mount> | null} */
 let player = null;
-/** @type {{number: number, experiment: Experiment, beside: Growing | null, opening: boolean} | null} */
+/** @type {{number: number, experiment: Experiment, beside: Run | null, opening: boolean} | null} */
 let asked = null;
 /** @type {import("./wishes.js").Wish[]} what is drawn next */
 let next = [];
@@ -55,6 +57,21 @@ const change = touch(element("touch"), {
     pictures.scrollIntoView({ behavior: "instant", block: "start" });
   },
   decode: (latents) => client.post({ kind: "decode", run: GUESS, index: 0, latents }),
+});
+const recordings = opener(element("open"), element("opened"), {
+  known,
+  say,
+  show: (run) => {
+    drawn.add(run);
+    look(run, null);
+    pictures.scrollIntoView({ behavior: "instant", block: "start" });
+  },
+  draw: (experiment, run) => {
+    prompt.set(wordsOf(experiment.prompt));
+    fields.set(experiment);
+    if (check()) draw(experiment, run);
+    pictures.scrollIntoView({ behavior: "instant", block: "start" });
+  },
 });
 const client = start(told, (share) => {
   bar.value = share;
@@ -81,7 +98,7 @@ function check() {
   return !strange.length;
 }
 
-/** Draw. @param {Experiment} experiment @param {Growing | null} [other] is shown beside it @param {boolean} [opening] whether the address says where to look */
+/** Draw. @param {Experiment} experiment @param {Run | null} [other] is shown beside it @param {boolean} [opening] whether the address says where to look */
 function draw(experiment, other = null, opening = false) {
   asked = { number: ++number, experiment, beside: other, opening };
   if (!model) return say("It is drawn as soon as the model is here.");
@@ -97,7 +114,7 @@ function busy(is) {
   document.body.classList.toggle("busy", is);
 }
 
-/** Look at a run, and at another beside it. @param {Growing} run @param {Growing | null} other @param {Record<string, any>} [state] */
+/** Look at a run, and at another beside it. @param {Run} run @param {Run | null} other @param {Record<string, any>} [state] */
 function look(run, other, state = player?.state ?? {}) {
   const kept = looked && state.channel !== undefined ? { ...state, channel: channelIn(run, looked, state.channel) } : state;
   [looked, beside] = [run, other];
@@ -106,9 +123,14 @@ function look(run, other, state = player?.state ?? {}) {
   const runs = other ? [run, other] : [run];
   player = mount(pictures, runs.map((one) => one.mounted()), { state: kept, ask: (index, what) => runs[index].ask(what), changed });
   drawn.mark(run, other);
+  recordings.looked(isOurs(run) ? null : run);
+  if (!isOurs(run)) element("touch").hidden = true;
 }
 
-/** The same word in another run. @param {Growing} run @param {Growing | null} before @param {number} channel */
+/** Whether a run was drawn here. @param {Run} run @returns {run is Growing} */
+const isOurs = (run) => "experiment" in run;
+
+/** The same word in another run. @param {Run} run @param {Run | null} before @param {number} channel */
 function channelIn(run, before, channel) {
   const label = before?.channels[channel]?.label;
   const same = run.channels.findIndex((one) => one.label === label);
@@ -118,14 +140,15 @@ function channelIn(run, before, channel) {
 /** The reader rests: the address says where, and what is looked at is decoded. @param {any} state */
 function changed(state) {
   beginning.show();
-  if (!looked || drawing) return;
+  if (!looked || drawing || !isOurs(looked)) return;
   change.show(looked, state);
   noise(looked);
   const query = new URLSearchParams(payload.toAddress(experiments.toAddress(location.search, looked.experiment, looked.layers), state, looked.meta.steps));
-  if (beside) query.set("beside", experiments.toAddress("", beside.experiment, looked.layers).slice(1));
+  if (beside && isOurs(beside)) query.set("beside", experiments.toAddress("", beside.experiment, looked.layers).slice(1));
   else query.delete("beside");
   history.replaceState(null, "", `?${query}`);
   for (const run of beside ? [looked, beside] : [looked]) {
+    if (!isOurs(run)) continue;
     const index = run === looked ? state.step : payload.nearest(run.meta.sigma, looked.meta.sigma[state.step]);
     if (run.steps[index] && !run.pictures.has(index)) client.post({ kind: "decode", run: run.name, index, latents: run.steps[index].denoised });
   }
@@ -172,7 +195,7 @@ function ended(run, text) {
   say(text);
   if (!run.steps.length) return; // stopped before there was anything to see
   drawn.add(run);
-  drawn.mark(/** @type {Growing} */ (looked), beside);
+  drawn.mark(/** @type {Run} */ (looked), beside);
   if (next.length) return follow(run);
   if (looked !== run) return;
   const wished = asked?.opening ? payload.fromAddress(given, run.meta.steps).step : undefined;
@@ -190,7 +213,7 @@ function follow(before) {
 /** @param {any} message a picture that was asked for */
 function decoded({ run: name, index, picture }) {
   if (name === GUESS) return change.decoded(picture);
-  for (const run of drawn.runs()) if (run.name === name) run.decoded(index, picture);
+  for (const run of drawn.runs()) if (run.name === name && isOurs(run)) run.decoded(index, picture);
   if ([looked?.name, beside?.name].includes(name)) player?.grown();
 }
 
@@ -210,7 +233,8 @@ function ready(message) {
   model = message;
   document.body.dataset.ready = ((performance.now() - opened) / 1000).toFixed(2);
   fields.offer(model.schedulers);
-  if (asked) return void (check() && draw(asked.experiment));
+  if (asked) return void (check() && draw(asked.experiment, asked.beside));
+  if (looked) return say("Ready."); // a recording was opened meanwhile
   const experiment = experiments.fromAddress(given, model.schedulers, model.layers);
   fields.set(experiment);
   if (!check()) return say("Ready.");

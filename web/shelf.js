@@ -2,35 +2,35 @@
 /**
  * What was drawn since the page was opened: to look at again, alone or beside another.
  *
- * @typedef {import("./growing.js").Growing} Growing
+ * @typedef {import("./growing.js").Growing | import("./stored.js").Stored} Run
  */
 
 import { make } from "../probe/figures/drawing.js";
 
 const MOST = 8; // runs that are kept: some 5 MB each
 
-/** @param {HTMLElement} section @param {(run: Growing, beside: Growing | null) => void} look */
+/** @param {HTMLElement} section @param {(run: Run, beside: Run | null) => void} look */
 export function shelf(section, look) {
-  /** @type {{run: Growing, card: any, again: any, compare: any}[]} */
+  /** @type {{run: Run, card: any, again: any, compare: any}[]} */
   const kept = [];
-  /** @type {Growing | null} */
+  /** @type {Run | null} */
   let now = null;
-  /** @type {Growing | null} */
+  /** @type {Run | null} */
   let other = null;
   const head = make("div", "head", "", section);
-  make("h2", "", "What you drew", head);
+  make("h2", "", "What you drew or opened", head);
   const label = make("label", "", "", head);
   const keep = make("input", "", "", label, { type: "checkbox", id: "keep" });
   make("span", "", "show the next picture beside the one I look at", label);
   const list = make("ul", "cards", "", section);
 
-  /** Keep a run. @param {Growing} run */
+  /** Keep a run. @param {Run} run */
   function add(run) {
     const card = make("li", "card", "");
     const again = make("button", "again", "", card, { type: "button" });
-    const canvas = make("canvas", "", "", again, { width: "128", height: "128", role: "img", "aria-label": `The picture of ${run.name}` });
-    canvas.getContext("2d").drawImage(run.parts.final.bitmap, 0, 0);
-    make("span", "what", run.experiment.prompt || "no words", again);
+    const canvas = make("canvas", "", "", again, { width: "128", height: "128", role: "img", "aria-label": `The picture of ${run.meta.name}` });
+    cover(canvas, run);
+    make("span", "what", run.meta.prompt || "no words", again);
     make("small", "", run.meta.facts.replace("emojiworld, ", ""), again);
     const compare = make("button", "compare", "beside", card, { type: "button" });
     again.onclick = () => look(run, null);
@@ -41,15 +41,23 @@ export function shelf(section, look) {
     section.hidden = false;
   }
 
-  /** Say which run is looked at, and which is beside it. @param {Growing} run @param {Growing | null} beside */
+  /** Say which run is looked at, and which is beside it. @param {Run} run @param {Run | null} beside */
   function mark(run, beside) {
     [now, other] = [run, beside];
     for (const { run: one, again, compare } of kept) {
       again.setAttribute("aria-pressed", String(one === run));
       compare.setAttribute("aria-pressed", String(one === beside));
-      compare.setAttribute("aria-label", `Show ${one.name}, ${one.experiment.prompt}, beside the picture that is looked at`);
+      compare.setAttribute("aria-label", `Show ${one.meta.name}, ${one.meta.prompt}, beside the picture that is looked at`);
       compare.hidden = one === run;
     }
   }
   return { add, mark, runs: () => kept.map(({ run }) => run), comparing: () => keep.checked };
+}
+
+/** The finished picture on a card; of a run without one, its last guess. @param {any} canvas @param {Run} run */
+function cover(canvas, { parts: { final, denoised, source } }) {
+  const { shape: [count, height, width] = [0], columns = 1, bitmap } = final ?? source ?? denoised ?? {};
+  const pen = canvas.getContext("2d");
+  pen.imageSmoothingEnabled = width > canvas.width;
+  if (count) pen.drawImage(bitmap, ((count - 1) % columns) * width, Math.floor((count - 1) / columns) * height, width, height, 0, 0, canvas.width, canvas.height);
 }
