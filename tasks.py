@@ -200,7 +200,7 @@ def web(arguments: list[str]) -> int:
             "On Debian or Ubuntu: apt install nodejs npm. Then call again.",
         )
     if not modules_are_there(source):
-        say("Fetching onnxruntime-web and esbuild, in the versions of web/package-lock.json.")
+        say("Fetching onnxruntime-web, zarrita and esbuild, in the versions of web/package-lock.json.")
         if subprocess.call([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=source):
             stop(
                 "npm could not fetch them.",

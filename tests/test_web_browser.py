@@ -18,8 +18,10 @@ import pytest
 import yaml
 from browsers import MARKS, asked, complaints, ink, look, press, serious, started
 from PIL import Image
+from recordings import change_root, recording
 
 import probe
+from probe.reading.sample import pack
 from probe.settings.experiment import load_experiment
 from probe.web import server, site
 
@@ -27,6 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NODE, NPM = shutil.which("node"), shutil.which("npm")
 HOSTILE = '<img src=x onerror="window.pwned=1"></script><script>window.pwned=2</script>'
 SAID = "return document.getElementById('said').textContent"
+BRIGHTEST = """
+const canvas = [...arguments[0].querySelectorAll("canvas")].at(-1);
+const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+return data.reduce((most, value, i) => (i % 4 < 3 ? Math.max(most, value) : most), 0);
+"""  # of the finished pictures' difference
 FEW = "seed=5&guidance=3&num_steps=5&scheduler=DDIM"
 
 # A draw computes the model in the browser: seconds on two free cores.
@@ -205,3 +212,54 @@ def test_a_hostile_prompt_and_address_are_text(browser: Any, address: str) -> No
     assert browser.execute_script(pwned) == [0, 0]
     assert browser.execute_script("return document.getElementById('seed').value") == "5"
     assert asked(browser) == {"127.0.0.1"}
+
+
+def test_a_recording_is_opened_and_drawn_again_beside_it(browser: Any, address: str) -> None:
+    look(browser)
+    opened(browser, f"{address}?prompt=a+fox&{FEW}")
+    browser.find_element("id", "open-sample").click()
+    until(browser, "!document.getElementById('opened').hidden")
+    line = browser.find_element("id", "opened")
+    assert "sample: emojiworld, DDIM, 20 steps, guidance 3, seed 5" in line.text
+    player = browser.find_element("css selector", ".probe")
+    assert "Places that attend to “astronaut”" in player.text
+    until(browser, "document.querySelector('.heads canvas').height > 1")
+    assert not browser.find_element("id", "touch").is_displayed(), "it is not of this page"
+    assert serious(browser) == []
+    line.find_element("css selector", "button").click()
+    player = drawn(browser, 3)
+    rows = player.find_elements("css selector", ".row")
+    assert len(rows) == 3 and "sample" in player.text, "the two and their difference"
+    assert browser.execute_script(BRIGHTEST, rows[2]) <= 4, "the same picture: a level, four times"
+    until(browser, "location.search.includes('astronaut')")
+    assert "beside" not in browser.current_url, "no address holds a file"
+    assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
+
+
+def test_a_file_that_is_no_recording_leaves_the_page_as_it_was(
+    browser: Any, built: Path, tmp_path: Path
+) -> None:
+    look(browser)
+    opened(browser, f"{(built / 'diffusion.html').as_uri()}?prompt=an+owl&{FEW}")
+    player = browser.find_element("css selector", ".probe")
+    (tmp_path / "a.zip").write_bytes(b"PK" * 999)
+    box = browser.find_element("id", "open-file")
+    box.send_keys(str(tmp_path / "a.zip"))
+    until(browser, "document.getElementById('said').textContent.startsWith('a.zip cannot')")
+    assert "This is no zip file" in browser.execute_script(SAID)
+    assert player.is_displayed() and not browser.find_element("id", "opened").is_displayed()
+
+    run = probe.open_run(recording(tmp_path / "small.zarr"))
+    hostile = change_root(run, lambda found: found["experiment"].update(prompt=HOSTILE))
+    pack(hostile.path, "small", tmp_path / "small.zarr.zip")
+    box.send_keys(str(tmp_path / "small.zarr.zip"))
+    until(browser, "!document.getElementById('opened').hidden")
+    line = browser.find_element("id", "opened").text
+    assert "small: emojiworld" in line and "cannot be drawn here" in line
+    cards = browser.find_elements("css selector", ".card .what")
+    assert [card.text for card in cards] == [HOSTILE, "an owl"]
+    pwned = "return [window.pwned ?? 0, document.images.length]"
+    assert browser.execute_script(pwned) == [0, 0]
+    cards[1].click()
+    until(browser, "document.getElementById('opened').hidden")
+    assert serious(browser) == [] and complaints(browser) == []

@@ -6,6 +6,7 @@ import path from "node:path";
 import test from "node:test";
 
 import { map } from "../probe/figures/payload.js";
+import { drawable } from "../web/drawable.js";
 import { opened } from "../web/opening.js";
 import { stored } from "../web/stored.js";
 import { Unreadable, unzipped, zipped } from "../web/zip.js";
@@ -22,7 +23,9 @@ const far = (one, two) => one.reduce((most, value, i) => Math.max(most, Math.abs
 /** A canvas as far as pictures are put on it. */
 function canvas(width, height) {
   const data = new Uint8ClampedArray(4 * width * height);
-  const putImageData = (image, x, y) => { for (let row = 0; row < image.height; row++) data.set(image.data.subarray(4 * row * image.width, 4 * (row + 1) * image.width), 4 * ((y + row) * width + x)); };
+  const putImageData = (image, x, y) => {
+    for (let row = 0; row < image.height; row++) data.set(image.data.subarray(4 * row * image.width, 4 * (row + 1) * image.width), 4 * ((y + row) * width + x));
+  };
   const createImageData = (w, h) => ({ width: w, height: h, data: new Uint8ClampedArray(4 * w * h) });
   return { width, height, data, getContext: () => ({ putImageData, createImageData }) };
 }
@@ -264,4 +267,29 @@ test("refuses or shows whatever one field of a recording is", { skip: !FOLDER },
     }
   }
   assert.ok(every.length > 50);
+});
+
+test("shows a folder as its zip", { skip: !FOLDER }, async () => {
+  const files = [];
+  for (const [name, { read }] of await unzipped(await file("wide.zarr.zip"))) {
+    const one = new File([await read()], path.basename(name));
+    Object.defineProperty(one, "webkitRelativePath", { value: name });
+    files.push(one);
+  }
+  const [folder, packed] = [await stored(files, canvas), await stored(await file("wide.zarr.zip"), canvas)];
+  assert.deepEqual(folder.meta, packed.meta);
+  assert.deepEqual(folder.parts.maps, packed.parts.maps);
+});
+
+test("shows which recordings this page can draw", { skip: !FOLDER }, async () => {
+  const known = ["an", "astronaut", "scuba", "diving"];
+  const asked = async (name, change = {}) => {
+    const { recipe, recording } = await stored(await file(`${name}.zarr.zip`), canvas);
+    return drawable({ ...recipe, ...change }, recording.attributes, known);
+  };
+  assert.deepEqual(await asked("sample"), { prompt: "an astronaut scuba diving", seed: 5, guidance: 3, steps: 20, scheduler: "DDIM", edits: [] });
+  assert.match(await asked("whole"), /another model/);
+  assert.equal(await asked("sample-noising"), "");
+  const no = { width: 64, edits: [{}], negative_prompt: "a cat", prompt: "<b>an</b>", seed: -1, steps: 9e9, guidance_scale: 99, image: "x.png", loras: [1], eta: 1 };
+  for (const [name, value] of Object.entries(no)) assert.match(await asked("sample", { [name]: value }), /^It cannot be drawn here, for it [A-Za-z ()]+\.$/, name);
 });

@@ -41,13 +41,13 @@ export function opener(section, line, { show, draw, say, known }) {
   const doc = document.documentElement;
   const hasFiles = (/** @type {DragEvent} */ event) => event.dataTransfer?.types.includes("Files");
   doc.addEventListener("dragover", (event) => {
-    if (!hasFiles(event)) return;
+    if (event.defaultPrevented || !hasFiles(event)) return; // that place takes files of its own
     event.preventDefault();
     section.classList.add("over");
   });
   for (const kind of ["dragleave", "drop"]) doc.addEventListener(kind, () => section.classList.remove("over"));
   doc.addEventListener("drop", (event) => {
-    if (!hasFiles(event)) return;
+    if (event.defaultPrevented || !hasFiles(event)) return;
     event.preventDefault();
     void open([...(event.dataTransfer?.files ?? [])].slice(0, 1));
   });

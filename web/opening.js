@@ -17,7 +17,7 @@ import { Unreadable, unzipped } from "./zip.js";
 
 const FORMATS = [1, 2];
 const [MOST_ROOT, MOST_NODES, MOST_CHUNKS, MOST_LABELS, MOST_TEXT] = [8 * 2 ** 20, 2000, 10_000, 100_000, 4 * 2 ** 20];
-const [MOST_CHUNK, MOST_VALUES] = [256 * 2 ** 20, 2 ** 25]; // bytes of a chunk; values that are read at once
+const [MOST_CHUNK, MOST_SHARD, MOST_VALUES] = [2 ** 28, 2 ** 30, 2 ** 25]; // bytes of a chunk, and of a file of several; values that are read at once
 const BYTES = /** @type {Record<string, number>} */ ({ uint8: 1, int8: 1, uint16: 2, int16: 2, uint32: 4, int32: 4, uint64: 8, int64: 8, float16: 2, float32: 4, float64: 8 });
 const SEGMENT = /^(?!\.+$|__)[A-Za-z0-9_.+-]{1,200}$/;
 const UNCLEAN = /[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]/gu; // control characters, those that turn the direction of text
@@ -34,12 +34,12 @@ export function clean(text, most = 1000) {
 export async function opened(source) {
   const files = Array.isArray(source) ? new Map(source.map((file) => [file.webkitRelativePath || file.name, ofFile(file)])) : await unzipped(source);
   const top = topOf([...files.keys()]);
-  const given = Array.isArray(source) ? top : source.name;
-  const name = clean(given.split("/").filter(Boolean).pop() ?? "", 120).replace(/\.zip$/, "").replace(/\.zarr$/, "") || "recording";
+  const given = (Array.isArray(source) ? top : source.name).split("/").filter(Boolean).pop();
+  const name = clean(given ?? "", 120).replace(/\.zip$/, "").replace(/\.zarr$/, "") || "recording";
   const root = await json(files.get(`${top}zarr.json`));
   if (root?.zarr_format !== 3 || root.node_type !== "group" || !isObject(root.attributes)) throw new Unreadable("Its zarr.json is not that of a recording.");
   const { format_version: version } = root.attributes;
-  if (Number.isInteger(version) && !FORMATS.includes(version)) throw new Unreadable(`It has format ${clean(version, 20)}, and this page reads ${FORMATS.join(" and ")}. Use the version of probe that wrote it.`);
+  if (Number.isInteger(version) && !FORMATS.includes(version)) throw new Unreadable(`It has format ${clean(version, 20)}, and this page reads ${FORMATS.join(" and ")}.`);
   if (!FORMATS.includes(version)) throw new Unreadable("It is a zarr group, and no recording of probe.");
   const nodes = root.consolidated_metadata?.metadata;
   if (!isObject(nodes)) throw new Unreadable("Its zarr.json does not list what is in it.");
@@ -82,7 +82,8 @@ export class Recording {
     if (!spec || spec.type === "string") throw new Unreadable(`It has no numbers ${clean(path, 60)}.`);
     const chosen = spec.shape.map((size, axis) => at[axis] ?? null);
     const count = chosen.reduce((/** @type {number} */ all, one, axis) => all * (one === null ? spec.shape[axis] : 1), 1);
-    if (count > MOST_VALUES || product(spec.chunks) * BYTES[spec.type] > MOST_CHUNK * (spec.inner ? 4 : 1)) throw new Unreadable(`Its ${path} is too large for this page (${spec.shape.join(" x ")}). probe view shows it.`);
+    const large = count > MOST_VALUES || product(spec.inner ?? spec.chunks) * BYTES[spec.type] > MOST_CHUNK;
+    if (large) throw new Unreadable(`Its ${path} is too large for this page (${spec.shape.join(" x ")}). probe view shows it.`);
     chosen.forEach((one, axis) => { if (one !== null && one >= spec.shape[axis]) throw new Unreadable(`Its ${path} has no index ${one} along ${spec.dims[axis]}.`); });
     return this.guarded(path, async () => {
       const { data, shape } = /** @type {any} */ (await get(this.array(spec), chosen));
@@ -117,10 +118,11 @@ export class Recording {
     const half = spec.type === "float16";
     const metadata = { ...spec.metadata, ...(half ? { data_type: "uint16", fill_value: spec.fill === "NaN" ? HALF_NAN : 0 } : {}) };
     const exact = product(spec.inner ?? spec.chunks) * BYTES[spec.type] + 4;
-    const most = spec.inner ? MOST_CHUNK * 4 : spec.type === "string" ? MOST_TEXT : exact;
+    const free = spec.inner !== null || spec.type === "string"; // in the size of its files
+    const most = spec.inner ? MOST_SHARD : spec.type === "string" ? MOST_TEXT : exact;
     const open = (/** @type {string} */ key) => {
       const entry = this.file(key.slice(1));
-      if (entry && (entry.size > most || (!spec.inner && spec.type !== "string" && entry.size !== exact))) throw new Unreadable(`A chunk of ${spec.path} has ${entry.size} bytes, which it cannot have.`);
+      if (entry && (entry.size > most || (!free && entry.size !== exact))) throw new Unreadable(`A chunk of ${spec.path} has ${entry.size} bytes, which it cannot have.`);
       return entry;
     };
     /** @type {{key: string, bytes: Promise<Uint8Array> | null}} a file that is packed is unpacked once, for all its parts */
@@ -153,7 +155,8 @@ registry.set("crc32c", async () => /** @type {any} */ ({
 /** Bytes without their checksum, which is compared: zarrita only cuts it off. @param {Uint8Array} bytes */
 function withoutSum(bytes) {
   const own = bytes.subarray(0, -4);
-  if (bytes.length < 4 || crc32c(own) !== new DataView(bytes.buffer, bytes.byteOffset + own.length, 4).getUint32(0, true)) throw new Unreadable("A chunk of it does not hold its checksum: its bytes were changed. Take it from a copy.");
+  const sum = bytes.length < 4 ? NaN : new DataView(bytes.buffer, bytes.byteOffset + own.length, 4).getUint32(0, true);
+  if (crc32c(own) !== sum) throw new Unreadable("A chunk of it does not hold its checksum: its bytes were changed. Take it from a copy.");
   return own;
 }
 
@@ -182,7 +185,8 @@ function checked(path, node) {
   const inner = innerOf(codecs, type) ?? null;
   if (inner === undefined || (inner && (inner.length !== chunks.length || inner.some((size, axis) => chunks[axis] % size)))) refuse("has chunks that do not fit its shards");
   const counts = shape.map((/** @type {number} */ size, /** @type {number} */ axis) => Math.ceil(size / chunks[axis]));
-  if (product(counts) > MOST_CHUNKS || (inner && product(chunks) / product(inner) > MOST_CHUNKS) || product(shape) * 8 > 2 ** 50 || product(chunks) * 8 > 2 ** 50) refuse(`claims a shape of ${clean(shape.join(" x "), 60)}, which no recording has`);
+  const many = product(counts) > MOST_CHUNKS || (inner && product(chunks) / product(inner) > MOST_CHUNKS);
+  if (many || Math.max(product(shape), product(chunks)) > 2 ** 47) refuse(`claims a shape of ${clean(shape.join(" x "), 60)}, which no recording has`);
   if (type === "string" && (product(shape) > MOST_LABELS || product(chunks) > MOST_LABELS)) refuse("has too many labels");
   if (type !== "string" && !(typeof fill === "number" || ["NaN", "Infinity", "-Infinity"].includes(fill))) refuse("has no fill value");
   return { path, type, shape, chunks, inner, dims, fill, metadata: { ...node, attributes: {} } };

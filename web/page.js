@@ -50,7 +50,7 @@ const given = location.search; // what the reader came with
 const prompt = promptIn(element("prompt"), element("words"), () => check());
 const fields = controls(form);
 const drawn = shelf(element("drawn"), look);
-const beginning = pictureIn(element("start"), { looked: () => looked, steps: () => Number(element("steps").value) });
+const beginning = pictureIn(element("start"), { looked: () => (looked && isOurs(looked) ? looked : null), steps: () => Number(element("steps").value) });
 const change = touch(element("touch"), {
   draw: (experiment, other) => {
     draw(experiment, other);
@@ -128,7 +128,9 @@ function look(run, other, state = player?.state ?? {}) {
 }
 
 /** Whether a run was drawn here. @param {Run} run @returns {run is Growing} */
-const isOurs = (run) => "experiment" in run;
+function isOurs(run) {
+  return "experiment" in run;
+}
 
 /** The same word in another run. @param {Run} run @param {Run | null} before @param {number} channel */
 function channelIn(run, before, channel) {
@@ -205,7 +207,7 @@ function ended(run, text) {
 /** Draw what comes next. @param {Growing | null} before what was drawn before it */
 function follow(before) {
   const { experiment, beside: both, last } = /** @type {import("./wishes.js").Wish} */ (next.shift());
-  const whole = begun(experiment, drawn.runs(), model?.layers ?? []);
+  const whole = begun(experiment, drawn.runs().filter(isOurs), model?.layers ?? []);
   if (last && experiment.start) beginning.set(whole.start ?? experiment.start);
   draw(whole, both ? before : null, last);
 }

@@ -26,7 +26,10 @@ const NOISED = [
   { part: "maps", title: "Places that attend", note: "" },
   { part: "decoded", title: "The guess, decoded by the VAE", note: "at this step alone" },
 ];
-const LOSS = { title: "Loss: how wrong the model is about the noise", note: "mean square of prediction less target, mean and spread over the draws of noise; the less noise, the harder to tell from detail" };
+const LOSS = {
+  title: "Loss: how wrong the model is about the noise",
+  note: "mean square of prediction less target, mean and spread over the draws of noise; the less noise, the harder to tell from detail",
+};
 let number = 0;
 
 /** Read a recording for the player. Throws Unreadable. @param {File | File[]} source @param {import("./parts.js").MakeCanvas} [canvas] makes one */
@@ -117,14 +120,16 @@ export class Stored {
   panels(channels) {
     const list = this.noising ? NOISED : [{ ...PANELS[0], note: `${channels || "Some"} numbers a square, shown as colour` }, ...PANELS.slice(1)];
     /** @type {Record<string, {title?: string, note: string}>} */
-    const pixels = this.noising ? { source: { note: "as the model gets it: no VAE" }, latents: { note: "what goes into the model" } } : { latents: { title: "Noisy picture going in", note: "3 numbers a pixel, shown as colour" } };
+    const pixels = this.noising
+      ? { source: { note: "as the model gets it: no VAE" }, latents: { note: "what goes into the model" } }
+      : { latents: { title: "Noisy picture going in", note: "3 numbers a pixel, shown as colour" } };
     return list.map((panel) => ({ ...panel, ...(this.onPixels ? pixels[panel.part] : {}) }));
   }
 
   /** How it was made, in a line. */
   facts() {
     const { recording: { attributes }, recipe } = this;
-    const [model, scheduler, steps, seed] = [[attributes.model?.name, 80], [attributes.scheduler?.class, 60], [recipe.steps, 10], [recipe.seed, 24]].map(([value, most]) => clean(value, most) || "unknown");
+    const [model, scheduler, steps, seed] = [attributes.model?.name, attributes.scheduler?.class, recipe.steps, recipe.seed].map((value) => clean(value, 60) || "unknown");
     const several = Number(clean(this.noising ? recipe.noises : recipe.images));
     const edits = Array.isArray(recipe.edits) ? recipe.edits.length : 0;
     const made = this.noising
@@ -198,7 +203,8 @@ export class Stored {
    * Noise as colours around grey: the true one, the predicted one, and their difference.
    *
    * @param {Record<string, Float32Array[]>} part @param {Float32Array[]} guesses @param {Preview} preview
-   * @param {{velocity: boolean, exploding: boolean, sigma: number[], alphaBar: number[]}} how @param {(name: string, of: (i: number) => Uint8ClampedArray, many?: number) => void} paint
+   * @param {{velocity: boolean, exploding: boolean, sigma: number[], alphaBar: number[]}} how
+   * @param {(name: string, of: (i: number) => Uint8ClampedArray, many?: number) => void} paint
    */
   async noises(part, guesses, { slope }, { velocity, exploding, sigma, alphaBar }, paint) {
     const { recording } = this;
@@ -257,7 +263,8 @@ export class Stored {
     if (loss && spread) curves.loss = { ...LOSS, values: loss, spread };
     if (!this.latents) return;
     const { prediction, prediction_cond: cond, prediction_uncond: uncond } = this.latents.part;
-    if (cond && uncond) curves.guidance = { ...CURVES.guidance, values: cond.map((values, i) => finite(size(values.map((value, k) => value - uncond[i][k])))) };
+    const apart = cond?.map((values, i) => uncond && finite(size(values.map((value, k) => value - uncond[i][k]))));
+    if (cond && uncond) curves.guidance = { ...CURVES.guidance, values: apart };
     curves.prediction = { ...CURVES.prediction, values: prediction.map((values) => finite(size(values))) };
   }
 
@@ -271,7 +278,8 @@ export class Stored {
   /** One channel of the noisy latents, signed. @param {number} channel */
   latentChannel(channel) {
     const { count, height, width, part } = /** @type {Latents} */ (this.latents);
-    const values = part.latents.map((latents) => latents.slice(channel * height * width, (channel + 1) * height * width).map((value) => (Number.isFinite(value) ? value : 0)));
+    const block = height * width;
+    const values = part.latents.map((latents) => latents.slice(channel * block, (channel + 1) * block).map((value) => (Number.isFinite(value) ? value : 0)));
     const reach = values.reduce((most, one) => one.reduce((high, value) => Math.max(high, Math.abs(value)), most), 0);
     const latents = sheet(this.canvas, count, height, width);
     values.forEach((one, index) => place(latents, index, signed(one, reach)));
@@ -280,7 +288,11 @@ export class Stored {
   }
 }
 
-/** A picture (y, x, rgb) as RGBA, each side divided by a whole number. @param {ArrayLike<number>} rgb @param {number} wide @param {number[]} shape of the smaller one @param {number} less */
+/**
+ * A picture (y, x, rgb) as RGBA, each side divided by a whole number.
+ *
+ * @param {ArrayLike<number>} rgb @param {number} wide @param {number[]} shape of the smaller one @param {number} less
+ */
 function rgba(rgb, wide, [, height, width], less) {
   const data = new Uint8ClampedArray(4 * height * width).fill(255);
   for (let i = 0; i < height * width; i++) {

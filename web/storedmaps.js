@@ -22,7 +22,12 @@ const STUMP = "…"; // after what was read of a word that the cut went through
 
 /** The maps of a recording. */
 export class StoredMaps {
-  /** Read a recording's maps; a sentence, if there are none. @param {Recording} recording @param {Axis} names @param {number[]} committed @returns {Promise<StoredMaps | string>} */
+  /**
+   * Read a recording's maps; a sentence, if there are none.
+   *
+   * @param {Recording} recording @param {Axis} names @param {number[]} committed
+   * @returns {Promise<StoredMaps | string>}
+   */
   static async of(recording, names, committed) {
     const grids = await gridsOf(recording, names.across);
     if (!grids.length) return NOT_RECORDED;
@@ -89,13 +94,17 @@ export class StoredMaps {
     const numbered = [...new Set(indices.filter((index) => index >= 0))].sort((a, b) => a - b);
     const listed = (/** @type {(i: number) => boolean} */ is) => [...places.keys()].filter(is);
     this.channels = numbered.map((index) => ({ label: words[indices.indexOf(index)], kind: "word", tokens: listed((i) => indices[i] === index) }));
-    const cut = recording.attributes.cut_from_prompt?.[this.branchName];
-    if (this.channels.length && typeof cut === "string" && /^[\p{L}\p{M}\p{N}]/u.test(cut) && isSplit(recording.attributes, this.branchName, cut)) this.channels[this.channels.length - 1].label += STUMP;
+    const last = this.channels[this.channels.length - 1];
+    if (last && isSplit(recording.attributes, this.branchName)) last.label += STUMP;
     for (const kind of /** @type {const} */ (["start", "end", "padding"])) this.channels.push({ label: kind, kind, tokens: listed((i) => kinds[i] === kind) });
     return kinds;
   }
 
-  /** A map for each token and step, means over layers and heads of the first image; a sentence, if they are not here. @returns {Promise<Float32Array[][] | string>} (step, token) of (y, x) */
+  /**
+   * A map for each token and step, means over layers and heads of the first image; a sentence, if they are not here.
+   *
+   * @returns {Promise<Float32Array[][] | string>} (step, token) of (y, x)
+   */
   async overview() {
     const { recording, grids: [{ group, size }], across } = this;
     const images = recording.arrays.get(`${group}/cross`)?.shape[3] ?? recording.arrays.get("latents/latents")?.shape[1] ?? 1;
@@ -103,8 +112,8 @@ export class StoredMaps {
     if (spec && (images === 1 || !this.has("cross"))) {
       const { data, shape: [tokens, steps] } = await recording.numbers(spec.path);
       const block = size[0] * size[1];
-      const map = (/** @type {number} */ token, /** @type {number} */ step) => Float32Array.from(data.subarray((token * steps + step) * block, (token * steps + step + 1) * block));
-      const every = this.steps.map((step) => Array.from({ length: tokens }, (_, token) => map(token, step)));
+      const map = (/** @type {number} */ at) => Float32Array.from(data.subarray(at * block, (at + 1) * block));
+      const every = this.steps.map((step) => Array.from({ length: tokens }, (_, token) => map(token * steps + step)));
       if (every.every((one) => one.every((values) => values.every(Number.isFinite)))) return every;
     }
     if (!this.has("cross")) return this.has("query") ? QUERIES : NOT_RECORDED;
@@ -186,7 +195,10 @@ export class StoredMaps {
   /** The sum of some tokens' maps, (layer, head, y, x). @param {Grid} grid @param {number} step @param {number[]} tokens */
   async channelAt({ group, size, layers, heads }, step, tokens) {
     const total = new Float32Array(layers.length * heads * size[0] * size[1]);
-    for (const token of tokens) (await this.stored(`${group}/cross`, [step, token, this.branch, 0])).forEach((/** @type {number} */ value, /** @type {number} */ i) => { total[i] += value; });
+    for (const token of tokens) {
+      const map = await this.stored(`${group}/cross`, [step, token, this.branch, 0]);
+      for (let i = 0; i < total.length; i++) total[i] += map[i];
+    }
     return total;
   }
 }
@@ -197,23 +209,29 @@ async function gridsOf(recording, across) {
   for (const path of recording.arrays.keys()) {
     const found = /^(attention\/(\d{1,5})x(\d{1,5}))\/layer$/.exec(path);
     if (!found) continue;
-    const [, group, ...size] = found;
-    const [layers, token, cross, query] = ["layer", "token", "cross", "query"].map((name) => recording.arrays.get(`${group}/${name}`));
-    const maps = cross ? recording.spec(`${group}/cross`, CROSS(across)) : query;
-    const { length } = maps?.dims ?? [];
-    const fits = maps && token && maps.shape[length - 2] === Number(size[0]) && maps.shape[length - 1] === Number(size[1]) && maps.shape[maps.dims.indexOf("layer")] === layers?.shape[0];
+    const [group, size] = [found[1], [Number(found[2]), Number(found[3])]];
+    const own = (/** @type {string} */ name, /** @type {string[]} */ dims) => recording.spec(`${group}/${name}`, dims);
+    const [layers, token, cross] = [own("layer", ["layer"]), own("token", ["token"]), own("cross", CROSS(across))];
+    const maps = cross ?? recording.arrays.get(`${group}/query`);
+    const along = (/** @type {string} */ name) => maps?.shape[maps.dims.indexOf(name)];
+    const fits = layers && token && along("y") === size[0] && along("x") === size[1] && along("layer") === layers.shape[0];
     if (!fits || (cross && cross.shape[1] !== token.shape[0])) throw new Unreadable(`Its ${group} does not hold what its name and labels say.`);
-    for (const name of ["word", "token_text", "word_index"]) if (recording.spec(`${group}/${name}`, ["branch", "token"])?.shape[1] !== token.shape[0]) throw new Unreadable(`Its ${group}/${name} does not name its tokens.`);
-    for (const [name, dims] of /** @type {[string, string[]][]} */ ([["recorded", ["step"]], ["branch", ["branch"]]])) if (!recording.spec(`${group}/${name}`, dims)) throw new Unreadable(`It has no ${group}/${name}.`);
-    const overview = recording.spec(`${group}/overview`, ["token", "step", "y", "x"]);
-    if (overview && (overview.shape[0] !== token.shape[0] || overview.shape[2] !== Number(size[0]) || overview.shape[3] !== Number(size[1]))) throw new Unreadable(`Its ${group}/overview is of another size.`);
-    grids.push({ group, size: size.map(Number), layers: await recording.texts(path), heads: maps.shape[maps.dims.indexOf("head")] });
+    for (const name of ["word", "token_text", "word_index"]) {
+      if (own(name, ["branch", "token"])?.shape[1] !== token.shape[0]) throw new Unreadable(`Its ${group}/${name} does not name its tokens.`);
+    }
+    if (!own("recorded", ["step"])) throw new Unreadable(`It has no ${group}/recorded.`);
+    if (!own("branch", ["branch"])?.shape[0]) throw new Unreadable(`It has no ${group}/branch.`);
+    const overview = own("overview", ["token", "step", "y", "x"])?.shape;
+    if (overview && (overview[0] !== token.shape[0] || overview[2] !== size[0] || overview[3] !== size[1])) throw new Unreadable(`Its ${group}/overview is of another size.`);
+    grids.push({ group, size, layers: await recording.texts(path), heads: along("head") ?? 1 });
   }
   return grids.sort((a, b) => b.size[0] * b.size[1] - a.size[0] * a.size[1]);
 }
 
-/** Whether a cut went through a word: letters on both sides of it. @param {Record<string, any>} attributes @param {string} branch @param {string} cut */
-function isSplit(attributes, branch, cut) {
+/** Whether the cut of a prompt that is too long went through a word: letters on both sides of it. @param {Record<string, any>} attributes @param {string} branch */
+function isSplit(attributes, branch) {
+  const cut = attributes.cut_from_prompt?.[branch];
+  if (typeof cut !== "string" || !/^[\p{L}\p{M}\p{N}]/u.test(cut)) return false;
   const texts = { cond: attributes.experiment?.prompt ?? attributes.noising?.caption, uncond: attributes.experiment?.negative_prompt };
   const read = attributes.read_as?.[branch] ?? attributes.edited_texts?.[branch] ?? texts[/** @type {"cond"} */ (branch)];
   return typeof read === "string" && read.endsWith(cut) && /[\p{L}\p{M}\p{N}]$/u.test(read.slice(0, -cut.length));

@@ -5,7 +5,8 @@
  * Only what recordings are packed as is read: files as they are, or deflated. The sizes that a zip
  * claims are checked before anything is unpacked, and again meanwhile.
  *
- * @typedef {{size: number, packed: boolean, read: (from?: number, to?: number) => Promise<Uint8Array<ArrayBuffer>>}} Entry a file: its bytes, or some of them; packed: all of it is unpacked for some
+ * @typedef {{size: number, packed: boolean, read: (from?: number, to?: number) => Promise<Uint8Array<ArrayBuffer>>}} Entry
+ *          a file: its bytes, or some of them; of one that is packed, all is unpacked for some
  */
 
 import { crc32 } from "./png.js";
@@ -28,7 +29,8 @@ export function zipped(files, folder) {
   let offset = 0;
   for (const [path, content] of files) {
     const name = encoder.encode(folder + path);
-    const shared = [20, 0, 0, 8, 0, 0, 0, 0, 0x21, 0, ...littleEndian(crc32(content)), ...littleEndian(content.length), ...littleEndian(content.length), name.length & 255, name.length >> 8, 0, 0]; // UTF-8; 1980-01-01
+    const sizes = [crc32(content), content.length, content.length].flatMap(littleEndian);
+    const shared = [20, 0, 0, 8, 0, 0, 0, 0, 0x21, 0, ...sizes, name.length & 255, name.length >> 8, 0, 0]; // UTF-8; 1980-01-01
     const head = Uint8Array.of(0x50, 0x4b, 3, 4, ...shared);
     list.push(Uint8Array.of(0x50, 0x4b, 1, 2, 20, 0, ...shared, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, ...littleEndian(offset)), name);
     bodies.push(head, name, content);
@@ -67,10 +69,12 @@ function listed(blob, list, count) {
     at += 46 + letters + extra + note;
     if (name.endsWith("/")) continue;
     const parts = name.split("/");
-    if (parts.length > DEPTH || parts.some((part) => part === "" || part === ".." || part === ".") || /[\p{C}\\:]/u.test(name)) throw new Unreadable("This zip has a file under a name that no recording has.");
+    const strange = parts.length > DEPTH || parts.some((part) => ["", ".", ".."].includes(part)) || /[\p{C}\\:]/u.test(name);
+    if (strange) throw new Unreadable("This zip has a file under a name that no recording has.");
     if (entries.has(name)) throw new Unreadable("This zip has two files of one name.");
     if (flags & 1) throw new Unreadable("This zip has a password. Unpack it yourself, and open the folder.");
-    if (![STORED, DEFLATED].includes(method) || [small, large, start].includes(0xffffffff) || (method === STORED && small !== large)) throw new Unreadable("This zip is packed in a way that is not read here. Unpack it yourself, and open the folder.");
+    const unusual = ![STORED, DEFLATED].includes(method) || [small, large, start].includes(0xffffffff) || (method === STORED && small !== large);
+    if (unusual) throw new Unreadable("This zip is packed in a way that is not read here. Unpack it yourself, and open the folder.");
     [total, packed] = [total + large, packed + small];
     entries.set(name, { size: large, packed: method === DEFLATED, read: (from = 0, to = large) => content(blob, { method, crc, small, large, start }, from, to) });
   }
@@ -78,7 +82,12 @@ function listed(blob, list, count) {
   return entries;
 }
 
-/** Bytes of a file in a zip. @param {Blob} blob @param {{method: number, crc: number, small: number, large: number, start: number}} entry @param {number} from @param {number} to */
+/**
+ * Bytes of a file in a zip.
+ *
+ * @param {Blob} blob @param {{method: number, crc: number, small: number, large: number, start: number}} entry
+ * @param {number} from @param {number} to
+ */
 async function content(blob, { method, crc, small, large, start }, from, to) {
   const head = await view(blob, start, start + 30);
   if (head.byteLength < 30 || head.getUint32(0, true) !== LOCAL) throw new Unreadable("A file in this zip is not where its list says.");
