@@ -62,6 +62,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent
 STAMP = "probe-installed.json"
 LOG = "probe-install.log"
+PACKAGES = ("dependencies", "devDependencies")  # of the page, as npm's lock calls them
 
 # What the tests need: without UMAP, those of its maps are skipped.
 DEVELOPERS = ("record", "dashboard", "umap", "cluster", "test")
@@ -200,7 +201,7 @@ def web(arguments: list[str]) -> int:
             "On Debian or Ubuntu: apt install nodejs npm. Then call again.",
         )
     if not modules_are_there(source):
-        say("Fetching onnxruntime-web, zarrita and esbuild, in the versions of web/package-lock.json.")
+        say("Fetching what the page is built of, in the versions of web/package-lock.json.")
         if subprocess.call([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=source):
             stop(
                 "npm could not fetch them.",
@@ -224,7 +225,9 @@ def modules_are_there(source: Path) -> bool:
     wanted, there = (
         json.loads(path.read_text(encoding="utf-8"))["packages"] for path in (lock, own)
     )
-    return all(wanted.get(name, {}).get("version") == one["version"] for name, one in there.items())
+    named = [f"node_modules/{name}" for kind in PACKAGES for name in wanted[""].get(kind, {})]
+    same = (wanted.get(name, {}).get("version") == one["version"] for name, one in there.items())
+    return all(same) and there.keys() >= set(named)
 
 
 def check(arguments: list[str]) -> int:

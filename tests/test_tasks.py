@@ -6,6 +6,7 @@ It says what it lacks.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -213,6 +214,21 @@ def test_the_page_is_built_into_a_folder_of_its_own_and_needs_node(tmp_path: Pat
     assert other.returncode == 2 and "has other things in it" in other.stderr
     assert missing.returncode == 1 and "apt install nodejs npm" in missing.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_packages_of_the_page_are_fetched_again_if_one_is_new_or_another(tmp_path: Path) -> None:
+    def there(**versions: str) -> bool:
+        packages = {f"node_modules/{name}": {"version": v} for name, v in versions.items()}
+        own.write_text(json.dumps({"packages": packages}))
+        return bool(loaded(TASKS).modules_are_there(tmp_path))
+
+    own = tmp_path / "node_modules" / ".package-lock.json"
+    own.parent.mkdir()
+    root = {"dependencies": {"a": "1"}, "devDependencies": {"b": "1"}}
+    wanted = {f"node_modules/{name}": {"version": "1"} for name in "abc"}  # c: of another machine
+    (tmp_path / "package-lock.json").write_text(json.dumps({"packages": {"": root, **wanted}}))
+    assert there(a="1", b="1") and there(a="1", b="1", c="1")
+    assert not there(a="1") and not there(a="2", b="1") and not there(a="1", b="1", d="1")
 
 
 def test_the_smoke_tier_is_of_every_kind() -> None:

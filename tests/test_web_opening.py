@@ -108,10 +108,12 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pack(run.path, name, folder / f"{name}.zarr.zip")
     pack(recording(made / "small.zarr"), "small", folder / "small.zarr.zip")
     shutil.copy(ARCHIVES["sample"], folder / "packed.zip")
-    with zipfile.ZipFile(folder / "stored.zarr.zip", "w") as stored:
-        with zipfile.ZipFile(folder / "whole.zarr.zip") as whole:
-            for name in whole.namelist():
-                stored.writestr(name, whole.read(name))
+    with (
+        zipfile.ZipFile(folder / "whole.zarr.zip") as whole,
+        zipfile.ZipFile(folder / "stored.zarr.zip", "w") as stored,
+    ):
+        for name in whole.namelist():
+            stored.writestr(name, whole.read(name))
     return folder
 
 
