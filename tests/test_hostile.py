@@ -985,7 +985,7 @@ def test_only_a_schedulers_settings_hold_what_is_no_number(value: float, copy: P
             Run(copy)
 
 
-@pytest.mark.parametrize("steps", [20, 2000])
+@pytest.mark.parametrize("steps", [20, 300])
 def test_opening_costs_the_same_whatever_the_number_of_steps(steps: int, tmp_path: Path) -> None:
     """Chunks are looked at when they are read: opening a long run opens as many files as opening a
     short one.
