@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -218,3 +219,23 @@ def test_a_picture_holds_its_experiment(tmp_path: Path) -> None:
     with Image.open(tmp_path / "picture.png") as read:
         assert (np.asarray(read) == picture).all()  # with its checksums
         assert read.text == {"experiment": text}  # type: ignore[attr-defined]
+
+
+def test_the_pages_style_reaches_nothing_of_the_player() -> None:
+    """A selector that begins with a bare class of the player's would change the player."""
+    figures = ROOT / "probe" / "figures"
+    made = "".join((figures / name).read_text("utf-8") for name in ("player.js", "drawing.js"))
+    own = {one for text in re.findall(r'make\("\w+", "([^"]+)"', made) for one in text.split()}
+    own |= set(re.findall(r"\.([a-z][\w-]*)", plain(figures / "player.css")))
+    assert {"curve", "film", "thumb", "chip"} <= own
+    sheets = [*(ROOT / "web").glob("*.css"), *(ROOT / "web" / "lesson").glob("*.css")]
+    for sheet in sheets:
+        for selectors in re.findall(r"([^{}]+)\{", plain(sheet)):
+            for selector in selectors.split(","):
+                bare = re.match(r"\s*\.([a-z][\w-]*)", selector)
+                assert not (bare and bare[1] in own), f"{sheet.name}: {selector.strip()}"
+
+
+def plain(sheet: Path) -> str:
+    """Return a style sheet without its comments."""
+    return re.sub(r"/\*.*?\*/", "", sheet.read_text("utf-8"), flags=re.DOTALL)
