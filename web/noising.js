@@ -61,7 +61,7 @@ export function noising(section, { ask, begun }) {
   const away = make("details", "taken", "", section);
   make("summary", "", "As an experiment for Python", away);
   const about = make("p", "", "", away);
-  const code = make("pre", "", "", away, { tabindex: "0", "aria-label": "The noising as YAML" });
+  const code = make("pre", "", "", away, { tabindex: "0", role: "group", "aria-label": "The noising as YAML" });
   const buttons = make("div", "chips", "", away);
   copying(make("button", "", "Copy as experiment", buttons, { type: "button" }), code);
   const save = make("button", "", "The picture (PNG)", buttons, { type: "button" });

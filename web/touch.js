@@ -54,7 +54,7 @@ export function touch(section, { draw, decode }) {
   const away = make("div", "touch away", "", section);
   make("h3", "", "Take it with you", away);
   const about = make("p", "", "", away);
-  const code = make("pre", "", "", away, { tabindex: "0", "aria-label": "The experiment as YAML" });
+  const code = make("pre", "", "", away, { tabindex: "0", role: "group", "aria-label": "The experiment as YAML" });
   const buttons = make("div", "chips", "", away);
   const copy = make("button", "", "Copy as experiment", buttons, { type: "button" });
   const save = make("button", "", "Picture (PNG)", buttons, { type: "button", title: "The experiment is inside" });
