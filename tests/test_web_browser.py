@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,17 +13,15 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 import yaml
-from browsers import MARKS, asked, complaints, ink, look, press, serious, started
+from browsers import asked, complaints, ink, look, press, serious, started
 from PIL import Image
 from recordings import change_root, recording
+from web_pages import FEW, WEB, build, drawn, opened, serving, until
 
 import probe
 from probe.reading.sample import pack
 from probe.settings.experiment import load_experiment
-from probe.web import server, site
 
-ROOT = Path(__file__).resolve().parent.parent
-NODE, NPM = shutil.which("node"), shutil.which("npm")
 HOSTILE = '<img src=x onerror="window.pwned=1"></script><script>window.pwned=2</script>'
 SAID = "return document.getElementById('said').textContent"
 BRIGHTEST = """
@@ -34,36 +29,21 @@ const canvas = [...arguments[0].querySelectorAll("canvas")].at(-1);
 const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
 return data.reduce((most, value, i) => (i % 4 < 3 ? Math.max(most, value) : most), 0);
 """  # of the finished pictures' difference
-FEW = "seed=5&guidance=3&num_steps=5&scheduler=DDIM"
 
-# A draw computes the model in the browser: seconds on two free cores.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    *MARKS,
-    pytest.mark.skipif(not (NODE and NPM), reason="needs node and npm: apt install nodejs npm"),
-]
+pytestmark = WEB
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("web")
-    command = [sys.executable, str(ROOT / "tasks.py"), "web", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "npm could not fetch" in done.stderr:
-        pytest.skip("needs a registry of npm: cd web && npm ci --ignore-scripts")
-    assert done.returncode == 0, done.stdout + done.stderr
+    build(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def address(built: Path) -> Iterator[str]:
-    with server(site(str(built / "site"))) as pages:
-        thread = threading.Thread(target=pages.serve_forever, args=(0.05,))
-        thread.start()
-        yield f"http://127.0.0.1:{pages.server_address[1]}/"
-        pages.shutdown()
-        thread.join()
+    with serving(built) as page:
+        yield page
 
 
 @pytest.fixture(scope="module")
@@ -71,27 +51,6 @@ def browser() -> Iterator[Any]:
     made = started()
     yield made
     made.quit()
-
-
-def until(browser: Any, code: str, seconds: float = 300) -> Any:
-    """Wait until JavaScript gives something true, and return it."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    return WebDriverWait(browser, seconds).until(lambda one: one.execute_script(f"return {code}"))
-
-
-def opened(browser: Any, address: str) -> Any:
-    """Open the page, wait for its first picture and return the player."""
-    browser.get_log("performance")
-    browser.get_log("browser")
-    browser.get(address)
-    return drawn(browser, 1)
-
-
-def drawn(browser: Any, number: int) -> Any:
-    """Wait until so many pictures are on the shelf, and return the player."""
-    until(browser, f"document.querySelectorAll('.card').length >= {number}")
-    return browser.execute_script("return document.querySelector('.probe')")
 
 
 def test_a_picture_is_drawn_looked_at_and_compared(browser: Any, address: str) -> None:

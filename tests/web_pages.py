@@ -49,7 +49,7 @@ def serving(folder: Path) -> Iterator[str]:
         thread.join()
 
 
-def until(browser: Any, code: str, seconds: float = 60) -> Any:
+def until(browser: Any, code: str, seconds: float = 300) -> Any:
     """Wait until JavaScript gives something true, and return it."""
     from selenium.webdriver.support.ui import WebDriverWait
 

@@ -124,7 +124,7 @@ function look(run, other, state = player?.state ?? {}) {
   player = mount(pictures, runs.map((one) => one.mounted()), { state: kept, ask: (index, what) => runs[index].ask(what), changed });
   drawn.mark(run, other);
   recordings.looked(isOurs(run) ? null : run);
-  if (!isOurs(run)) element("touch").hidden = true;
+  if (!isOurs(run)) for (const part of ["touch", "noising"]) element(part).hidden = true;
 }
 
 /** Whether a run was drawn here. @param {Run} run @returns {run is Growing} */
