@@ -23,6 +23,15 @@ PIXELS = (
     "const c = document.querySelector(arguments[0]);"
     "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
 )
+GIVEN = """
+const [kind, part, bytes] = arguments;
+const given = new DataTransfer();
+given.items.add(new File([Uint8Array.from(bytes)], "square.png", { type: "image/png" }));
+const kinds = { drop: ["dataTransfer", DragEvent], paste: ["clipboardData", ClipboardEvent] };
+const [name, made] = kinds[kind];
+const event = new made(kind, { [name]: given, bubbles: true, cancelable: true });
+document.querySelector(part).dispatchEvent(event);
+"""
 PANEL = "#start canvas"
 FINAL = ".card canvas"  # the last that was drawn
 
@@ -192,6 +201,15 @@ def test_files_are_read_or_refused_in_words(browser: Any, address: str, tmp_path
     )
     middle = pixels(browser, PANEL)
     assert tuple(middle[64, 100]) == (250, 10, 20) and middle[64, 26].min() > 150
+    square = np.full((128, 128, 3), 200, np.uint8)
+    square[5, 7] = (1, 2, 3)
+    Image.fromarray(square).save(tmp_path / "square.png")
+    for number, (kind, part) in enumerate([("drop", "main"), ("paste", "#prompt input")]):
+        button(browser, "#start", "Clear").click()
+        browser.execute_script(GIVEN, kind, part, list((tmp_path / "square.png").read_bytes()))
+        until(browser, "document.querySelector('#start [role=status]').textContent")
+        assert said.text == "It has the model’s size, 128 x 128 pixels.", number
+        assert (pixels(browser, PANEL) == square).all(), kind
     assert browser.execute_script("return window.pwned ?? 0") == 0
     assert complaints(browser) == []
 

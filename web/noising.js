@@ -170,14 +170,18 @@ export function noising(section, { ask, begun }) {
     if (visible && again) void update();
   }).observe(section);
 
-  return /** Noise the picture of a run. @param {Growing} next */ (next) => {
+  /** Noise the picture of a run. @param {Growing} next */
+  function look(next) {
     section.hidden = false;
     if (run === next) return;
     run = next;
     if (!chosen) seed.value = String((next.experiment.seed + 1) % 2 ** 32); // its own noise is what it was drawn from
     caption.textContent = next.experiment.prompt ? `it is told “${next.experiment.prompt}”` : "there are no words to tell";
     void update();
-  };
+  }
+  /** The picture to begin from is another. */
+  const changed = () => void (which.value === "begun" && update());
+  return { look, changed };
 }
 
 /** @param {number} share */

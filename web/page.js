@@ -144,7 +144,7 @@ function changed(state) {
   beginning.show();
   if (!looked || drawing || !isOurs(looked)) return;
   change.show(looked, state);
-  noise(looked);
+  noise.look(looked);
   const query = new URLSearchParams(payload.toAddress(experiments.toAddress(location.search, looked.experiment, looked.layers), state, looked.meta.steps));
   if (beside && isOurs(beside)) query.set("beside", experiments.toAddress("", beside.experiment, looked.layers).slice(1));
   else query.delete("beside");
@@ -245,6 +245,7 @@ function ready(message) {
 }
 
 form.addEventListener("input", beginning.show);
+element("start").addEventListener("input", noise.changed);
 form.onsubmit = (/** @type {Event} */ event) => {
   event.preventDefault();
   prompt.set(prompt.words()); // with what is still being typed

@@ -80,7 +80,12 @@ export function pictureIn(panel, { looked, steps }) {
   function used(note = "") {
     use.checked = true;
     said.textContent = note;
+    told();
+  }
+  /** Show it, and let the page know that the picture is another. */
+  function told() {
     show();
+    panel.dispatchEvent(new Event("input", { bubbles: true }));
   }
   /** Take a file, or say why not. @param {Blob | null | undefined} blob */
   async function open(blob) {
@@ -133,7 +138,7 @@ export function pictureIn(panel, { looked, steps }) {
     if (!last) return;
     pen.putImageData(last.image, 0, 0);
     origin = last.origin;
-    show();
+    told();
   };
   fill.onclick = () => {
     turn(null);
@@ -145,7 +150,7 @@ export function pictureIn(panel, { looked, steps }) {
     wash(COLOURS.white);
     use.checked = false;
     said.textContent = "";
-    show();
+    told();
   };
   const wash = (/** @type {string} */ with_) => {
     pen.fillStyle = with_;
@@ -160,11 +165,16 @@ export function pictureIn(panel, { looked, steps }) {
     const held = looked() && pictureOf(/** @type {Growing} */ (looked()));
     if (held) put(held, `The picture of ${held.name.replace(".png", "")}.`);
   };
-  panel.ondragover = (event) => event.preventDefault();
-  panel.ondrop = (event) => {
+  /** Pictures are taken anywhere on the page, other files here alone: to say what is wrong with them. @param {DragEvent} event */
+  const isOurs = (event) => panel.contains(/** @type {Node} */ (event.target)) || [...(event.dataTransfer?.items ?? [])].some(({ type }) => type.startsWith("image/"));
+  document.body.addEventListener("dragover", (event) => {
+    if (isOurs(event)) event.preventDefault();
+  });
+  document.body.addEventListener("drop", (event) => {
+    if (!isOurs(event)) return;
     event.preventDefault();
     void open(event.dataTransfer?.files[0]);
-  };
+  });
   document.addEventListener("paste", (event) => {
     const pasted = [...(event.clipboardData?.files ?? [])].find(({ type }) => type.startsWith("image/"));
     if (!pasted) return; // text goes where it always goes
@@ -174,6 +184,7 @@ export function pictureIn(panel, { looked, steps }) {
   panel.ontoggle = strength.oninput = use.onchange = show;
   wash(COLOURS.white);
   show();
+  panel.hidden = false;
 
   return {
     show,
