@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write docs/api.txt, and the parts of documents between <!-- name --> and <!-- /name -->.
+"""Write docs/api.txt, web/lesson/numbers.json, and the parts of documents between <!-- name --> and
+<!-- /name -->.
 
 python docs/make.py             write them
 python docs/make.py --check     change nothing; exit code 1 if a document is out of date
@@ -154,8 +155,26 @@ def write_api(check: bool) -> int:
     return 1
 
 
+def lesson_numbers() -> str:
+    """Return the numbers in the text of the page's lesson, as its file holds them."""
+    made = runpy.run_path(str(ROOT / "web" / "lesson" / "numbers.py"))["numbers"]()
+    return f"{json.dumps(made, indent=2)}\n"
+
+
+def write_numbers(check: bool) -> int:
+    """Write web/lesson/numbers.json anew. Return 1 if it was out of date."""
+    file = ROOT / "web" / "lesson" / "numbers.json"
+    new = lesson_numbers()
+    if file.is_file() and file.read_text(encoding="utf-8") == new:
+        return 0
+    print(f"web/lesson/numbers.json {'is out of date' if check else 'was written'}")
+    if not check:
+        file.write_text(new, encoding="utf-8")
+    return 1
+
+
 def main(arguments: list[str]) -> int:
-    old = write_api(bool(arguments))
+    old = write_api(bool(arguments)) + write_numbers(bool(arguments))
     for document in PARTS:
         file = ROOT / document
         text = file.read_text(encoding="utf-8")
