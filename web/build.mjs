@@ -50,7 +50,7 @@ const policy = (/** @type {string} */ scripts, /** @type {string} */ styles, /**
 
 const packed = new Map();
 for (const [name, place] of Object.entries(FILES)) packed.set(name, gzipSync(await readFile(place), { level: 9 }));
-const [html, pageStyle, playerStyle] = [await text(WEB, "index.html"), await text(WEB, "page.css"), await text(ROOT, "probe", "figures", "player.css")];
+const [html, pageStyle, playerStyle] = [await text(WEB, "index.html"), `${await text(WEB, "page.css")}\n${await text(WEB, "lesson", "lesson.css")}`, await text(ROOT, "probe", "figures", "player.css")];
 
 const template = JSON.stringify({ ...JSON.parse(await text(WEB, "model", "recording.json")), software: `onnxruntime-web ${JSON.parse(await text(WEB, "package.json")).dependencies["onnxruntime-web"]}` });
 const known = JSON.stringify(JSON.parse(await text(MODEL, "words.json")));

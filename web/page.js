@@ -14,7 +14,11 @@ import { keepOffline, start } from "./client.js";
 import { controls } from "./controls.js";
 import * as experiments from "./experiment.js";
 import { Growing } from "./growing.js";
+<<<<<<< HEAD
 import { opener } from "./opener.js";
+=======
+import { lesson as lessonIn } from "./lesson/lesson.js";
+>>>>>>> 10fffb9 (Mount the lesson in the page, with live figures)
 import { pictureIn } from "./picture.js";
 import { noising } from "./noising.js";
 import { promptIn, wordsOf } from "./prompt.js";
@@ -75,10 +79,12 @@ const recordings = opener(element("open"), element("opened"), {
 });
 const client = start(told, (share) => {
   bar.value = share;
+  lesson.progress(share);
   say(share < 1 ? `Loading the model: ${Math.floor(share * 100)}%` : "Opening the model …", share >= 1);
 });
 
 const noise = noising(element("noising"), { ask: client.ask, begun: () => beginning.held() });
+const lesson = lessonIn({ drawing: element("drawing"), lesson: element("lesson"), views: element("views"), skip: element("skip") }, { client, known, open: take });
 
 /** Say how far it is; what is worth hearing goes to screen readers as well. @param {string} text @param {boolean} [aloud] */
 function say(text, aloud = true) {
@@ -109,6 +115,7 @@ function draw(experiment, other = null, opening = false) {
 
 /** @param {boolean} is */
 function busy(is) {
+  lesson.busy(is);
   element("stop").hidden = !is;
   element("draw").hidden = is;
   document.body.classList.toggle("busy", is);
@@ -139,6 +146,14 @@ function channelIn(run, before, channel) {
   return same >= 0 ? same : undefined;
 }
 
+/** Look at a run of the lesson. @param {Growing} run */
+function take(run) {
+  fields.set(run.experiment);
+  prompt.set(wordsOf(run.experiment.prompt));
+  if (!drawn.runs().includes(run)) drawn.add(run);
+  look(run, null, {});
+}
+
 /** The reader rests: the address says where, and what is looked at is decoded. @param {any} state */
 function changed(state) {
   beginning.show();
@@ -148,7 +163,7 @@ function changed(state) {
   const query = new URLSearchParams(payload.toAddress(experiments.toAddress(location.search, looked.experiment, looked.layers), state, looked.meta.steps));
   if (beside && isOurs(beside)) query.set("beside", experiments.toAddress("", beside.experiment, looked.layers).slice(1));
   else query.delete("beside");
-  history.replaceState(null, "", `?${query}`);
+  history.replaceState(null, "", `?${query}${location.hash}`);
   for (const run of beside ? [looked, beside] : [looked]) {
     if (!isOurs(run)) continue;
     const index = run === looked ? state.step : payload.nearest(run.meta.sigma, looked.meta.sigma[state.step]);
@@ -158,6 +173,7 @@ function changed(state) {
 
 /** Take what the worker says. @param {any} message */
 function told(message) {
+  if (lesson.told(message)) return;
   if (message.kind === "ready") return ready(message);
   if (message.kind === "picture") return decoded(message);
   if (message.kind === "error") return failed(message);
@@ -183,6 +199,7 @@ function step(run, message) {
 /** @param {Growing} run @param {any} message */
 function done(run, { latents, picture, seconds }) {
   run.finish(latents, picture);
+  lesson.keep(run, seconds);
   ended(run, `Drawn in ${seconds.toFixed(1)} s: ${run.calls} steps. Move through them with the arrow keys.`);
   document.body.dataset.seconds = seconds.toFixed(2);
   void keepOffline(); // after the first picture, which it would delay
@@ -230,11 +247,18 @@ function failed({ message, words, run }) {
   if (!words.length) say("It did not work.");
 }
 
-/** The model is here: draw what was asked for, or what the address asks for. @param {Ready} message */
+/** The model is here. @param {Ready} message */
 function ready(message) {
   model = message;
   document.body.dataset.ready = ((performance.now() - opened) / 1000).toFixed(2);
   fields.offer(model.schedulers);
+  lesson.ready(model);
+  lesson.whenDrawing(begin);
+}
+
+/** Draw what was asked for, or what the address asks for. */
+function begin() {
+  if (!model) return;
   if (asked) return void (check() && draw(asked.experiment, asked.beside));
   if (looked) return say("Ready."); // a recording was opened meanwhile
   const experiment = experiments.fromAddress(given, model.schedulers, model.layers);

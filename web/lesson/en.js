@@ -54,8 +54,8 @@ export const en = {
       blocks: [
         { p: "Drawing begins with [[noise|noise]]: latents of {channels} × {side} × {side} random numbers. The UNet is shown these numbers, the [[timestep|timestep]], and the vectors of the prompt. It answers one question: *which part of this is noise?* Its answer is called the [[prediction|prediction]]." },
         { p: "At first it cannot know. Measured by squared error, its best answer is then a mean of all pictures that the words allow: a blur. The scheduler takes a little of the predicted noise away, and the UNet is asked again. With every step fewer pictures are left, and the blur becomes one of them." },
-        { p: "Each step asks twice: with your prompt, and with an empty one. The difference is what the words add, and [[guidance|guidance]] exaggerates it:" },
-        { formula: "prediction = without words + guidance × (with words − without words)" },
+        { p: "Each step asks twice: *with* your prompt, and *without* it, which is with an empty one. The difference is what the words add, and [[guidance|guidance]] exaggerates it:" },
+        { formula: "prediction = without + guidance × (with − without)" },
         { p: "How do the words get in? Inside the UNet every place of the latents asks every token “do you concern me?”, and takes up what the tokens have to say, in proportion to the answers. That is [[attention|cross-attention]], and it can be watched. A map shows where the model *looked*. This may be the thing that the word names, and it need not be." },
         { figure: "steps" },
         { try: "Move through the steps, choose another word, and turn the guidance of the step that you look at: both answers are kept, so any guidance can be tried afterwards." },
@@ -93,11 +93,11 @@ export const en = {
           ],
         },
         { p: "*Counted* means that the sizes of the layers were added up, and nothing ran. *Measured* means that a clock ran, on somebody’s machine. A counted number promises no time." },
-        { p: "Cheaper, but as good? Only training tells. This project trained one UNet on pixels and on latents, on pictures of {demo_side} × {demo_side}, with a single seed. In what it drew from latents of f = {demo_f}, another network recognised {demo_latents:percent} ({demo_latents_low:percent} to {demo_latents_high:percent}); from pixels {demo_pixels:percent} ({demo_pixels_low:percent} to {demo_pixels_high:percent}). The latents had taken {demo_operations:percent} of the operations, {demo_operations_all:percent} with their autoencoder’s. By another measure, KID, pixels were ahead: {demo_pixels_kid} against {demo_latents_kid}, where less is better. One seed says nothing of another training." },
-        { p: "And squeezing has a price, which no UNet can win back: what the encoder loses. Here is the round trip." },
+        { p: "Cheaper, but as good? Only training tells. This project trained one UNet on pixels and on latents, on pictures of {demo_side} × {demo_side}, with a single seed. In what it drew from latents of f = {demo_f}, another network recognised {demo_latents:percent} ({demo_latents_low:percent} to {demo_latents_high:percent}); from pixels {demo_pixels:percent} ({demo_pixels_low:percent} to {demo_pixels_high:percent}). The latents had taken {demo_operations:percent} of the operations, {demo_operations_all:percent} with their autoencoder’s. By another measure, KID, pixels were ahead: {demo_pixels_kid:tenths} against {demo_latents_kid:tenths}, where less is better. One seed says nothing of another training." },
+        { p: "And squeezing has a price, which no UNet can win back: what the encoder loses. The figure sends a picture there and back; how close it comes is said by [[psnr|PSNR]], in decibels." },
         { figure: "latents" },
         { try: "Send the drawing, or a photo of your own: it goes to the encoder in this page and nowhere else." },
-        { question: "Which comes back better: the picture that the model painted, or the drawing from outside its world? What is lost of the drawing?", answer: "The painted one, by several decibels of [[psnr|PSNR]]: this decoder can paint what it painted before. Of the drawing the fine lines are lost first, and edges: see “what was lost”. The latents have {channels} numbers for each {f} × {f} pixels, and the VAE was trained on emoji; it spends them on what emoji look like." },
+        { question: "Which comes back better: the picture that the model painted, or the drawing from outside its world? What is lost of the drawing?", answer: "The painted one, by several decibels: this decoder can paint what it painted before. Of the drawing the fine lines are lost first, and edges: see “what was lost”. The latents have {channels} numbers for each {f} × {f} pixels, and the VAE was trained on emoji; it spends them on what emoji look like." },
       ],
     },
     {
@@ -120,7 +120,7 @@ export const en = {
           ],
         },
         { p: "Its world is drawn by a program: one of {subjects} subjects, or two of them “next to” or “above” each other, in one of {settings} settings or on a plain ground. What is not in that world, it cannot draw." },
-        { p: "And it was *trained so that words bind to places*: half of its last training hid the start token, the end and the padding, so that the picture had to look at the words. Do not expect maps as clear, or as much attention on words, of a model that was not trained like this. The figure shows the shares of this one." },
+        { p: "And it was *trained so that words bind to places*: half of its last training hid the start token, the end and the padding, so that the picture had to look at the words. Do not expect maps as clear of a model that was not trained like this. Where nothing is hidden, most of its attention still rests on the padding: see the bars below the pictures. A map says where a word’s share is greater than elsewhere, not that the share is great." },
         { figure: "model" },
         { try: "Draw “a fox above a car” beside “a car above a fox”. Then “a cat on the moon”: a pair that was left out of its training on purpose." },
         { question: "Why does “a cat and a dog” become one animal, and “a cat next to a dog” two?", answer: "In its training two subjects were joined by “next to” and “above” alone. “and” is in its vocabulary, and stood in no sentence that it learned from. So it draws one thing that both nouns describe: see whose ears it has, and whose face. A model knows what its training showed it. In larger models this holds as well, and is harder to see." },
@@ -155,7 +155,7 @@ export const en = {
   figures: {
     line: {
       title: "The whole way, in five pictures",
-      seed: "seed", draw: "Draw",
+      prompt: "prompt", seed: "seed", draw: "Draw",
       words: "what is read", vectors: "the vectors: a row each", noise: "the noise at the beginning", latents: "the latents at the end", picture: "the picture",
       vectorsNote: "{tokens} × {width}", latentsNote: "{channels} × {side} × {side}, as colours", pictureNote: "{width} × {height}",
       facts: "Here and now: {steps} steps of the UNet in {seconds} s, {each} ms each; then one decode in {decode} ms.",
@@ -170,10 +170,10 @@ export const en = {
     },
     steps: {
       title: "Every step, looked at",
-      draw: "Draw", step: "step", guidance: "guidance at this step", word: "word",
+      prompt: "prompt", draw: "Draw", step: "step", guidance: "guidance at this step", word: "word",
       input: "noisy latents going in", uncond: "guess without words", cond: "guess with words", guided: "guess with guidance {guidance}", map: "places that attend to “{word}”",
       inputNote: "decoded, as if it were a picture", uncondNote: "the empty prompt", condNote: "the words move it by {moved}", guidedNote: "what the scheduler goes on with, at {guidance}", mapNote: "up to {most} of a place’s attention",
-      facts: "Step {step} of {steps}: timestep {timestep}, {signal} picture and {noise} noise by amplitude.",
+      facts: "Step {step}; the last is {steps}. Timestep {timestep}, {signal} picture and {noise} noise by amplitude.",
       strip: "The guess at some of the steps", strips: "step {step}",
     },
     noise: {

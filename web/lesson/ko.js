@@ -91,11 +91,11 @@ export const ko = {
           ],
         },
         { p: "*계산한 값*은 층들의 크기를 더한 것이고, 실제로 돌린 것은 아무것도 없어요. *잰 값*은 누군가의 컴퓨터에서 시계로 잰 거예요. 계산한 값이 시간을 약속해 주지는 않아요." },
-        { p: "싸기는 한데 품질도 좋을까요? 그것은 학습해 봐야 알 수 있어요. 이 프로젝트는 {demo_side} × {demo_side} 그림으로, 시드 하나만 써서, 같은 유넷을 픽셀과 잠재 표현에서 각각 학습시켰어요. f = {demo_f}인 잠재 표현으로 그린 그림은 다른 신경망이 {demo_latents:percent}({demo_latents_low:percent}~{demo_latents_high:percent})를 알아봤고, 픽셀로 그린 그림은 {demo_pixels:percent}({demo_pixels_low:percent}~{demo_pixels_high:percent})를 알아봤어요. 잠재 표현에 든 연산량은 픽셀의 {demo_operations:percent}, 오토인코더 학습까지 합하면 {demo_operations_all:percent}였어요. 다른 척도인 KID로는 픽셀이 앞섰어요. 작을수록 좋은데, {demo_latents_kid} 대 {demo_pixels_kid}였어요. 시드가 하나뿐이라 다시 학습하면 어떻게 될지는 알 수 없어요." },
-        { p: "압축에는 대가가 있어요. 인코더가 잃어버린 것은 어떤 유넷도 되찾지 못해요. 아래에서 그림을 한 번 왕복시켜 볼게요." },
+        { p: "싸기는 한데 품질도 좋을까요? 그것은 학습해 봐야 알 수 있어요. 이 프로젝트는 {demo_side} × {demo_side} 그림으로, 시드 하나만 써서, 같은 유넷을 픽셀과 잠재 표현에서 각각 학습시켰어요. f = {demo_f}인 잠재 표현으로 그린 그림은 다른 신경망이 {demo_latents:percent}({demo_latents_low:percent}~{demo_latents_high:percent})를 알아봤고, 픽셀로 그린 그림은 {demo_pixels:percent}({demo_pixels_low:percent}~{demo_pixels_high:percent})를 알아봤어요. 잠재 표현에 든 연산량은 픽셀의 {demo_operations:percent}, 오토인코더 학습까지 합하면 {demo_operations_all:percent}였어요. 다른 척도인 KID로는 픽셀이 앞섰어요. 작을수록 좋은데, 픽셀이 {demo_pixels_kid:tenths}, 잠재 표현이 {demo_latents_kid:tenths}였어요. 시드가 하나뿐이라 다시 학습하면 어떻게 될지는 알 수 없어요." },
+        { p: "압축에는 대가가 있어요. 인코더가 잃어버린 것은 어떤 유넷도 되찾지 못해요. 아래에서 그림을 한 번 왕복시켜 볼게요. 얼마나 비슷하게 돌아왔는지는 [[psnr|PSNR(peak signal-to-noise ratio)]]을 데시벨로 나타내요." },
         { figure: "latents" },
         { try: "밖에서 가져온 그림이나 여러분의 사진을 보내 보세요. 사진은 이 페이지 안의 인코더로만 들어가고, 다른 곳으로는 가지 않아요." },
-        { question: "왕복하고 나서 더 잘 돌아오는 것은 어느 쪽일까요? 모델이 그린 그림일까요, 모델의 세계 밖에서 온 그림일까요? 밖에서 온 그림은 무엇을 잃었나요?", answer: "모델이 그린 그림이에요. [[psnr|PSNR(peak signal-to-noise ratio)]]이 몇 데시벨이나 더 높아요. 이 디코더가 이미 한 번 그린 그림이니 다시 그릴 수 있는 거예요. 밖에서 온 그림은 가는 선과 가장자리부터 잃어요. ‘잃어버린 것’을 보세요. {f} × {f} 픽셀마다 숫자가 {channels}개뿐인데, 이모지로 학습한 VAE는 그 숫자를 이모지의 생김새에 쓰고 있어요." },
+        { question: "왕복하고 나서 더 잘 돌아오는 것은 어느 쪽일까요? 모델이 그린 그림일까요, 모델의 세계 밖에서 온 그림일까요? 밖에서 온 그림은 무엇을 잃었나요?", answer: "모델이 그린 그림이에요. 몇 데시벨이나 더 높게 나와요. 이 디코더가 이미 한 번 그린 그림이니 다시 그릴 수 있는 거예요. 밖에서 온 그림은 가는 선과 가장자리부터 잃어요. ‘잃어버린 것’을 보세요. {f} × {f} 픽셀마다 숫자가 {channels}개뿐인데, 이모지로 학습한 VAE는 그 숫자를 이모지의 생김새에 쓰고 있어요." },
       ],
     },
     {
@@ -118,7 +118,7 @@ export const ko = {
           ],
         },
         { p: "이 모델의 세계는 프로그램으로 그린 거예요. 등장하는 것은 {subjects}가지 가운데 하나이거나, 둘이 “next to”(옆) 또는 “above”(위)로 놓여 있고, 배경은 {settings}가지 가운데 하나이거나 비어 있어요. 그 세계에 없는 것은 그리지 못해요." },
-        { p: "그리고 *단어가 자리와 이어지도록* 학습했어요. 마지막 학습의 절반에서는 시작 토큰과 끝 토큰, 그 뒤를 채운 토큰(padding)을 가려서, 그림이 단어를 볼 수밖에 없게 했어요. 이렇게 학습하지 않은 모델에서 이만큼 또렷한 어텐션 맵이나 이만큼 큰 단어의 몫을 기대하지는 마세요. 아래 그림은 이 모델의 몫을 보여 줘요." },
+        { p: "그리고 *단어가 자리와 이어지도록* 학습했어요. 마지막 학습의 절반에서는 시작 토큰과 끝 토큰, 그 뒤를 채운 토큰(padding)을 가려서, 그림이 단어를 볼 수밖에 없게 했어요. 이렇게 학습하지 않은 모델에서 이만큼 또렷한 어텐션 맵을 기대하지는 마세요. 다만 아무것도 가리지 않으면 이 모델의 어텐션도 대부분 채움 토큰에 머물러요. 아래 그림 밑의 막대를 보세요. 어텐션 맵은 단어의 몫이 다른 곳보다 어디에서 더 큰지 말해 줄 뿐, 그 몫 자체가 크다고 말하지는 않아요." },
         { figure: "model" },
         { try: "“a fox above a car”(자동차 위의 여우)와 “a car above a fox”(여우 위의 자동차)를 나란히 그려 보세요. 그다음에는 “a cat on the moon”(달 위의 고양이)을 그려 보세요. 일부러 학습에서 빼놓은 짝이에요." },
         { question: "“a cat and a dog”(고양이와 개)는 왜 한 마리가 되고, “a cat next to a dog”(개 옆의 고양이)는 왜 두 마리가 될까요?", answer: "학습할 때 둘을 이어 준 말은 “next to”와 “above”뿐이었어요. “and”는 단어 목록에는 있지만 배운 문장에는 한 번도 나오지 않았어요. 그래서 두 명사가 모두 설명하는 하나의 물체를 그려요. 귀는 누구의 귀이고 얼굴은 누구의 얼굴인지 보세요. 모델은 학습이 보여 준 것만 알아요. 큰 모델도 마찬가지인데, 눈에 덜 띌 뿐이에요." },
@@ -153,7 +153,7 @@ export const ko = {
   figures: {
     line: {
       title: "전체 과정을 그림 다섯 장으로",
-      seed: "시드", draw: "그리기",
+      prompt: "프롬프트", seed: "시드", draw: "그리기",
       words: "읽은 것", vectors: "벡터: 한 줄에 하나", noise: "처음의 노이즈", latents: "마지막 잠재 표현", picture: "그림",
       vectorsNote: "{tokens} × {width}", latentsNote: "{channels} × {side} × {side}, 색으로 표시", pictureNote: "{width} × {height}",
       facts: "지금 여기서: 유넷 {steps}스텝에 {seconds}초, 한 스텝에 {each} ms. 마지막 디코딩 한 번에 {decode} ms.",
@@ -168,10 +168,10 @@ export const ko = {
     },
     steps: {
       title: "스텝 하나하나 들여다보기",
-      draw: "그리기", step: "스텝", guidance: "이 스텝의 가이던스", word: "단어",
+      prompt: "프롬프트", draw: "그리기", step: "스텝", guidance: "이 스텝의 가이던스", word: "단어",
       input: "들어가는 잠재 표현(노이즈 섞임)", uncond: "단어 없는 추측", cond: "단어가 있는 추측", guided: "가이던스 {guidance}의 추측", map: "“{word}”를 보는 자리",
       inputNote: "그림인 셈 치고 디코딩", uncondNote: "빈 프롬프트", condNote: "단어가 움직인 크기 {moved}", guidedNote: "스케줄러가 쓰는 것은 {guidance}일 때", mapNote: "한 자리 어텐션의 {most}까지",
-      facts: "스텝 {step} / {steps}: 타임스텝 {timestep}, 진폭으로 그림 {signal}, 노이즈 {noise}.",
+      facts: "스텝 {step}(마지막은 {steps}). 타임스텝 {timestep}, 진폭으로 그림 {signal}, 노이즈 {noise}.",
       strip: "몇몇 스텝에서의 추측", strips: "스텝 {step}",
     },
     noise: {
