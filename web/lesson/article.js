@@ -37,7 +37,7 @@ export const places = (text) => [...text.matchAll(PLACE)].map(([, name]) => name
 
 /** A text with values for its names in braces; numbers are written as the language does. @param {string} text @param {Record<string, string | number>} values @param {string} lang */
 export function filled(text, values, lang) {
-  return text.replace(PLACE, (_, name, form) => {
+  return text.replaceAll(" × ", "\u00a0×\u00a0").replace(PLACE, (_, name, form) => {
     const value = values[name];
     if (value === undefined) throw new RangeError(`{${name}} has no value in: ${text}`);
     return typeof value === "number" ? written(value, lang, form) : value;

@@ -71,7 +71,7 @@ export function asking(client, grow = ({ model }, name, experiment, begun) => ne
 
   /** Draw, or take what was drawn before. @param {Experiment} experiment @param {(run: Growing) => void} [grown] after each step @returns {Promise<Drawn>} */
   async function draw(experiment, grown = () => {}) {
-    const key = JSON.stringify(experiment);
+    const key = named(experiment);
     const before = kept.get(key);
     if (before) return before;
     /** @type {Growing | null} */
@@ -99,7 +99,7 @@ export function asking(client, grow = ({ model }, name, experiment, begun) => ne
     const times = run.steps.map((step) => step.seconds);
     const each = median(times.slice(1).map((time, i) => time - times[i])); // a few steps were decoded as well
     const drawn = { run, each, decode: seconds - times[times.length - 1] };
-    kept.set(JSON.stringify(run.experiment), drawn);
+    kept.set(named(run.experiment), drawn);
     for (const old of [...kept.keys()].slice(0, -MOST)) kept.delete(old);
     return drawn;
   }
@@ -123,6 +123,9 @@ export function asking(client, grow = ({ model }, name, experiment, begun) => ne
     },
   };
 }
+
+/** What an experiment is kept under. @param {Experiment} experiment */
+const named = (experiment) => JSON.stringify(Object.entries(experiment).sort());
 
 /** @param {number[]} values */
 function median(values) {

@@ -172,14 +172,14 @@ export const en = {
       title: "Every step, looked at",
       prompt: "prompt", draw: "Draw", step: "step", guidance: "guidance at this step", word: "word",
       input: "noisy latents going in", uncond: "guess without words", cond: "guess with words", guided: "guess with guidance {guidance}", map: "places that attend to “{word}”",
-      inputNote: "decoded, as if it were a picture", uncondNote: "the empty prompt", condNote: "the words move it by {moved}", guidedNote: "what the scheduler goes on with, at {guidance}", mapNote: "up to {most} of a place’s attention",
+      inputNote: "decoded, as if it were a picture", uncondNote: "the empty prompt", condNote: "the words move it by {moved}", guidedNote: "the picture was drawn with {guidance}", mapNote: "up to {most} of a place’s attention",
       facts: "Step {step}; the last is {steps}. Timestep {timestep}, {signal} picture and {noise} noise by amplitude.",
       strip: "The guess at some of the steps", strips: "step {step}",
     },
     noise: {
       title: "An exercise of training",
       words: "words for the model", ask: "Ask", timestep: "timestep", another: "Other noise", sweep: "Measure along all timesteps",
-      clean: "the picture", noisy: "picture and noise, mixed", added: "the noise that was added", predicted: "what the UNet takes for noise", mistake: "its mistake", remains: "what remains without it",
+      clean: "the picture", noisy: "picture and noise, mixed", added: "the noise that was added", predicted: "what the UNet takes for noise", mistake: "its mistake", remains: "what remains without the predicted noise",
       cleanNote: "decoded from x₀", noisyNote: "{signal} picture, {noise} noise", channelNote: "one of {channels} channels", remainsNote: "the model’s guess of the picture",
       facts: "Timestep {timestep}, ᾱ = {alphabar}. Loss {loss}; the lazy student’s {lazy}.",
       chart: "Loss by timestep, as far as you measured it; the scale is logarithmic", own: "UNet, right words", wrong: "UNet, other words", student: "lazy student", axis: "timestep: more noise to the right",
@@ -190,7 +190,7 @@ export const en = {
       picture: "the picture", channel: "latents, channel {channel}", back: "back again", lost: "what was lost",
       pictureNote: "{values} numbers", latentsNote: "{values} numbers", backNote: "{psnr} dB", lostNote: "black: nothing",
       facts: "{pixels} numbers, {latents} latents, back with {psnr} dB. Here and now: encoding {encode} ms, decoding {decode} ms.",
-      times: "One guided step of the UNet takes {step} ms here: painting once costs as much as {ratio} steps.",
+      times: "One guided step of the UNet takes {step} ms here: decoding once costs as much as {ratio} steps.",
       unread: "This browser cannot read the file as a picture. Try a PNG or a JPEG.",
     },
     model: {
@@ -202,8 +202,8 @@ export const en = {
   },
   ui: {
     contents: "In this lesson", chapter: "Chapter {number}", try: "Try it", question: "A question", answer: "What to look at", figure: "Figure {number}", next: "Next chapter",
-    open: "Open this in Draw", skip: "Skip to the lesson", close: "Close",
-    waiting: "Computed when the model is here.", loading: "Loading the model: {share}", busy: "Waiting until the picture in Draw is finished …", reading: "Reading the prompt …", drawing: "Drawing: step {step} of {steps}", decoding: "Decoding …", measuring: "Measuring: {done} of {all}", stopped: "Stopped, as something else was drawn. Start it again when you like.", failed: "It did not work: {message}",
+    open: "Open this in Draw", skip: "Skip to the lesson",
+    loading: "Loading the model: {share}", busy: "Waiting until the picture in Draw is finished …", reading: "Reading the prompt …", drawing: "Drawing: step {step} of {steps}", decoding: "Decoding …", measuring: "Measuring: {done} of {all}", stopped: "Stopped, as something else was drawn. Start it again when you like.", failed: "It did not work: {message}",
     strange: "The model never saw {words} in its training. It knows these words: {known}.", long: "The prompt is too long: the model reads {tokens} tokens.",
   },
 };

@@ -61,16 +61,10 @@ def _trained() -> Numbers:
     ends = {run["f"]: run["points"][-1] for run in shown["runs"]}
     coders = {one["f"]: one for one in shown["autoencoders"]}
     pixels, latents = ends[1], ends[4]
-    shares = {
-        "pixels": pixels["both"],
-        "latents": latents["both"],
-        "ceiling": coders[8]["both"],
-    }
+    shares = {"pixels": pixels["both"], "latents": latents["both"]}
     return {
         "demo_side": shown["pixels"],
         "demo_f": 4,
-        "demo_f_wide": 8,
-        "demo_seeds": len(shown["seeds"]),
         "demo_operations": latents["flops"] / pixels["flops"],
         "demo_operations_all": (latents["flops"] + coders[4]["flops"]) / pixels["flops"],
         "demo_pixels_kid": pixels["kid"][0],
@@ -96,7 +90,6 @@ def numbers() -> Numbers:
         "timesteps": scheduler["num_train_timesteps"],
         "colours": colours,
         "f": small.f,
-        "places": small.f**2,
         "latent_values": latents,
         "pixel_values": pixels,
         "fewer": pixels / latents,
