@@ -84,7 +84,7 @@ const client = start(told, (share) => {
 });
 
 const noise = noising(element("noising"), { ask: client.ask, begun: () => beginning.held() });
-const lesson = lessonIn({ drawing: element("drawing"), lesson: element("lesson"), views: element("views"), skip: element("skip") }, { client, known, open: take });
+const lesson = lessonIn({ drawing: element("drawing"), lesson: element("lesson"), views: element("views"), skip: element("skip") }, { client, known, open: take, stop });
 
 /** Say how far it is; what is worth hearing goes to screen readers as well. @param {string} text @param {boolean} [aloud] */
 function say(text, aloud = true) {
@@ -111,6 +111,12 @@ function draw(experiment, other = null, opening = false) {
   const { guidance, start, ...rest } = experiment;
   client.post({ kind: "draw", run: number, decodeEvery: DECODE_EVERY, guidanceScale: guidance, picture: start?.picture, strength: start?.strength, ...rest });
   busy(true);
+}
+
+/** Draw no further, neither this nor what was to come. */
+function stop() {
+  next = [];
+  client.post({ kind: "stop" });
 }
 
 /** @param {boolean} is */
@@ -152,6 +158,8 @@ function take(run) {
   prompt.set(wordsOf(run.experiment.prompt));
   if (!drawn.runs().includes(run)) drawn.add(run);
   look(run, null, {});
+  player?.grown(run.steps.length - 1);
+  say("Drawn in the lesson. Move through the steps with the arrow keys.");
 }
 
 /** The reader rests: the address says where, and what is looked at is decoded. @param {any} state */
@@ -275,10 +283,7 @@ form.onsubmit = (/** @type {Event} */ event) => {
   prompt.set(prompt.words()); // with what is still being typed
   if (check()) draw(wanted(), drawn.comparing() ? looked : null);
 };
-element("stop").onclick = () => {
-  next = [];
-  client.post({ kind: "stop" });
-};
+element("stop").onclick = stop;
 element("another").onclick = () => {
   fields.set({ seed: Math.floor(Math.random() * 10000) });
   if (check()) draw(wanted(), drawn.comparing() ? looked : null);

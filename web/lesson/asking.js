@@ -18,8 +18,8 @@ const MOST = 6; // runs that are kept: some 5 MB each
 /** Something else was drawn meanwhile. */
 export class Stopped extends Error {}
 
-/** @param {import("../client.js").Client} client @param {(about: {model: Model, canvas?: any}, ...of: any[]) => Growing} [grow] */
-export function asking(client, grow = ({ model }, name, experiment, begun) => new Growing(name, experiment, begun, model)) {
+/** @param {import("../client.js").Client} client @param {() => void} stop all that is drawn @param {(about: {model: Model, canvas?: any}, ...of: any[]) => Growing} [grow] */
+export function asking(client, stop, grow = ({ model }, name, experiment, begun) => new Growing(name, experiment, begun, model)) {
   /** @type {Map<string, Waiting>} */
   const waiting = new Map();
   /** @type {Map<string, Drawn>} */
@@ -62,18 +62,17 @@ export function asking(client, grow = ({ model }, name, experiment, begun) => ne
 
   /** Do one thing after those before it, when nothing is drawn elsewhere. @template T @param {() => Promise<T>} job @param {boolean} [byHand] then what is drawn is stopped @returns {Promise<T>} */
   function inTurn(job, byHand = false) {
-    if (byHand && (busy || running)) client.post({ kind: "stop" });
+    if (byHand && (busy || running)) stop();
     const turn = () => (free() ? null : new Promise((resolve, reject) => patient.push({ resolve, reject })));
     const mine = last.then(turn).then(job);
     last = mine.then(() => {}, () => {}); // whoever asked hears of it
     return mine;
   }
 
-  /** Draw, or take what was drawn before. @param {Experiment} experiment @param {(run: Growing) => void} [grown] after each step @returns {Promise<Drawn>} */
-  async function draw(experiment, grown = () => {}) {
-    const key = named(experiment);
-    const before = kept.get(key);
-    if (before) return before;
+  /** Draw, or take what was drawn before. @param {Experiment} experiment @param {(run: Growing) => void} [grown] after each step @param {boolean} [again] even if it was drawn before @returns {Promise<Drawn>} */
+  async function draw(experiment, grown = () => {}, again = false) {
+    const before = kept.get(named(experiment));
+    if (before && !again) return before;
     /** @type {Growing | null} */
     let run = null;
     const { guidance, ...rest } = experiment;
@@ -99,6 +98,7 @@ export function asking(client, grow = ({ model }, name, experiment, begun) => ne
     const times = run.steps.map((step) => step.seconds);
     const each = median(times.slice(1).map((time, i) => time - times[i])); // a few steps were decoded as well
     const drawn = { run, each, decode: seconds - times[times.length - 1] };
+    if (run.experiment.start || run.experiment.edits.length) return drawn; // no figure asks for these
     kept.set(named(run.experiment), drawn);
     for (const old of [...kept.keys()].slice(0, -MOST)) kept.delete(old);
     return drawn;

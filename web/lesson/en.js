@@ -191,7 +191,7 @@ export const en = {
       pictureNote: "{values} numbers", latentsNote: "{values} numbers", backNote: "{psnr} dB", lostNote: "black: nothing",
       facts: "{pixels} numbers, {latents} latents, back with {psnr} dB. Here and now: encoding {encode} ms, decoding {decode} ms.",
       times: "One guided step of the UNet takes {step} ms here: decoding once costs as much as {ratio} steps.",
-      unread: "This browser cannot read the file as a picture. Try a PNG or a JPEG.",
+      unread: "This file cannot be used as a picture. Take a PNG, a JPEG or a WebP that is not too large.",
     },
     model: {
       title: "Two prompts, the same noise",

@@ -14,9 +14,11 @@ import { loss } from "../diffusion/noising.js";
 import { guide } from "../diffusion/guidance.js";
 import { denoised } from "../diffusion/schedulers.js";
 import { BOUNDS, FIRST } from "../experiment.js";
+import { paintSmall } from "../painting.js";
+import { photo } from "../photo.js";
 import { asColourful, previewed, signed, size } from "../preview.js";
 import { written } from "./article.js";
-import { chart, frame, heated, latest, paint, paintOver, paintSquare } from "./frame.js";
+import { chart, frame, heated, latest, paint, paintOver } from "./frame.js";
 import numbers from "./numbers.json" with { type: "json" };
 
 const NEW_PAIR = "an astronaut scuba diving"; // both were seen in training, never together
@@ -67,7 +69,7 @@ function line(f, { asking }) {
       drawn = await asking.draw({ ...FIRST, prompt: wanted, seed: Number(seed.value) }, (run) => {
         f.drawing(run);
         begun(run);
-      });
+      }, byHand);
       begun(drawn.run);
       whole(drawn);
     }, byHand);
@@ -77,10 +79,10 @@ function line(f, { asking }) {
   /** @param {Growing} run that has a step at least */
   function begun(run) {
     const { preview, steps } = run;
-    paintSquare(begin.canvas, previewed(steps[0].latents, preview, asColourful(steps[0].latents, steps[0].denoised)));
+    paintSmall(begin.canvas, previewed(steps[0].latents, preview, asColourful(steps[0].latents, steps[0].denoised)));
     const { denoised: guess } = steps[steps.length - 1];
-    paintSquare(end.canvas, previewed(guess, preview));
-    paintSquare(picture.canvas, previewed(guess, preview));
+    paintSmall(end.canvas, previewed(guess, preview));
+    paintSmall(picture.canvas, previewed(guess, preview));
     const [channels, side] = [preview.slope.length, Math.sqrt(guess.length / preview.slope.length)];
     for (const [one, label] of /** @type {const} */ ([[begin, "noise"], [end, "latents"]])) one.say(f.texts[label], f.text("latentsNote", { channels, side }));
   }
@@ -88,7 +90,7 @@ function line(f, { asking }) {
   /** @param {Drawn} of */
   function whole({ run, each, decode }) {
     const [last, painted] = [/** @type {Float32Array} */ (run.latents), /** @type {import("../growing.js").Picture} */ (run.picture)];
-    paintSquare(end.canvas, previewed(last, run.preview));
+    paintSmall(end.canvas, previewed(last, run.preview));
     paint(picture.canvas, painted);
     picture.say(f.texts.picture, f.text("pictureNote", { width: painted.width, height: painted.height }));
     const share = before ? differing(before, painted.data) : null;
@@ -172,7 +174,7 @@ function steps(f, { asking }) {
     const wanted = f.readable(prompt);
     if (wanted === null) return;
     await f.compute(async () => {
-      drawn = await asking.draw({ ...FIRST, prompt: wanted }, f.drawing);
+      drawn = await asking.draw({ ...FIRST, prompt: wanted }, f.drawing, byHand);
       decoded.clear();
       chips();
       look(true);
@@ -205,7 +207,7 @@ function steps(f, { asking }) {
       const button = make("button", "thumbnail", "", undefined, { type: "button", "aria-label": f.text("strips", { step: index }) });
       const canvas = make("canvas", "", "", button, { width: "64", height: "64" });
       make("span", "", String(index), button, { "aria-hidden": "true" });
-      paintSquare(canvas, previewed(run.steps[index].denoised, run.preview));
+      paintSmall(canvas, previewed(run.steps[index].denoised, run.preview));
       button.onclick = () => {
         step.input.value = String(index);
         look(true);
@@ -242,7 +244,7 @@ function steps(f, { asking }) {
     for (const [name, latents] of Object.entries(guesses)) {
       const picture = decoded.get(key(name));
       if (picture) paint(shown[name].canvas, picture);
-      else paintSquare(shown[name].canvas, previewed(latents, run.preview, name === "input" ? asColourful(one.latents, one.denoised) : 1));
+      else paintSmall(shown[name].canvas, previewed(latents, run.preview, name === "input" ? asColourful(one.latents, one.denoised) : 1));
     }
     paint(shown.map.canvas, /** @type {any} */ (run.picture));
     paintOver(shown.map.canvas, map, most);
@@ -324,9 +326,9 @@ function noise(f, { asking }) {
     const channels = run.preview.slope.length;
     const first = (/** @type {Float32Array} */ values) => signed(values.subarray(0, values.length / channels), REACH);
     const channel = f.text("channelNote", { channels });
-    paintSquare(shown.added.canvas, first(noised.noise));
-    paintSquare(shown.predicted.canvas, first(noised.prediction));
-    paintSquare(shown.mistake.canvas, first(noised.prediction.map((/** @type {number} */ value, /** @type {number} */ i) => value - noised.noise[i])));
+    paintSmall(shown.added.canvas, first(noised.noise));
+    paintSmall(shown.predicted.canvas, first(noised.prediction));
+    paintSmall(shown.mistake.canvas, first(noised.prediction.map((/** @type {number} */ value, /** @type {number} */ i) => value - noised.noise[i])));
     for (const key of ["added", "predicted"]) shown[key].say(f.texts[key], channel);
     shown.mistake.say(f.texts.mistake, channel);
     shown.clean.say(f.texts.clean, f.texts.cleanNote);
@@ -335,8 +337,8 @@ function noise(f, { asking }) {
     f.facts.textContent = f.text("facts", { timestep: String(noised.timestep), alphabar: noised.alphaBar.toFixed(4), loss: noised.loss.toPrecision(3), lazy: noised.lazy.toPrecision(3) });
     draw();
     if (noised.picture) paint(shown.remains.canvas, noised.picture);
-    else paintSquare(shown.remains.canvas, previewed(noised.denoised, run.preview));
-    if (!rest) return paintSquare(shown.noisy.canvas, previewed(noised.noisy, run.preview, asColourful(noised.noisy, /** @type {Float32Array} */ (run.latents))));
+    else paintSmall(shown.remains.canvas, previewed(noised.denoised, run.preview));
+    if (!rest) return paintSmall(shown.noisy.canvas, previewed(noised.noisy, run.preview, asColourful(noised.noisy, /** @type {Float32Array} */ (run.latents))));
     paint(shown.noisy.canvas, await asking.decode(noised.noisy));
     f.box.dataset.shown = `${noised.timestep}`;
   }
@@ -371,7 +373,7 @@ function latents(f, { asking }) {
   const which = make("div", "chips", "", f.form, { role: "group", "aria-label": f.texts.picture });
   const choices = ["painted", "drawing"].map((key) => f.button(f.texts[key], () => void go(key, true), which));
   const label = make("label", "file", f.texts.own, which);
-  const file = make("input", "", "", label, { type: "file", accept: "image/*" });
+  const file = make("input", "", "", label, { type: "file", accept: "image/png,image/jpeg,image/webp" });
   const shown = { picture: f.picture(f.texts.picture), back: f.picture(f.texts.back), lost: f.picture(f.texts.lost) };
   const channels = make("div", "channels", "", f.pictures);
   shown.picture.cell.after(channels);
@@ -401,7 +403,7 @@ function latents(f, { asking }) {
       paintChannels(squeezed, run.preview.slope.length);
       paint(shown.back.canvas, back);
       shown.back.say(f.texts.back, f.text("backNote", { psnr: decibels }));
-      paintSquare(shown.lost.canvas, heated(difference(data, back.data), 64));
+      paintSmall(shown.lost.canvas, heated(difference(data, back.data), 64));
       shown.lost.say(f.texts.lost, f.texts.lostNote);
       f.facts.textContent = `${f.text("facts", { pixels: numbers, latents: squeezed.length, psnr: decibels, encode: milliseconds(encode), decode: milliseconds(decode) })} ${f.text("times", { step: milliseconds(each), ratio: written(decode / each, f.lang) })}`;
       f.box.dataset.psnr = decibels;
@@ -412,7 +414,7 @@ function latents(f, { asking }) {
   function paintChannels(squeezed, count) {
     if (!cells.length) cells = Array.from({ length: count }, (_, channel) => f.picture(f.text("channel", { channel }), { parent: channels, width: 64, height: 64 }));
     cells.forEach(({ canvas, say }, channel) => {
-      paintSquare(canvas, signed(squeezed.subarray((channel * squeezed.length) / count, ((channel + 1) * squeezed.length) / count), REACH));
+      paintSmall(canvas, signed(squeezed.subarray((channel * squeezed.length) / count, ((channel + 1) * squeezed.length) / count), REACH));
       say(f.text("channel", { channel }), f.text("latentsNote", { values: squeezed.length / count }));
     });
   }
@@ -421,11 +423,7 @@ function latents(f, { asking }) {
     const [one] = file.files;
     if (!one) return;
     try {
-      const bitmap = await createImageBitmap(one);
-      const side = Math.min(bitmap.width, bitmap.height);
-      const pen = square();
-      pen.drawImage(bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side, side, 0, 0, PICTURE, PICTURE);
-      await go("own", true, pen.getImageData(0, 0, PICTURE, PICTURE).data);
+      await go("own", true, (await photo(one)).data);
     } catch {
       f.say(f.texts.unread);
     }
@@ -456,8 +454,8 @@ function model(f, { asking }) {
         const experiment = { ...FIRST, prompt: /** @type {string} */ (prompt), seed: Number(seed.value) };
         drawn[i] = await asking.draw(experiment, (run) => {
           f.drawing(run, i / 2, 0.5);
-          paintSquare(cells[i].canvas, previewed(run.steps[run.steps.length - 1].denoised, run.preview));
-        });
+          paintSmall(cells[i].canvas, previewed(run.steps[run.steps.length - 1].denoised, run.preview));
+        }, byHand);
         show(i, /** @type {Drawn} */ (drawn[i]).run);
         offers[i]();
       }

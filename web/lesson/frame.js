@@ -159,7 +159,7 @@ export function frame(box, name, number, { lesson, asking, known, progress, open
   };
 }
 
-/** Paint a picture, RGBA, over a whole canvas. @param {HTMLCanvasElement} canvas @param {Picture} picture */
+/** Paint a picture over a whole canvas. @param {HTMLCanvasElement} canvas @param {Picture} picture */
 export function paint(canvas, { width, height, data }) {
   const small = new OffscreenCanvas(width, height);
   small.getContext("2d")?.putImageData(new ImageData(Uint8ClampedArray.from(data), width, height), 0, 0);
@@ -167,12 +167,6 @@ export function paint(canvas, { width, height, data }) {
   pen.imageSmoothingEnabled = false;
   pen.globalAlpha = 1;
   pen.drawImage(small, 0, 0, canvas.width, canvas.height);
-}
-
-/** Paint a square of RGBA. @param {HTMLCanvasElement} canvas @param {Uint8ClampedArray} data */
-export function paintSquare(canvas, data) {
-  const side = Math.sqrt(data.length / 4);
-  paint(canvas, { width: side, height: side, data });
 }
 
 /** Values from 0 to `most` in the colours of heat, RGBA. @param {ArrayLike<number>} values @param {number} most @param {number} [alpha] */

@@ -189,7 +189,7 @@ export const ko = {
       pictureNote: "숫자 {values}개", latentsNote: "숫자 {values}개", backNote: "{psnr} dB", lostNote: "검은색: 잃은 것 없음",
       facts: "숫자 {pixels}개, 잠재 표현 {latents}개, 되돌리면 {psnr} dB. 지금 여기서: 인코딩 {encode} ms, 디코딩 {decode} ms.",
       times: "여기서 가이던스를 쓰는 유넷 한 스텝은 {step} ms예요. 디코딩 한 번이 {ratio}스텝과 맞먹어요.",
-      unread: "이 브라우저는 이 파일을 그림으로 읽지 못해요. PNG나 JPEG로 해 보세요.",
+      unread: "이 파일은 그림으로 쓸 수 없어요. 너무 크지 않은 PNG, JPEG, WebP 파일로 해 보세요.",
     },
     model: {
       title: "프롬프트 둘, 노이즈는 하나",

@@ -29,10 +29,11 @@ export function addressed(hash) {
  * Bring the lesson to life.
  *
  * @param {{drawing: HTMLElement, lesson: HTMLElement, views: HTMLElement, skip: HTMLAnchorElement}} places
- * @param {{client: import("../client.js").Client, known: string[], open: (run: Growing) => void}} about `open` looks at a run in the drawing view
+ * @param {{client: import("../client.js").Client, known: string[], open: (run: Growing) => void, stop: () => void}} about `open` looks at a run in the drawing view, which
+ *        `stop` lets draw no further
  */
-export function lesson(places, { client, known, open }) {
-  const ask = asking(client);
+export function lesson(places, { client, known, open, stop }) {
+  const ask = asking(client, stop);
   const title = document.title;
   const skipped = { text: places.skip.textContent ?? "", href: places.skip.hash };
   /** @type {Record<string, HTMLElement>} */
@@ -103,7 +104,7 @@ export function lesson(places, { client, known, open }) {
     task?.();
   }
 
-  addEventListener("hashchange", route);
+  for (const moved of ["hashchange", "popstate"]) addEventListener(moved, route); // back to another query is no change of the hash
   route();
   return {
     told: ask.told,
