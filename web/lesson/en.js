@@ -45,7 +45,7 @@ export const en = {
         { p: "Below, a row is one position, in two sentences at once. Each strip is a vector: numbers below zero are blue, numbers above it orange. How alike the two are, is said by their [[cosine|cosine]]." },
         { figure: "text" },
         { try: "Write a word at the same position of both sentences, after other words, and look at its cosine." },
-        { question: "Write a sentence twice, and change one word in the middle of the second. Whose vectors change: those of the words before it, or those after it?", answer: "Those after it alone. Before the changed word every cosine is exactly one, since a vector looks back and never ahead. (This is called *causal* attention; language models have it too.) The end token stands behind all words, so it has seen the whole sentence. The rows below the last word show it." },
+        { question: "Write “a fox on the moon” twice, and make the fox of the second sentence a car. Whose vectors change: those of the words before it, or those after it?", answer: "Those after it alone. Before the changed word every cosine is exactly 1, since a vector looks back and never ahead. (This is called *causal* attention; language models have it too.) The end token stands behind all words, so it has seen the whole sentence. The rows below the last word show it." },
       ],
     },
     {
@@ -93,11 +93,11 @@ export const en = {
           ],
         },
         { p: "*Counted* means that the sizes of the layers were added up, and nothing ran. *Measured* means that a clock ran, on somebody’s machine. A counted number promises no time." },
-        { p: "Cheaper, but as good? Only training tells. This project trained one UNet on pixels and on latents, on pictures of {demo_side} × {demo_side}, with a single seed. In what it drew from latents of f = {demo_f}, another network recognised {demo_latents:percent} ({demo_latents_low:percent} to {demo_latents_high:percent}); from pixels {demo_pixels:percent} ({demo_pixels_low:percent} to {demo_pixels_high:percent}). The latents had taken {demo_operations:percent} of the operations, {demo_operations_all:percent} with their autoencoder’s. By another measure, KID, pixels were ahead: {demo_pixels_kid:tenths} against {demo_latents_kid:tenths}, where less is better. One seed says nothing of another training." },
+        { p: "Cheaper, but as good? Only training tells. This project trained one UNet on pixels and on latents, on pictures of {demo_side} × {demo_side}, with a single seed. Another network looked for what had been asked for. It found it in {demo_latents:percent} ({demo_latents_low:percent} to {demo_latents_high:percent}) of what was drawn in latents of f = {demo_f}, and in {demo_pixels:percent} ({demo_pixels_low:percent} to {demo_pixels_high:percent}) of what was drawn in pixels. The latents had taken {demo_operations:percent} of the operations, {demo_operations_all:percent} with their autoencoder’s. By another measure, KID, pixels were ahead: {demo_pixels_kid:tenths} against {demo_latents_kid:tenths}, where less is better. With one seed, nobody knows how another training would end." },
         { p: "And squeezing has a price, which no UNet can win back: what the encoder loses. The figure sends a picture there and back; how close it comes is said by [[psnr|PSNR]], in decibels." },
         { figure: "latents" },
         { try: "Send the drawing, or a photo of your own: it goes to the encoder in this page and nowhere else." },
-        { question: "Which comes back better: the picture that the model painted, or the drawing from outside its world? What is lost of the drawing?", answer: "The painted one, by several decibels: this decoder can paint what it painted before. Of the drawing the fine lines are lost first, and edges: see “what was lost”. The latents have {channels} numbers for each {f} × {f} pixels, and the VAE was trained on emoji; it spends them on what emoji look like." },
+        { question: "Which comes back better: the picture that the model painted, or the drawing from outside its world? What is lost of the drawing?", answer: "The painted one, by several decibels: this decoder can paint what it painted before. Of the drawing the fine lines are gone, and its green as well: see “what was lost”. The latents have {channels} numbers for each {f} × {f} pixels, and the VAE was trained on emoji; it spends them on what emoji look like." },
       ],
     },
     {
@@ -187,7 +187,7 @@ export const en = {
     latents: {
       title: "Through the VAE and back",
       painted: "the picture the model painted", drawing: "a drawing from outside", own: "a photo of your own …",
-      picture: "the picture", channel: "latents, channel {channel}", back: "back again", lost: "what was lost",
+      picture: "the picture", channel: "channel {channel}", back: "back again", lost: "what was lost",
       pictureNote: "{values} numbers", latentsNote: "{values} numbers", backNote: "{psnr} dB", lostNote: "black: nothing",
       facts: "{pixels} numbers, {latents} latents, back with {psnr} dB. Here and now: encoding {encode} ms, decoding {decode} ms.",
       times: "One guided step of the UNet takes {step} ms here: decoding once costs as much as {ratio} steps.",

@@ -24,6 +24,7 @@ import numbers from "./numbers.json" with { type: "json" };
 const NEW_PAIR = "an astronaut scuba diving"; // both were seen in training, never together
 const THUMBNAILS = 8;
 const { picture: PICTURE, timesteps: TIMESTEPS } = numbers;
+const EQUAL = 1e-6; // vectors whose cosine is so near to 1 are the same
 const REACH = 3; // latents and noise are shown from -3 to 3: 99.7% of noise
 
 /** Put a figure into its element. @param {string} name @param {HTMLElement} box @param {number} number @param {About} about @returns {() => void} computes it */
@@ -121,7 +122,7 @@ function text(f, { asking }) {
       list.replaceChildren(heading(), ...alike.map((value, at) => position(at, value, [one, two], width, far)));
       make("li", "rest", f.text("rest", { last: one.ids.length - 1 }), list);
       const same = alike.filter((_, at) => one.ids[at] === two.ids[at]).length;
-      f.facts.textContent = f.text("facts", { positions: rows, same, equal: alike.filter((value) => value > 1 - 1e-5).length });
+      f.facts.textContent = f.text("facts", { positions: rows, same, equal: alike.filter((value) => value > 1 - EQUAL).length });
     }, byHand);
   }
 
@@ -146,8 +147,9 @@ function text(f, { asking }) {
       const strip = make("canvas", "strip", "", cell, { width: String(width), height: "1", "aria-hidden": "true" });
       paint(strip, { width, height: 1, data: signed(vector(cond, at, width), far) });
     }
-    const same = alike > 1 - 1e-5;
-    make("span", same ? "alike same" : "alike", alike.toFixed(3), row, { "aria-label": `${f.texts.cosine} ${alike.toFixed(3)}` });
+    const same = alike > 1 - EQUAL;
+    const said = same ? "1" : alike.toFixed(alike > 0.9995 ? 5 : 3);
+    make("span", same ? "alike same" : "alike", said, row, { "aria-label": `${f.texts.cosine} ${said}` });
     return row;
   }
   return () => go(false);
@@ -205,7 +207,7 @@ function steps(f, { asking }) {
     const indices = [...new Set(Array.from({ length: THUMBNAILS }, (_, i) => Math.round((i * (run.calls - 1)) / (THUMBNAILS - 1))))];
     const made = indices.map((index) => {
       const button = make("button", "thumbnail", "", undefined, { type: "button", "aria-label": f.text("strips", { step: index }) });
-      const canvas = make("canvas", "", "", button, { width: "64", height: "64" });
+      const canvas = make("canvas", "", "", button, { width: "128", height: "128" });
       make("span", "", String(index), button, { "aria-hidden": "true" });
       paintSmall(canvas, previewed(run.steps[index].denoised, run.preview));
       button.onclick = () => {
@@ -336,6 +338,7 @@ function noise(f, { asking }) {
     shown.remains.say(f.texts.remains, f.texts.remainsNote);
     f.facts.textContent = f.text("facts", { timestep: String(noised.timestep), alphabar: noised.alphaBar.toFixed(4), loss: noised.loss.toPrecision(3), lazy: noised.lazy.toPrecision(3) });
     draw();
+    canvas.setAttribute("aria-label", `${f.texts.chart}. ${f.facts.textContent}`);
     if (noised.picture) paint(shown.remains.canvas, noised.picture);
     else paintSmall(shown.remains.canvas, previewed(noised.denoised, run.preview));
     if (!rest) return paintSmall(shown.noisy.canvas, previewed(noised.noisy, run.preview, asColourful(noised.noisy, /** @type {Float32Array} */ (run.latents))));

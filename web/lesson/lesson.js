@@ -43,6 +43,8 @@ export function lesson(places, { client, known, open, stop }) {
   /** @type {(() => void) | null} what the drawing view does when it is first seen */
   let later = null;
   let [now, share] = ["", 0];
+  /** @type {string | null} the address that is shown */
+  let shown = null;
 
   /** @param {string} lang */
   function write(lang) {
@@ -71,6 +73,8 @@ export function lesson(places, { client, known, open, stop }) {
 
   /** Show what the address names. */
   function route() {
+    if (location.hash === shown) return; // both events may tell of one move
+    shown = location.hash;
     const wanted = addressed(location.hash);
     const view = wanted?.lang ?? "drawing";
     const changed = view !== now;
