@@ -14,11 +14,8 @@ import { keepOffline, start } from "./client.js";
 import { controls } from "./controls.js";
 import * as experiments from "./experiment.js";
 import { Growing } from "./growing.js";
-<<<<<<< HEAD
-import { opener } from "./opener.js";
-=======
 import { lesson as lessonIn } from "./lesson/lesson.js";
->>>>>>> 10fffb9 (Mount the lesson in the page, with live figures)
+import { opener } from "./opener.js";
 import { pictureIn } from "./picture.js";
 import { noising } from "./noising.js";
 import { promptIn, wordsOf } from "./prompt.js";
@@ -66,6 +63,7 @@ const recordings = opener(element("open"), element("opened"), {
   known,
   say,
   show: (run) => {
+    lesson.leave();
     drawn.add(run);
     look(run, null);
     pictures.scrollIntoView({ behavior: "instant", block: "start" });

@@ -422,14 +422,23 @@ function latents(f, { asking }) {
     });
   }
 
-  file.onchange = async () => {
-    const [one] = file.files;
+  /** @param {File | undefined} one */
+  async function read(one) {
     if (!one) return;
     try {
       await go("own", true, (await photo(one)).data);
     } catch {
       f.say(f.texts.unread);
     }
+  }
+  file.onchange = () => {
+    void read(file.files[0]);
+    file.value = ""; // so that the same one can be taken again
+  };
+  f.box.ondragover = (event) => event.preventDefault(); // a file that is dropped here is no recording
+  f.box.ondrop = (event) => {
+    event.preventDefault();
+    void read(event.dataTransfer?.files[0]);
   };
   return () => void go("painted", false);
 }

@@ -13,7 +13,7 @@
 import { make } from "../../probe/figures/drawing.js";
 import { table } from "../../probe/figures/payload.js";
 import { toAddress } from "../experiment.js";
-import { HEAT } from "../growing.js";
+import { HEAT } from "../parts.js";
 import { wordsOf } from "../prompt.js";
 import { filled, written } from "./article.js";
 import { Stopped } from "./asking.js";

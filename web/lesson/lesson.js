@@ -117,6 +117,8 @@ export function lesson(places, { client, known, open, stop }) {
     ready: ask.ready,
     /** How much of the model is here. @param {number} part */
     progress: (part) => { share = part; },
+    /** Go to the drawing view. */
+    leave: () => { if (now !== "drawing") location.hash = "#drawing"; },
     /** Do something when the drawing view is seen: at once, if it is. @param {() => void} task */
     whenDrawing: (task) => {
       later = task;
