@@ -77,12 +77,11 @@ const recordings = opener(element("open"), element("opened"), {
 });
 const client = start(told, (share) => {
   bar.value = share;
-  lesson.progress(share);
   say(share < 1 ? `Loading the model: ${Math.floor(share * 100)}%` : "Opening the model …", share >= 1);
 });
 
 const noise = noising(element("noising"), { ask: client.ask, begun: () => beginning.held() });
-const lesson = lessonIn({ drawing: element("drawing"), lesson: element("lesson"), views: element("views"), skip: element("skip") }, { client, known, open: take, stop });
+const lesson = lessonIn({ drawing: element("drawing"), lesson: element("lesson"), views: element("views"), skip: element("skip") }, { client, known, open: take, stop, progress: () => bar.value });
 
 /** Say how far it is; what is worth hearing goes to screen readers as well. @param {string} text @param {boolean} [aloud] */
 function say(text, aloud = true) {

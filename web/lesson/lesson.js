@@ -29,10 +29,11 @@ export function addressed(hash) {
  * Bring the lesson to life.
  *
  * @param {{drawing: HTMLElement, lesson: HTMLElement, views: HTMLElement, skip: HTMLAnchorElement}} places
- * @param {{client: import("../client.js").Client, known: string[], open: (run: Growing) => void, stop: () => void}} about `open` looks at a run in the drawing view, which
- *        `stop` lets draw no further
+ * @param {{client: import("../client.js").Client, known: string[], open: (run: Growing) => void, stop: () => void,
+ *          progress: () => number}} about `open` looks at a run in the drawing view, `stop` lets it draw no further; `progress` is the share of
+ *          the model that is here
  */
-export function lesson(places, { client, known, open, stop }) {
+export function lesson(places, { client, known, open, stop, progress }) {
   const ask = asking(client, stop);
   const title = document.title;
   const skipped = { text: places.skip.textContent ?? "", href: places.skip.hash };
@@ -42,7 +43,7 @@ export function lesson(places, { client, known, open, stop }) {
   const scrolled = {};
   /** @type {(() => void) | null} what the drawing view does when it is first seen */
   let later = null;
-  let [now, share] = ["", 0];
+  let now = "";
   /** @type {string | null} the address that is shown */
   let shown = null;
 
@@ -52,7 +53,7 @@ export function lesson(places, { client, known, open, stop }) {
     const words = make("datalist", "", "", places.lesson, { id: `${lang}-words` });
     for (const value of known) make("option", "", "", words, { value });
     return article(places.lesson, texts, other, numbers, (name, box, number) => {
-      const compute = figure(name, box, number, { lesson: texts, asking: ask, known, progress: () => share, open: look });
+      const compute = figure(name, box, number, { lesson: texts, asking: ask, known, progress, open: look });
       const eye = new IntersectionObserver(([entry]) => {
         if (!entry.isIntersecting) return;
         eye.disconnect();
@@ -64,11 +65,17 @@ export function lesson(places, { client, known, open, stop }) {
 
   /** @param {Growing} run */
   function look(run) {
+    leave();
+    open(run);
+  }
+
+  /** Go to the drawing view, to look at what is there. */
+  function leave() {
     later = null;
+    if (now === "drawing") return;
     history.pushState(null, "", "#drawing");
     scrolled.drawing = 0;
     route();
-    open(run);
   }
 
   /** Show what the address names. */
@@ -111,14 +118,11 @@ export function lesson(places, { client, known, open, stop }) {
   for (const moved of ["hashchange", "popstate"]) addEventListener(moved, route); // back to another query is no change of the hash
   route();
   return {
+    leave,
     told: ask.told,
     keep: ask.keep,
     busy: ask.busy,
     ready: ask.ready,
-    /** How much of the model is here. @param {number} part */
-    progress: (part) => { share = part; },
-    /** Go to the drawing view. */
-    leave: () => { if (now !== "drawing") location.hash = "#drawing"; },
     /** Do something when the drawing view is seen: at once, if it is. @param {() => void} task */
     whenDrawing: (task) => {
       later = task;
