@@ -435,9 +435,13 @@ function latents(f, { asking }) {
     void read(file.files[0]);
     file.value = ""; // so that the same one can be taken again
   };
-  f.box.ondragover = (event) => event.preventDefault(); // a file that is dropped here is no recording
-  f.box.ondrop = (event) => {
+  const ours = (/** @type {DragEvent} */ event) => { // and not of the drawing view
     event.preventDefault();
+    event.stopPropagation();
+  };
+  f.box.ondragover = ours;
+  f.box.ondrop = (event) => {
+    ours(event);
     void read(event.dataTransfer?.files[0]);
   };
   return () => void go("painted", false);
