@@ -249,6 +249,7 @@ def test_a_picture_is_noised(browser: Any, address: str) -> None:
     slide(browser, "#timestep", 300)
     until(browser, "document.querySelector('#noising output').textContent.startsWith('300:')")
     until(browser, "document.querySelector('#noising pre').textContent.includes('seed: 3')")
+    until(browser, "document.getElementById('noising').dataset.decoded === 'true'")
     text = browser.execute_script(f"return {loss}")
     guess = pixels(browser, "#noising figure:nth-of-type(5) canvas").astype(int)
     button(browser, "#noising", "Loss at twelve timesteps").click()

@@ -95,24 +95,30 @@ export function noising(section, { ask, begun }) {
     }
     busy = false;
   }
+  /** Show an answer at once, and its guess decoded when the reader rests. */
   async function once() {
     const question = asked();
     const { held, latents } = await encoded();
-    const answer = await ask({ kind: "noise", latents, ...question, decode: true });
-    show(held, answer, question);
+    for (const decode of [false, true]) {
+      const answer = await ask({ kind: "noise", latents, ...question, decode });
+      if (again && decode) return;
+      show(held, answer, question);
+      if (again) return;
+    }
   }
   /** @param {Held} held @param {any} answer of the worker @param {{prompt: string, seed: number, timestep: number}} question */
-  function show(held, { alphaBar, noise, noisy, prediction, loss, picture }, question) {
+  function show(held, { alphaBar, noise, noisy, prediction, denoised, loss, picture }, question) {
     const preview = /** @type {Growing} */ (run).preview;
     paintSmall(figures.clean.canvas, held.data);
     for (const [name, latents] of /** @type {[string, Float32Array][]} */ ([["noisy", noisy], ["noise", noise], ["prediction", prediction]])) paintSmall(figures[name].canvas, previewed(latents, preview));
-    paintSmall(figures.guess.canvas, picture.data);
+    paintSmall(figures.guess.canvas, picture?.data ?? previewed(denoised, preview));
     share.textContent = `${question.timestep}: ${percent(1 - alphaBar)} of what it sees is noise`;
     figures.clean.note.textContent = "as latents: 16 x 16 places, 4 numbers each";
     figures.noisy.note.textContent = `${short(Math.sqrt(alphaBar))} of its latents and ${short(Math.sqrt(1 - alphaBar))} of noise: alpha_bar ${short(alphaBar)}`;
     figures.noise.note.textContent = `that of seed ${question.seed}`;
     figures.prediction.note.textContent = question.prompt ? `told “${question.prompt}”` : "told no words";
     figures.guess.note.textContent = "what is left without that noise, decoded";
+    section.dataset.decoded = String(picture !== null);
     said.textContent = `Loss ${short(loss)}: the mean square of the noise that it sees less the noise that was put in. To see none would cost about 1.`;
     yaml(held, question, [question.timestep]);
   }
