@@ -56,6 +56,8 @@ for (const name of names) {
     const run = await stored(await file(`${name}.zarr.zip`), canvas);
     assert.equal(run.meta.name, name);
     for (const key of ["kind", "prompt", "calls", "steps", "colours"]) assert.deepEqual(run.meta[key], meta[key], key);
+    const first = meta.offers.readings.filter((reading) => reading === "attention");
+    assert.deepEqual(run.meta.offers, { readings: meta.steps.length ? first : [], branches: [], latents: meta.steps.length ? meta.offers.latents : 0 });
     for (const key of ["sigma", "timestep"]) same(run.meta[key], meta[key], key);
     if (!meta.steps.length) return assert.deepEqual(Object.keys(run.parts), []);
     assert.deepEqual(run.meta.latent_names, meta.latent_names);

@@ -59,5 +59,8 @@ function cover(canvas, { parts: { final, denoised, source } }) {
   const { shape: [count, height, width] = [0], columns = 1, bitmap } = final ?? source ?? denoised ?? {};
   const pen = canvas.getContext("2d");
   pen.imageSmoothingEnabled = width > canvas.width;
-  if (count) pen.drawImage(bitmap, ((count - 1) % columns) * width, Math.floor((count - 1) / columns) * height, width, height, 0, 0, canvas.width, canvas.height);
+  if (!count) return;
+  const [wide, high] = [width, height].map((size) => (size / Math.max(width, height)) * canvas.width);
+  const from = [((count - 1) % columns) * width, Math.floor((count - 1) / columns) * height];
+  pen.drawImage(bitmap, ...from, width, height, (canvas.width - wide) / 2, (canvas.height - high) / 2, wide, high);
 }

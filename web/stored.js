@@ -96,6 +96,7 @@ export class Stored {
     if (typeof maps === "string") this.meta.missing.maps = maps;
     else {
       this.maps = maps;
+      this.meta.offers.readings = ["attention"];
       Object.assign(this.meta, ATTENTION, maps.meta, { snippets: { ...this.meta.snippets, ...maps.meta.snippets } });
       this.parts.maps = maps.part;
     }
@@ -110,7 +111,7 @@ export class Stored {
     return {
       name, kind: this.noising ? "noising" : "generation", prompt: clean(this.noising ? this.recipe.caption : this.recipe.prompt), facts: this.facts(), status: this.status,
       following: { state: this.status, text: ended, command: "" }, calls, reached: steps.length - 1, steps,
-      colours: HEAT, panels: this.panels(0), latent_names: [], offers: { readings: ["attention"], branches: [], latents: 0 },
+      colours: HEAT, panels: this.panels(0), latent_names: [], offers: { readings: [], branches: [], latents: 0 },
       opened: `import probe\n\nrun = probe.open_run(${JSON.stringify(`${name}.zarr.zip`)})\n`,
       snippets: { picture: `run.preview(run.denoised()).sel(step={step}).isel(${this.axis}=0){mean}` }, missing: {}, curves: {},
     };
