@@ -26,7 +26,7 @@ MARKS = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs a browser: {' and '.join(MISSING)}"),
 ]
 FLAGS = (
-    "--headless=new --no-sandbox --disable-dev-shm-usage --disable-gpu --no-first-run "
+    "--headless=new --no-sandbox --disable-dev-shm-usage --no-first-run "
     "--disable-background-networking --disable-component-update --force-device-scale-factor=1"
 ).split()
 NOWHERE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
@@ -37,14 +37,14 @@ INK = (
 )
 
 
-def started() -> Any:
-    """Start a browser that finds no machine but this one."""
+def started(graphics: tuple[str, ...] = ("--disable-gpu",)) -> Any:
+    """Start a browser that finds no machine but this one. `graphics` are flags of its GPU."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
-    for flag in [*FLAGS, NOWHERE]:
+    for flag in [*FLAGS, NOWHERE, *graphics]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     return webdriver.Chrome(options, Service(DRIVER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,11 @@ const canvas = [...arguments[0].querySelectorAll("canvas")].at(-1);
 const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
 return data.reduce((most, value, i) => (i % 4 < 3 ? Math.max(most, value) : most), 0);
 """  # of the finished pictures' difference
+SOFTWARE_GPU = (
+    "--enable-unsafe-webgpu",
+    "--use-webgpu-adapter=swiftshader",
+    "--enable-features=Vulkan",
+)
 
 pytestmark = WEB
 
@@ -222,3 +228,25 @@ def test_a_file_that_is_no_recording_leaves_the_page_as_it_was(
     cards[1].click()
     until(browser, "document.getElementById('opened').hidden")
     assert serious(browser) == [] and complaints(browser) == []
+
+
+def test_a_graphics_card_is_tried_before_it_is_used(browser: Any, address: str) -> None:
+    look(browser)
+    opened(browser, f"{address}?prompt=an+owl&{FEW}")
+    assert not browser.find_elements("id", "gpu"), "here is none"
+    software = started(SOFTWARE_GPU)
+    try:
+        look(software)
+        opened(software, f"{address}?prompt=an+owl&{FEW}")
+        until(software, "document.getElementById('gpu')")
+        assert serious(software) == []
+        software.find_element("id", "gpu").click()
+        told = "document.querySelector('#graphics p').textContent"
+        until(software, f"/processor/.test({told}) && {told}", 600)
+        said = software.execute_script(f"return {told}")
+        difference = float(re.search(r"differ by ([\d.e-]+) at most", said)[1])
+        assert 0 < difference <= 1e-3 and "stays on the processor, which is faster" in said, said
+        assert not software.find_element("id", "gpu").is_selected()
+        assert asked(software) == {"127.0.0.1"} and complaints(software) == []
+    finally:
+        software.quit()

@@ -187,3 +187,10 @@ def test_the_worker(model: StableDiffusion, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "# fail 0" in done.stdout and "# skipped 0" in done.stdout
+
+
+def test_the_graphics_card_computes_only_what_agrees_and_is_faster() -> None:
+    command = [str(NODE), "--test", str(ROOT / "tests" / "web_webgpu.test.mjs")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "# fail 0" in done.stdout and "# skipped 0" in done.stdout

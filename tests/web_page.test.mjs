@@ -13,6 +13,7 @@ import { crc32, withText } from "../web/png.js";
 import { sizeOf } from "../web/photo.js";
 import { previewed } from "../web/preview.js";
 import { crc32c, recording } from "../web/recording.js";
+import { unzipped } from "../web/zip.js";
 import { begun, wishes } from "../web/wishes.js";
 
 const FOLDER = process.env.PAYLOADS;
@@ -202,6 +203,10 @@ test("a run is packed as a recording, for Python to prove", { skip: !FOLDER }, a
   const data = Uint8ClampedArray.from({ length: 4 * 128 * 128 }, (_, i) => (i % 4 < 3 ? picture[3 * Math.floor(i / 4) + (i % 4)] : 255));
   run.finish(latents, { width: 128, height: 128, data });
   await writeFile(path.join(FOLDER, "page.zarr.zip"), await recording(run, template, { software: "a test", created: about.created }));
+  run.begun.device = "webgpu";
+  const [[, root]] = [...await unzipped(new Blob([await recording(run, template, { software: "a test", created: about.created })]))].filter(([name]) => /^[^/]*\/zarr\.json$/.test(name));
+  assert.equal(JSON.parse(new TextDecoder().decode(await root.read())).attributes.environment.software, "a test, the UNet by WebGPU");
+  assert.match(run.header().facts, /, UNet by WebGPU$/);
   run.experiment.edits = [{ kind: "value", word: "fox", from: 0 }];
   await assert.rejects(recording(run, template, {}), /copy the experiment/);
   Object.assign(run.experiment, { edits: [], start: { name: "fox.png", strength: 0.5, picture: null, of: null } });

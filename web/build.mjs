@@ -74,6 +74,8 @@ async function folder(site) {
   await writeFile(path.join(site, "stored.js"), await bundled({ entryPoints: [path.join(WEB, "stored.js")], format: "esm" }));
   await writeFile(path.join(site, "worker.js"), await bundled({ entryPoints: [path.join(WEB, "worker.js")], format: "esm" }));
   await cp(ORT_MODULE, path.join(site, "ort.mjs"));
+  await cp(path.join(ORT, "ort.webgpu.bundle.min.mjs"), path.join(site, "ort.webgpu.mjs")); // for those who choose it: not kept for use without a network
+  await writeFile(path.join(site, "ort.webgpu.wasm.gz"), gzipSync(await readFile(path.join(ORT, "ort-wasm-simd-threaded.asyncify.wasm")), { level: 9 }));
   await cp(SAMPLE, path.join(site, "sample.zarr.zip"));
   await writeFile(path.join(site, "page.css"), pageStyle);
   await writeFile(path.join(site, "player.css"), playerStyle);

@@ -10,7 +10,7 @@
  *
  * `run` and `index` are the page's own names, and come back. It answers:
  *
- *     {kind: "begun", run, words, end, timesteps, sigmas}   words of the prompt, each with its tokens
+ *     {kind: "begun", run, words, end, device, timesteps, sigmas}   words of the prompt, each with its tokens; `device`, wasm or webgpu, computes the UNet
  *     {kind: "step", run, index, timestep, sigma, alphaBar, latents, input, uncond, cond, prediction, denoised, maps, picture, seconds}
  *     {kind: "picture", run, index, picture}        of "decode"
  *     {kind: "done", run, latents, picture, seconds}
@@ -46,8 +46,8 @@ import { condition, denoise, schedule } from "./diffusion/sampling.js";
 import { PromptError } from "./diffusion/tokens.js";
 import { valueScale } from "./experiment.js";
 
-/** Make the function that answers a message. @param {Model} model @param {(text: string) => Prompt} read @param {Config} config @param {Post} post */
-export function drawing(model, read, config, post) {
+/** Make the function that answers a message. @param {Model} model @param {(text: string) => Prompt} read @param {Config} config @param {Post} post @param {Record<string, (message: any) => Promise<Record<string, any>>>} [more] questions */
+export function drawing(model, read, config, post, more = {}) {
   let current = 0; // a run goes on as long as it is the last that was asked for
   /** @type {Set<Promise<void>>} */
   const drawn = new Set(); // that is not yet ended
@@ -63,7 +63,7 @@ export function drawing(model, read, config, post) {
     const rows = isGuided(experiment.guidanceScale) ? 2 : 1;
     const noises = edits.filter((/** @type {import("./experiment.js").Edit} */ { kind }) => kind === "noise");
     const scale = valueScale(edits, { layers: model.layers, shape: model.shapes.value_scale, words: asked.words, rows });
-    post({ kind: "begun", run, words: asked.words, end: asked.end, ...schedule(config, experiment) });
+    post({ kind: "begun", run, words: asked.words, end: asked.end, device: model.other ? "webgpu" : "wasm", ...schedule(config, experiment) });
     let latents;
     for await (const step of denoise(model, config, conditioning, { ...experiment, noises, valueScale: scale })) {
       const { maps, nextLatents, ...rest } = step;
@@ -85,6 +85,7 @@ export function drawing(model, read, config, post) {
 
   /** The answers to questions. @type {Record<string, (message: any) => Promise<Record<string, any>>>} */
   const questions = {
+    ...more,
     async read({ prompt }) {
       const asked = read(prompt);
       const [cond] = await model.encodeText([asked.ids]);

@@ -8,7 +8,7 @@
  * @typedef {import("./parts.js").Picture} Picture
  * @typedef {{index: number, alphaBar: number, latents: Float32Array, input: Float32Array, denoised: Float32Array, uncond: Float32Array | null, cond: Float32Array,
  *            prediction: Float32Array, seconds: number, maps: import("./diffusion/model.js").LayerMap[], picture: Picture | null}} Step
- * @typedef {{words: {word: string, tokens: number[]}[], end: number, timesteps: number[], sigmas: number[]}} Begun
+ * @typedef {{words: {word: string, tokens: number[]}[], end: number, timesteps: number[], sigmas: number[], device?: string}} Begun
  * @typedef {{data: Uint8ClampedArray, name: string, of: import("./experiment.js").Experiment | null}} Held a picture to begin from: see `Start` of experiment.js
  */
 
@@ -56,6 +56,11 @@ export class Growing {
     return (this.run = { meta: this.meta, parts: { ...this.parts } });
   }
 
+  /** Whether WebGPU computed its UNet, whose last bits differ from those of the processor. */
+  get onGraphicsCard() {
+    return this.begun.device === "webgpu";
+  }
+
   /** What a payload says of a run. @returns {Record<string, any>} */
   header() {
     const { experiment, begun: { timesteps, sigmas } } = this;
@@ -63,7 +68,7 @@ export class Growing {
     const python = JSON.stringify(recipe(experiment), null, 4);
     const curves = Object.entries(CURVES).filter(([name]) => name !== "guidance" || experiment.guidance > 1);
     return {
-      name: this.name, kind: "generation", prompt: experiment.prompt, facts: facts(experiment), status: "running",
+      name: this.name, kind: "generation", prompt: experiment.prompt, facts: `${facts(experiment)}${this.onGraphicsCard ? ", UNet by WebGPU" : ""}`, status: "running",
       following: { state: "recording", text: "", command: "" },
       calls: this.calls, reached: -1, steps: timesteps.map((_, i) => i), sigma: sigmas, timestep: timesteps,
       colours: HEAT, panels: PANELS.map((panel) => (panel.part === "final" ? { ...panel, ...FORMING } : panel)), latent_names: this.preview.slope.map((_, i) => `channel ${i}`),

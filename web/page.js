@@ -13,6 +13,7 @@ import { mount } from "../probe/figures/player.js";
 import { keepOffline, start } from "./client.js";
 import { controls } from "./controls.js";
 import * as experiments from "./experiment.js";
+import { offer } from "./graphics.js";
 import { Growing } from "./growing.js";
 import { lesson as lessonIn } from "./lesson/lesson.js";
 import { opener } from "./opener.js";
@@ -43,6 +44,7 @@ let asked = null;
 /** @type {import("./wishes.js").Wish[]} what is drawn next */
 let next = [];
 let number = 0;
+let trying = false; // the graphics card
 /** @type {string[]} */
 const known = JSON.parse(element("known").textContent);
 const opened = performance.now();
@@ -103,6 +105,7 @@ function check() {
 
 /** Draw. @param {Experiment} experiment @param {Run | null} [other] is shown beside it @param {boolean} [opening] whether the address says where to look */
 function draw(experiment, other = null, opening = false) {
+  if (trying) return say("Wait: the graphics card is being tried.");
   asked = { number: ++number, experiment, beside: other, opening };
   if (!model) return say("It is drawn as soon as the model is here.");
   const { guidance, start, ...rest } = experiment;
@@ -257,6 +260,7 @@ function ready(message) {
   model = message;
   document.body.dataset.ready = ((performance.now() - opened) / 1000).toFixed(2);
   fields.offer(model.schedulers);
+  void offer(element("graphics"), { ask: client.ask, busy: () => drawing !== null, trying: (is) => { trying = is; } });
   lesson.ready(model);
   lesson.whenDrawing(begin);
 }

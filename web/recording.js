@@ -128,13 +128,13 @@ function strings(bytes) {
 }
 
 /** What the recording says of itself. @param {Growing} run @param {Template} template @param {{software: string, created: string}} here */
-async function attributes({ experiment }, template, { software, created }) {
+async function attributes({ experiment, onGraphicsCard }, template, { software, created }) {
   const { edits: _, ...fields } = recipe(experiment);
   return {
     ...template.attributes,
     experiment: { ...template.attributes.experiment, ...fields, output: "runs" },
     identity: await identity(template.identity, fields),
-    environment: { device: "cpu", device_name: "a web page", threads: 1, attention_backend: "onnxruntime-web", branches_batched: true, torch: "none", diffusers: "none", transformers: "none", software },
+    environment: { device: "cpu", device_name: "a web page", threads: 1, attention_backend: "onnxruntime-web", branches_batched: true, torch: "none", diffusers: "none", transformers: "none", software: onGraphicsCard ? `${software}, the UNet by WebGPU` : software },
     scheduler: template.schedulers[experiment.scheduler],
     latent_convention: template.conventions[experiment.scheduler],
     created,

@@ -111,7 +111,7 @@ export function touch(section, { draw, decode }) {
       run = next;
       chips(words, (_, index) => run && draw({ ...run.experiment, prompt: run.begun.words.filter((__, i) => i !== index).map(({ word }) => word).join(" ") }, run), "Draw without");
       chips(values, (word) => edited({ kind: "value", word, from: from() }), "Switch off");
-      code.textContent = yaml(next.experiment);
+      code.textContent = `${next.onGraphicsCard ? "# In the page, the UNet was computed on the graphics card (WebGPU).\n" : ""}${yaml(next.experiment)}`;
       const { start } = next.experiment;
       about.textContent = `python -m probe.run records the same in Python, from this file.${start ? ` It names ${start.name}: save that picture beside it. The address holds ${start.of ? "how that picture was drawn." : "all but the picture."}` : ""}`;
       begun.hidden = !start;

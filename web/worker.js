@@ -12,12 +12,17 @@
  *     {kind: "progress", name, bytes}               so many bytes of a file have come
  *     {kind: "ready", words, layers, preview, schedulers}
  *     {kind: "error", run, id, message, words}
+ *
+ * Beside the questions of drawing.js it answers {kind: "gpu", id, ort, wasm}: addresses of onnxruntime-web
+ * with WebGPU. The UNet is tried there, and the answer {kind: "tried", id, ...Trial} is that of webgpu.js.
+ * Without addresses the UNet is computed here again.
  */
 
 import { openModel } from "./diffusion/model.js";
 import { SCHEDULERS } from "./diffusion/schedulers.js";
 import { tokenizer } from "./diffusion/tokens.js";
 import { drawing } from "./drawing.js";
+import { trial } from "./webgpu.js";
 
 /** What is read beside graphs and weights. */
 export const FILES = ["ort.wasm", "manifest.json", "tokenizer.json", "words.json", "scheduler_config.json"];
@@ -44,7 +49,17 @@ async function load({ ort: address, threads, files }) {
   ort.env.wasm.numThreads = self.crossOriginIsolated ? threads : 1;
   const model = await openModel(ort, manifest, read);
   const words = await json("words.json");
-  const answer = drawing(model, tokenizer(await json("tokenizer.json"), words), await json("scheduler_config.json"), post);
+  const prompt = tokenizer(await json("tokenizer.json"), words);
+  /** @param {{ort?: string, wasm: string}} question without addresses, it is computed here again */
+  const gpu = async ({ ort: module, wasm }) => {
+    if (!module) return model.delegate(null), { kind: "tried", used: false };
+    const own = await import(module);
+    own.env.wasm.wasmBinary = await content("ort.webgpu.wasm", wasm);
+    own.env.wasm.numThreads = 1;
+    const other = await openModel(own, manifest, read, ["webgpu"], ["unet"]);
+    return { kind: "tried", ...(await trial(model, other, await model.encodeText(["", "a fox"].map((text) => prompt(text).ids)))) };
+  };
+  const answer = drawing(model, prompt, await json("scheduler_config.json"), post, { gpu });
   post({ kind: "ready", words, layers: model.layers, preview: model.preview, schedulers: SCHEDULERS });
   return answer;
 }

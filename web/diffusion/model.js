@@ -9,6 +9,8 @@
  * @typedef {(name: string) => Promise<Uint8Array>} ReadFile a graph, "unet.onnx", or weights, "unet/diffusion_pytorch_model.safetensors"
  */
 
+const ERRORS = 3; // what onnxruntime tells of: no warnings of shapes that stay on the processor
+
 /**
  * Open the model. `ort` is the module onnxruntime-web or one of the same interface. The encoder is
  * opened when it is first asked: most runs do not begin from a picture.
@@ -17,15 +19,16 @@
  * @param {Manifest} manifest
  * @param {ReadFile} read
  * @param {string[]} [executionProviders]
+ * @param {string[]} [parts] that are opened at once
  */
-export async function openModel(ort, manifest, read, executionProviders = ["wasm"]) {
+export async function openModel(ort, manifest, read, executionProviders = ["wasm"], parts = ["text", "unet", "decoder"]) {
   const open = async (/** @type {string} */ part) => {
     const path = manifest.graphs[part].weights;
     const [graph, data] = await Promise.all([read(`${part}.onnx`), read(path)]);
-    return ort.InferenceSession.create(graph, { executionProviders, externalData: [{ path, data }] });
+    return ort.InferenceSession.create(graph, { executionProviders, externalData: [{ path, data }], logSeverityLevel: ERRORS });
   };
   const model = new Model(ort, manifest, open);
-  for (const part of ["text", "unet", "decoder"]) await model.session(part);
+  for (const part of parts) await model.session(part);
   return model;
 }
 
@@ -38,6 +41,8 @@ export class Model {
     /** @type {Record<string, Promise<any>>} */
     this.sessions = {};
     this.last = Promise.resolve();
+    /** @type {Model | null} */
+    this.other = null;
     this.layers = manifest.layers;
     this.shapes = manifest.shapes;
     this.preview = manifest.preview;
@@ -59,6 +64,11 @@ export class Model {
     return outputs;
   }
 
+  /** Let the same UNet predict where it is computed elsewhere; null: here again. @param {Model | null} other */
+  delegate(other) {
+    this.other = other;
+  }
+
   /** What the UNet is told of prompts. @param {number[][]} rows the tokens of each @returns {Promise<Float32Array[]>} */
   async encodeText(rows) {
     const ids = new this.ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
@@ -76,6 +86,7 @@ export class Model {
    * @returns {Promise<Prediction>}
    */
   async predict(latents, timestep, texts, valueScale) {
+    if (this.other) return this.other.predict(latents, timestep, texts, valueScale);
     const rows = texts.length;
     const [layers, ...perRow] = this.shapes.value_scale;
     const outputs = await this.run("unet", {
