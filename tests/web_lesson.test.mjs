@@ -156,21 +156,25 @@ test("one thing is computed after another, and what is drawn elsewhere goes firs
   const { posted, ask } = worker();
   const done = [];
   const job = (name) => async () => { done.push(name); };
+  assert.equal(ask.wait(), "model");
   const first = ask.inTurn(job("before the model"));
   await soon();
   assert.deepEqual(done, []);
   ask.busy(true);
   ask.ready({});
   await soon();
-  assert.deepEqual([done, posted], [[], []], "the drawing view draws");
+  assert.deepEqual([done, posted, ask.wait()], [[], [], "drawing"], "the drawing view draws");
   const second = ask.inTurn(job("by hand"), true);
   assert.deepEqual(posted, [{ kind: "stop" }]);
   ask.busy(false);
+  assert.equal(ask.wait(), "figure");
   await Promise.all([first, second]);
   assert.deepEqual(done, ["before the model", "by hand"]);
   await assert.rejects(ask.inTurn(async () => { throw new Error("broken"); }), /broken/);
   await ask.inTurn(job("after a failure"));
   assert.equal(done.at(-1), "after a failure");
+  await soon();
+  assert.equal(ask.wait(), null);
 });
 
 test("a drawing that another stops is told so, and a mistake as well", async () => {

@@ -26,7 +26,7 @@ export function asking(client, stop, grow = ({ model }, name, experiment, begun)
   const kept = new Map();
   /** @type {Model | null} */
   let model = null;
-  let [count, busy, running] = [0, false, false];
+  let [count, busy, running, jobs] = [0, false, false, 0];
   /** @type {{resolve: (free: any) => void, reject: (error: Error) => void}[]} */
   const patient = [];
   let last = Promise.resolve();
@@ -63,9 +63,10 @@ export function asking(client, stop, grow = ({ model }, name, experiment, begun)
   /** Do one thing after those before it, when nothing is drawn elsewhere. @template T @param {() => Promise<T>} job @param {boolean} [byHand] then what is drawn is stopped @returns {Promise<T>} */
   function inTurn(job, byHand = false) {
     if (byHand && (busy || running)) stop();
+    jobs += 1;
     const turn = () => (free() ? null : new Promise((resolve, reject) => patient.push({ resolve, reject })));
     const mine = last.then(turn).then(job);
-    last = mine.then(() => {}, () => {}); // whoever asked hears of it
+    last = mine.then(() => {}, () => {}).then(() => { jobs -= 1; }); // whoever asked hears of a failure
     return mine;
   }
 
@@ -111,7 +112,8 @@ export function asking(client, stop, grow = ({ model }, name, experiment, begun)
     told, inTurn, draw, keep, decode,
     ask: (/** @type {Record<string, any>} */ question) => client.ask(question),
     model: () => /** @type {Model} */ (model),
-    free,
+    /** What a new job would wait for. @returns {"model" | "drawing" | "figure" | null} */
+    wait: () => (!model ? "model" : busy ? "drawing" : jobs ? "figure" : null),
     ready: (/** @type {Model} */ opened) => {
       model = opened;
       go();

@@ -203,7 +203,7 @@ export const en = {
   ui: {
     contents: "In this lesson", chapter: "Chapter {number}", try: "Try it", question: "A question", answer: "What to look at", figure: "Figure {number}", next: "Next chapter",
     open: "Open this in Draw", skip: "Skip to the lesson",
-    loading: "Loading the model: {share}", busy: "Waiting until the picture in Draw is finished …", reading: "Reading the prompt …", drawing: "Drawing: step {step} of {steps}", decoding: "Decoding …", measuring: "Measuring: {done} of {all}", stopped: "Stopped, as something else was drawn. Start it again when you like.", failed: "It did not work: {message}",
+    loading: "Loading the model: {share}", busy: "Waiting until the picture in Draw is finished …", queued: "Waiting until another figure is finished …", reading: "Reading the prompt …", drawing: "Drawing: step {step} of {steps}", decoding: "Decoding …", measuring: "Measuring: {done} of {all}", stopped: "Stopped, as something else was drawn. Start it again when you like.", failed: "It did not work: {message}",
     strange: "The model never saw {words} in its training. It knows these words: {known}.", long: "The prompt is too long: the model reads {tokens} tokens.",
   },
 };

@@ -56,13 +56,23 @@ export function frame(box, name, number, { lesson, asking, known, progress, open
   async function compute(job, byHand = false) {
     box.dataset.state = "computing";
     mistake.hidden = true;
-    if (!asking.free()) say(asking.model() ? said("busy") : said("loading", { share: written(progress(), lang, "percent") }), asking.model() ? null : progress());
+    const wait = (/** @type {boolean} */ aloud) => {
+      const which = asking.wait();
+      if (which === "model") say(said("loading", { share: written(progress(), lang, "percent") }), progress(), aloud);
+      else if (which) say(which === "drawing" ? said("busy") : said("queued"), null, aloud);
+    };
+    wait(true);
+    const waiting = setInterval(() => wait(false), 500);
     try {
-      await asking.inTurn(job, byHand);
+      await asking.inTurn(() => {
+        clearInterval(waiting);
+        return job();
+      }, byHand);
       say("");
       heard.textContent = facts.textContent;
       box.dataset.state = "computed";
     } catch (error) {
+      clearInterval(waiting);
       box.dataset.state = error instanceof Stopped ? "stopped" : "failed";
       say(error instanceof Stopped ? said("stopped") : said("failed", { message: String(/** @type {any} */ (error).message ?? error) }));
     }

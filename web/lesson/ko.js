@@ -201,7 +201,7 @@ export const ko = {
   ui: {
     contents: "수업 차례", chapter: "{number}장", try: "해 보기", question: "질문", answer: "어디를 볼까요", figure: "그림 {number}", next: "다음 장",
     open: "‘그리기’에서 열기", skip: "수업으로 건너뛰기",
-    loading: "모델을 불러오는 중: {share}", busy: "‘그리기’의 그림이 끝나기를 기다리는 중 …", reading: "프롬프트를 읽는 중 …", drawing: "그리는 중: 스텝 {step} / {steps}", decoding: "디코딩하는 중 …", measuring: "재는 중: {done} / {all}", stopped: "다른 그림을 그리느라 멈췄어요. 원할 때 다시 시작하세요.", failed: "잘되지 않았어요: {message}",
+    loading: "모델을 불러오는 중: {share}", busy: "‘그리기’의 그림이 끝나기를 기다리는 중 …", queued: "다른 그림의 계산이 끝나기를 기다리는 중 …", reading: "프롬프트를 읽는 중 …", drawing: "그리는 중: 스텝 {step} / {steps}", decoding: "디코딩하는 중 …", measuring: "재는 중: {done} / {all}", stopped: "다른 그림을 그리느라 멈췄어요. 원할 때 다시 시작하세요.", failed: "잘되지 않았어요: {message}",
     strange: "이 모델은 {words}을(를) 학습에서 본 적이 없어요. 아는 단어: {known}.", long: "프롬프트가 너무 길어요. 모델은 토큰을 {tokens}개까지 읽어요.",
   },
 };
