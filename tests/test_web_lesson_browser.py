@@ -13,7 +13,7 @@ from web_pages import FEW, WEB, build, drawn, opened, serving, until
 pytestmark = WEB
 SAID = "return document.getElementById('said').textContent"
 CHAPTERS = ("line", "text", "steps", "noise", "latents", "model")
-NARROW = "document.documentElement.scrollWidth <= innerWidth"
+NARROW = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
 
 
 @pytest.fixture(scope="module")

@@ -75,9 +75,14 @@ export function article(place, lesson, other, numbers, figure) {
 
   /** @param {Element} parent @param {string} given */
   function prose(parent, given) {
+    /** @type {Element | null} a term, which a line does not part from what follows without a space */
+    let before = null;
     for (const { kind, text: part, key } of marks(text(given))) {
-      if (kind === "text") parent.append(part);
-      else if (kind === "term") term(parent, /** @type {string} */ (key), part);
+      const tail = before && kind === "text" ? /^\S*/.exec(part)?.[0] ?? "" : "";
+      before?.append(tail);
+      before = null;
+      if (kind === "text") parent.append(part.slice(tail.length));
+      else if (kind === "term") term((before = make("span", "whole", "", parent)), /** @type {string} */ (key), part);
       else make(kind, "", part, parent);
     }
     return parent;
