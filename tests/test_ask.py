@@ -211,6 +211,7 @@ def test_what_cannot_be_asked(run: Run, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "model")
     made = record(

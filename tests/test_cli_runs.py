@@ -104,6 +104,7 @@ def test_what_is_said_to_be_called_is_there(
     assert on_path or f"Look       '{venv}/bin/python' -m probe show" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_path_of_a_home_is_in_a_log(
     call: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

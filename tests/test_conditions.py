@@ -126,6 +126,7 @@ def test_it_is_recorded_exactly(name: str, tmp_path: Path) -> None:
             assert_maps(run, attended(pipe, run.experiment), 1e-3)
 
 
+@pytest.mark.slow
 def test_vae_tiling_leaves_out_the_statistics_of_what_runs_tile_by_tile(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     whole = take(tmp_path / "whole", pipe, steps=1)
@@ -404,6 +405,7 @@ def test_known_processors_are_those_of_diffusers_and_cost_nothing() -> None:
         assert not is_plain(module), "a class of the same name from elsewhere"
 
 
+@pytest.mark.slow
 def test_parts_of_any_size_make_the_same_maps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,7 @@ def test_no_step_is_committed_without_it_and_the_model_is_called_meanwhile(
     assert not verify(run, pipe).failed
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_it_was_known_is_resumed(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     whole = take(tmp_path / "whole", pipe)

@@ -78,7 +78,7 @@ def seldom(*kinds: str) -> list[Any]:
     return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
-@pytest.mark.parametrize("kind", [*EACH, "steer"])
+@pytest.mark.parametrize("kind", [*OFTEN, *seldom(*sorted({*EACH} - {*OFTEN}))])
 def test_an_edited_run_is_recorded_proved_and_says_so(
     kind: str, tmp_path: Path, parents: dict[str, Run]
 ) -> None:
@@ -101,7 +101,7 @@ def test_recorded_at_amount_0_it_has_the_bits_of_its_parent(
 
 # One of a donor that runs beside, of a schedule, of random numbers, and of recordings.
 @pytest.mark.parametrize(
-    "kind", ["latents", "guidance", "noise", "steer", *seldom("prompt", "head", "map")]
+    "kind", ["latents", "steer", *seldom("guidance", "noise", "prompt", "head", "map")]
 )
 def test_an_interrupted_edited_run_goes_on_to_the_same_bits(
     kind: str, tmp_path: Path, parents: dict[str, Run]
@@ -147,6 +147,7 @@ def test_maps_of_another_text_are_not_recorded_under_the_words_of_this_one(tmp_p
 # --- donors that are recordings ---
 
 
+@pytest.mark.slow
 def test_a_recording_gives_what_a_live_run_beside_gives(
     tmp_path: Path, parents: dict[str, Run]
 ) -> None:
@@ -291,6 +292,7 @@ def test_a_recording_that_read_its_text_otherwise_donates_latents_alone(tmp_path
         edited(tmp_path, {"kind": "output", "modules": ["mid_block"], "donor": other})
 
 
+@pytest.mark.slow
 def test_latents_of_another_donor_than_is_written_are_found_with_the_model(tmp_path: Path) -> None:
     for amount in (1.0, 0.5):
         edit = {"kind": "latents", "donor": {"seed": 9}, "steps": "2", "amount": amount}

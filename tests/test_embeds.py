@@ -222,6 +222,7 @@ def test_a_file_that_does_not_fit_is_refused(
     assert refused.value.remedy and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_without_guidance_no_negative_prompt_is_needed(
     files: dict[str, Path], tmp_path: Path
 ) -> None:

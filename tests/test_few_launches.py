@@ -100,10 +100,10 @@ EVERY_TOKEN = {"branches": "both", "tokens": "all"}
     [
         ({}, 60),
         (EVERY_TOKEN, 80),
-        ({"attention": "off"}, 12),
-        ({"statistics": False}, 52),
-        ({"attention": "queries"}, 80),
-        ({"attention": "summary"}, 80),
+        pytest.param({"attention": "off"}, 12, marks=pytest.mark.slow),
+        pytest.param({"statistics": False}, 52, marks=pytest.mark.slow),
+        pytest.param({"attention": "queries"}, 80, marks=pytest.mark.slow),
+        pytest.param({"attention": "summary"}, 80, marks=pytest.mark.slow),
     ],
     ids=["default", "all tokens of both branches", "statistics", "maps", "queries", "summary"],
 )
@@ -190,14 +190,28 @@ def assert_close(at_once: Run, after: Run) -> None:
 @pytest.mark.parametrize(
     "capture",
     [
-        {"branches": "both", "tokens": "all", "dtype": "float32", "self_attention": ("*",)},
-        {"branches": "uncond"},
-        {"dtype": "sqrt_u8", "layers": ("8x8",), "steps": "1::2"},
-        {"attention": "queries", "branches": "both"},
-        {"attention": "summary", "dtype": "float32", "branches": "both"},
-        {"attention": "summary", "dtype": "sqrt_u8"},
+        pytest.param(
+            {"branches": "both", "tokens": "all", "dtype": "float32", "self_attention": ("*",)},
+            id="everything",
+        ),
+        pytest.param({"attention": "queries", "branches": "both"}, id="queries"),
+        pytest.param({"branches": "uncond"}, id="uncond", marks=pytest.mark.slow),
+        pytest.param(
+            {"dtype": "sqrt_u8", "layers": ("8x8",), "steps": "1::2"},
+            id="codes",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"attention": "summary", "dtype": "float32", "branches": "both"},
+            id="summary",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"attention": "summary", "dtype": "sqrt_u8"},
+            id="summary in codes",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["everything", "uncond", "codes", "queries", "summary", "summary in codes"],
 )
 def test_what_is_measured_after_a_call_is_the_same(
     capture: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

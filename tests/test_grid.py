@@ -95,6 +95,7 @@ def test_each_picture_stands_in_its_place(tmp_path: Path) -> None:
     assert thumbnail(study, study.cells[2, 0]) == "failed"
 
 
+@pytest.mark.slow
 def test_the_unedited_run_of_a_row_stands_before_it(tmp_path: Path) -> None:
     path = write_study(tmp_path, parent={"guidance_scale": 4.0})
     study = open_study(path)

@@ -469,6 +469,7 @@ def test_resumed_to_the_same_bits_without_the_file(
         assert np.array_equal(run.variable(name).values, whole.variable(name).values), name
 
 
+@pytest.mark.slow
 def test_the_bundled_model_goes_on_from_a_picture_and_is_proven(tmp_path: Path) -> None:
     """Its VAE leaves the latents with the channels last in memory, on which the last bits of every
     convolution depend.

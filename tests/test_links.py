@@ -172,7 +172,7 @@ def hard(link: Path, target: Path) -> None:
     link.hardlink_to(target)
 
 
-@pytest.mark.parametrize("how", [symbolic, hard])
+@pytest.mark.parametrize("how", [symbolic, pytest.param(hard, marks=pytest.mark.slow)])
 def test_no_command_writes_through_a_link(
     how: Callable[[Path, Path], None], left: Path, pipe: Any, tmp_path: Path
 ) -> None:

@@ -288,6 +288,7 @@ assert dispatch(["rerun", str(run.path), "--quiet"]) == 0
 """
 
 
+@pytest.mark.slow
 def test_no_token_and_no_home_in_a_recording_or_in_what_is_said(
     saved: Path, tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ for line in ("show sample", "ls", "gc", "run --dry-run --model ~/x", "run --outp
 """
 
 
+@pytest.mark.slow
 def test_an_account_without_a_home(tmp_path: Path) -> None:
     """As in a container that is run under any number."""
     environment = {
@@ -268,6 +269,7 @@ def every_file(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_recording_goes_whole_or_not_at_all(call: Command, ordinary: Path) -> None:
     shutil.copytree(ordinary / "runs" / "mine.zarr", ordinary / "runs" / "other.zarr")
     (inner := ordinary / "runs" / "mine.zarr" / "text").chmod(0o555)
@@ -310,7 +312,7 @@ def test_what_is_somebody_elses_stays_whole(call: Command, ordinary: Path, share
     assert every_file(made) == before
 
 
-@pytest.mark.parametrize("value", ["closed", "file"])
+@pytest.mark.parametrize("value", ["closed", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_home_that_cannot_be_written_is_none(
     value: str, call: Command, ordinary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -527,11 +529,16 @@ def left_early(command: str, streams: str, folder: Path) -> subprocess.Completed
     "command",
     [
         "run --steps 2",
-        "run --dry-run",
-        "rerun sample",
-        "ask sample cat",
         "verify sample",
-        "noising --picture x.png",
+        *(
+            pytest.param(command, marks=pytest.mark.slow)
+            for command in (
+                "run --dry-run",
+                "rerun sample",
+                "ask sample cat",
+                "noising --picture x.png",
+            )
+        ),
     ],
 )
 def test_torch_is_not_begun_in_a_folder_that_is_gone(command: str, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "prediction": ("epsilon", "v_prediction"),
 }
 PRODUCT: list[Case] = list(itertools.product(*FACTORS.values()))
+OFTEN = {"DDIM", "Euler", "DPM++2M", "UniPC"}  # with both kinds of prediction in the quick tests
 EXPLODING = {"LMS", "Euler", "EulerAncestral", "Heun", "KDPM2", "KDPM2Ancestral"}
 CALLS_OF_20 = {
     "PNDM": 21,
@@ -297,7 +298,15 @@ def cases_with_options() -> list[Any]:
         for name, options, eta, prediction in OPTIONS
         if options and not eta
     ]
-    return [pytest.param(*case, id="-".join(map(label, case))) for case in plain + more]
+    seldom = [case for case in plain if case[2] == "v_prediction" and case[0] not in OFTEN]
+    return [
+        pytest.param(
+            *case,
+            id="-".join(map(label, case)),
+            marks=[pytest.mark.slow] if case in seldom else [],
+        )
+        for case in plain + more
+    ]
 
 
 MANY = pytest.mark.parametrize("calls", [6, pytest.param(10, marks=pytest.mark.slow)])

@@ -73,6 +73,7 @@ def test_it_is_one_unet_in_every_space() -> None:
         assert sum(shape.numel() for shape in own.values()) < 4e6
 
 
+@pytest.mark.slow
 def test_a_training_step_costs_three_calls() -> None:
     """Forwards once and backwards twice, but for what needs no gradient: the input, the text."""
     flops = {f: train.denoiser_flops(SPACES[f]) for f in (1, 4, 8)}

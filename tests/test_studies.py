@@ -249,6 +249,7 @@ def test_a_model_is_loaded_once_and_its_scheduler_switched(
         assert run.attributes["scheduler"]["class"] == alone.attributes["scheduler"]["class"]
 
 
+@pytest.mark.slow
 def test_loras_are_switched_and_not_loaded_with_the_model(
     grid: Callable[..., dict[str, Any]], loads: list[str], tmp_path: Path
 ) -> None:
@@ -562,6 +563,7 @@ def test_a_recording_that_the_system_does_not_read_or_write_is_not_removed(
     assert (run / "zarr.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_an_edited_cell_has_the_threads_of_its_parent(grid: Callable[..., dict[str, Any]]) -> None:
     threads = torch.get_num_threads()
     try:

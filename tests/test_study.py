@@ -207,6 +207,7 @@ def test_studies_are_listed_the_newest_first(tmp_path: Path) -> None:
     assert studies_in(tmp_path) == [one, two] and studies_in(tmp_path / "nowhere") == []
 
 
+@pytest.mark.slow
 def test_ten_thousand_cells_open_in_seconds(tmp_path: Path) -> None:
     path = write_study(tmp_path, {"seed": [0, 1], "guidance_scale": [3]})
     record = next((tmp_path / ".cells").iterdir()).read_text()

@@ -787,6 +787,7 @@ def test_the_command_says_what_it_found(copy: Run, capsys: pytest.CaptureFixture
         main([str(copy.path), "--steps", "0"])
 
 
+@pytest.mark.slow
 def test_what_is_edited_and_not_checked_without_the_model_is_named_as_such(copy: Run) -> None:
     """Whatever of the model's numbers can be changed without a check that fails."""
     named = only_the_model_knows(copy)

@@ -99,6 +99,7 @@ def test_it_is_written_on(run: Run) -> None:
     assert len(sheet) - below < MARGIN + 10, "and how much goes to what is no word"
 
 
+@pytest.mark.slow
 def test_without_words_without_guidance_and_from_other_ways_of_recording(
     tmp_path: Path, run: Run
 ) -> None:
