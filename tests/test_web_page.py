@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import probe
+from probe.diffusion.draws import noise
+from probe.editing.noise import mixed_noise, read_noise
 from probe.figures.bundle import payload
 from probe.figures.channels import layers_and_heads
 from probe.figures.payload import unpack
 from probe.reading.recording import Run
+from probe.settings.edits import Noise
 from probe.settings.experiment import load_experiment
 from probe.settings.noising import load_noising
 
@@ -181,11 +185,11 @@ def test_python_reads_the_experiment_that_the_page_writes(tmp_path: Path) -> Non
     assert (read.prompt, read.seed, read.steps) == (asked["prompt"], 4294967295, 20)
     assert (read.guidance_scale, read.scheduler, read.dtype) == (7.5, "DPM++2M", "float32")
     assert (str(read.image), read.strength) == ("a-fox-1.png", 0.65)
-    value, head, noise = read.edits
+    value, head, nudge = read.edits
     assert value.kind == "value" and value.words == ("fox",) and value.steps == "6:"
     assert head.kind == "head" and head.layers == (layer,) and head.heads == (3,)
     assert head.how == "zero" and head.steps == "all"
-    assert noise.kind == "noise" and (noise.seed, noise.amount) == (7, 0.3)
+    assert nudge.kind == "noise" and (nudge.seed, nudge.amount) == (7, 0.3)
 
 
 def test_python_reads_the_noising_that_the_page_writes(tmp_path: Path) -> None:
@@ -201,6 +205,31 @@ def test_python_reads_the_noising_that_the_page_writes(tmp_path: Path) -> None:
     read = load_noising(tmp_path / "page.yaml")
     assert (str(read.picture), read.caption, read.seed) == ("a-fox-1.png", "a fox: #", 7)
     assert (read.timesteps, read.noises, read.model) == ((999, 50, 0), 1, "emojiworld")
+
+
+def test_python_draws_from_a_noise_that_was_changed_at_some_places(tmp_path: Path) -> None:
+    code = (
+        "const [, noises, randn, files, file, edit] = process.argv;"
+        "const { nudged } = await import(noises);"
+        "const { generator } = await import(randn);"
+        "const { npy } = await import(files);"
+        "const noise = nudged(generator(5).normal(1024), [JSON.parse(edit)]);"
+        "(await import('node:fs')).writeFileSync(file, npy(noise, [1, 4, 16, 16]));"
+    )
+    where = f"{'0' * 20}f00f{'0' * 40}"  # row 5: four places, a gap of eight, four places
+    edit = {"seed": 7, "amount": 0.4, "where": where}
+    names = ("diffusion/noise.js", "diffusion/randn.js", "npy.js")
+    modules = [(ROOT / "web" / name).as_uri() for name in names]
+    command = [str(NODE), "--input-type=module", "-e", code, *modules, str(tmp_path / "noise.npy")]
+    subprocess.run([*command, json.dumps(edit)], check=True)
+    own, other = (noise(seed, (1, 4, 16, 16), torch.float32)[0] for seed in (5, 7))
+    mixed = mixed_noise(own, other, Noise(kind="noise", seed=7, amount=0.4))
+    expected = own.clone()
+    for column in (0, 1, 2, 3, 12, 13, 14, 15):
+        expected[..., 5, column] = mixed[..., 5, column]
+    read = read_noise(str(tmp_path / "noise.npy"), (1, 4, 16, 16))
+    assert abs(read - expected).max() <= 1e-6
+    assert ((read != own).any(1) == (expected != own).any(1)).all()
 
 
 def test_a_picture_holds_its_experiment(tmp_path: Path) -> None:

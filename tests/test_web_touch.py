@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 import yaml
-from browsers import asked, complaints, look, serious, started
+from browsers import asked, complaints, look, press, serious, started
 from PIL import Image
 from web_pages import FEW, WEB, build, drawn, opened, serving, until
 
@@ -215,6 +215,9 @@ def test_files_are_read_or_refused_in_words(browser: Any, address: str, tmp_path
 
 
 def test_noise_is_nudged(browser: Any, address: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
     look(browser, 1280)
     opened(browser, f"{address}?prompt=a+fox&{FEW}")
     until(browser, "!document.getElementById('touch').hidden")
@@ -233,6 +236,27 @@ def test_noise_is_nudged(browser: Any, address: str) -> None:
     run = probe.record(fields, output=None, progress=False)
     page = pixels(browser, FINAL).astype(int)
     assert abs(run.images.values[0].astype(int) - page).max() <= 1
+
+    places = browser.find_element("css selector", "#touch .places")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", places)
+    ActionChains(browser).move_to_element(places).click().perform()
+    browser.execute_script("arguments[0].focus()", places)
+    press(browser, Keys.ARROW_RIGHT, Keys.ENTER)
+    assert "changed at 6 of 256 places" in browser.find_element("id", "touch").text
+    assert serious(browser) == []
+    draw.click()
+    drawn(browser, 3)
+    until(browser, "document.querySelector('#touch pre').textContent.includes('.npy')")
+    assert "noise of seed 7 at 6 places" in browser.find_element("css selector", ".card small").text
+    (edit,) = recorded(browser, "#touch")["edits"]
+    button(browser, "#touch", "Its first noise (.npy)").click()
+    edit["file"] = str(saved(browser, edit["file"]))
+    run = probe.record(
+        {**recorded(browser, "#touch"), "edits": [edit]}, output=None, progress=False
+    )
+    picture = pixels(browser, FINAL).astype(int)
+    assert abs(run.images.values[0].astype(int) - picture).max() <= 1
+    assert abs(picture - page).max() > 10
     assert complaints(browser) == []
 
 

@@ -6,6 +6,7 @@ import path from "node:path";
 import test from "node:test";
 
 import { kept, resized } from "../web/attention.js";
+import { chosen, digits } from "../web/diffusion/noise.js";
 import * as experiments from "../web/experiment.js";
 import { Growing } from "../web/growing.js";
 import { COLUMNS, HEAT, PANELS } from "../web/parts.js";
@@ -127,6 +128,9 @@ test("an address holds a nudge, and a picture that the page can draw, or its nam
   const begun = (start, edits = []) => ({ ...FOX, edits, start: { strength: 0.65, picture: null, ...start } });
   const there = (experiment) => experiments.fromAddress(experiments.toAddress("?start=old&noise=1+1", experiment, LAYERS), SCHEDULERS, LAYERS);
   assert.deepEqual(there(drawn), drawn);
+  const some = { ...drawn, edits: [{ ...drawn.edits[0], where: `0f${"0".repeat(62)}` }] };
+  assert.deepEqual(there(some), some);
+  assert.match(experiments.facts(some), /0\.35 of the noise of seed 7 at 4 places$/);
   const from = begun({ name: "an-owl-1.png", of: drawn }, [{ kind: "value", word: "fox", from: 6 }]);
   assert.deepEqual(there(from), { ...from, start: { ...from.start, name: "picture.png" } }); // it gets its name when it is drawn
   const brushed = begun({ name: "drawing-1f.png", of: null });
@@ -165,7 +169,7 @@ test("pictures say their size, and what is none is refused", { skip: !FOLDER }, 
 });
 
 test("an address of no sense is the first experiment", () => {
-  const hostile = "?seed=-1&guidance=1e9&num_steps=9999&scheduler=constructor&off=head+9.9+1&off=value+<b>+1&off=__proto__&noise=7+2&noise=99999999999+1&noise=5+0.5&noise=&strength=9";
+  const hostile = `?seed=-1&guidance=1e9&num_steps=9999&scheduler=constructor&off=head+9.9+1&off=value+<b>+1&off=__proto__&noise=7+2&noise=99999999999+1&noise=5+0.5&noise=&noise=7+1+0f&noise=7+1+${"0".repeat(64)}&noise=7+1+${"g".repeat(64)}&strength=9`;
   assert.deepEqual(experiments.fromAddress(hostile, SCHEDULERS, LAYERS), { ...experiments.FIRST });
   assert.deepEqual(experiments.fromAddress("?start=../../etc/passwd<b>&strength=9&noise=7+1", SCHEDULERS, LAYERS), { ...experiments.FIRST, start: { name: "picture.png", strength: 0.6, picture: null, of: null } });
   assert.equal(experiments.fromAddress(`?prompt=${"a%00".repeat(900)}`, SCHEDULERS, LAYERS).prompt.length, 300);
@@ -183,6 +187,14 @@ test("edits become factors: words in the prompt's row, heads in both", () => {
   assert.deepEqual(zeros(1), head);
   const fox = [0, 1].flatMap((layer) => [0, 1, 2].flatMap((head_) => [2, 3].map((token) => ((layer * 2 + 1) * 3 + head_) * 5 + token)));
   assert.deepEqual(zeros(2), [...new Set([...head, ...fox])].sort((a, b) => a - b));
+});
+
+test("places are digits, and none where all or none are chosen", () => {
+  const places = Array.from({ length: 256 }, (_, i) => [0, 3, 255].includes(i));
+  const where = digits(places);
+  assert.equal(where, `9${"0".repeat(62)}1`);
+  assert.deepEqual(chosen(where), places);
+  for (const is of [true, false]) assert.equal(digits(Array(256).fill(is)), undefined);
 });
 
 test("a text lies in a PNG before its end", () => {

@@ -5,12 +5,15 @@
  *
  * @typedef {{kind: "value", word: string, from: number}} ValueEdit a word that is attended to and says nothing, from a step on
  * @typedef {{kind: "head", layer: string, head: number, from: number}} HeadEdit a head that writes nothing
- * @typedef {{kind: "noise", seed: number, amount: number}} NoiseEdit another seed's noise mixed into the first
+ * @typedef {{kind: "noise"} & import("./diffusion/noise.js").NoiseEdit} NoiseEdit another seed's noise mixed into the first
  * @typedef {ValueEdit | HeadEdit | NoiseEdit} Edit
  * @typedef {{name: string, strength: number, picture: Uint8ClampedArray | null, of: Experiment | null}} Start a picture to begin from, RGBA, under the
  *          name that it is saved by; `of` draws it, where that is known, and `picture` is null where it is not here
  * @typedef {{prompt: string, seed: number, guidance: number, steps: number, scheduler: string, edits: Edit[], start?: Start}} Experiment
  */
+
+import { chosen } from "./diffusion/noise.js";
+import { crc32 } from "./png.js";
 
 /** @type {Experiment} */
 export const FIRST = { prompt: "a fox on the moon", seed: 5, guidance: 3, steps: 30, scheduler: "DDIM", edits: [] };
@@ -51,11 +54,12 @@ function startIn(given, strength, schedulers, layers) {
   return { name: /^[a-z0-9-]{1,60}\.png$/.test(text) ? text : "picture.png", strength, picture: null, of: drawn ? fromAddress(text, schedulers, layers) : null };
 }
 
-/** A nudge as an address has it: "7 0.3" mixes in 0.3 of the noise of seed 7. @param {string} text @returns {NoiseEdit[]} */
+/** A nudge as an address has it: "7 0.3" mixes in 0.3 of the noise of seed 7; the places may follow. @param {string} text @returns {NoiseEdit[]} */
 function noise(text) {
-  const found = /^(\d{1,10}) ([01](?:\.\d{1,2})?)$/.exec(text);
-  const [seed, amount] = found ? [Number(found[1]), Number(found[2])] : [-1, 0];
-  return seed >= 0 && seed <= LARGEST_SEED && amount > 0 && amount <= 1 ? [{ kind: "noise", seed, amount }] : [];
+  const found = /^(\d{1,10}) ([01](?:\.\d{1,2})?)(?: ([0-9a-f]{64}))?$/.exec(text);
+  const [seed, amount, where] = found ? [Number(found[1]), Number(found[2]), found[3]] : [-1, 0];
+  const usable = seed >= 0 && seed <= LARGEST_SEED && amount > 0 && amount <= 1 && !/^0+$/.test(where ?? "");
+  return usable ? [{ kind: "noise", seed, amount, ...(where ? { where } : {}) }] : [];
 }
 
 /** An edit as an address has it: "value fox 6" or "head 3.1 6", layer 3 and head 1. @param {string} text @param {string[]} layers @returns {Edit[]} */
@@ -73,7 +77,7 @@ export function toAddress(query, { edits, start, ...fields }, layers) {
   for (const [name, value] of Object.entries(fields)) given.set(name === "steps" ? STEPS : name, String(value));
   for (const name of ["off", "noise", "start", "strength"]) given.delete(name);
   for (const one of edits) {
-    if (one.kind === "noise") given.append("noise", `${one.seed} ${one.amount}`);
+    if (one.kind === "noise") given.append("noise", [one.seed, one.amount, one.where ?? ""].join(" ").trim());
     else given.append("off", one.kind === "value" ? `value ${one.word} ${one.from}` : `head ${layers.indexOf(one.layer)}.${one.head} ${one.from}`);
   }
   if (start) {
@@ -91,7 +95,7 @@ export function facts({ scheduler, steps, guidance, seed, edits, start }) {
 
 /** An edit in words. @param {Edit} edit */
 export function inWords(edit) {
-  if (edit.kind === "noise") return `${edit.amount} of the noise of seed ${edit.seed}`;
+  if (edit.kind === "noise") return `${edit.amount} of the noise of seed ${edit.seed}${edit.where ? ` at ${chosen(edit.where).filter(Boolean).length} places` : ""}`;
   const what = edit.kind === "value" ? `“${edit.word}”` : `${edit.layer.split(".transformer")[0]} head ${edit.head}`;
   return `${what} off${edit.from ? ` from step ${edit.from}` : ""}`;
 }
@@ -99,12 +103,15 @@ export function inWords(edit) {
 /** The fields that Python has for it. @param {Experiment} experiment */
 export function recipe({ prompt, seed, guidance, steps, scheduler, edits, start }) {
   const begun = start ? { image: start.name, strength: start.strength } : {};
-  const made = edits.map((one) => one.kind === "noise" ? one : {
+  const made = edits.map((one) => one.kind === "noise" ? (one.where ? { kind: "noise", file: noiseFile(seed, one) } : one) : {
     ...(one.kind === "value" ? { kind: "value", words: [one.word] } : { kind: "head", layers: [one.layer], heads: [one.head], how: "zero" }),
     ...(one.from ? { steps: `${one.from}:` } : {}),
   });
   return { model: "emojiworld", dtype: "float32", prompt, ...begun, scheduler, steps, guidance_scale: guidance, seed, ...(made.length ? { edits: made } : {}) };
 }
+
+/** The name of the file with a first noise that was changed at some places: the same for the same noise. @param {number} own @param {NoiseEdit} edit */
+export const noiseFile = (own, { seed, amount, where }) => `noise-${crc32(new TextEncoder().encode([own, seed, amount, where].join(" "))).toString(16).padStart(8, "0")}.npy`;
 
 /** A file for `python -m probe.run FILE`. @param {Experiment} experiment */
 export const yaml = (experiment) => written(recipe(experiment));

@@ -14,8 +14,9 @@ import { keep, make } from "../probe/figures/drawing.js";
 import { short } from "../probe/figures/payload.js";
 import { guide } from "./diffusion/guidance.js";
 import { denoised } from "./diffusion/schedulers.js";
-import { BOUNDS, yaml } from "./experiment.js";
-import { nudge } from "./nudge.js";
+import { BOUNDS, noiseFile, yaml } from "./experiment.js";
+import { npy } from "./npy.js";
+import { firstNoise, nudge } from "./nudge.js";
 import { paint, paintSmall } from "./painting.js";
 import { previewed } from "./preview.js";
 import { recording } from "./recording.js";
@@ -59,6 +60,7 @@ export function touch(section, { draw, decode }) {
   const copy = make("button", "", "Copy as experiment", buttons, { type: "button" });
   const save = make("button", "", "Picture (PNG)", buttons, { type: "button", title: "The experiment is inside" });
   const begun = make("button", "", "The picture it began from (PNG)", buttons, { type: "button" });
+  const noisy = make("button", "", "Its first noise (.npy)", buttons, { type: "button" });
   const pack = make("button", "", "Recording (.zarr.zip)", buttons, { type: "button", title: "probe verify proves it, probe view shows it" });
   const told = make("p", "", "", away, { role: "status" });
 
@@ -78,6 +80,13 @@ export function touch(section, { draw, decode }) {
   copying(copy, code);
   save.onclick = () => run?.picture && savePicture(`${run.name}.png`, run.picture.data, code.textContent);
   begun.onclick = () => run?.experiment.start?.picture && savePicture(run.experiment.start.name, run.experiment.start.picture);
+  /** A nudge at some places, for which Python needs a file. */
+  const atPlaces = () => /** @type {import("./experiment.js").NoiseEdit | undefined} */ (run?.experiment.edits.find((one) => one.kind === "noise" && one.where));
+  noisy.onclick = () => {
+    const [one, edit] = [/** @type {Growing} */ (run), atPlaces()];
+    const { preview, experiment } = one;
+    if (edit) keep(new Blob([npy(firstNoise(experiment, preview.slope.length), [1, preview.slope.length, 16, 16])]), noiseFile(experiment.seed, edit));
+  };
   pack.onclick = async () => {
     try {
       const template = JSON.parse(/** @type {HTMLElement} */ (document.getElementById("recording")).textContent ?? "");
@@ -112,8 +121,9 @@ export function touch(section, { draw, decode }) {
       chips(words, (_, index) => run && draw({ ...run.experiment, prompt: run.begun.words.filter((__, i) => i !== index).map(({ word }) => word).join(" ") }, run), "Draw without");
       chips(values, (word) => edited({ kind: "value", word, from: from() }), "Switch off");
       code.textContent = `${next.onGraphicsCard ? "# In the page, the UNet was computed on the graphics card (WebGPU).\n" : ""}${yaml(next.experiment)}`;
-      const { start } = next.experiment;
-      about.textContent = `python -m probe.run records the same in Python, from this file.${start ? ` It names ${start.name}: save that picture beside it. The address holds ${start.of ? "how that picture was drawn." : "all but the picture."}` : ""}`;
+      const [{ start }, places] = [next.experiment, atPlaces()];
+      noisy.hidden = !places;
+      about.textContent = `python -m probe.run records the same in Python, from this file.${places ? ` It names ${noiseFile(next.experiment.seed, places)}: save that noise beside it.` : ""}${start ? ` It names ${start.name}: save that picture beside it. The address holds ${start.of ? "how that picture was drawn." : "all but the picture."}` : ""}`;
       begun.hidden = !start;
       told.textContent = "";
     }
