@@ -20,7 +20,7 @@ export const en = {
         { p: "This is all that most people ever see of Stable Diffusion:" },
         { code: "pipe(\"An astronaut scuba diving\").images[0]" },
         { p: "Behind the line are two halves. A *text understander* reads the sentence and turns it into numbers. An *image generator* makes a picture of these numbers. It has two parts itself: an *image information creator*, which works over many [[step|steps]] on a small array of numbers called [[latents|latents]], and a *decoder*, which paints the picture, once, at the end." },
-        { p: "In the code these are three components. Each is made of neural networks, and between them go arrays of fixed shapes:" },
+        { p: "In the code these are three components. Each is built on a neural network, and between them go arrays of fixed shapes:" },
         {
           table: "What comes out of each component",
           head: ["component", "what it does", "here", "Stable Diffusion v1"],
@@ -131,7 +131,7 @@ export const en = {
   terms: {
     step: ["step", "One call of the model in the loop that draws. Steps are counted from the noise to the picture."],
     latents: ["latents", "The small array on which diffusion works: a squeezed picture. The decoder paints the picture from it."],
-    encoder: ["text encoder", "The network that turns the tokens of the prompt into vectors. In Stable Diffusion v1 and here it is CLIP’s."],
+    encoder: ["text encoder", "The network that turns the tokens of the prompt into vectors. In Stable Diffusion v1 it is CLIP’s; here it is a small one of the same design, trained together with the UNet."],
     unet: ["UNet", "The network that predicts the noise. It makes the grid coarser, then finer again, like the letter U, and attends to the words on the way."],
     scheduler: ["scheduler", "The rule by which a prediction changes the latents: how much noise is taken away from one step to the next. It has no weights."],
     vae: ["VAE", "Variational autoencoder: an encoder from pictures to latents and a decoder back, trained together before the UNet."],
