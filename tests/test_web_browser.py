@@ -129,6 +129,34 @@ def test_a_run_is_changed_and_saved(browser: Any, address: str, tmp_path: Path) 
     assert {"manifest", "digests", "schedule", "scheduler", "predictions", "decode"} <= proven
 
 
+def test_a_changed_run_is_saved_proven_and_opened(
+    browser: Any, address: str, tmp_path: Path
+) -> None:
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    look(browser)
+    changes = "off=value+fox+2&off=head+1.1+0&noise=7+0.3"
+    opened(browser, f"{address}?prompt=a+fox&{FEW}&{changes}")
+    until(browser, "!document.getElementById('touch').hidden")
+    for button in browser.find_elements("css selector", "#touch button"):
+        if button.text.startswith("Recording"):
+            button.click()
+    while not (file := tmp_path / "a-fox-1.zarr.zip").exists():
+        time.sleep(0.2)
+    run = probe.open_run(file)
+    assert [edit.kind for edit in run.experiment.edits] == ["value", "head", "noise"]
+    checks = run.verify(model=True).checks
+    assert not [check for check in checks if check.verdict == "failed"], checks
+    proven = {check.name for check in checks if check.verdict in ("exact", "within tolerance")}
+    assert {"schema", "schedule", "scheduler", "predictions", "decode"} <= proven
+    browser.find_element("id", "open-file").send_keys(str(file))
+    until(browser, "!document.getElementById('opened').hidden")
+    line = browser.find_element("id", "opened").text
+    assert "a-fox-1: emojiworld, DDIM, 5 steps, guidance 3, seed 5, 3 edits" in line
+    assert "It cannot be drawn here, for it is edited" in line
+    assert complaints(browser) == []
+
+
 def test_one_file_draws_from_a_disk(browser: Any, built: Path) -> None:
     file = built / "diffusion.html"
     assert file.stat().st_size <= 36 * 2**20

@@ -148,6 +148,20 @@ def test_the_page_makes_of_a_run_what_python_makes_of_it(run: Run, tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert "# fail 0" in done.stdout and "# skipped 0" in done.stdout
     check_recording(run, tmp_path / "page.zarr.zip")
+    check_edited(tmp_path / "edited.zarr.zip")
+
+
+def check_edited(packed: Path) -> None:
+    """The page's recording of an edited run has Python's edits, identity and parent."""
+    page = probe.open_run(packed)
+    value, head, noise = page.experiment.edits
+    assert value.kind == "value" and (value.words, value.steps) == (("scuba",), "6:")
+    assert head.kind == "head" and (head.heads, head.how, head.steps) == ((3,), "zero", "all")
+    assert noise.kind == "noise" and (noise.seed, noise.amount) == (7, 1.0)
+    assert page.attributes["identity"] == page.experiment.identity()
+    assert page.attributes.parent_identity == page.experiment.unedited.identity()
+    verdicts = {check.name: check.verdict for check in page.verify().checks}
+    assert [verdicts[name] for name in ("manifest", "digests", "schema")] == ["exact"] * 3
 
 
 def check_recording(run: Run, packed: Path) -> None:

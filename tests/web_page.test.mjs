@@ -219,8 +219,10 @@ test("a run is packed as a recording, for Python to prove", { skip: !FOLDER }, a
   const [[, root]] = [...await unzipped(new Blob([await recording(run, template, { software: "a test", created: about.created })]))].filter(([name]) => /^[^/]*\/zarr\.json$/.test(name));
   assert.equal(JSON.parse(new TextDecoder().decode(await root.read())).attributes.environment.software, "a test, the UNet by WebGPU");
   assert.match(run.header().facts, /, UNet by WebGPU$/);
-  run.experiment.edits = [{ kind: "value", word: "fox", from: 0 }];
-  await assert.rejects(recording(run, template, {}), /copy the experiment/);
+  run.experiment.edits = [{ kind: "value", word: "scuba", from: 6 }, { kind: "head", layer: about.layers[2], head: 3, from: 0 }, { kind: "noise", seed: 7, amount: 1 }];
+  await writeFile(path.join(FOLDER, "edited.zarr.zip"), await recording(run, template, { software: "a test", created: about.created }));
   Object.assign(run.experiment, { edits: [], start: { name: "fox.png", strength: 0.5, picture: null, of: null } });
-  await assert.rejects(recording(run, template, {}), /from noise/);
+  await assert.rejects(recording(run, template, {}), /needs no picture/);
+  Object.assign(run.experiment, { edits: [{ kind: "noise", seed: 7, amount: 1, where: "f".repeat(64) }], start: undefined });
+  await assert.rejects(recording(run, template, {}), /no noise from a file/);
 });

@@ -42,6 +42,11 @@ OUTPUT = ROOT / "web" / "model"
 SMALL = 32  # values of a constant that is no weight: the frequencies of the timestep's embedding
 OPSET = 18
 SCHEDULERS = ("DDIM", "Euler", "EulerAncestral", "DPM++2M", "PNDM")
+EDITS = (  # a page's, each of which gets Python's defaults
+    {"kind": "value", "words": ["fox"]},
+    {"kind": "head", "layers": ["*"], "heads": [0]},
+    {"kind": "noise", "seed": 0, "amount": 1.0},
+)
 STEPS = 7  # of the recordings that the template is made of
 CONSTANTS = (
     "cost/component",
@@ -307,6 +312,8 @@ def template() -> dict[str, Any]:
     relevant = {name: fields[name] for name in fields if name not in experiment.not_asked}
     made["identity"] = json.dumps(relevant, sort_keys=True, separators=(",", ":"))
     made["attributes"] |= {"experiment": fields}
+    edited = load_experiment(asked | {"edits": list(EDITS)}).resolved()["edits"]
+    made["edits"] = {edit["kind"]: edit for edit in edited}
     for name in ("identity", "created", "writer", "environment", "status"):
         del made["attributes"][name]
     return made

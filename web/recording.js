@@ -8,7 +8,7 @@
  * @typedef {import("./growing.js").Growing} Growing
  * @typedef {{shape: number[], data_type: string, chunk_grid: {configuration: {chunk_shape: number[]}}, fill_value: any, dimension_names: string[], node_type: string}} Meta
  * @typedef {{attributes: Record<string, any>, metadata: Record<string, any>, unguided: string[], constants: Record<string, string>,
- *            identity: string, schedulers: Record<string, any>, conventions: Record<string, string>, ends: Record<string, number>}} Template
+ *            edits: Record<string, any>, identity: string, schedulers: Record<string, any>, conventions: Record<string, string>, ends: Record<string, number>}} Template
  * @typedef {Float32Array | Float64Array | BigInt64Array | Uint8Array} Values
  */
 
@@ -22,7 +22,8 @@ const encoder = new TextEncoder();
 /** Pack a finished run. @param {Growing} run @param {Template} template @param {{software: string, created: string}} here @returns {Promise<Uint8Array<ArrayBuffer>>} */
 export async function recording(run, template, here) {
   const { experiment } = run;
-  if (!run.picture || experiment.edits.length || experiment.start) throw new Error("A recording is made of a finished run from noise, in which nothing was changed. Python records the others: copy the experiment.");
+  const needsFile = experiment.start || experiment.edits.some((edit) => edit.kind === "noise" && edit.where);
+  if (!run.picture || needsFile) throw new Error("A recording is made of a finished run that needs no picture and no noise from a file. Python records those: copy the experiment.");
   /** @type {Map<string, Uint8Array>} */
   const files = new Map();
   /** @type {string[]} */
@@ -129,11 +130,13 @@ function strings(bytes) {
 
 /** What the recording says of itself. @param {Growing} run @param {Template} template @param {{software: string, created: string}} here */
 async function attributes({ experiment, onGraphicsCard }, template, { software, created }) {
-  const { edits: _, ...fields } = recipe(experiment);
+  const { edits: few = [], ...fields } = recipe(experiment);
+  const edits = few.map((/** @type {{kind: string}} */ edit) => ({ ...template.edits[edit.kind], ...edit }));
   return {
     ...template.attributes,
-    experiment: { ...template.attributes.experiment, ...fields, output: "runs" },
-    identity: await identity(template.identity, fields),
+    experiment: { ...template.attributes.experiment, ...fields, edits, output: "runs" },
+    identity: await identity(template.identity, fields, edits),
+    ...(edits.length ? { parent_identity: await identity(template.identity, fields, []) } : {}),
     environment: { device: "cpu", device_name: "a web page", threads: 1, attention_backend: "onnxruntime-web", branches_batched: true, torch: "none", diffusers: "none", transformers: "none", software: onGraphicsCard ? `${software}, the UNet by WebGPU` : software },
     scheduler: template.schedulers[experiment.scheduler],
     latent_convention: template.conventions[experiment.scheduler],
@@ -142,13 +145,14 @@ async function attributes({ experiment, onGraphicsCard }, template, { software, 
   };
 }
 
-/** The hash of every field that changes what is recorded, in Python's JSON. @param {string} text @param {Record<string, any>} fields */
-async function identity(text, fields) {
+/** The hash of every field that changes what is recorded, in Python's JSON. @param {string} text @param {Record<string, any>} fields @param {Record<string, any>[]} edits */
+async function identity(text, fields, edits) {
   let written = text.replace(/"guidance_scale":[\d.]+/, () => `"guidance_scale":${fields.guidance_scale}${Number.isInteger(fields.guidance_scale) ? ".0" : ""}`);
   for (const name of ["prompt", "seed", "steps", "scheduler"]) {
     const value = ascii(fields[name]);
     written = written.replace(new RegExp(`([{,]"${name}":)("[^"]*"|\\d+)(?=[,}])`, "g"), (whole, key, old) => (name === "steps" && old === '"all"' ? whole : key + value));
   }
+  if (edits.length) written = written.replace(',"eta":', () => `,"edits":${compact(edits)},"eta":`); // in the order of the names
   return (await sha256(encoder.encode(written))).slice(0, 8);
 }
 
@@ -163,6 +167,14 @@ function pythons(value) {
   if (Array.isArray(value)) return `[${value.map(pythons).join(", ")}]`;
   if (value === null || typeof value !== "object") return ascii(value);
   return `{${Object.keys(value).sort().map((name) => `${ascii(name)}: ${pythons(value[name])}`).join(", ")}}`;
+}
+
+/** JSON as Python writes edits in the text of an identity: sorted, without blanks, an amount as a float. @param {any} value @returns {string} */
+function compact(value) {
+  if (Array.isArray(value)) return `[${value.map(compact).join(",")}]`;
+  if (value === null || typeof value !== "object") return ascii(value);
+  const float = (/** @type {string} */ name) => name === "amount" && Number.isInteger(value[name]);
+  return `{${Object.keys(value).sort().map((name) => `${ascii(name)}:${float(name) ? `${value[name]}.0` : compact(value[name])}`).join(",")}}`;
 }
 
 /** A number or a text as JSON of ASCII. @param {unknown} value */
