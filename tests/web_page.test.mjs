@@ -6,14 +6,15 @@ import path from "node:path";
 import test from "node:test";
 
 import { kept, resized } from "../web/attention.js";
+import { crc32, crc32c } from "../web/checksums.js";
 import { chosen, digits } from "../web/diffusion/noise.js";
 import * as experiments from "../web/experiment.js";
 import { Growing } from "../web/growing.js";
 import { COLUMNS, HEAT, PANELS } from "../web/parts.js";
-import { crc32, withText } from "../web/png.js";
+import { withText } from "../web/png.js";
 import { sizeOf } from "../web/photo.js";
 import { previewed } from "../web/preview.js";
-import { crc32c, recording } from "../web/recording.js";
+import { recording } from "../web/recording.js";
 import { unzipped } from "../web/zip.js";
 import { begun, wishes } from "../web/wishes.js";
 

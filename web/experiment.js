@@ -12,8 +12,8 @@
  * @typedef {{prompt: string, seed: number, guidance: number, steps: number, scheduler: string, edits: Edit[], start?: Start}} Experiment
  */
 
+import { crc32 } from "./checksums.js";
 import { chosen } from "./diffusion/noise.js";
-import { crc32 } from "./png.js";
 
 /** @type {Experiment} */
 export const FIRST = { prompt: "a fox on the moon", seed: 5, guidance: 3, steps: 30, scheduler: "DDIM", edits: [] };

@@ -12,7 +12,7 @@
  */
 
 import { Array as ZarrArray, get, registry } from "zarrita";
-import { crc32c } from "./recording.js";
+import { crc32c } from "./checksums.js";
 import { Unreadable, unzipped } from "./zip.js";
 
 const FORMATS = [1, 2];
@@ -209,7 +209,11 @@ function checked(path, node) {
 
 /** Numbers of a JavaScript type: maps of 8 bits stay codes. @param {any} data @param {string} type @returns {Float32Array | Float64Array} */
 function asFloats(data, type) {
-  if (type === "float16") return Float32Array.from(data, (code) => halves()[code]);
+  if (type === "float16") {
+    const [list, values] = [halves(), new Float32Array(data.length)];
+    for (let i = 0; i < values.length; i++) values[i] = list[data[i]]; // a loop: there may be millions
+    return values;
+  }
   if (type === "float32") return data;
   return type.endsWith("64") ? Float64Array.from(data, Number) : Float32Array.from(data);
 }

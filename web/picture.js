@@ -8,10 +8,10 @@
  */
 
 import { make } from "../probe/figures/drawing.js";
+import { crc32 } from "./checksums.js";
 import { STRENGTH } from "./experiment.js";
 import { pictureOf } from "./growing.js";
 import { photo } from "./photo.js";
-import { crc32 } from "./png.js";
 
 const [SIDE, UNDOS] = [128, 30];
 const COLOURS = { black: "#20222a", white: "#ffffff", red: "#d7263d", orange: "#f28c28", yellow: "#f7d038", green: "#3f9b4b", blue: "#2f6fd0", sky: "#a9d6f5", brown: "#8a5a34", grey: "#9a9da6" };

@@ -1,6 +1,8 @@
 // @ts-check
 /** Text inside a PNG: a chunk iTXt, UTF-8, before the end. */
 
+import { crc32 } from "./checksums.js";
+
 const END = 12; // bytes of the last chunk, IEND
 
 /** A PNG with a text in it. @param {Uint8Array} png @param {string} keyword in Latin letters @param {string} text */
@@ -16,14 +18,4 @@ export function withText(png, keyword, text) {
   whole.set(chunk, png.length - END);
   whole.set(png.subarray(png.length - END), whole.length - END);
   return whole;
-}
-
-/** The checksum of PNG and zip. @param {Uint8Array} bytes */
-export function crc32(bytes) {
-  let crc = -1;
-  for (const byte of bytes) {
-    crc ^= byte;
-    for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (crc & 1 ? 0xedb88320 : 0);
-  }
-  return ~crc >>> 0;
 }

@@ -12,6 +12,7 @@
  * @typedef {Float32Array | Float64Array | BigInt64Array | Uint8Array} Values
  */
 
+import { crc32c } from "./checksums.js";
 import { recipe } from "./experiment.js";
 import { joined, littleEndian, zipped } from "./zip.js";
 
@@ -183,15 +184,3 @@ const ascii = (value) => JSON.stringify(value).replace(/[\u0080-\uffff]/g, (lett
 const json = (value) => encoder.encode(JSON.stringify(value, null, 1));
 /** @param {Uint8Array} bytes */
 const sha256 = async (bytes) => [...new Uint8Array(await crypto.subtle.digest("SHA-256", Uint8Array.from(bytes)))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-
-const CASTAGNOLI = Uint32Array.from({ length: 256 }, (_, byte) => {
-  let crc = byte;
-  for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (crc & 1 ? 0x82f63b78 : 0);
-  return crc >>> 0;
-});
-/** The checksum of zarr's chunks. @param {Uint8Array} bytes */
-export function crc32c(bytes) {
-  let crc = -1;
-  for (const byte of bytes) crc = CASTAGNOLI[(crc ^ byte) & 255] ^ (crc >>> 8);
-  return ~crc >>> 0;
-}
