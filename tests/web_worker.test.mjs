@@ -76,7 +76,7 @@ test("every step comes as it is computed, with attention and some pictures", asy
   ask(DRAW);
   const { message, before } = await until("done");
   const [begun, ...steps] = before;
-  assert.deepEqual(begun, { kind: "begun", run: 1, words: ["a", "fox", "on", "the", "moon"].map((word, i) => ({ word, tokens: [i + 1] })), end: 6, timesteps: [667, 334, 1], sigmas: steps.map(({ sigma }) => sigma) });
+  assert.deepEqual(begun, { kind: "begun", run: 1, device: "wasm", words: ["a", "fox", "on", "the", "moon"].map((word, i) => ({ word, tokens: [i + 1] })), end: 6, timesteps: [667, 334, 1], sigmas: steps.map(({ sigma }) => sigma) });
   assert.deepEqual(steps.map(({ kind, index, timestep, picture }) => [kind, index, timestep, picture?.width ?? null]), [["step", 0, 667, null], ["step", 1, 334, 128], ["step", 2, 1, null]]);
   for (const { latents, denoised, uncond, cond, maps } of steps) {
     assert.deepEqual([latents, denoised, uncond, cond].map(({ length }) => length), [1024, 1024, 1024, 1024]);
