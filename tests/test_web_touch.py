@@ -158,6 +158,7 @@ def test_a_run_begins_from_a_run_whose_address_draws_both(browser: Any, address:
     drawn(browser, 2)
     until(browser, "!document.body.classList.contains('busy')")
     assert (pixels(browser, FINAL) == picture).all(), "the address draws the owl, then from it"
+    until(browser, "!document.getElementById('touch').hidden")
     assert "no first noise" in browser.find_element("id", "touch").text
     assert complaints(browser) == []
 
