@@ -53,8 +53,10 @@ const names = FOLDER ? (await readdir(FOLDER, { withFileTypes: true })).filter((
 for (const name of names) {
   test(`shows ${name}`, async () => {
     const { meta, shapes, heads, words } = JSON.parse(await readFile(path.join(FOLDER, name, "about.json"), "utf8"));
-    const run = await stored(await file(`${name}.zarr.zip`), canvas);
+    const shares = [];
+    const run = await stored(await file(`${name}.zarr.zip`), canvas, (share) => shares.push(share));
     assert.equal(run.meta.name, name);
+    if (name === "several") assert.deepEqual(shares, meta.steps.map((_, i) => i / meta.steps.length), "its mean over images is not that of the first");
     for (const key of ["kind", "prompt", "calls", "steps", "colours"]) assert.deepEqual(run.meta[key], meta[key], key);
     const first = meta.offers.readings.filter((reading) => reading === "attention");
     assert.deepEqual(run.meta.offers, { readings: meta.steps.length ? first : [], branches: [], latents: meta.steps.length ? meta.offers.latents : 0 });

@@ -5,7 +5,7 @@
  *
  * @typedef {import("./stored.js").Stored} Stored
  * @typedef {import("./experiment.js").Experiment} Experiment
- * @typedef {{show: (run: Stored) => void, draw: (experiment: Experiment, run: Stored) => void, say: (text: string) => void, known: string[]}} Doing
+ * @typedef {{show: (run: Stored) => void, draw: (experiment: Experiment, run: Stored) => void, say: (text: string, aloud?: boolean) => void, known: string[]}} Doing
  */
 
 import { make } from "../probe/figures/drawing.js";
@@ -54,10 +54,11 @@ export function opener(section, line, { show, draw, say, known }) {
 
   /** Read a recording and show it; the sample, where no files are given. @param {File[]} files */
   async function open(files) {
-    told.textContent = "Opening …";
+    const far = (/** @type {number} */ share) => say((told.textContent = `Opening … ${Math.floor(share * 100)}%`), share === 0);
+    far(0);
     try {
       const { stored } = await import("./stored.js");
-      const run = await stored(files.length ? (files[0].webkitRelativePath ? files : files[0]) : await theSample());
+      const run = await stored(files.length ? (files[0].webkitRelativePath ? files : files[0]) : await theSample(), undefined, far);
       told.textContent = "";
       show(run);
       say(`${run.meta.name} is open. ${run.meta.following.text}`);

@@ -32,10 +32,16 @@ const LOSS = {
 };
 let number = 0;
 
-/** Read a recording for the player. Throws Unreadable. @param {File | File[]} source @param {import("./parts.js").MakeCanvas} [canvas] makes one */
-export async function stored(source, canvas = (width, height) => new OffscreenCanvas(width, height)) {
+/**
+ * Read a recording for the player. Throws Unreadable.
+ *
+ * @param {File | File[]} source
+ * @param {import("./parts.js").MakeCanvas} [canvas] makes one
+ * @param {(share: number) => void} [progress] from 0 to 1, where there is much to read
+ */
+export async function stored(source, canvas = (width, height) => new OffscreenCanvas(width, height), progress = () => {}) {
   const run = new Stored(await opened(source), canvas);
-  await run.read();
+  await run.read(progress);
   return run;
 }
 
@@ -73,8 +79,8 @@ export class Stored {
     return /** @type {{label: string, kind: string}[]} */ (this.meta.channels ?? []);
   }
 
-  /** Read what the player shows before something else is asked. */
-  async read() {
+  /** Read what the player shows before something else is asked. @param {(share: number) => void} progress */
+  async read(progress) {
     const { recording } = this;
     const one = async (/** @type {string} */ path) => {
       if (!recording.spec(path, ["step"])) throw new Unreadable(`It has no ${path}.`);
@@ -92,7 +98,7 @@ export class Stored {
     if (this.latents) await this.seen(this.latents, preview, at(sigma), at(alphaBar));
     await this.pictures(steps);
     await this.curves(steps);
-    const maps = await StoredMaps.of(recording, this, steps);
+    const maps = await StoredMaps.of(recording, this, steps, progress);
     if (typeof maps === "string") this.meta.missing.maps = maps;
     else {
       this.maps = maps;

@@ -26,13 +26,14 @@ export class StoredMaps {
    * Read a recording's maps; a sentence, if there are none.
    *
    * @param {Recording} recording @param {Axis} names @param {number[]} committed
+   * @param {(share: number) => void} [progress]
    * @returns {Promise<StoredMaps | string>}
    */
-  static async of(recording, names, committed) {
+  static async of(recording, names, committed, progress) {
     const grids = await gridsOf(recording, names.across);
     if (!grids.length) return NOT_RECORDED;
     const made = new StoredMaps(recording, names, grids);
-    return (await made.read(committed)) ?? made;
+    return (await made.read(committed, progress)) ?? made;
   }
 
   /** @param {Recording} recording @param {Axis} names @param {Grid[]} grids the largest first */
@@ -53,8 +54,8 @@ export class StoredMaps {
     this.part = null;
   }
 
-  /** @param {number[]} committed @returns {Promise<string | undefined>} */
-  async read(committed) {
+  /** @param {number[]} committed @param {(share: number) => void} [progress] @returns {Promise<string | undefined>} */
+  async read(committed, progress) {
     const { recording, grids: [{ group, size }] } = this;
     const recorded = (await recording.numbers(`${group}/recorded`)).data;
     this.steps = committed.filter((step) => recorded[step]);
@@ -62,7 +63,7 @@ export class StoredMaps {
     const branches = await recording.texts(`${group}/branch`);
     [this.branch, this.branchName] = [branches.length - 1, branches[branches.length - 1]];
     const kinds = await this.label();
-    const tokens = await this.overview();
+    const tokens = await this.overview(progress);
     if (typeof tokens === "string") return tokens;
     const maps = tokens.map((own) => this.channels.map(({ tokens: list }) => sum(own, list, size)));
     this.part = numbers([this.channels.length, ...size, this.steps.length], 1);
@@ -103,9 +104,10 @@ export class StoredMaps {
   /**
    * A map for each token and step, means over layers and heads of the first image; a sentence, if they are not here.
    *
+   * @param {(share: number) => void} [progress]
    * @returns {Promise<Float32Array[][] | string>} (step, token) of (y, x)
    */
-  async overview() {
+  async overview(progress = () => {}) {
     const { recording, grids: [{ group, size }], across } = this;
     const images = recording.arrays.get(`${group}/cross`)?.shape[3] ?? recording.arrays.get("latents/latents")?.shape[1] ?? 1;
     const spec = recording.spec(`${group}/overview`, ["token", "step", "y", "x"]);
@@ -119,7 +121,10 @@ export class StoredMaps {
     if (!this.has("cross")) return this.has("query") ? QUERIES : NOT_RECORDED;
     for (const grid of this.grids) if (!recording.spec(`${grid.group}/cross`, CROSS(across))) return NOT_RECORDED;
     const every = [];
-    for (const step of this.steps) every.push(await this.means(step));
+    for (const [i, step] of this.steps.entries()) {
+      progress(i / this.steps.length);
+      every.push(await this.means(step));
+    }
     return every;
   }
 
