@@ -68,7 +68,7 @@ const recordings = opener(element("open"), element("opened"), {
     lesson.leave();
     drawn.add(run);
     look(run, null);
-    pictures.scrollIntoView({ behavior: "instant", block: "start" });
+    element("opened").scrollIntoView({ behavior: "instant", block: "start" });
   },
   draw: (experiment, run) => {
     prompt.set(wordsOf(experiment.prompt));
