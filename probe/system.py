@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import platform
 import re
 import stat
 import sys
@@ -230,6 +231,18 @@ def free_memory() -> int:
     except (OSError, ValueError):  # no limit, or none that is told
         return free
     return min(free, max(left, 0)) if free else max(left, 0)
+
+
+def processor(instructions: str = "") -> str:
+    """Return the processor's own name, with the `instructions` that are used of it, as "AVX2".
+
+    Torch's last bits depend on both: its square roots are those of MKL, which differ by the maker.
+    """
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration, IndexError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return ", ".join(filter(None, (name, instructions)))
 
 
 def _peak_on_windows() -> int:

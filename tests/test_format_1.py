@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from machines import resumed
 
 from probe.proof.verdict import verify
 from probe.reading.recording import Run, open_run
-from probe.running.recorder import resume
 
 FOLDER = Path(__file__).parent / "format_1"
 KINDS = ("default", "noising", "interrupted")
@@ -137,6 +137,6 @@ def test_a_flipped_bit_in_one_is_found(recordings: dict[str, Path], tmp_path: Pa
 def test_the_interrupted_one_goes_on_to_its_end(tmp_path: Path) -> None:
     with zipfile.ZipFile(FOLDER / "interrupted.zip") as archive:
         archive.extractall(tmp_path)
-    run = resume(open_run(tmp_path / "interrupted.zarr"), progress=False)
+    run = resumed(open_run(tmp_path / "interrupted.zarr"))
     assert run.status == "complete" and len(run.steps) == 4
     assert {check.name: check.detail for check in verify(run) if check.verdict == "failed"} == {}

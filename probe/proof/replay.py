@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +35,7 @@ from probe.reading.recording import Run
 from probe.settings.edits import Latents, Noise, guidance_by_step
 from probe.settings.experiment import Experiment
 from probe.settings.fields import SCHEDULERS
+from probe.system import processor
 from probe.text import printable, shown
 
 # Of the greatest value of a step. A scheduler divides by sqrt(alpha_bar), 0.07 at first: rounding
@@ -282,7 +282,7 @@ def conditions(run: Run) -> tuple[str, ...]:
     there = run.attributes
     changed = {
         "device": "cpu",
-        "device_name": platform.processor() or platform.machine(),
+        "device_name": processor(torch.backends.cpu.get_cpu_capability()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

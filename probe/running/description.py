@@ -15,6 +15,7 @@ from probe.format.attributes import MIXED
 from probe.format.schema import FORMAT_STATUS, FORMAT_VERSION
 from probe.settings.experiment import Experiment
 from probe.settings.noising import Noising
+from probe.system import processor
 from probe.watching.interface import Plan
 from probe.watching.kept import measures_late
 from probe.words import RULES
@@ -87,7 +88,7 @@ def _environment(model: Family) -> dict[str, Any]:
 
     device = model.device
     on_cuda = device.type == "cuda"
-    cpu = platform.processor() or platform.machine()
+    cpu = processor(torch.backends.cpu.get_cpu_capability())
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -191,8 +191,8 @@ class Session:
             raise StoreError(
                 f"The latents of step {step.index} come out otherwise than they were recorded (by "
                 f"up to {off:.2g}).",
-                "It was begun under other versions or on another device: resume it there, or "
-                "record it again with probe rerun.",
+                "It was begun under other versions, on another device or another processor: resume "
+                "it there, or record it again with probe rerun.",
             )
         self._hook([capture for capture in self._plan.captures if capture.component == "all"])
         for capture in self._plan.captures:

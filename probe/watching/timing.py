@@ -29,7 +29,7 @@ from probe.diffusion.variants import coarse, remade, unet_at
 from probe.errors import TooLarge
 from probe.reading.pixels import Attention, Cell, Law, LeftOut, Machine, Measured
 from probe.settings.cost import Cost
-from probe.system import free_memory, is_out_of_memory, peak_memory
+from probe.system import free_memory, is_out_of_memory, peak_memory, processor
 from probe.watching.counting import Counter, LayerCount, counted, tokens_of
 
 MOST_IN_ALL, FEWEST = 30.0, 3  # seconds of all rounds; above that, only so many are timed
@@ -143,7 +143,7 @@ def measured(
     return Measured(
         made_by=made_by,
         machine=Machine(
-            device=torch.cuda.get_device_name(where) if on_cuda else _processor(),
+            device=torch.cuda.get_device_name(where) if on_cuda else processor(),
             threads=threads,
             torch=torch.__version__,
             diffusers=diffusers.__version__,
@@ -289,14 +289,6 @@ def _peak() -> int:
 
 def _load() -> float:
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, IndexError):
-        return "cpu"
 
 
 def _left_out(call: Call, why: str) -> LeftOut:
