@@ -6,10 +6,10 @@ import path from "node:path";
 import test from "node:test";
 
 import { map } from "../probe/figures/payload.js";
-import { drawable } from "../web/drawable.js";
-import { opened } from "../web/opening.js";
-import { stored } from "../web/stored.js";
-import { Unreadable, unzipped, zipped } from "../web/zip.js";
+import { drawable } from "../web/recordings/drawable.js";
+import { opened } from "../web/recordings/opening.js";
+import { stored } from "../web/recordings/stored.js";
+import { Unreadable, unzipped, zipped } from "../web/recordings/zip.js";
 
 const FOLDER = process.env.OPENED;
 const SIZE = 2.5; // of 255 levels: a level of the player's bytes, and of means that are rounded twice

@@ -14,8 +14,8 @@ import { COLUMNS, HEAT, PANELS } from "../web/parts.js";
 import { withText } from "../web/png.js";
 import { sizeOf } from "../web/photo.js";
 import { previewed } from "../web/preview.js";
-import { recording } from "../web/recording.js";
-import { unzipped } from "../web/zip.js";
+import { recording } from "../web/recordings/recording.js";
+import { unzipped } from "../web/recordings/zip.js";
 import { begun, wishes } from "../web/wishes.js";
 
 const FOLDER = process.env.PAYLOADS;

@@ -71,7 +71,7 @@ async function folder(site) {
     await writeFile(path.join(site, address), bytes);
   }
   await writeFile(path.join(site, "page.js"), await bundled({ entryPoints: [path.join(WEB, "page.js")], format: "esm", plugins: [later] }));
-  await writeFile(path.join(site, "stored.js"), await bundled({ entryPoints: [path.join(WEB, "stored.js")], format: "esm" }));
+  await writeFile(path.join(site, "stored.js"), await bundled({ entryPoints: [path.join(WEB, "recordings", "stored.js")], format: "esm" }));
   await writeFile(path.join(site, "worker.js"), await bundled({ entryPoints: [path.join(WEB, "worker.js")], format: "esm" }));
   await cp(ORT_MODULE, path.join(site, "ort.mjs"));
   await cp(path.join(ORT, "ort.webgpu.bundle.min.mjs"), path.join(site, "ort.webgpu.mjs")); // for those who choose it: not kept for use without a network

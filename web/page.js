@@ -3,7 +3,7 @@
  * The page: what is asked for goes to the worker, what comes goes to the player.
  *
  * @typedef {import("./experiment.js").Experiment} Experiment
- * @typedef {Growing | import("./stored.js").Stored} Run drawn here, or opened: that one has no experiment of this page
+ * @typedef {Growing | import("./recordings/stored.js").Stored} Run drawn here, or opened: that one has no experiment of this page
  * @typedef {{words: string[], layers: string[], preview: import("./preview.js").Preview, schedulers: string[]}} Ready
  */
 
@@ -16,7 +16,7 @@ import * as experiments from "./experiment.js";
 import { offer } from "./graphics.js";
 import { Growing } from "./growing.js";
 import { lesson as lessonIn } from "./lesson/lesson.js";
-import { opener } from "./opener.js";
+import { opener } from "./recordings/opener.js";
 import { pictureIn } from "./picture.js";
 import { noising } from "./noising.js";
 import { promptIn, wordsOf } from "./prompt.js";

@@ -2,7 +2,7 @@
 /**
  * What was drawn since the page was opened: to look at again, alone or beside another.
  *
- * @typedef {import("./growing.js").Growing | import("./stored.js").Stored} Run
+ * @typedef {import("./growing.js").Growing | import("./recordings/stored.js").Stored} Run
  */
 
 import { make } from "../probe/figures/drawing.js";

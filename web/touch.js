@@ -19,7 +19,7 @@ import { npy } from "./npy.js";
 import { firstNoise, nudge } from "./nudge.js";
 import { paint, paintSmall } from "./painting.js";
 import { previewed } from "./preview.js";
-import { recording } from "./recording.js";
+import { recording } from "./recordings/recording.js";
 import { copying, savePicture } from "./taking.js";
 
 /** Bring the section to life. @param {HTMLElement} section @param {Doing} doing */

@@ -4,13 +4,13 @@
  * layer and head. Means and words are those of probe/analysis and probe/figures/channels.py.
  *
  * @typedef {import("./opening.js").Recording} Recording
- * @typedef {import("./attention.js").Channel} Channel
+ * @typedef {import("../attention.js").Channel} Channel
  * @typedef {{group: string, size: number[], layers: string[], heads: number}} Grid of an attention map, (y, x)
  * @typedef {{across: string, axis: string}} Axis what the dimension of images, or draws of noise, is called in the file, and in Python
  */
 
-import { THUMBNAIL, ranking, resized, thumbnail } from "./attention.js";
-import { mean, numbers, snippets, write } from "./parts.js";
+import { THUMBNAIL, ranking, resized, thumbnail } from "../attention.js";
+import { mean, numbers, snippets, write } from "../parts.js";
 import { Unreadable } from "./zip.js";
 
 const CROSS = (/** @type {string} */ across) => ["step", "token", "branch", across, "layer", "head", "y", "x"];

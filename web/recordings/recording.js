@@ -5,15 +5,15 @@
  * Attributes and variables are those of a recording that Python made when the model was exported,
  * model/recording.json. The values are this run's: latents, predictions, noise levels, the picture.
  *
- * @typedef {import("./growing.js").Growing} Growing
+ * @typedef {import("../growing.js").Growing} Growing
  * @typedef {{shape: number[], data_type: string, chunk_grid: {configuration: {chunk_shape: number[]}}, fill_value: any, dimension_names: string[], node_type: string}} Meta
  * @typedef {{attributes: Record<string, any>, metadata: Record<string, any>, unguided: string[], constants: Record<string, string>,
  *            edits: Record<string, any>, identity: string, schedulers: Record<string, any>, conventions: Record<string, string>, ends: Record<string, number>}} Template
  * @typedef {Float32Array | Float64Array | BigInt64Array | Uint8Array} Values
  */
 
-import { crc32c } from "./checksums.js";
-import { recipe } from "./experiment.js";
+import { crc32c } from "../checksums.js";
+import { recipe } from "../experiment.js";
 import { joined, littleEndian, zipped } from "./zip.js";
 
 const TEXT = "cost/component"; // the one variable of text: its mark is of its JSON
@@ -72,7 +72,7 @@ function sized(about, path, run, template) {
 /** The values of variables that are written once. @param {Growing} run @param {Template} template @returns {Record<string, Values>} */
 function valuesOf(run, { ends, metadata }) {
   const { timesteps, sigmas } = run.begun;
-  const { width, height, data } = /** @type {import("./growing.js").Picture} */ (run.picture);
+  const { width, height, data } = /** @type {import("../growing.js").Picture} */ (run.picture);
   const unknown = (/** @type {string} */ path) => new Float64Array(metadata[path].dimension_names[0] === "step" ? run.calls : metadata[path].shape[0] ?? 1).fill(NaN);
   return {
     step: BigInt64Array.from(timesteps, (_, i) => BigInt(i)),

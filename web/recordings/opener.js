@@ -4,12 +4,12 @@
  * loaded when it is first wanted.
  *
  * @typedef {import("./stored.js").Stored} Stored
- * @typedef {import("./experiment.js").Experiment} Experiment
+ * @typedef {import("../experiment.js").Experiment} Experiment
  * @typedef {{show: (run: Stored) => void, draw: (experiment: Experiment, run: Stored) => void, say: (text: string, aloud?: boolean) => void, known: string[]}} Doing
  */
 
-import { make } from "../probe/figures/drawing.js";
-import { inside } from "./client.js";
+import { make } from "../../probe/figures/drawing.js";
+import { inside } from "../client.js";
 import { drawable } from "./drawable.js";
 
 const SAMPLE = "sample.zarr.zip";

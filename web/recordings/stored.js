@@ -4,13 +4,13 @@
  * it. Of several images, or draws of noise, the first is shown.
  *
  * @typedef {import("./opening.js").Recording} Recording
- * @typedef {import("./preview.js").Preview} Preview
+ * @typedef {import("../preview.js").Preview} Preview
  * @typedef {{count: number, channels: number, height: number, width: number, part: Record<string, Float32Array[]>}} Latents by name, of each step (channel, y, x)
  */
 
 import { clean, opened } from "./opening.js";
-import { ATTENTION, CURVES, HEAT, PANELS, place, sheet } from "./parts.js";
-import { asColourful, deviation, previewed, signed, size } from "./preview.js";
+import { ATTENTION, CURVES, HEAT, PANELS, place, sheet } from "../parts.js";
+import { asColourful, deviation, previewed, signed, size } from "../preview.js";
 import { StoredMaps } from "./storedmaps.js";
 import { Unreadable } from "./zip.js";
 
@@ -36,7 +36,7 @@ let number = 0;
  * Read a recording for the player. Throws Unreadable.
  *
  * @param {File | File[]} source
- * @param {import("./parts.js").MakeCanvas} [canvas] makes one
+ * @param {import("../parts.js").MakeCanvas} [canvas] makes one
  * @param {(share: number) => void} [progress] from 0 to 1, where there is much to read
  */
 export async function stored(source, canvas = (width, height) => new OffscreenCanvas(width, height), progress = () => {}) {
@@ -47,7 +47,7 @@ export async function stored(source, canvas = (width, height) => new OffscreenCa
 
 /** A recording that was opened. `run` is what the player mounts. */
 export class Stored {
-  /** @param {Recording} recording @param {import("./parts.js").MakeCanvas} canvas */
+  /** @param {Recording} recording @param {import("../parts.js").MakeCanvas} canvas */
   constructor(recording, canvas) {
     this.recording = recording;
     this.canvas = canvas;

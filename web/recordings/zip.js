@@ -9,7 +9,7 @@
  *          a file: its bytes, or some of them; of one that is packed, all is unpacked for some
  */
 
-import { crc32 } from "./checksums.js";
+import { crc32 } from "../checksums.js";
 
 const [MOST_ENTRIES, MOST_LISTED, DEPTH] = [50_000, 16 * 2 ** 20, 16]; // files; bytes of their list; folders in each other
 const [MOST_RATIO, SMALL] = [100, 64 * 2 ** 20]; // bytes for one packed byte, in archives beyond this size

@@ -2,11 +2,11 @@
 /**
  * Whether the model in this page can draw what a recording holds: its experiment, or why not. Pure.
  *
- * @typedef {import("./experiment.js").Experiment} Experiment
+ * @typedef {import("../experiment.js").Experiment} Experiment
  */
 
-import { BOUNDS } from "./experiment.js";
-import { wordsOf } from "./prompt.js";
+import { BOUNDS } from "../experiment.js";
+import { wordsOf } from "../prompt.js";
 
 const MODEL = "emojiworld";
 const [SIDE, LARGEST_SEED] = [128, 2 ** 32 - 1];

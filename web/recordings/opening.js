@@ -12,7 +12,7 @@
  */
 
 import { Array as ZarrArray, get, registry } from "zarrita";
-import { crc32c } from "./checksums.js";
+import { crc32c } from "../checksums.js";
 import { Unreadable, unzipped } from "./zip.js";
 
 const FORMATS = [1, 2];
