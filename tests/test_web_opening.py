@@ -30,6 +30,7 @@ MODULES = ROOT / "web" / "node_modules" / "zarrita"
 BOTH = {"branches": "both", "tokens": "all"}
 
 pytestmark = [
+    pytest.mark.slow,  # and it needs what npm fetches
     pytest.mark.skipif(NODE is None, reason="needs node: apt install nodejs"),
     pytest.mark.skipif(
         not MODULES.is_dir(), reason="needs zarrita: cd web && npm ci --ignore-scripts"
