@@ -298,7 +298,9 @@ def test_pythons_are_found_by_their_own_word(
 
 
 def test_ci_does_what_the_readme_says() -> None:
-    """.ci/run installs one package, which the README names, and runs the README's two commands."""
+    """.ci/run installs packages that the README names, builds the page that the README opens with,
+    and runs the two commands of its start.
+    """
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     start = (ROOT / "README.md").read_text(encoding="utf-8").split("## Start")[1].split("##")[0]
     commands = [
@@ -313,6 +315,8 @@ def test_ci_does_what_the_readme_says() -> None:
     )
     assert script.count("apt-get install") == 1
     named = re.findall(r"missing\+=\(([a-z0-9 -]+)\)", script)
-    assert named == ["python3-venv", "chromium chromium-driver", "nodejs"]
+    assert named == ["python3-venv", "chromium chromium-driver", "nodejs", "npm"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "`python3 tasks.py web`" in readme and "python3 tasks.py web " in script
     for package in " ".join(named).split():
         assert any(package in line for line in start.splitlines() if "`apt install" in line)
