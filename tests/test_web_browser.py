@@ -93,6 +93,34 @@ def test_a_picture_is_drawn_looked_at_and_compared(browser: Any, address: str) -
     assert asked(browser) == {"127.0.0.1"} and complaints(browser) == []
 
 
+def test_a_first_prompt_of_ones_own(browser: Any, address: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    look(browser, 390, 844)
+    opened(browser, f"{address}?prompt=a+fox+on+the+moon&{FEW}")
+    box = browser.find_element("css selector", "#prompt input")
+    box.send_keys(Keys.CONTROL, "a", Keys.NULL, "an owl at the beach", Keys.ENTER)
+    player = drawn(browser, 2)
+    until(browser, "!document.body.classList.contains('busy')")
+    chips = browser.find_elements("css selector", "#prompt .chip")
+    assert [one.text.split()[0] for one in chips] == "an owl at the beach".split()
+    assert "Places that attend to “owl”" in player.text
+    top = "document.querySelector('#pictures').getBoundingClientRect().top"
+    assert 0 < browser.execute_script(f"return {top}") < 200, "a small screen shows what is drawn"
+    before = player.get_attribute("data-step")
+    press(browser, Keys.ARROW_LEFT)  # the focus is still in the prompt
+    assert int(player.get_attribute("data-step")) == int(before) - 1
+    browser.execute_script("document.activeElement.blur()")
+    press(browser, Keys.ARROW_RIGHT)
+    assert player.get_attribute("data-step") == before
+
+    browser.find_element("css selector", "#prompt .empty").click()
+    assert browser.find_elements("css selector", "#prompt .chip") == []
+    box.send_keys("a cat", Keys.CONTROL, "a", Keys.NULL, Keys.END, Keys.BACKSPACE)
+    assert box.get_attribute("value") == "a ca", "what is half deleted stays text"
+    assert browser.find_element("id", "mistake").text == "" and complaints(browser) == []
+
+
 def test_a_run_is_changed_and_saved(browser: Any, address: str, tmp_path: Path) -> None:
     where = {"behavior": "allow", "downloadPath": str(tmp_path)}
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)

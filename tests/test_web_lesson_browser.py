@@ -15,6 +15,16 @@ SAID = "return document.getElementById('said').textContent"
 CHAPTERS = ("line", "text", "steps", "noise", "latents", "model")
 NARROW = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
 
+# Drop a picture on the lesson's text. Return whether it went nowhere.
+DROP = """
+let heard = 0;
+for (const kind of ['dragover', 'drop']) document.body.addEventListener(kind, () => heard++);
+const data = new DataTransfer();
+data.items.add(new File(['x'], 'x.png', {type: 'image/png'}));
+return ['dragover', 'drop'].every((kind) => !document.querySelector('#lesson h1').dispatchEvent(
+  new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer: data}))) && heard === 0
+"""
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -82,6 +92,7 @@ def test_every_figure_of_the_lesson_computes(browser: Any, address: str, lang: s
     look(browser, 320, dark=True)
     assert until(browser, NARROW) and serious(browser) == []
 
+    assert browser.execute_script(DROP), "no picture reaches the hidden view"
     ask(browser, figure(browser, lang, "text"), "a fox on the moon", "a car on the moon")
     alike = texts(figure(browser, lang, "text"), ".position:not(.names) .alike")
     assert alike[:2] == ["1", "1"], "a vector looks back alone"

@@ -19,7 +19,7 @@ import { lesson as lessonIn } from "./lesson/lesson.js";
 import { opener } from "./recordings/opener.js";
 import { pictureIn } from "./picture.js";
 import { noising } from "./noising.js";
-import { promptIn, wordsOf } from "./prompt.js";
+import { names, promptIn, wordsOf } from "./prompt.js";
 import { shelf } from "./shelf.js";
 import { touch } from "./touch.js";
 import { begun, wishes } from "./wishes.js";
@@ -52,7 +52,7 @@ const given = location.search; // what the reader came with
 
 const prompt = promptIn(element("prompt"), element("words"), () => check());
 const fields = controls(form);
-const drawn = shelf(element("drawn"), look);
+const drawn = shelf(element("drawn"), element("keep"), look);
 const beginning = pictureIn(element("start"), { looked: () => (looked && isOurs(looked) ? looked : null), steps: () => Number(element("steps").value) });
 const change = touch(element("touch"), {
   draw: (experiment, other) => {
@@ -129,7 +129,7 @@ function busy(is) {
 
 /** Look at a run, and at another beside it. @param {Run} run @param {Run | null} other @param {Record<string, any>} [state] */
 function look(run, other, state = player?.state ?? {}) {
-  const kept = looked && state.channel !== undefined ? { ...state, channel: channelIn(run, looked, state.channel) } : state;
+  const kept = looked || state.channel === undefined ? { ...state, channel: channelIn(run, looked, state.channel) } : state;
   [looked, beside] = [run, other];
   player?.destroy();
   element("waiting")?.remove();
@@ -145,11 +145,11 @@ function isOurs(run) {
   return "experiment" in run;
 }
 
-/** The same word in another run. @param {Run} run @param {Run | null} before @param {number} channel */
+/** The same word in another run, else its first that names something. @param {Run} run @param {Run | null} before @param {number | undefined} channel */
 function channelIn(run, before, channel) {
-  const label = before?.channels[channel]?.label;
-  const same = run.channels.findIndex((one) => one.label === label);
-  return same >= 0 ? same : undefined;
+  const label = channel === undefined ? undefined : before?.channels[channel]?.label;
+  const [same, naming] = [run.channels.findIndex((one) => one.label === label), run.channels.findIndex((one) => one.kind === "word" && names(one.label))];
+  return [same, naming].find((index) => index >= 0);
 }
 
 /** Look at a run of the lesson. @param {Growing} run */
@@ -279,16 +279,30 @@ function begin() {
 
 form.addEventListener("input", beginning.show);
 element("start").addEventListener("input", noise.changed);
+/** Draw what the controls say. */
+function drawWanted() {
+  if (!check()) return;
+  draw(wanted(), drawn.comparing() ? looked : null);
+  const state = element("state");
+  if (state.getBoundingClientRect().bottom > innerHeight * 0.6) state.scrollIntoView({ behavior: "instant", block: "start" }); // a small screen: what is drawn is below it
+}
+
 form.onsubmit = (/** @type {Event} */ event) => {
   event.preventDefault();
   prompt.set(prompt.words()); // with what is still being typed
-  if (check()) draw(wanted(), drawn.comparing() ? looked : null);
+  drawWanted();
 };
 element("stop").onclick = stop;
 element("another").onclick = () => {
   fields.set({ seed: Math.floor(Math.random() * 10000) });
-  if (check()) draw(wanted(), drawn.comparing() ? looked : null);
+  drawWanted();
 };
+/** Arrow keys reach the pictures from where they mean nothing else: nothing has the focus, or the prompt in which nothing is typed. */
+document.addEventListener("keydown", ({ key, target, ctrlKey, metaKey, altKey }) => {
+  const idle = target === document.body || (target instanceof HTMLInputElement && target.closest("#prompt") && !target.value);
+  if (!idle || element("drawing").hidden || ctrlKey || metaKey || altKey || !["ArrowLeft", "ArrowRight"].includes(key)) return;
+  pictures.querySelector(".probe")?.dispatchEvent(new KeyboardEvent("keydown", { key }));
+});
 
 {
   const experiment = experiments.fromAddress(given, [], []);

@@ -16,6 +16,9 @@ const GROUPS = {
   between: "a an the on in at above next to and of",
 };
 
+/** Whether a word names something; “a” and “of” do not. @param {string} word */
+export const names = (word) => !GROUPS.between.split(" ").includes(word.toLowerCase());
+
 /** The words of a text. @param {string} text */
 export const wordsOf = (text) => [...text.normalize("NFC").toLowerCase().matchAll(WORD)].map(([word]) => word);
 
@@ -40,6 +43,7 @@ export function promptIn(box, shelf, changed) {
   let known = [];
   const chips = make("span", "chips", "", box);
   const input = /** @type {HTMLInputElement} */ (make("input", "", "", box, { type: "text", list: "completion", "aria-label": "Add a word to the prompt", autocomplete: "off", autocapitalize: "off", spellcheck: "false", maxlength: "300", enterkeyhint: "done" }));
+  const empty = make("button", "empty", "Clear", box, { type: "button", "aria-label": "Take all words out", title: "Take all words out" });
   const completion = make("datalist", "", "", box, { id: "completion" });
   box.addEventListener("pointerdown", (event) => {
     if (event.target !== box && event.target !== chips) return;
@@ -57,6 +61,7 @@ export function promptIn(box, shelf, changed) {
       };
       return chip;
     }));
+    empty.hidden = !words.length;
     input.placeholder = words.length ? "" : "Type a word, or take one from below";
   }
   /** @param {string[]} next */
@@ -72,13 +77,29 @@ export function promptIn(box, shelf, changed) {
     input.value = "";
     if (typed.length) set([...words, ...typed]);
   }
+  /** Make text of the chips, all of it selected: what is typed next takes its place. */
+  function write() {
+    input.value = [...words, ...wordsOf(input.value)].join(" ");
+    set([]);
+    input.select();
+  }
+  empty.onclick = () => {
+    input.value = "";
+    set([]);
+    input.focus();
+  };
   input.oninput = (event) => {
-    const picked = !(/** @type {InputEvent} */ (event).inputType) || /** @type {InputEvent} */ (event).inputType === "insertReplacementText";
+    const { inputType } = /** @type {InputEvent} */ (event);
+    if (inputType?.startsWith("delete")) return;
+    const picked = !inputType || inputType === "insertReplacementText";
     if (picked || /\s$/.test(input.value) || wordsOf(input.value).length > 1) commit();
   };
   input.onkeydown = (event) => {
     if (event.key === "Enter" && input.value.trim()) commit(); // and then the form is sent
-    else if (event.key === "Backspace" && !input.value && words.length) set(words.slice(0, -1));
+    else if (event.key === "a" && (event.ctrlKey || event.metaKey) && words.length) {
+      event.preventDefault();
+      write();
+    } else if (event.key === "Backspace" && !input.value && words.length) set(words.slice(0, -1));
   };
   input.onblur = commit;
 

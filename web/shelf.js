@@ -9,19 +9,15 @@ import { make } from "../probe/figures/drawing.js";
 
 const MOST = 8; // runs that are kept: some 5 MB each
 
-/** @param {HTMLElement} section @param {(run: Run, beside: Run | null) => void} look */
-export function shelf(section, look) {
+/** @param {HTMLElement} section @param {HTMLInputElement} keep whether the next run is shown beside the one that is looked at @param {(run: Run, beside: Run | null) => void} look */
+export function shelf(section, keep, look) {
   /** @type {{run: Run, card: any, again: any, compare: any}[]} */
   const kept = [];
   /** @type {Run | null} */
   let now = null;
   /** @type {Run | null} */
   let other = null;
-  const head = make("div", "head", "", section);
-  make("h2", "", "What you drew or opened", head);
-  const label = make("label", "", "", head);
-  const keep = make("input", "", "", label, { type: "checkbox", id: "keep" });
-  make("span", "", "show the next picture beside the one I look at", label);
+  make("h2", "", "What you drew or opened", section);
   const list = make("ul", "cards", "", section);
 
   /** Keep a run. @param {Run} run */

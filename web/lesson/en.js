@@ -59,7 +59,7 @@ export const en = {
         { p: "How do the words get in? Inside the UNet every place of the latents asks every token “do you concern me?”, and takes up what the tokens have to say, in proportion to the answers. That is [[attention|cross-attention]], and it can be watched. A map shows where the model *looked*. This may be the thing that the word names, and it need not be." },
         { figure: "steps" },
         { try: "Move through the steps, choose another word, and turn the guidance of the step that you look at: both answers are kept, so any guidance can be tried afterwards." },
-        { question: "Where do the words matter most: at the first steps, in the middle, or at the last?", answer: "At the first. Compare the guess without words with the guess with words, or read below them how far the words move it: the number falls from the first step to the last. Early there is nothing to go by but noise and words. Later the picture itself says what it is, and both guesses are the same." },
+        { question: "Where do the words matter most: at the first steps, in the middle, or at the last?", answer: "At the first. Compare the guess without words with the guess with words, or read below them how far the words move it: the number falls from the first step to the last. Early there is nothing to go by but noise and words. Later the picture itself says what it is, and both guesses are the same. (The curve “What the prompt changes in the prediction” in Draw does not fall like this. A prediction is noise; the less noise is left, the less a changed prediction moves the guess.)" },
       ],
     },
     {

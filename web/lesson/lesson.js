@@ -115,6 +115,15 @@ export function lesson(places, { client, known, open, stop, progress }) {
     task?.();
   }
 
+  for (const kind of ["dragover", "drop"]) {
+    places.lesson.addEventListener(kind, (event) => { // figures take pictures; elsewhere in the lesson nobody does, neither the drawing view nor the browser
+      const { dataTransfer } = /** @type {DragEvent} */ (event);
+      if (event.defaultPrevented || ![...(dataTransfer?.items ?? [])].some(({ type }) => type.startsWith("image/"))) return;
+      event.preventDefault();
+      event.stopPropagation();
+      if (dataTransfer) dataTransfer.dropEffect = "none";
+    });
+  }
   for (const moved of ["hashchange", "popstate"]) addEventListener(moved, route); // back to another query is no change of the hash
   route();
   return {
