@@ -179,6 +179,16 @@ test("refuses a zip that grows, before it has grown", { skip: !FOLDER }, async (
   assert.ok(process.memoryUsage().arrayBuffers - before < 64e6);
 });
 
+test("refuses a zip whose files share their bytes", { skip: !FOLDER }, async () => {
+  const whole = Buffer.from(zipped(new Map([["a", new Uint8Array(5000)]]), ""));
+  const [list, end] = ["PK\x01\x02", "PK\x05\x06"].map((signature) => whole.indexOf(Buffer.from(signature, "latin1")));
+  const record = (letter) => Buffer.concat([whole.subarray(list, end - 1), Buffer.from(letter)]);
+  const tail = Buffer.from(whole.subarray(end));
+  for (const at of [8, 10]) tail.writeUInt16LE(3, at);
+  tail.writeUInt32LE(3 * (end - list), 12);
+  await refused(new File([whole.subarray(0, list), ..."abc".split("").map(record), tail], "x.zip"), /overlap each other/);
+});
+
 test("refuses attributes and arrays that no recording has", { skip: !FOLDER }, async () => {
   await refused(zip((await small()).set("zarr.json", text("[".repeat(1e6)))), /no JSON/);
   await refused(zip((await small()).set("zarr.json", text(" ".repeat(9e6)))), /more than that of a recording/);
@@ -295,5 +305,6 @@ test("shows which recordings this page can draw", { skip: !FOLDER }, async () =>
   assert.match(await asked("whole"), /another model/);
   assert.equal(await asked("sample-noising"), "");
   const no = { width: 64, edits: [{}], negative_prompt: "a cat", prompt: "<b>an</b>", seed: -1, steps: 9e9, guidance_scale: 99, image: "x.png", loras: [1], eta: 1 };
+  assert.match(await asked("sample", { prompt: Array(101).fill("an").join(" ") }), /^It cannot be drawn here, for it has a longer prompt than this page takes\.$/);
   for (const [name, value] of Object.entries(no)) assert.match(await asked("sample", { [name]: value }), /^It cannot be drawn here, for it [A-Za-z ()]+\.$/, name);
 });

@@ -177,6 +177,25 @@ test("an address of no sense is the first experiment", () => {
   assert.deepEqual(experiments.fromAddress("?seed=4294967295&guidance=1", SCHEDULERS, LAYERS), { ...experiments.FIRST, seed: 4294967295, guidance: 1 });
 });
 
+test("an address switches off nothing that is not there", () => {
+  const edits = (query) => experiments.fromAddress(`?prompt=a+fox&num_steps=20&${query}`, SCHEDULERS, LAYERS).edits.map((one) => one.word ?? one.head);
+  assert.deepEqual(edits("off=value+cat+0&off=value+fox+19&off=value+fox+20&off=head+1.2+20&off=head+1.2+3"), ["fox", 2]);
+  assert.deepEqual(edits("start=a.png&strength=0.5&off=value+fox+10&off=value+a+9"), ["a"]);
+  const nudges = (query) => experiments.fromAddress(query, SCHEDULERS, LAYERS).edits.map(({ seed }) => seed);
+  assert.deepEqual(nudges("?noise=7+0.3&noise=8+0.5"), [7, 8]);
+  assert.deepEqual(nudges(`?noise=7+0.3&noise=8+0.5+${"0f".repeat(32)}`), [7], "a noise in a file is alone");
+  const of = { layers: LAYERS, shape: [2, 3, 5], words: [], rows: 2 };
+  assert.throws(() => experiments.valueScale([{ kind: "head", layer: LAYERS[1], head: 3, from: 0 }], of), /has no head 3\. It has 3: 0 to 2\./);
+});
+
+test("a word that is taken out is not switched off any more", () => {
+  const words = ["a", "fox", "and", "a", "cat"].map((word) => ({ word }));
+  const off = (...list) => list.map((word) => ({ kind: "value", word, from: 0 }));
+  const run = { ...FOX, prompt: "a fox and a cat", edits: [...off("a", "fox"), { kind: "noise", seed: 7, amount: 0.3 }] };
+  assert.deepEqual(experiments.withoutWord(run, words, 1), { ...run, prompt: "a and a cat", edits: [...off("a"), run.edits[2]] });
+  assert.deepEqual(experiments.withoutWord(run, words, 0), { ...run, prompt: "fox and a cat" }, "there is another one");
+});
+
 test("edits become factors: words in the prompt's row, heads in both", () => {
   const of = { layers: LAYERS, shape: [2, 3, 5], words: [{ word: "a", tokens: [1] }, { word: "fox", tokens: [2, 3] }, { word: "a", tokens: [4] }], rows: 2 };
   assert.equal(experiments.valueScale([], of), undefined);

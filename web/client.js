@@ -41,7 +41,12 @@ export function start(told, progress) {
     else asker.resolve(data);
     if (data.kind === "ready") opened();
   };
-  worker.onerror = (event) => told({ kind: "error", message: event.message || "This browser does not start the page's worker. Try a newer one.", words: [] });
+  worker.onerror = (event) => {
+    const message = event.message || "This browser does not start the page's worker. Try a newer one.";
+    for (const { reject } of waiting.values()) reject(new Error(message)); // nobody else answers them
+    waiting.clear();
+    told({ kind: "error", message, words: [] });
+  };
   void files(listed, came).then((contents) => worker.postMessage({ kind: "load", ort: inside() ? undefined : new URL("ort.mjs", location.href).href, threads: Math.min(4, navigator.hardwareConcurrency || 1), files: contents }));
   return {
     post: (message) => worker.postMessage(message),

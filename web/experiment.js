@@ -14,6 +14,7 @@
 
 import { crc32 } from "./checksums.js";
 import { chosen } from "./diffusion/noise.js";
+import { wordsOf } from "./prompt.js";
 
 /** @type {Experiment} */
 export const FIRST = { prompt: "a fox on the moon", seed: 5, guidance: 3, steps: 30, scheduler: "DDIM", edits: [] };
@@ -21,7 +22,8 @@ export const BOUNDS = { guidance: { min: 1, max: 15, step: 0.5 }, steps: { min: 
 export const STRENGTH = { min: 0.2, max: 1, step: 0.05 }; // at the least one of five steps
 export const AMOUNT = { min: 0.05, max: 1, step: 0.05 };
 const STEPS = "num_steps"; // in an address, where the player has `steps` of its own
-const [LONGEST, LARGEST_SEED, MOST_EDITS] = [300, 2 ** 32 - 1, 40];
+export const LONGEST = 300; // letters of a prompt
+const [LARGEST_SEED, MOST_EDITS] = [2 ** 32 - 1, 40];
 
 /** The experiment in an address; what is not possible is left out. @param {string} query @param {string[]} schedulers @param {string[]} layers @returns {Experiment} */
 export function fromAddress(query, schedulers, layers) {
@@ -35,13 +37,19 @@ export function fromAddress(query, schedulers, layers) {
   const seed = number("seed", 0, LARGEST_SEED, FIRST.seed);
   const start = startIn(given, number("strength", STRENGTH.min, STRENGTH.max, 0.6, 2), schedulers, layers);
   const noises = start ? [] : given.getAll("noise").slice(0, MOST_EDITS).flatMap(noise).filter((one) => one.seed !== seed);
+  if (noises.some(({ where }) => where)) noises.splice(1); // Python reads it from a file, which has one noise
+  const prompt = (given.get("prompt") ?? FIRST.prompt).replace(/[\p{Cc}\p{Cs}]+/gu, " ").slice(0, LONGEST);
+  const steps = number(STEPS, BOUNDS.steps.min, BOUNDS.steps.max, FIRST.steps);
+  const calls = start ? Math.floor(steps * start.strength) : steps;
+  const words = wordsOf(prompt);
+  const acts = (/** @type {ValueEdit | HeadEdit} */ one) => one.from < calls && (one.kind === "head" || words.includes(one.word));
   return {
-    prompt: (given.get("prompt") ?? FIRST.prompt).replace(/[\p{Cc}\p{Cs}]+/gu, " ").slice(0, LONGEST),
+    prompt,
     seed,
     guidance: number("guidance", BOUNDS.guidance.min, BOUNDS.guidance.max, FIRST.guidance, 2),
-    steps: number(STEPS, BOUNDS.steps.min, BOUNDS.steps.max, FIRST.steps),
+    steps,
     scheduler: schedulers.includes(scheduler) ? scheduler : FIRST.scheduler,
-    edits: [...given.getAll("off").slice(0, MOST_EDITS).flatMap((text) => edit(text, layers)), ...noises],
+    edits: [...given.getAll("off").slice(0, MOST_EDITS).flatMap((text) => edit(text, layers)).filter(acts), ...noises],
     ...(start ? { start } : {}),
   };
 }
@@ -62,7 +70,7 @@ function noise(text) {
   return usable ? [{ kind: "noise", seed, amount, ...(where ? { where } : {}) }] : [];
 }
 
-/** An edit as an address has it: "value fox 6" or "head 3.1 6", layer 3 and head 1. @param {string} text @param {string[]} layers @returns {Edit[]} */
+/** An edit as an address has it: "value fox 6" or "head 3.1 6", layer 3 and head 1. @param {string} text @param {string[]} layers @returns {(ValueEdit | HeadEdit)[]} */
 function edit(text, layers) {
   const value = /^value (\p{L}{1,40}) (\d{1,3})$/u.exec(text);
   if (value) return [{ kind: "value", word: value[1].toLowerCase(), from: Number(value[2]) }];
@@ -85,6 +93,12 @@ export function toAddress(query, { edits, start, ...fields }, layers) {
     given.set("strength", String(start.strength));
   }
   return `?${given}`;
+}
+
+/** The experiment without a word of its prompt; one that is not there any more cannot be switched off. @param {Experiment} experiment @param {{word: string}[]} words @param {number} index @returns {Experiment} */
+export function withoutWord({ edits, ...fields }, words, index) {
+  const rest = words.flatMap(({ word }, i) => (i === index ? [] : [word]));
+  return { ...fields, prompt: rest.join(" "), edits: edits.filter((one) => one.kind !== "value" || rest.includes(one.word)) };
 }
 
 /** How it was made, in a line. @param {Experiment} experiment */
@@ -138,6 +152,8 @@ export function written({ edits = [], ...fields }) {
 export function valueScale(edits, { layers, shape: [count, heads, length], words, rows }) {
   const inside = edits.filter((one) => one.kind !== "noise");
   if (!inside.length) return undefined;
+  const none = inside.find((one) => one.kind === "head" && one.head >= heads);
+  if (none?.kind === "head") throw new RangeError(`${none.layer.split(".transformer")[0]} has no head ${none.head}. It has ${heads}: 0 to ${heads - 1}.`);
   return (index) => {
     const now = inside.filter(({ from }) => index >= from);
     if (!now.length) return undefined;

@@ -106,6 +106,7 @@ function check() {
 /** Draw. @param {Experiment} experiment @param {Run | null} [other] is shown beside it @param {boolean} [opening] whether the address says where to look */
 function draw(experiment, other = null, opening = false) {
   if (trying) return say("Wait: the graphics card is being tried.");
+  next = [];
   asked = { number: ++number, experiment, beside: other, opening };
   if (!model) return say("It is drawn as soon as the model is here.");
   const { guidance, start, ...rest } = experiment;
@@ -231,10 +232,11 @@ function ended(run, text) {
 
 /** Draw what comes next. @param {Growing | null} before what was drawn before it */
 function follow(before) {
-  const { experiment, beside: both, last } = /** @type {import("./wishes.js").Wish} */ (next.shift());
+  const [{ experiment, beside: both, last }, ...later] = next;
   const whole = begun(experiment, drawn.runs().filter(isOurs), model?.layers ?? []);
   if (last && experiment.start) beginning.set(whole.start ?? experiment.start);
   draw(whole, both ? before : null, last);
+  next = later;
 }
 
 /** @param {any} message a picture that was asked for */
@@ -247,11 +249,11 @@ function decoded({ run: name, index, picture }) {
 /** @param {{message: string, words: string[], run?: number}} message */
 function failed({ message, words, run }) {
   if (run !== undefined && run !== number) return;
-  if (drawing) drawing = null;
+  next = [];
+  if (drawing) ended(drawing, `Ended by an error after ${drawing.steps.length} of ${drawing.calls} steps.`);
   busy(false);
   mistake.hidden = false;
   mistake.textContent = message;
-  next = [];
   if (!words.length) say("It did not work.");
 }
 

@@ -14,7 +14,7 @@ import { keep, make } from "../probe/figures/drawing.js";
 import { short } from "../probe/figures/payload.js";
 import { guide } from "./diffusion/guidance.js";
 import { denoised } from "./diffusion/schedulers.js";
-import { BOUNDS, noiseFile, yaml } from "./experiment.js";
+import { BOUNDS, noiseFile, withoutWord, yaml } from "./experiment.js";
 import { npy } from "./npy.js";
 import { firstNoise, nudge } from "./nudge.js";
 import { paint, paintSmall } from "./painting.js";
@@ -118,7 +118,7 @@ export function touch(section, { draw, decode }) {
     const same = run === next && at.step === state.step;
     if (run !== next) {
       run = next;
-      chips(words, (_, index) => run && draw({ ...run.experiment, prompt: run.begun.words.filter((__, i) => i !== index).map(({ word }) => word).join(" ") }, run), "Draw without");
+      chips(words, (_, index) => run && draw(withoutWord(run.experiment, run.begun.words, index), run), "Draw without");
       chips(values, (word) => edited({ kind: "value", word, from: from() }), "Switch off");
       code.textContent = `${next.onGraphicsCard ? "# In the page, the UNet was computed on the graphics card (WebGPU).\n" : ""}${yaml(next.experiment)}`;
       const [{ start }, places] = [next.experiment, atPlaces()];

@@ -5,7 +5,7 @@
  * @typedef {import("../experiment.js").Experiment} Experiment
  */
 
-import { BOUNDS } from "../experiment.js";
+import { BOUNDS, LONGEST } from "../experiment.js";
 import { wordsOf } from "../prompt.js";
 
 const MODEL = "emojiworld";
@@ -39,6 +39,7 @@ export function drawable(recipe, attributes, known) {
   const { prompt, seed, guidance_scale: scale, steps } = recipe;
   const whole = (/** @type {any} */ value, /** @type {number} */ least, /** @type {number} */ most) => Number.isInteger(value) && value >= least && value <= most;
   if (!whole(steps, BOUNDS.steps.min, BOUNDS.steps.max) || !whole(seed, 0, LARGEST_SEED)) return no("has steps or a seed that this page does not take");
+  if (prompt?.length > LONGEST) return no("has a longer prompt than this page takes");
   const words = typeof prompt === "string" ? wordsOf(prompt) : [];
   const isKnown = typeof prompt === "string" && words.join(" ") === prompt.toLowerCase() && words.every((word) => known.includes(word));
   if (!isKnown) return no("has words that this page does not know");

@@ -38,6 +38,7 @@ export function opener(section, line, { show, draw, say, known }) {
   const again = make("button", "", "Draw it here, beside it", line, { type: "button" });
   sample.onclick = () => void open([]);
 
+  let last = Promise.resolve(); // what is opened
   const doc = document.documentElement;
   const hasFiles = (/** @type {DragEvent} */ event) => event.dataTransfer?.types.includes("Files");
   doc.addEventListener("dragover", (event) => {
@@ -52,8 +53,13 @@ export function opener(section, line, { show, draw, say, known }) {
     void open([...(event.dataTransfer?.files ?? [])].slice(0, 1));
   });
 
+  /** Read a recording after those before it: the last that was asked for is looked at. @param {File[]} files */
+  function open(files) {
+    last = last.then(() => read(files));
+    return last;
+  }
   /** Read a recording and show it; the sample, where no files are given. @param {File[]} files */
-  async function open(files) {
+  async function read(files) {
     const far = (/** @type {number} */ share) => say((told.textContent = `Opening … ${Math.floor(share * 100)}%`), share === 0);
     far(0);
     try {

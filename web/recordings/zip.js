@@ -78,6 +78,7 @@ function listed(blob, list, count) {
     [total, packed] = [total + large, packed + small];
     entries.set(name, { size: large, packed: method === DEFLATED, read: (from = 0, to = large) => content(blob, { method, crc, small, large, start }, from, to) });
   }
+  if (packed > blob.size) throw new Unreadable("Files in this zip overlap each other. It is not opened.");
   if (total > Math.max(SMALL, MOST_RATIO * packed)) throw new Unreadable(`This zip would grow from ${packed} to ${total} bytes. It is not opened.`);
   return entries;
 }
