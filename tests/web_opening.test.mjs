@@ -226,6 +226,28 @@ test("refuses attributes and arrays that no recording has", { skip: !FOLDER }, a
   }
 });
 
+test("refuses arrays that are not there and would take all memory, or all time", { skip: !FOLDER }, async () => {
+  /** A recording of 1000 steps whose chunks have no file. */
+  const endless = (side, crossChunks, latentChunks) => changed((root, files) => {
+    const all = root.consolidated_metadata.metadata;
+    const sized = (path, shape, chunks, fill) => {
+      Object.assign(all[path], { shape, chunk_grid: { name: "regular", configuration: { chunk_shape: chunks } }, codecs: [{ name: "bytes", configuration: { endian: "little" } }, { name: "crc32c" }], fill_value: fill });
+      for (const name of [...files.keys()]) if (name.startsWith(`${path}/c.`)) files.delete(name);
+    };
+    for (const [path, about] of Object.entries(all)) if (about.dimension_names?.join() === "step") sized(path, [1000], [1000], path === "alpha_bar" ? 0.5 : 1);
+    for (const name of ["latents", "prediction"]) sized(`latents/${name}`, [1000, 1, 4, 8, 8], latentChunks, 0);
+    delete all["attention/4x4/overview"];
+    sized("attention/4x4/cross", [1000, 3, 1, 1, 2, 2, side, side], crossChunks, 0);
+    const moved = JSON.parse(JSON.stringify(root).replaceAll("attention/4x4", `attention/${side}x${side}`));
+    for (const [name, bytes] of [...files]) if (name.startsWith("attention/4x4/")) files.set(name.replace("4x4", `${side}x${side}`), bytes);
+    return moved;
+  });
+  const [small, one] = [[1, 1, 4, 8, 8], [1, 3, 1, 1, 2, 2, 1024, 1024]];
+  await refused(endless(1024, one, small), /more maps than this page can hold/);
+  await refused(endless(64, [1, 3, 1, 1, 2, 2, 64, 64], [1, 1, 1, 2 ** 13, 2 ** 13]), /chunks that are larger than itself/);
+  await refused(endless(128, [1000, 1, 1, 1, 2, 2, 128, 128], small), /cross is too large for this page/);
+});
+
 test("refuses chunks that were changed", { skip: !FOLDER }, async () => {
   const sigma = "sigma/c.0";
   await refused(zip((await small()).set(sigma, text("short"))), /5 bytes, which it cannot have/);

@@ -18,6 +18,7 @@ import { Unreadable, unzipped } from "./zip.js";
 const FORMATS = [1, 2];
 const [MOST_ROOT, MOST_NODES, MOST_CHUNKS, MOST_LABELS, MOST_TEXT] = [8 * 2 ** 20, 2000, 10_000, 100_000, 4 * 2 ** 20];
 const [MOST_CHUNK, MOST_SHARD, MOST_VALUES] = [2 ** 28, 2 ** 30, 2 ** 25]; // bytes of a chunk, and of a file of several; values that are read at once
+const MOST_READ = 2 ** 32; // values of all chunks that are read until something else is asked
 const BYTES = /** @type {Record<string, number>} */ ({ uint8: 1, int8: 1, uint16: 2, int16: 2, uint32: 4, int32: 4, uint64: 8, int64: 8, float16: 2, float32: 4, float64: 8 });
 const SEGMENT = /^(?!\.+$|__)[A-Za-z0-9_.+-]{1,200}$/;
 const UNCLEAN = /[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]/gu; // control characters, those that turn the direction of text
@@ -61,6 +62,7 @@ export class Recording {
     this.attributes = attributes;
     this.arrays = arrays;
     this.file = file;
+    this.taken = 0; // values of chunks that were read: those that have no file take their time as well
   }
 
   /** What an array is, or nothing. Throws Unreadable if it has other dimensions than are read here. @param {string} path @param {string[]} dims */
@@ -82,7 +84,9 @@ export class Recording {
     if (!spec || spec.type === "string") throw new Unreadable(`It has no numbers ${clean(path, 60)}.`);
     const chosen = spec.shape.map((size, axis) => at[axis] ?? null);
     const count = chosen.reduce((/** @type {number} */ all, one, axis) => all * (one === null ? spec.shape[axis] : 1), 1);
-    const large = count > MOST_VALUES || product(spec.inner ?? spec.chunks) * BYTES[spec.type] > MOST_CHUNK;
+    const chunk = spec.inner ?? spec.chunks;
+    this.taken += chosen.reduce((/** @type {number} */ all, one, axis) => all * (one === null ? Math.ceil(spec.shape[axis] / chunk[axis]) : 1), product(chunk));
+    const large = count > MOST_VALUES || product(chunk) * BYTES[spec.type] > MOST_CHUNK || this.taken > MOST_READ;
     if (large) throw new Unreadable(`Its ${path} is too large for this page (${spec.shape.join(" x ")}). probe view shows it.`);
     chosen.forEach((one, axis) => { if (one !== null && one >= spec.shape[axis]) throw new Unreadable(`Its ${path} has no index ${one} along ${spec.dims[axis]}.`); });
     return this.guarded(path, async () => {
@@ -184,6 +188,7 @@ function checked(path, node) {
   if (!Array.isArray(dims) || dims.length !== shape.length || !dims.every((name) => /^[a-z][a-z0-9_]{0,60}$/.test(name))) refuse("does not name its dimensions");
   const inner = innerOf(codecs, type) ?? null;
   if (inner === undefined || (inner && (inner.length !== chunks.length || inner.some((size, axis) => chunks[axis] % size)))) refuse("has chunks that do not fit its shards");
+  if ((inner ?? chunks).some((/** @type {number} */ size, /** @type {number} */ axis) => size > Math.max(1, shape[axis]))) refuse("has chunks that are larger than itself");
   const counts = shape.map((/** @type {number} */ size, /** @type {number} */ axis) => Math.ceil(size / chunks[axis]));
   const many = product(counts) > MOST_CHUNKS || (inner && product(chunks) / product(inner) > MOST_CHUNKS);
   if (many || Math.max(product(shape), product(chunks)) > 2 ** 47) refuse(`claims a shape of ${clean(shape.join(" x "), 60)}, which no recording has`);

@@ -277,6 +277,7 @@ export class Stored {
 
   /** What the player asks for when it is wanted. @param {Record<string, string>} what */
   async ask({ what, channel }) {
+    this.recording.taken = 0;
     if (what === "heads" && this.maps) return this.maps.heads(Number(channel));
     if (what === "latents" && this.latents) return this.latentChannel(Number(channel));
     throw new Error("This page does not read that from a recording. probe view does.");

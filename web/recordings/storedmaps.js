@@ -17,6 +17,7 @@ const CROSS = (/** @type {string} */ across) => ["step", "token", "branch", acro
 const NOT_RECORDED = "Attention was not recorded. Record with capture.attention: maps.";
 const QUERIES = "This recording keeps queries and keys. The maps come from them: probe view shows it.";
 const PARTS = ["down", "mid_", "up_b"];
+const MOST = 2 ** 27; // numbers of all tokens' maps
 const REST = -1; // the token that stands for all that were not kept
 const STUMP = "…"; // after what was read of a word that the cut went through
 
@@ -60,6 +61,7 @@ export class StoredMaps {
     const recorded = (await recording.numbers(`${group}/recorded`)).data;
     this.steps = committed.filter((step) => recorded[step]);
     if (!this.steps.length) return "No step with attention is finished yet.";
+    if (this.steps.length * this.tokens(group) * size[0] * size[1] > MOST) throw new Unreadable(`Its ${group} has more maps than this page can hold. probe view shows them.`);
     const branches = await recording.texts(`${group}/branch`);
     [this.branch, this.branchName] = [branches.length - 1, branches[branches.length - 1]];
     const kinds = await this.label();
