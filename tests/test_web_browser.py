@@ -30,6 +30,14 @@ const canvas = [...arguments[0].querySelectorAll("canvas")].at(-1);
 const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
 return data.reduce((most, value, i) => (i % 4 < 3 ? Math.max(most, value) : most), 0);
 """  # of the finished pictures' difference
+# Keep what the page says while it loads.
+WATCH = """
+addEventListener('DOMContentLoaded', () => {
+  const said = document.getElementById('said');
+  self.texts = new Set();
+  new MutationObserver(() => texts.add(said.textContent)).observe(said, {childList: true});
+})
+"""
 SOFTWARE_GPU = (
     "--enable-unsafe-webgpu",
     "--use-webgpu-adapter=swiftshader",
@@ -97,7 +105,10 @@ def test_a_first_prompt_of_ones_own(browser: Any, address: str) -> None:
     from selenium.webdriver.common.keys import Keys
 
     look(browser, 390, 844)
+    watch = {"source": WATCH}
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", watch)
     opened(browser, f"{address}?prompt=a+fox+on+the+moon&{FEW}")
+    assert "Opening the model …" in browser.execute_script("return [...self.texts]")
     box = browser.find_element("css selector", "#prompt input")
     box.send_keys(Keys.CONTROL, "a", Keys.NULL, "an owl at the beach", Keys.ENTER)
     player = drawn(browser, 2)

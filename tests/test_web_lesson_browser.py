@@ -24,6 +24,12 @@ data.items.add(new File(['x'], 'x.png', {type: 'image/png'}));
 return ['dragover', 'drop'].every((kind) => !document.querySelector('#lesson h1').dispatchEvent(
   new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer: data}))) && heard === 0
 """
+SLIDE = """
+const [slider, value] = arguments;
+slider.value = value;
+for (const kind of ['input', 'change']) slider.dispatchEvent(new Event(kind, {bubbles: true}));
+"""
+HEARD = "document.querySelector('#{lang}-{chapter}-figure [role=status]').textContent"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,15 @@ def test_every_figure_of_the_lesson_computes(browser: Any, address: str, lang: s
     alike = texts(figure(browser, lang, "text"), ".position:not(.names) .alike")
     assert alike[:2] == ["1", "1"], "a vector looks back alone"
     assert len(alike) == 7 and all(float(one) < 1 for one in alike[2:])
+
+    for chapter, value in (("steps", "0"), ("noise", "900")):
+        element = figure(browser, lang, chapter)
+        facts = element.find_element("class name", "facts").text
+        slider = element.find_element("css selector", "[type=range]")
+        browser.execute_script(SLIDE, slider, value)
+        until(browser, f"{HEARD.format(lang=lang, chapter=chapter)} !== {facts!r}")
+        heard = browser.execute_script(f"return {HEARD.format(lang=lang, chapter=chapter)}")
+        assert heard.startswith(element.find_element("class name", "facts").text), "and heard"
     assert asked(browser) <= {"127.0.0.1"} and complaints(browser) == []
 
 

@@ -16,11 +16,12 @@
 export function start(told, progress) {
   /** @type {Record<string, Listed>} */
   const listed = JSON.parse(element("files").textContent ?? "{}");
-  const total = Object.values(listed).reduce((sum, { bytes }) => sum + bytes, 0);
+  const isLarge = (/** @type {string} */ name) => listed[name].bytes > 1e5; // the others are read while the model is opened
+  const total = Object.keys(listed).filter(isLarge).reduce((sum, name) => sum + listed[name].bytes, 0);
   /** @type {Map<string, number>} */
   const come = new Map();
   const came = (/** @type {string} */ name, /** @type {number} */ bytes) => {
-    come.set(name, Math.min(bytes, listed[name].bytes));
+    if (isLarge(name)) come.set(name, Math.min(bytes, listed[name].bytes));
     progress([...come.values()].reduce((sum, one) => sum + one, 0) / total);
   };
   const worker = open();

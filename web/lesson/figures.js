@@ -223,6 +223,7 @@ function steps(f, { asking }) {
     }
   }
 
+  let moved = ""; // how far the words move the guess
   /** Show the step that is chosen. @param {boolean} rest whether pictures are decoded */
   function look(rest) {
     if (!drawn) return;
@@ -238,7 +239,8 @@ function steps(f, { asking }) {
     [step.shown.textContent, dial.shown.textContent] = [String(index), String(scale)];
     shown.input.say(f.texts.input, f.texts.inputNote);
     shown.uncond.say(f.texts.uncond, f.texts.uncondNote);
-    shown.cond.say(f.texts.cond, f.text("condNote", { moved: (sigma * size(one.cond.map((value, i) => value - uncond[i]))).toFixed(3) }));
+    moved = f.text("condNote", { moved: (sigma * size(one.cond.map((value, i) => value - uncond[i]))).toFixed(3) });
+    shown.cond.say(f.texts.cond, moved);
     shown.guided.say(f.text("guided", { guidance: scale }), f.text("guidedNote", { guidance: run.experiment.guidance }));
     shown.map.say(f.text("map", { word: run.channels[word].label }), f.text("mapNote", { most: percent(Math.max(...map), f.lang) }));
     f.facts.textContent = f.text("facts", { step: index, steps: run.calls - 1, timestep: String(run.meta.timestep[index]), signal: percent(Math.sqrt(one.alphaBar), f.lang), noise: percent(Math.sqrt(1 - one.alphaBar), f.lang) });
@@ -261,7 +263,10 @@ function steps(f, { asking }) {
   });
   for (const { input } of [step, dial]) {
     input.oninput = () => look(false);
-    input.onchange = () => look(true);
+    input.onchange = () => {
+      look(true);
+      f.hear(`${f.facts.textContent} ${f.texts.cond}: ${moved}.`);
+    };
   }
   return () => go(false);
 }
@@ -341,6 +346,7 @@ function noise(f, { asking }) {
     canvas.setAttribute("aria-label", `${f.texts.chart}. ${f.facts.textContent}`);
     if (noised.picture) paint(shown.remains.canvas, noised.picture);
     else paintSmall(shown.remains.canvas, previewed(noised.denoised, run.preview));
+    if (rest) f.hear(f.facts.textContent);
     if (!rest) return paintSmall(shown.noisy.canvas, previewed(noised.noisy, run.preview, asColourful(noised.noisy, /** @type {Float32Array} */ (run.latents))));
     paint(shown.noisy.canvas, await asking.decode(noised.noisy));
     f.box.dataset.shown = `${noised.timestep}`;

@@ -87,6 +87,8 @@ export function frame(box, name, number, { lesson, asking, known, progress, open
 
   return {
     box, text, said, texts, lang, form, pictures, facts, say, compute, field,
+    /** Let screen readers hear what the reader changed. @param {string} words */
+    hear: (words) => { heard.textContent = words; },
     /** What is typed as a prompt. @param {string} label @param {string} value */
     prompt: (label, value) => {
       const input = field(label, "text", { list: `${lang}-words`, autocomplete: "off", autocapitalize: "off", spellcheck: "false", maxlength: "200", lang: "en" });
