@@ -297,6 +297,36 @@ def test_a_file_that_is_no_recording_leaves_the_page_as_it_was(
     assert serious(browser) == [] and complaints(browser) == []
 
 
+def test_what_a_reader_draws_takes_the_place_of_what_an_address_wished(
+    browser: Any, address: str
+) -> None:
+    look(browser)
+    browser.get(f"{address}?prompt=a+fox&{FEW}&beside={quote('prompt=an owl&num_steps=40')}")
+    until(browser, "document.getElementById('said').textContent.startsWith('Drawing')")
+    browser.find_element("id", "another").click()
+    until(browser, "document.getElementById('said').textContent.startsWith('Drawn in')")
+    time.sleep(1)  # the wish would be drawn now
+    cards = browser.find_elements("css selector", ".card .what")
+    assert [card.text for card in cards] == ["a fox"]
+    assert browser.execute_script(SAID).startswith("Drawn in") and complaints(browser) == []
+
+
+def test_of_two_recordings_the_last_that_was_asked_for_is_looked_at(
+    browser: Any, address: str, tmp_path: Path
+) -> None:
+    look(browser)
+    opened(browser, f"{address}?prompt=an+owl&{FEW}")
+    small = probe.open_run(recording(tmp_path / "small.zarr"))
+    pack(small.path, "small", tmp_path / "small.zarr.zip")
+    browser.find_element("id", "open-sample").click()  # which takes longer
+    browser.find_element("id", "open-file").send_keys(str(tmp_path / "small.zarr.zip"))
+    drawn(browser, 3)
+    until(browser, "document.getElementById('opened').textContent.includes('small: emojiworld')")
+    cards = browser.find_elements("css selector", ".card .what")
+    assert [card.text for card in cards][1:] == ["An astronaut scuba diving", "an owl"]
+    assert complaints(browser) == []
+
+
 def test_a_graphics_card_is_tried_before_it_is_used(browser: Any, address: str) -> None:
     look(browser)
     opened(browser, f"{address}?prompt=an+owl&{FEW}")

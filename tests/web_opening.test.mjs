@@ -245,6 +245,10 @@ test("refuses arrays that are not there and would take all memory, or all time",
   const [small, one] = [[1, 1, 4, 8, 8], [1, 3, 1, 1, 2, 2, 1024, 1024]];
   await refused(endless(1024, one, small), /more maps than this page can hold/);
   await refused(endless(64, [1, 3, 1, 1, 2, 2, 64, 64], [1, 1, 1, 2 ** 13, 2 ** 13]), /chunks that are larger than itself/);
+  await refused(changed((root) => {
+    const all = root.consolidated_metadata.metadata;
+    for (const about of Object.values(all)) about.dimension_names?.forEach((name, axis) => { if (name === "token") about.shape[axis] = 3000; });
+  }), /more tokens, layers or heads than a model has/);
   await refused(endless(128, [1000, 1, 1, 1, 2, 2, 128, 128], small), /cross is too large for this page/);
 });
 

@@ -17,7 +17,7 @@ const CROSS = (/** @type {string} */ across) => ["step", "token", "branch", acro
 const NOT_RECORDED = "Attention was not recorded. Record with capture.attention: maps.";
 const QUERIES = "This recording keeps queries and keys. The maps come from them: probe view shows it.";
 const PARTS = ["down", "mid_", "up_b"];
-const MOST = 2 ** 27; // numbers of all tokens' maps
+const [MOST, MOST_OF_EACH] = [2 ** 27, 1024]; // numbers of all tokens' maps; tokens, layers and heads
 const REST = -1; // the token that stands for all that were not kept
 const STUMP = "…"; // after what was read of a word that the cut went through
 
@@ -223,6 +223,7 @@ async function gridsOf(recording, across) {
     const along = (/** @type {string} */ name) => maps?.shape[maps.dims.indexOf(name)];
     const fits = layers && token && along("y") === size[0] && along("x") === size[1] && along("layer") === layers.shape[0];
     if (!fits || (cross && cross.shape[1] !== token.shape[0])) throw new Unreadable(`Its ${group} does not hold what its name and labels say.`);
+    if (Math.max(token.shape[0], layers.shape[0], along("head") ?? 1) > MOST_OF_EACH) throw new Unreadable(`Its ${group} has more tokens, layers or heads than a model has.`);
     for (const name of ["word", "token_text", "word_index"]) {
       if (own(name, ["branch", "token"])?.shape[1] !== token.shape[0]) throw new Unreadable(`Its ${group}/${name} does not name its tokens.`);
     }
