@@ -318,7 +318,11 @@ def test_of_two_recordings_the_last_that_was_asked_for_is_looked_at(
     opened(browser, f"{address}?prompt=an+owl&{FEW}")
     small = probe.open_run(recording(tmp_path / "small.zarr"))
     pack(small.path, "small", tmp_path / "small.zarr.zip")
-    browser.find_element("id", "open-sample").click()  # which takes longer
+    browser.execute_script(
+        "const whole = window.fetch;"
+        "window.fetch = (...of) => new Promise((come) => setTimeout(() => come(whole(...of)), 2000))"
+    )
+    browser.find_element("id", "open-sample").click()  # which comes late
     browser.find_element("id", "open-file").send_keys(str(tmp_path / "small.zarr.zip"))
     drawn(browser, 3)
     until(browser, "document.getElementById('opened').textContent.includes('small: emojiworld')")
