@@ -177,7 +177,7 @@ export function pictureIn(panel, { looked, steps }) {
   });
   document.addEventListener("paste", (event) => {
     const pasted = [...(event.clipboardData?.files ?? [])].find(({ type }) => type.startsWith("image/"));
-    if (!pasted) return; // text goes where it always goes
+    if (!pasted || !panel.checkVisibility()) return; // text goes where it always goes, and a lesson takes no picture
     event.preventDefault();
     void open(pasted);
   });

@@ -93,7 +93,7 @@ export function touch(section, { draw, decode }) {
       const one = /** @type {Growing} */ (run);
       const packed = await recording(one, template, { software: template.software, created: new Date().toISOString().replace("Z", "+00:00") });
       keep(new Blob([packed], { type: "application/zip" }), `${one.name}.zarr.zip`);
-      told.textContent = `Then: probe verify ${one.name}.zarr.zip`;
+      told.textContent = `Then: probe verify --model ${one.name}.zarr.zip`;
     } catch (error) {
       told.textContent = String(/** @type {any} */ (error).message ?? error);
     }

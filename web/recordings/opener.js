@@ -67,7 +67,7 @@ export function opener(section, line, { show, draw, say, known }) {
       const run = await stored(files.length ? (files[0].webkitRelativePath ? files : files[0]) : await theSample(), undefined, far);
       told.textContent = "";
       show(run);
-      say(`${run.meta.name} is open. ${run.meta.following.text}`);
+      say(`${run.meta.name} is open. ${run.meta.following.text}`.trim());
     } catch (error) {
       const named = files.length ? `${(files[0].webkitRelativePath.split("/")[0] || files[0].name).slice(0, 100)} cannot be opened. ` : "";
       told.textContent = `${named}${/** @type {any} */ (error)?.message ?? error}`;
