@@ -320,7 +320,8 @@ def test_of_two_recordings_the_last_that_was_asked_for_is_looked_at(
     pack(small.path, "small", tmp_path / "small.zarr.zip")
     browser.execute_script(
         "const whole = window.fetch;"
-        "window.fetch = (...of) => new Promise((come) => setTimeout(() => come(whole(...of)), 2000))"
+        "const late = () => new Promise((come) => setTimeout(come, 2000));"
+        "window.fetch = async (...of) => { await late(); return whole(...of); }"
     )
     browser.find_element("id", "open-sample").click()  # which comes late
     browser.find_element("id", "open-file").send_keys(str(tmp_path / "small.zarr.zip"))
