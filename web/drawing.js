@@ -63,11 +63,12 @@ export function drawing(model, read, config, post, more = {}) {
     const rows = isGuided(experiment.guidanceScale) ? 2 : 1;
     const noises = edits.filter((/** @type {import("./experiment.js").Edit} */ { kind }) => kind === "noise");
     const scale = valueScale(edits, { layers: model.layers, shape: model.shapes.value_scale, words: asked.words, rows });
-    post({ kind: "begun", run, words: asked.words, end: asked.end, device: model.other ? "webgpu" : "wasm", ...schedule(config, experiment) });
+    const levels = schedule(config, experiment);
+    post({ kind: "begun", run, words: asked.words, end: asked.end, device: model.other ? "webgpu" : "wasm", ...levels });
     let latents;
     for await (const step of denoise(model, config, conditioning, { ...experiment, noises, valueScale: scale })) {
       const { maps, nextLatents, ...rest } = step;
-      const shown = decodeEvery > 0 && (step.index + 1) % decodeEvery === 0;
+      const shown = decodeEvery > 0 && (step.index + 1) % decodeEvery === 0 && step.index + 1 < levels.timesteps.length; // then comes the picture itself
       const picture = shown ? await model.decode(step.denoised) : null;
       const own = maps.map(lastRow);
       post({ kind: "step", run, ...rest, maps: own, picture, seconds: seconds() }, own.map(({ values }) => /** @type {ArrayBuffer} */ (values.buffer)));
