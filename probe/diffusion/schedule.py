@@ -111,11 +111,12 @@ def _copied(kind: Any, config: dict[str, Any]) -> Any:
         key = kind, json.dumps(config, sort_keys=True)
     except TypeError:  # an array among its settings
         return kind.from_config(config)
-    if key not in _UNTOUCHED:
-        if len(_UNTOUCHED) == MOST_UNTOUCHED:
-            _UNTOUCHED.clear()
-        _UNTOUCHED[key] = kind.from_config(config)
-    return copy.deepcopy(_UNTOUCHED[key])
+    made = _UNTOUCHED.get(key)
+    if made is None:
+        if len(_UNTOUCHED) >= MOST_UNTOUCHED:
+            _UNTOUCHED.clear()  # another thread may do so too
+        made = _UNTOUCHED[key] = kind.from_config(config)
+    return copy.deepcopy(made)
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = None) -> None:
