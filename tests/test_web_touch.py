@@ -270,6 +270,8 @@ def test_a_picture_is_noised(browser: Any, address: str) -> None:
     assert browser.execute_script(f"return {loss}") == "", "nothing is computed out of sight"
     browser.execute_script("arguments[0].scrollIntoView()", section)
     until(browser, f"{loss}.startsWith('Loss')")
+    slide(browser, "#noising input[type=number]", -3)
+    until(browser, f"{loss}.startsWith('A seed is a whole number')")
     slide(browser, "#noising input[type=number]", 3)
     slide(browser, "#timestep", 300)
     until(browser, "document.querySelector('#noising output').textContent.startsWith('300:')")

@@ -67,11 +67,12 @@ export function noising(section, { ask, begun }) {
   const save = make("button", "", "The picture (PNG)", buttons, { type: "button" });
   save.onclick = () => clean && savePicture(clean.held.name, clean.held.data);
 
-  /** What is asked for now. */
+  /** What is asked for now; throws for a seed that is none. */
   function asked() {
     const whole = Number(seed.value);
     const usable = seed.value !== "" && Number.isInteger(whole) && whole >= 0 && whole < 2 ** 32;
-    return { prompt: words.checked ? run?.experiment.prompt ?? "" : "", timestep: Number(timestep.value), seed: usable ? whole : 0 };
+    if (!usable) throw new Error("A seed is a whole number from 0 to 4294967295.");
+    return { prompt: words.checked ? run?.experiment.prompt ?? "" : "", timestep: Number(timestep.value), seed: whole };
   }
   /** The latents of the chosen picture, encoded once. */
   async function encoded() {
