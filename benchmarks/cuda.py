@@ -11,9 +11,11 @@ own loop with eager calls and nobody watching, `bare again` is the control. The 
     waits     at which the host waited for the device, and those of the bare loop
     launches  a step, by the profiler: kernels, copies and graphs; on a CPU, operations
     device    milliseconds a step that the device works
+    memory    MB of the device that the loop keeps beside the weights, at most; and as counted
+              without a GPU (probe/running/device_memory.py)
     around    seconds of the whole `record` without its loop; weights in memory
 
-Waits, launches and device time are taken in a round of their own, which also warms up.
+Waits, launches, device time and memory are taken in a round of their own, which also warms up.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from benchmarks.loop import Took, stopwatch
 from probe.diffusion.sampling import denoise
 from probe.diffusion.sd import StableDiffusion
 from probe.running import graphs
+from probe.running.device_memory import device_memory
 from probe.running.planning import plan
 from probe.running.recorder import record
 from probe.settings.experiment import load_experiment
@@ -83,6 +86,7 @@ class Found:
     waits: int = 0
     launches: int = 0
     device_seconds: float = 0.0
+    memory: int = 0
 
 
 class Watch:
@@ -91,18 +95,23 @@ class Watch:
     def __init__(self, on_cuda: bool, counting: bool):
         self._on_cuda, self._counting = on_cuda, counting
         self._until_end = contextlib.ExitStack()
-        self.found = Found()
+        self.found, self._there = Found(), 0
 
     def begin(self) -> None:
         self._synchronize()
         if self._counting:
             self._until_end.enter_context(self._counted())
+            if self._on_cuda:
+                torch.cuda.reset_peak_memory_stats()
+                self._there = torch.cuda.memory_allocated()
         self._start = self._now()
 
     def end(self) -> None:
         stop = self._now()
         self._until_end.close()
         self._synchronize()
+        if self._on_cuda and self._counting:
+            self.found.memory = torch.cuda.max_memory_allocated() - self._there
         elapsed = self._start.elapsed_time(stop) / 1000 if self._on_cuda else stop - self._start
         self.found.seconds = elapsed
 
@@ -164,6 +173,15 @@ class Bench:
             import attention_map_diffusers  # noqa: F401
 
             self.ways[PEER] = self.peer
+
+    def needed(self, name: str) -> int | None:
+        """Return the bytes that a way's loop keeps beside the weights, as counted without a GPU."""
+        if name not in RECORDED and name not in ("bare", "bare again"):
+            return None
+        how, capture = RECORDED.get(name, ("off", NOTHING))
+        asked = load_experiment({**self.request, "graphs": how, "capture": capture})
+        found = device_memory(self.model, plan(self.model, asked))
+        return found.call + found.recording
 
     def bare(self, watch: Watch) -> None:
         conditioning = self.model.condition(models.PROMPT)
@@ -247,14 +265,23 @@ def main(argv: list[str] | None = None) -> int:
                 times[name].append(watch.found)
             else:
                 counted[name] = watch.found
-    print(*table(times, counted, asked.steps), sep="\n")
+    memory = {name: _megabytes(counted[name].memory, bench.needed(name)) for name in bench.ways}
+    print(*table(times, counted, memory, asked.steps), sep="\n")
     return 0
 
 
-def table(times: dict[str, list[Found]], counted: dict[str, Found], steps: int) -> Iterator[str]:
+def _megabytes(measured: int, counted: int | None) -> str:
+    """Return memory as a cell of the table: as measured, which only a GPU is, and as counted."""
+    cells = [f"{measured / 1e6:.0f}"] * (measured > 0)
+    return " and ".join([*cells, *([] if counted is None else [f"{counted / 1e6:.0f} counted"])])
+
+
+def table(
+    times: dict[str, list[Found]], counted: dict[str, Found], memory: dict[str, str], steps: int
+) -> Iterator[str]:
     """Return the lines of the table, in Markdown."""
-    yield "| way | time | waits | launches a step | device, ms a step | around, s |"
-    yield "|---|---|---|---|---|---|"
+    yield "| way | time | waits | launches a step | device, ms a step | memory, MB | around, s |"
+    yield "|---|---|---|---|---|---|---|"
     for name, found in times.items():
         pairs = zip(found, times["bare"], strict=True)
         ratios = sorted(one.seconds / bare.seconds for one, bare in pairs)
@@ -268,7 +295,8 @@ def table(times: dict[str, list[Found]], counted: dict[str, Found], steps: int) 
         one = counted[name]
         yield (
             f"| {name} | {time_text} | {one.waits} | {one.launches / steps:.0f} | "
-            f"{1000 * one.device_seconds / steps:.1f} | {f'{around:.2f}' if around else ''} |"
+            f"{1000 * one.device_seconds / steps:.1f} | {memory[name]} | "
+            f"{f'{around:.2f}' if around else ''} |"
         )
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from probe.errors import (
         CaptureError,
         DeviceError,
+        DeviceFailed,
         ExperimentError,
         ModelError,
         NotFinite,
@@ -74,6 +75,7 @@ _HOMES = {
     "analysis": "probe.analysis",
     "CaptureError": "probe.errors",
     "DeviceError": "probe.errors",
+    "DeviceFailed": "probe.errors",
     "ExperimentError": "probe.errors",
     "ModelError": "probe.errors",
     "NotFinite": "probe.errors",
@@ -123,6 +125,7 @@ __all__ = [
     "Check",
     "Comparison",
     "DeviceError",
+    "DeviceFailed",
     "Difference",
     "Experiment",
     "ExperimentError",

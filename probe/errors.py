@@ -95,5 +95,9 @@ class OutOfMemory(RunFailed, MemoryError):
     pass
 
 
+class DeviceFailed(RunFailed, RuntimeError):
+    """A GPU stopped working for this process: only a new one can go on."""
+
+
 class StoreError(RunFailed, OSError):
     pass

@@ -41,6 +41,7 @@ from probe.terminal import (
 from probe.words import read_plainly
 
 if TYPE_CHECKING:
+    from probe.diffusion.family import Family
     from probe.reading.recording import Run
     from probe.watching.interface import Plan
 
@@ -156,9 +157,9 @@ def say_forecast(recipe: Recipe, limit: int | None) -> int:
 
     Raise TooLarge if it is over the limit.
     """
-    from probe.diffusion.loading import load
+    from probe.diffusion.loading import load, on_cuda
     from probe.diffusion.preparing import prepared
-    from probe.running.planning import plan
+    from probe.running.planning import check_size, plan
 
     scheduler, options = recipe.sampler
     model = load(
@@ -171,15 +172,19 @@ def say_forecast(recipe: Recipe, limit: int | None) -> int:
         scheduler=scheduler,
         options=options,
     )
-    planned = plan(prepared(model, recipe), recipe)
+    model = prepared(model, recipe)
+    planned = plan(model, recipe)
     say_json(recipe.resolved())
-    _say_sizes(planned, limit)
+    _say_sizes(planned)
+    if on_cuda(recipe.device):
+        _say_memory(model, planned)
+    check_size(planned, limit, None)
     return 0
 
 
-def _say_sizes(plan: Plan, limit: int | None) -> None:
+def _say_sizes(plan: Plan) -> None:
     """Say which variables a plan would record, the largest first."""
-    from probe.running.planning import check_size, size_text
+    from probe.running.planning import size_text
 
     sizes = plan.forecast()
     table, small, total = [], 0, sum(sizes.values())
@@ -202,7 +207,32 @@ def _say_sizes(plan: Plan, limit: int | None) -> None:
         f"{size_text(total)} ({total} bytes).",
         *plan.remarks,
     )
-    check_size(plan, limit, None)
+
+
+def _say_memory(model: Family, plan: Plan) -> None:
+    """Say what a plan would keep in the memory of a GPU, and what is free there."""
+    from probe.running.device_memory import device_memory, free_on_cuda
+    from probe.running.planning import size_text
+
+    needed, free = device_memory(model, plan), free_on_cuda(plan.recipe.device)
+    parts = [
+        ("weights", needed.weights),
+        ("a call of the denoiser", needed.call),
+        ("recording it", needed.recording),
+        ("decoding a picture", needed.decoding),
+    ]
+    say(
+        "",
+        f"On the GPU at most {size_text(needed.most)} at once, and what CUDA itself takes: "
+        + ", ".join(f"{name} {size_text(nbytes)}" for name, nbytes in parts)
+        + ".",
+    )
+    if isinstance(plan.recipe, Experiment) and plan.recipe.edits:
+        say("What the edits take is not counted.")
+    if needed.graphs:
+        say(f"CUDA graphs hold {size_text(needed.graphs)} of it until the last step.")
+    if free is not None:
+        say(f"Free there: {size_text(free)}.")
 
 
 def size(text: str) -> int:

@@ -206,10 +206,25 @@ def peak_memory() -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory is used up: Python's, torch's or CUDA's."""
-    messages = ("not enough memory", "can't allocate", "can't start new thread")
+    messages = (
+        *("not enough memory", "can't allocate", "can't start new thread"),  # the host's
+        *("CUDA error: out of memory", "STATUS_ALLOC_FAILED"),  # outside of torch's own allocator
+    )
     by_message = isinstance(error, RuntimeError) and any(x in str(error) for x in messages)
     by_name = type(error).__name__ == "OutOfMemoryError"  # of torch, which is not imported here
     return by_message or by_name or isinstance(error, MemoryError)
+
+
+A_NEW_PROCESS = (
+    "Go on with it in a new process. If that comes again, record it with --graphs off, and look "
+    "for a newer driver."
+)
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Tell whether an error says that a GPU failed, or a library that computes on it."""
+    messages = ("CUDA error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_")
+    return isinstance(error, RuntimeError) and any(x in str(error) for x in messages)
 
 
 def free_memory() -> int:

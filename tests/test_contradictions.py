@@ -23,7 +23,7 @@ from probe.errors import ExperimentError, NotFinite, OutOfMemory, PromptError, S
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running.planning import check_size, free_room, plan
-from probe.running.recorder import out_of_memory, record, record_noising, rerun, resume
+from probe.running.recorder import failures_named, record, record_noising, rerun, resume
 from probe.running.session import check_finite
 from probe.settings.experiment import Experiment, load_experiment
 from probe.terminal import guarded
@@ -166,7 +166,7 @@ def test_an_error_without_words_is_named(error: Exception, line: str) -> None:
 def test_running_out_of_memory_without_a_word(error: Exception) -> None:
     with (
         pytest.raises(OutOfMemory, match=r"Out of memory on (cpu|cuda): (MemoryError|can't start)"),
-        out_of_memory(Experiment()),
+        failures_named(Experiment()),
     ):
         raise error
 

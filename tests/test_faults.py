@@ -24,7 +24,7 @@ from doomed import Doomed, Ended, Fault, Torn
 from recordings import assert_prefix, cut, only
 from tiny_runs import ask, assert_no_hooks, at_call, pipeline, throw
 
-from probe.errors import NotFinite, OutOfMemory
+from probe.errors import DeviceFailed, NotFinite, OutOfMemory
 from probe.proof.checks import variables
 from probe.proof.verdict import verify
 from probe.reading.compare import compare
@@ -448,6 +448,30 @@ def test_out_of_memory_in_a_step(what: str, whole: Run, tmp_path: Path) -> None:
     assert_no_hooks(pipe)
     assert only(tmp_path).status == "failed" and not (only(tmp_path).path / MANIFEST).exists()
     assert_prefix(only(tmp_path), whole, 3)
+
+
+DEVICE = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize("where", ["in a step", "while a step is brought to the host"])
+def test_a_gpu_that_fails(
+    where: str, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(name: str, step: int, *_: Any) -> None:
+        if step == 2:
+            raise RuntimeError(f"{DEVICE}\nCUDA kernel errors might be reported elsewhere")
+
+    pipe, watched = pipeline(), hooks.Hooks([])
+    if where == "in a step":
+        watched = hooks.Hooks([(pipe.unet, "input", at_call(2, lambda: fails("", 2)))])
+    else:
+        monkeypatch.setattr("probe.running.session.check_finite", fails)
+    with watched, pytest.raises(DeviceFailed) as caught:
+        record(asked(tmp_path), pipe, progress=False)
+    assert caught.value.cause == f"The device failed: {DEVICE}"
+    assert "in a new process" in caught.value.remedy and "--graphs off" in caught.value.remedy
+    assert only(tmp_path).status == "failed"
+    assert_prefix(only(tmp_path), whole, 2)
 
 
 def test_out_of_memory_while_a_step_is_written(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from tiny_runs import FULL, ask, assert_neutral, at_call, bare, loop, pipeline, 
 
 from benchmarks import models
 from benchmarks.cuda import Counted
+from probe.diffusion.families import family_of
 from probe.errors import CaptureError
 from probe.proof.checks import variables
 from probe.proof.verdict import verify
 from probe.reading.compare import NEW_EACH_TIME, compare
 from probe.reading.recording import Run
+from probe.running.device_memory import Calls
+from probe.running.planning import captures_of, plan
 from probe.running.recorder import record, resume
 from probe.running.transfer import Transfer
 from probe.settings.experiment import load_experiment
@@ -92,6 +96,29 @@ def own(sd1_shaped: Any, tmp_path_factory: pytest.TempPathFactory) -> collection
 
 
 EVERY_TOKEN = {"branches": "both", "tokens": "all"}
+
+
+@pytest.mark.parametrize(
+    ("capture", "most"), [({}, 60), (EVERY_TOKEN, 80)], ids=["default", "all tokens"]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_step_of_stable_diffusion_at_512_pixels_has_few_operations_more(
+    dtype: torch.dtype, capture: dict[str, Any], most: int, tmp_path: Path
+) -> None:
+    """At this size grids are cut: scores and outputs are measured in several parts."""
+    model = family_of(models.pipeline("sd1", dtype, "meta").to(dtype))
+    planned = plan(model, ask(tmp_path, scheduler="DDIM", capture=capture))
+    skeleton = model.skeleton()
+    planned = replace(planned, captures=tuple(captures_of(skeleton, planned)))
+    calls, found = Calls(skeleton, planned), list[int]()
+    with torch.no_grad():
+        calls.step(0)  # the first one learns what is changed in place
+        for call in (lambda: calls.call((), 1), lambda: calls.step(1)):
+            with Counted() as counted:
+                call()
+            found.append(counted.calls.total())
+    bare, recorded = found
+    assert 0 < recorded - bare <= most
 
 
 @pytest.mark.usefixtures("late")

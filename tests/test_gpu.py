@@ -28,6 +28,8 @@ from probe.proof.verdict import verify
 from probe.reading.compare import compare
 from probe.reading.recording import Run
 from probe.running import graphs
+from probe.running.device_memory import device_memory
+from probe.running.planning import plan
 from probe.running.recorder import record, rerun, resume
 from probe.watching.hooks import Hooks
 
@@ -187,6 +189,22 @@ def test_a_run_with_graphs_resumes_to_its_own_bits(
     run = resume(next(map(Run, tmp_path.glob("stopped*.zarr"))), pipe, progress=False)
     assert run.attributes["cuda_graphs"]["replayed"] > 0
     assert compare(whole, run).same
+
+
+def test_the_memory_that_was_counted_is_what_it_takes(pipe: Any, tmp_path: Path) -> None:
+    """Of a loop of eager calls, beside the weights. Workspaces of cuDNN come on top, uncounted."""
+    asked, model = ask(tmp_path, graphs="off"), family_of(pipe)
+    needed = device_memory(model, plan(model, asked))
+    torch.cuda.empty_cache()
+    there, most = torch.cuda.memory_allocated(), list[int]()
+    watched = Hooks(
+        [(pipe.vae.decoder, "input", lambda _: most.append(torch.cuda.max_memory_allocated()))]
+    )
+    with watched:  # it decodes to fit its preview, before the first step, and the picture
+        record(asked, pipe, progress=False)
+    taken = most[-1] - there
+    assert 0.8 < taken / (needed.call + needed.recording) < 2
+    assert there == pytest.approx(needed.weights, rel=0.1)
 
 
 def test_a_recording_made_on_cuda_verifies_on_the_cpu(pipe: Any, tmp_path: Path) -> None:

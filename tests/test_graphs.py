@@ -285,12 +285,43 @@ def test_what_was_measured_is_compared_too(tmp_path: Path, monkeypatch: pytest.M
     def wrong(self: StandIn) -> None:
         own(self)
         last = next(
-            output for func, _, _, output in reversed(self._log) if func._schema.name == "aten::bmm"
+            made for func, _, _, made in reversed(self._log) if func._schema.name == "aten::bmm"
         )
-        last.add_(1)
+        last[0].add_(1)
 
     monkeypatch.setattr(StandIn, "replay", wrong)
     assert refused(take(tmp_path)).endswith("came out with other bits")
+
+
+def test_a_graph_that_reads_what_is_gone_is_found_out() -> None:
+    """The stand-in holds addresses, as a real graph does: so the tests above hold that, too."""
+    held, gone = torch.ones(3), torch.ones(3)
+    graph = StandIn(torch.device("cpu"), StandIn.shared())
+    with graph.recording():
+        total = held + gone
+    graph.replay()
+    assert total.tolist() == [2, 2, 2]
+    held.fill_(5)
+    graph.replay()
+    assert total.tolist() == [6, 6, 6]
+    del gone
+    with pytest.raises(AssertionError, match="reads what was freed"):
+        graph.replay()
+
+
+def test_graphs_hold_nothing_while_the_picture_is_decoded(tmp_path: Path) -> None:
+    pipe, held = pipeline(), list[int]()
+    own = graphs.Graphs.close
+
+    def closed(self: graphs.Graphs) -> None:
+        own(self)
+        held.append(len(self._captured))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs.Graphs, "close", closed)
+        with Hooks([(pipe.vae.decoder, "input", lambda _: held.append(-1))]):
+            assert replayed(take(tmp_path, pipe)) > 0
+    assert held[-3:] == [0, -1, 0]  # closed, decoded, and closed at the end
 
 
 def test_graphs_change_nothing_that_is_asked_for(tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ LAYERS = [
     ("probe.editing.editing",),
     ("probe.running.planning",),
     ("probe.running.graphs", "probe.running.transfer"),
+    ("probe.running.device_memory",),
     ("probe.running.session", "probe.running.description"),
     ("probe.running.perform",),
     ("probe.running.continuing",),

@@ -81,6 +81,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def on_cuda(name: str) -> bool:
+    """Return whether a device is CUDA's by name; `auto` is where there is one."""
+    return name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
+
+
 def load(
     name: str,
     *,
@@ -104,8 +109,7 @@ def load(
     )
     target = torch.device("meta") if not weights else pick_device(device)
     if dtype == "auto":
-        on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-        dtype = "float16" if on_cuda else "float32"
+        dtype = "float16" if on_cuda(device) else "float32"
     kind = getattr(torch, dtype)
     family = FAMILIES.get(what.kind, FAMILIES[ORDINARY])
     parts: dict[str, Any] = {

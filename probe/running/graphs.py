@@ -36,6 +36,8 @@ from probe.watching.interface import Capture, Derived, Plan, Values, hooked
 
 # Capturing takes as long as some eager calls: for fewer replays than this it does not pay.
 LEAST_CALLS = 16
+# The first call teaches captures what the model changes in place; the second is captured.
+EAGER = 2
 
 
 class Graph(Protocol):
@@ -124,7 +126,7 @@ class Graphs:
         self._model, self._kind = model, KINDS.get(model.device.type)
         self.considered = plan.recipe.graphs == "auto" and self._kind is not None
         self.refusal = refusal(model, plan) if self.considered else "graphs are off"
-        self._inside = {index: _inside(plan, index, first) for index in range(first, plan.calls)}
+        self._inside = inside(plan, first)
         self._left = Counter(self._inside.values())
         # Who watches the denoiser from outside is told of replays too: it takes the time.
         self._outside = [
@@ -240,13 +242,21 @@ def refusal(model: Family, plan: Plan) -> str:
     return f"{hooks} hooks of others are on the denoiser" if hooks else ""
 
 
-def _inside(plan: Plan, index: int, first: int) -> Inside:
-    """Return the captures that look inside call `index`."""
-    return tuple(
-        capture
-        for capture in plan.captures
-        if capture.component == "unet" and capture.wants(index, index == first)
-    )
+def inside(plan: Plan, first: int) -> dict[int, Inside]:
+    """Return the captures that look inside each call from `first` on, by its index."""
+    watching = [capture for capture in plan.captures if capture.component == "unet"]
+    return {
+        index: tuple(capture for capture in watching if capture.wants(index, index == first))
+        for index in range(first, plan.calls)
+    }
+
+
+def in_graphs(model: Family, plan: Plan) -> list[Inside]:
+    """Return the sets of captures whose calls a whole run captures on a GPU, one graph for each."""
+    if plan.recipe.graphs == "off" or refusal(model, plan):
+        return []
+    calls = Counter(inside(plan, 0).values())
+    return [captures for captures, count in calls.items() if count >= LEAST_CALLS + EAGER]
 
 
 def _lent(value: torch.Tensor | Derived) -> torch.Tensor | Derived:

@@ -81,12 +81,12 @@ CAPTURES: tuple[tuple[Callable[..., Capture], Callable[[Plan], bool]], ...] = (
         lambda plan: bool(plan.recipe.capture.activations) and not plan.recipe.prompt_embeds,
     ),
     (GridLabels, _attends()),
+    (UnetOutputs, _measures_modules),  # first of those inside the denoiser: it holds the most
     (CrossAttention, _attends("maps")),
     (HeadSummary, _attends("summary")),
     (Queries, _attends("queries")),
     (TextSide, _attends()),
     (SelfAttention, lambda plan: bool(plan.self_layers)),
-    (UnetOutputs, _measures_modules),
     (VaeOutputs, _measures_vae),
     (Counterfactual, lambda plan: bool(plan.words)),
     (Sums, _attends()),
@@ -214,7 +214,7 @@ def plan(
         # A map of another text would be labelled with the words of this one.
         recorded = tuple(step for step in bare.recorded if step not in editing.texts.steps)
         bare = replace(bare, recorded=recorded)
-    return replace(bare, captures=tuple(_captures(model, bare)))
+    return replace(bare, captures=tuple(captures_of(model, bare)))
 
 
 def _read(model: Family, recipe: Recipe, rules: int) -> dict[str, Tokens]:
@@ -349,7 +349,7 @@ def _masks_of_no_word(masks: Mapping[str, np.ndarray], caption: str) -> tuple[st
     )
 
 
-def _captures(model: Family, plan: Plan) -> Iterator[Capture]:
+def captures_of(model: Family, plan: Plan) -> Iterator[Capture]:
     """Make the captures that a plan needs."""
     for kind, needed in CAPTURES:
         if not needed(plan):

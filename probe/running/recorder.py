@@ -30,7 +30,7 @@ from probe.diffusion.loras import borrowed
 from probe.diffusion.preparing import prepared
 from probe.diffusion.support import remarks_on_version
 from probe.diffusion.weights import DigestBeside
-from probe.errors import ExperimentError, OutOfMemory, ProbeError
+from probe.errors import DeviceFailed, ExperimentError, OutOfMemory, ProbeError
 from probe.figures import sheets
 from probe.figures.noising_sheet import save_sheet
 from probe.format.attributes import MIXED
@@ -49,7 +49,7 @@ from probe.settings.fields import expand_home
 from probe.settings.noising import Noising, load_noising, load_recipe
 from probe.settings.recipe import Recipe
 from probe.stopping import breakable, cleanly
-from probe.system import is_out_of_memory
+from probe.system import A_NEW_PROCESS, is_device_failure, is_out_of_memory
 from probe.terminal import shell_path, without_home
 from probe.text import first_line, shown
 from probe.watching.interface import Plan
@@ -105,7 +105,7 @@ def record_as(
     model's weights, if it is known. Raise as `record` does.
     """
     room, say = free_room(expand_home(recipe.output)) if in_files else None, sayer(False)
-    with out_of_memory(recipe):
+    with failures_named(recipe):
         own = model_for(recipe, model, say)
         with _digested(own, weights) as digest:
             planned = plan(own, recipe)
@@ -192,7 +192,7 @@ def _carried_out(
 ) -> Run:
     """Record a recipe. With a `parent`, its model is loaded as it was for that recording."""
     room, say = free_room(expand_home(recipe.output)) if in_files else None, sayer(progress)
-    with out_of_memory(recipe), contextlib.ExitStack() as until_done:
+    with failures_named(recipe), contextlib.ExitStack() as until_done:
         model, weights = model_for(recipe, pipeline, say, parent), None
         until_done.enter_context(borrowed(model))
         if parent is not None:
@@ -325,7 +325,7 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
             f"Record it again: probe rerun {run.name}.",
         )
     experiment = run.experiment
-    with out_of_memory(experiment), contextlib.ExitStack() as until_done:
+    with failures_named(experiment), contextlib.ExitStack() as until_done:
         model = model_for(experiment, pipeline, say, run)
         until_done.enter_context(borrowed(model))
         planned = replan(model, run)
@@ -452,8 +452,11 @@ def _see_through(
 
 
 @contextlib.contextmanager
-def out_of_memory(recipe: Recipe) -> Iterator[None]:
-    """Raise OutOfMemory for each of the ways in which torch and numpy run out of memory."""
+def failures_named(recipe: Recipe) -> Iterator[None]:
+    """Raise OutOfMemory for each of the ways in which torch and numpy run out of memory.
+
+    Raise DeviceFailed for a GPU that fails.
+    """
     try:
         yield
     except ProbeError:
@@ -465,4 +468,7 @@ def out_of_memory(recipe: Recipe) -> Iterator[None]:
                 "Fewer images, a smaller height and width, --dtype float16, or fewer "
                 "capture.layers.",
             ) from error
+        if is_device_failure(error):
+            what = f"The device failed: {first_line(error)[:200]}"
+            raise DeviceFailed(what, A_NEW_PROCESS) from error
         raise

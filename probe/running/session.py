@@ -204,6 +204,7 @@ class Session:
         Raise NotFinite, StoreError.
         """
         self._store.flush()
+        self._graphs.close()  # what they hold is wanted for the picture
         check_finite(
             "final_latents",
             self._plan.calls - 1,

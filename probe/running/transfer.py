@@ -84,6 +84,8 @@ class Transfer:
     def _copied(self, tensors: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         """Start copying tensors. Return a function that waits for the copies and gives them."""
         device = tensors[0].device
+        if device.type == "meta":  # a skeleton's: there is nothing to copy
+            return lambda: tensors
         on_cuda = device.type == "cuda"
         copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=on_cuda) for t in tensors]
         if not on_cuda:

@@ -19,8 +19,9 @@ HIDDEN = (
     "out of capture.layers."
 )
 
-# Kinds of devices where a launch costs more than what it computes.
-LAUNCH_BOUND = ("cuda",)
+# Kinds of devices where a launch costs more than what it computes. A skeleton, on the meta device,
+# stands for a model on one of them.
+LAUNCH_BOUND = ("cuda", "meta")
 
 
 def measures_late(device: torch.device) -> bool:

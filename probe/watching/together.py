@@ -24,7 +24,7 @@ from probe.watching.interface import Derived, Grid, Plan, Values
 from probe.watching.measures import pixel_plane
 
 SCORES = 64 * 2**20  # bytes of the scores that are in memory together
-OUTPUTS = 128 * 2**20  # bytes of the outputs, in float32, that are in memory together
+OUTPUTS = 96 * 2**20  # bytes of the outputs, in float32, that are in memory together
 ROW = 4096  # values of a row of outputs, at most
 
 Sides = Mapping[str, tuple[torch.Tensor, torch.Tensor]]

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-from probe.errors import OutOfMemory, ProbeError, StoreError
+from probe.errors import DeviceFailed, OutOfMemory, ProbeError, StoreError
+from probe.system import A_NEW_PROCESS, is_device_failure, is_out_of_memory
+from probe.text import first_line
 
 
 class Queue:
@@ -73,11 +75,13 @@ class Queue:
 def _as_ours(error: BaseException) -> ProbeError:
     if isinstance(error, ProbeError):
         return error
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         ours: ProbeError = OutOfMemory(
             "Out of memory while a step was being written.",
             "Draw fewer images, or record fewer capture.layers.",
         )
+    elif is_device_failure(error):  # it is waited for here
+        ours = DeviceFailed(f"The device failed: {first_line(error)[:200]}", A_NEW_PROCESS)
     else:
         ours = StoreError(
             f"Writing a step failed: {error!r}.", "Run again with --debug for the traceback."
