@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     bench, where = Bench(asked), torch.cuda.get_device_name() if on_cuda else "a CPU"
     print(f"P4 {asked.model}, {asked.dtype}, {asked.steps} steps on {where}; {models.machine()}")
     if not on_cuda:
-        kept.LAUNCH_BOUND = ("cuda", "cpu")
+        kept.LAUNCH_BOUND = (*kept.LAUNCH_BOUND, "cpu")
         print("   A CPU has no graphs: every call is eager. It is recorded as on a GPU, operations")
         print("   are counted, and its times say nothing of a GPU's.")
     print(f"   {PEER} is not installed, and left out." * (PEER not in bench.ways), flush=True)
