@@ -560,6 +560,17 @@ def test_some_steps_are_enough_if_asked(copy: Run) -> None:
         verify(copy, pipeline(), steps=[9])
 
 
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0005, "within tolerance"), (1.01, "failed")])
+def test_a_recording_of_another_cpu_may_differ_by_roundings_alone(
+    factor: float, verdict: str, copy: Run
+) -> None:
+    rewrite(copy, "latents/prediction_uncond", lambda values: values.__imul__(np.float32(factor)))
+    run = elsewhere(copy, "environment", "device_name", value="an abacus")
+    checks = {check.name: check for check in verify(run, pipeline(), steps=[1])}
+    assert checks["predictions"].verdict == verdict
+    assert "0.002 is allowed" in checks["predictions"].detail
+
+
 def test_a_recording_of_cuda_is_asked_again_on_a_laptop(copy: Run) -> None:
     rewrite(copy, "latents/prediction_uncond", lambda values: values.__imul__(np.float32(1.001)))
     rewrite(copy, "attention/8x8/cross", lambda values: values.__imul__(np.float16(0.999)))

@@ -133,13 +133,12 @@ class Tally:
                 f"{self.allowed:.2g} is allowed"
             )
             return Check(self.name, "within tolerance", detail, self.because)
-        first = f"; first at {self.first}" if self.first != self.where else ""
-        return Check(
-            self.name,
-            "failed",
-            f"{self.what}: off by {self.worst:.2g} {self.unit} at {self.where}{first}",
-            self.because,
-        )
+        detail = f"{self.what}: off by {self.worst:.2g} {self.unit} at {self.where}"
+        if self.first != self.where:
+            detail += f"; first at {self.first}"
+        if self.because:
+            detail += f"; {self.allowed:.2g} is allowed"
+        return Check(self.name, "failed", detail, self.because)
 
 
 # --- files and flags ------------------------------------------------------------------------------

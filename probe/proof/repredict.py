@@ -61,6 +61,9 @@ from probe.watching.sums import Sums
 # Of the norm of what was recorded, where device, versions or weights differ. CUDA's convolutions
 # round float32 to TF32.
 TOLERANCE = {"float32": 2e-2, "float16": 5e-2, "bfloat16": 2e-1}
+# The same of what the UNet says between two CPUs, where 7e-6 was measured. A wrong edit may differ
+# by 1e-2.
+BETWEEN_CPUS = 2e-3
 PICTURE = 2e-2  # mean difference of pixels, of 255
 OF_NORM = "of its norm"
 
@@ -229,6 +232,9 @@ class ModelCheck:
         self._recorded = dict(variables(run))
         self.text = self._tally("text", "the inside and output of each text encoder")
         self.predictions = self._tally("predictions", "the UNet's answers")
+        cpus = run.attributes["environment"]["device"] == model.device.type == "cpu"
+        if cpus and model.dtype == torch.float32:
+            self.predictions.allowed = BETWEEN_CPUS
         self.maps = self._tally("maps", "softmax(q k), computed here", 2.0)
         precision = max(1e-4, 8 * torch.finfo(model.dtype).eps)
         self.attention = Tally(
@@ -283,7 +289,7 @@ class ModelCheck:
         }
         witness, self.predictions.what = (
             AttentionWitness(layers),
-            f"the UNet's answers at {len(steps)} steps",
+            f"the UNet's answers at {len(steps)} step{'s' * (len(steps) != 1)}",
         )
         with Session(self._model, plan, self._store) as session:
             conditioning, editing = session.begin(), edited(self._model, plan)
