@@ -130,6 +130,38 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# --- browsers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser of a module's own."""
+    from browsers import started
+
+    made = started()
+    yield made
+    made.quit()
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of web/, built. Not to be changed."""
+    from web_pages import build
+
+    folder = tmp_path_factory.mktemp("web")
+    build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def address(built: Path) -> Iterator[str]:
+    """The page of web/, served."""
+    from web_pages import serving
+
+    with serving(built) as page:
+        yield page
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 

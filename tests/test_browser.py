@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from browsers import MARKS, asked, complaints, ink, look, press, serious, started, waiting
+from browsers import MARKS, asked, complaints, ink, look, press, serious, waiting
 from recordings import cut, finish, grow, growing, replace
 from studies import change_cell, change_study, write_study
 
@@ -48,13 +48,6 @@ BOX = (
     "e.shadowRoot)"
     ".map(r => r && r.querySelector('.probe')).find(Boolean))"
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    made = started()
-    yield made
-    made.quit()
 
 
 def opened(browser: Any, address: str, framed: bool = False) -> Any:

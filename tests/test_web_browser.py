@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
-import pytest
 import yaml
 from browsers import asked, complaints, ink, look, press, serious, started
 from PIL import Image
 from recordings import change_root, recording
-from web_pages import FEW, WEB, build, drawn, opened, serving, until
+from web_pages import FEW, WEB, drawn, opened, until
 
 import probe
 from probe.reading.sample import pack
@@ -45,26 +43,6 @@ SOFTWARE_GPU = (
 )
 
 pytestmark = WEB
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("web")
-    build(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(built: Path) -> Iterator[str]:
-    with serving(built) as page:
-        yield page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    made = started()
-    yield made
-    made.quit()
 
 
 def test_a_picture_is_drawn_looked_at_and_compared(browser: Any, address: str) -> None:

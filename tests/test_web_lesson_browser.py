@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import asked, complaints, ink, look, press, serious, started
-from web_pages import FEW, WEB, build, drawn, opened, serving, until
+from browsers import asked, complaints, ink, look, press, serious
+from web_pages import FEW, WEB, drawn, opened, until
 
 pytestmark = WEB
 SAID = "return document.getElementById('said').textContent"
@@ -30,26 +29,6 @@ slider.value = value;
 for (const kind of ['input', 'change']) slider.dispatchEvent(new Event(kind, {bubbles: true}));
 """
 HEARD = "document.querySelector('#{lang}-{chapter}-figure [role=status]').textContent"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("web")
-    build(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(built: Path) -> Iterator[str]:
-    with serving(built) as page:
-        yield page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    made = started()
-    yield made
-    made.quit()
 
 
 def figure(browser: Any, lang: str, chapter: str) -> Any:

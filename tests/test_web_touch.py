@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -11,9 +10,9 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 import yaml
-from browsers import asked, complaints, look, press, serious, started
+from browsers import asked, complaints, look, press, serious
 from PIL import Image
-from web_pages import FEW, WEB, build, drawn, opened, serving, until
+from web_pages import FEW, WEB, drawn, opened, until
 
 import probe
 
@@ -36,22 +35,12 @@ PANEL = "#start canvas"
 FINAL = ".card canvas"  # the last that was drawn
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("web")
-    build(folder)
-    with serving(folder) as page:
-        yield page
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    made = started()
-    made.folder = tmp_path_factory.mktemp("saved")
-    where = {"behavior": "allow", "downloadPath": str(made.folder)}
-    made.execute_cdp_cmd("Browser.setDownloadBehavior", where)
-    yield made
-    made.quit()
+@pytest.fixture(autouse=True)
+def saved_here(browser: Any, tmp_path: Path) -> None:
+    """Let the browser save a test's files in its own folder."""
+    browser.folder = tmp_path
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)
 
 
 def pixels(browser: Any, canvas: str) -> np.ndarray:
