@@ -53,7 +53,7 @@ def test_a_picture_is_drawn_looked_at_and_compared(browser: Any, address: str) -
     assert "Drawn in" in browser.execute_script(SAID)
     assert browser.execute_script("return self.crossOriginIsolated")
     assert player.get_attribute("data-step") == "2"
-    assert "Places that attend to “fox”" in player.text and "Finished picture" in player.text
+    assert "Attention to “fox”" in player.text and "Finished picture" in player.text
     parts = [f".{part} canvas" for part in ("latents", "denoised", "maps", "final")]
     before = [ink(browser, player, part) for part in parts]
     browser.execute_script("arguments[0].focus()", player)
@@ -93,7 +93,7 @@ def test_a_first_prompt_of_ones_own(browser: Any, address: str) -> None:
     until(browser, "!document.body.classList.contains('busy')")
     chips = browser.find_elements("css selector", "#prompt .chip")
     assert [one.text.split()[0] for one in chips] == "an owl at the beach".split()
-    assert "Places that attend to “owl”" in player.text
+    assert "Attention to “owl”" in player.text
     top = "document.querySelector('#pictures').getBoundingClientRect().top"
     assert 0 < browser.execute_script(f"return {top}") < 200, "a small screen shows what is drawn"
     before = player.get_attribute("data-step")
@@ -232,7 +232,7 @@ def test_a_recording_is_opened_and_drawn_again_beside_it(browser: Any, address: 
     line = browser.find_element("id", "opened")
     assert "sample: emojiworld, DDIM, 20 steps, guidance 3, seed 5" in line.text
     player = browser.find_element("css selector", ".probe")
-    assert "Places that attend to “astronaut”" in player.text
+    assert "Attention to “astronaut”" in player.text
     until(browser, "document.querySelector('.heads canvas').height > 1")
     assert not browser.find_element("id", "touch").is_displayed(), "it is not of this page"
     assert serious(browser) == []

@@ -16,7 +16,7 @@
 export const KINDS = ["start", "words", "end", "padding"];
 export const ABOUT = { start: "The start token: attended to where nothing else is", end: "The first end token", padding: "All tokens after the first end token" };
 export const ASKS = { // the question above the words, and what the map of one shows
-  attention: ["Which places attend to", (/** @type {string} */ word) => `Places that attend to “${word}”`],
+  attention: ["Which places attend to", (/** @type {string} */ word) => `Attention to “${word}”`],
   contribution: ["Where is something written for", (/** @type {string} */ word) => `What is written for “${word}”`],
   counterfactual: ["What changes without", (/** @type {string} */ word) => `What changes without “${word}”`],
   "self-attention": ["Where does a place look? From", () => "Where these places look"],
