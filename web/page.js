@@ -24,7 +24,7 @@ import { shelf } from "./shelf.js";
 import { touch } from "./touch.js";
 import { begun, wishes } from "./wishes.js";
 
-const DECODE_EVERY = 3; // a decode costs as much as two or three steps; the others are decoded when they are looked at
+const DECODE_EVERY = 4; // a decode costs as much as two or three steps; the others are decoded when they are looked at
 const GUESS = "guess"; // a picture that belongs to no run
 const element = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
 const [form, said, bar, mistake, pictures] = ["form", "said", "progress", "mistake", "pictures"].map(element);
