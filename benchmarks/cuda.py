@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,6 +49,7 @@ from probe.settings.experiment import load_experiment
 from probe.watching import kept
 
 LAUNCHES = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
+WAITED = "called a synchronizing"  # of torch's warning
 VIEWS = ("aten::_unsafe_view", "aten::detach")
 NOTHING = {"attention": "off", "statistics": False, "text": False}
 RECORDED: dict[str, tuple[str, dict[str, Any]]] = {  # graphs, capture
@@ -139,12 +141,15 @@ class Watch:
         ):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            yield
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
-        self.found.waits = sum("synchroniz" in str(warning.message) for warning in log)
+        self.found.waits = sum(WAITED in str(warning.message) for warning in log)
         for event in profiler.key_averages():
-            self.found.device_seconds += event.self_device_time_total / 1e6
+            if event.device_type == DeviceType.CUDA:  # operations of the host have their share too
+                self.found.device_seconds += event.self_device_time_total / 1e6
             if any(name in event.key for name in LAUNCHES):
                 self.found.launches += event.count
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from tiny_runs import FULL, ask, assert_neutral, at_call, bare, loop, pipeline, take, throw
+from torch.autograd import DeviceType
 
-from benchmarks import models
+from benchmarks import cuda, models
 from benchmarks.cuda import Counted
 from probe.diffusion.families import family_of
 from probe.errors import CaptureError
@@ -31,7 +34,8 @@ from probe.running.planning import captures_of, plan
 from probe.running.recorder import record, resume
 from probe.running.transfer import Transfer
 from probe.settings.experiment import load_experiment
-from probe.watching import kept, together
+from probe.watching import kept, timing, together
+from probe.watching.cost import Cost
 from probe.watching.hooks import Hooks
 from probe.watching.interface import Derived
 from probe.watching.kept import Kept
@@ -427,3 +431,97 @@ def test_everything_small_goes_to_the_host_in_one_copy() -> None:
 def test_a_step_without_values_is_nothing() -> None:
     arrays, nbytes = Transfer().start({})
     assert arrays() == {} and nbytes == 0
+
+
+# --- what asks CUDA for times, with more GPUs than one and none of them here ----------------------
+
+
+class Event:
+    """An event of a GPU: where it was recorded, and whether it was waited for."""
+
+    made: ClassVar[list[Event]] = []
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.stream, self.waited = "", False
+        self.made.append(self)
+
+    def record(self, stream: str = "of GPU 0") -> None:
+        self.stream = stream
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, _: Event) -> float:
+        return 250.0
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    monkeypatch.setattr(Event, "made", [])
+    fakes: dict[str, Any] = {
+        "Event": Event,
+        "current_stream": lambda device: f"of GPU {device.index}",
+        "reset_peak_memory_stats": lambda _: None,
+        "max_memory_allocated": lambda _: 7,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return Event.made
+
+
+def test_a_second_gpu_has_its_own_time_taken(
+    events: list[Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no device is waited for as a whole: that breaks a graph which another thread captures."""
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda _: pytest.fail("it waits for the whole device")
+    )
+    own, second = Cost.__init__, torch.device("cuda", 1)
+
+    def there(self: Cost, model: Any, planned: Any) -> None:
+        own(self, model, planned)
+        self._cuda = second
+
+    monkeypatch.setattr(Cost, "__init__", there)
+    run = record(ask(tmp_path), pipeline(), progress=False, output=None)
+    assert {event.stream for event in events} == {"of GPU 1"}
+    assert sum(event.waited for event in events) == 3  # the last of each part
+    seconds = dict(variables(run))["cost/unet_seconds"].values
+    assert (seconds == 0.25).all() and len(seconds) == run.tree.sizes["step"]
+
+
+def test_a_call_on_a_second_gpu_is_timed_there(
+    events: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    assert timing._seconds(lambda: None, torch.device("cuda", 1)) == 0.25
+    assert [event.stream for event in events] == ["of GPU 1"] * 2
+
+
+def test_the_benchmark_counts_what_a_gpu_did_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's profiler gives the time of a kernel to the operation that launched it as well."""
+    said = [
+        ("aten::conv2d", DeviceType.CPU, 0.5e6, 2),
+        ("a kernel", DeviceType.CUDA, 0.5e6, 2),
+        ("cudaLaunchKernel", DeviceType.CPU, 0, 2),
+        ("cudaGraphLaunch", DeviceType.CPU, 0, 1),
+    ]
+    names = ("key", "device_type", "self_device_time_total", "count")
+    averages = [SimpleNamespace(**dict(zip(names, row, strict=True))) for row in said]
+
+    @contextlib.contextmanager
+    def profiler(**_: Any) -> Any:
+        yield SimpleNamespace(key_averages=lambda: averages)
+
+    def debug(mode: str) -> None:
+        if mode == "warn":  # as torch says once in a process
+            warnings.warn("prototype: does not detect all synchronizing operations", stacklevel=1)
+
+    monkeypatch.setattr(cuda, "profile", profiler)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", debug)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    watch = cuda.Watch(on_cuda=True, counting=True)
+    with watch._counted():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    found = watch.found
+    assert (found.device_seconds, found.launches, found.waits) == (0.5, 3, 1)

@@ -18,6 +18,7 @@ import torch
 from standin_graph import StandIn
 from tiny_runs import FULL, ask, assert_neutral, assert_no_hooks, at_call, bare, pipeline, throw
 
+from probe.diffusion import streams
 from probe.proof.checks import variables
 from probe.proof.verdict import verify
 from probe.reading.compare import NEW_EACH_TIME
@@ -262,6 +263,132 @@ def test_a_model_that_cannot_be_replayed_goes_on_eagerly(
     assert run.status == "complete"
     if module is Reading:
         assert_same_bits(run, take(tmp_path, changed(), capture=FULL, graphs="off"))
+
+
+class Empty(StandIn):
+    """Captures nothing, as a graph does while the model computes on another GPU or stream."""
+
+    @contextlib.contextmanager
+    def recording(self) -> Any:
+        yield
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_graph_of_nothing_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was computed while it captured lies in its buffers, and is right for that call alone."""
+    monkeypatch.setattr(graphs, "KINDS", {"cpu": Empty})
+    run = take(tmp_path)
+    assert refused(run) == "replayed, the prediction came out with other bits"
+    assert_same_bits(run, take(tmp_path, graphs="off"))
+
+
+class Cuda:
+    """What `CudaGraph` asks of torch.cuda, on a machine with two GPUs and none of them here."""
+
+    def __init__(self) -> None:
+        self.device_now, self.current = 0, {0: "default 0", 1: "default 1"}
+        self.captured: list[tuple[Any, ...]] = []
+        self.pools: list[str] = []
+        self.breaks = self.capturing = False  # whether a capture ends in an error, and is underway
+
+    CUDAGraph = staticmethod(lambda: "a graph")
+
+    def current_stream(self, device: torch.device) -> str:
+        return self.current[device.index]
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Any:
+        before, self.device_now = self.device_now, int(device.index)
+        try:
+            yield
+        finally:
+            self.device_now = before
+
+    @contextlib.contextmanager
+    def stream(self, stream: str) -> Any:
+        index = int(stream[-1])
+        before, self.current[index] = self.current[index], stream
+        try:
+            yield
+        finally:
+            self.current[index] = before
+
+    def graph(self, graph: str, pool: str, stream: str, capture_error_mode: str) -> Any:
+        cuda = self
+
+        class Capture:
+            def __enter__(self) -> None:
+                assert not cuda.capturing, "torch holds one capture in a process"
+                cuda.capturing, cuda.current[int(stream[-1])] = True, stream
+                cuda.captured.append((graph, pool, stream, capture_error_mode, cuda.device_now))
+
+            def __exit__(self, *_: object) -> None:
+                cuda.capturing = False
+                if cuda.breaks:  # as torch does: its stream stays the current one
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                cuda.current[int(stream[-1])] = f"default {stream[-1]}"
+
+        return Capture()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    made = Cuda()
+    for name in ("CUDAGraph", "current_stream", "device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(made, name))
+    monkeypatch.setattr(graphs, "stream_of", lambda device, what: f"{what} {device.index}")
+    monkeypatch.setattr(graphs, "_BROKEN", [])
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        given = lambda index, pool, name=name: made.pools.append(f"{name} {index} {pool}")  # noqa: E731
+        monkeypatch.setattr(torch._C, name, given, raising=False)
+    return made
+
+
+def test_a_second_gpu_captures_on_a_stream_of_its_own(cuda: Cuda) -> None:
+    for index in (0, 1):
+        with graphs.CudaGraph(torch.device("cuda", index), "pool").recording():
+            assert cuda.current[index] == f"graphs {index}"
+        assert cuda.captured[-1] == ("a graph", "pool", f"graphs {index}", "thread_local", index)
+    assert cuda.current == {0: "default 0", 1: "default 1"}
+    assert not cuda.pools
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not permitted"), KeyboardInterrupt("stop")])
+@pytest.mark.parametrize("breaks", [True, False])
+def test_a_capture_that_breaks_leaves_nothing_behind(
+    breaks: bool, error: BaseException, cuda: Cuda
+) -> None:
+    """torch would leave the capture's stream the current one, and its allocator at its pool."""
+    cuda.breaks, graph = breaks, graphs.CudaGraph(torch.device("cuda", 1), "pool")
+    with pytest.raises(type(error)) as caught, graph.recording():
+        raise error
+    assert caught.value is error  # what was wrong, and not what came of it
+    assert cuda.current == {0: "default 0", 1: "default 1"} and cuda.device_now == 0
+    freed = ["_cuda_endAllocateToPool 1 pool", "_cuda_releasePool 1 pool"]
+    assert cuda.pools == (freed if breaks else [])
+    assert not graphs._ONE_CAPTURE.locked()
+
+
+def test_a_device_has_one_stream_for_a_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives 32 in turn: one made for each run would be that of a capture some runs later."""
+    made = itertools.count()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: (next(made) % 32, device))
+    streams.stream_of.cache_clear()
+    try:
+        first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+        for _ in range(40):
+            found = {
+                streams.stream_of(first, "graphs"),
+                streams.stream_of(first, "digest"),
+                streams.stream_of(first, "transfer"),
+                streams.stream_of(second, "graphs"),
+            }
+            assert len(found) == 4
+        assert next(made) == 4
+    finally:
+        streams.stream_of.cache_clear()
 
 
 def test_want_of_memory_is_no_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 
 from probe.diffusion.family import Family
+from probe.diffusion.streams import stream_of
 from probe.errors import ModelError, OutOfMemory, ProbeError
 from probe.format.attributes import MIXED, SHA256
 from probe.text import first_line, shown
@@ -222,7 +223,7 @@ class DigestBeside:
     """The digest of a model's weights (`MIXED`), computed in a thread: a context manager.
 
     Its tensors are taken at once; nothing may change their values until the block ends. On a GPU
-    it has a stream of its own, which waits for what was launched before.
+    it has a stream beside, which waits for what was launched before.
     """
 
     def __init__(self, model: Family):
@@ -230,7 +231,7 @@ class DigestBeside:
         self._streams: list[torch.cuda.Stream] = []
         for device in {tensor.device for tensor in self._weights.values()}:
             if device.type == "cuda":
-                stream = torch.cuda.Stream(device)
+                stream = stream_of(device, "digest")
                 stream.wait_stream(torch.cuda.current_stream(device))
                 self._streams.append(stream)
         # `SimpleQueue` is written in C: Ctrl-C can strike between any two of its calls.

@@ -19,6 +19,7 @@ buffers every time. `call` gives a copy; what `take` gives is copied before the 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ import torch
 
 from probe.diffusion.family import Arguments, Family
 from probe.diffusion.sampling import Step, memory_format
+from probe.diffusion.streams import stream_of
 from probe.settings.experiment import Experiment
 from probe.text import first_line, printable
 from probe.watching.conditions import METHODS, is_plain
@@ -56,6 +58,10 @@ class Graph(Protocol):
         """Launch it all."""
 
 
+_ONE_CAPTURE = threading.Lock()  # torch holds no more of them in a process
+_BROKEN: list[torch.cuda.CUDAGraph] = []  # torch goes on asking them for what they were
+
+
 class CudaGraph:
     """A CUDA graph. Those of one `pool` share the memory of what is freed while they run."""
 
@@ -68,10 +74,38 @@ class CudaGraph:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
+        # torch's own stream for this is that of the first GPU that captured anything: on another
+        # one, a graph would stay empty.
+        stream = stream_of(self._device, "graphs")
         # Another thread writes the recording meanwhile, and may ask CUDA for what it likes.
-        captured = torch.cuda.graph(self._graph, self._pool, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), captured:
-            yield
+        captured = torch.cuda.graph(
+            self._graph, self._pool, stream, capture_error_mode="thread_local"
+        )
+        with (
+            _ONE_CAPTURE,
+            torch.cuda.device(self._device),
+            # What breaks a capture leaves its stream the current one: this puts ours back.
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+        ):
+            try:
+                captured.__enter__()
+                yield
+            except BaseException:
+                with contextlib.suppress(Exception):  # it fails too, and does not say why
+                    self._end(captured)
+                raise
+            self._end(captured)
+
+    def _end(self, captured: torch.cuda.graph) -> None:
+        try:
+            captured.__exit__(None, None, None)
+        except BaseException:
+            # torch leaves its allocator at the graph's pool: nothing would be freed any more.
+            _BROKEN.append(self._graph)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                torch._C._cuda_releasePool(self._device.index, self._pool)
+            raise
 
     def replay(self) -> None:
         with torch.cuda.device(self._device):
@@ -188,6 +222,7 @@ class Graphs:
         try:
             with torch.no_grad():
                 captured = self._capture(eager, step)
+                captured.output.fill_(float("nan"))  # a graph of nothing would leave it right
                 output = captured.replay(eager.x, eager.t)
                 differing = _differing(captured, output, eager)
         except Exception as error:

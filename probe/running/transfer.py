@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from probe.diffusion.streams import stream_of
 from probe.watching.interface import Derived, Values, as_numpy
 from probe.watching.kept import measures_late
 
@@ -23,9 +24,6 @@ Maker = tuple[Callable[..., np.ndarray], list[int]]
 
 class Transfer:
     """Copies to the host, one step after the other."""
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def start(self, values: Values) -> tuple[Callable[[], Arrays], int]:
         """Start copying. Return a function that waits and gives arrays, and the bytes they hold.
@@ -92,9 +90,7 @@ class Transfer:
             for copy, tensor in zip(copies, tensors, strict=True):
                 copy.copy_(tensor)
             return lambda: copies
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        stream, event = self._streams[device], torch.cuda.Event()
+        stream, event = stream_of(device, "transfer"), torch.cuda.Event()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for copy, tensor in zip(copies, tensors, strict=True):

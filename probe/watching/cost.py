@@ -69,7 +69,7 @@ class Cost(Capture):
             self._marks[component].append(time.perf_counter())
         else:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._cuda))  # it may be another than GPU 0
             self._marks[component].append(event)
 
     def expect(self, call: int | str) -> None:
@@ -79,8 +79,9 @@ class Cost(Capture):
         self._steps.append(time.perf_counter() - self._began)
 
     def finish(self, latents: torch.Tensor, store: Store) -> list[str]:
-        if self._cuda is not None:
-            torch.cuda.synchronize(self._cuda)
+        for marks in self._marks.values() if self._cuda is not None else ():
+            for event in marks[-1:]:
+                event.synchronize()  # of the whole device, it would break a capture elsewhere
         seconds = {name: self._seconds(marks) for name, marks in self._marks.items()}
         # Another process computed these steps.
         before = [math.nan] * (self._plan.calls - len(seconds["unet"]))

@@ -255,9 +255,10 @@ def fill(module: torch.nn.Module) -> None:
 def _seconds(call: Callable[[], None], where: torch.device) -> float:
     if where.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        stream = torch.cuda.current_stream(where)  # it may be another than GPU 0
+        begin.record(stream)
         call()
-        end.record()
+        end.record(stream)
         torch.cuda.synchronize(where)
         return float(begin.elapsed_time(end)) / 1000
     start = time.process_time()
