@@ -27,6 +27,7 @@ from probe.errors import ExperimentError
 from probe.output import rows, say, say_json, tell
 from probe.settings.experiment import Experiment, load_experiment
 from probe.settings.recipe import Recipe
+from probe.system import LESS_MEMORY
 from probe.terminal import (
     Parser,
     add_fields,
@@ -81,7 +82,8 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="show what would be recorded, and how large it would be, without weights or work",
+        help="show what would be recorded, how large it would be, and with --device cuda what it "
+        "takes of a GPU's memory, without weights, work or a GPU",
     )
     parser.add_argument(
         "--max-bytes",
@@ -214,25 +216,33 @@ def _say_memory(model: Family, plan: Plan) -> None:
     from probe.running.device_memory import device_memory, free_on_cuda
     from probe.running.planning import size_text
 
-    needed, free = device_memory(model, plan), free_on_cuda(plan.recipe.device)
+    recipe = plan.recipe
+    needed, free = device_memory(model, plan), free_on_cuda(recipe.device)
+    edits = isinstance(recipe, Experiment) and bool(recipe.edits)
     parts = [
-        ("weights", needed.weights),
-        ("a call of the denoiser", needed.call),
-        ("recording it", needed.recording),
-        ("decoding a picture", needed.decoding),
+        ("weights", needed.weights, "the whole run"),
+        ("a call of the denoiser", needed.call, "at each step"),
+        ("recording it", needed.recording, "at each step"),
     ]
+    if needed.decoding:
+        between = "between steps, and " * bool(plan.decoded)
+        parts.append(("decoding", needed.decoding, f"{between}after the last step"))
     say(
         "",
-        f"On the GPU at most {size_text(needed.most)} at once, and what CUDA itself takes: "
-        + ", ".join(f"{name} {size_text(nbytes)}" for name, nbytes in parts)
-        + ".",
+        f"On the GPU at most {size_text(needed.most)} at once, and what CUDA itself takes (often "
+        "0.5 to 1 GB):",
+        "",
+        *rows([(name, size_text(n), when) for name, n, when in parts], ("what", "size", "when")),
+        "",
     )
-    if isinstance(plan.recipe, Experiment) and plan.recipe.edits:
-        say("What the edits take is not counted.")
     if needed.graphs:
-        say(f"CUDA graphs hold {size_text(needed.graphs)} of it until the last step.")
+        say(f"CUDA graphs hold {size_text(needed.graphs)} of that until the last step.")
+    if others := [name for name, there in (("edits", edits), ("LoRAs", recipe.loras)) if there]:
+        say(f"What {' and '.join(others)} take comes on top: it is not counted.")
     if free is not None:
         say(f"Free there: {size_text(free)}.")
+        if free < needed.most:
+            say(f"It does not fit. {LESS_MEMORY}")
 
 
 def size(text: str) -> int:

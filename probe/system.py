@@ -215,6 +215,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return by_message or by_name or isinstance(error, MemoryError)
 
 
+LESS_MEMORY = "Fewer images, a smaller height and width, --dtype float16, or fewer capture.layers."
 A_NEW_PROCESS = (
     "Go on with it in a new process. If that comes again, record it with --graphs off, and look "
     "for a newer driver."

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from commands import Command
+from lora_files import save_peft
 from tiny_runs import ask, pipeline
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,6 +32,7 @@ from probe.running.device_memory import (
 )
 from probe.running.graphs import EAGER, LEAST_CALLS
 from probe.running.planning import plan
+from probe.watching.interface import hooked
 
 LONG = EAGER + LEAST_CALLS  # steps: the fewest that graphs are captured for
 MB = 1e6
@@ -85,12 +87,33 @@ def test_a_call_counts_what_the_allocator_of_a_cpu_gives_out(name: str, tmp_path
     assert 0.97 < given / ours <= 1  # we count blocks
 
 
-def test_decoding_counts_what_the_model_itself_makes(tmp_path: Path) -> None:
-    pipe = pipeline()
-    latents = torch.zeros(family_of(pipe).latent_shape(1))
-    with torch.no_grad():
+VAE_OUTPUTS = {"capture": {"activations": ["vae.decoder.up_blocks.*"]}}
+WITHOUT = {"capture": {"statistics": False}}
+
+
+@pytest.mark.parametrize("more", [{}, WITHOUT, VAE_OUTPUTS], ids=["statistics", "off", "outputs"])
+def test_decoding_counts_what_the_model_itself_makes(more: Any, tmp_path: Path) -> None:
+    """The hooks are on: in float16 they measure a copy in float32, and keep copies of outputs."""
+    pipe = tiny.pipeline().to(torch.float16)
+    model = family_of(pipe)
+    planned = plan(model, ask(tmp_path, scheduler="DDIM", **more))
+    watching = [capture for capture in planned.captures if capture.component == "vae"]
+    latents = torch.zeros(planned.latent_shape, dtype=torch.float16)
+    bare = most_of(lambda: pipe.vae.decode(latents))
+    with hooked(*watching):
         made = most_of(lambda: pipe.vae.decode(latents))
-    assert made == needed(pipe, tmp_path).decoding > 0
+    assert made == needed(pipe, tmp_path, **more).decoding > 0
+    assert (made > bare) == (more != WITHOUT)
+
+
+def test_outputs_of_the_vae_count_what_the_allocator_of_a_cpu_gives_out(tmp_path: Path) -> None:
+    model = family_of(pipeline())
+    planned = plan(model, ask(tmp_path, scheduler="DDIM", height=128, width=128, **VAE_OUTPUTS))
+    watching = [capture for capture in planned.captures if capture.component == "vae"]
+    latents = torch.zeros(planned.latent_shape)
+    with torch.no_grad(), hooked(*watching):
+        given = peak_of_a_cpu(lambda: model.vae.decode(latents))
+    assert 0.97 < given / device_memory(model, planned).decoding < 1.03
 
 
 # --- what it says of Stable Diffusion v1 ----------------------------------------------------------
@@ -140,10 +163,21 @@ def test_two_graphs_hold_more_than_one(tmp_path: Path) -> None:
 
 
 def test_a_picture_decoded_between_finds_the_graphs_there(tmp_path: Path) -> None:
-    last = needed(pipeline(), tmp_path, steps=LONG)
-    between = needed(pipeline(), tmp_path, steps=LONG, decode_every=5)
-    assert between.decoding == last.decoding + last.graphs
-    assert between.most >= last.most
+    more: dict[str, Any] = {"steps": LONG, "capture": {"statistics": False}}
+    last, between = (needed(pipeline(), tmp_path, decode_every=n, **more) for n in (0, 5))
+    assert 0 < between.decoding - last.decoding - last.graphs < last.graphs  # and values
+    assert between.most > last.most
+
+
+def test_each_word_left_out_is_a_row_of_another_call(tmp_path: Path) -> None:
+    """That call is computed while what the step showed, and its graphs, are there."""
+    asked = {"steps": LONG, "images": 3}
+    none = needed(pipeline(), tmp_path, **asked)
+    every = needed(pipeline(), tmp_path, **asked, capture={"counterfactual": ["*"]})
+    rows = 1 + len(ask(tmp_path).prompt.split())
+    least = none.graphs + 0.9 * none.call * rows / 2
+    assert none.call + none.recording < least < every.call + every.recording
+    assert (none.call, none.graphs) == (every.call, every.graphs)
 
 
 def test_more_pictures_and_more_captured_take_more(tmp_path: Path) -> None:
@@ -156,10 +190,11 @@ def test_more_pictures_and_more_captured_take_more(tmp_path: Path) -> None:
 
 def test_a_vae_that_decodes_in_float32_is_there_in_float32(tmp_path: Path) -> None:
     pipe = tiny.xl_pipeline().to(torch.float16)
+    bare = {"capture": {"statistics": False}}
     pipe.vae.register_to_config(force_upcast=False)
-    narrow = needed(pipe, tmp_path)
+    narrow = needed(pipe, tmp_path, **bare)
     pipe.vae.register_to_config(force_upcast=True)
-    wide = needed(pipe, tmp_path)
+    wide = needed(pipe, tmp_path, **bare)
     own = sum(parameter.nbytes for parameter in pipe.vae.parameters())
     assert wide.weights == narrow.weights
     blocks = BLOCK * len(list(pipe.vae.parameters()))
@@ -171,18 +206,50 @@ def test_a_model_of_pixels_decodes_nothing(tmp_path: Path) -> None:
     model = family_of(models.pipeline("bundled"))
     bare = plan(model, ask(tmp_path, scheduler="DDIM"))
     assert device_memory(model, bare).decoding > 0
-    assert decoding_of(replace(model.skeleton(), vae=None), model, bare) == 0
+    assert decoding_of(replace(model.skeleton(), vae=None), model, bare) == (0, 0)
 
 
 # --- what is said ---------------------------------------------------------------------------------
 
 
-def test_a_dry_run_says_what_a_gpu_must_hold(call: Command) -> None:
-    code, out, _ = call(run.main, "--dry-run", "--device", "cuda", "--steps", "30")
+def said(call: Command, *options: str) -> str:
+    """Return what a dry run on CUDA says of memory, each run of spaces as one."""
+    code, out, _ = call(run.main, "--dry-run", "--device", "cuda", *options)
     assert code == 0
-    assert "On the GPU at most " in out and "weights 23.6 MB, a call of the denoiser" in out
-    assert "CUDA graphs hold " in out
-    code, out, _ = call(run.main, "--dry-run", "--device", "cuda", "--graphs", "off")
-    assert code == 0 and "On the GPU at most " in out and "CUDA graphs" not in out
-    code, out, _ = call(run.main, "--dry-run", "--device", "cpu")
-    assert code == 0 and "GPU" not in out
+    return " ".join(out[out.index("On the GPU at most ") :].split())
+
+
+def test_a_dry_run_says_what_a_gpu_must_hold(call: Command) -> None:
+    out = said(call, "--steps", "30")
+    assert "weights 23.6 MB the whole run a call of the denoiser" in out
+    assert "MB after the last step CUDA graphs hold " in out
+    assert "MB between steps, and after the last step" in said(call, "--decode-every", "5")
+    assert "CUDA graphs" not in said(call, "--graphs", "off")
+    assert "decoding" not in said(call, "--model", "emojiworld-pixels")
+    code, whole, _ = call(run.main, "--dry-run", "--device", "cpu")
+    assert code == 0 and "GPU" not in whole
+
+
+def test_a_dry_run_says_what_it_did_not_count(call: Command, tmp_path: Path) -> None:
+    assert "not counted" not in said(call)
+    lora = save_peft(models.pipeline("bundled"), tmp_path / "ink.safetensors")
+    for edits, loras, words in (
+        ("[{kind: noise, seed: 9}]", "[]", "What edits take comes on top"),
+        ("[]", f"[{{path: {lora}}}]", "What LoRAs take comes on top"),
+        ("[{kind: noise, seed: 9}]", f"[{{path: {lora}}}]", "What edits and LoRAs take comes"),
+    ):
+        (tmp_path / "asked.yaml").write_text(f"edits: {edits}\nloras: {loras}\n")
+        assert words in said(call, str(tmp_path / "asked.yaml"))
+
+
+def test_a_dry_run_says_whether_it_fits(call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Free there" not in said(call)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for free, fits in ((10**9, True), (10**7, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
+        out = said(call)
+        assert f"Free there: {'1.0 GB' if fits else '10.0 MB'}." in out
+        assert ("It does not fit. Fewer images, a smaller height" in out) == (not fits)
+    code, _, err = call(run.main, "--dry-run", "--device", "cuda:3")
+    assert code == 2 and "device: cuda:3 is not on this machine (1 CUDA devices)." in err

@@ -5,8 +5,13 @@
 
 A skeleton has shapes and no values. Every tensor that it makes counts from its birth to its end,
 with all hooks on, in the blocks that torch's allocator gives. Attention is taken for a fused
-kernel, which keeps no scores. What CUDA itself takes is not counted: its context, and the
-workspaces of its libraries.
+kernel, which keeps no scores: a model with other processors, and bfloat16 on a GPU older than 2020,
+take more. Not counted are:
+
+* what CUDA itself takes: its context, and the workspaces of its libraries;
+* LoRAs, and what edits compute;
+* values that wait for a slow disk, up to 48 MiB of them;
+* a float16 VAE that overflows, and decodes once more in float32: about twice its decoding.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from probe.diffusion.family import Family
+from probe.diffusion.family import Arguments, Family
+from probe.diffusion.loading import pick_device
 from probe.running.graphs import Inside, in_graphs, inside
 from probe.running.planning import captures_of
 from probe.running.transfer import Transfer
@@ -41,8 +47,9 @@ class DeviceMemory:
 
     `weights` are all of the model's. `call` is what a call of the denoiser keeps beside them, and
     `recording` what captures and CUDA graphs add to that. `graphs` is the pool that graphs hold
-    until the last step, 0 without any. `decoding` is what decoding a picture keeps beside the
-    weights; with `decode_every` the pool is there meanwhile, and counts.
+    until the last step, 0 without any. `decoding` is what decoding all pictures of the run keeps
+    beside the weights, with what is recorded of it. With `decode_every` the pool is there
+    meanwhile, and counts.
     """
 
     weights: int
@@ -58,29 +65,38 @@ class DeviceMemory:
 
 
 def device_memory(model: Family, plan: Plan) -> DeviceMemory:
-    """Count what a plan keeps on a GPU. Edits and LoRAs are left out.
+    """Count what a plan keeps on a GPU.
 
     It takes about as long as eight rehearsals of a call.
     """
     skeleton = model.skeleton()
     calls = Calls(skeleton, replace(plan, captures=tuple(captures_of(skeleton, plan))))
     weights = sum(_bytes(module) for module in skeleton.components().values())
-    bare, eager = most_of(calls.call), most_of(calls.steps)
+    bare = most_of(calls.call)
+    with counted() as seen:
+        on_their_way = calls.steps()
+        eager, stays = seen.most, seen.now
+        del on_their_way
     pool, replayed = calls.graphs(in_graphs(model, calls.plan))
+    wordless = most_of(calls.without_words) + pool + stays if plan.words else 0
+    between, last = decoding_of(skeleton, model, calls.plan)
     return DeviceMemory(
         weights=weights,
         call=bare,
-        recording=max(bare, eager, replayed) - bare,
+        recording=max(bare, eager, replayed, wordless) - bare,
         graphs=pool,
-        decoding=decoding_of(skeleton, model, plan) + (pool if plan.decoded else 0),
+        decoding=max(last, between + pool + stays if plan.decoded else 0),
     )
 
 
 def free_on_cuda(device: str) -> int | None:
-    """Return the free bytes of a CUDA device; None without one."""
+    """Return the free bytes of a CUDA device; None where there is no CUDA.
+
+    Raise DeviceError for one that this machine lacks.
+    """
     if not torch.cuda.is_available():
         return None
-    return torch.cuda.mem_get_info(None if device in ("auto", "cuda") else device)[0]
+    return torch.cuda.mem_get_info(pick_device(device))[0]
 
 
 class Calls:
@@ -93,17 +109,25 @@ class Calls:
 
     def call(self, captures: Inside = (), index: int = 0) -> tuple[torch.Tensor, Values]:
         """Call the denoiser while captures watch. Return its output, and what they saw."""
-        batch = (self.plan.rows.batch, *self.plan.latent_shape[1:])
-        x = torch.empty(batch, dtype=self._skeleton.dtype, device="meta")
-        t = torch.empty((), dtype=torch.long, device="meta")
         for capture in captures:
             capture.expect(index)
         with hooked(*captures):
-            output = self._skeleton.call(x, t, self._arguments)
+            output = self._called(self._arguments, self.plan.rows.batch)
         values: Values = {}
         for capture in captures:
             values |= capture.take(None)  # type: ignore[arg-type]  # they look at the call alone
         return output, values
+
+    def without_words(self) -> torch.Tensor:
+        """Call the denoiser as the counterfactual does: with the prompt, and without each word."""
+        rows = (1 + len(self.plan.words)) * self.plan.rows.images
+        return self._called(self._skeleton.blank(rows, self.plan.kept.tokens), rows)
+
+    def _called(self, arguments: Arguments, rows: int) -> torch.Tensor:
+        batch = (rows, *self.plan.latent_shape[1:])
+        x = torch.empty(batch, dtype=self._skeleton.dtype, device="meta")
+        t = torch.empty((), dtype=torch.long, device="meta")
+        return self._skeleton.call(x, t, arguments)
 
     def step(self, index: int) -> tuple[Any, ...]:
         """Record a step. Return what is kept until its values are on the host."""
@@ -112,12 +136,16 @@ class Calls:
             capture.seen(index, values)
         return output, values, self._transfer.start(values)
 
-    def steps(self) -> None:
-        """Record two steps of each set of captures: the first one teaches them what changes."""
+    def steps(self) -> deque[Any]:
+        """Record two steps of each set of captures: the first one teaches them what changes.
+
+        Return the values that are on their way to the host at the end.
+        """
         on_their_way: deque[Any] = deque(maxlen=ON_THEIR_WAY)
         for captures in dict.fromkeys(self._sets.values()):
             of_it = [index for index, own in self._sets.items() if own == captures]
             on_their_way.extend(self.step(index)[-1] for index in of_it[:2])
+        return on_their_way
 
     def graphs(self, sets: Sequence[Inside]) -> tuple[int, int]:
         """Return the bytes of the graphs' pool, and the most that there is beside the weights.
@@ -142,16 +170,23 @@ class Calls:
         return pool, most
 
 
-def decoding_of(skeleton: Family, model: Family, plan: Plan) -> int:
-    """Return what decoding a picture keeps beside the weights."""
+def decoding_of(skeleton: Family, model: Family, plan: Plan) -> tuple[int, int]:
+    """Return what decoding all pictures keeps beside the weights: between steps, and at the end.
+
+    The captures of the plan watch the skeleton. They see what is decoded at the end.
+    """
     vae = skeleton.vae
     if vae is None:
-        return 0
+        return 0, 0
     vars(vae).update(tiling(model.vae))
     narrow = _bytes(vae)
     nn.Module.to(vae, model.decoding_dtype)
+    wider = _bytes(vae) - narrow
     latents = torch.empty(plan.latent_shape, dtype=model.decoding_dtype, device="meta")
-    return _bytes(vae) - narrow + most_of(lambda: vae.decode(latents, return_dict=False))
+    between = most_of(lambda: vae.decode(latents, return_dict=False))
+    with hooked(*(capture for capture in plan.captures if capture.component == "vae")):
+        last = most_of(lambda: vae.decode(latents, return_dict=False))
+    return wider + between, wider + last
 
 
 def _bytes(module: nn.Module) -> int:

@@ -49,7 +49,7 @@ from probe.settings.fields import expand_home
 from probe.settings.noising import Noising, load_noising, load_recipe
 from probe.settings.recipe import Recipe
 from probe.stopping import breakable, cleanly
-from probe.system import A_NEW_PROCESS, is_device_failure, is_out_of_memory
+from probe.system import A_NEW_PROCESS, LESS_MEMORY, is_device_failure, is_out_of_memory
 from probe.terminal import shell_path, without_home
 from probe.text import first_line, shown
 from probe.watching.interface import Plan
@@ -465,8 +465,7 @@ def failures_named(recipe: Recipe) -> Iterator[None]:
         if is_out_of_memory(error):
             raise OutOfMemory(
                 f"Out of memory on {pick_device(recipe.device)}: {first_line(error)[:120]}",
-                "Fewer images, a smaller height and width, --dtype float16, or fewer "
-                "capture.layers.",
+                LESS_MEMORY,
             ) from error
         if is_device_failure(error):
             what = f"The device failed: {first_line(error)[:200]}"
