@@ -32,6 +32,7 @@ from probe.running import graphs
 from probe.running.device_memory import device_memory
 from probe.running.planning import plan
 from probe.running.recorder import record, rerun, resume
+from probe.watching import together
 from probe.watching.hooks import Hooks
 
 pytestmark = pytest.mark.gpu
@@ -158,7 +159,7 @@ EVERYTHING = {"branches": "both", "tokens": "all", "activations": ("unet.mid_blo
     "asked",
     [
         {},
-        {"capture": EVERYTHING, "images": 2},
+        {"capture": EVERYTHING, "images": 2, "scheduler": "DDIM", "height": 256, "width": 256},
         {"capture": {"attention": "queries"}, "scheduler": "DDIM"},
         {"capture": {"attention": "summary"}, "guidance_scale": 1.0},
         {"capture": {"counterfactual": ("cat",), "steps": "::2"}, "steps": 10},
@@ -169,6 +170,7 @@ def test_calls_replayed_as_a_graph_have_the_bits_of_eager_ones(
     asked: dict[str, Any], pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "LEAST_CALLS", 1)
+    monkeypatch.setattr(together, "SCORES", 2**24)  # so that grids are cut
     asked = {"steps": 7, "guidance_scale": 7.5, **asked}
     run, eager = (
         record(ask(tmp_path, graphs=how, **asked), pipe, progress=False) for how in ("auto", "off")
@@ -178,7 +180,7 @@ def test_calls_replayed_as_a_graph_have_the_bits_of_eager_ones(
     assert "cuda_graphs" not in eager.attributes
     assert compare(run, eager).same
     assert_neutral(run, bare(pipe, run.experiment))
-    assert "failed" not in {check.verdict for check in verify(run, pipe)}
+    assert "failed" not in {check.verdict for check in verify(run, pipe, steps=(0, 6))}
     assert compare(run, rerun(run, pipe, progress=False)).same
 
 
