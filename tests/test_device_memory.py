@@ -74,6 +74,20 @@ def test_a_tensor_counts_from_its_birth_to_its_end() -> None:
         assert seen.now == 0, "what was there before is no tensor of the work"
 
 
+@pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 64, 128)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_with_weights_counts_what_torch_makes_of_it(bias: bool, shape: Any) -> None:
+    layer, x = torch.nn.Linear(128, 256, bias=bias, device="meta"), torch.empty(shape)
+    with counted() as seen:
+        ours = layer(x.to("meta"))
+    on_a_cpu = torch.nn.Linear(128, 256, bias=bias)
+    with torch.no_grad():
+        theirs = on_a_cpu(x)
+        given = peak_of_a_cpu(lambda: on_a_cpu(x))
+    assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+    assert seen.most - x.nbytes == given == theirs.nbytes
+
+
 @pytest.mark.parametrize("name", ["tiny", "bundled", pytest.param("small", marks=pytest.mark.slow)])
 def test_a_call_counts_what_the_allocator_of_a_cpu_gives_out(name: str, tmp_path: Path) -> None:
     pipe = pipeline() if name == "tiny" else models.pipeline(name)
