@@ -152,7 +152,12 @@ LAYERS = [
         "probe.diffusion.tensor_file",
         "probe.diffusion.guidance",
     ),
-    ("probe.diffusion.streams", "probe.diffusion.draws", "probe.diffusion.schedule"),
+    (
+        "probe.diffusion.defaults",
+        "probe.diffusion.streams",
+        "probe.diffusion.draws",
+        "probe.diffusion.schedule",
+    ),
     ("probe.diffusion.family",),
     ("probe.diffusion.parts", "probe.diffusion.text", "probe.diffusion.weights"),
     ("probe.diffusion.loras", "probe.diffusion.embeds"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from probe.diffusion.defaults import plain_defaults
 from probe.diffusion.families import FAMILIES, AnyFamily
 from probe.diffusion.known_configs import KNOWN, OTHER_NAMES
 from probe.diffusion.model_configs import (
@@ -86,6 +87,7 @@ def on_cuda(name: str) -> bool:
     return name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
 
 
+@plain_defaults()
 def load(
     name: str,
     *,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from probe.diffusion.defaults import plain_defaults
 from probe.diffusion.draws import noise
 from probe.diffusion.guidance import guided
 from probe.diffusion.model_configs import scheduler_config
@@ -262,15 +263,16 @@ def numbers(value: torch.Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def threads_of(run: Run) -> Iterator[None]:
-    """Use as many threads as the run had, if this machine has as many cores.
+    """Use as many threads as the run had, if this machine has as many cores, and torch's defaults.
 
-    The bits of sums depend on it.
+    The bits of sums depend on the first, those of schedulers on the others.
     """
     before, wanted = torch.get_num_threads(), run.attributes["environment"].get("threads")
     if isinstance(wanted, int) and 1 <= wanted <= (os.cpu_count() or 1):
         torch.set_num_threads(wanted)
     try:
-        yield
+        with plain_defaults():
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from probe.analysis.maps import probabilities
+from probe.diffusion.defaults import plain_defaults
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family, Predictions
 from probe.diffusion.loading import load, pick_device
@@ -68,6 +69,7 @@ PICTURE = 2e-2  # mean difference of pixels, of 255
 OF_NORM = "of its norm"
 
 
+@plain_defaults()
 def model_of(run: Run, pipeline: Any | None = None) -> Family:
     """Return the model of a recording, or `pipeline` as such a model.
 

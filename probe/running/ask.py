@@ -19,6 +19,7 @@ import xarray as xr
 
 from probe.analysis.maps import resize
 from probe.analysis.recomputed import recomputed
+from probe.diffusion.defaults import plain_defaults
 from probe.diffusion.families import family_of
 from probe.diffusion.family import TEXT, Family, Tokens
 from probe.diffusion.loading import load
@@ -35,6 +36,7 @@ from probe.words import occurrences, spelt
 READ_OUT = "read-out: this word did not influence the picture"
 
 
+@plain_defaults()
 def ask(run: Run, context: str, pipeline: Any | None = None) -> dict[str, xr.DataArray]:
     """Return maps of every token of a new sentence, by grid, the largest first.
 
@@ -46,6 +48,7 @@ def ask(run: Run, context: str, pipeline: Any | None = None) -> dict[str, xr.Dat
     return _maps(run, *_read(run, context, pipeline))
 
 
+@plain_defaults()
 def read_out(
     run: Run, word: str, context: str | None = None, pipeline: Any | None = None
 ) -> xr.DataArray:

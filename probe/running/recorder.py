@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from probe.arguments import check_options, in_words
+from probe.diffusion.defaults import plain_defaults
 from probe.diffusion.families import family_of
 from probe.diffusion.family import Family
 from probe.diffusion.loading import load, pick_device
@@ -90,6 +91,7 @@ def record(
     )
 
 
+@plain_defaults()
 def record_as(
     model: Family,
     recipe: Recipe,
@@ -178,6 +180,7 @@ def rerun(
     )
 
 
+@plain_defaults()
 def _carried_out(
     recipe: Experiment | Noising,
     pipeline: Any | None,
@@ -297,6 +300,7 @@ def _record(
     return Run(path)
 
 
+@plain_defaults()
 def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> Run:
     """Finish a recording that was interrupted, and return it: the bits of an uninterrupted run.
 
