@@ -55,7 +55,7 @@ def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("probe.running.recorder.load", load)
+    monkeypatch.setattr("probe.running.model.load", load)
     monkeypatch.setattr("probe.diffusion.loading.load", load)
 
 

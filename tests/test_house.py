@@ -207,7 +207,7 @@ LAYERS = [
     ("probe.running.device_memory",),
     ("probe.running.session", "probe.running.description"),
     ("probe.running.perform",),
-    ("probe.running.continuing",),
+    ("probe.running.continuing", "probe.running.model"),
     ("probe.running.recorder", "probe.running.ask"),
     ("probe.proof.replay",),
     ("probe.proof.forward_checks",),

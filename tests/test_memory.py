@@ -54,6 +54,11 @@ def run(pipe: Any) -> Run:
     return record(ASKED, pipe, output=None, progress=False)
 
 
+def test_a_mapping_may_say_it_too(pipe: Any, run: Run) -> None:
+    assert compare(run, record({**ASKED, "output": None}, pipe, progress=False)).same
+    assert compare(run, record({**ASKED, "output": "runs"}, pipe, output=None, progress=False)).same
+
+
 def assert_the_same(one: Run, other: Run) -> None:
     """Every group but the measured costs has the same variables, labels, attributes and bits."""
     assert {node.path for node in one.tree.subtree} == {node.path for node in other.tree.subtree}

@@ -464,7 +464,7 @@ def test_a_machine_without_cuda(saved: Path, name: str) -> None:
     error = refused(lambda: load(str(saved), device=name), DeviceError)
     assert (error.cause, error.remedy) == (
         f"device: {name} is not on this machine (0 CUDA devices).",
-        "Use --device cpu, or --device auto.",
+        "Use device: cpu or device: auto (--device cpu).",
     )
 
 

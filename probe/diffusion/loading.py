@@ -73,11 +73,11 @@ def pick_device(name: str) -> torch.device:
     ):
         raise DeviceError(
             f"device: {name} is not on this machine ({torch.cuda.device_count()} CUDA devices).",
-            "Use --device cpu, or --device auto.",
+            "Use device: cpu or device: auto (--device cpu).",
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(
-            "device: mps is not on this machine.", "Use --device cpu, or --device auto."
+            "device: mps is not on this machine.", "Use device: cpu or device: auto (--device cpu)."
         )
     return device
 

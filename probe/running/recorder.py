@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from probe.arguments import check_options, in_words
 from probe.diffusion.defaults import plain_defaults
-from probe.diffusion.families import family_of
 from probe.diffusion.family import Family
-from probe.diffusion.loading import load, pick_device
+from probe.diffusion.loading import pick_device
 from probe.diffusion.loras import borrowed
-from probe.diffusion.preparing import prepared
 from probe.diffusion.support import remarks_on_version
 from probe.diffusion.weights import DigestBeside
 from probe.errors import DeviceFailed, ExperimentError, OutOfMemory, ProbeError
@@ -36,12 +33,12 @@ from probe.figures import sheets
 from probe.figures.noising_sheet import save_sheet
 from probe.format.attributes import MIXED
 from probe.output import tell
-from probe.reading.compare import changed_files
 from probe.reading.memory import Memory, nowhere
 from probe.reading.recording import Run, with_files
 from probe.reading.sample import folder_beside, is_copy
 from probe.running.continuing import check_continuable, refuse_gaps
 from probe.running.description import describe
+from probe.running.model import compare_weights, model_for, refuse_unread
 from probe.running.perform import perform
 from probe.running.planning import check_size, free_room, plan, recorded_masks, replan, size_text
 from probe.running.session import Say
@@ -52,7 +49,7 @@ from probe.settings.recipe import Recipe
 from probe.stopping import breakable, cleanly
 from probe.system import A_NEW_PROCESS, LESS_MEMORY, is_device_failure, is_out_of_memory
 from probe.terminal import shell_path, without_home
-from probe.text import first_line, shown
+from probe.text import first_line
 from probe.watching.interface import Plan
 from probe.watching.kept import measures_late
 from probe.words import read_plainly
@@ -75,12 +72,15 @@ def record(
     StableDiffusionPipeline or StableDiffusionXLPipeline, or a `Family`. It is used in place of
     `recipe.model`, on its own device and in its own dtype. Progress goes to stderr.
 
-    With `output=None` the recording stays in memory, and `run.save(path)` writes it to a folder.
-    If such a run ends early, what it had recorded is lost.
+    With `output=None`, here or in a mapping, the recording stays in memory, and `run.save(path)`
+    writes it to a folder. If such a run ends early, what it had recorded is lost.
 
     Raise UserError before anything is written, RunFailed after that. The recording of a failed run
     opens, and holds every committed step.
     """
+    if isinstance(recipe, Mapping) and recipe.get("output", "") is None:
+        recipe = {name: value for name, value in recipe.items() if name != "output"}
+        changes = {"output": None, **changes}
     in_files = changes.get("output", "") is not None
     return _carried_out(
         load_recipe(recipe, **_with_a_folder(changes)),
@@ -239,25 +239,6 @@ def opened(run: object) -> Run:
     return run
 
 
-def compare_weights(model: Family, run: Run, say: Say) -> str:
-    """Return the digest of a model's weights, and say so if the recording has another.
-
-    It is computed as that of the recording was.
-    """
-    weights = model.digest(run.attributes.model.weights_digest)
-    if weights != (recorded := run.attributes["model"].get("weights", "unknown")):
-        say(
-            f"{run.name} was recorded with other weights (digest {recorded}) than {model.name} has "
-            f"here ({weights}): what comes will differ."
-        )
-    for path in changed_files(run.attributes, {"model": {"files": dict(model.files)}}):
-        say(
-            f"{run.name} was recorded with another {path} than is there now: what comes will "
-            "differ."
-        )
-    return weights
-
-
 def _record(
     model: Family,
     plan: Plan,
@@ -361,74 +342,6 @@ def resume(run: Run, pipeline: Any | None = None, *, progress: bool = True) -> R
 def sayer(progress: bool) -> Say:
     """Return a function that tells people on stderr how far a run is, or tells nobody."""
     return (lambda line: tell(without_home(line))) if progress else (lambda _: None)
-
-
-def model_for(
-    recipe: Recipe, pipeline: Any | None, say: Say, recorded: Run | None = None
-) -> Family:
-    """Return the recipe's model, or that of a `pipeline` in memory, with the recipe's scheduler.
-
-    For a `recorded` run it is loaded as it was then: the same commit, though "main" may have moved
-    on, and the dtype that "auto" became.
-    """
-    scheduler, options = recipe.sampler
-    if pipeline is None:
-        say(f"Loading {recipe.model} ...")
-        where: dict[str, Any] = {
-            "revision": recipe.revision,
-            "variant": recipe.variant,
-            "dtype": recipe.dtype,
-            "device": recipe.device,
-        }
-        if recorded is not None:
-            there = recorded.attributes.model
-            where |= {"revision": there.revision or recipe.revision, "dtype": there.dtype}
-        model = load(recipe.model, **where, scheduler=scheduler, options=options)
-    else:
-        model = family_of(pipeline, scheduler=scheduler, options=options)
-    if pipeline is not None:
-        refuse_contradiction(recipe.dtype, recipe.device, model, recorded)
-    return prepared(model, recipe)
-
-
-def refuse_contradiction(
-    dtype: str, device: str, model: Family, recorded: Run | None = None
-) -> None:
-    """Raise ExperimentError for a pipeline in another dtype, or on another device, than asked for.
-
-    With `recorded`, the dtype and device are those of that run.
-    """
-    own, where = str(model.dtype).removeprefix("torch."), model.device
-    wanted = torch.device(where if device == "auto" else device)
-    elsewhere = wanted.type != where.type or (
-        wanted.index is not None and wanted.index != (where.index or 0)
-    )
-    for field, value, actual, differs in (
-        ("dtype", dtype, f"in {own}", dtype not in ("auto", own)),
-        ("device", device, f"on {where}", elsewhere),
-    ):
-        if differs:
-            to = f'pipeline.to("{value}")' if field == "device" else f"pipeline.to(torch.{value})"
-            instead = (
-                f"leave {field} out"
-                if recorded is None
-                else f'record it anew: probe.record(run.recipe, pipeline, {field}="auto")'
-            )
-            raise ExperimentError(
-                f"{field}: {value} is asked for, and the pipeline is {actual}.",
-                f"Bring it there, {to}, or {instead}.",
-            )
-
-
-def refuse_unread(variant: str | None, revision: str | None, model: Family) -> None:
-    """Raise ExperimentError for fields that choose files: a pipeline has its weights already."""
-    for field, value, own in (("variant", variant, None), ("revision", revision, model.revision)):
-        if value not in (None, own):
-            raise ExperimentError(
-                f"{field}: {shown(value)} says which files to load, and the pipeline has its "
-                "weights already.",
-                f"Leave {field} out, or leave out the pipeline.",
-            )
 
 
 def _see_through(

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from probe.errors import UserError
+from probe.running.model import model_for
 from probe.running.planning import plan
-from probe.running.recorder import model_for, record_as
+from probe.running.recorder import record_as
 from probe.settings.experiment import Experiment
 from probe.settings.recipe import UNRECORDED
 from probe.studies.measures import check_measures
