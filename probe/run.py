@@ -229,8 +229,8 @@ def _say_memory(model: Family, plan: Plan) -> None:
         parts.append(("decoding", needed.decoding, f"{between}after the last step"))
     say(
         "",
-        f"On the GPU at most {size_text(needed.most)} at once, and what CUDA itself takes (often "
-        "0.5 to 1 GB):",
+        f"On the GPU at most {size_text(needed.most)} at once, and what CUDA itself takes: some "
+        "hundred MB for its context, more for the workspaces of its libraries.",
         "",
         *rows([(name, size_text(n), when) for name, n, when in parts], ("what", "size", "when")),
         "",
