@@ -105,7 +105,9 @@ EVERY_TOKEN = {"branches": "both", "tokens": "all"}
 @pytest.mark.parametrize(
     ("capture", "most"), [({}, 60), (EVERY_TOKEN, 80)], ids=["default", "all tokens"]
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_a_step_of_stable_diffusion_at_512_pixels_has_few_operations_more(
     dtype: torch.dtype, capture: dict[str, Any], most: int, tmp_path: Path
 ) -> None:
