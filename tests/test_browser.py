@@ -739,6 +739,7 @@ def is_caught(browser: Any, text: str) -> bool:
     return bool(asked(browser) & {"evil.invalid", "x"})
 
 
+@pytest.mark.slow
 def test_a_page_that_puts_text_into_its_markup_is_caught(browser: Any, tmp_path: Path) -> None:
     """The negative control: as text every one passes, as HTML every one with a tag is caught."""
     texts = [text for text in (*SOME, *REST) if not UNCLEAN.search(text)]

@@ -195,6 +195,7 @@ def test_each_word_left_out_is_a_row_of_another_call(tmp_path: Path) -> None:
     assert (none.call, none.graphs) == (every.call, every.graphs)
 
 
+@pytest.mark.slow
 def test_more_pictures_and_more_captured_take_more(tmp_path: Path) -> None:
     one = needed(pipeline(), tmp_path)
     two = needed(pipeline(), tmp_path, images=2)
@@ -203,6 +204,7 @@ def test_more_pictures_and_more_captured_take_more(tmp_path: Path) -> None:
     assert bare.recording < one.recording
 
 
+@pytest.mark.slow
 def test_a_vae_that_decodes_in_float32_is_there_in_float32(tmp_path: Path) -> None:
     pipe = tiny.xl_pipeline().to(torch.float16)
     bare = {"capture": {"statistics": False}}
@@ -261,10 +263,12 @@ def test_a_dry_run_says_what_it_did_not_count(call: Command, tmp_path: Path) -> 
 def test_a_dry_run_says_whether_it_fits(call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for free, fits in ((10**9, True), (10**7, False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
-        out = said(call)
-        assert f"Free there: {'1.0 GB' if fits else '10.0 MB'}." in out
-        assert ("It does not fit. Fewer images, a smaller height" in out) == (not fits)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**7, 10**9))
+    out = said(call)
+    assert "Free there: 10.0 MB. It does not fit. Fewer images, a smaller height" in out
+    little = DeviceMemory(weights=10**6, call=10**6, recording=0, graphs=0, decoding=0)
+    monkeypatch.setattr("probe.running.device_memory.device_memory", lambda *_: little)
+    out = said(call)
+    assert "Free there: 10.0 MB." in out and "not fit" not in out
     code, _, err = call(run.main, "--dry-run", "--device", "cuda:3")
     assert code == 2 and "device: cuda:3 is not on this machine (1 CUDA devices)." in err

@@ -103,7 +103,9 @@ EVERY_TOKEN = {"branches": "both", "tokens": "all"}
 
 
 @pytest.mark.parametrize(
-    ("capture", "most"), [({}, 60), (EVERY_TOKEN, 80)], ids=["default", "all tokens"]
+    ("capture", "most"),
+    [({}, 60), pytest.param(EVERY_TOKEN, 80, marks=pytest.mark.slow)],
+    ids=["default", "all tokens"],
 )
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)]
@@ -256,7 +258,9 @@ def test_what_is_measured_after_a_call_is_the_same(
     assert_neutral(after, bare(pipeline(), after.experiment))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_half_precision_is_widened_before_it_is_multiplied(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

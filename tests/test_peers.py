@@ -27,11 +27,17 @@ from probe.running.recorder import record
     "changes",
     [
         {},
-        {"images": 2, "negative_prompt": "the hat"},
-        {"height": 40, "width": 24},
-        {"guidance_scale": 1, "images": 2},
+        {"images": 2, "negative_prompt": "the hat", "height": 40, "width": 24},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)  # each change alone
+            for changes in (
+                {"images": 2, "negative_prompt": "the hat"},
+                {"height": 40, "width": 24},
+                {"guidance_scale": 1, "images": 2},
+            )
+        ),
     ],
-    ids=["plain", "two images, a negative prompt", "not square", "no guidance"],
+    ids=["plain", "all", "two images, a negative prompt", "not square", "no guidance"],
 )
 def test_every_map_of_every_call_layer_head_and_branch_is_the_same(
     changes: dict[str, Any], tmp_path: Path

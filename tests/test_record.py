@@ -310,9 +310,8 @@ def handshake(port: int, origin: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(
-    "end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # it waits for a server and for what that waits for
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_the_end_of_the_server_ends_what_it_records(end: int, tmp_path: Path) -> None:
     """Also by SIGTERM, and refuses a websocket from elsewhere until then."""
     starts = (

@@ -283,7 +283,13 @@ def independently(scheduler: Any, schedule: Schedule, steps: int, prediction: st
             )
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+SELDOM = ("KDPM2", "KDPM2Ancestral", "Heun", "DPM++2S", "DEIS", "LMS")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in SCHEDULERS],
+)
 def test_every_pair_of_options_is_right_or_refused_by_name(name: str) -> None:
     assert all_pairs(name) == set().union(*map(pairs, pairwise(name)))
     options = options_of(name)

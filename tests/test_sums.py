@@ -89,7 +89,7 @@ def test_on_a_cpu_maps_are_read_back(tmp_path: Path, read: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("late")
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_sums_of_queries_grow_where_they_are_computed(
     dtype: str, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
