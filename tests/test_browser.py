@@ -369,7 +369,8 @@ def test_hostile_recordings_run_nothing_in_the_dashboard(server: str, browser: A
     assert asked(browser) == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("page", [pytest.param("guidance", marks=pytest.mark.slow), "anatomy"])
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["guidance", "anatomy"])
 def test_a_page_of_figures_is_whole_and_shows_text_as_it_is(
     page: str, server: str, browser: Any
 ) -> None:

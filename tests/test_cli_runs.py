@@ -291,8 +291,9 @@ def after_three_steps(running: subprocess.Popen[str], folder: Path) -> Path:
         time.sleep(0.05)
 
 
+@pytest.mark.slow  # test_smoke stops a run, too, and test_faults stops one at any moment
 @needs_the_bundled_model
-@pytest.mark.parametrize("durability", ["run", pytest.param("step", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("durability", ["run", "step"])
 def test_ctrl_c_in_the_middle_keeps_what_was_recorded(tmp_path: Path, durability: str) -> None:
     arguments = [
         "--steps",

@@ -173,7 +173,7 @@ def test_a_second_writer_is_refused_at_once_and_told_who_holds_it(tmp_path: Path
     assert check_prefix(path) == 2
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_of_all_who_race_for_a_recording_one_wins(tmp_path: Path, resume: bool) -> None:
     """Ten races of four processes, all let go at the same moment: to begin it, or to go on with
     what a dead writer left.
