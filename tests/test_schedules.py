@@ -37,7 +37,7 @@ from probe.conversions import (
 )
 from probe.diffusion import sampling
 from probe.diffusion.schedule import Schedule, first_call, fresh
-from probe.diffusion.schedule_check import proven
+from probe.diffusion.schedule_check import _culprit, proven
 from probe.diffusion.sd import StableDiffusion
 from probe.errors import ExperimentError, ModelError, UserError
 from probe.figures.sheets import contact_sheet
@@ -205,7 +205,7 @@ def hold(name: str, case: Case, steps: int = STEPS) -> str:
     kind = SCHEDULERS[name][0]
     try:
         scheduler = model_of(prediction).with_scheduler(name, options).scheduler
-        schedule = proven(scheduler, steps, 0, tuple(options))
+        schedule = proven(scheduler, steps, 0, options)
     except ExperimentError as error:
         said = error.cause + error.remedy
         assert kind in said and error.remedy and "\n" not in said, said  # noqa: PT017
@@ -307,6 +307,16 @@ def test_random_combinations_are_right_or_refused_by_name(name: str) -> None:
     for _ in range(40 if "KDPM2" in name else 200):
         case = {key: rng.choice(values) for key, values in options_of(name).items()}
         hold(name, case, rng.choice((1, 2, 3, 7, 20, 50)))
+
+
+def test_a_remedy_is_tried_with_the_options_that_were_given() -> None:
+    """diffusers keeps `deis` as `dpmsolver++`, which takes what `deis` does not."""
+    options = {"algorithm_type": "deis", "final_sigmas_type": "sigma_min"}
+    scheduler = model_of("epsilon").with_scheduler("DPM++2M", options).scheduler
+    assert scheduler.config.algorithm_type == "dpmsolver++"
+    tried = _culprit(scheduler, 10, 0, ["final_sigmas_type"], options)
+    assert tried is None
+    assert _culprit(scheduler, 10, 0, ["final_sigmas_type"], {}) == "final_sigmas_type"
 
 
 # --- what is refused, and when --------------------------------------------------------------------
@@ -572,9 +582,7 @@ def test_options_of_a_wrong_kind_are_refused_by_name() -> None:
         {"timestep_spacing": "loose"},
     ):
         with pytest.raises(UserError) as refusal:
-            proven(
-                model_of("epsilon").with_scheduler("DDIM", options).scheduler, 5, 0, tuple(options)
-            )
+            proven(model_of("epsilon").with_scheduler("DDIM", options).scheduler, 5, 0, options)
         assert (
             any(word in refusal.value.cause for word in ("DDIMScheduler", *options))
             and refusal.value.remedy

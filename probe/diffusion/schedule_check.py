@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from probe.conversions import UNCLIPPED, clipping, clipping_text
@@ -26,7 +27,11 @@ UNDEFINED = "there is no signal (alpha_bar 0), and the model predicts noise."
 
 
 def proven(
-    scheduler: Any, steps: int, begin: int = 0, given: Collection[str] = (), finite: bool = True
+    scheduler: Any,
+    steps: int,
+    begin: int = 0,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    finite: bool = True,
 ) -> Schedule:
     """Return the schedule of `steps` steps from call `begin` on, proven against the scheduler.
 
@@ -42,7 +47,7 @@ def proven(
     refused = cause if isinstance(cause, ValueError | IndexError) else None
     if steps > int(scheduler.config.get("num_train_timesteps") or steps):
         raise too_many(scheduler, steps, refused or disagreement) from disagreement
-    option = _culprit(scheduler, steps, begin, [name for name in given if name not in KEPT])
+    option = _culprit(scheduler, steps, begin, [name for name in given if name not in KEPT], given)
     if (
         option is None
         and refused
@@ -51,7 +56,7 @@ def proven(
         raise too_many(scheduler, steps, refused) from disagreement
     if option is None:
         others = [name for name in _defaults(scheduler) if name not in (*given, *KEPT)]
-        option = _culprit(scheduler, steps, begin, others)
+        option = _culprit(scheduler, steps, begin, others, given)
     named = ""
     if option is not None:
         named = f" with {option}: {json.dumps(scheduler.config[option], default=str)}"
@@ -60,12 +65,21 @@ def proven(
     ) from disagreement
 
 
-def _culprit(scheduler: Any, steps: int, begin: int, options: Collection[str]) -> str | None:
-    """Return the first of some options without which the schedule holds; None if there is none."""
+def _culprit(
+    scheduler: Any, steps: int, begin: int, options: Collection[str], given: Mapping[str, Any]
+) -> str | None:
+    """Return the first of some options without which the schedule holds; None if there is none.
+
+    The others stay as they were `given`: a scheduler may keep one under another name (deis).
+    """
     defaults = _defaults(scheduler)
     changed = [name for name in options if scheduler.config.get(name) != defaults.get(name)]
     return next(
-        (name for name in changed if _holds(scheduler, steps, begin, **{name: defaults[name]})),
+        (
+            name
+            for name in changed
+            if _holds(scheduler, steps, begin, **{**given, name: defaults[name]})
+        ),
         None,
     )
 
@@ -116,7 +130,7 @@ def held_schedule(model: Family, experiment: Experiment, begin: int) -> Schedule
         model.scheduler,
         experiment.steps,
         begin,
-        tuple(experiment.scheduler_options),
+        experiment.scheduler_options,
         experiment.on_nan == "stop",
     )
     _refuse_infinity(model, experiment, schedule)
